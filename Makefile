@@ -1,0 +1,33 @@
+# Few verbs: venv (install), quickstart (the whole job), test, check (style and types), bench.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORKDIR ?= runs/quickstart
+# further flags for `make quickstart`, such as ARGS='--config.train.steps=50'
+ARGS ?=
+
+.PHONY: venv quickstart test check bench
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "llmjax needs Python 3.11 or newer: make PYTHON=/path/to/python3.12"; exit 1; }
+	@echo "installing into $(VENV) (a minute or two, about 1 GB)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]' -c constraints.txt
+	@touch $@
+
+quickstart: venv
+	$(BIN)/llmjax train --config=configs/quickstart.py --workdir=$(WORKDIR) $(ARGS)
+
+test: venv
+	$(BIN)/pytest
+
+check: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: venv
+	$(BIN)/python tools/bench_data.py
+	$(BIN)/python tools/bench_train.py

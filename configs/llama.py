@@ -1,0 +1,53 @@
+"""Llama 3 (Llama Team, 2024, arXiv 2407.21783) from 1B to 405B, and a tiny one of the same make.
+
+llmjax train --config=configs/llama.py:tiny --workdir=runs/llama --config.data.sources.main.path='/my/texts/**/*.txt'
+"""
+
+from ml_collections import ConfigDict
+
+from llmjax.config import UserError
+
+# layers, embed, heads, kv heads, mlp, head, tensor axis, sequence length, sequences a step, peak learning rate (table 3 of the paper)
+SIZES = {
+    "tiny": (4, 256, 4, 2, 768, "tied", 1, 512, 16, 1e-3),
+    "1B": (16, 2048, 32, 8, 8192, "tied", 1, 8192, 512, 3e-4),
+    "8B": (32, 4096, 32, 8, 14336, "untied", 1, 8192, 512, 3e-4),
+    "70B": (80, 8192, 64, 8, 28672, "untied", 8, 8192, 1024, 1.5e-4),
+    "405B": (126, 16384, 128, 8, 53248, "untied", 8, 8192, 2048, 8e-5),
+}
+
+
+def get_config(size: str = "tiny") -> ConfigDict:
+    """The shapes as published, without the later stretching of the rotary frequencies to longer contexts."""
+    if size not in SIZES:
+        raise UserError(f"--config=configs/llama.py:{size}: no such size; choose one of {', '.join(SIZES)}")
+    layers, embed, heads, kv_heads, mlp, tied, tensor, seq_len, batch, learning_rate = SIZES[size]
+    c = ConfigDict()
+    c.model = dict(
+        family="decoder",
+        num_layers=layers,
+        embed=embed,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        mlp=mlp,
+        activation="silu",
+        gated="gated",
+        norm="rmsnorm",
+        positions="rotary",
+        rope_base=500_000.0,
+        tied=tied,
+        biases="none",
+        dtype="float32" if size == "tiny" else "bfloat16",
+        remat="none" if size == "tiny" else "attention",
+    )
+    c.data = dict(seq_len=seq_len, sources=dict(main=dict(path="")))
+    c.train = dict(steps=1_000 if size == "tiny" else 100_000, global_batch=batch)
+    c.optimizer = dict(
+        name="adamw",
+        learning_rate=learning_rate,
+        schedule="cosine",
+        warmup_steps=100 if size == "tiny" else 2_000,
+        weight_decay=0.1,
+    )
+    c.mesh = dict(data=1, fsdp=-1, tensor=tensor)
+    return c

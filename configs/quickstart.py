@@ -1,0 +1,23 @@
+"""A small decoder on the text that every Python carries: minutes on a laptop, no download.
+
+llmjax train --config=configs/quickstart.py --workdir=runs/quickstart
+llmjax train --config=configs/quickstart.py --workdir=runs/mine --config.data.sources.main.path='texts/**/*.txt'
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+    c.data = dict(
+        sources=dict(python=dict(path="stdlib:")),
+        tokenizer=dict(kind="sentencepiece", algorithm="bpe", vocab_size=4096),
+        seq_len=256,
+    )
+    c.model = dict(num_layers=4, embed=192, num_heads=6, mlp=512, tied="tied")
+    c.optimizer = dict(name="adamw", learning_rate=3e-3, schedule="wsd", decay_fraction=0.4, end_fraction=0.02)
+    c.train = dict(steps=600, global_batch=8, log_every=20)
+    c.checkpoint = dict(every=200)
+    c.eval = dict(every=0, batch=16)
+    c.sample = dict(prompts=("def main(", "import os\n", "class Stack:\n"))
+    return c

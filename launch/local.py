@@ -1,0 +1,202 @@
+#!/usr/bin/env python3
+"""Several processes on this machine as one job: for tests, for trying out a mesh, for one process per accelerator."""
+
+import argparse
+import contextlib
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+BAD_INPUT, PREEMPTED = 78, 85  # the two exit statuses that decide about a restart
+KNOWN = (75, 76, 77, BAD_INPUT, PREEMPTED)
+
+HELP = """\
+Runs a command as one job of several processes on this machine:
+
+  launch/local.py --processes=2 --devices=4 -- llmjax train --config=configs/quickstart.py --workdir=runs/two
+
+Every process gets LLMJAX_COORDINATOR, LLMJAX_NUM_PROCESSES and LLMJAX_PROCESS_ID; its lines are marked [p0], [p1], ...
+With --devices=M each emulates M CPU devices (JAX_PLATFORMS=cpu), so that 2 x 4 acts as a mesh of 8.
+SIGTERM and Ctrl-C go to all processes, which save and end with 85; what still runs after the grace is killed.
+When one process fails, the others are ended too. The exit status is that of the first that failed with a reason
+(75 hang, 76 diverged, 77 hardware suspected, 78 bad input, 85 stopped on request and saved), else of the first that
+crashed; 0 when all are done.
+"""
+
+
+def main() -> int:
+    options = parse(sys.argv[1:])
+    stop = threading.Event()
+    restarts, pause = options.restarts, 1.0
+    while True:
+        job = Job(options, stop)
+        status = job.run()
+        if status in (0, BAD_INPUT) or stop.is_set() or restarts == 0:
+            return status
+        restarts -= 1
+        if status != PREEMPTED:
+            say(f"exit status {status}: starting again in {pause:g} s, {restarts} restarts left")
+            if stop.wait(pause):
+                return status
+            pause = min(2 * pause, 60.0)
+        else:
+            say(f"stopped on request: starting again, {restarts} restarts left")
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="launch/local.py",
+        usage="launch/local.py --processes=N [--devices=M] [options] -- COMMAND ...",
+        description=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--processes", type=positive, required=True, metavar="N", help="processes of the job")
+    parser.add_argument("--devices", type=positive, metavar="M", help="emulated CPU devices in each process")
+    parser.add_argument(
+        "--restarts",
+        type=int,
+        default=0,
+        metavar="R",
+        help="start the job again up to R times: at once after 85, with a growing pause after a crash, never after 78",
+    )
+    parser.add_argument(
+        "--grace", type=float, default=30.0, metavar="S", help="seconds from SIGTERM to SIGKILL (default 30)"
+    )
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what every process runs")
+    options = parser.parse_args(arguments)
+    if options.command[:1] == ["--"]:
+        del options.command[0]
+    if not options.command:
+        parser.error("no command given; put it after --, such as: -- llmjax train --config=... --workdir=...")
+    options.command[0] = resolve(options.command[0])
+    return options
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def resolve(command: str) -> str:
+    """`llmjax` and `python` of the environment that runs this script or, failing that, of the checkout's .venv."""
+    own = pathlib.Path(sys.executable).parent
+    for folder in (own, pathlib.Path(__file__).resolve().parents[1] / ".venv" / "bin"):
+        if command in ("llmjax", "python") and os.access(folder / command, os.X_OK):
+            return str(folder / command)
+    return shutil.which(command) or command
+
+
+def say(line: str) -> None:
+    print(f"[local] {line}", flush=True)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Job:
+    """One start of all processes, from first to last exit."""
+
+    def __init__(self, options: argparse.Namespace, stop: threading.Event):
+        self.options, self.stop = options, stop
+        self.processes: list[subprocess.Popen] = []
+        self.deadline: float | None = None
+
+    def run(self) -> int:
+        """Start, wait, end. Returns 0 or the status that tells most: a known one rather than the crashes it caused."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._forward)
+        coordinator = f"127.0.0.1:{free_port()}"
+        readers, failed = [], []
+        try:
+            for index in range(self.options.processes):
+                self.processes.append(self._start(index, coordinator))
+                readers.append(threading.Thread(target=self._mark, args=(index,), daemon=True))
+                readers[-1].start()
+            if self.stop.is_set():  # asked while they were being started
+                self._signal(signal.SIGTERM)
+            waiting = dict(enumerate(self.processes))
+            while waiting:
+                for index in [index for index, process in waiting.items() if process.poll() is not None]:
+                    status = exit_status(waiting.pop(index).returncode)
+                    if status:
+                        failed.append(status)
+                        self._end_soon(index, status, len(waiting))
+                if self.deadline is not None and time.monotonic() > self.deadline:
+                    self._signal(signal.SIGKILL)
+                time.sleep(0.02)
+        finally:
+            self._signal(signal.SIGKILL)
+            for reader in readers:
+                reader.join(timeout=5)
+        return next((status for status in failed if status in KNOWN), failed[0] if failed else 0)
+
+    def _start(self, index: int, coordinator: str) -> subprocess.Popen:
+        environment = {
+            **os.environ,
+            "LLMJAX_COORDINATOR": coordinator,
+            "LLMJAX_NUM_PROCESSES": str(self.options.processes),
+            "LLMJAX_PROCESS_ID": str(index),
+            "JAX_COORDINATOR_BIND_ADDRESS": coordinator,  # JAX would listen on every interface
+            "PYTHONUNBUFFERED": "1",
+        }
+        if self.options.devices:
+            environment |= {"LLMJAX_CPU_DEVICES": str(self.options.devices), "JAX_PLATFORMS": "cpu"}
+        try:
+            # A session of its own: Ctrl-C reaches the processes once, through us.
+            return subprocess.Popen(
+                self.options.command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise SystemExit(f"launch/local.py: cannot run {self.options.command[0]}: {error.strerror}") from None
+
+    def _mark(self, index: int) -> None:
+        """Pass a process's lines on, marked with its number."""
+        stream = self.processes[index].stdout
+        assert stream is not None
+        for line in stream:
+            sys.stdout.write(f"[p{index}] {line.decode(errors='replace').rstrip()}\n")
+            sys.stdout.flush()
+
+    def _forward(self, number: int, frame) -> None:
+        if self.stop.is_set():  # asked twice: now
+            self._signal(signal.SIGKILL)
+        self.stop.set()
+        self._signal(signal.SIGTERM)
+        self.deadline = time.monotonic() + self.options.grace
+
+    def _end_soon(self, index: int, status: int, left: int) -> None:
+        """After one process's failure: the others notice by themselves within seconds, or are ended."""
+        if left and self.deadline is None:
+            seconds = min(self.options.grace, 10.0)
+            say(f"process {index} ended with {status}; the other {left} get {seconds:g} s")
+            self.deadline = time.monotonic() + seconds
+
+    def _signal(self, number: int) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, number)
+
+
+def exit_status(code: int) -> int:
+    """A shell's view of an exit: 128 + signal for a process that a signal ended."""
+    return 128 - code if code < 0 else code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,307 @@
+"""The door: `llmjax VERB ...` finds the verb's module, and turns every bad input into one line and status 78."""
+
+import argparse
+from collections.abc import Callable
+import dataclasses
+import errno
+import json
+import os
+import sys
+import textwrap
+import traceback
+import typing
+
+from llmjax.config import UserError, suggest
+
+BAD_INPUT = 78
+
+OVERVIEW = """\
+llmjax: pretrain language models, from a laptop to a pod
+
+  llmjax prepare   --config=FILE --workdir=DIR   text -> tokenizer, token store, packing plan
+  llmjax train     --config=FILE --workdir=DIR   prepares if needed, trains, resumes, evaluates, writes report.html
+  llmjax eval      --workdir=DIR                 scores a checkpoint on a split
+  llmjax generate  --workdir=DIR --prompt=TEXT   writes text with a checkpoint
+  llmjax inspect   --workdir=DIR                 checkpoints, their fingerprints, the config
+  llmjax fields    [SECTION]                     every config field, its meaning and its default
+
+Every config field can be set on the command line: --config.train.steps=500
+`llmjax VERB --help` says more. To begin: llmjax train --config=configs/quickstart.py --workdir=runs/quickstart
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a bad flag is a UserError: one line, like every other bad input."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{self.prog}: {message}; see `{self.prog} --help`")
+
+
+def main() -> typing.NoReturn:
+    """Run a verb and exit: 0 done, 78 bad input (a restart would not help), 85 saved on request, else a crash."""
+    try:
+        status = run(sys.argv[1:])
+    except UserError as error:
+        status = _fail(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        status = _fail(f"no space left{f' for {error.filename}' if error.filename else ''}: free some and start again")
+    except KeyboardInterrupt:
+        status = 130
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    _exit(status)
+
+
+def _fail(message: str) -> int:
+    print(f"llmjax: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return BAD_INPUT
+
+
+def _exit(status: int) -> typing.NoReturn:
+    """In a job of several processes, one that failed must not wait for the others in JAX's shutdown barrier."""
+    if status and "jax" in sys.modules and "LLMJAX_COORDINATOR" in os.environ:
+        from llmjax.parallel import hosts
+
+        hosts.exit_now(status)
+    sys.exit(status)
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line (without the program's name) and return its exit status."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(OVERVIEW, end="")
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        raise UserError(f"unknown verb {verb!r}{suggest(verb, VERBS)}: known are {', '.join(VERBS)}")
+    return VERBS[verb](rest)
+
+
+def _parser(verb: str, description: str, example: str) -> Parser:
+    return Parser(
+        prog=f"llmjax {verb}",
+        description=textwrap.dedent(description),
+        epilog=f"example:\n  {example}\n\nconfig fields: llmjax fields",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _parse(parser: Parser, arguments: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
+    """Flags, and the `--config.FIELD=VALUE` overrides in order."""
+    plain, overrides, waiting = [], [], iter(arguments)
+    for argument in waiting:
+        if not argument.startswith("--config."):
+            plain.append(argument)
+            continue
+        field, equals, value = argument.removeprefix("--config.").partition("=")
+        if not equals and (value := next(waiting, None)) is None:
+            raise UserError(f"{argument}: give a value, {argument}=VALUE")
+        overrides.append((field, value))
+    return parser.parse_args(plain), overrides
+
+
+def _workdir(text: str):
+    from etils import epath
+
+    return epath.Path(os.path.expanduser(text))
+
+
+def _say(line: str) -> None:
+    """Print on process 0 alone."""
+    from llmjax.parallel import hosts
+
+    if hosts.is_primary():
+        print(line, flush=True)
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def whole_number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise ValueError
+        return value
+
+    whole_number.__name__ = f"whole number, {least} or more"
+    return whole_number
+
+
+def prepare(arguments: list[str]) -> int:
+    """Text to token store."""
+    parser = _parser(
+        "prepare",
+        """\
+        Read the text, split it into train, validation and test, train a tokenizer (or take a given one), write the
+        token store. Finished parts are kept: started again, it goes on where it was. Nothing is trained.""",
+        "llmjax prepare --config=configs/quickstart.py --workdir=runs/a --config.data.sources.main.path='texts/*.txt'",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE[:SIZE]", help="a Python file with get_config()")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run's files go")
+    flags, overrides = _parse(parser, arguments)
+    from llmjax import loading, run_config, workdir as workdirs
+    from llmjax.data import prepare as preparing
+
+    config = run_config.resolve(flags.config, overrides)
+    workdir = _workdir(flags.workdir)
+    store = loading.store_folder(config, workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with workdirs.Lock(workdir, primary=True):
+        preparing.prepare(config.data, store, say=lambda line: print(line, flush=True))
+    print(f"next: llmjax train --config={flags.config} --workdir={flags.workdir}  (with the same overrides)")
+    return 0
+
+
+def train(arguments: list[str]) -> int:
+    """Train, or resume."""
+    parser = _parser(
+        "train",
+        """\
+        Train a model: the token store is prepared first where it is missing, and a workdir that holds a checkpoint is
+        resumed from its newest good one. Ends with an evaluation, samples and report.html.
+        For several processes on one machine: launch/local.py --processes=2 --devices=4 -- llmjax train ...""",
+        "llmjax train --config=configs/quickstart.py --workdir=runs/mine --config.train.steps=500",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE[:SIZE]", help="a Python file with get_config()")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run's files go")
+    flags, overrides = _parse(parser, arguments)
+    from llmjax import run_config
+    from llmjax.parallel import hosts
+
+    config = run_config.resolve(flags.config, overrides)
+    hosts.initialize()
+    from llmjax.train import loop
+
+    return loop.train(config, _workdir(flags.workdir), _say)
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Score a checkpoint."""
+    parser = _parser(
+        "eval",
+        """\
+        Score a checkpoint on every document of a split, once each: loss, perplexity, bits per byte over the original
+        text, accuracy of the next token, by source. Writes WORKDIR/eval/<step>/<split>.json. Any mesh will do.""",
+        "llmjax eval --workdir=runs/mine --split=test",
+    )
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="a run")
+    parser.add_argument("--step", type=_whole(0), help="the checkpoint (default: the newest)")
+    parser.add_argument("--split", default="validation", choices=("train", "validation", "test"))
+    flags, overrides = _parse(parser, arguments)
+    from llmjax.parallel import hosts
+
+    hosts.initialize()
+    from llmjax import report
+    from llmjax.evals import harness
+
+    path, scores = harness.evaluate(
+        _workdir(flags.workdir), step=flags.step, split=flags.split, overrides=overrides, say=_say
+    )
+    for line in harness.describe(scores):
+        _say(line)
+    _say(f"written to {path}\nreport: {report.write_report(_workdir(flags.workdir))}\nnext: llmjax generate --workdir={flags.workdir} --prompt='Once upon a time'")
+    return 0
+
+
+def generate(arguments: list[str]) -> int:
+    """Write text."""
+    parser = _parser(
+        "generate",
+        """\
+        Continue prompts with a checkpoint. The same seed gives the same text, whatever the other prompts are.
+        --temperature=0 always takes the likeliest token.""",
+        "llmjax generate --workdir=runs/mine --prompt='def main(' --temperature=0.8 --top_p=0.95 --seed=1",
+    )
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="a run")
+    parser.add_argument("--prompt", action="append", required=True, help="text to continue; may be given several times")
+    parser.add_argument("--step", type=_whole(0), help="the checkpoint (default: the newest)")
+    parser.add_argument("--max_tokens", type=_whole(1), default=100, help="tokens to write at most (default 100)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy (default 0.8)")
+    parser.add_argument("--top_k", type=_whole(0), default=0, help="only the k likeliest tokens; 0: all (default)")
+    parser.add_argument("--top_p", type=float, default=1.0, help="only the likeliest tokens that hold this probability")
+    parser.add_argument("--seed", type=_whole(0), default=0)
+    flags, overrides = _parse(parser, arguments)
+    from llmjax.parallel import hosts
+
+    hosts.initialize()
+    from llmjax import loading, sampling
+
+    loaded = loading.load(_workdir(flags.workdir), step=flags.step, overrides=overrides, say=_say)
+    texts = sampling.complete(
+        flags.prompt,
+        graph=loaded.graph,
+        params=loaded.params,
+        model=loaded.config.model,
+        mesh=loaded.mesh,
+        rules=loaded.config.parallel.rules,
+        tokenizer=loaded.tokenizer,
+        max_tokens=flags.max_tokens,
+        temperature=flags.temperature,
+        top_k=flags.top_k,
+        top_p=flags.top_p,
+        seed=flags.seed,
+    )
+    for prompt, text in zip(flags.prompt, texts, strict=True):
+        _say(prompt + text)
+    return 0
+
+
+def inspect(arguments: list[str]) -> int:
+    """Look at a run."""
+    parser = _parser(
+        "inspect",
+        "Show a run's checkpoints, their fingerprints and data states, and its config.",
+        "llmjax inspect --workdir=runs/mine --json",
+    )
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="a run")
+    parser.add_argument("--json", action="store_true", help="machine-readable, oldest checkpoint first")
+    flags = parser.parse_args(arguments)
+    from llmjax import inspection
+
+    found = inspection.inspect(_workdir(flags.workdir))
+    print(json.dumps(found, indent=2) if flags.json else inspection.describe(found))
+    return 0
+
+
+def fields(arguments: list[str]) -> int:
+    """Explain the config."""
+    parser = _parser("fields", "Every config field: its meaning, unit and default.", "llmjax fields optimizer")
+    parser.add_argument("section", nargs="?", metavar="SECTION", help="one section, such as model or data.tokenizer")
+    flags = parser.parse_args(arguments)
+    from llmjax.run_config import RunConfig
+
+    shown = []
+
+    def show(cls: type, path: str) -> None:
+        hints = typing.get_type_hints(cls)
+        shown.append(path)
+        if not flags.section or path == flags.section:
+            print(f"[{path or 'top level'}] {textwrap.dedent('    ' + (cls.__doc__ or '')).strip()}\n")
+            for field in dataclasses.fields(cls):
+                if not dataclasses.is_dataclass(hints[field.name]) and field.default is not dataclasses.MISSING:
+                    print(f"  --config.{path}{'.' if path else ''}{field.name}={field.default!r}")
+            print()
+        for name, hint in hints.items():
+            inner = next((h for h in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(h)), None)
+            if inner is not None:
+                entry = f"{name}.NAME" if inner is not hint else name
+                show(typing.cast(type, inner), f"{path}.{entry}" if path else entry)
+
+    show(RunConfig, "")
+    if flags.section and flags.section not in shown:
+        raise UserError(
+            f"no section {flags.section!r}{suggest(flags.section, shown)}: known are {', '.join(shown[1:])}"
+        )
+    return 0
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "prepare": prepare,
+    "train": train,
+    "eval": evaluate,
+    "generate": generate,
+    "inspect": inspect,
+    "fields": fields,
+}

@@ -1,0 +1,175 @@
+"""The door: config files and command-line overrides become frozen dataclasses, one per section."""
+
+import ast
+from collections.abc import Mapping
+import dataclasses
+import difflib
+import importlib.util
+import inspect
+import pathlib
+import types
+import typing
+from typing import Any
+
+import ml_collections
+
+
+class UserError(ValueError):
+    """Something the user typed or gave cannot be honoured: one line that names the field, the value and the mend."""
+
+
+def suggest(name: str, known: typing.Iterable[str]) -> str:
+    """' (did you mean X?)' where a known name is near, else ''."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def default_of(hint: Any) -> Any:
+    """The default value of a section's type: nested dataclasses by their own defaults, open maps empty."""
+    return hint() if dataclasses.is_dataclass(hint) else {}
+
+
+def _open_map(hint: Any) -> Any | None:
+    """The entry type of a Mapping[str, Entry] field, else None."""
+    if typing.get_origin(hint) in (dict, Mapping):
+        return typing.get_args(hint)[1]
+    return None
+
+
+def bind(cls: type, section: Mapping[str, Any], path: str = "") -> Any:
+    """A frozen dataclass from a mapping; nested sections and open maps are bound too.
+
+    Raises UserError for an unknown field (with the nearest known one) and for a value of a wrong type.
+    """
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for name, value in section.items():
+        where = f"{path}.{name}" if path else name
+        if name not in hints:
+            raise UserError(f"unknown config field {where!r}{suggest(name, hints)}")
+        values[name] = _bind_value(hints[name], value, where)
+    return cls(**values)
+
+
+def _bind_value(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise UserError(
+                f"{where}={value!r}: this is a section; set one of its fields, such as {where}."
+                f"{dataclasses.fields(hint)[0].name}"
+            )
+        return bind(hint, value, where)  # type: ignore[arg-type]
+    if (entry := _open_map(hint)) is not None:
+        if not isinstance(value, Mapping):
+            raise UserError(f"{where}={value!r}: this is a map of named entries; set {where}.NAME.FIELD")
+        return {name: _bind_value(entry, item, f"{where}.{name}") for name, item in value.items()}
+    return _convert(hint, value, where)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the field's type. Ints pass for floats, lists for tuples; nothing else is bent."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        options = typing.get_args(hint)
+        if value is None and type(None) in options:
+            return None
+        hint = next(o for o in options if o is not type(None))
+        origin = typing.get_origin(hint)
+    kind = origin or hint
+    if kind is Any or (isinstance(value, kind) and not (kind in (int, float) and isinstance(value, bool))):
+        return _tuples(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is int and isinstance(value, float) and value == int(value):
+        return int(value)
+    if kind is tuple and isinstance(value, list):
+        return _tuples(value)
+    raise UserError(f"{where}={value!r}: expected {_describe(kind)}, got {type(value).__name__}")
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def _describe(kind: type) -> str:
+    names = {
+        int: "a whole number",
+        float: "a number",
+        str: "a text",
+        bool: "true or false",
+        tuple: "a tuple such as (1, 2)",
+    }
+    return names.get(kind, kind.__name__)
+
+
+def as_dict(config: Any) -> Any:
+    """A plain nested dict (JSON-ready but for tuples) of a bound config."""
+    return dataclasses.asdict(config)
+
+
+def load_file(spec: str) -> ml_collections.ConfigDict:
+    """`FILE.py[:ARG]` -> the locked ConfigDict that its get_config(ARG) returns."""
+    file, _, argument = spec.partition(":")
+    path = pathlib.Path(file)
+    if not path.is_file():
+        raise UserError(
+            f"--config={spec}: no such file; give a Python file with get_config(), such as configs/quickstart.py"
+        )
+    module_spec = importlib.util.spec_from_file_location(f"llmjax_config_{path.stem}", path)
+    assert module_spec and module_spec.loader
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"--config={spec}: {file} has no function get_config()")
+    if argument and not inspect.signature(module.get_config).parameters:
+        raise UserError(f"--config={spec}: {file} has no sizes; leave {':' + argument!r} away")
+    config = module.get_config(argument) if argument else module.get_config()
+    return config.lock()
+
+
+def parse_override(cls: type, field: str, text: str) -> Any:
+    """The typed value of one `--config.FIELD=TEXT`, by the type that the field has in `cls`."""
+    hint: Any = cls
+    walked: list[str] = []
+    for name in field.split("."):
+        walked.append(name)
+        where = ".".join(walked)
+        if dataclasses.is_dataclass(hint):
+            hints = typing.get_type_hints(hint)
+            if name not in hints:
+                raise UserError(f"unknown config field {where!r}{suggest(name, hints)}")
+            hint = hints[name]
+        elif (entry := _open_map(hint)) is not None:
+            hint = entry
+        else:
+            raise UserError(f"unknown config field {where!r}: {'.'.join(walked[:-1])} is a value, not a section")
+    if dataclasses.is_dataclass(hint) or _open_map(hint) is not None:
+        raise UserError(f"--config.{field}={text}: this is a section; set one of its fields")
+    options = [o for o in typing.get_args(hint)] if isinstance(hint, types.UnionType) else [hint]
+    if str in options and not (type(None) in options and text == "None"):
+        return text
+    if bool in options and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    return _convert(hint, value, field)
+
+
+def set_field(tree: dict, field: str, value: Any) -> None:
+    """Put one dotted field into a nested dict."""
+    *parents, leaf = field.split(".")
+    for name in parents:
+        tree = tree.setdefault(name, {})
+    tree[leaf] = value
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """(field, old value, new value) for every leaf that differs between two nested dicts; lists equal tuples."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        found = []
+        for name in dict.fromkeys([*old, *new]):
+            found += differences(old.get(name), new.get(name), f"{path}.{name}" if path else name)
+        return found
+    return [] if _tuples(old) == _tuples(new) else [(path, old, new)]

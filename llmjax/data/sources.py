@@ -1,0 +1,172 @@
+"""Where documents are: sources listed as units of work that several processes can share."""
+
+from collections.abc import Iterator
+import dataclasses
+import glob
+import os
+from pathlib import Path
+import re
+import sysconfig
+
+from llmjax.config import UserError
+from llmjax.data.config import SourceConfig
+
+MIN_UNIT_BYTES, MAX_UNIT_BYTES = 1 << 20, 1 << 28
+_TARGET_UNITS = 64  # of a source: enough for the cores of a large machine, few enough for a store that opens at once
+_TFDS_RECORDS = 8192  # in a unit
+_TFDS = re.compile(r"(?P<name>[^:@]+(:\d+\.\d+\.\d+)?)(:(?P<split>[^@]+))?(@(?P<folder>.+))?")
+# Left out of the standard library: tests, and files that are generated or differ from machine to machine.
+_NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "encodings", "pydoc_data"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """A span of one file: bytes of JSONL, row groups of Parquet, records of TFDS; whole where end is None."""
+
+    path: str
+    begin: int = 0
+    end: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """Documents that one process reads, splits and tokenizes: the shard of the token store that they become.
+
+    kind         "text", "jsonl", "parquet" or "tfds"
+    text_field   of a record
+    items        files or spans of one file, read in this order
+    state        size and time of change of the files: an interrupted preparation starts over when they differ
+    """
+
+    source: str
+    index: int
+    kind: str
+    text_field: str
+    items: tuple[Item, ...]
+    state: str
+
+
+def list_units(name: str, source: SourceConfig) -> list[Unit]:
+    """The units of one source, in an order that depends on the path names alone.
+
+    Raises UserError for a path that does not exist, that matches no file, or whose Parquet files lack the text field.
+    """
+    where = f"data.sources.{name}.path={source.path!r}"
+    if source.path.startswith("tfds:"):
+        groups = _tfds_groups(source.path, where)
+    elif source.path == "stdlib:":
+        groups = _grouped(_file_spans(_stdlib_files(where)))
+    else:
+        groups = _grouped(_file_spans(_matching_files(source.path, where)))
+    return [
+        Unit(name, index, kind, source.text_field, tuple(items), state)
+        for index, (kind, items, state) in enumerate(groups)
+    ]
+
+
+def kind_of(path: str) -> str:
+    """The reader of a file, by its name: "jsonl", "parquet" or "text", .gz and .zst aside."""
+    suffix = Path(re.sub(r"\.(gz|zst)$", "", path)).suffix.lower()
+    return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".pq": "parquet"}.get(suffix, "text")
+
+
+def _matching_files(path: str, where: str) -> list[str]:
+    path = os.path.expanduser(path)
+    if os.path.isdir(path):
+        raise UserError(f"{where}: this is a folder; give a glob such as '{path.rstrip('/')}/**/*.txt'")
+    # A name that holds glob characters, such as a[1].txt, still names its file.
+    found = [path] if os.path.isfile(path) else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
+    if not found:
+        what = "no file matches this glob" if glob.has_magic(path) else "no such file"
+        raise UserError(f"{where}: {what}; give a file, a quoted glob such as '/texts/**/*.txt', or 'stdlib:'")
+    return found
+
+
+def _stdlib_files(where: str) -> list[str]:
+    root = Path(sysconfig.get_path("stdlib"))
+    files = [
+        path
+        for path in root.rglob("*.py")
+        if not _NOT_STDLIB & set(path.relative_to(root).parts[:-1]) and not path.name.startswith("_sysconfigdata")
+    ]
+    if not files:
+        raise UserError(f"{where}: this Python has no sources at {root}; give text of your own")
+    return [str(path) for path in sorted(files, key=lambda path: path.relative_to(root).as_posix())]
+
+
+def _file_spans(files: list[str]) -> list[tuple[str, Item, int, str]]:
+    """(kind, item, bytes, state) for every file; plain JSONL and Parquet are cut, so that one file feeds many units."""
+    stats = [os.stat(path) for path in files]
+    limit = _unit_bytes(sum(stat.st_size for stat in stats))
+    spans = []
+    for path, stat in zip(files, stats, strict=True):
+        kind, state = kind_of(path), f"{stat.st_size}:{stat.st_mtime_ns}"
+        if kind == "jsonl" and not path.endswith((".gz", ".zst")) and stat.st_size > limit:
+            for begin in range(0, stat.st_size, limit):
+                end = min(begin + limit, stat.st_size)
+                spans.append((kind, Item(path, begin, end), end - begin, state))
+        elif kind == "parquet":
+            spans += [(kind, item, size, state) for item, size in _row_groups(path, stat.st_size)]
+        else:
+            spans.append((kind, Item(path), stat.st_size, state))
+    return spans
+
+
+def _row_groups(path: str, size: int) -> Iterator[tuple[Item, int]]:
+    """(item, bytes) for every row group; a file whose footer cannot be read stays whole, for the reader to reject."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        metadata = pyarrow.parquet.read_metadata(path)
+    except (pyarrow.ArrowException, OSError):
+        yield Item(path), size
+        return
+    for group in range(metadata.num_row_groups):
+        yield Item(path, group, group + 1), metadata.row_group(group).total_byte_size
+
+
+def _tfds_groups(path: str, where: str) -> Iterator[tuple[str, list[Item], str]]:
+    records = len(open_tfds(path, where))
+    for begin in range(0, records, _TFDS_RECORDS):
+        yield "tfds", [Item(path, begin, min(begin + _TFDS_RECORDS, records))], f"{records} records"
+
+
+def open_tfds(path: str, where: str):
+    """The records of `tfds:NAME[:SPLIT][@DATA_DIR]` by index, read without TensorFlow. The default split is train.
+
+    Raises UserError for a set that is not in the folder, a split that it lacks, or files other than ArrayRecord.
+    """
+    import tensorflow_datasets as tfds
+
+    match = _TFDS.fullmatch(path.removeprefix("tfds:"))
+    if not match:
+        raise UserError(f"{where}: expected tfds:NAME[:SPLIT][@DATA_DIR]")
+    name, split, folder = match["name"], match["split"] or "train", match["folder"]
+    try:
+        return tfds.builder(name, data_dir=folder, try_gcs=False).as_data_source(split=split)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{where}: cannot be read ({reason}); the set must be prepared beforehand as ArrayRecord files "
+            "(download_and_prepare with file_format='array_record')"
+        ) from None
+
+
+def _unit_bytes(total: int) -> int:
+    return min(max(total // _TARGET_UNITS, MIN_UNIT_BYTES), MAX_UNIT_BYTES)
+
+
+def _grouped(spans: list[tuple[str, Item, int, str]]) -> Iterator[tuple[str, list[Item], str]]:
+    """Neighbours of one kind put together up to the size of a unit."""
+    limit = _unit_bytes(sum(size for _, _, size, _ in spans))
+    kind, items, size, states = "", [], 0, []
+    for span_kind, item, span_size, state in spans:
+        if items and (span_kind != kind or size + span_size > limit):
+            yield kind, items, ",".join(states)
+            items, size, states = [], 0, []
+        kind, size = span_kind, size + span_size
+        items.append(item)
+        states.append(state)
+    if items:
+        yield kind, items, ",".join(states)

@@ -1,0 +1,128 @@
+"""A pool of fresh Python processes that import no device code; they end with the process that started them."""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import os
+import pickle
+import queue
+import subprocess
+import sys
+import threading
+from typing import Any, BinaryIO
+
+from llmjax.config import UserError
+
+_SERVE = "from llmjax.data.workers import serve; serve()"
+
+
+class Workers:
+    """`num_workers` processes; `map` runs tasks on them. A context manager.
+
+    The processes are started as `python -c`, so the caller's own script is not imported again and needs no guard.
+    """
+
+    def __init__(self, num_workers: int):
+        # TOKENIZERS_PARALLELISM: one thread a process, as the processes already fill the cores.
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        environment |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        self._processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", _SERVE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+            )
+            for _ in range(num_workers)
+        ]
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                # What was still buffered for a process that is gone cannot be delivered, and need not be.
+                with contextlib.suppress(OSError):
+                    pipe.close()  # type: ignore[union-attr]
+
+    def map(self, function: Callable, tasks: list[tuple]) -> Iterator[tuple[int, Any]]:
+        """(index of the task, function(*task)) as they finish. The first exception of a task is raised here.
+
+        Raises UserError where a process is killed, as the system does when memory runs out.
+        """
+        waiting: queue.SimpleQueue = queue.SimpleQueue()
+        finished: queue.SimpleQueue = queue.SimpleQueue()
+        for index, task in enumerate(tasks):
+            waiting.put((index, task))
+        for process in self._processes[: len(tasks)]:
+            threading.Thread(target=_feed, args=(process, function, waiting, finished), daemon=True).start()
+        for _ in tasks:
+            index, error, result = finished.get()
+            if error is not None:
+                raise error
+            yield index, result
+
+
+def _feed(process: subprocess.Popen, function: Callable, waiting: queue.SimpleQueue, finished: queue.SimpleQueue):
+    """One process's share of the tasks, by a thread of the parent."""
+    while True:
+        try:
+            index, task = waiting.get_nowait()
+        except queue.Empty:
+            return
+        try:
+            _send(process.stdin, (function, task))  # type: ignore[arg-type]
+            error, result = pickle.load(process.stdout)  # type: ignore[arg-type]
+        except (EOFError, OSError, pickle.UnpicklingError):
+            error, result = _death(process), None
+        finished.put((index, error, result))
+        if error is not None:
+            return
+
+
+def _death(process: subprocess.Popen) -> UserError:
+    code = process.wait()
+    return UserError(
+        f"a process that prepares the data ended with status {code} (-9: usually out of memory); "
+        "set data.workers to a smaller number and run again: finished shards are kept"
+    )
+
+
+def _send(pipe: BinaryIO, message: Any) -> None:
+    pipe.write(pickle.dumps(message))
+    pipe.flush()
+
+
+def serve() -> None:
+    """The worker's loop: (function, arguments) from stdin, (error, result) to stdout; ends when the parent does."""
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not mix with the replies
+    requests: queue.SimpleQueue = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(requests,), daemon=True).start()
+    while True:
+        function, task = requests.get()
+        try:
+            reply = (None, function(*task))
+        except Exception as error:
+            reply = (_portable(error), None)
+        try:
+            _send(replies, reply)
+        except BrokenPipeError:
+            os._exit(1)
+
+
+def _listen(requests: queue.SimpleQueue) -> None:
+    """Ends the process as soon as the parent's end of the pipe closes, even in the middle of a task."""
+    while True:
+        try:
+            requests.put(pickle.load(sys.stdin.buffer))
+        except EOFError:
+            os._exit(1)
+
+
+def _portable(error: Exception) -> Exception:
+    """The error itself where it survives the pipe, else a RuntimeError that quotes it."""
+    with contextlib.suppress(Exception):
+        pickle.loads(pickle.dumps(error))
+        return error
+    return RuntimeError(f"{type(error).__name__}: {error}")

@@ -1,0 +1,156 @@
+"""Evaluation: every example of a split exactly once, on any mesh. A checkpoint goes in, a report comes out."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import math
+import pathlib
+import time
+from typing import Any
+
+from etils import epath
+from flax import nnx
+import jax
+from jax.sharding import Mesh
+import numpy as np
+
+from llmjax import loading, losses, workdir as workdirs
+from llmjax.batch import Batch
+from llmjax.config import UserError
+from llmjax.data import prepare
+from llmjax.data.pipeline import EvalData
+from llmjax.parallel import axes, compile as compiling, hosts
+from llmjax.run_config import RunConfig
+
+
+@dataclasses.dataclass
+class Sums:
+    """Exact totals of a split, float64 on the host, so that they depend on no batch size and no mesh."""
+
+    nats: float = 0.0
+    tokens: float = 0.0
+    correct: float = 0.0
+    text_bytes: int = 0
+    documents: int = 0
+
+    def add(self, other: "Sums") -> None:
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+    def scores(self) -> dict[str, Any]:
+        """loss: nats a token. bits_per_byte: all nats, first tokens and EOS included, over the original UTF-8 bytes."""
+        loss = self.nats / max(self.tokens, 1)
+        return {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "bits_per_byte": self.nats / math.log(2) / max(self.text_bytes, 1),
+            "accuracy": self.correct / max(self.tokens, 1),
+            "nats": self.nats,
+            "tokens": int(self.tokens),
+            "text_bytes": self.text_bytes,
+            "documents": self.documents,
+        }
+
+
+class Evaluator:
+    """Scores parameters on the splits of a store; the compiled step is kept between calls."""
+
+    def __init__(self, graph: Any, config: RunConfig, mesh: Mesh, store: pathlib.Path):
+        self.config, self.mesh, self.store = config, mesh, store
+        self.batch = config.eval.batch or config.train.global_batch
+        self.sharding = compiling.batch_sharding(mesh)
+        compiling.check_batch("eval.batch" if config.eval.batch else "train.global_batch", self.batch, mesh)
+        self.rows = hosts.local_rows(self.sharding, self.batch)
+
+        def score(params: dict, batch: Batch) -> losses.LossSums:
+            model = nnx.merge(graph, params)
+            chunk = config.train.loss_chunk
+            return losses.cross_entropy(
+                model(batch), model.unembed, batch.targets, batch.weights, chunk=chunk, z_loss=0.0
+            )
+
+        self._score = jax.jit(score)
+
+    def split(self, params: dict, split: str, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+        """Scores of one split, in all and by source: {"split", "total": {...}, "sources": {name: {...}}}."""
+        manifest = prepare.read_manifest(self.store)
+        assert manifest is not None
+        total, sources = Sums(), {}
+        for name, source in manifest["sources"].items():
+            if not source[split]["tokens"]:
+                continue
+            sums = self._source(params, name, split, say)
+            sources[name] = sums.scores()
+            total.add(sums)
+        if not sources:
+            raise UserError(
+                f"--split={split}: that split of {self.store} is empty; raise data.split.{split} and prepare again"
+            )
+        scores = {"split": split, "total": total.scores(), "sources": sources}
+        if not manifest["tokenizer"]["lossless"]:
+            scores["note"] = "the tokenizer loses text, so bits per byte are of what it keeps over the original bytes"
+        return scores
+
+    def _source(self, params: dict, name: str, split: str, say: Callable[[str], None]) -> Sums:
+        data = EvalData(self.store, self.config.data, split=split, source=name, batch=self.batch)
+        sums = Sums(text_bytes=data.text_bytes, documents=data.documents)
+        began = last = time.monotonic()
+        waiting = None
+        with jax.set_mesh(self.mesh), axes.use_rules(self.config.parallel.rules):
+            for done, local in enumerate(data.batches(self.rows)):
+                ahead = self._score(params, hosts.global_batch(self.sharding, local, self.rows, self.batch))
+                # The sums of a batch are fetched once the next one runs, so that the device never waits for the host.
+                _take(sums, waiting)
+                waiting = ahead
+                if time.monotonic() - last > 5:
+                    last = time.monotonic()
+                    left = (last - began) / (done + 1) * (data.num_batches - done - 1)
+                    say(f"  evaluating {split}/{name}: {done + 1}/{data.num_batches} batches, {left:.0f} s left")
+        _take(sums, waiting)
+        if sums.tokens != data.tokens:
+            raise AssertionError(f"{split}/{name}: scored {sums.tokens} tokens of {data.tokens}")
+        return sums
+
+
+def _take(sums: Sums, fetched: losses.LossSums | None) -> None:
+    if fetched is not None:
+        sums.nats += float(np.asarray(fetched.nats))
+        sums.tokens += float(np.asarray(fetched.weight))
+        sums.correct += float(np.asarray(fetched.correct))
+
+
+def write(workdir: epath.Path, step: int, scores: dict[str, Any], *, parameters: str, fingerprint: str) -> epath.Path:
+    """Put scores at WORKDIR/eval/<step>/<split>.json, with the name of the parameters that were scored."""
+    path = workdir / "eval" / str(step) / f"{scores['split']}.json"
+    if hosts.is_primary():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        workdirs.write_json(path, {"step": step, "parameters": parameters, "fingerprint": fingerprint, **scores})
+    return path
+
+
+def evaluate(
+    workdir: epath.Path,
+    *,
+    step: int | None,
+    split: str,
+    overrides: Sequence[tuple[str, str]] = (),
+    say: Callable[[str], None] = print,
+) -> tuple[epath.Path, dict[str, Any]]:
+    """`llmjax eval`: score a checkpoint on one split. Returns the file written and the scores."""
+    loaded = loading.load(workdir, step=step, overrides=overrides, say=say)
+    say(f"step {loaded.step} ({loaded.parameters}), {split} split, {jax.device_count()} devices")
+    scores = Evaluator(loaded.graph, loaded.config, loaded.mesh, loaded.store).split(loaded.params, split, say)
+    path = write(workdir, loaded.step, scores, parameters=loaded.parameters, fingerprint=loaded.fingerprint)
+    return path, scores
+
+
+def describe(scores: dict[str, Any]) -> list[str]:
+    """The scores as lines for people: one a source, and the total where there are several."""
+    rows = dict(scores["sources"])
+    if len(rows) > 1:
+        rows["(all)"] = scores["total"]
+    return [
+        f"  {name}: loss {s['loss']:.4f} nats/token, perplexity {s['perplexity']:.2f}, "
+        f"{s['bits_per_byte']:.4f} bits per byte, accuracy {s['accuracy']:.1%} "
+        f"({s['tokens']:,} tokens, {s['documents']:,} documents, {s['text_bytes']:,} bytes)"
+        for name, s in rows.items()
+    ]

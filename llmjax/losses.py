@@ -1,0 +1,114 @@
+"""Token cross-entropy as sums, in chunks of the sequence, so that [batch, seq, vocab] never exists."""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossSums:
+    """Sums over scored tokens, float32 scalars; divide once, after all shards and microbatches are added.
+
+    nats      cross-entropy
+    z         z-loss, its coefficient included: the objective is nats + z
+    weight    of the scored tokens
+    correct   weight of the tokens whose target had the highest logit (ties count)
+
+    Differentiate nats + z, nothing else: the gradient of that sum flows through `nats`, and `z` carries none.
+    """
+
+    nats: jax.Array
+    z: jax.Array
+    weight: jax.Array
+    correct: jax.Array
+
+
+def cross_entropy(
+    hidden: jax.Array,
+    unembed: Callable[[jax.Array], jax.Array],
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    chunk: int,
+    z_loss: float,
+) -> LossSums:
+    """Weighted cross-entropy of hidden states [batch, seq, embed] against targets [batch, seq], summed.
+
+    `unembed` gives float32 logits [..., vocab] of `chunk` positions at a time (0: all at once). Where a gradient is wanted, each chunk's is
+    made while its logits are there, so that no logits are kept or computed twice. `z_loss` times the squared log partition function
+    keeps logits near 0 (PaLM, arXiv 2204.02311).
+    """
+    seq = hidden.shape[1]
+    pieces = tuple(_split(x, min(chunk or seq, seq)) for x in (hidden, targets, weights))
+    head, parameters = jax.closure_convert(unembed, pieces[0][0])
+    return _cross_entropy(head, z_loss, parameters, *pieces)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _cross_entropy(head, z_loss, parameters, hidden, targets, weights):
+    score = lambda h, t, w: (_token_sums(head(h, *parameters), t, w, z_loss=z_loss)[0], None)
+    return _sum(score, (hidden, targets, weights))[0]
+
+
+def _forward(head, z_loss, parameters, hidden, targets, weights):
+    def score(h, t, w):
+        logits, transpose = jax.vjp(head, h, *parameters)
+        sums, d_logits = _token_sums(logits, t, w, z_loss=z_loss)
+        d_hidden, *d_parameters = transpose(d_logits)
+        return (sums, [d.astype(jnp.float32) for d in d_parameters]), d_hidden
+
+    (sums, d_parameters), d_hidden = _sum(score, (hidden, targets, weights))
+    # Of the parameters only their types go on to the backward pass.
+    return sums, (d_parameters, d_hidden, [jnp.zeros(0, p.dtype) for p in parameters])
+
+
+def _backward(head, z_loss, saved, cotangent):
+    d_parameters, d_hidden, like = saved
+    scale = lambda d, dtype: (d * cotangent.nats).astype(dtype)
+    d_parameters = [scale(d, p.dtype) for d, p in zip(d_parameters, like, strict=True)]
+    return d_parameters, scale(d_hidden, d_hidden.dtype), None, None
+
+
+_cross_entropy.defvjp(_forward, _backward)
+
+
+def _token_sums(logits, targets, weights, *, z_loss: float) -> tuple[LossSums, jax.Array]:
+    """Sums, and the objective's gradient by the logits. Reductions over vocab, never a lookup in it, so it may be sharded."""
+    highest = jnp.max(logits, axis=-1, keepdims=True)
+    exponents = jnp.exp(logits - highest)
+    partition = jnp.sum(exponents, axis=-1, keepdims=True)
+    log_z = highest + jnp.log(partition)
+    hit = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) == targets[..., None]
+    target = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1, keepdims=True)
+    weights = weights[..., None]
+    sums = LossSums(
+        nats=jnp.sum(weights * (log_z - target)),
+        z=z_loss * jnp.sum(weights * log_z**2),
+        weight=jnp.sum(weights),
+        correct=jnp.sum(weights * (target >= highest)),
+    )
+    d_log_z = weights * (1.0 + 2.0 * z_loss * log_z)
+    return sums, exponents * (d_log_z / partition) - jnp.where(hit, weights, 0.0)
+
+
+def _split(x: jax.Array, chunk: int) -> jax.Array:
+    """[batch, seq, ...] -> [pieces, batch, chunk, ...]; the last piece is filled up with zeros, which weigh nothing."""
+    batch, seq, *rest = x.shape
+    if short := -seq % chunk:
+        x = jnp.pad(x, [(0, 0), (0, short)] + [(0, 0)] * len(rest))
+    return jnp.moveaxis(x.reshape(batch, -1, chunk, *rest), 1, 0)
+
+
+def _sum(score, pieces):
+    """`score(*piece) -> (totals, out)` over all pieces: totals added, outs stacked."""
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(score, *(x[0] for x in pieces))[0])
+
+    def body(totals, piece):
+        more, out = score(*piece)
+        return jax.tree.map(jnp.add, totals, more), out
+
+    return jax.lax.scan(body, zeros, pieces)

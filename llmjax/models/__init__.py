@@ -1,0 +1,1 @@
+"""Model families; each is a function of a Batch."""

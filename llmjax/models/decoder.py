@@ -1,0 +1,132 @@
+"""Decoder-only transformer: GPT-2, Llama and what lies between them, from one config."""
+
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from llmjax.batch import Batch
+from llmjax.models.decoder_config import DecoderConfig
+from llmjax.nn import attention, dropout, embedding, rotary, stack, weights
+from llmjax.nn.attention import Attention
+from llmjax.nn.dropout import Dropout
+from llmjax.nn.embedding import Embedding
+from llmjax.nn.mlp import Mlp
+from llmjax.nn.norm import NORMS
+
+Cache = tuple[jax.Array, jax.Array]
+
+
+class Block(nnx.Module):
+    """One layer: attention and feed-forward, each with its norm, residual and dropout."""
+
+    def __init__(self, config: DecoderConfig, key: jax.Array):
+        k_attention, k_mlp = jax.random.split(key)
+        bias, dtype = config.biases == "all", config.param_dtype
+        scale = (2 * config.num_layers) ** -0.5  # each of the 2 * num_layers residual branches adds its share of variance
+        norm = lambda: NORMS[config.norm](config.embed, eps=config.norm_eps, bias=bias, dtype=dtype)
+        self.attention_norm, self.mlp_norm = norm(), norm()
+        self.attention = Attention(
+            k_attention,
+            config.embed,
+            num_heads=config.num_heads,
+            num_kv_heads=config.kv_heads,
+            head_dim=config.head_size,
+            bias=bias,
+            scale=scale,
+            kernel=config.attention,
+            dtype=dtype,
+        )
+        self.mlp = Mlp(
+            k_mlp,
+            config.embed,
+            config.mlp_size,
+            activation=config.activation,
+            gated=config.gated == "gated",
+            bias=bias,
+            scale=scale,
+            dtype=dtype,
+        )
+        self.norm_position = config.norm_position
+
+    def __call__(self, x: jax.Array, attend, drop: Dropout) -> tuple[jax.Array, Any]:
+        """x [batch, seq, embed]; `attend(attention, x)` -> (output, out), with or without a cache. Returns (x, out)."""
+        if self.norm_position == "pre":
+            y, out = attend(self.attention, self.attention_norm(x))
+            x = x + drop.at(0)(y)
+            return x + drop.at(1)(self.mlp(self.mlp_norm(x))), out
+        y, out = attend(self.attention, x)
+        x = self.attention_norm(x + drop.at(0)(y))
+        return self.mlp_norm(x + drop.at(1)(self.mlp(x))), out
+
+
+class Decoder(nnx.Module):
+    """Batch -> hidden states [batch, seq, embed], ready for `unembed`.
+
+    Parameters: embed, positions (learned only), blocks (every leaf with a leading "layers" dimension), norm (pre-norm only: post-norm
+    ends normed), head (untied only).
+    """
+
+    def __init__(self, config: DecoderConfig, key: jax.Array):
+        k_embed, k_positions, k_blocks, k_head = jax.random.split(key, 4)
+        dtype, vocab = config.param_dtype, config.padded_vocab
+        self.config = config
+        self.embed = Embedding(k_embed, vocab, config.embed, entries="vocab", dtype=dtype)
+        learned = config.positions == "learned"
+        self.positions = (
+            Embedding(k_positions, config.max_positions, config.embed, entries="seq", dtype=dtype) if learned else None
+        )
+        self.blocks = jax.vmap(lambda k: Block(config, k))(jax.random.split(k_blocks, config.num_layers))
+        pre, bias = config.norm_position == "pre", config.biases == "all"
+        self.norm = NORMS[config.norm](config.embed, eps=config.norm_eps, bias=bias, dtype=dtype) if pre else None
+        untied = config.tied == "untied"
+        self.head = weights.normal(k_head, {"embed": config.embed, "vocab": vocab}, std=0.02, dtype=dtype) if untied else None
+
+    def __call__(self, batch: Batch, key: jax.Array | None = None) -> jax.Array:
+        """Hidden states in the compute type; `key` switches dropout on, with draws by (key, sample, layer, site)."""
+        prepared = attention.KERNELS[self.config.attention].prepare(batch.segments)
+        drop = dropout.for_samples(key, batch.sample, self.config.dropout)
+        angles = self._angles(batch.positions)
+
+        def layer(x, item):
+            block, index = item
+            return block(x, lambda module, y: (module(y, angles, prepared), None), drop.at(index + 1))
+
+        x = drop.at(0)(self._embed(batch.inputs, batch.positions))
+        x, _ = self._run(layer, x, (self.blocks, jnp.arange(self.config.num_layers)), self.config.remat)
+        return x if self.norm is None else self.norm(x)
+
+    def cache(self, batch: int, slots: int) -> Cache:
+        """Empty keys and values, each [layers, batch, slots, kv_heads, head_dim] in the compute type."""
+        config = self.config
+        shape = (config.num_layers, batch, slots, config.kv_heads, config.head_size)
+        return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
+
+    def cached(self, tokens: jax.Array, positions: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Hidden states of tokens [batch, seq] at consecutive positions [batch, seq], after what the cache holds; (hidden, cache)."""
+        none, angles = Dropout(None, 0.0), self._angles(positions)
+
+        def layer(x, item):
+            block, stored = item
+            return block(x, lambda module, y: module.cached(y, angles, positions, stored), none)
+
+        x, cache = self._run(layer, self._embed(tokens, positions), (self.blocks, cache), "none")
+        return (x if self.norm is None else self.norm(x)), cache
+
+    def unembed(self, hidden: jax.Array) -> jax.Array:
+        """Hidden states [..., embed] -> float32 logits [..., padded vocab]; padding ids get a logit that no softmax sees."""
+        table = self.embed.table[...].T if self.head is None else self.head[...]
+        return embedding.logits(hidden, table, vocab_size=self.config.vocab_size)
+
+    def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        x = self.embed(tokens, self.config.dtype)
+        return x if self.positions is None else x + self.positions(positions, self.config.dtype)
+
+    def _angles(self, positions: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+        if self.config.positions != "rotary":
+            return None
+        return rotary.angles(positions, self.config.head_size, self.config.rope_base)
+
+    def _run(self, layer, x, stacked, remat: str):
+        return stack.run(layer, x, stacked, scan=self.config.scan, remat=remat)

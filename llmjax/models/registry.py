@@ -1,0 +1,56 @@
+"""Model families by name: from a config to a module, its shapes, its axes and its first parameters."""
+
+import math
+from typing import Any
+
+from flax import nnx
+import jax
+
+from llmjax.config import UserError, suggest
+from llmjax.models.decoder import Decoder
+from llmjax.models.decoder_config import DecoderConfig
+
+FAMILIES = {"decoder": (DecoderConfig, Decoder)}
+
+
+def config_type(family: str) -> type:
+    """The config dataclass of a family; UserError for an unknown one."""
+    if family not in FAMILIES:
+        raise UserError(f"model.family={family!r}: choose one of {', '.join(FAMILIES)}{suggest(family, FAMILIES)}")
+    return FAMILIES[family][0]
+
+
+def build(config: Any, key: jax.Array) -> nnx.Module:
+    """The model of a config, with fresh parameters."""
+    return FAMILIES[config.family][1](config, key)
+
+
+def abstract(config: Any) -> tuple[nnx.GraphDef, dict, dict]:
+    """(graph, shapes, axes) without computing anything: `nnx.merge(graph, params)` is the model.
+
+    Shapes and axes are nested dicts alike, with a ShapeDtypeStruct or a tuple of logical axes for each parameter; stacked parameters
+    have "layers" as their first axis.
+    """
+    graph, state = nnx.split(jax.eval_shape(lambda key: build(config, key), jax.random.key(0)))
+    shapes = nnx.to_pure_dict(state)
+    is_param = lambda node: isinstance(node, nnx.Param)
+    return graph, shapes, jax.tree.map(_axes, _as_dict(state), is_leaf=is_param)
+
+
+def init(config: Any, key: jax.Array) -> dict:
+    """Fresh parameters as a nested dict of arrays; the same numbers under jit on any mesh."""
+    return nnx.to_pure_dict(nnx.state(build(config, key)))
+
+
+def count_parameters(config: Any) -> int:
+    """Number of parameters, embedding and its padding included; nothing is allocated."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(config)[1]))
+
+
+def _axes(param: nnx.Param) -> tuple[str, ...]:
+    axes = param.get_metadata()["out_sharding"]
+    return ("layers",) * (len(param.shape) - len(axes)) + tuple(axes)
+
+
+def _as_dict(state: Any) -> Any:
+    return {name: _as_dict(node) for name, node in state.items()} if isinstance(state, nnx.State) else state

@@ -1,0 +1,107 @@
+"""Causal self-attention that stays inside a segment; the kernel is chosen by name."""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+from flax import nnx
+import jax
+from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
+
+from llmjax.nn import rotary
+from llmjax.nn.embedding import MASKED
+from llmjax.nn.linear import Linear
+from llmjax.parallel.axes import constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One way to compute attention.
+
+    prepare   segments [batch, seq] -> what the kernel needs to know about them, made once for all layers
+    attend    (q [batch, seq, heads, head_dim], k and v [batch, seq, kv_heads, head_dim], prepared) -> like q
+    """
+
+    prepare: Callable[[jax.Array], Any]
+    attend: Callable[[jax.Array, jax.Array, jax.Array, Any], jax.Array]
+
+
+def causal_mask(segments: jax.Array) -> jax.Array:
+    """segments [batch, seq] -> bool [batch, seq, seq]: a query sees its own segment up to itself."""
+    seq = segments.shape[1]
+    causal = jnp.tril(jnp.ones((seq, seq), bool))
+    return causal & (segments[:, :, None] == segments[:, None, :])
+
+
+def dot(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """Plain attention with a float32 softmax: the oracle for every other kernel.
+
+    q [batch, s, heads, head_dim]; k, v [batch, t, kv_heads, head_dim]; mask bool [batch, s, t]. Returns the shape of q.
+    Query heads are grouped by the key head they share, so keys and values are never repeated.
+    """
+    batch, s, heads, head_dim = q.shape
+    groups = k.shape[2]
+    q = (q * head_dim**-0.5).reshape(batch, s, groups, heads // groups, head_dim)
+    scores = jnp.einsum("bsgrk,btgk->bgrst", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, None], scores, MASKED)
+    out = jnp.einsum("bgrst,btgk->bsgrk", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
+    return out.reshape(batch, s, heads, head_dim)
+
+
+KERNELS = {"dot": Kernel(causal_mask, dot)}
+
+
+class Attention(nnx.Module):
+    """Grouped-query self-attention.  [batch, seq, embed] -> same.  (Ainslie et al., 2023, arXiv 2305.13245)"""
+
+    def __init__(
+        self,
+        key: jax.Array,
+        embed: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        bias: bool,
+        scale: float,
+        kernel: str,
+        dtype: str,
+    ):
+        k_query, k_key, k_value, k_out = jax.random.split(key, 4)
+        heads, kv_heads = {"heads": num_heads, "head_dim": head_dim}, {"kv_heads": num_kv_heads, "head_dim": head_dim}
+        self.query = Linear(k_query, {"embed": embed}, heads, bias=bias, dtype=dtype)
+        self.key = Linear(k_key, {"embed": embed}, kv_heads, bias=bias, dtype=dtype)
+        self.value = Linear(k_value, {"embed": embed}, kv_heads, bias=bias, dtype=dtype)
+        self.out = Linear(k_out, heads, {"embed": embed}, bias=bias, dtype=dtype, scale=scale)
+        self.kernel = kernel
+
+    def project(self, x: jax.Array, angles: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [batch, seq, embed] -> q [batch, seq, heads, head_dim] and k, v [batch, seq, kv_heads, head_dim], turned by `angles`."""
+        q = constrain(self.query(x), "batch", "seq", "heads", "head_dim")
+        k = constrain(self.key(x), "batch", "seq", "kv_heads", "head_dim")
+        v = constrain(self.value(x), "batch", "seq", "kv_heads", "head_dim")
+        return (q, k, v) if angles is None else (rotary.rotate(q, *angles), rotary.rotate(k, *angles), v)
+
+    def __call__(self, x: jax.Array, angles: tuple[jax.Array, jax.Array] | None, prepared: Any) -> jax.Array:
+        q, k, v = self.project(x, angles)
+        heads = checkpoint_name(KERNELS[self.kernel].attend(q, k, v, prepared), "attention")
+        return self.out(constrain(heads, "batch", "seq", "heads", "head_dim"))
+
+    def cached(
+        self,
+        x: jax.Array,
+        angles: tuple[jax.Array, jax.Array] | None,
+        positions: jax.Array,
+        cache: tuple[jax.Array, jax.Array],
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """The same over a cache of keys and values, each [batch, slots, kv_heads, head_dim]; slot i holds position i.
+
+        x [batch, seq, embed] stands at consecutive `positions` int [batch, seq], which may start elsewhere in each row.
+        Its keys and values are written there first; slots beyond a query's position are not seen. Returns (output, cache).
+        """
+        q, *new = self.project(x, angles)
+        write = jax.vmap(lambda old, rows, start: jax.lax.dynamic_update_slice_in_dim(old, rows, start, axis=0))
+        k, v = (write(old, rows.astype(old.dtype), positions[:, 0]) for old, rows in zip(cache, new, strict=True))
+        mask = jnp.arange(k.shape[1]) <= positions[:, :, None]
+        return self.out(dot(q, k.astype(q.dtype), v.astype(q.dtype), mask)), (k, v)

@@ -1,0 +1,34 @@
+"""Lookup tables, and the head that turns hidden states into logits."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from llmjax.nn import weights
+from llmjax.nn.linear import project
+from llmjax.parallel.axes import constrain
+
+# What a padding id's logit is set to: exp() of it is exactly 0, and unlike -inf it gives no NaN in a difference.
+MASKED = -1e30
+
+
+class Embedding(nnx.Module):
+    """tokens [batch, seq] -> [batch, seq, embed], in the compute type `dtype`."""
+
+    def __init__(self, key: jax.Array, num_entries: int, embed: int, *, entries: str, dtype: str, std: float = 0.02):
+        self.table = weights.normal(key, {entries: num_entries, "embed": embed}, std=std, dtype=dtype)
+        self.entries = entries
+
+    def __call__(self, tokens: jax.Array, dtype: str) -> jax.Array:
+        # Batch and the table's embed are both cut by fsdp: gather embed before the lookup, or the partitioner replicates the batch.
+        table = constrain(self.table[...].astype(dtype), self.entries, None)
+        return constrain(jnp.take(table, tokens, axis=0, mode="clip"), "batch", "seq", None)
+
+
+def logits(hidden: jax.Array, table: jax.Array, *, vocab_size: int) -> jax.Array:
+    """hidden [..., embed] times table [embed, vocab] -> float32 [..., vocab]; ids from `vocab_size` on (padding) get MASKED."""
+    out = project(hidden, table.astype(hidden.dtype), 1, jnp.float32)
+    if table.shape[-1] == vocab_size:
+        return out
+    ids = jax.lax.broadcasted_iota(jnp.int32, out.shape, out.ndim - 1)
+    return jnp.where(ids < vocab_size, out, MASKED)

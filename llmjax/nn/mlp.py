@@ -1,0 +1,39 @@
+"""Feed-forward sub-block, gated or plain."""
+
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from llmjax.nn.linear import Linear
+from llmjax.parallel.axes import constrain
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+}
+
+
+class Mlp(nnx.Module):
+    """down(activation(gate x) * up x), or down(activation(up x)) without a gate.  [batch, seq, embed] -> same.
+
+    Gated form: Shazeer, 2020, arXiv 2002.05202.
+    """
+
+    def __init__(
+        self, key: jax.Array, embed: int, mlp: int, *, activation: str, gated: bool, bias: bool, scale: float, dtype: str
+    ):
+        k_gate, k_up, k_down = jax.random.split(key, 3)
+        self.gate = Linear(k_gate, {"embed": embed}, {"mlp": mlp}, bias=bias, dtype=dtype) if gated else None
+        self.up = Linear(k_up, {"embed": embed}, {"mlp": mlp}, bias=bias, dtype=dtype)
+        self.down = Linear(k_down, {"mlp": mlp}, {"embed": embed}, bias=bias, dtype=dtype, scale=scale)
+        self.activation = activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        activation = ACTIVATIONS[self.activation]
+        h = activation(self.up(x)) if self.gate is None else activation(self.gate(x)) * self.up(x)
+        return self.down(constrain(h, "batch", "seq", "mlp"))

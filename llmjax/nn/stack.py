@@ -1,0 +1,35 @@
+"""Run stacked blocks one after the other, by a scan or unrolled, with what the backward pass keeps chosen by name."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+# What each policy saves of a block beside its input; everything else is computed again in the backward pass.
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+}
+
+
+def run(
+    body: Callable[[jax.Array, Any], tuple[jax.Array, Any]], x: jax.Array, stacked: Any, *, scan: bool, remat: str
+) -> tuple[jax.Array, Any]:
+    """Fold `body(x, layer) -> (x, out)` over the leading "layers" dimension of the tree `stacked`; returns (x, stacked outs).
+
+    The unrolled form reads the same stacked parameters, so that checkpoints and optimizers see no difference.
+    """
+    if remat != "none":
+        body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=not scan)
+    if scan:
+        return jax.lax.scan(body, x, stacked)
+    leaves, tree = jax.tree.flatten(stacked)
+    # lax.split, because its gradient is one concatenation; that of indexing is a sum of padded copies of the whole stack.
+    slices = [jax.lax.split(leaf, (1,) * leaf.shape[0], axis=0) for leaf in leaves]
+    outs = []
+    for layer in zip(*slices, strict=True):
+        x, out = body(x, tree.unflatten([piece.squeeze(0) for piece in layer]))
+        outs.append(out)
+    return x, jax.tree.map(lambda *pieces: jax.numpy.stack(pieces), *outs)

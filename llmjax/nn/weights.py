@@ -1,0 +1,21 @@
+"""The one way to make a parameter: a value, and the logical axis of each of its dimensions."""
+
+from collections.abc import Mapping
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+# Shardings are derived from the axes in one place (llmjax.parallel.axes), never while a layer is constructed.
+nnx.use_eager_sharding(False)
+
+
+def normal(key: jax.Array, dims: Mapping[str, int], *, std: float, dtype: str) -> nnx.Param:
+    """A parameter of shape `dims` (logical axis -> size), drawn from a normal distribution."""
+    value = std * jax.random.normal(key, tuple(dims.values()), jnp.float32)
+    return nnx.Param(value.astype(dtype), out_sharding=tuple(dims))
+
+
+def constant(value: float, dims: Mapping[str, int], *, dtype: str) -> nnx.Param:
+    """A parameter of shape `dims` (logical axis -> size) that starts at one value."""
+    return nnx.Param(jnp.full(tuple(dims.values()), value, dtype), out_sharding=tuple(dims))

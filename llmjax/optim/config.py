@@ -1,0 +1,97 @@
+"""What the optimizer room is told: the name, the rates, the schedule; and what is wrong with it, in one line."""
+
+import dataclasses
+from typing import Any
+
+from llmjax.config import UserError, suggest
+
+# Each optimizer's own values for the fields that are left at None. A name that is missing here has no such quantity.
+DEFAULTS: dict[str, dict[str, float | str]] = {
+    "adamw": dict(learning_rate=1e-3, schedule="cosine", weight_decay=0.1, b1=0.9, b2=0.95, eps=1e-8),
+    "adafactor": dict(learning_rate=1e-2, schedule="cosine", weight_decay=0.0, eps=1e-30),
+    "lion": dict(learning_rate=2e-4, schedule="cosine", weight_decay=0.5, b1=0.9, b2=0.99),
+    "muon": dict(learning_rate=1e-3, schedule="cosine", weight_decay=0.1, b1=0.9, b2=0.95, eps=1e-8, momentum=0.95),
+    "sgd": dict(learning_rate=0.1, schedule="cosine", weight_decay=0.0, momentum=0.9),
+    "schedule_free_adamw": dict(learning_rate=2.5e-3, schedule="constant", weight_decay=0.1, b1=0.9, b2=0.99, eps=1e-8),
+}
+SCHEDULES = ("cosine", "wsd", "linear", "inverse_sqrt", "constant")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The optimizer and its learning rate; the horizon of every schedule is `train.steps`.
+
+    A field left at None takes the value that suits the named optimizer (the table in docs/optimizers.md).
+
+    name            "adamw", "adafactor", "lion", "muon", "sgd" or "schedule_free_adamw"
+    learning_rate   at its peak; for adafactor relative to each parameter's own root mean square
+    schedule        "cosine", "wsd" (warmup, stable, decay), "linear", "inverse_sqrt" or "constant"; each with warmup
+    warmup_steps    updates of linear warmup; None: a tenth of the horizon, at most 2,000
+    decay_fraction  wsd: the last part of the horizon, in which the rate falls linearly
+    end_fraction    the last learning rate as a fraction of the peak (inverse_sqrt: its floor; constant has none)
+    weight_decay    decoupled, times the learning rate; on matrices, not on tables, norm scales or biases
+    b1, b2          decay of the first and second moment (schedule_free_adamw: b1 is the interpolation)
+    eps             added to the denominator (adafactor: to the squared gradient)
+    momentum        sgd and muon: decay of the momentum; 0 for plain sgd
+    clip_norm       largest global norm of the gradient, over all parameters; 0: no clipping
+    ema_decay       decay of an average of the parameters, which is then what is evaluated; 0: no average
+    """
+
+    name: str = "adamw"
+    learning_rate: float | None = None
+    schedule: str | None = None
+    warmup_steps: int | None = None
+    decay_fraction: float = 0.2
+    end_fraction: float = 0.1
+    weight_decay: float | None = None
+    b1: float | None = None
+    b2: float | None = None
+    eps: float | None = None
+    momentum: float | None = None
+    clip_norm: float = 1.0
+    ema_decay: float = 0.0
+
+    def __post_init__(self):
+        if self.name not in DEFAULTS:
+            raise UserError(
+                f"optimizer.name={self.name!r}{suggest(self.name, DEFAULTS)}: known are {', '.join(DEFAULTS)}"
+            )
+        if self.schedule not in (None, *SCHEDULES):
+            raise UserError(
+                f"optimizer.schedule={self.schedule!r}{suggest(str(self.schedule), SCHEDULES)}: "
+                f"known are {', '.join(SCHEDULES)}"
+            )
+        self._check_used()
+        self._check_ranges()
+
+    def _check_used(self):
+        for field in ("b1", "b2", "eps", "momentum"):
+            value = getattr(self, field)
+            if value is not None and field not in DEFAULTS[self.name]:
+                raise UserError(f"optimizer.{field}={value}: {self.name} has no such quantity; leave it at None")
+        if self.ema_decay and self.name == "schedule_free_adamw":
+            raise UserError(
+                f"optimizer.ema_decay={self.ema_decay}: {self.name} has an average of its own; leave it at 0"
+            )
+
+    def _check_ranges(self):
+        def demand(ok, field, mend):
+            value = getattr(self, field)
+            if value is not None and not ok(value):
+                raise UserError(f"optimizer.{field}={value}: must be {mend}")
+
+        demand(lambda x: x > 0, "learning_rate", "above 0")
+        for field in ("weight_decay", "clip_norm", "warmup_steps"):
+            demand(lambda x: x >= 0, field, "0 or more")
+        for field in ("b1", "b2", "momentum", "ema_decay"):
+            demand(lambda x: 0 <= x < 1, field, "at least 0 and below 1")
+        demand(lambda x: x > 0, "eps", "above 0")
+        demand(lambda x: 0 <= x <= 1, "end_fraction", "between 0 and 1")
+        demand(lambda x: 0 < x <= 1, "decay_fraction", "above 0 and at most 1")
+        if self.name == "schedule_free_adamw":
+            demand(lambda x: x > 0, "b1", "above 0 (the averaged point is recovered by dividing by it)")
+
+    def resolved(self) -> Any:
+        """The same with every None that this optimizer has a value for filled in (hence no longer optional: Any)."""
+        missing = {field: value for field, value in DEFAULTS[self.name].items() if getattr(self, field) is None}
+        return dataclasses.replace(self, **missing)

@@ -1,0 +1,87 @@
+"""What a parameter is, told by its logical axes, and how a transformation acts on each layer of a stack alone.
+
+Blocks are stacked along a leading "layers" axis and heads keep an axis of their own, so the number of dimensions says
+nothing: ("layers", "embed") is a norm scale, ("heads", "head_dim") a bias, ("embed", "heads", "head_dim") a matrix.
+"""
+
+from collections.abc import Callable
+import math
+
+import jax
+import optax
+
+type_of_axes = tuple[str | None, ...]
+Dims = tuple[int, ...]
+
+
+def is_stacked(axes: type_of_axes) -> bool:
+    """Whether the leading dimension counts layers."""
+    return axes[:1] == ("layers",)
+
+
+def matrix_dims(axes: type_of_axes) -> tuple[Dims, Dims] | None:
+    """(input dims, output dims) of the matrix that one layer's weight is; None for a vector.
+
+    "head_dim" belongs to the heads before it. With more than two groups the weight maps its first group to the rest,
+    or, where it ends in "embed", the rest to that.
+    """
+    groups: list[Dims] = []
+    for dim in range(is_stacked(axes), len(axes)):
+        if axes[dim] == "head_dim" and groups:
+            groups[-1] += (dim,)
+        else:
+            groups.append((dim,))
+    if len(groups) < 2:
+        return None
+    split = len(groups) - 1 if axes[-1] == "embed" else 1
+    return sum(groups[:split], ()), sum(groups[split:], ())
+
+
+def kind(axes: type_of_axes) -> str:
+    """ "vector" (norm scales, biases), "table" (rows looked up: embedding, learned positions), "head" or "matrix"."""
+    dims = matrix_dims(axes)
+    if dims is None:
+        return "vector"
+    if axes[dims[0][0]] in ("vocab", "seq", None):
+        return "table"
+    return "head" if "vocab" in axes else "matrix"
+
+
+def matrix_view(shape: tuple[int, ...], axes: type_of_axes) -> tuple[tuple[int, ...], type_of_axes]:
+    """(shape, axes) of the parameter as [layers,] input, output; a vector as [layers,] size.
+
+    A merged dimension bears the name of its first axis, which is the one that shards it.
+    """
+    stack = int(is_stacked(axes))
+    groups = matrix_dims(axes) or (tuple(range(stack, len(shape))),)
+    sizes = tuple(math.prod(shape[d] for d in group) for group in groups)
+    names = tuple(axes[group[0]] if group else None for group in groups)
+    return shape[:stack] + sizes, axes[:stack] + names
+
+
+def per_layer(inner: optax.GradientTransformation, axes: dict) -> optax.GradientTransformation:
+    """`inner` on every parameter alone, and on every layer of a stacked parameter alone, in its matrix view.
+
+    The state is a tree like the parameters with a state of `inner` at each leaf, layers leading.
+    """
+
+    def view(leaf: jax.Array, names: type_of_axes) -> jax.Array:
+        return leaf.reshape(matrix_view(leaf.shape, names)[0])
+
+    def over_layers(function: Callable, names: type_of_axes) -> Callable:
+        return jax.vmap(function) if is_stacked(names) else function
+
+    def init(params):
+        return jax.tree.map(lambda p, names: over_layers(inner.init, names)(view(p, names)), params, axes)
+
+    def update(updates, state, params=None):
+        def one(grad, leaf_state, param, names):
+            new, leaf_state = over_layers(inner.update, names)(view(grad, names), leaf_state, view(param, names))
+            return new.reshape(grad.shape), leaf_state
+
+        leaves, structure = jax.tree.flatten(updates)
+        others = (structure.flatten_up_to(tree) for tree in (state, params, axes))
+        new_updates, states = zip(*map(one, leaves, *others), strict=True)
+        return structure.unflatten(new_updates), structure.unflatten(states)
+
+    return optax.GradientTransformation(init, update)

@@ -1,0 +1,189 @@
+"""Every optimizer by name: clipped, scheduled, decayed and averaged in one pure update, with axes for its state."""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from llmjax.optim.config import OptimizerConfig
+from llmjax.optim.layerwise import is_stacked, kind, matrix_dims, matrix_view, per_layer
+from llmjax.optim.schedules import make_schedule
+
+# RMS of an AdamW update in practice; Muon's is scaled to it, so that both kinds of parameters share one learning rate.
+MUON_RMS = 0.2
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """Pure functions on (params, state); a caller that keeps the old pair has skipped the step, counts included.
+
+    The state is a dict: "count" (updates done), "inner" (optax's own) and, where asked for, "ema".
+    """
+
+    learning_rate: Callable[[jax.typing.ArrayLike], jax.Array]
+    inner: optax.GradientTransformation
+    axes: dict
+    clip_norm: float
+    ema_decay: float
+    evaluated_name: str
+
+    def init(self, params: dict) -> dict:
+        """The state before the first update; no array is shared with `params`, so that both can be donated."""
+        state = {"count": jnp.zeros((), jnp.int32), "inner": self.inner.init(params)}
+        return state | ({"ema": jax.tree.map(jnp.copy, params)} if self.ema_decay else {})
+
+    def update(self, grads: dict, state: dict, params: dict) -> tuple[dict, dict, dict[str, jax.Array]]:
+        """(params, state, {"learning_rate", "grad_norm"}) after one update; grad_norm is that before clipping."""
+        norm = optax.tree.norm(grads)
+        if self.clip_norm:
+            grads = optax.tree.scale(jnp.minimum(1.0, self.clip_norm / norm), grads)
+        updates, inner = self.inner.update(grads, state["inner"], params)
+        new_params: Any = optax.apply_updates(params, updates)
+        new = {"count": state["count"] + 1, "inner": inner}
+        if self.ema_decay:
+            # A plain mean until it spans as many updates as the decay does: no trace of the initial parameters stays.
+            share = jnp.maximum(1 - self.ema_decay, 1 / new["count"])
+            new["ema"] = optax.incremental_update(new_params, state["ema"], share)
+        return new_params, new, {"learning_rate": self.learning_rate(state["count"]), "grad_norm": norm}
+
+    def evaluated(self, params: dict, state: dict) -> dict:
+        """The parameters to evaluate, sample from and export; `evaluated_name` says which they are."""
+        if self.ema_decay:
+            return state["ema"]
+        if isinstance(state["inner"], optax.contrib.ScheduleFreeState):
+            return optax.contrib.schedule_free_eval_params(state["inner"], params)
+        return params
+
+    def state_axes(self, shapes: dict) -> Any:
+        """Logical axes for every leaf of the state of parameters with these `shapes` (arrays or ShapeDtypeStructs)."""
+        leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
+        params = {
+            _dict_keys(path): (leaf.shape, names)
+            for (path, leaf), names in zip(leaves, structure.flatten_up_to(self.axes), strict=True)
+        }
+
+        def axes_of(path, leaf):
+            keys = _dict_keys(path)
+            owner = next((params[keys[i:]] for i in range(len(keys)) if keys[i:] in params), None)
+            return (None,) * leaf.ndim if owner is None else _axes_like(str(path[-1]), leaf.shape, *owner)
+
+        return jax.tree_util.tree_map_with_path(axes_of, jax.eval_shape(self.init, shapes))
+
+
+def _dict_keys(path) -> tuple:
+    """The dict keys of a path: a parameter's own are the last ones in the path of each of its statistics."""
+    return tuple(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
+
+
+def _axes_like(field: str, shape: tuple, param_shape: tuple, param_axes: tuple) -> tuple:
+    """Axes of one statistic of a parameter: all of them, those that remain of a factored one, or only the layers."""
+    if shape == param_shape:
+        return param_axes
+    view_shape, view_axes = matrix_view(param_shape, param_axes)
+    if shape == view_shape:
+        return view_axes
+    stack = int(is_stacked(param_axes))
+    if field in (".v_row", ".v_col") and shape[stack:] != (1,):
+        # As optax chooses: the rows' moment drops the larger dimension, the columns' the smaller.
+        small, large = np.argsort(view_shape[stack:], kind="stable")
+        kept = small if field == ".v_row" else large
+        return (*view_axes[:stack], view_axes[stack + kept])
+    return (*param_axes[:stack], *(None,) * (len(shape) - stack))
+
+
+def make_optimizer(config: OptimizerConfig, *, horizon: int, axes: dict) -> Optimizer:
+    """The named optimizer over a schedule of `horizon` updates, for parameters with these logical `axes`.
+
+    Raises UserError where the schedule does not fit the horizon.
+    """
+    resolved = config.resolved()
+    learning_rate = make_schedule(resolved, horizon)
+    step = _decay_and_rate(resolved, axes, learning_rate)
+    match resolved.name:
+        case "adamw":
+            inner = optax.chain(optax.scale_by_adam(resolved.b1, resolved.b2, resolved.eps), step)
+        case "lion":
+            inner = optax.chain(optax.scale_by_lion(resolved.b1, resolved.b2), step)
+        case "sgd":
+            inner = optax.chain(optax.trace(resolved.momentum) if resolved.momentum else optax.identity(), step)
+        case "adafactor":
+            inner = optax.chain(per_layer(_adafactor(resolved), axes), step)
+        case "muon":
+            inner = optax.chain(_muon(resolved, axes), step)
+        case _:
+            inner = _schedule_free(resolved, learning_rate, step)
+    name = "EMA of the parameters" if resolved.ema_decay else "parameters"
+    return Optimizer(
+        learning_rate=learning_rate,
+        inner=inner,
+        axes=axes,
+        clip_norm=resolved.clip_norm,
+        ema_decay=resolved.ema_decay,
+        evaluated_name="schedule-free average" if resolved.name == "schedule_free_adamw" else name,
+    )
+
+
+def _tree_of(function: Callable, axes: dict) -> dict:
+    """`function` of every leaf's axes."""
+    return jax.tree.map(function, axes, is_leaf=lambda node: isinstance(node, tuple))
+
+
+def _decay_and_rate(config: Any, axes: dict, learning_rate: Callable) -> optax.GradientTransformation:
+    """direction -> -learning_rate * (direction + weight_decay * parameter), the decay on matrices and the head only.
+
+    Tables are left alone: rows that a batch does not look up get no gradient, and would shrink for being rare.
+    """
+    decayed = _tree_of(lambda names: kind(names) in ("matrix", "head"), axes)
+    decay = optax.add_decayed_weights(config.weight_decay, decayed) if config.weight_decay else optax.identity()
+    return optax.chain(decay, optax.scale_by_learning_rate(learning_rate))
+
+
+def _adafactor(config: Any) -> optax.GradientTransformation:
+    """Factored second moments, updates clipped at RMS 1, relative to the parameter's RMS (arXiv 1804.04235)."""
+    return optax.chain(
+        optax.scale_by_factored_rms(epsilon=config.eps),
+        optax.clip_by_block_rms(1.0),
+        optax.scale_by_param_block_rms(),
+    )
+
+
+def _muon(config: Any, axes: dict) -> optax.GradientTransformation:
+    """Orthogonalised momentum for matrices at the RMS of AdamW (arXiv 2502.16982), AdamW's direction for the rest.
+
+    An orthogonal [input, output] matrix has RMS 1 / sqrt(max(input, output)), hence the scale.
+    """
+
+    def dimension_numbers(names):
+        dims = matrix_dims(names) if kind(names) == "matrix" else None
+        return optax.MaskedNode() if dims is None else optax.contrib.MuonDimensionNumbers(*dims)
+
+    def scale(update, names):
+        return MUON_RMS * max(matrix_view(update.shape, names)[0][-2:]) ** 0.5 * update
+
+    numbers = _tree_of(dimension_numbers, axes)
+    matrices = _tree_of(lambda names: names if kind(names) == "matrix" else optax.MaskedNode(), axes)
+    return optax.partition(
+        {
+            "muon": optax.chain(
+                optax.contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=numbers),
+                optax.stateless(lambda updates, _: jax.tree.map(scale, updates, matrices)),
+            ),
+            "adamw": optax.scale_by_adam(config.b1, config.b2, config.eps),
+        },
+        _tree_of(lambda names: "muon" if kind(names) == "matrix" else "adamw", axes),
+    )
+
+
+def _schedule_free(
+    config: Any, learning_rate: Callable, step: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """AdamW whose momentum is replaced by interpolation with an average (arXiv 2405.15682, algorithm 1)."""
+    direction = optax.scale_by_rms(config.b2, config.eps, eps_in_sqrt=False, bias_correction=True)
+    # optax counts this rate's steps from 1 and the inner optimizer's from 0; both have to be the same rate.
+    return optax.contrib.schedule_free(
+        optax.chain(direction, step), learning_rate=lambda count: learning_rate(count - 1), b1=config.b1
+    )

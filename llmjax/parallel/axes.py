@@ -1,0 +1,73 @@
+"""One vocabulary of logical axes, and the one place that turns names into mesh axes.
+
+The names stand in docstrings as shapes, on parameters as shardings, on activations as constraints:
+batch seq embed mlp heads kv_heads head_dim vocab layers. The rules (logical axis -> mesh axes) are config data.
+"""
+
+from collections.abc import Iterator, Sequence
+import contextlib
+import math
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+type_of_rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
+
+DEFAULT_RULES: type_of_rules = (
+    ("batch", ("data", "fsdp")),
+    ("seq", None),
+    ("embed", "fsdp"),
+    ("mlp", "tensor"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("head_dim", None),
+    ("vocab", "tensor"),
+    ("layers", None),
+)
+
+# A user context is part of jit's cache key, so that changed rules never meet a stale executable.
+_rules = jax.make_user_context(DEFAULT_RULES)
+
+
+@contextlib.contextmanager
+def use_rules(rules: type_of_rules) -> Iterator[None]:
+    """Apply `rules` to every `constrain` traced inside."""
+    with _rules(tuple(rules)):
+        yield
+
+
+def spec(
+    logical: Sequence[str | None],
+    shape: Sequence[int] | None = None,
+    mesh: Mesh | jax.sharding.AbstractMesh | None = None,
+    rules: type_of_rules | None = None,
+) -> P:
+    """Mesh axes for logical axes. With `shape`, an axis whose mesh size does not divide its dimension stays unsharded.
+
+    Axes that are already manual (inside pmap or shard_map) are left out. An unknown name is a KeyError, on purpose.
+    """
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    table = dict(_rules.value if rules is None else rules)
+    manual = set(getattr(mesh, "manual_axes", ()))
+    entries = []
+    for i, name in enumerate(logical):
+        found = table[name] if name is not None else None
+        found = (found,) if isinstance(found, str) else tuple(found or ())
+        found = tuple(a for a in found if a in mesh.axis_names and a not in manual)
+        if shape is not None and shape[i] % math.prod(mesh.shape[a] for a in found):
+            found = ()
+        entries.append(found if len(found) > 1 else found[0] if found else None)
+    return P(*entries)
+
+
+def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
+    """Pin an activation's sharding by logical axes; nothing happens without a mesh or inside pmap."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or set(mesh.manual_axes) == set(mesh.axis_names):
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(logical, x.shape))
+
+
+def shardings(mesh: Mesh, axes, shapes, rules: type_of_rules | None = None):
+    """NamedShardings of a tree: `axes` holds a tuple of logical axes for each leaf of `shapes`."""
+    return jax.tree.map(lambda leaf, names: NamedSharding(mesh, spec(names, leaf.shape, mesh, rules)), shapes, axes)

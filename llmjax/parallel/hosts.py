@@ -1,0 +1,200 @@
+"""Processes that form one job: how they start, agree, wait with a limit, and cut the global batch between them."""
+
+import collections
+import dataclasses
+import logging
+import os
+import socket
+import sys
+import time
+from typing import Any, NoReturn
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec as P
+import numpy as np
+
+from llmjax.batch import Batch
+from llmjax.config import UserError
+
+_calls: collections.Counter[str] = collections.Counter()  # how often each name was exchanged; equal on all processes
+
+
+def initialize() -> None:
+    """Join the job that the environment describes; must run before anything touches a device.
+
+    LLMJAX_COORDINATOR (host:port), LLMJAX_NUM_PROCESSES and LLMJAX_PROCESS_ID name a job explicitly.
+    LLMJAX_DISTRIBUTED=auto lets JAX find Slurm, GKE or TPU pods itself. With neither, this process is the whole job.
+    LLMJAX_CPU_DEVICES emulates that many devices in this process. LLMJAX_INIT_SECONDS (60) bounds the wait for the
+    others to arrive, LLMJAX_HEARTBEAT_SECONDS (100) the silence after which a process counts as dead.
+    Raises UserError for incomplete or malformed variables, RuntimeError where process 0 is not there in time.
+    """
+    if (devices := _number("LLMJAX_CPU_DEVICES")) is not None:
+        jax.config.update("jax_num_cpu_devices", devices)
+    seconds = _number("LLMJAX_INIT_SECONDS", 60)
+    limits = {
+        "initialization_timeout": seconds,
+        "heartbeat_timeout_seconds": _number("LLMJAX_HEARTBEAT_SECONDS", 100),
+        "shutdown_timeout_seconds": 60,
+    }
+    coordinator = os.environ.get("LLMJAX_COORDINATOR")
+    count, index = _number("LLMJAX_NUM_PROCESSES"), _number("LLMJAX_PROCESS_ID", least=0)
+    given = (coordinator is not None, count is not None, index is not None)
+    if any(given) and not all(given):
+        raise UserError(
+            "LLMJAX_COORDINATOR, LLMJAX_NUM_PROCESSES and LLMJAX_PROCESS_ID must be set together (or use launch/local.py)"
+        )
+    automatic = os.environ.get("LLMJAX_DISTRIBUTED")
+    if automatic not in (None, "auto"):
+        raise UserError(f"LLMJAX_DISTRIBUTED={automatic!r}: the only value is 'auto'")
+    if coordinator is not None and count is not None and index is not None:
+        if index >= count:
+            raise UserError(f"LLMJAX_PROCESS_ID={index}: must be below LLMJAX_NUM_PROCESSES={count}")
+        if index > 0:
+            _reach(coordinator, seconds, index)
+        jax.distributed.initialize(coordinator, count, index, cluster_detection_method="deactivate", **limits)
+    elif automatic:
+        jax.distributed.initialize(**limits)
+
+
+def _number(variable: str, default: int | None = None, least: int = 1) -> Any:
+    text = os.environ.get(variable)
+    if text is None:
+        return default
+    if not text.isdecimal() or int(text) < least:
+        raise UserError(f"{variable}={text!r}: expected a whole number, {least} or more")
+    return int(text)
+
+
+def _reach(coordinator: str, seconds: int, index: int) -> None:
+    """Wait until process 0 listens: JAX itself would abort, with a page of C++ frames, where it can't be reached."""
+    host, _, port = coordinator.rpartition(":")
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=seconds).close()
+            return
+        except ValueError as error:
+            raise UserError(f"LLMJAX_COORDINATOR={coordinator!r}: expected host:port") from error
+        except OSError as error:
+            if time.monotonic() > end:
+                raise RuntimeError(
+                    f"process {index} found nobody at LLMJAX_COORDINATOR={coordinator} within {seconds} s ({error}): "
+                    "is process 0 running, and can its port be reached from here?"
+                ) from error
+            time.sleep(0.2)
+
+
+def _client() -> Any:
+    """The coordination service's client, None in a job of one process. JAX has no public name for it."""
+    try:
+        from jax._src.distributed import global_state
+
+        client = global_state.client
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(
+            f"jax {jax.__version__} keeps its coordination client somewhere else: mend llmjax/parallel/hosts.py"
+        ) from error
+    if client is None and jax.process_count() > 1:
+        raise RuntimeError("a job of several processes must start with llmjax.parallel.hosts.initialize()")
+    return client
+
+
+def is_primary() -> bool:
+    """Whether this process writes what a job writes once."""
+    return jax.process_index() == 0
+
+
+def exchange(name: str, text: str = "", timeout_seconds: float = 300) -> list[str]:
+    """Every process's short `text`, in process order, through the coordination service (no device takes part).
+
+    All processes call it with the same name, in the same order. Raises TimeoutError naming the processes that did not.
+    """
+    client = _client()
+    if client is None:
+        return [text]
+    folder = f"llmjax/{name}/{_calls[name]}"
+    stale = f"llmjax/{name}/{_calls[name] - 1}/{jax.process_index()}"
+    _calls[name] += 1
+    client.key_value_set(f"{folder}/{jax.process_index()}", text)
+    try:
+        client.wait_at_barrier(folder, int(timeout_seconds * 1000))
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+            raise
+        missing = sorted(set(range(jax.process_count())) - _arrived(client, folder).keys())
+        raise TimeoutError(
+            f"process {', '.join(map(str, missing))} did not reach {name!r} within {timeout_seconds:g} s"
+        ) from error
+    texts = _arrived(client, folder)
+    if _calls[name] > 1:
+        client.key_value_delete(stale)  # every process has passed this barrier, so all have read the call before it
+    return [texts[process] for process in range(jax.process_count())]
+
+
+def _arrived(client: Any, folder: str) -> dict[int, str]:
+    return {int(key.rsplit("/", 1)[1]): text for key, text in client.key_value_dir_get(folder)}
+
+
+def barrier(name: str, timeout_seconds: float = 300) -> None:
+    """Wait until every process is here. Raises TimeoutError naming the processes that are not."""
+    exchange(f"barrier/{name}", "", timeout_seconds)
+
+
+def agree(value: bool, name: str = "agree", timeout_seconds: float = 300) -> bool:
+    """True on all processes when it is true on all of them, else False on all of them."""
+    return all(text == "1" for text in exchange(name, "1" if value else "0", timeout_seconds))
+
+
+def broadcast(name: str, text: str, timeout_seconds: float = 300) -> str:
+    """The primary process's `text`, on all of them."""
+    return exchange(name, text if is_primary() else "", timeout_seconds)[0]
+
+
+def all_equal(name: str, text: str, timeout_seconds: float = 300) -> None:
+    """Check that every process brought the same `text`. Raises UserError naming the ones that differ from process 0."""
+    texts = exchange(name, text, timeout_seconds)
+    different = [process for process, other in enumerate(texts) if other != texts[0]]
+    if different:
+        raise UserError(
+            f"{name} on process {', '.join(map(str, different))} differs from process 0 "
+            f"({texts[different[0]][:64]!r} against {texts[0][:64]!r}): give every process the same files and config"
+        )
+
+
+def local_rows(sharding: NamedSharding, global_batch: int) -> np.ndarray:
+    """Rows of the global batch that this process's devices hold: sorted indices, int64 [local rows].
+
+    sharding    how a batch's first dimension is laid over the mesh; rows held by several devices appear once
+    """
+    rows = NamedSharding(sharding.mesh, P(*sharding.spec[:1])).devices_indices_map((global_batch,))
+    mine = {index[0].indices(global_batch)[:2] for device, index in rows.items() if device.process_index == jax.process_index()}
+    return np.concatenate([np.arange(start, stop) for start, stop in sorted(mine)])
+
+
+def global_batch(sharding: NamedSharding, local: Batch, rows: np.ndarray, global_batch: int) -> Batch:
+    """The Batch of global arrays [global_batch, ...] whose rows `rows` (of `local_rows`) this process brings."""
+
+    def place(field: np.ndarray) -> jax.Array:
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(global_batch)
+            first = int(np.searchsorted(rows, start))
+            return field[first : first + stop - start]
+
+        return jax.make_array_from_callback((global_batch, *field.shape[1:]), sharding, shard, dtype=field.dtype)
+
+    return Batch(**{field.name: place(getattr(local, field.name)) for field in dataclasses.fields(Batch)})
+
+
+def exit_now(code: int) -> NoReturn:
+    """End this process at once, logs flushed.
+
+    After a failure in a job of several processes the ordinary exit would wait for the others in JAX's shutdown barrier,
+    then abort with a code of its own. Process 0 leaves a second later: with it goes the coordination service, which
+    aborts the others before they could say what their own trouble is.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if jax.distributed.is_initialized() and is_primary():
+        time.sleep(1)
+    os._exit(code)

@@ -1,0 +1,90 @@
+"""What a run left in its workdir, read for a report; what is absent or cannot be read is None or empty."""
+
+import dataclasses
+import json
+from typing import Any
+
+from etils import epath
+
+from llmjax import metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFiles:
+    """The files of one run.
+
+    evals      split -> step -> the JSON object of eval/<step>/<split>.json
+    manifest   the token store's, from data.store or WORKDIR/store
+    unreadable   names of files that are there but hold no JSON
+    """
+
+    workdir: epath.Path
+    config: dict[str, Any] | None
+    run: dict[str, Any] | None
+    data: dict[str, Any] | None
+    manifest: dict[str, Any] | None
+    samples: list[dict[str, Any]] | None
+    metrics: list[dict[str, Any]]
+    evals: dict[str, dict[int, dict[str, Any]]]
+    unreadable: list[str]
+
+    def last_eval(self, split: str) -> dict[str, Any] | None:
+        """The scores of a split at the last step that was evaluated."""
+        by_step = self.evals.get(split, {})
+        return by_step[max(by_step)] if by_step else None
+
+    def curve(self, name: str) -> list[tuple[float, float]]:
+        """(step, value) of one field of the metrics, where it was logged."""
+        lines = ((line["step"], line.get(name)) for line in self.metrics)
+        return [(step, float(value)) for step, value in lines if isinstance(value, int | float)]
+
+
+def read(workdir: epath.PathLike) -> RunFiles:
+    """Read everything that a report tells."""
+    root = epath.Path(workdir)
+    unreadable: list[str] = []
+
+    def load(path: epath.Path, kind: type) -> Any:
+        if not path.exists():
+            return None
+        try:
+            value = json.loads(path.read_text())
+        except ValueError:
+            value = None
+        if not isinstance(value, kind):
+            unreadable.append(str(path))
+            return None
+        return value
+
+    config = load(root / "config.json", dict)
+    store = (config or {}).get("data", {}).get("store") or root / "store"
+    evals: dict[str, dict[int, dict[str, Any]]] = {}
+    for path in sorted(root.glob("eval/*/*.json")):
+        if path.parent.name.isdecimal() and (scores := load(path, dict)) is not None:
+            evals.setdefault(path.stem, {})[int(path.parent.name)] = scores
+    return RunFiles(
+        workdir=root,
+        config=config,
+        run=load(root / "run.json", dict),
+        data=load(root / "data.json", dict),
+        manifest=load(epath.Path(store) / "manifest.json", dict),
+        samples=load(root / "samples.json", list),
+        metrics=metrics.read_metrics(root),
+        evals=evals,
+        unreadable=unreadable,
+    )
+
+
+def compressors(manifest: dict[str, Any] | None) -> list[tuple[str, int]]:
+    """(label, bytes) of the validation text as general compressors leave it, smallest first; [] where not measured.
+
+    The manifest holds {"gzip -9": {"concatenated": bytes, "per_document": bytes}, ...} under "compressors".
+    """
+    measured = (manifest or {}).get("compressors") or {}
+    sizes = [
+        (f"{name}, {how.replace('_', ' ')}", size)
+        for name, by_how in measured.items()
+        if isinstance(by_how, dict)
+        for how, size in by_how.items()
+    ]
+    return sorted(sizes, key=lambda item: item[1])

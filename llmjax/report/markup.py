@@ -1,0 +1,155 @@
+"""Pieces of a page: escaped text, numbers as people read them, tables, cards, and the page's one style sheet."""
+
+from collections.abc import Iterable, Sequence
+import html
+import math
+import re
+from typing import Any
+
+UNITS = ((1e4, 1e3, "k"), (1e6, 1e6, "M"), (1e9, 1e9, "G"), (1e12, 1e12, "T"))  # from, divided by, letter
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
+
+
+def clean(text: Any) -> str:
+    """Text that is safe inside HTML, SVG and attributes; what neither can hold becomes U+FFFD."""
+    return html.escape(_UNPRINTABLE.sub("\ufffd", str(text)))
+
+
+def figure(value: float | None) -> str:
+    """A number in at most four significant digits: 0.000291, 3.412, 1,834, 12.3 k, 4.57 M; None is an em dash."""
+    if value is None:
+        return "\u2014"
+    if not math.isfinite(value):
+        return str(value)
+    if abs(value) >= UNITS[0][0]:
+        return figures([value])[0]
+    if value == int(value):
+        return f"{int(value):,}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def figures(values: Sequence[float]) -> list[str]:
+    """Finite numbers of one axis, all in the unit of the largest: 0, 5 k, 10 k."""
+    largest = max(map(abs, values), default=0.0)
+    for least, divisor, unit in reversed(UNITS):
+        if largest >= least:
+            return [f"{value / divisor:.3g}\u202f{unit}" if value else "0" for value in values]
+    return [figure(value) for value in values]
+
+
+def count(value: int | float | None) -> str:
+    """A whole number with all its digits: 1,234,567."""
+    return figure(None) if value is None else f"{value:,.0f}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]], *, texts: int = 1) -> str:
+    """A table whose first `texts` columns are text and the others figures, set right."""
+    kind = lambda column: "" if column < texts else ' class="number"'
+    heads = "".join(f"<th{kind(i)}>{clean(name)}</th>" for i, name in enumerate(head))
+    body = "".join(
+        "<tr>" + "".join(f"<td{kind(i)}>{clean(cell)}</td>" for i, cell in enumerate(row)) + "</tr>" for row in rows
+    )
+    return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def pairs(rows: Iterable[tuple[str, Any]]) -> str:
+    """A list of names and values; a value of None or "" is left out."""
+    shown = [(name, value) for name, value in rows if value not in (None, "")]
+    return (
+        "<dl>" + "".join(f"<div><dt>{clean(name)}</dt><dd>{clean(value)}</dd></div>" for name, value in shown) + "</dl>"
+    )
+
+
+def section(title: str, body: str, *, note: str = "") -> str:
+    """A titled part of the page; `note` stands small under the title."""
+    below = f'<p class="note">{clean(note)}</p>' if note else ""
+    return f"<section><h2>{clean(title)}</h2>{below}{body}</section>"
+
+
+def missing(what: str, command: str) -> str:
+    """A line for what is not there yet, with the command that makes it."""
+    return f'<p class="missing">{clean(what)} <code>{clean(command)}</code> makes it.</p>'
+
+
+def page(title: str, body: str) -> str:
+    """The whole document."""
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{clean(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+STYLE = """
+:root { --paper: #faf9f7; --card: #ffffff; --ink: #1f2328; --soft: #656d76; --rule: #e4e2dd; --grid: #efede9;
+  --ours: #0f6e6e; --ours-faint: #9cc9c6; --other: #c9c6bf; --dots: #b4570c; --restart: #7a5ea8; --skipped: #c0392b; }
+@media (prefers-color-scheme: dark) { :root { --paper: #15171a; --card: #1c1f23; --ink: #e6e4df; --soft: #9a9fa6;
+  --rule: #2e3238; --grid: #272b30; --ours: #5cc4bd; --ours-faint: #2f6663; --other: #4a4f57; --dots: #e8a25c;
+  --restart: #b39ddb; --skipped: #ef7f73; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink); line-height: 1.5; font-size: 15px;
+  font-family: ui-sans-serif, system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
+main { max-width: 1040px; margin: 0 auto; padding: 44px 24px 72px; }
+h1 { font-size: 28px; line-height: 1.2; letter-spacing: -0.02em; margin: 0; font-weight: 650; }
+h2 { font-size: 17px; margin: 0 0 14px; font-weight: 620; letter-spacing: -0.01em; }
+h3 { font-size: 13px; margin: 0 0 6px; font-weight: 560; color: var(--soft); }
+header p { margin: 6px 0 0; color: var(--soft); }
+section { background: var(--card); border: 1px solid var(--rule); border-radius: 12px; padding: 22px 24px;
+  margin-top: 20px; }
+section > h2 + .note { margin: -10px 0 14px; }
+.note, .legend, .missing { color: var(--soft); font-size: 13px; }
+.missing { margin: 4px 0; }
+.hero { display: grid; grid-template-columns: minmax(220px, 5fr) 7fr; gap: 20px 40px; align-items: center; }
+.facts { display: grid; gap: 14px; }
+.fact .big { font-size: 34px; line-height: 1.1; font-weight: 650; letter-spacing: -0.02em;
+  font-variant-numeric: tabular-nums; }
+.fact:first-child .big { color: var(--ours); }
+.fact .what { color: var(--soft); font-size: 13px; }
+.plots { margin-top: 26px; display: grid; grid-template-columns: 1fr 1fr; gap: 22px 28px; }
+.plots > div { min-width: 0; }
+svg { display: block; width: 100%; height: auto; overflow: visible;
+  font-family: inherit; font-variant-numeric: tabular-nums; }
+svg .tick { font-size: 11.5px; fill: var(--soft); }
+svg .grid { stroke: var(--grid); }
+svg .axis { stroke: var(--rule); }
+svg .line { fill: none; stroke: var(--ours); stroke-width: 1.8; stroke-linejoin: round; }
+svg .faint { fill: none; stroke: var(--ours-faint); stroke-width: 1; stroke-linejoin: round; }
+svg .dot { fill: var(--ours); } svg .dot.faint { fill: var(--ours-faint); stroke: none; }
+svg .dot.dots { fill: var(--dots); stroke: var(--card); stroke-width: 1.2; }
+svg .mark { stroke-width: 1.2; stroke-dasharray: 4 3; } svg .mark.restart { stroke: var(--restart); }
+svg .mark.skipped { stroke: var(--skipped); } svg .broken { fill: var(--skipped); }
+svg .bar { fill: var(--other); } svg .bar.ours { fill: var(--ours); }
+svg .name, svg .value { font-size: 13px; fill: var(--ink); } svg .name.ours, svg .value.ours { font-weight: 650; }
+.legend { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 8px 0 0; padding: 0; list-style: none; }
+.legend i { display: inline-block; width: 14px; height: 3px; border-radius: 2px;
+  margin-right: 6px; vertical-align: middle; }
+.legend .line i { background: var(--ours); } .legend .faint i { background: var(--ours-faint); }
+.legend .dots i { background: var(--dots); width: 8px; height: 8px; border-radius: 50%; }
+.legend .restart i { background: var(--restart); } .legend .skipped i { background: var(--skipped); }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px; }
+th { text-align: left; font-weight: 560; color: var(--soft); font-size: 12.5px; }
+th, td { padding: 6px 14px 6px 0; border-bottom: 1px solid var(--rule); white-space: nowrap; }
+tbody tr:last-child td { border-bottom: 0; }
+.number { text-align: right; padding: 6px 0 6px 14px; }
+dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(290px, 1fr)); gap: 0 36px; margin: 0; }
+dl div { display: flex; justify-content: space-between; gap: 20px;
+  padding: 5px 0; border-bottom: 1px solid var(--grid); }
+dt { color: var(--soft); white-space: nowrap; }
+dd { margin: 0; text-align: right; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+dl + h3, .wide + h3, dl + .wide, .wide + .wide { margin-top: 20px; }
+.wide + details, .wide + .missing { margin-top: 14px; }
+code, pre { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
+  font-size: 13px; }
+pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 4; line-height: 1.45; }
+figure { margin: 0; padding: 14px 16px; background: var(--paper); border-radius: 8px; }
+figure + figure { margin-top: 12px; }
+figcaption { color: var(--soft); font-size: 12.5px; margin-top: 8px; }
+mark { background: none; color: var(--ours); font-weight: 650; }
+details + details { margin-top: 8px; } summary { cursor: pointer; color: var(--soft); }
+details pre { margin-top: 10px; }
+footer { color: var(--soft); font-size: 12.5px; margin-top: 26px; }
+@media (max-width: 760px) { .hero, .plots { grid-template-columns: 1fr; } }
+@media print { body { background: none; } section { break-inside: avoid; } }
+"""

@@ -1,0 +1,303 @@
+"""The report's story: how good, how it went, how fast, what ran, on which data, what it writes."""
+
+from collections.abc import Iterable
+import datetime
+import json
+import math
+import statistics
+from typing import Any
+
+from etils import epath
+
+from llmjax.metrics import duration
+from llmjax.report import plot
+from llmjax.report.files import RunFiles, compressors, read
+from llmjax.report.markup import clean, count, figure, missing, page, pairs, section, table
+
+FILE = "report.html"
+MARKS = {"restart": "restarted", "skipped": "steps skipped, not finite"}
+SPLITS = ("train", "validation", "test")
+
+
+def write_report(workdir: epath.PathLike) -> epath.Path:
+    """Make WORKDIR/report.html from the run's files and return its path; a part whose files are absent says so."""
+    run = read(workdir)
+    parts = (header, headline, learning, speed, summary, data, evaluation, samples, config, footer)
+    path = run.workdir / FILE
+    path.write_text(page(f"{run.workdir.name}: training report", "\n".join(part(run) for part in parts)))
+    return path
+
+
+def header(run: RunFiles) -> str:
+    about = run.run or {}
+    told = [
+        f"step {count(run.metrics[-1]['step'])} of {count(_steps(run))}" if run.metrics and _steps(run) else None,
+        f"{figure(about['parameters'])} parameters" if "parameters" in about else None,
+        f"{about['num_devices']} x {about['device']}" if "device" in about and "num_devices" in about else None,
+        f"started {_moment(about['started'])}" if "started" in about else None,
+    ]
+    return f"<header><h1>{clean(run.workdir.name)}</h1><p>{clean(' · '.join(filter(None, told)))}</p></header>"
+
+
+def headline(run: RunFiles) -> str:
+    """Loss, perplexity and bits per byte of the validation split, beside what compressors need for the same bytes."""
+    scores = run.last_eval("validation")
+    if scores is None:
+        return section("Validation", missing("No evaluation of the validation split yet.", _verb("eval", run)))
+    total = scores["total"]
+    facts = [
+        (f"{total['bits_per_byte']:.4f}", "bits per byte"),
+        (f"{total['loss']:.4f}", "loss, nats per token"),
+        (f"{total['perplexity']:,.2f}", "perplexity"),
+    ]
+    shown = "".join(
+        f'<div class="fact"><div class="big">{value}</div><div class="what">{what}</div></div>' for value, what in facts
+    )
+    rows = [plot.Bar("this model", total["bits_per_byte"], ours=True)]
+    rows += [plot.Bar(name, 8 * size / total["text_bytes"]) for name, size in compressors(run.manifest)]
+    bars = plot.bars(rows, label="Compression", unit="bits per byte")
+    chart = f"<div><h3>Bits per byte, lower is better</h3>{bars}</div>"
+    note = (
+        f"{scores.get('parameters', 'parameters')} at step {count(scores.get('step'))}, "
+        f"{count(total['documents'])} documents, {count(total['text_bytes'])} bytes"
+    )
+    lossy = f'<p class="note">{clean(scores["note"])}</p>' if scores.get("note") else ""
+    return section("Validation", f'<div class="hero"><div class="facts">{shown}</div>{chart}</div>{lossy}', note=note)
+
+
+def learning(run: RunFiles) -> str:
+    """Loss of training and validation, learning rate and gradient norm."""
+    title = "Learning"
+    if not run.metrics:
+        return section(title, missing("No step was logged yet.", _verb("train", run)))
+    marks, loss = _marks(run), run.curve("loss")
+    curves = [plot.Curve("training loss", loss, "faint"), plot.Curve("training loss, smoothed", _smooth(loss))]
+    keys = [("faint", "training, each logged step"), ("line", "training, smoothed")]
+    if validation := [
+        (step, scores["total"]["loss"]) for step, scores in sorted(run.evals.get("validation", {}).items())
+    ]:
+        curves.append(plot.Curve("validation loss", validation, "dots"))
+        keys.append(("dots", "validation"))
+    keys += [(kind, name) for kind, name in MARKS.items() if any(mark.kind == kind for mark in marks)]
+    legend = "".join(f'<li class="{look}"><i></i>{clean(name)}</li>' for look, name in keys)
+    big = plot.curves(curves, label="Loss", marks=marks, width=980, height=320)
+    small = _small_plots(run, [("Learning rate", "learning_rate", True), ("Gradient norm", "grad_norm", False)], marks)
+    body = f'<h3>Loss, nats per token</h3>{big}<ul class="legend">{legend}</ul>{small}'
+    return section(title, body, note="Hover over a mark or a dot for its step and value.")
+
+
+def speed(run: RunFiles) -> str:
+    """Tokens a second and time spent waiting for data, over steps; MFU where the device's peak is known."""
+    if not run.metrics:
+        return ""
+    waits = dict(run.curve("data_wait_seconds"))
+    steps = run.curve("step_seconds")
+    shares = [(step, 100 * waits[step] / seconds) for step, seconds in steps if seconds and step in waits]
+    facts = pairs(
+        [
+            ("time in steps", duration(_step_time(run)) if steps else None),
+            ("tokens seen", count(_last(run, "tokens"))),
+            ("median tokens per second", _median(run.curve("tokens_per_second"))),
+            ("median time of a step", f"{statistics.median(y for _, y in steps):.4g} s" if steps else None),
+            ("waiting for data, median", f"{statistics.median(y for _, y in shares):.2g}%" if shares else None),
+            ("median MFU", _percent(run.curve("mfu"))),
+        ]
+    )
+    plots = [("Tokens per second", "tokens_per_second", True), ("Wait for data, % of a step", shares, True)]
+    if run.curve("mfu"):
+        plots.append(("MFU, %", [(step, 100 * y) for step, y in run.curve("mfu")], True))
+    return section("Speed", facts + _small_plots(run, plots, _marks(run)))
+
+
+def summary(run: RunFiles) -> str:
+    """What ran: devices, mesh, model, optimizer, versions."""
+    about = run.run
+    if about is None:
+        return section("Run", missing("There is no run.json.", _verb("train", run)))
+    known = run.config or {}
+    train, rows = known.get("train", {}), known.get("data", {})
+    batch, seq_len = train.get("global_batch"), rows.get("seq_len")
+    mesh = " x ".join(f"{axis} {size}" for axis, size in about.get("mesh", {}).items())
+    versions = ", ".join(f"{name} {version}" for name, version in about.get("versions", {}).items())
+    facts = pairs(
+        [
+            ("run", about.get("run_id")),
+            ("started", _moment(about["started"]) if "started" in about else None),
+            ("device", f"{about.get('num_devices', '')} x {about.get('device', '')}"),
+            ("processes", about.get("processes")),
+            ("mesh", mesh),
+            ("compiled by", about.get("parallel")),
+            ("parameters", count(about.get("parameters"))),
+            ("optimizer", about.get("optimizer")),
+            ("evaluated", about.get("evaluated")),
+            ("rows x tokens a step", f"{batch} x {seq_len}" if batch and seq_len else None),
+            ("restarts", count(len(about.get("restarts", [])))),
+            ("steps skipped, not finite", count(_last(run, "skipped_steps"))),
+            ("versions", versions),
+        ]
+    )
+    total = about.get("parameters") or math.nan
+    parts = [(name, count(size), f"{size / total:.1%}") for name, size in about.get("parameters_by_part", {}).items()]
+    by_part = table(("Parameters", "count", "share"), parts) if parts else ""
+    unsharded = "".join(f"<li>{clean(line)}</li>" for line in about.get("sharding_report", []))
+    kept_whole = (
+        f"<details><summary>Parameters that stay unsharded</summary><ul>{unsharded}</ul></details>" if unsharded else ""
+    )
+    return section("Run", facts + by_part + kept_whole)
+
+
+def data(run: RunFiles) -> str:
+    """The token store by source and split, and how its documents were packed into rows."""
+    parts = []
+    if run.manifest is None:
+        parts.append(missing("There is no token store.", _verb("prepare", run)))
+    else:
+        tokenizer = run.manifest.get("tokenizer", {})
+        facts = [
+            ("tokenizer", f"{tokenizer.get('kind', '')}, {count(tokenizer.get('vocab_size'))} tokens"),
+            ("lossless", {True: "yes", False: "no"}.get(tokenizer.get("lossless"))),  # type: ignore[arg-type]
+            ("Python", run.manifest.get("python")),
+            ("corpus sha256", str(run.manifest.get("corpus_sha256") or "")[:16]),
+            ("store fingerprint", str(run.manifest.get("fingerprint") or "")[:16]),
+        ]
+        head = ("Source", "split", "documents", "text bytes", "tokens", "bytes per token")
+        parts += [pairs(facts), table(head, _splits(run.manifest), texts=2)]
+    if run.data is None:
+        parts.append(missing("There is no data.json, which tells how rows are packed.", _verb("train", run)))
+    else:
+        known = (run.config or {}).get("data", {})
+        parts.append("<h3>Rows for training</h3>")
+        parts.append(pairs([("packing", known.get("packing")), ("tokens in a row", known.get("seq_len"))]))
+        columns = list(dict.fromkeys(column for source in run.data.values() for column in source))
+        rows = [(name, *(_value(source.get(column)) for column in columns)) for name, source in run.data.items()]
+        parts.append(table(("Source", *(column.replace("_", " ") for column in columns)), rows))
+    return section("Data", "".join(parts))
+
+
+def evaluation(run: RunFiles) -> str:
+    """The scores of every split at its last evaluated step, by source."""
+    rows = []
+    for split in filter(run.evals.__contains__, SPLITS):
+        scores = run.last_eval(split) or {}
+        lines = dict(scores.get("sources", {}))
+        if len(lines) != 1:
+            lines["all"] = scores["total"]
+        for source, s in lines.items():
+            scored = (
+                f"{s['loss']:.4f}",
+                f"{s['perplexity']:,.2f}",
+                f"{s['bits_per_byte']:.4f}",
+                f"{s['accuracy']:.2%}",
+            )
+            rows.append((split, source, count(scores.get("step")), *scored, count(s["tokens"]), count(s["documents"])))
+    head = ("Split", "source", "step", "loss", "perplexity", "bits per byte", "next token right", "tokens", "documents")
+    body = table(head, rows, texts=2) if rows else missing("Nothing was evaluated yet.", _verb("eval", run))
+    return section("Evaluation", body)
+
+
+def samples(run: RunFiles) -> str:
+    """What the model writes."""
+    if not run.samples:
+        return section(
+            "Samples",
+            missing("No samples yet: training ends with one for each of sample.prompts.", _verb("train", run)),
+        )
+    drawn = []
+    for sample in run.samples:
+        prompt, text = sample.get("prompt", ""), sample.get("text", "")
+        told = ", ".join(f"{name} {_value(value)}" for name, value in sample.items() if name not in ("prompt", "text"))
+        drawn.append(
+            f"<figure><pre><mark>{clean(prompt)}</mark>{clean(text)}</pre><figcaption>{clean(told)}</figcaption></figure>"
+        )
+    return section("Samples", "".join(drawn), note="The prompt is in colour.")
+
+
+def config(run: RunFiles) -> str:
+    """The resolved config, folded."""
+    if run.config is None:
+        return section("Config", missing("There is no config.json.", _verb("train", run)))
+    text = clean(json.dumps(run.config, indent=2, ensure_ascii=False))
+    return section("Config", f"<details><summary>The resolved config</summary><pre>{text}</pre></details>")
+
+
+def footer(run: RunFiles) -> str:
+    broken = f" Not readable: {', '.join(run.unreadable)}." if run.unreadable else ""
+    return f"<footer>Every number is from the files in {clean(run.workdir)}.{clean(broken)}</footer>"
+
+
+def _small_plots(run: RunFiles, plots: Iterable[tuple[str, Any, bool]], marks: list[plot.Mark]) -> str:
+    drawn = []
+    for title, points, zero in plots:
+        curve = plot.Curve(title, run.curve(points) if isinstance(points, str) else points)
+        drawn.append(f"<div><h3>{clean(title)}</h3>{plot.curves([curve], label=title, marks=marks, zero=zero)}</div>")
+    return f'<div class="plots">{"".join(drawn)}</div>'
+
+
+def _marks(run: RunFiles) -> list[plot.Mark]:
+    """Restarts, and the steps up to which updates were skipped."""
+    marks = [
+        plot.Mark(restart["step"], f"restart at step {restart['step']:,}, {_moment(restart['time'])}", "restart")
+        for restart in (run.run or {}).get("restarts", [])
+    ]
+    before = 0.0
+    for step, skipped in run.curve("skipped_steps"):
+        if skipped > before:
+            marks.append(plot.Mark(step, f"{skipped - before:.0f} skipped up to step {step:,.0f}", "skipped"))
+        before = skipped
+    return marks
+
+
+def _splits(manifest: dict[str, Any]) -> Iterable[tuple]:
+    for name, source in manifest.get("sources", {}).items():
+        for split in SPLITS:
+            if isinstance(found := source.get(split), dict):
+                per_token = f"{found['text_bytes'] / found['tokens']:.2f}" if found["tokens"] else figure(None)
+                yield (
+                    *(name, split, count(found["documents"]), count(found["text_bytes"]), count(found["tokens"])),
+                    per_token,
+                )
+
+
+def _smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    return plot.smooth(points, len(points) / 100)
+
+
+def _step_time(run: RunFiles) -> float:
+    """Seconds in steps: each line's mean times the steps since the line before it."""
+    before, total = 0, 0.0
+    for step, seconds in run.curve("step_seconds"):
+        total += seconds * (step - before)
+        before = step
+    return total
+
+
+def _steps(run: RunFiles) -> int | None:
+    return (run.config or {}).get("train", {}).get("steps")
+
+
+def _last(run: RunFiles, name: str) -> float | None:
+    return next((line[name] for line in reversed(run.metrics) if line.get(name) is not None), None)
+
+
+def _median(points: list[tuple[float, float]]) -> str | None:
+    return count(statistics.median(y for _, y in points)) if points else None
+
+
+def _percent(points: list[tuple[float, float]]) -> str | None:
+    return f"{statistics.median(y for _, y in points):.1%}" if points else None
+
+
+def _value(value: Any) -> str:
+    """A value of a file as it is shown: whole numbers grouped, fractions in five digits, texts as they are."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "" if value is None else str(value)
+    return count(value) if value == int(value) else f"{value:.5g}"
+
+
+def _moment(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _verb(verb: str, run: RunFiles) -> str:
+    config_file = "" if verb == "eval" else "--config=FILE "  # eval takes the config that training wrote
+    return f"llmjax {verb} {config_file}--workdir={run.workdir}"

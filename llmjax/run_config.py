@@ -1,0 +1,163 @@
+"""The whole config of a run: every section, bound once at the door and then handed out piece by piece."""
+
+import dataclasses
+import json
+from typing import Any
+
+from etils import epath
+import ml_collections
+
+from llmjax.checkpoint import CheckpointConfig
+from llmjax.config import UserError, as_dict, bind, load_file, parse_override, set_field
+from llmjax.data.config import DataConfig, SourceConfig
+from llmjax.models.decoder_config import DecoderConfig
+from llmjax.optim.config import OptimizerConfig
+from llmjax.parallel.mesh import MeshConfig, ParallelConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length and shape of training.
+
+    steps         optimizer steps, and the horizon of every schedule
+    stop_at       end the run at this step without touching the schedules; 0: at `steps`
+    global_batch  sequences in a step, over all devices
+    accumulation  microbatches that a step is cut into; gradients are summed and divided by the tokens once
+    loss_chunk    positions of a row whose logits exist at one time
+    z_loss        weight of log(normaliser)^2 in the loss
+    log_every     steps between lines of metrics.jsonl
+    max_skipped   consecutive non-finite steps that are skipped before the run stops
+    compilation_cache  folder of compiled programs, reused by the next start; "": WORKDIR/compilation_cache; "off": none
+    """
+
+    steps: int = 1000
+    stop_at: int = 0
+    global_batch: int = 8
+    accumulation: int = 1
+    loss_chunk: int = 128
+    z_loss: float = 0.0
+    log_every: int = 10
+    max_skipped: int = 100
+    compilation_cache: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Evaluation during training and by `llmjax eval`.
+
+    every   steps between evaluations of the validation split; 0: at the end only
+    batch   sequences in an evaluation batch; 0: train.global_batch
+    """
+
+    every: int = 0
+    batch: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Text written at the end of training, for the report.
+
+    prompts      one sample each
+    max_tokens   tokens of a sample
+    temperature, top_p   see `llmjax generate --help`
+    """
+
+    prompts: tuple = ()
+    max_tokens: int = 120
+    temperature: float = 0.8
+    top_p: float = 0.95
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run. `seed` keys parameters, data order and dropout; the sections are described by their own classes."""
+
+    seed: int = 0
+    model: DecoderConfig = DecoderConfig()
+    data: DataConfig = DataConfig()
+    mesh: MeshConfig = MeshConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    sample: SampleConfig = SampleConfig()
+
+    def __post_init__(self):
+        positive = {
+            "train.steps": self.train.steps,
+            "train.global_batch": self.train.global_batch,
+            "train.accumulation": self.train.accumulation,
+            "train.loss_chunk": self.train.loss_chunk,
+            "train.log_every": self.train.log_every,
+            "train.max_skipped": self.train.max_skipped,
+            "checkpoint.every": self.checkpoint.every,
+            "checkpoint.keep": self.checkpoint.keep,
+        }
+        counts = {
+            "seed": self.seed,
+            "train.stop_at": self.train.stop_at,
+            "checkpoint.keep_every": self.checkpoint.keep_every,
+            "eval.every": self.eval.every,
+            "eval.batch": self.eval.batch,
+        }
+        for name, value in positive.items():
+            if value < 1:
+                raise UserError(f"{name}={value}: must be at least 1")
+        for name, value in counts.items():
+            if value < 0:
+                raise UserError(f"{name}={value}: must not be negative")
+        if self.train.stop_at > self.train.steps:
+            raise UserError(f"train.stop_at={self.train.stop_at} lies beyond train.steps={self.train.steps}: lower it")
+        if self.train.global_batch % self.train.accumulation:
+            raise UserError(
+                f"train.global_batch={self.train.global_batch} is not divisible by "
+                f"train.accumulation={self.train.accumulation}: change one of them"
+            )
+
+
+def resolve(file: str, overrides: list[tuple[str, str]]) -> RunConfig:
+    """The config of `--config=FILE[:ARG]` with `--config.FIELD=TEXT` overrides, bound and checked."""
+    return apply_overrides(_plain(load_file(file)), overrides)
+
+
+def apply_overrides(tree: dict[str, Any], overrides: list[tuple[str, str]]) -> RunConfig:
+    """A RunConfig from a nested dict and `(FIELD, TEXT)` overrides.
+
+    A source named on the command line that the config lacks takes the place of its `stdlib:` sources, which are
+    only there so that a config runs before the user has named any text.
+    """
+    sources = tree.setdefault("data", {}).setdefault("sources", {})
+    typed = [(field, parse_override(RunConfig, field, text)) for field, text in overrides]
+    named = {field.split(".")[2] for field, _ in typed if field.startswith("data.sources.")}
+    if named - set(sources):
+        stdlib = [name for name, source in sources.items() if source.get("path", SourceConfig.path) == "stdlib:"]
+        for name in set(stdlib) - named:
+            del sources[name]
+    for field, value in typed:
+        set_field(tree, field, value)
+    return bind(RunConfig, tree)
+
+
+def _plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    return {k: _plain(v) if isinstance(v, ml_collections.ConfigDict) else v for k, v in config.items()}
+
+
+def to_json(config: RunConfig) -> dict[str, Any]:
+    """The resolved config as JSON would hold it (tuples become lists)."""
+    return json.loads(json.dumps(as_dict(config)))
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """The nested dict of a config.json."""
+    return json.loads(path.read_text())
+
+
+def with_vocabulary(config: RunConfig, vocab_size: int) -> RunConfig:
+    """The config with the model's vocabulary filled in from the tokenizer, or checked against it."""
+    given = config.model.vocab_size
+    if given and given < vocab_size:
+        raise UserError(
+            f"model.vocab_size={given} is smaller than the tokenizer's {vocab_size}: leave it 0 to take the tokenizer's"
+        )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=given or vocab_size))

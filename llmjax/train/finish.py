@@ -1,0 +1,90 @@
+"""The end of training: evaluate, sample, report, and say in a few lines what came out."""
+
+from llmjax import report, sampling, workdir as workdirs
+from llmjax.data import prepare
+from llmjax.parallel import hosts
+from llmjax.report.files import compressors
+from llmjax.train.job import Job, Progress
+
+
+def finish(job: Job, progress: Progress) -> None:
+    """Write eval/<step>/validation.json, samples.json and report.html for the state of `progress`, where missing."""
+    scores = _evaluate(job, progress)
+    samples = _sample(job, progress)
+    if not hosts.is_primary():
+        return
+    workdirs.write_json(job.workdir / "data.json", job.data.summary(progress.data_state))
+    path = report.write_report(job.workdir)
+    for line in _summary(job, progress, scores, samples):
+        job.say(line)
+    job.say(f"\nreport: {path}")
+    job.say(f"next:   llmjax generate --workdir={job.workdir} --prompt='def main('")
+    job.say(f"        llmjax eval --workdir={job.workdir} --split=test")
+
+
+def _evaluate(job: Job, progress: Progress) -> dict | None:
+    path = job.workdir / "eval" / str(progress.step) / "validation.json"
+    manifest = prepare.read_manifest(job.store)
+    assert manifest is not None
+    if not any(source["validation"]["tokens"] for source in manifest["sources"].values()):
+        return None
+    if hosts.agree(path.exists(), "evaluated"):
+        return workdirs.read_json(path)
+    job.say(f"evaluating the validation split at step {progress.step} ({job.plan.optimizer.evaluated_name})")
+    return job.evaluate(progress.step, progress.state, "validation")
+
+
+def _sample(job: Job, progress: Progress) -> list[dict]:
+    path, settings = job.workdir / "samples.json", job.config.sample
+    if not settings.prompts:
+        return []
+    if hosts.agree(path.exists(), "sampled") and (old := workdirs.read_json(path)) and old[0]["step"] == progress.step:
+        return old
+    texts = sampling.complete(
+        settings.prompts,
+        graph=job.plan.graph,
+        params=job.evaluated(progress.state),
+        model=job.config.model,
+        mesh=job.mesh,
+        rules=job.config.parallel.rules,
+        tokenizer=job.tokenizer,
+        max_tokens=settings.max_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        seed=job.config.seed,
+    )
+    samples = [
+        {
+            "step": progress.step,
+            "prompt": prompt,
+            "text": text,
+            "seed": job.config.seed,
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+        }
+        for prompt, text in zip(settings.prompts, texts, strict=True)
+    ]
+    if hosts.is_primary():
+        workdirs.write_json(path, samples)
+    return samples
+
+
+def _summary(job: Job, progress: Progress, scores: dict | None, samples: list[dict]) -> list[str]:
+    manifest = prepare.read_manifest(job.store)
+    assert manifest is not None
+    corpus = f"Python {manifest['python']}, corpus sha256 {manifest['corpus_sha256'][:16]}"
+    lines = [f"\nstep {progress.step}, {progress.tokens:,} tokens seen; {corpus}"]
+    for sample in samples:
+        lines += [f"\n--- sample, prompt {sample['prompt']!r} ---", sample["prompt"] + sample["text"]]
+    if scores is None:
+        return [*lines, "\nthe validation split is empty, so nothing was evaluated"]
+    total, weights = scores["total"], job.plan.optimizer.evaluated_name
+    lines += [
+        f"\nvalidation split, {total['documents']:,} documents, {total['text_bytes']:,} bytes; {weights} of this step",
+        f"  loss            {total['loss']:.4f} nats per token",
+        f"  perplexity      {total['perplexity']:.2f}",
+        f"  bits per byte   {total['bits_per_byte']:.4f}   this model",
+    ]
+    for name, size in compressors(manifest):
+        lines.append(f"                  {8 * size / total['text_bytes']:.4f}   {name}")
+    return lines

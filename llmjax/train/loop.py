@@ -1,0 +1,143 @@
+"""Training, as a story in chapters: place, data, model, start, steps, finish."""
+
+from collections.abc import Callable
+import functools
+
+from etils import epath
+import jax
+
+from llmjax import loading, run_config, state as states, workdir as workdirs
+from llmjax.checkpoint import Checkpoints
+from llmjax.config import UserError
+from llmjax.data.pipeline import TrainData
+from llmjax.data.tokenizer import load_tokenizer
+from llmjax.evals.harness import Evaluator
+from llmjax.metrics import MetricsLog
+from llmjax.models import decoder_config
+from llmjax.optim import schedules
+from llmjax.parallel import compile as compiling, hosts, mesh as meshes
+from llmjax.run_config import RunConfig
+from llmjax.train import finish, record, resume
+from llmjax.train.job import Job, Progress
+from llmjax.train.meter import Meter
+from llmjax.train.preemption import Preemption
+from llmjax.train.step import make_loss, train_step
+from llmjax.train.store import prepare_once
+
+DONE, DIVERGED, PREEMPTED = 0, 76, 85
+
+
+def train(config: RunConfig, workdir: epath.Path, say: Callable[[str], None]) -> int:
+    """Train to train.stop_at (or train.steps), from the newest checkpoint of `workdir`. Returns the exit status."""
+    # place: every cheap check comes before anything is written
+    mesh = meshes.make_mesh(config.mesh)
+    compiling.check_batch("train.global_batch", config.train.global_batch, mesh, config.train.accumulation)
+    decoder_config.check(config.model, seq_len=config.data.seq_len, tensor=mesh.shape["tensor"])
+    schedules.make_schedule(config.optimizer, config.train.steps)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with workdirs.Lock(workdir, primary=hosts.is_primary()):
+        _use_compilation_cache(config, workdir)
+
+        # data
+        store = loading.store_folder(config, workdir)
+        prepare_once(config, store, say)
+        tokenizer = load_tokenizer(store)
+        config = run_config.with_vocabulary(config, tokenizer.vocab_size)
+        hosts.all_equal("config", str(config))
+        data = TrainData(store, config.data, seed=config.seed, global_batch=config.train.global_batch)
+
+        # model
+        rules = config.parallel.rules
+        plan = states.plan_state(config.model, config.optimizer, horizon=config.train.steps, mesh=mesh, rules=rules)
+        unsharded = states.unsharded_report(plan, mesh, rules)
+        for line in unsharded:
+            say(f"  unsharded: {line}")
+
+        # start
+        kept = config.checkpoint
+        checkpoints = Checkpoints(
+            workdir / "checkpoints",
+            keep=kept.keep,
+            keep_every=kept.keep_every,
+            timeout_seconds=kept.timeout_seconds,
+        )
+        progress = resume.start(config, plan, data, checkpoints, tokenizer.sha256, say)
+        evaluator = Evaluator(plan.graph, config, mesh, store)
+        log = MetricsLog(workdir, primary=hosts.is_primary(), resume_step=progress.step)
+        job = Job(config, workdir, store, mesh, plan, data, tokenizer, checkpoints, evaluator, log, say)
+        record.write(job, progress, unsharded)
+
+        # steps
+        status, stop = DONE, config.train.stop_at or config.train.steps
+        left = data.remaining(progress.data_state)
+        if left is not None and left < stop - progress.step:
+            raise UserError(
+                f"train.steps={config.train.steps}: the data end after {left} more steps; lower it, or set "
+                "data.at_source_end='repeat'"
+            )
+        if progress.step < stop:
+            say(f"training from step {progress.step} to {stop}: {record.headline(job)}")
+            status = run_steps(job, progress, stop)
+        else:
+            say(f"step {progress.step} of {stop} is done: nothing left to train")
+        checkpoints.close()
+        data.close()
+
+        # finish
+        if status == DONE:
+            finish.finish(job, progress)
+        log.close()
+    return status
+
+
+def run_steps(job: Job, progress: Progress, stop: int) -> int:
+    """Step until `stop`, logging, saving and evaluating on the way; `progress` moves along. Returns the exit status."""
+    config = job.config
+    rows = hosts.local_rows(compiling.batch_sharding(job.mesh), config.train.global_batch)
+    loss = make_loss(job.plan.graph, seed=config.seed, chunk=config.train.loss_chunk, z_loss=config.train.z_loss)
+    step_function = functools.partial(
+        train_step, loss=loss, optimizer=job.plan.optimizer, accumulation=config.train.accumulation
+    )
+    compiled = compiling.compile_step(
+        step_function, config.parallel, job.mesh, job.plan.shardings, rows, config.train.global_batch
+    )
+    meter = Meter(job, stop, progress)
+    preemption = Preemption()
+    state, batches, status = compiled.place(progress.state), job.data.batches(progress.data_state, rows), DONE
+    try:
+        for step in range(progress.step + 1, stop + 1):
+            with meter.waiting():
+                local, data_state = next(batches)
+            state, metrics = compiled.step(state, compiled.feed(local))
+            meter.dispatched(step, metrics)
+
+            due = step == stop or step % config.checkpoint.every == 0
+            evaluate = config.eval.every and step % config.eval.every == 0 and step < stop
+            asked = preemption.reached(step)
+            if due or evaluate or asked or meter.diverged:
+                meter.drain()
+                progress.step, progress.tokens = step, meter.tokens
+                progress.state, progress.data_state = compiled.lift(state), data_state
+                if due or asked:
+                    job.save(progress)
+                if evaluate:
+                    meter.evaluated(job.evaluate(step, progress.state, "validation"))
+            if meter.diverged or asked:
+                status = DIVERGED if meter.diverged else PREEMPTED
+                break
+    finally:
+        preemption.close()
+        meter.close()
+    if status == DIVERGED:
+        job.say(f"stopping: {config.train.max_skipped} steps in a row were not finite; the newest checkpoint is kept")
+    if status == PREEMPTED:
+        job.say(f"asked to stop: step {progress.step} is saved; the same command goes on from there")
+    return status
+
+
+def _use_compilation_cache(config: RunConfig, workdir: epath.Path) -> None:
+    """Keep compiled programs on disk, so that the next start of the same run needs no compiler."""
+    folder = config.train.compilation_cache or str(workdir / "compilation_cache")
+    if folder != "off":
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

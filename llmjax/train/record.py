@@ -1,0 +1,78 @@
+"""What a run writes about itself: config.json, run.json (devices, sizes, restarts), data.json."""
+
+import time
+import uuid
+
+import flax
+import grain
+import jax
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+
+import llmjax
+from llmjax import run_config, workdir as workdirs
+from llmjax.parallel import hosts
+from llmjax.train.job import Job, Progress
+
+
+def write(job: Job, progress: Progress, unsharded: list[str]) -> None:
+    """Write the run's files at a start or restart; process 0 alone."""
+    if not hosts.is_primary():
+        return
+    path = job.workdir / "run.json"
+    old = (
+        workdirs.read_json(path)
+        if path.exists()
+        else {"run_id": uuid.uuid4().hex[:12], "started": time.time(), "restarts": []}
+    )
+    restarts = old["restarts"] + ([{"step": progress.step, "time": time.time()}] if path.exists() else [])
+    device = jax.devices()[0]
+    by_part = parameters_by_part(job)
+    workdirs.write_json(job.workdir / "config.json", run_config.to_json(job.config))
+    workdirs.write_json(job.workdir / "data.json", job.data.summary(progress.data_state))
+    workdirs.write_json(
+        path,
+        {
+            "run_id": old["run_id"],
+            "started": old["started"],
+            "restarts": restarts,
+            "device": device.device_kind,
+            "num_devices": jax.device_count(),
+            "processes": jax.process_count(),
+            "mesh": dict(job.mesh.shape),
+            "parallel": job.config.parallel.how,
+            "versions": {
+                "llmjax": llmjax.__version__,
+                "jax": jax.__version__,
+                "flax": flax.__version__,
+                "optax": optax.__version__,
+                "orbax-checkpoint": ocp.__version__,
+                "grain": getattr(grain, "__version__", "unknown"),
+            },
+            "parameters": sum(by_part.values()),
+            "parameters_by_part": by_part,
+            "optimizer": job.config.optimizer.name,
+            "evaluated": job.plan.optimizer.evaluated_name,
+            "sharding_report": unsharded,
+        },
+    )
+
+
+def parameters_by_part(job: Job) -> dict[str, int]:
+    """Parameters under each top-level name of the model."""
+    return {
+        name: sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+        for name, tree in job.plan.shapes.params.items()
+    }
+
+
+def headline(job: Job) -> str:
+    """The run in one line: parameters, devices, rows, tokens a step."""
+    train, data = job.config.train, job.config.data
+    mesh = " x ".join(f"{name} {size}" for name, size in job.mesh.shape.items() if size > 1) or "1 device"
+    return (
+        f"{sum(parameters_by_part(job).values()):,} parameters, {jax.devices()[0].device_kind} ({mesh}), "
+        f"{train.global_batch} x {data.seq_len} = {train.global_batch * data.seq_len:,} tokens a step, "
+        f"{job.config.parallel.how}"
+    )

@@ -1,0 +1,117 @@
+"""Where a run starts: fresh, or at the newest good checkpoint, after a check that the config still fits it."""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+import jax
+
+from llmjax import run_config, state as states
+from llmjax.checkpoint import Checkpoints
+from llmjax.config import UserError, bind, differences
+from llmjax.data.pipeline import DataState, TrainData
+from llmjax.optim import schedules
+from llmjax.run_config import RunConfig
+from llmjax.state import Plan
+from llmjax.train.job import Progress
+
+# Fields of the model that change how it computes, not what it is.
+_FREE_MODEL_FIELDS = {"scan", "remat", "attention", "dtype", "dropout"}
+# Fields of the optimizer that make its learning rate; a change is honoured, and said.
+_RATE_FIELDS = {"learning_rate", "schedule", "warmup_steps", "decay_fraction", "end_fraction"}
+
+
+def start(
+    config: RunConfig,
+    plan: Plan,
+    data: TrainData,
+    checkpoints: Checkpoints,
+    tokenizer_sha256: str,
+    say: Callable[[str], None],
+) -> Progress:
+    """The newest good checkpoint on this mesh, or a fresh state where there is none.
+
+    Raises UserError where the config changed in a way that matters, with the differences, and where every checkpoint
+    is damaged.
+    """
+    known = _newest_meta(checkpoints)
+    keeps_optimizer = known is None or not _optimizer_changes(config, known)
+    abstract = states.parts(plan.abstract())
+    if not keeps_optimizer:
+        del abstract["opt_state"]
+    restored = checkpoints.restore_latest_good(
+        abstract, check=lambda meta: _check_changes(config, meta, tokenizer_sha256), say=say
+    )
+    if restored is None:
+        return Progress(0, 0, states.init_state(plan, config.model, config.seed), data.start())
+    meta, parts = restored.meta, restored.parts
+    for line in _changes(config, meta, tokenizer_sha256):
+        say(f"  accepted change: {line}")
+    if not keeps_optimizer:
+        say("  the optimizer's state starts fresh; the parameters are kept")
+        init = jax.jit(plan.optimizer.init, out_shardings=plan.shardings.opt_state)
+        parts = {**parts, "opt_state": init(parts["params"])}
+    _say_rates(config, meta, restored.step - meta["skipped"], say)
+    state = states.from_parts(plan, parts, step=restored.step, skipped=meta["skipped"])
+    say(f"  resuming at step {restored.step}, fingerprint {meta['fingerprint']}")
+    return Progress(restored.step, meta["tokens"], state, _data_state(config, data, meta, say))
+
+
+def _newest_meta(checkpoints: Checkpoints) -> dict[str, Any] | None:
+    """What the newest readable checkpoint says of itself; damaged ones are dealt with at the restore."""
+    for step in reversed(checkpoints.steps()):
+        try:
+            return checkpoints.read_meta(step)
+        except UserError:
+            continue
+    return None
+
+
+def _optimizer_changes(config: RunConfig, meta: dict[str, Any]) -> list[str]:
+    return _lines("optimizer", config, meta, _RATE_FIELDS)
+
+
+def _lines(section: str, config: RunConfig, meta: dict[str, Any], free: set[str]) -> list[str]:
+    found = differences(meta["config"][section], run_config.to_json(config)[section])
+    return [f"{section}.{field}: {was!r} -> {now!r}" for field, was, now in found if field not in free]
+
+
+def _changes(config: RunConfig, meta: dict[str, Any], tokenizer_sha256: str) -> list[str]:
+    """Differences that matter and that `checkpoint.accept_changes` can accept."""
+    lines = _optimizer_changes(config, meta)
+    if meta["tokenizer_sha256"] != tokenizer_sha256:
+        lines.insert(0, f"tokenizer: sha256 {meta['tokenizer_sha256'][:12]} -> {tokenizer_sha256[:12]}")
+    return lines
+
+
+def _check_changes(config: RunConfig, meta: dict[str, Any], tokenizer_sha256: str) -> None:
+    model = _lines("model", config, meta, _FREE_MODEL_FIELDS)
+    if model:
+        raise UserError(
+            f"the checkpoint's model is another one ({'; '.join(model)}): undo the change or take a new --workdir"
+        )
+    lines = _changes(config, meta, tokenizer_sha256)
+    if lines and not config.checkpoint.accept_changes:
+        raise UserError(
+            f"the config changed since the checkpoint in a way that matters ({'; '.join(lines)}): undo it, take a new "
+            "--workdir, or accept it with --config.checkpoint.accept_changes=true"
+        )
+
+
+def _say_rates(config: RunConfig, meta: dict[str, Any], count: int, say: Callable[[str], None]) -> None:
+    old = bind(RunConfig, meta["config"])
+    if config.train.steps != old.train.steps:
+        say("  " + schedules.describe_change(config.optimizer, old.train.steps, config.train.steps, count))
+    for line in _lines("optimizer", config, meta, set(dataclasses.asdict(config.optimizer)) - _RATE_FIELDS):
+        say(f"  changed since the checkpoint: {line}")
+
+
+def _data_state(config: RunConfig, data: TrainData, meta: dict[str, Any], say: Callable[[str], None]) -> DataState:
+    saved = DataState.from_json(meta["data_state"])
+    try:
+        data.check(saved)
+    except UserError as error:
+        if not config.checkpoint.accept_changes:
+            raise UserError(f"{error}; or accept it with --config.checkpoint.accept_changes=true") from None
+        say(f"  accepted change: {error}")
+    return dataclasses.replace(data.start(), next_sample=saved.next_sample)

@@ -1,0 +1,101 @@
+"""The train step: a pure function of (state, batch). Sums and weights first, one division at the end."""
+
+from collections.abc import Callable
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from llmjax import losses
+from llmjax.batch import Batch
+from llmjax.optim.optimizer import Optimizer
+from llmjax.parallel import axes
+from llmjax.parallel.compile import WHOLE, Shards
+from llmjax.state import TrainState
+
+
+def make_loss(graph, *, seed: int, chunk: int, z_loss: float) -> Callable:
+    """(params, batch) -> (summed nats + z-loss, LossSums). Dropout is keyed by the seed and each row's sample index."""
+
+    def loss(params: dict, batch: Batch):
+        model = nnx.merge(graph, params)
+        hidden = model(batch, jax.random.fold_in(jax.random.key(seed), 1))
+        sums = losses.cross_entropy(hidden, model.unembed, batch.targets, batch.weights, chunk=chunk, z_loss=z_loss)
+        return sums.nats + sums.z, sums
+
+    return loss
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    loss: Callable,
+    optimizer: Optimizer,
+    accumulation: int = 1,
+    shards: Shards = WHOLE,
+) -> tuple[TrainState, dict]:
+    """One update.
+
+    Gradients of summed nats are added over microbatches and replicas and divided by the summed weights once, so that
+    padding and uneven packing never bias the mean. Where loss or gradient norm is not finite, parameters and optimizer
+    state (schedule and EMA counts with it) stay as they were; only the step and `skipped` advance.
+    """
+    grads, sums = shards.total(_gradients(loss, state.params, batch, accumulation))
+    weight = jnp.maximum(sums.weight, 1.0)
+    grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+    params, opt_state, info = optimizer.update(grads, state.opt_state, state.params)
+    finite = jnp.isfinite(sums.nats + sums.z) & jnp.isfinite(info["grad_norm"])
+    keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+    skipped = state.skipped + jnp.where(finite, 0, 1)
+    metrics = {
+        "loss": sums.nats / weight,
+        "z_loss": sums.z / weight,
+        "accuracy": sums.correct / weight,
+        "tokens": sums.weight,
+        "grad_norm": info["grad_norm"],
+        "learning_rate": info["learning_rate"],
+        "skipped_steps": skipped,
+        "finite": finite,
+        "batch_digest": shards.total(batch_digest(batch, shards.first_row(batch.inputs.shape[0]))),
+    }
+    state = TrainState(state.step + 1, skipped, keep(params, state.params), keep(opt_state, state.opt_state))
+    return state, metrics
+
+
+def _gradients(loss: Callable, params: dict, batch: Batch, accumulation: int):
+    """Gradient sums and loss sums of a batch, over `accumulation` microbatches one after another."""
+    gradient = jax.grad(loss, has_aux=True)
+    if accumulation == 1:
+        return gradient(params, batch)
+
+    def cut(x: jax.Array) -> jax.Array:
+        # Microbatch a takes rows a, a + accumulation, ...: each device keeps its own rows and nothing is sent.
+        x = x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1)
+        return axes.constrain(x, None, "batch", *(None,) * (x.ndim - 2))
+
+    def add(total, micro):
+        return jax.tree.map(jnp.add, total, gradient(params, micro)), None
+
+    micros = jax.tree.map(cut, batch)
+    shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], micros))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.lax.scan(add, zeros, micros)[0]
+
+
+def batch_digest(batch: Batch, first_row) -> jax.Array:
+    """A uint32 hash of every row's place, sample index and tokens. Wrap-around sums have no order: any mesh agrees."""
+    row = jnp.arange(batch.inputs.shape[0], dtype=jnp.uint32)[:, None] + jnp.uint32(first_row)
+    place = row * jnp.uint32(65537) + jnp.arange(batch.inputs.shape[1], dtype=jnp.uint32)
+    total = jnp.sum(_mix(_mix(batch.sample.astype(jnp.uint32)) + row * jnp.uint32(3) + jnp.arange(2, dtype=jnp.uint32)))
+    for field in (batch.inputs, batch.targets, batch.segments, batch.weights.astype(jnp.int32)):
+        total = total * jnp.uint32(31) + jnp.sum(_mix(_mix(field.astype(jnp.uint32)) ^ place))
+    return total
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """A bijection on uint32 with good avalanche (multiply and xor-shift rounds)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)

@@ -1,0 +1,22 @@
+"""Packed batches made by hand, for tests that need no store."""
+
+import numpy as np
+
+from llmjax.batch import Batch
+
+
+def packed(rows: int, seq: int, vocab: int, *, first_sample: int = 0, seed: int = 0) -> Batch:
+    """Rows of two to four documents each and a little padding at the end, keyed by their sample index."""
+    out = {name: np.zeros((rows, seq), np.int32) for name in ("inputs", "targets", "segments", "positions")}
+    samples = np.arange(first_sample, first_sample + rows, dtype=np.uint64)
+    for row, sample in enumerate(samples):
+        rng = np.random.default_rng((seed, int(sample)))
+        edges = np.sort(rng.choice(np.arange(2, seq - 2), size=rng.integers(2, 5), replace=False))
+        for number, (start, stop) in enumerate(zip(np.r_[0, edges[:-1]], edges, strict=True), 1):
+            tokens = rng.integers(1, vocab, stop - start)
+            out["inputs"][row, start:stop] = np.r_[0, tokens[:-1]]
+            out["targets"][row, start:stop] = tokens
+            out["segments"][row, start:stop] = number
+            out["positions"][row, start:stop] = np.arange(stop - start)
+    words = np.stack([samples >> np.uint64(32), samples & np.uint64(0xFFFFFFFF)], axis=1).astype(np.uint32)
+    return Batch(**out, weights=(out["segments"] > 0).astype(np.float32), sample=words)

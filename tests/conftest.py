@@ -1,0 +1,24 @@
+"""Eight emulated CPU devices for every test, and the shared paths."""
+
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+import jax  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+import pytest  # noqa: E402
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def shared_data() -> pathlib.Path:
+    """A folder of public data sets beside the repository; tests that need it are skipped where it is absent."""
+    folder = pathlib.Path(os.environ.get("LLMJAX_SHARED_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no shared data at {folder} (set LLMJAX_SHARED_DATA)")
+    return folder

@@ -1,0 +1,94 @@
+"""Real jobs for tests: `llmjax` commands in processes of their own, on tiny corpora and tiny models."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+LLMJAX = pathlib.Path(sys.executable).with_name("llmjax")
+
+# A model that compiles in seconds, on bytes, with every feature that exactness depends on: packing, dropout, clipping.
+TINY = {
+    "data.tokenizer.kind": "bytes",
+    "data.seq_len": 64,
+    "data.split.near_copies": "False",
+    "data.workers": 1,
+    "model.num_layers": 2,
+    "model.embed": 32,
+    "model.num_heads": 8,
+    "model.num_kv_heads": 4,
+    "model.mlp": 64,
+    "model.dropout": 0.1,
+    "train.steps": 12,
+    "train.global_batch": 16,
+    "train.log_every": 1,
+    "train.loss_chunk": 32,
+    "checkpoint.every": 4,
+    "checkpoint.keep": 10,
+    "sample.prompts": "()",
+    "optimizer.warmup_steps": 2,
+}
+
+
+def write_corpus(folder: pathlib.Path, documents: int = 60) -> pathlib.Path:
+    """A folder of text files cut from this repository's own tests and sources, with a few thousand bytes each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = sorted((ROOT / "llmjax").rglob("*.py"))
+    text = "".join(path.read_text() for path in sources)
+    for number in range(documents):
+        start = number * len(text) // documents
+        (folder / f"{number:03d}.txt").write_text(text[start : start + 500 + 37 * number])
+    return folder
+
+
+def command(verb: str, workdir: pathlib.Path, corpus: pathlib.Path | None = None, **changes) -> list[str]:
+    """`llmjax VERB` with the tiny settings (and `changes`, dots written as two underscores)."""
+    arguments = [str(LLMJAX), verb, f"--workdir={workdir}"]
+    if verb not in ("prepare", "train"):
+        return arguments
+    settings = {**TINY, **{name.replace("__", "."): value for name, value in changes.items()}}
+    if corpus is not None:
+        settings["data.sources.main.path"] = f"{corpus}/*.txt"
+    arguments.append(f"--config={ROOT / 'configs' / 'quickstart.py'}")
+    return arguments + [f"--config.{name}={value}" for name, value in settings.items()]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This environment, on CPU, without a test's own device settings."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("LLMJAX_", "XLA_FLAGS"))}
+    return {**kept, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", **more}
+
+
+def launch(arguments: list[str], processes: int = 1, devices: int = 8) -> list[str]:
+    """The command as a job of several processes with emulated devices."""
+    launcher = [sys.executable, str(ROOT / "launch" / "local.py"), f"--processes={processes}", f"--devices={devices}"]
+    return [*launcher, "--", *arguments]
+
+
+def run(arguments: list[str], *, status: int = 0, timeout: float = 240, **env: str) -> str:
+    """Run to the end, check the exit status, return what was printed."""
+    done = subprocess.run(
+        arguments, capture_output=True, text=True, timeout=timeout, env=environment(**env), check=False
+    )
+    printed = done.stdout + done.stderr
+    assert done.returncode == status, f"exit {done.returncode}, expected {status}:\n{' '.join(arguments)}\n{printed}"
+    return printed
+
+
+def metrics(workdir: pathlib.Path) -> list[dict]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def checkpoints(workdir: pathlib.Path) -> dict[int, dict]:
+    """What `llmjax inspect --json` says of each checkpoint, by step."""
+    found = json.loads(run([str(LLMJAX), "inspect", f"--workdir={workdir}", "--json"]))["checkpoints"]
+    assert [entry["step"] for entry in found] == sorted(entry["step"] for entry in found)
+    return {entry["step"]: entry for entry in found}
+
+
+def trace(workdir: pathlib.Path) -> list[tuple]:
+    """What must repeat bit for bit: (step, loss, batch digest, gradient norm) of every step."""
+    return [(line["step"], line["loss"], line["batch_digest"], line["grad_norm"]) for line in metrics(workdir)]

@@ -1,0 +1,248 @@
+"""The decoder against a plain numpy one, and against itself in every form that must not matter."""
+
+import dataclasses
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmjax import losses
+from llmjax.batch import Batch
+from llmjax.models import registry
+from llmjax.models.decoder import Decoder
+from llmjax.models.decoder_config import DecoderConfig
+from llmjax.nn.stack import REMAT
+from llmjax.parallel import axes
+from tests.batches import packed
+
+VOCAB = 50
+LLAMA = DecoderConfig(vocab_size=VOCAB, vocab_multiple=16, num_layers=2, embed=32, num_heads=4, num_kv_heads=2)
+GPT2 = dataclasses.replace(
+    LLAMA,
+    num_kv_heads=0,
+    activation="gelu_tanh",
+    gated="plain",
+    norm="layernorm",
+    positions="learned",
+    max_positions=64,
+    tied="tied",
+    biases="all",
+)
+POST = dataclasses.replace(LLAMA, norm_position="post", activation="relu2", gated="plain", num_kv_heads=1, head_dim=10)
+
+
+@functools.cache
+def parts(config: DecoderConfig):
+    """Graph and parameters, moved off their start so that no bias is 0 and no scale is 1."""
+    params = jax.jit(lambda key: registry.init(config, key))(jax.random.key(0))
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(0)
+    leaves = [jnp.asarray(p + 0.1 * rng.normal(size=p.shape).astype(np.float32), p.dtype) for p in leaves]
+    return registry.abstract(config)[0], tree.unflatten(leaves)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(graph, params, batch, key=None):
+    model = nnx.merge(graph, params)
+    return model.unembed(model(batch, key))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def loss_and_grads(graph, params, batch, key=None):
+    def loss(params):
+        model = nnx.merge(graph, params)
+        hidden = model(batch, key)
+        sums = losses.cross_entropy(hidden, model.unembed, batch.targets, batch.weights, chunk=8, z_loss=1e-3)
+        return sums.nats + sums.z
+
+    return jax.value_and_grad(loss)(params)
+
+
+def assert_close(found, expected, rtol):
+    """Every leaf within `rtol` of its largest value, or of 1: some gradients (of a key's bias) are 0 but for rounding."""
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * max(1.0, np.abs(b).max()))
+
+
+def oracle(config: DecoderConfig, params: dict, row: Batch) -> np.ndarray:
+    """Logits of a batch of one row in float64, one head at a time, keys and values repeated."""
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    tokens, segments, positions = (np.asarray(x[0]) for x in (row.inputs, row.segments, row.positions))
+    seq, size = len(tokens), config.head_size
+
+    def norm(x, w):
+        if config.norm == "layernorm":
+            x = x - x.mean(-1, keepdims=True)
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * w["scale"] + w.get("bias", 0)
+
+    def turn(x):
+        if config.positions == "learned":
+            return x
+        out = np.empty_like(x)
+        for i in range(size // 2):
+            angle = positions * config.rope_base ** (-2 * i / size)
+            a, b = x[:, i], x[:, i + size // 2]
+            out[:, i] = a * np.cos(angle) - b * np.sin(angle)
+            out[:, i + size // 2] = a * np.sin(angle) + b * np.cos(angle)
+        return out
+
+    def activation(x):
+        return {
+            "silu": lambda: x / (1 + np.exp(-x)),
+            "gelu_tanh": lambda: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+            "relu2": lambda: np.maximum(x, 0) ** 2,
+        }[config.activation]()
+
+    def attend(x, w):
+        linear = lambda name, head: x @ w[name]["weight"][:, head] + w[name].get("bias", np.zeros((99, 1)))[head]
+        out = np.zeros_like(x)
+        for head in range(config.num_heads):
+            shared = head // (config.num_heads // config.kv_heads)
+            q, k, v = turn(linear("query", head)), turn(linear("key", shared)), linear("value", shared)
+            scores = q @ k.T / np.sqrt(size)
+            seen = (np.arange(seq)[:, None] >= np.arange(seq)) & (segments[:, None] == segments)
+            weights = np.exp(np.where(seen, scores, -np.inf) - scores.max())
+            out += weights / weights.sum(-1, keepdims=True) @ v @ w["out"]["weight"][head]
+        return out + w["out"].get("bias", 0)
+
+    def feed(x, w):
+        linear = lambda name, y: y @ w[name]["weight"] + w[name].get("bias", 0)
+        h = activation(linear("gate", x)) * linear("up", x) if "gate" in w else activation(linear("up", x))
+        return linear("down", h)
+
+    x = p["embed"]["table"][tokens]
+    if config.positions == "learned":
+        x = x + p["positions"]["table"][positions]
+    for layer in range(config.num_layers):
+        w = jax.tree.map(lambda leaf, layer=layer: leaf[layer], p["blocks"])
+        for sub, run in (("attention", attend), ("mlp", feed)):
+            if config.norm_position == "pre":
+                x = x + run(norm(x, w[f"{sub}_norm"]), w[sub])
+            else:
+                x = norm(x + run(x, w[sub]), w[f"{sub}_norm"])
+    x = norm(x, p["norm"]) if config.norm_position == "pre" else x
+    return x @ (p["embed"]["table"].T if config.tied == "tied" else p["head"])
+
+
+@pytest.mark.parametrize("config", [LLAMA, GPT2, POST], ids=["llama", "gpt2", "post_norm"])
+def test_equals_the_numpy_oracle(config):
+    graph, params = parts(config)
+    row = packed(1, 24, VOCAB)
+    found, expected = np.asarray(logits(graph, params, row))[0], oracle(config, params, row)
+    assert found.dtype == np.float32
+    # float32 against float64 over two layers: some 1e-6 of the largest logit
+    np.testing.assert_allclose(found[:, :VOCAB], expected[:, :VOCAB], atol=1e-5 * np.abs(expected).max())
+    assert (found[:, VOCAB:] == np.float32(-1e30)).all()
+
+
+@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("other", [1, 2])
+def test_documents_of_a_row_do_not_see_each_other(config, other):
+    """Changing all tokens of one document leaves logits and gradients of the others bitwise alone."""
+    graph, params = parts(config)
+    row = packed(1, 24, VOCAB)
+    changed_part = row.segments == other
+    assert changed_part.any() and (row.segments > 0).sum() > changed_part.sum()
+    kept = dataclasses.replace(row, weights=row.weights * ~changed_part)
+    swap = lambda tokens: np.where(changed_part, (tokens + 7) % VOCAB, tokens)
+    changed = dataclasses.replace(kept, inputs=swap(row.inputs), targets=swap(row.targets))
+    before, after = logits(graph, params, kept), logits(graph, params, changed)
+    np.testing.assert_array_equal(before[~changed_part], after[~changed_part])
+    assert (before[changed_part] != after[changed_part]).any()
+    # A masked score is exp(-1e30) = 0 exactly, so every term from the other document is an exact 0.
+    jax.tree.map(np.testing.assert_array_equal, loss_and_grads(graph, params, kept), loss_and_grads(graph, params, changed))
+
+
+def test_a_packed_row_scores_as_its_documents_alone():
+    graph, params = parts(LLAMA)
+    row = packed(1, 24, VOCAB)
+    together = np.asarray(logits(graph, params, row))[0]
+    for number in range(1, row.segments.max() + 1):
+        (where,) = np.nonzero(row.segments[0] == number)
+        front = lambda x, where=where: np.pad(x[:, where], [(0, 0), (0, 24 - len(where))])
+        alone = Batch(**{f: front(getattr(row, f)) for f in Batch.__dataclass_fields__ if f != "sample"}, sample=row.sample)
+        # The same sums with their zeros elsewhere: rounding of float32 only.
+        found = np.asarray(logits(graph, params, alone))[0, : len(where)]
+        np.testing.assert_allclose(found[:, :VOCAB], together[where, :VOCAB], atol=1e-6 * np.abs(found[:, :VOCAB]).max())
+
+
+def test_scan_equals_unrolled():
+    graph, params = parts(GPT2)
+    unrolled = registry.abstract(dataclasses.replace(GPT2, scan=False))[0]
+    batch, key = packed(2, 24, VOCAB), jax.random.key(1)
+    assert_close(loss_and_grads(unrolled, params, batch, key), loss_and_grads(graph, params, batch, key), 1e-5)
+
+
+@pytest.mark.parametrize("remat", [name for name in REMAT if name != "none"])
+def test_remat_changes_no_number(remat):
+    dropped = dataclasses.replace(LLAMA, dropout=0.2)
+    graph, params = parts(dropped)
+    other = registry.abstract(dataclasses.replace(dropped, remat=remat))[0]
+    batch, key = packed(2, 24, VOCAB), jax.random.key(1)
+    # Recomputed values may be fused otherwise, so: rounding of float32.
+    assert_close(loss_and_grads(other, params, batch, key), loss_and_grads(graph, params, batch, key), 1e-5)
+
+
+def test_bfloat16_is_near_float32_and_logits_stay_float32():
+    graph, params = parts(LLAMA)
+    half = registry.abstract(dataclasses.replace(LLAMA, dtype="bfloat16"))[0]
+    batch = packed(2, 24, VOCAB)
+    found, exact = logits(half, params, batch), logits(graph, params, batch)
+    assert found.dtype == jnp.float32
+    found, exact = np.asarray(found)[..., :VOCAB], np.asarray(exact)[..., :VOCAB]
+    # 8 bits of mantissa through two layers: about 1% of the largest logit, and not 0
+    assert 0 < np.abs(found - exact).max() < 0.05 * np.abs(exact).max()
+    assert_close(loss_and_grads(half, params, batch)[0], loss_and_grads(graph, params, batch)[0], 0.01)
+
+
+def test_dropout_belongs_to_the_sample():
+    graph, params = parts(dataclasses.replace(LLAMA, dropout=0.3))
+    key = jax.random.key(5)
+    batch = packed(4, 24, VOCAB, first_sample=2**32 - 2)
+    whole = np.asarray(logits(graph, params, batch, key))
+    for rows in ([0, 1], [3, 2]):
+        part = jax.tree.map(lambda x, rows=rows: x[np.array(rows)], batch)
+        np.testing.assert_allclose(np.asarray(logits(graph, params, part, key)), whole[rows], rtol=1e-5, atol=1e-4)
+    twin = jax.tree.map(lambda x: x[np.array([0, 0, 0, 0])], batch)
+    twin = dataclasses.replace(twin, sample=batch.sample)
+    rows = np.asarray(logits(graph, params, twin, key))[..., :VOCAB]
+    assert all(np.abs(rows[0] - row).max() > 0.1 for row in rows[1:]), "the same tokens under another index drop others"
+    assert np.abs(np.asarray(logits(graph, params, batch)) - whole).max() > 0.1
+
+
+def test_every_parameter_names_its_axes():
+    _, shapes, names = registry.abstract(GPT2)
+    for shape, axis in zip(jax.tree.leaves(shapes), jax.tree.leaves(names, is_leaf=lambda x: isinstance(x, tuple)), strict=True):
+        assert len(shape.shape) == len(axis)
+    assert names["blocks"]["attention"]["query"]["weight"] == ("layers", "embed", "heads", "head_dim")
+    assert names["blocks"]["attention"]["key"]["bias"] == ("layers", "kv_heads", "head_dim")
+    assert names["blocks"]["attention"]["out"]["weight"] == ("layers", "heads", "head_dim", "embed")
+    assert names["blocks"]["mlp"]["down"]["weight"] == ("layers", "mlp", "embed")
+    assert names["blocks"]["mlp_norm"]["scale"] == ("layers", "embed")
+    assert names["embed"]["table"] == ("vocab", "embed")
+    assert registry.abstract(LLAMA)[2]["head"] == ("embed", "vocab")
+
+
+def test_parameters_start_alike_with_and_without_jit():
+    eager, compiled = registry.init(LLAMA, jax.random.key(3)), jax.jit(lambda k: registry.init(LLAMA, k))(jax.random.key(3))
+    assert_close(eager, compiled, 1e-6)
+    assert isinstance(registry.build(LLAMA, jax.random.key(3)), Decoder)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 1, 4), (2, 2, 2)])
+def test_a_mesh_changes_no_number_and_replicates_nothing(shape, capfd):
+    config = dataclasses.replace(LLAMA, num_kv_heads=4, vocab_size=64)
+    graph, params = parts(config)
+    batch = packed(8, 16, VOCAB)
+    expected = loss_and_grads(graph, params, batch)
+    mesh = jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    shardings = axes.shardings(mesh, registry.abstract(config)[2], params)
+    capfd.readouterr()
+    with jax.set_mesh(mesh):
+        rows = jax.tree.map(lambda x: jax.device_put(x, jax.NamedSharding(mesh, axes.spec(("batch",), mesh=mesh))), batch)
+        found = loss_and_grads(graph, jax.device_put(params, shardings), rows)
+    assert_close(found, expected, 1e-5)
+    assert "ematerialization" not in capfd.readouterr().err

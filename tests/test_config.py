@@ -1,0 +1,110 @@
+"""Config files, overrides and their mistakes."""
+
+import ast
+import pathlib
+
+import pytest
+
+from llmjax import config, run_config
+from llmjax.config import UserError
+from llmjax.run_config import RunConfig, resolve
+
+CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
+QUICKSTART = str(CONFIGS / "quickstart.py")
+
+
+def sizes(path: pathlib.Path) -> list[str]:
+    """The sizes that a config file offers: the keys of its SIZES table, or only its default."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "SIZES":
+            assert isinstance(node.value, ast.Dict)
+            return [f":{ast.literal_eval(key)}" for key in node.value.keys if key]
+    return [""]
+
+
+@pytest.mark.parametrize("spec", [f"{path}{size}" for path in sorted(CONFIGS.glob("*.py")) for size in sizes(path)])
+def test_every_config_binds(spec):
+    bound = resolve(spec, [])
+    # What is written to the workdir and to checkpoints gives the same config again.
+    assert config.bind(RunConfig, run_config.to_json(bound)) == bound
+
+
+def test_overrides_reach_fields_that_the_file_does_not_list():
+    bound = resolve(QUICKSTART, [("train.steps", "7"), ("mesh.data", "2"), ("data.skip", "((10, 20), (30, 31))")])
+    assert (bound.train.steps, bound.mesh.data, bound.data.skip) == (7, 2, ((10, 20), (30, 31)))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-3", 1e-3), ("2", 2.0), ("None", None)], ids=["float", "whole number", "none"]
+)
+def test_optional_numbers(text, value):
+    assert resolve(QUICKSTART, [("optimizer.learning_rate", text)]).optimizer.learning_rate == value
+
+
+def test_texts_are_taken_as_they_are():
+    """A path that looks like Python, such as a number, stays the text it is."""
+    for text in ("1234", "True", "[a].txt", "/a/b c/**/*.txt"):
+        assert resolve(QUICKSTART, [("data.sources.main.path", text)]).data.sources["main"].path == text
+
+
+def test_a_named_source_replaces_the_standard_library():
+    bound = resolve(QUICKSTART, [("data.sources.main.path", "/my/texts/*.txt")])
+    assert list(bound.data.sources) == ["main"]
+    assert bound.data.sources["main"].weight is None
+
+
+def test_the_standard_library_stays_where_it_is_named():
+    bound = resolve(QUICKSTART, [("data.sources.python.weight", "0.5"), ("data.sources.main.path", "/x")])
+    assert list(bound.data.sources) == ["python", "main"]
+
+
+MISTAKES = {
+    "unknown field": ("train.stepz", "7", r"unknown config field 'train.stepz' \(did you mean 'steps'\?\)"),
+    "unknown section": ("trian.steps", "7", r"unknown config field 'trian' \(did you mean 'train'\?\)"),
+    "field of a source": ("data.sources.main.pth", "x", r"unknown config field 'data.sources.main.pth' .*'path'"),
+    "text for a number": ("train.steps", "many", r"train.steps='many': expected a whole number, got str"),
+    "fraction for a whole number": ("train.steps", "1.5", r"train.steps=1.5: expected a whole number"),
+    "bool for a number": ("train.steps", "True", r"train.steps=True: expected a whole number"),
+    "number for a bool": ("checkpoint.accept_changes", "1", r"checkpoint.accept_changes=1: expected true or false"),
+    "number for a tuple": ("data.skip", "3", r"data.skip=3: expected a tuple"),
+    "a section": ("train", "7", r"--config.train=7: this is a section"),
+    "below a value": ("train.steps.more", "7", r"unknown config field 'train.steps.more': train.steps is a value"),
+    "out of range": ("train.steps", "0", r"train.steps=0: must be at least 1"),
+    "stop beyond the end": ("train.stop_at", "100000", r"train.stop_at=100000 lies beyond train.steps"),
+    "uneven accumulation": (
+        "train.accumulation",
+        "3",
+        r"train.global_batch=8 is not divisible by train.accumulation=3",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_named(mistake):
+    field, text, message = MISTAKES[mistake]
+    with pytest.raises(UserError, match=message) as caught:
+        resolve(QUICKSTART, [(field, text)])
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file():
+    with pytest.raises(UserError, match=r"--config=nowhere.py: no such file"):
+        resolve("nowhere.py", [])
+
+
+def test_file_without_get_config(tmp_path):
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    with pytest.raises(UserError, match=r"has no function get_config"):
+        resolve(str(tmp_path / "empty.py"), [])
+
+
+def test_unknown_field_in_a_file(tmp_path):
+    text = "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({'train': {'step': 3}})\n"
+    (tmp_path / "wrong.py").write_text(text)
+    with pytest.raises(UserError, match=r"unknown config field 'train.step' \(did you mean 'steps'\?\)"):
+        resolve(str(tmp_path / "wrong.py"), [])
+
+
+def test_differences_name_fields():
+    old, new = {"a": {"b": 1, "c": [1, 2]}, "d": 0}, {"a": {"b": 2, "c": (1, 2)}, "d": 0}
+    assert config.differences(old, new) == [("a.b", 1, 2)]

@@ -1,0 +1,103 @@
+"""Imports run downhill: a module may import from lower floors, or from its own, and never in a circle."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "llmjax"
+
+# The first prefix that matches names a module's floor.
+FLOORS = {
+    "llmjax.cli": 7,
+    "llmjax.plan": 6,
+    "llmjax.train": 5,
+    "llmjax.evals": 4,
+    "llmjax.generate": 4,
+    "llmjax.sampling": 4,
+    "llmjax.report": 4,
+    "llmjax.inspection": 4,
+    "llmjax.loading": 4,
+    "llmjax.run_config": 3,
+    "llmjax.state": 3,
+    "llmjax.models": 3,
+    "llmjax.nn": 2,
+    "llmjax.data": 2,
+    "llmjax.losses": 2,
+    "llmjax.parallel": 1,
+    "llmjax.optim": 1,
+    "llmjax.checkpoint": 1,
+    "llmjax.fingerprint": 1,
+    "llmjax.metrics": 1,
+    "llmjax.workdir": 1,
+    "llmjax.config": 0,
+    "llmjax.batch": 0,
+    "llmjax": 0,
+}
+
+
+def floor(module: str) -> int:
+    return next(number for prefix, number in FLOORS.items() if module == prefix or module.startswith(prefix + "."))
+
+
+def modules() -> dict[str, pathlib.Path]:
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(path: pathlib.Path, known: set[str]) -> set[str]:
+    """Modules of this package that a file imports anywhere, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in known else node.module for name in names}
+    return {name for name in found if name in known}
+
+
+def test_every_arrow_goes_down():
+    known = modules()
+    up = [
+        f"{name} (floor {floor(name)}) imports {other} (floor {floor(other)})"
+        for name, path in known.items()
+        for other in imports(path, set(known))
+        if floor(other) > floor(name)
+    ]
+    assert not up, "\n".join(up)
+
+
+def test_no_circles():
+    known = modules()
+    graph = {name: imports(path, set(known)) - {"llmjax"} for name, path in known.items()}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join((*trail, name))
+        if name not in done:
+            for other in graph[name]:
+                visit(other, (*trail, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_evaluation_does_not_know_training():
+    """Importing the evaluation harness, generation and the report pulls in no module of llmjax.train."""
+    verbs = "import sys, llmjax.evals.harness, llmjax.sampling, llmjax.report"
+    code = f"{verbs}; print([m for m in sys.modules if 'llmjax.train' in m])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
+
+
+def test_preparation_needs_no_jax():
+    """The modules that preparation's worker processes import."""
+    code = "import sys, llmjax.data.prepare, llmjax.data.store, llmjax.data.tokenizer; print('jax' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "False"

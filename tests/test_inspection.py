@@ -1,0 +1,104 @@
+"""`llmjax inspect` lists what a run holds, oldest first, and what is damaged, without touching an array."""
+
+import json
+import shutil
+
+import jax.numpy as jnp
+import pytest
+
+from llmjax import inspection
+from llmjax.checkpoint import Checkpoints
+from llmjax.config import UserError
+
+CONFIG = {"seed": 0, "data": {"store": "", "seq_len": 64}, "train": {"steps": 30, "global_batch": 8}}
+STATE = {"version": 1, "fingerprint": "ab", "seed": 0, "mixture": "cd", "global_batch": 8}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of three checkpoints; the last one was trained to another horizon than the first two."""
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    workdir.mkdir()
+    checkpoints, prints = Checkpoints(workdir / "checkpoints"), {}
+    for step in (9, 10, 30):
+        config = {**CONFIG, "train": {"steps": 30 if step == 30 else 10, "global_batch": 8}}
+        meta = {"config": config, "data_state": {**STATE, "next_sample": step * 8}, "tokens": step * 500}
+        prints[step] = checkpoints.save(step, {"params": {"w": jnp.full((4,), step, jnp.float32)}}, meta)
+    checkpoints.close()
+    split = {"documents": 3, "tokens": 1000, "text_bytes": 4000}
+    source = {"path": "stdlib:", "train": split, "validation": split, "test": split}
+    manifest = {"fingerprint": "ef", "tokenizer": {"kind": "bytes", "vocab_size": 258}, "sources": {"main": source}}
+    (workdir / "store").mkdir()
+    (workdir / "store" / "manifest.json").write_text(json.dumps(manifest))
+    (workdir / "config.json").write_text(json.dumps(CONFIG))
+    (workdir / "metrics.jsonl").write_text('{"step": 30, "loss": 2.5}\n{"step": 31, "lo')
+    return workdir, prints
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy to do harm to."""
+    return shutil.copytree(finished[0], tmp_path / "run")
+
+
+def test_checkpoints_come_oldest_first_with_fingerprint_and_data_state(finished):
+    workdir, prints = finished
+    found = inspection.inspect(workdir)
+    assert [item["step"] for item in found["checkpoints"]] == [9, 10, 30]  # by number: as text, 10 sorts before 9
+    assert {item["step"]: item["fingerprint"] for item in found["checkpoints"]} == prints
+    assert len(set(prints.values())) == 3
+    assert found["checkpoints"][1]["data_state"] == {**STATE, "next_sample": 80}
+    assert found["checkpoints"][1]["config_differences"] == {"train.steps": [10, 30]}
+    assert found["checkpoints"][2]["config_differences"] == {}
+    assert found["config"] == CONFIG
+    assert found["store"]["sources"]["main"]["train"]["tokens"] == 1000 and found["store"]["tokens"] == 3000
+    assert found["last_logged"] == {"step": 30, "loss": 2.5}
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_the_table_names_steps_prints_changes_and_the_next_command(finished):
+    workdir, prints = finished
+    text = inspection.describe(inspection.inspect(workdir))
+    rows = [line.split("  ") for line in text.splitlines() if prints[10][:16] in line or prints[30][:16] in line]
+    assert [[cell.strip() for cell in row if cell.strip()] for row in rows] == [
+        ["10", prints[10][:16], "80", "5,000", "train.steps"],
+        ["30", prints[30][:16], "240", "15,000", "as in config.json"],
+    ]
+    assert "last logged step 30, loss 2.5000" in text
+    assert "steps=30" in text and "3,000 tokens of main" in text
+    assert text.splitlines()[-1].startswith(f"next: llmjax eval --workdir={workdir}")
+
+
+def test_a_damaged_checkpoint_is_listed_and_the_others_are_still_shown(run):
+    (meta,) = (run / "checkpoints" / "10" / "meta").glob("metadata")
+    meta.write_text(meta.read_text().replace("5000", "5001"))
+    (run / "checkpoints" / "damaged" / "7-1").mkdir(parents=True)
+    found = inspection.inspect(run)
+    assert [item["step"] for item in found["checkpoints"]] == [9, 30]
+    assert [item["path"] for item in found["damaged"]] == [
+        str(run / "checkpoints" / "10"),
+        str(run / "checkpoints" / "damaged" / "7-1"),
+    ]
+    text = inspection.describe(found)
+    assert "checksum" in text and "7-1: set aside when a run resumed" in text
+
+
+def test_a_prepared_run_points_to_training(run):
+    shutil.rmtree(run / "checkpoints")
+    (run / "config.json").unlink()
+    text = inspection.describe(inspection.inspect(run))
+    assert "no checkpoint yet" in text and "nothing was trained yet" in text
+    assert text.splitlines()[-1] == f"next: llmjax train --config=FILE --workdir={run}"
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"--workdir=.*absent: no such folder"):
+        inspection.inspect(tmp_path / "absent")
+    with pytest.raises(UserError, match=r"--workdir=.*: no run there"):
+        inspection.inspect(tmp_path)
+
+
+def test_a_torn_config_is_named(run):
+    (run / "config.json").write_text('{"seed": ')
+    with pytest.raises(UserError, match=r"config\.json: not JSON"):
+        inspection.inspect(run)

@@ -1,0 +1,259 @@
+"""metrics.jsonl survives kills without a lost, doubled or rounded number; the console tells what is left."""
+
+import io
+import json
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from llmjax import metrics
+from llmjax.metrics import Console, MetricsLog, progress_line, read_metrics
+
+
+def record(step: int, loss: float = 1.0) -> dict:
+    return {"step": step, "loss": loss, "batch_digest": step * 7, "tokens": step * 100}
+
+
+def write_steps(workdir, steps, **kwargs) -> None:
+    with MetricsLog(workdir, primary=True, **kwargs) as log:
+        for step in steps:
+            log.write(record(step))
+
+
+def raw_steps(workdir: pathlib.Path) -> list[int]:
+    """The steps as another program would read them: line by line, with nothing forgiven."""
+    return [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_float32_values_come_back_bit_for_bit(tmp_path):
+    bits = np.random.default_rng(0).integers(0, 2**32, 2000, dtype=np.uint32)
+    values = bits.view(np.float32)
+    values = np.concatenate([values[np.isfinite(values)], np.float32([0.1, 1e-45, np.nan, np.inf, -np.inf])])
+    with MetricsLog(tmp_path, primary=True) as log:
+        for step, value in enumerate(values):
+            log.write({"step": step, "loss": value})
+    back = np.array([line["loss"] for line in read_metrics(tmp_path)])
+    assert back.dtype == np.float64
+    np.testing.assert_array_equal(back, values.astype(np.float64))
+
+
+def test_device_scalars_are_plain_numbers_in_the_file(tmp_path):
+    with MetricsLog(tmp_path, primary=True) as log:
+        log.write(
+            {"step": np.int32(3), "loss": np.ones((1,), np.float32), "batch_digest": np.uint32(2**32 - 1), "mfu": None}
+        )
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert text == '{"step": 3, "loss": 1.0, "batch_digest": 4294967295, "mfu": null}\n'
+
+
+def test_resuming_drops_what_a_killed_run_wrote_beyond_the_checkpoint(tmp_path):
+    write_steps(tmp_path, range(10, 60, 10))
+    write_steps(tmp_path, [40, 50, 60], resume_step=30)
+    assert raw_steps(tmp_path) == [10, 20, 30, 40, 50, 60]
+
+
+def test_a_fresh_start_drops_every_line(tmp_path):
+    write_steps(tmp_path, [1, 2])
+    write_steps(tmp_path, [1])
+    assert raw_steps(tmp_path) == [1]
+
+
+@pytest.mark.parametrize("torn", ['{"step": 30, "lo', '{"step": 30, "loss": 1.0', '{"step": 3', "\x00\x00\x00"])
+def test_a_torn_last_line_is_dropped_and_nothing_is_glued_to_it(tmp_path, torn):
+    write_steps(tmp_path, [10, 20])
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(torn)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [10, 20]
+    write_steps(tmp_path, [30], resume_step=20)
+    assert raw_steps(tmp_path) == [10, 20, 30]
+
+
+def test_readers_take_the_later_of_two_runs_over_the_same_steps(tmp_path):
+    lines = [record(10, 1.0), record(20, 1.0), record(30, 1.0), record(20, 2.0)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(10, 1.0), (20, 2.0)]
+    assert [line["step"] for line in read_metrics(tmp_path, last_step=19)] == [10]
+    assert read_metrics(tmp_path / "absent") == []
+
+
+def test_a_step_is_never_logged_twice(tmp_path):
+    with MetricsLog(tmp_path, primary=True) as log:
+        log.write(record(5))
+        with pytest.raises(AssertionError, match="step 5 is logged after step 5"):
+            log.write(record(5))
+    assert raw_steps(tmp_path) == [5]
+
+
+def test_lines_are_on_disk_when_the_process_is_killed(tmp_path):
+    code = (
+        "import sys, os, signal; from llmjax.metrics import MetricsLog\n"
+        "log = MetricsLog(sys.argv[1], primary=True)\n"
+        "for step in (1, 2, 3): log.write({'step': step, 'loss': 0.5})\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    assert raw_steps(tmp_path) == [1, 2, 3]
+
+
+def test_only_the_primary_process_writes(tmp_path):
+    with MetricsLog(tmp_path / "run", primary=False) as log:
+        log.write(record(1))
+        log.scalars(1, {"x": 1.0})
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_object_store_gets_whole_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "is_remote", lambda path: True)
+    write_steps(tmp_path, [1, 2, 3])
+    log = MetricsLog(tmp_path, primary=True, resume_step=2, rewrite_seconds=3600)
+    log.write(record(3))
+    log.write(record(4))
+    assert raw_steps(tmp_path) == [1, 2], "rewritten before its time"
+    log.flush()
+    assert raw_steps(tmp_path) == [1, 2, 3, 4]
+    log.write(record(5))
+    log.close()
+    log.close()
+    assert raw_steps(tmp_path) == [1, 2, 3, 4, 5]
+    assert os.listdir(tmp_path) == ["metrics.jsonl"], "events or temporary files need append or rename"
+
+
+def test_an_object_store_is_written_at_intervals(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "is_remote", lambda path: True)
+    log = MetricsLog(tmp_path, primary=True, rewrite_seconds=0.0)
+    log.write(record(1))
+    assert raw_steps(tmp_path) == [1]
+
+
+def test_remote_paths_are_told_by_their_scheme(tmp_path):
+    assert metrics.is_remote("gs://bucket/run") and not metrics.is_remote(tmp_path) and not metrics.is_remote("runs/a")
+
+
+def test_tensorboard_holds_the_scalars(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event
+
+    with MetricsLog(tmp_path, primary=True) as log:
+        log.write({**record(7, loss=2.5), "mfu": None})
+        log.scalars(7, {"validation/loss": 3.25, "validation/split": "text"})
+    (events,) = (tmp_path / "events").iterdir()
+    found = {}
+    data = events.read_bytes()
+    while data:  # TFRecord: length, its checksum, the event, its checksum
+        length = int.from_bytes(data[:8], "little")
+        event = Event.FromString(data[12 : 12 + length])
+        found.update({value.tag: (event.step, value.simple_value) for value in event.summary.value})
+        data = data[16 + length :]
+    assert found == {"train/loss": (7, 2.5), "train/tokens": (7, 700.0), "validation/loss": (7, 3.25)}
+
+
+FULL = {
+    "step": 120,
+    "loss": 3.4117,
+    "tokens_per_second": 1833.6,
+    "learning_rate": 2.9e-4,
+    "grad_norm": 1.0199,
+    "step_seconds": 0.3,
+    "data_wait_seconds": 0.0003,
+    "skipped_steps": 0,
+    "mfu": None,
+}
+
+
+def test_progress_line_reads_as_documented():
+    expected = "step  120/1000  loss 3.412  1,834 tok/s  lr 2.9e-4  grad 1.02  data 0.1%  ETA 4:31"
+    assert progress_line(FULL, 1000, 271.2) == expected
+
+
+def test_progress_line_with_little_and_with_much():
+    assert progress_line({"step": 3, "loss": math.nan}, 5, math.nan) == "step 3/5  loss nan"
+    full = progress_line({**FULL, "mfu": 0.412, "skipped_steps": 2, "learning_rate": 0.0}, 1000, 90061)
+    assert "mfu 41.2%" in full and "skipped 2" in full and "lr 0 " in full and full.endswith("ETA 1d 01:01:01")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_pipe_gets_plain_lines():
+    stream = io.StringIO()
+    console = Console(1000, stream=stream)
+    console.update(FULL)
+    console.say("saved")
+    console.close()
+    first, second, rest = stream.getvalue().split("\n")
+    assert first.startswith("step  120/1000") and second == "saved" and rest == ""
+    assert "\r" not in stream.getvalue() and "\x1b" not in stream.getvalue()
+
+
+def test_a_terminal_gets_one_line_that_is_redrawn_within_its_width(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    stream = Terminal()
+    console = Console(1000, stream=stream)
+    console.update(FULL)
+    console.update({**FULL, "step": 130})
+    assert "\n" not in stream.getvalue()
+    drawn = stream.getvalue().split("\r\x1b[K")
+    assert drawn[0] == "" and len(drawn) == 3 and all(0 < len(text) < 40 for text in drawn[1:])
+    console.say("saved")
+    assert stream.getvalue().endswith("\r\x1b[Ksaved\n")
+    console.update(FULL)
+    console.close()
+    assert stream.getvalue().endswith("\n")
+
+
+def test_time_left_counts_what_passes_between_steps():
+    now = [100.0]
+    stream = io.StringIO()
+    console = Console(100, stream=stream, clock=lambda: now[0])
+    console.update({"step": 10, "step_seconds": 1.0})  # nothing else is known yet: 90 steps of 1 s
+    now[0] += 40.0
+    console.update({"step": 20, "step_seconds": 1.0})  # 4 s a step with an evaluation in between: 80 steps of 4 s
+    assert [line.rsplit("ETA ")[1] for line in stream.getvalue().splitlines()] == ["1:30", "5:20"]
+
+
+def test_console_of_other_processes_is_silent():
+    stream = io.StringIO()
+    console = Console(10, primary=False, stream=stream)
+    console.update({"step": 1})
+    console.say("hello")
+    console.close()
+    assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("TPU v4", 275e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("TPU7x", 1153.5e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GH200 480GB", None),
+        ("TPU v9 lite", None),
+        ("cpu", None),
+    ],
+)
+def test_peak_flops_is_known_or_none_never_guessed(kind, peak):
+    assert metrics.peak_flops(kind) == peak
+
+
+def test_mfu_of_a_known_case():
+    # eight H100s do 7.912e15 FLOPs a second; 4e6 tokens of 0.8e9 FLOPs use 3.2e15 of them
+    used = metrics.mfu(flops_per_token=8e8, tokens_per_second=4e6, device_kind="NVIDIA H100 80GB HBM3", num_devices=8)
+    assert used == pytest.approx(3.2 / 7.912)
+    assert metrics.mfu(flops_per_token=8e8, tokens_per_second=4e6, device_kind="cpu", num_devices=8) is None

@@ -1,0 +1,188 @@
+"""The step is one function: every mesh, pmap and any microbatching agree with one device."""
+
+import dataclasses
+import functools
+
+import jax
+from jax.sharding import AxisType, Mesh
+import numpy as np
+import pytest
+
+from llmjax import state as states
+from llmjax.config import UserError
+from llmjax.fingerprint import fingerprint
+from llmjax.models.decoder_config import DecoderConfig
+from llmjax.optim.config import OptimizerConfig
+from llmjax.parallel import compile as compiling, hosts
+from llmjax.parallel.mesh import MeshConfig, ParallelConfig, make_mesh
+from llmjax.train.step import make_loss, train_step
+from tests.batches import packed
+
+ROWS, SEQ, VOCAB = 16, 32, 200
+MODEL = DecoderConfig(vocab_size=VOCAB, num_layers=2, embed=32, num_heads=8, num_kv_heads=4, mlp=64, dropout=0.1)
+# The decay of the schedule, the clipping and the EMA are all at work in these steps.
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, clip_norm=0.5, ema_decay=0.9)
+
+
+def one_device() -> Mesh:
+    return Mesh(
+        np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3
+    )
+
+
+class Trainer:
+    """A few steps of a tiny decoder with packing and dropout on a mesh."""
+
+    def __init__(self, mesh: Mesh, *, how: str = "jit", accumulation: int = 1, optimizer: OptimizerConfig = OPTIMIZER):
+        config = ParallelConfig(how=how)
+        plan = states.plan_state(MODEL, optimizer, horizon=10, mesh=mesh, rules=config.rules)
+        rows = hosts.local_rows(compiling.batch_sharding(mesh), ROWS)
+        loss = make_loss(plan.graph, seed=3, chunk=16, z_loss=1e-3)
+        step = functools.partial(train_step, loss=loss, optimizer=plan.optimizer, accumulation=accumulation)
+        self.compiled = compiling.compile_step(step, config, mesh, plan.shardings, rows, ROWS)
+        self.state = self.compiled.place(states.init_state(plan, MODEL, seed=0))
+
+    def step(self, batch) -> dict:
+        self.state, metrics = self.compiled.step(self.state, self.compiled.feed(batch))
+        return jax.device_get(metrics)
+
+    def lifted(self) -> states.TrainState:
+        return self.compiled.lift(self.state)
+
+
+def batch(step: int):
+    return packed(ROWS, SEQ, VOCAB, first_sample=step * ROWS)
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    """Three steps on one device: metrics of each, parameters at the end."""
+    trainer = Trainer(one_device())
+    metrics = [trainer.step(batch(k)) for k in range(3)]
+    return metrics, jax.device_get(trainer.lifted().params)
+
+
+LAYOUTS = {
+    "data 8": (MeshConfig(data=8), "jit", 1),
+    "fsdp 8": (MeshConfig(data=1, fsdp=8), "jit", 1),
+    "data 2 x tensor 4": (MeshConfig(data=2, tensor=4), "jit", 1),
+    "2 x 2 x 2, accumulated": (MeshConfig(data=2, fsdp=2, tensor=2), "jit", 2),
+    "pmap 8": (MeshConfig(data=8), "pmap", 1),
+    "pmap 8, accumulated": (MeshConfig(data=8), "pmap", 2),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_agree_with_one_device(layout, oracle):
+    mesh, how, accumulation = LAYOUTS[layout]
+    trainer = Trainer(make_mesh(mesh), how=how, accumulation=accumulation)
+    metrics, params = oracle
+    for k, expected in enumerate(metrics):
+        found = trainer.step(batch(k))
+        assert found["batch_digest"] == expected["batch_digest"]
+        assert found["tokens"] == expected["tokens"]
+        # float32 sums of 16 x 32 terms in another order: a few units in the last place (1.2e-7), compounded over steps.
+        np.testing.assert_allclose(found["loss"], expected["loss"], rtol=2e-6)
+        np.testing.assert_allclose(found["grad_norm"], expected["grad_norm"], rtol=1e-5)
+    # Adam divides by the root of tiny second moments, which magnifies an ulp of the gradient up to the step size of
+    # 1e-2: parameters agree to a small part of one update.
+    for found, expected in zip(jax.tree.leaves(trainer.lifted().params), jax.tree.leaves(params), strict=True):
+        np.testing.assert_allclose(np.asarray(found), expected, atol=2e-4)
+
+
+def test_gradients_agree_across_meshes():
+    """The gradients themselves, before any optimizer can hide or magnify a difference."""
+
+    def gradient(mesh: Mesh, rows_sharding) -> dict:
+        plan = states.plan_state(MODEL, OPTIMIZER, horizon=10, mesh=mesh, rules=ParallelConfig().rules)
+        loss = make_loss(plan.graph, seed=3, chunk=16, z_loss=1e-3)
+        params = states.init_state(plan, MODEL, seed=0).params
+        local = hosts.local_rows(rows_sharding, ROWS)
+        placed = hosts.global_batch(rows_sharding, batch(0), local, ROWS)
+        with jax.set_mesh(mesh):
+            return jax.device_get(jax.jit(jax.grad(loss, has_aux=True))(params, placed)[0])
+
+    meshes = [one_device(), make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))]
+    one, many = (gradient(mesh, compiling.batch_sharding(mesh)) for mesh in meshes)
+    for found, expected in zip(jax.tree.leaves(many), jax.tree.leaves(one), strict=True):
+        # Summed (not mean) gradients of some 400 tokens: float32 rounding relative to the leaf's largest entry.
+        np.testing.assert_allclose(found, expected, atol=3e-6 * np.abs(expected).max())
+
+
+def test_state_is_sharded_by_the_rules():
+    plan = states.plan_state(
+        MODEL, OPTIMIZER, horizon=10, mesh=make_mesh(MeshConfig(data=1, fsdp=8)), rules=ParallelConfig().rules
+    )
+    replicated = [
+        jax.tree_util.keystr(path)
+        for path, sharding in jax.tree_util.tree_leaves_with_path(plan.shardings)
+        if sharding.is_fully_replicated
+    ]
+    counters = {".step", ".skipped"}
+    assert all(name in counters or "count" in name for name in replicated), replicated
+
+
+def test_a_dimension_that_does_not_divide_is_reported():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+    narrow = dataclasses.replace(MODEL, embed=36, num_heads=2, num_kv_heads=2, head_dim=18)
+    plan = states.plan_state(narrow, OPTIMIZER, horizon=10, mesh=mesh, rules=ParallelConfig().rules)
+    lines = states.unsharded_report(plan, mesh, ParallelConfig().rules)
+    table = next(line for line in lines if line.startswith("embed."))
+    assert f"{256 * 36 * 4:,} bytes" in table and "fsdp" in table
+    wide = states.plan_state(MODEL, OPTIMIZER, horizon=10, mesh=mesh, rules=ParallelConfig().rules)
+    assert states.unsharded_report(wide, mesh, ParallelConfig().rules) == []
+
+
+def broken(step: int):
+    """A batch whose loss is not a number."""
+    good = batch(step)
+    weights = good.weights.copy()
+    weights[0, 0] = np.nan
+    return dataclasses.replace(good, weights=weights)
+
+
+@pytest.mark.parametrize("how", ["jit", "pmap"])
+def test_a_non_finite_step_leaves_no_trace(how):
+    """Parameters and optimizer state are bitwise those of a run that never saw the batch; only counters differ."""
+    mesh = make_mesh(MeshConfig(data=8))
+    hurt, spared = Trainer(mesh, how=how), Trainer(mesh, how=how)
+    for k in (0, 1):
+        hurt.step(batch(k))
+        spared.step(batch(k))
+    metrics = hurt.step(broken(2))
+    assert not metrics["finite"] and metrics["skipped_steps"] == 1
+    for k in (3, 4):
+        last, expected = hurt.step(batch(k)), spared.step(batch(k))
+        assert last["loss"] == expected["loss"] and last["learning_rate"] == expected["learning_rate"]
+    one, other = hurt.lifted(), spared.lifted()
+    assert fingerprint(one.params, one.opt_state) == fingerprint(other.params, other.opt_state)
+    assert int(one.step) == 5 and int(other.step) == 4
+    assert int(one.skipped) == 1 and int(other.skipped) == 0
+
+
+def test_pmap_refuses_a_sharded_state():
+    with pytest.raises(UserError, match=r"pmap.*fsdp.*jit"):
+        Trainer(make_mesh(MeshConfig(data=2, fsdp=4)), how="pmap")
+
+
+def test_unknown_compiler():
+    with pytest.raises(UserError, match=r"parallel.how='pjit': known are"):
+        Trainer(one_device(), how="pjit")
+
+
+def test_batch_that_the_mesh_does_not_divide():
+    with pytest.raises(UserError, match=r"train.global_batch=12 is not divisible by mesh.data x mesh.fsdp = 8.*take 8"):
+        compiling.check_batch("train.global_batch", 12, make_mesh(MeshConfig(data=4, fsdp=2)))
+
+
+def test_digest_sees_order_tokens_and_samples():
+    from llmjax.train.step import batch_digest
+
+    good = batch(0)
+    digests = {int(batch_digest(good, 0))}
+    swapped = jax.tree.map(lambda x: x[::-1], good)
+    other_token = dataclasses.replace(good, targets=good.targets + (np.arange(SEQ) == 5).astype(np.int32))
+    other_sample = dataclasses.replace(good, sample=good.sample + np.uint32(1))
+    for changed in (swapped, other_token, other_sample):
+        digests.add(int(batch_digest(changed, 0)))
+    assert len(digests) == 4

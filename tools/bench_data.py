@@ -1,0 +1,269 @@
+#!/usr/bin/env python3
+"""Measure the data engine on real text, on one core, beside Grain's own packer and what the memory map allows.
+
+python tools/bench_data.py                          the standard library's sources as text
+python tools/bench_data.py --text='/my/**/*.txt'    your own
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+import dataclasses
+import glob
+import os
+from pathlib import Path
+import re
+import statistics
+import sys
+import sysconfig
+import tempfile
+import time
+
+import grain
+import numpy as np
+
+from llmjax.data.config import DataConfig, SourceConfig, SplitConfig, TokenizerConfig
+from llmjax.data.objectives import causal
+from llmjax.data.packing import best_fit, cut
+from llmjax.data.pipeline import PackedSource, TrainData
+from llmjax.data.prepare import prepare
+from llmjax.data.store import TokenStore, write_manifest, write_shard
+from llmjax.data.tokenizer import Tokenizer, read_tokenizer, train_sentencepiece
+
+SEQ_LEN, BATCH = 2048, 8
+
+
+def main() -> None:
+    options = parse_options()
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    if cores:
+        os.sched_setaffinity(0, {max(cores)})
+    with tempfile.TemporaryDirectory(prefix="llmjax-bench-") as folder:
+        texts = read_texts(options.text, options.megabytes)
+        started = time.perf_counter()
+        model = train_sentencepiece(texts, algorithm="bpe", vocab_size=options.vocab_size)
+        tokenizer = read_tokenizer("sentencepiece", model)
+        size = sum(len(text.encode()) for text in texts)
+        print(f"{len(texts):,} documents, {size / 1e6:.1f} MB; tokenizer in {time.perf_counter() - started:.0f} s")
+        documents = [np.append(ids, tokenizer.eos_id) for ids in tokenizer.encode_batch(texts)]
+        write_store(Path(folder) / "main" / "train", documents, tokenizer, shards=4)
+        write_store(Path(folder) / "thousand" / "train", documents, tokenizer, shards=1000)
+        tokens = sum(map(len, documents))
+        print(f"{tokens:,} tokens; tokens/s on one core, best of {options.repeats} by processor time of all threads\n")
+        print(f"{'':44}{'llmjax':>12}{'peer or limit':>16}   what")
+        assembling(Path(folder), options.repeats)
+        planning(Path(folder), options.repeats)
+        starting(Path(folder))
+        if cores:
+            os.sched_setaffinity(0, cores)
+        preparing(Path(folder), texts, model, tokens)
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--text", default="", help="glob of UTF-8 files, a document each (default: the standard library)"
+    )
+    parser.add_argument("--megabytes", type=float, default=20, help="text to use at most (default: 20)")
+    parser.add_argument("--vocab-size", type=int, default=8192, help="of the tokenizer trained for it (default: 8192)")
+    parser.add_argument("--repeats", type=int, default=5, help="timings of which the best counts (default: 5)")
+    return parser.parse_args()
+
+
+def assembling(folder: Path, repeats: int) -> None:
+    """Tokens a second: rows to batch, batches through Grain, beside Grain's packer and bare reads."""
+    for packing in ("best_fit", "concat"):
+        config = DataConfig(sources={"main": SourceConfig()}, seq_len=SEQ_LEN, packing=packing)
+        source = PackedSource(folder, "main", "train", config)
+        rows = np.random.default_rng(0).permutation(source.rows)
+        batches = [rows[a : a + BATCH] for a in range(0, len(rows) - BATCH + 1, BATCH)]
+        bare = windows(source.store)
+        ours = rate(lambda b=batches, s=source: [causal(s.fill(r), r) for r in b], len(batches), repeats)
+        limit = rate(lambda b=bare: [None for _ in b()], source.rows // BATCH, repeats)
+        row(f"assemble, {packing}, M tokens/s", ours, limit, "limit: memory-mapped windows, ids only")
+        for prefetch in (0, 3):
+            data = TrainData(folder, dataclasses.replace(config, prefetch=prefetch), seed=0, global_batch=BATCH)
+            stream = data.batches(data.start(), np.arange(BATCH))
+            through = rate(lambda s=stream: [next(s) for _ in range(200)], 200, repeats)
+            data.close()
+            peer, density = grain_first_fit(source.store, repeats)
+            row(
+                f"batches through Grain, {packing}, prefetch {prefetch}",
+                through,
+                peer,
+                "peer: Grain's FirstFit, 64 bins; ours >= 25",
+            )
+        row(f"density, {packing}", f"{source.summary()['density']:.4f}", f"{density:.4f}", "peer: the same")
+
+
+def grain_first_fit(store: TokenStore, repeats: int) -> tuple[str, float]:
+    """Grain's own on-the-fly packer over the same chunks in memory, shuffled, batched: its rate and density."""
+    starts, lengths, _ = cut(store.starts(), store.lengths(), SEQ_LEN)
+    chunks = [{"tokens": store.read(start, length)} for start, length in zip(starts, lengths, strict=True)]
+    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    dataset = grain.MapDataset.source(chunks).shuffle(seed=0).to_iter_dataset(options)
+    packed = grain.experimental.FirstFitPackIterDataset(
+        dataset, length_struct={"tokens": SEQ_LEN}, num_packing_bins=64
+    ).batch(BATCH)
+    best, density = float("inf"), 0.0
+    for _ in range(max(2, repeats // 2)):
+        started, tokens, room = time.process_time(), 0, 0
+        for batch in packed:
+            segments = batch["tokens_segment_ids"]
+            tokens, room = tokens + int((segments > 0).sum()), room + segments.size
+        best, density = min(best, (time.process_time() - started) / tokens), tokens / room
+    return f"{1 / best / 1e6:.1f}", density
+
+
+def windows(store: TokenStore) -> Callable[[], Iterator[np.ndarray]]:
+    """Random windows of a memory-mapped shard, int32 by the batch: what reading alone allows."""
+    tokens = np.memmap(store.folder / "tokens-00000.bin", store.dtype, "r")
+    rng = np.random.default_rng(0)
+
+    def read() -> Iterator[np.ndarray]:
+        for _ in range(store.tokens // SEQ_LEN // BATCH):
+            starts = rng.integers(0, len(tokens) - SEQ_LEN, BATCH)
+            yield np.stack([tokens[start : start + SEQ_LEN] for start in starts]).astype(np.int32)
+
+    return read
+
+
+def planning(folder: Path, repeats: int) -> None:
+    store = TokenStore(folder / "main" / "train")
+    lengths = np.tile(store.lengths(), 1 + 500_000 // store.documents)
+    starts = np.cumsum(lengths) - lengths
+
+    def plan() -> int:
+        _, chunks, _ = cut(starts, lengths, SEQ_LEN)
+        best_fit(chunks, SEQ_LEN)
+        return len(chunks)
+
+    seconds = min(cpu_seconds(plan) for _ in range(repeats))
+    row("packing plan, M chunks/s", f"{plan() / seconds / 1e6:.1f}", "", "the text repeated to 500,000 documents")
+
+
+def starting(folder: Path) -> None:
+    """From opening to the first batch; resuming far away."""
+    config = DataConfig(sources={"thousand": SourceConfig()}, seq_len=SEQ_LEN)
+    TrainData(folder, config, seed=0, global_batch=BATCH)  # makes the plan
+
+    def open_and_read() -> None:
+        data = TrainData(folder, config, seed=0, global_batch=BATCH)
+        next(data.batches(data.start(), np.arange(BATCH)))
+        data.close()
+
+    seconds = statistics.median(wall_seconds(open_and_read) for _ in range(5))
+    row("open 1,000 shards to first batch, ms", f"{1e3 * seconds:.0f}", "500", "the target")
+    mixed = {"main": SourceConfig(weight=0.7), "thousand": SourceConfig(weight=0.3)}
+
+    def resume() -> float:
+        data = TrainData(folder, DataConfig(sources=mixed, seq_len=SEQ_LEN), seed=0, global_batch=BATCH)
+        seconds = wall_seconds(lambda: next(data.batches(data.at(10**9), np.arange(BATCH))))
+        data.close()
+        return seconds
+
+    row(
+        "resume at sample 10^9, two sources, ms",
+        f"{1e3 * statistics.median(resume() for _ in range(5)):.1f}",
+        "50",
+        "the target",
+    )
+
+
+def preparing(folder: Path, texts: list[str], model: bytes, tokens: int) -> None:
+    """The tokenizing stage of `prepare` by 1 and 2 processes, beside the tokenizer in this one: wall time, interleaved."""
+    (folder / "text").mkdir()
+    (folder / "tokenizer.model").write_bytes(model)
+    for number, text in enumerate(texts):
+        (folder / "text" / f"{number:06}.txt").write_bytes(text.encode())
+    tokenizer = read_tokenizer("sentencepiece", model)
+    alone, stage = [], {1: [], 2: []}
+    for turn in range(3):
+        alone.append(wall_seconds(lambda: tokenizer.encode_batch(texts)))
+        for workers, seconds in stage.items():
+            config = DataConfig(
+                sources={"main": SourceConfig(path=f"{folder}/text/*.txt")},
+                tokenizer=TokenizerConfig(path=f"{folder}/tokenizer.model"),
+                split=SplitConfig(near_copies=False),
+                workers=workers,
+            )
+            lines: list[str] = []
+            prepare(config, folder / f"prepared-{workers}-{turn}", say=lines.append)
+            seconds += [float(found[1]) for line in lines if (found := re.match(r"tokenizing: done in ([\d.]+)", line))]
+    peer = f"{tokens / min(alone) / 1e6:.2f}"
+    for workers, seconds in stage.items():
+        share = f"{min(alone) / min(seconds):.0%} of encode_batch alone, by the clock"
+        row(
+            f"tokenize to store, {workers} process{'es'[: 2 * workers - 2]}, M tokens/s",
+            f"{tokens / min(seconds) / 1e6:.2f}",
+            peer,
+            share,
+        )
+    row(
+        "speedup by a second process",
+        f"{min(stage[1]) / min(stage[2]):.2f}",
+        "1.7",
+        f"the target; {os.cpu_count()} cores here",
+    )
+
+
+def read_texts(pattern: str, megabytes: float) -> list[str]:
+    """UTF-8 files of the pattern, in order, up to a size."""
+    files = sorted(glob.glob(pattern or f"{sysconfig.get_paths()['stdlib']}/**/*.py", recursive=True))
+    texts: list[str] = []
+    left = megabytes * 1e6
+    for file in files:
+        if "site-packages" in file or left <= 0 or not os.path.isfile(file):
+            continue
+        try:
+            text = Path(file).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        if text:
+            texts.append(text)
+            left -= len(text)
+    if not texts:
+        sys.exit(f"--text={pattern}: no UTF-8 text matches; give a glob such as '/my/texts/**/*.txt'")
+    return texts
+
+
+def write_store(folder: Path, documents: list[np.ndarray], tokenizer: Tokenizer, *, shards: int) -> None:
+    infos = [
+        write_shard(folder, index, documents[index::shards], vocab_size=tokenizer.vocab_size, text_bytes=1)
+        for index in range(shards)
+    ]
+    write_manifest(
+        folder,
+        infos,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        bos_id=tokenizer.bos_id,
+        source=folder.parent.name,
+        split=folder.name,
+        tokenizer_sha256=tokenizer.sha256,
+    )
+
+
+def rate(work: Callable[[], list], batches: int, repeats: int) -> str:
+    """Millions of tokens a second of processor time, all threads together."""
+    work()
+    return f"{batches * BATCH * SEQ_LEN / min(cpu_seconds(work) for _ in range(repeats)) / 1e6:.1f}"
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    started = time.process_time()
+    work()
+    return time.process_time() - started
+
+
+def wall_seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def row(name: str, ours: str, other: str, what: str) -> None:
+    print(f"{name:44}{ours:>12}{other:>16}   {what}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
