@@ -7,7 +7,8 @@ from ml_collections import ConfigDict
 
 from llmjax.config import UserError
 
-# layers, embed, heads, kv heads, mlp, head, tensor axis, sequence length, sequences a step, peak learning rate (table 3 of the paper)
+# layers, embed, heads, kv heads, mlp, head, tensor axis, sequence length, sequences a step, peak learning rate
+# (table 3 of the paper)
 SIZES = {
     "tiny": (4, 256, 4, 2, 768, "tied", 1, 512, 16, 1e-3),
     "1B": (16, 2048, 32, 8, 8192, "tied", 1, 8192, 512, 3e-4),

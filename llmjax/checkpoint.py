@@ -5,9 +5,13 @@ Parts are any trees of arrays. Neither Orbax nor TensorStore notices a flipped b
 fingerprints of its parts, which are computed again after each restore.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import dataclasses
+import gc
 import json
+import logging
+import sys
 from typing import Any
 import zlib
 
@@ -87,7 +91,7 @@ class Checkpoints:
         prints = digests(parts)
         leaves = {name: describe(tree) for name, tree in parts.items()}
         body = {"meta": meta, "digests": prints, "leaves": leaves, "fingerprint": "".join(prints.values())}
-        items = {name: ocp.args.StandardSave(_nested(tree)) for name, tree in parts.items()}
+        items: dict[str, Any] = {name: ocp.args.StandardSave(_nested(tree)) for name, tree in parts.items()}
         items["meta"] = ocp.args.JsonSave({"crc32": _crc32(body), **body})
         self._saving = step
         self._guarded(lambda: self._open().save(step, args=ocp.args.Composite(**items), force=True))
@@ -169,18 +173,24 @@ class Checkpoints:
             f"restore of checkpoint {step}",
             lambda: {name: self._read_part(step, name, tree) for name, tree in abstract.items()},
         )
-        found, stored = digests(parts), {name: body["digests"][name] for name in parts}
+        found = digests(parts)
+        stored = {name: body["digests"][name] for name in found}
         if not hosts.agree(found == stored, f"fingerprint of checkpoint {step}"):
             raise Damaged(f"its fingerprint is {'-'.join(found.values())}, but {'-'.join(stored.values())} was saved")
         return Restored(step, parts, {**body["meta"], "fingerprint": body["fingerprint"]})
 
     def _agreed(self, name: str, read: Callable[[], Any]) -> Any:
-        """What `read` returns, if it works on all processes; else Damaged on all of them, naming the first that failed."""
+        """What `read` returns, if it works on all processes; else Damaged on all, naming the first that failed."""
         value, problem = None, ""
-        try:
-            value = read()
-        except Exception as error:
-            problem = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        with _quiet():
+            try:
+                value = read()
+            except Damaged as error:
+                problem = str(error)
+            except Exception as error:
+                problem = f"{type(error).__name__}: {error}".splitlines()[0].split(". See full")[0][:200]
+            if problem:
+                gc.collect()  # dropped coroutines print when they are collected
         problems = hosts.exchange(name, problem)
         failed = [process for process, text in enumerate(problems) if text]
         if any("Out of memory" in text or "MemoryError" in text for text in problems):
@@ -249,6 +259,17 @@ class Checkpoints:
             raise RuntimeError(
                 f"checkpoint {step} was not saved to {self.folder}; {kept}: {text.splitlines()[0]}"
             ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back what Orbax's coroutines print when one of them fails and the rest are dropped: pages for each file."""
+    log, hook = logging.getLogger("asyncio"), sys.unraisablehook
+    before, log.disabled, sys.unraisablehook = log.disabled, True, lambda unraisable: None
+    try:
+        yield
+    finally:
+        log.disabled, sys.unraisablehook = before, hook
 
 
 def describe(tree: Any) -> dict[str, str]:

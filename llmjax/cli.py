@@ -149,7 +149,7 @@ def prepare(arguments: list[str]) -> int:
     store = loading.store_folder(config, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     with workdirs.Lock(workdir, primary=True):
-        preparing.prepare(config.data, store, say=lambda line: print(line, flush=True))
+        preparing.prepare(config.data, store, seed=config.seed, say=lambda line: print(line, flush=True))
     print(f"next: llmjax train --config={flags.config} --workdir={flags.workdir}  (with the same overrides)")
     return 0
 

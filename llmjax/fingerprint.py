@@ -26,25 +26,24 @@ def digests(parts: dict[str, Any]) -> dict[str, str]:
     """8 hex digits for each tree of arrays in `parts`. A collective: all processes call it with the same trees.
 
     A sum over all elements modulo 2^32 is free of order, hence equal on any sharding. Its terms are the elements' bits,
-    mixed with the leaf's name and the element's index by a function that maps different bits to different terms: a change
-    in a single element always changes the sum, any other change does so but for a chance of about 2^-32.
+    mixed with the leaf's name and the element's index by a function that maps different bits to different terms: a
+    change in a single element always changes the sum, any other change does so but for a chance of about 2^-32.
     """
-    sums = jax.device_get(_sums(parts))
-    return {name: f"{int(np.uint32(sums[name])):08x}" for name in parts}
+    sums = {name: _leaf_sums(tree) for name, tree in parts.items()}  # all are under way before the first is waited for
+    # The order is fixed here, parameters first: that of a dict does not survive a jax.tree.map.
+    order = sorted(parts, key=lambda name: (name != "params", name))
+    return {name: f"{sum(int(x) for x in jax.device_get(sums[name])) % 2**32:08x}" for name in order}
+
+
+def _leaf_sums(tree: Any) -> list[jax.Array]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [_leaf_sum(np.uint32(zlib.crc32(leaf_name(path).encode())), leaf) for path, leaf in leaves]
 
 
 @jax.jit
-def _sums(parts: dict[str, Any]) -> dict[str, jax.Array]:
-    def total(tree: Any) -> jax.Array:
-        leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-        return sum((_leaf_sum(leaf_name(path), leaf) for path, leaf in leaves), start=jnp.uint32(0))
-
-    return {name: total(tree) for name, tree in parts.items()}
-
-
-def _leaf_sum(name: str, leaf: Any) -> jax.Array:
-    bits = _bits(jnp.asarray(leaf))
-    place = jnp.full((), zlib.crc32(name.encode()), jnp.uint32)
+def _leaf_sum(seed: jax.Array, leaf: Any) -> jax.Array:
+    """One leaf's sum: uint32 scalar. Compiled once for each shape, so parameters and their moments share a program."""
+    bits, place = _bits(jnp.asarray(leaf)), seed
     for dim in range(bits.ndim):
         stride = np.uint32(_STRIDES[dim % len(_STRIDES)])
         place = place + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, dim) * stride
@@ -56,7 +55,7 @@ def _leaf_sum(name: str, leaf: Any) -> jax.Array:
 
 def _bits(x: jax.Array) -> jax.Array:
     """The elements' bits as uint32; elements of 8 bytes become two, along a new last dimension."""
-    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if x.dtype == jnp.bool_:
         return x.astype(jnp.uint32)

@@ -75,9 +75,9 @@ def generate(
 ) -> list[list[int]]:
     """New token ids for each prompt: up to `eos_id`, which is not returned, or `max_tokens` of them.
 
-    `nnx.merge(graph, params)` is the model of `config`; a prompt starts with the id that starts documents. Draws are keyed by (seed,
-    row, position), so a row's tokens do not depend on the other rows. UserError for settings out of range, and where a prompt is
-    empty, holds an id that the model lacks, or is too long for learned positions.
+    `nnx.merge(graph, params)` is the model of `config`; a prompt starts with the id that starts documents. Draws are
+    keyed by (seed, row, position), so a row's tokens do not depend on the other rows. UserError for settings out of
+    range, and where a prompt is empty, holds an id that the model lacks, or is too long for learned positions.
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     _check(config, prompts, max_tokens)
@@ -95,7 +95,10 @@ def generate(
 
 @functools.partial(jax.jit, static_argnames="slots")
 def _prefill(model, tokens: jax.Array, lengths: jax.Array, *, slots: int):
-    """Logits [batch, vocab] after each prompt, and the cache. What padding writes to the cache is overwritten before it is seen."""
+    """Logits [batch, vocab] after each prompt, and the cache.
+
+    What padding writes to the cache is overwritten before it is seen.
+    """
     batch, seq = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(seq), tokens.shape)
     hidden, cache = model.cached(tokens, positions, model.cache(batch, slots))
@@ -137,7 +140,8 @@ def _check(config: Any, prompts: Sequence[Sequence[int] | np.ndarray], max_token
             raise UserError(f"prompt {number} has no tokens; start it with the tokenizer's BOS or EOS")
         if (low := min(prompt)) < 0 or (high := max(prompt)) >= config.vocab_size:
             raise UserError(
-                f"prompt {number} holds token id {low if low < 0 else high}; the model knows 0 to {config.vocab_size - 1}"
+                f"prompt {number} holds token id {low if low < 0 else high}; "
+                f"the model knows 0 to {config.vocab_size - 1}"
             )
         # The last token drawn is never read, so it needs no position.
         needed = len(prompt) + max_tokens - 1

@@ -38,9 +38,9 @@ def cross_entropy(
 ) -> LossSums:
     """Weighted cross-entropy of hidden states [batch, seq, embed] against targets [batch, seq], summed.
 
-    `unembed` gives float32 logits [..., vocab] of `chunk` positions at a time (0: all at once). Where a gradient is wanted, each chunk's is
-    made while its logits are there, so that no logits are kept or computed twice. `z_loss` times the squared log partition function
-    keeps logits near 0 (PaLM, arXiv 2204.02311).
+    `unembed` gives float32 logits [..., vocab] of `chunk` positions at a time (0: all at once). Where a gradient is
+    wanted, each chunk's is made while its logits are there, so that no logits are kept or computed twice. `z_loss`
+    times the squared log partition function keeps logits near 0 (PaLM, arXiv 2204.02311).
     """
     seq = hidden.shape[1]
     pieces = tuple(_split(x, min(chunk or seq, seq)) for x in (hidden, targets, weights))
@@ -77,7 +77,8 @@ _cross_entropy.defvjp(_forward, _backward)
 
 
 def _token_sums(logits, targets, weights, *, z_loss: float) -> tuple[LossSums, jax.Array]:
-    """Sums, and the objective's gradient by the logits. Reductions over vocab, never a lookup in it, so it may be sharded."""
+    """Sums, and the objective's gradient by the logits. Vocab is reduced over, never looked up in, so it may be
+    sharded."""
     highest = jnp.max(logits, axis=-1, keepdims=True)
     exponents = jnp.exp(logits - highest)
     partition = jnp.sum(exponents, axis=-1, keepdims=True)

@@ -52,8 +52,8 @@ def read_json(path: epath.PathLike) -> Any:
 class Lock:
     """`with Lock(workdir, primary=True):` one job at a time in a workdir. Only a job's primary process holds it.
 
-    WORKDIR/lock.json names the holder and is rewritten every 10 s. The lock of a process that died on this host is taken
-    over at once; one of another host after 60 s without a rewrite, which are watched, not computed from its clock.
+    WORKDIR/lock.json names the holder and is rewritten every 10 s. The lock of a process that died on this host is
+    taken over at once; one of another host after 60 s without a rewrite, or after 15 s of watching one that looks old.
     Raises UserError naming the host and process where the workdir is in use.
     """
 

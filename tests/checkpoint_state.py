@@ -15,10 +15,10 @@ def tree(step: int) -> dict:
     rng = np.random.default_rng(step)
     params = {
         "blocks": {
-            "up": rng.standard_normal((2, 8, 12), np.float32),
-            "scale": rng.standard_normal((2, 12), np.float32).astype(jnp.bfloat16),
+            "up": rng.standard_normal((2, 16, 64), np.float32),
+            "scale": rng.standard_normal((2, 64), np.float32).astype(jnp.bfloat16),
         },
-        "embed": rng.standard_normal((16, 8), np.float32),
+        "embed": rng.standard_normal((64, 64), np.float32),
     }
     moments = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32).astype(x.dtype), params)
     opt_state = (

@@ -42,7 +42,9 @@ else:
         assert restored is not None
         everywhere = NamedSharding(mesh, P())
         seen["step"], seen["meta"] = restored.step, restored.meta
-        total = jax.jit(lambda parts: jax.tree.map(lambda x: x.astype("float32").sum(), parts), out_shardings=everywhere)
+        total = jax.jit(
+            lambda parts: jax.tree.map(lambda x: x.astype("float32").sum(), parts), out_shardings=everywhere
+        )
         seen["sums"] = [float(x) for x in jax.tree.leaves(total(restored.parts))]
     except UserError as error:
         seen["error"] = str(error)

@@ -36,12 +36,14 @@ def test_the_halves_stand_for_parameters_and_optimizer_state():
     assert mixed not in (fingerprint(**parts), fingerprint(**other))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "uint32", "int8", "uint8", "bool", "float8_e4m3fn"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", "bfloat16", "float16", "int32", "uint32", "int8", "uint8", "bool", "float8_e4m3fn"]
+)
 def test_every_single_bit_counts(dtype):
     """Flips each bit of one element, and one bit of every element."""
     dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
     values = np.arange(24).reshape(2, 3, 4).astype(dtype)
-    bits = 1 if dtype == bool else 8 * dtype.itemsize
+    bits = 1 if dtype.kind == "b" else 8 * dtype.itemsize
     seen = {digests({"a": values})["a"]}
     places = [(7, bit) for bit in range(bits)] + [(element, 0) for element in range(24) if element != 7]
     for element, bit in places:
@@ -78,5 +80,8 @@ def test_containers_do_not_count_but_names_do():
 
 
 def test_random_keys_and_scalars_have_bits_too():
-    found = {digests({"p": {"k": leaf}})["p"] for leaf in (jax.random.key(0), jax.random.key(1), jnp.float32(0), jnp.int32(1))}
+    found = {
+        digests({"p": {"k": leaf}})["p"]
+        for leaf in (jax.random.key(0), jax.random.key(1), jnp.float32(0), jnp.int32(1))
+    }
     assert len(found) == 4

@@ -83,14 +83,11 @@ def test_greedy_tokens_equal_the_full_forward_pass(positions):
     assert len(set(new)) > 2, "a constant output would prove nothing"
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_row_does_not_depend_on_its_neighbours(temperature):
+def test_a_row_does_not_depend_on_its_neighbours():
     settings = config()
     graph, params = parts(settings)
     prompt, long = [7, 2, 9], list(range(1, 40))
-    go = lambda prompts: generate(
-        graph, params, settings, prompts, max_tokens=8, temperature=temperature, seed=3, eos_id=NO_EOS
-    )
+    go = lambda prompts: generate(graph, params, settings, prompts, max_tokens=8, seed=3, eos_id=NO_EOS)
     alone = go([prompt])[0]
     assert go([prompt, long])[0] == alone
     assert go([long, prompt])[0] == go([long])[0]

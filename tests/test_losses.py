@@ -51,7 +51,7 @@ gradients = lambda form: jax.jit(jax.grad(functools.partial(objective, form), ar
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
 @pytest.mark.parametrize("chunk", [0, 1, 4, 13, 99])
 def test_equals_the_plain_form(chunk, z_loss):
-    """13 positions in chunks of 4 leave a rest of 1; the head's bias checks that every parameter behind it gets its gradient."""
+    """13 positions in chunks of 4 leave a rest of 1; the bias shows that each parameter of the head gets a gradient."""
     args = inputs()
     found = gradients(functools.partial(cross_entropy, chunk=chunk, z_loss=z_loss))(*args)
     expected = gradients(functools.partial(plain, z_loss=z_loss))(*args)
@@ -80,7 +80,9 @@ def test_unscored_tokens_have_no_gradient():
 
 def test_huge_logits_stay_finite():
     hidden, table, bias, targets, weights = inputs()
-    grads, sums = gradients(functools.partial(cross_entropy, chunk=4, z_loss=0.0))(1e4 * hidden, table, bias, targets, weights)
+    grads, sums = gradients(functools.partial(cross_entropy, chunk=4, z_loss=0.0))(
+        1e4 * hidden, table, bias, targets, weights
+    )
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((grads, sums)))
 
 
@@ -100,5 +102,10 @@ def test_never_makes_all_logits():
     args = inputs()
     text = gradients(functools.partial(cross_entropy, chunk=1, z_loss=0.1)).lower(*args).compile().as_text()
     assert f"[{BATCH},1,{VOCAB}]" in text or f"[{BATCH},{VOCAB}]" in text
-    for shape in (f"[{BATCH},{SEQ},{VOCAB}]", f"[{SEQ},{BATCH},{VOCAB}]", f"[{SEQ},{BATCH},1,{VOCAB}]", f"[{BATCH * SEQ},{VOCAB}]"):
+    for shape in (
+        f"[{BATCH},{SEQ},{VOCAB}]",
+        f"[{SEQ},{BATCH},{VOCAB}]",
+        f"[{SEQ},{BATCH},1,{VOCAB}]",
+        f"[{BATCH * SEQ},{VOCAB}]",
+    ):
         assert shape not in text

@@ -11,7 +11,6 @@ import dataclasses
 import glob
 import os
 from pathlib import Path
-import re
 import statistics
 import sys
 import sysconfig
@@ -21,13 +20,16 @@ import time
 import grain
 import numpy as np
 
-from llmjax.data.config import DataConfig, SourceConfig, SplitConfig, TokenizerConfig
+from llmjax.data import stages
+from llmjax.data.config import DataConfig, SourceConfig
 from llmjax.data.objectives import causal
 from llmjax.data.packing import best_fit, cut
 from llmjax.data.pipeline import PackedSource, TrainData
-from llmjax.data.prepare import prepare
+from llmjax.data.sources import list_units
+from llmjax.data.split import TRAIN
 from llmjax.data.store import TokenStore, write_manifest, write_shard
 from llmjax.data.tokenizer import Tokenizer, read_tokenizer, train_sentencepiece
+from llmjax.data.workers import Workers
 
 SEQ_LEN, BATCH = 2048, 8
 
@@ -55,7 +57,7 @@ def main() -> None:
         starting(Path(folder))
         if cores:
             os.sched_setaffinity(0, cores)
-        preparing(Path(folder), texts, model, tokens)
+        preparing(Path(folder), texts, model, tokens, options.repeats)
 
 
 def parse_options() -> argparse.Namespace:
@@ -169,41 +171,42 @@ def starting(folder: Path) -> None:
     )
 
 
-def preparing(folder: Path, texts: list[str], model: bytes, tokens: int) -> None:
-    """The tokenizing stage of `prepare` by 1 and 2 processes, beside the tokenizer in this one: wall time, interleaved."""
+def preparing(folder: Path, texts: list[str], model: bytes, tokens: int, repeats: int) -> None:
+    """The tokenizing stage of `prepare`, reading and writing included, beside the bare tokenizer; then by two."""
     (folder / "text").mkdir()
     (folder / "tokenizer.model").write_bytes(model)
     for number, text in enumerate(texts):
         (folder / "text" / f"{number:06}.txt").write_bytes(text.encode())
     tokenizer = read_tokenizer("sentencepiece", model)
-    alone, stage = [], {1: [], 2: []}
-    for turn in range(3):
-        alone.append(wall_seconds(lambda: tokenizer.encode_batch(texts)))
-        for workers, seconds in stage.items():
-            config = DataConfig(
-                sources={"main": SourceConfig(path=f"{folder}/text/*.txt")},
-                tokenizer=TokenizerConfig(path=f"{folder}/tokenizer.model"),
-                split=SplitConfig(near_copies=False),
-                workers=workers,
-            )
-            lines: list[str] = []
-            prepare(config, folder / f"prepared-{workers}-{turn}", say=lines.append)
-            seconds += [float(found[1]) for line in lines if (found := re.match(r"tokenizing: done in ([\d.]+)", line))]
-    peer = f"{tokens / min(alone) / 1e6:.2f}"
-    for workers, seconds in stage.items():
-        share = f"{min(alone) / min(seconds):.0%} of encode_batch alone, by the clock"
-        row(
-            f"tokenize to store, {workers} process{'es'[: 2 * workers - 2]}, M tokens/s",
-            f"{tokens / min(seconds) / 1e6:.2f}",
-            peer,
-            share,
-        )
-    row(
-        "speedup by a second process",
-        f"{min(stage[1]) / min(stage[2]):.2f}",
-        "1.7",
-        f"the target; {os.cpu_count()} cores here",
-    )
+    alone, stage = [], []
+    for turn in range(repeats):
+        alone.append(cpu_seconds(lambda: tokenizer.encode_batch(texts)))
+        tasks = tokenizing_tasks(folder, f"alone-{turn}")
+        stage.append(cpu_seconds(lambda t=tasks: [stages.tokenize(*task) for task in t]))
+    ours, peer = (f"{tokens / min(seconds) / 1e6:.2f}" for seconds in (stage, alone))
+    row("tokenize to store, M tokens/s", ours, peer, f"the tokenizer alone: {min(alone) / min(stage):.0%} of it")
+    clock = {1: [], 2: []}
+    for turn in range(repeats):
+        for workers, seconds in clock.items():
+            tasks = tokenizing_tasks(folder, f"{workers}-{turn}")
+            with Workers(workers) as pool:
+                list(pool.map(stages.tokenize, tasks[:1] * workers))  # starts the processes
+                seconds.append(wall_seconds(lambda p=pool, t=tasks: list(p.map(stages.tokenize, t[1:]))))
+    speedup = f"{min(clock[1]) / min(clock[2]):.2f}"
+    row("two processes against one, times", speedup, "1.7", f"the target; by the clock, {os.cpu_count()} cores here")
+
+
+def tokenizing_tasks(folder: Path, name: str) -> list[tuple]:
+    """What `prepare` would hand to `stages.tokenize`, all documents for training."""
+    place = stages.Workplace(folder / f"unfinished-{name}")
+    place.folder.mkdir()
+    units = list_units("main", SourceConfig(path=f"{folder}/text/*.txt"))
+    for unit in units:
+        stages.scan(unit, place, None, False)
+        splits = np.full(len(place.load_scan(unit).sizes), TRAIN, np.uint8)
+        np.save(place.path("splits", unit).with_suffix(".npy"), splits)
+    model = folder / "tokenizer.model"
+    return [(unit, place, None, "sentencepiece", model, folder / f"tokens-{name}") for unit in units]
 
 
 def read_texts(pattern: str, megabytes: float) -> list[str]:

@@ -4,7 +4,7 @@ import string
 
 import numpy as np
 
-BANDS, ROWS = 14, 8  # copies with a Jaccard similarity of 0.75 share a band with probability 0.77, of 0.85 with 0.99
+BANDS, ROWS = 14, 8  # texts of Jaccard similarity 0.75 share a band with probability 0.77, of 0.85 with 0.99
 SIZE = BANDS * ROWS
 SHINGLE_WORDS = 5
 _BLOCK = 1 << 20  # bytes of text, and

@@ -229,7 +229,7 @@ class _Preparation:
 
     def _finish(self, kind: str, model: Path, compressors: dict | None) -> dict:
         """The manifests: of every source and split, then the store's own."""
-        lossy = [self.place.marker("tokens", unit) for unit in self.units]
+        lossy = [self.place.result("tokens", unit) for unit in self.units]
         count, first = sum(m["lossy"] for m in lossy), next((m["first_lossy"][0] for m in lossy if m["lossy"]), "")
         content = model.read_bytes() if kind != "bytes" else b""
         made = tokenizer.read_tokenizer(kind, content, lossless=not count)
@@ -266,11 +266,11 @@ class _Preparation:
             "rejected": self._rejects(name),
             "part_bytes": self.part_bytes[name],
         }
-        markers = [self.place.marker("tokens", unit) for unit in self._of(name)]
+        markers = [self.place.result("tokens", unit) for unit in self._of(name)]
         for part in split.SPLITS:
             manifest = store.write_manifest(
                 self.folder / name / part,
-                [marker["shards"][part] for marker in markers if part in marker["shards"]],  # type: ignore[index]
+                [marker["shards"][part] for marker in markers if part in marker["shards"]],
                 vocab_size=made.vocab_size,
                 eos_id=made.eos_id,
                 bos_id=made.bos_id,

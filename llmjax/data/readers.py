@@ -155,11 +155,11 @@ def _of_line(where: str, line: bytes, field: str) -> Document | Reject:
     try:
         record = json.loads(text)
     except (ValueError, RecursionError):
-        return Reject(where, "not JSON", text[:_EXCERPT])
+        return Reject(where, "not JSON", text.strip()[:_EXCERPT])
     if not isinstance(record, dict):
-        return Reject(where, "not a JSON object", text[:_EXCERPT])
+        return Reject(where, "not a JSON object", text.strip()[:_EXCERPT])
     if field not in record:
-        return Reject(where, f"no field {field!r}", text[:_EXCERPT])
+        return Reject(where, f"no field {field!r}", text.strip()[:_EXCERPT])
     return _of_value(where, record[field], field)
 
 

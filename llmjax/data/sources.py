@@ -84,11 +84,12 @@ def _matching_files(path: str, where: str) -> list[str]:
 
 def _stdlib_files(where: str) -> list[str]:
     root = Path(sysconfig.get_path("stdlib"))
-    files = [
-        path
-        for path in root.rglob("*.py")
-        if not _NOT_STDLIB & set(path.relative_to(root).parts[:-1]) and not path.name.startswith("_sysconfigdata")
-    ]
+    files = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in _NOT_STDLIB]
+        files += [
+            Path(folder, name) for name in names if name.endswith(".py") and not name.startswith("_sysconfigdata")
+        ]
     if not files:
         raise UserError(f"{where}: this Python has no sources at {root}; give text of your own")
     return [str(path) for path in sorted(files, key=lambda path: path.relative_to(root).as_posix())]
@@ -144,7 +145,7 @@ def open_tfds(path: str, where: str):
         raise UserError(f"{where}: expected tfds:NAME[:SPLIT][@DATA_DIR]")
     name, split, folder = match["name"], match["split"] or "train", match["folder"]
     try:
-        return tfds.builder(name, data_dir=folder, try_gcs=False).as_data_source(split=split)
+        return tfds.builder(name, data_dir=folder, try_gcs=False).as_data_source(split=split)  # type: ignore[call-arg]
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(

@@ -50,16 +50,20 @@ class Workplace:
     def marker(self, what: str, unit: Unit) -> dict | None:
         """What a finished task left behind, else None."""
         try:
-            return json.loads(self.path(what, unit).with_suffix(".json").read_text())
+            return self.result(what, unit)
         except (OSError, ValueError):
             return None
+
+    def result(self, what: str, unit: Unit) -> dict:
+        """What a task that is known to have finished left behind."""
+        return json.loads(self.path(what, unit).with_suffix(".json").read_text())
 
     def mark(self, what: str, unit: Unit, record: dict) -> None:
         store.write_atomically(self.path(what, unit).with_suffix(".json"), json.dumps(record).encode())
 
     def load_scan(self, unit: Unit) -> Scan:
         arrays = [np.load(self.path(name, unit).with_suffix(".npy"), mmap_mode="r") for name in Scan._fields[:3]]
-        return Scan(*arrays, rejects=self.marker("scan", unit)["rejects"])  # type: ignore[index]
+        return Scan(*arrays, rejects=self.result("scan", unit)["rejects"])
 
     def splits(self, unit: Unit) -> np.ndarray:
         """uint8 [documents]: the split of each document."""

@@ -244,7 +244,7 @@ class TokenStore:
         """Read every byte and compare every checksum; raises UserError naming the first damaged shard."""
         for index, info in enumerate(self.shards):
             self._offsets(index)
-            if zlib.crc32(self._shard(index)) != info["crc32"]:
+            if zlib.crc32(self._shard(index).data) != info["crc32"]:
                 raise UserError(
                     f"token shard {self._path(index)} is damaged: checksum differs from the manifest; {_MEND}"
                 )
@@ -312,7 +312,7 @@ class TokenStore:
             if not verified[block]:
                 a, b = block * BLOCK_BYTES // item, (block + 1) * BLOCK_BYTES // item
                 expected = int(self.shards[index]["block_crc32"][8 * block : 8 * block + 8], 16)
-                if zlib.crc32(tokens[a:b]) != expected:
+                if zlib.crc32(tokens[a:b].data) != expected:
                     raise UserError(
                         f"token shard {self._path(index)} is damaged between tokens {a} and {b}: "
                         f"checksum differs from the manifest; {_MEND}"

@@ -77,6 +77,8 @@ class SentencePiece:
     def __init__(self, model: bytes, *, lossless: bool = True):
         import sentencepiece
 
+        if not model:
+            raise ValueError("the file is empty")
         self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.sha256, self.lossless = hashlib.sha256(model).hexdigest(), lossless
         self.vocab_size = self._model.vocab_size()
@@ -156,7 +158,10 @@ class Bytes:
     """UTF-8 bytes are the ids 0 to 255; BOS 256, EOS 257, padding 258."""
 
     kind, lossless, vocab_size = "bytes", True, 259
-    bos_id, eos_id, pad_id, unk_id = 256, 257, 258, None
+    bos_id: int | None = 256
+    eos_id = 257
+    pad_id: int | None = 258
+    unk_id: int | None = None
     sha256 = hashlib.sha256(b"llmjax bytes 1").hexdigest()
     check_special = check_special
 
@@ -243,7 +248,7 @@ def train_sentencepiece(texts: Iterable[str], *, algorithm: str, vocab_size: int
     try:
         train(sentence_iterator=pieces)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
+        reason = str(error).strip().splitlines()[-1].rpartition("] ")[2]  # without the place in the source
         raise UserError(
             f"data.tokenizer.vocab_size={vocab_size}: cannot be trained on this text ({reason}); "
             "give a smaller vocabulary or more text, or data.tokenizer.kind='bytes'"

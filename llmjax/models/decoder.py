@@ -24,7 +24,9 @@ class Block(nnx.Module):
     def __init__(self, config: DecoderConfig, key: jax.Array):
         k_attention, k_mlp = jax.random.split(key)
         bias, dtype = config.biases == "all", config.param_dtype
-        scale = (2 * config.num_layers) ** -0.5  # each of the 2 * num_layers residual branches adds its share of variance
+        scale = (
+            2 * config.num_layers
+        ) ** -0.5  # each of the 2 * num_layers residual branches adds its share of variance
         norm = lambda: NORMS[config.norm](config.embed, eps=config.norm_eps, bias=bias, dtype=dtype)
         self.attention_norm, self.mlp_norm = norm(), norm()
         self.attention = Attention(
@@ -64,8 +66,8 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """Batch -> hidden states [batch, seq, embed], ready for `unembed`.
 
-    Parameters: embed, positions (learned only), blocks (every leaf with a leading "layers" dimension), norm (pre-norm only: post-norm
-    ends normed), head (untied only).
+    Parameters: embed, positions (learned only), blocks (every leaf with a leading "layers" dimension), norm (pre-norm
+    only: post-norm ends normed), head (untied only).
     """
 
     def __init__(self, config: DecoderConfig, key: jax.Array):
@@ -81,7 +83,9 @@ class Decoder(nnx.Module):
         pre, bias = config.norm_position == "pre", config.biases == "all"
         self.norm = NORMS[config.norm](config.embed, eps=config.norm_eps, bias=bias, dtype=dtype) if pre else None
         untied = config.tied == "untied"
-        self.head = weights.normal(k_head, {"embed": config.embed, "vocab": vocab}, std=0.02, dtype=dtype) if untied else None
+        self.head = (
+            weights.normal(k_head, {"embed": config.embed, "vocab": vocab}, std=0.02, dtype=dtype) if untied else None
+        )
 
     def __call__(self, batch: Batch, key: jax.Array | None = None) -> jax.Array:
         """Hidden states in the compute type; `key` switches dropout on, with draws by (key, sample, layer, site)."""
@@ -104,7 +108,8 @@ class Decoder(nnx.Module):
         return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
 
     def cached(self, tokens: jax.Array, positions: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Hidden states of tokens [batch, seq] at consecutive positions [batch, seq], after what the cache holds; (hidden, cache)."""
+        """(hidden states, cache) of tokens [batch, seq] at consecutive positions [batch, seq], after what the cache
+        holds."""
         none, angles = Dropout(None, 0.0), self._angles(positions)
 
         def layer(x, item):
@@ -115,7 +120,8 @@ class Decoder(nnx.Module):
         return (x if self.norm is None else self.norm(x)), cache
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states [..., embed] -> float32 logits [..., padded vocab]; padding ids get a logit that no softmax sees."""
+        """Hidden states [..., embed] -> float32 logits [..., padded vocab]; padding ids get one that no softmax
+        sees."""
         table = self.embed.table[...].T if self.head is None else self.head[...]
         return embedding.logits(hidden, table, vocab_size=self.config.vocab_size)
 

@@ -15,13 +15,15 @@ class DecoderConfig:
 
     family          "decoder"
     vocab_size      number of token ids; 0: the tokenizer's, filled in by the run
-    vocab_multiple  embedding and head are padded to a multiple of this many ids, so that they can be sharded; padding is never predicted
+    vocab_multiple  embedding and head are padded to a multiple of this many ids, so that they can be sharded;
+                    padding is never predicted
     num_layers      number of blocks
     embed           width of the residual stream
     num_heads       number of query heads
     num_kv_heads    number of key and value heads, a divisor of num_heads; 0: num_heads
     head_dim        width of a head; 0: embed / num_heads
-    mlp             width of the feed-forward layer; 0: 4 embed when plain, 8/3 embed rounded up to a multiple of 128 when gated
+    mlp             width of the feed-forward layer; 0: 4 embed when plain, 8/3 embed rounded up to a multiple of 128
+                    when gated
     activation      of the feed-forward layer: silu, gelu (by erf), gelu_tanh, relu, relu2 (relu squared)
     gated           feed-forward layer: gated (two matrices in, one out) or plain (one in, one out)
     norm            rmsnorm or layernorm
@@ -29,12 +31,14 @@ class DecoderConfig:
     norm_position   pre (before each sub-block, and once at the end) or post (after each residual addition)
     positions       rotary (in every attention) or learned (added to the token embedding)
     rope_base       base of the rotary frequencies; unused with learned positions
-    max_positions   number of learned positions; the longest sequence a learned table can read; unused with rotary positions
+    max_positions   number of learned positions; the longest sequence a learned table can read; unused with rotary
+                    positions
     tied            tied (the head is the token embedding) or untied (a matrix of its own)
     biases          all (every linear map of the blocks, and layernorm) or none
     dropout         rate after the embedding and at the end of each sub-block; from 0 to below 1
     scan            True: blocks compiled once and scanned; False: unrolled, for debugging and for short stacks
-    remat           what the backward pass keeps of a block: none (everything), dots (matmul outputs), attention (its output), full (nothing)
+    remat           what the backward pass keeps of a block: none (everything), dots (matmul outputs), attention (its
+                    output), full (nothing)
     attention       kernel: dot
     dtype           type of activations and matmuls: float32 or bfloat16 (softmax, norms and logits are always float32)
     param_dtype     type in which parameters are stored: float32 or bfloat16
@@ -167,9 +171,9 @@ def check(config: DecoderConfig, *, seq_len: int, tensor: int) -> None:
 def flops_per_token(config: DecoderConfig, seq_len: int) -> float:
     """Model flops of one training token, for model flops utilisation.
 
-    6 flops for each weight of a matmul (2 forward, 4 backward; the head counts, the embedding lookup does not), plus attention's two
-    products, 12 layers heads head_dim seq_len, halved because a causal model needs half of them. Recomputation is not counted.
-    (Chowdhery et al., 2022, PaLM, appendix B, arXiv 2204.02311, which does not halve.)
+    6 flops for each weight of a matmul (2 forward, 4 backward; the head counts, the embedding lookup does not), plus
+    attention's two products, 12 layers heads head_dim seq_len, halved because a causal model needs half of them.
+    Recomputation is not counted. (Chowdhery et al., 2022, PaLM, appendix B, arXiv 2204.02311, which does not halve.)
     """
     heads = 2 * config.num_heads + 2 * config.kv_heads
     matrices = 3 if config.gated == "gated" else 2

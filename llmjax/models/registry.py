@@ -28,8 +28,8 @@ def build(config: Any, key: jax.Array) -> nnx.Module:
 def abstract(config: Any) -> tuple[nnx.GraphDef, dict, dict]:
     """(graph, shapes, axes) without computing anything: `nnx.merge(graph, params)` is the model.
 
-    Shapes and axes are nested dicts alike, with a ShapeDtypeStruct or a tuple of logical axes for each parameter; stacked parameters
-    have "layers" as their first axis.
+    Shapes and axes are nested dicts alike, with a ShapeDtypeStruct or a tuple of logical axes for each parameter;
+    stacked parameters have "layers" as their first axis.
     """
     graph, state = nnx.split(jax.eval_shape(lambda key: build(config, key), jax.random.key(0)))
     shapes = nnx.to_pure_dict(state)

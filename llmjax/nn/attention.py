@@ -41,12 +41,18 @@ def dot(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     Query heads are grouped by the key head they share, so keys and values are never repeated.
     """
     batch, s, heads, head_dim = q.shape
-    groups = k.shape[2]
-    q = (q * head_dim**-0.5).reshape(batch, s, groups, heads // groups, head_dim)
-    scores = jnp.einsum("bsgrk,btgk->bgrst", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores, MASKED)
-    out = jnp.einsum("bgrst,btgk->bsgrk", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
-    return out.reshape(batch, s, heads, head_dim)
+    groups, repeats = k.shape[2], heads // k.shape[2]
+    # Head-major, and the heads of a group one below the other: plain batched matmuls with nothing to transpose inside.
+    q = (q * head_dim**-0.5).reshape(batch, s, groups, repeats, head_dim).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(batch, groups, repeats * s, head_dim)
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    scores = jnp.einsum("bgsk,bgtk->bgst", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(jnp.tile(mask, (1, repeats, 1))[:, None], scores, MASKED)
+    # Softmax, divided after the product with the values: head_dim numbers a query instead of t.
+    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    out = jnp.einsum("bgst,bgtk->bgsk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out = (out / jnp.sum(weights, axis=-1, keepdims=True)).astype(v.dtype)
+    return out.reshape(batch, groups, repeats, s, head_dim).transpose(0, 3, 1, 2, 4).reshape(batch, s, heads, head_dim)
 
 
 KERNELS = {"dot": Kernel(causal_mask, dot)}
@@ -76,8 +82,10 @@ class Attention(nnx.Module):
         self.out = Linear(k_out, heads, {"embed": embed}, bias=bias, dtype=dtype, scale=scale)
         self.kernel = kernel
 
-    def project(self, x: jax.Array, angles: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x [batch, seq, embed] -> q [batch, seq, heads, head_dim] and k, v [batch, seq, kv_heads, head_dim], turned by `angles`."""
+    def project(
+        self, x: jax.Array, angles: tuple[jax.Array, jax.Array] | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [batch, seq, embed] -> q [batch, seq, heads, head_dim]; k, v [batch, seq, kv_heads, head_dim]; rotated."""
         q = constrain(self.query(x), "batch", "seq", "heads", "head_dim")
         k = constrain(self.key(x), "batch", "seq", "kv_heads", "head_dim")
         v = constrain(self.value(x), "batch", "seq", "kv_heads", "head_dim")
@@ -98,7 +106,8 @@ class Attention(nnx.Module):
         """The same over a cache of keys and values, each [batch, slots, kv_heads, head_dim]; slot i holds position i.
 
         x [batch, seq, embed] stands at consecutive `positions` int [batch, seq], which may start elsewhere in each row.
-        Its keys and values are written there first; slots beyond a query's position are not seen. Returns (output, cache).
+        Its keys and values are written there first; slots beyond a query's position are not seen. Returns (output,
+        cache).
         """
         q, *new = self.project(x, angles)
         write = jax.vmap(lambda old, rows, start: jax.lax.dynamic_update_slice_in_dim(old, rows, start, axis=0))

@@ -33,7 +33,7 @@ class Dropout:
 
 
 def for_samples(key: jax.Array | None, sample: jax.Array, rate: float) -> Dropout:
-    """Draws keyed by (key, global sample index); `sample` is uint32 [batch, 2], high and low word. Key None: no dropout."""
+    """Draws keyed by (key, global sample index: uint32 [batch, 2], high and low word). Key None: no dropout."""
     if key is None or rate == 0:
         return Dropout(None, rate)
     fold = lambda words: jax.random.fold_in(jax.random.fold_in(key, words[0]), words[1])

@@ -20,13 +20,15 @@ class Embedding(nnx.Module):
         self.entries = entries
 
     def __call__(self, tokens: jax.Array, dtype: str) -> jax.Array:
-        # Batch and the table's embed are both cut by fsdp: gather embed before the lookup, or the partitioner replicates the batch.
+        # Batch and the table's embed are both cut by fsdp: gather embed before the lookup, or the partitioner
+        # replicates the batch.
         table = constrain(self.table[...].astype(dtype), self.entries, None)
         return constrain(jnp.take(table, tokens, axis=0, mode="clip"), "batch", "seq", None)
 
 
 def logits(hidden: jax.Array, table: jax.Array, *, vocab_size: int) -> jax.Array:
-    """hidden [..., embed] times table [embed, vocab] -> float32 [..., vocab]; ids from `vocab_size` on (padding) get MASKED."""
+    """hidden [..., embed] times table [embed, vocab] -> float32 [..., vocab]; padding ids (>= vocab_size) get
+    MASKED."""
     out = project(hidden, table.astype(hidden.dtype), 1, jnp.float32)
     if table.shape[-1] == vocab_size:
         return out

@@ -10,20 +10,27 @@ import jax
 from llmjax.nn import weights
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def project(x: jax.Array, weight: jax.Array, num_inputs: int = 1, out_dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
+def project(
+    x: jax.Array, weight: jax.Array, num_inputs: int = 1, out_dtype: jax.typing.DTypeLike | None = None
+) -> jax.Array:
     """x [..., *inputs] times weight [*inputs, *outputs] -> [..., *outputs], in `out_dtype` (None: the type of x)."""
+    return _project(x, weight, num_inputs, out_dtype)  # type: ignore[return-value]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _project(x, weight, num_inputs, out_dtype):
     first, last = tuple(range(num_inputs)), tuple(range(x.ndim - num_inputs, x.ndim))
     return jax.lax.dot_general(x, weight, ((last, first), ((), ())), preferred_element_type=out_dtype)
 
 
 def _project_forward(x, weight, num_inputs, out_dtype):
-    return project(x, weight, num_inputs, out_dtype), (x, weight)
+    return _project(x, weight, num_inputs, out_dtype), (x, weight)
 
 
 def _project_backward(num_inputs, out_dtype, saved, cotangent):
-    # The weight's gradient as x^T dy, where JAX's own rule makes (dy^T x)^T: on CPU the transposed operand is copied, and x lies ready in
-    # memory while dy would be computed inside that copy, at a stride. 15% of a small decoder's step.
+    # The weight's gradient as x^T dy, where JAX's own rule makes (dy^T x)^T: on CPU the transposed operand is copied,
+    # and x lies ready in memory while dy would be computed inside that copy, at a stride. 15% of a small decoder's
+    # step.
     x, weight = saved
     cotangent = cotangent.astype(x.dtype)
     outputs, rows = weight.ndim - num_inputs, tuple(range(x.ndim - num_inputs))
@@ -32,14 +39,14 @@ def _project_backward(num_inputs, out_dtype, saved, cotangent):
     return dx, jax.lax.dot_general(x, cotangent, ((rows, rows), ((), ())))
 
 
-project.defvjp(_project_forward, _project_backward)
+_project.defvjp(_project_forward, _project_backward)
 
 
 class Linear(nnx.Module):
     """x [..., *inputs] -> [..., *outputs], with an optional bias.
 
-    `inputs` and `outputs` map logical axes to sizes, such as {"embed": 512} and {"heads": 8, "head_dim": 64}. The weight starts
-    normal with variance scale^2 / (number of inputs). Parameters are cast to the type of x.
+    `inputs` and `outputs` map logical axes to sizes, such as {"embed": 512} and {"heads": 8, "head_dim": 64}. The
+    weight starts normal with variance scale^2 / (number of inputs). Parameters are cast to the type of x.
     """
 
     def __init__(

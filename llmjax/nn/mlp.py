@@ -25,7 +25,16 @@ class Mlp(nnx.Module):
     """
 
     def __init__(
-        self, key: jax.Array, embed: int, mlp: int, *, activation: str, gated: bool, bias: bool, scale: float, dtype: str
+        self,
+        key: jax.Array,
+        embed: int,
+        mlp: int,
+        *,
+        activation: str,
+        gated: bool,
+        bias: bool,
+        scale: float,
+        dtype: str,
     ):
         k_gate, k_up, k_down = jax.random.split(key, 3)
         self.gate = Linear(k_gate, {"embed": embed}, {"mlp": mlp}, bias=bias, dtype=dtype) if gated else None

@@ -17,7 +17,7 @@ REMAT = {
 def run(
     body: Callable[[jax.Array, Any], tuple[jax.Array, Any]], x: jax.Array, stacked: Any, *, scan: bool, remat: str
 ) -> tuple[jax.Array, Any]:
-    """Fold `body(x, layer) -> (x, out)` over the leading "layers" dimension of the tree `stacked`; returns (x, stacked outs).
+    """Fold `body(x, layer) -> (x, out)` over the leading "layers" dimension of `stacked`; returns (x, stacked outs).
 
     The unrolled form reads the same stacked parameters, so that checkpoints and optimizers see no difference.
     """
@@ -26,7 +26,8 @@ def run(
     if scan:
         return jax.lax.scan(body, x, stacked)
     leaves, tree = jax.tree.flatten(stacked)
-    # lax.split, because its gradient is one concatenation; that of indexing is a sum of padded copies of the whole stack.
+    # lax.split, because its gradient is one concatenation; that of indexing is a sum of padded copies of the whole
+    # stack.
     slices = [jax.lax.split(leaf, (1,) * leaf.shape[0], axis=0) for leaf in leaves]
     outs = []
     for layer in zip(*slices, strict=True):

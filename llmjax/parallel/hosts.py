@@ -41,7 +41,7 @@ def initialize() -> None:
     given = (coordinator is not None, count is not None, index is not None)
     if any(given) and not all(given):
         raise UserError(
-            "LLMJAX_COORDINATOR, LLMJAX_NUM_PROCESSES and LLMJAX_PROCESS_ID must be set together (or use launch/local.py)"
+            "LLMJAX_COORDINATOR, LLMJAX_NUM_PROCESSES and LLMJAX_PROCESS_ID go together: set all three, or none"
         )
     automatic = os.environ.get("LLMJAX_DISTRIBUTED")
     if automatic not in (None, "auto"):
@@ -53,7 +53,12 @@ def initialize() -> None:
             _reach(coordinator, seconds, index)
         jax.distributed.initialize(coordinator, count, index, cluster_detection_method="deactivate", **limits)
     elif automatic:
-        jax.distributed.initialize(**limits)
+        try:
+            jax.distributed.initialize(**limits)
+        except ValueError as error:
+            raise UserError(
+                f"LLMJAX_DISTRIBUTED=auto, but JAX finds no Slurm, GKE or TPU job here ({error})"
+            ) from error
 
 
 def _number(variable: str, default: int | None = None, least: int = 1) -> Any:
@@ -167,7 +172,11 @@ def local_rows(sharding: NamedSharding, global_batch: int) -> np.ndarray:
     sharding    how a batch's first dimension is laid over the mesh; rows held by several devices appear once
     """
     rows = NamedSharding(sharding.mesh, P(*sharding.spec[:1])).devices_indices_map((global_batch,))
-    mine = {index[0].indices(global_batch)[:2] for device, index in rows.items() if device.process_index == jax.process_index()}
+    mine = {
+        index[0].indices(global_batch)[:2]
+        for device, index in rows.items()
+        if device.process_index == jax.process_index()
+    }
     return np.concatenate([np.arange(start, stop) for start, stop in sorted(mine)])
 
 
@@ -175,7 +184,7 @@ def global_batch(sharding: NamedSharding, local: Batch, rows: np.ndarray, global
     """The Batch of global arrays [global_batch, ...] whose rows `rows` (of `local_rows`) this process brings."""
 
     def place(field: np.ndarray) -> jax.Array:
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(global_batch)
             first = int(np.searchsorted(rows, start))
             return field[first : first + stop - start]

@@ -49,7 +49,7 @@ def test_recipes_bind_and_their_models_fit(name):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_an_unknown_size_lists_the_sizes(family):
-    with pytest.raises(UserError, match="no such size; choose one of .*B"):
+    with pytest.raises(UserError, match=r"no such size; choose one of .*B"):
         recipe(family, "9T")
 
 
@@ -78,11 +78,11 @@ def test_a_value_out_of_bounds_is_named(fields, words):
 def test_the_run_must_fit_the_model():
     config = DecoderConfig(num_heads=4, num_kv_heads=2, positions="learned", max_positions=64)
     check(config, seq_len=64, tensor=2)
-    with pytest.raises(UserError, match="data.seq_len=65.*max_positions=64"):
+    with pytest.raises(UserError, match=r"data.seq_len=65.*max_positions=64"):
         check(config, seq_len=65, tensor=1)
-    with pytest.raises(UserError, match="mesh.tensor=3: must divide model.num_heads=4"):
+    with pytest.raises(UserError, match=r"mesh.tensor=3: must divide model.num_heads=4"):
         check(config, seq_len=64, tensor=3)
-    with pytest.raises(UserError, match="mesh.tensor=4: must divide model.num_kv_heads=2"):
+    with pytest.raises(UserError, match=r"mesh.tensor=4: must divide model.num_kv_heads=2"):
         check(config, seq_len=64, tensor=4)
 
 

@@ -1,4 +1,4 @@
-"""One process of the job in test_hosts.py: writes what it saw to OUT/<process>.json."""
+"""One process of the job in test_hosts.py: hosts_worker.py OUT STATUS writes what it saw to OUT/<process>.json."""
 
 import json
 import pathlib
@@ -61,5 +61,5 @@ else:
     seen["late"] = attempt(lambda: hosts.barrier("lunch", timeout_seconds=1))
 (pathlib.Path(sys.argv[1]) / f"{me}.json").write_text(json.dumps(seen))
 hosts.barrier("end")
-if sys.argv[2:] == ["exit"]:
-    hosts.exit_now(77 if me == 1 else 0)
+if status := int(sys.argv[2]):
+    hosts.exit_now(status if me == 1 else 0)

@@ -33,10 +33,11 @@ def launch(processes: int, devices: int, worker: str, *arguments) -> subprocess.
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize(("processes", "devices"), [(2, 2), (4, 1)])
-def test_a_job_of_several_processes(tmp_path, processes, devices):
-    done = launch(processes, devices, "parallel/hosts_worker.py", tmp_path)
-    assert done.returncode == 0, done.stdout
+@pytest.mark.parametrize(("processes", "devices", "status"), [(2, 2, 77), (4, 1, 0)])
+def test_a_job_of_several_processes(tmp_path, processes, devices, status):
+    """What each process saw; `status` is that with which process 1 ends."""
+    done = launch(processes, devices, "parallel/hosts_worker.py", tmp_path, status)
+    assert done.returncode == status, done.stdout
     seen = [json.loads((tmp_path / f"{process}.json").read_text()) for process in range(processes)]
     tokens = np.arange(32).reshape(8, 4)
     for process, one in enumerate(seen):
@@ -47,7 +48,9 @@ def test_a_job_of_several_processes(tmp_path, processes, devices):
         assert one["agree"] == [True, False, False]
         assert one["same"] is None
         assert one["different"].startswith("UserError: token store on process 1 differs from process 0")
-        assert one["late"] == ("slept" if process == 1 else "TimeoutError: process 1 did not reach 'barrier/lunch' within 1 s")
+        assert one["late"] == (
+            "slept" if process == 1 else "TimeoutError: process 1 did not reach 'barrier/lunch' within 1 s"
+        )
         assert {feed["sum"] for feed in one["feed"]} == {int((tokens * np.arange(1, 9)[:, None]).sum())}
         assert all(feed["shape"] == [8, 4] for feed in one["feed"])
     # Rows follow the devices that hold them: processes that share a data shard bring the same rows.
@@ -56,12 +59,6 @@ def test_a_job_of_several_processes(tmp_path, processes, devices):
         for process, one in enumerate(seen):
             first = process * data // processes * holds
             assert one["feed"][feed]["rows"] == list(range(first, first + max(holds, 8 // processes)))
-
-
-@pytest.mark.multiprocess
-def test_a_failed_process_ends_with_its_own_status(tmp_path):
-    done = launch(2, 2, "parallel/hosts_worker.py", tmp_path, "exit")
-    assert done.returncode == 77, done.stdout
 
 
 @pytest.mark.multiprocess
@@ -78,11 +75,12 @@ def test_a_job_that_does_not_assemble_says_so():
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"LLMJAX_COORDINATOR": "h:1"}, "must be set together"),
-        ({"LLMJAX_NUM_PROCESSES": "2", "LLMJAX_PROCESS_ID": "0"}, "must be set together"),
+        ({"LLMJAX_COORDINATOR": "h:1"}, "go together: set all three"),
+        ({"LLMJAX_NUM_PROCESSES": "2", "LLMJAX_PROCESS_ID": "0"}, "go together: set all three"),
         ({"LLMJAX_NUM_PROCESSES": "two"}, "LLMJAX_NUM_PROCESSES='two': expected a whole number, 1 or more"),
         ({"LLMJAX_PROCESS_ID": "-1"}, "LLMJAX_PROCESS_ID='-1': expected a whole number, 0 or more"),
         ({"LLMJAX_DISTRIBUTED": "yes"}, "the only value is 'auto'"),
+        ({"LLMJAX_COORDINATOR": "h", "LLMJAX_NUM_PROCESSES": "2", "LLMJAX_PROCESS_ID": "1"}, "'h': expected host:port"),
         (
             {"LLMJAX_COORDINATOR": "h:1", "LLMJAX_NUM_PROCESSES": "2", "LLMJAX_PROCESS_ID": "2"},
             "LLMJAX_PROCESS_ID=2: must be below LLMJAX_NUM_PROCESSES=2",
@@ -94,6 +92,13 @@ def test_a_wrong_environment_is_told(monkeypatch, variables, message):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
         hosts.initialize()
+
+
+def test_a_cluster_that_is_not_there_is_told():
+    code = "from llmjax.parallel import hosts; hosts.initialize()"
+    environment = {**os.environ, "LLMJAX_DISTRIBUTED": "auto", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
+    assert "UserError: LLMJAX_DISTRIBUTED=auto, but JAX finds no Slurm, GKE or TPU job here" in done.stderr
 
 
 def test_one_process_agrees_with_itself():

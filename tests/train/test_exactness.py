@@ -36,7 +36,10 @@ def train(corpus, store, tmp_path_factory):
         if key not in done:
             workdir = tmp_path_factory.mktemp("run")
             arguments = jobs.command("train", workdir, corpus, data__store=store, **changes)
-            jobs.run(jobs.launch(arguments, processes, devices))
+            if processes == 1:
+                jobs.run(arguments, LLMJAX_CPU_DEVICES=str(devices))
+            else:
+                jobs.run(jobs.launch(arguments, processes, devices))
             done[key] = workdir
         return done[key]
 

@@ -1,0 +1,78 @@
+#!/usr/bin/env python3
+"""Measure training on one GPU: tokens a second and MFU of decoders in bfloat16, beside PyTorch on the same card.
+
+python tools/bench_gpu.py                 124M and 1.3B parameters
+python tools/bench_gpu.py --size=124M     one of them
+python tools/bench_gpu.py --size=tiny     a smoke test of this program that runs on a CPU too; its figures mean nothing
+
+The decoders are GPT-2's make on rows of 1,024 tokens, 1.3B in GPT-3 XL's shape. PyTorch runs it under autocast with
+scaled_dot_product_attention and fused AdamW, eager and compiled. Each system has the card to itself, in a process of
+its own. MFU is the flops that the model needs over the card's peak by its data sheet; the limit is the best bfloat16
+matrix product that a system reached here.
+"""
+
+import argparse
+import sys
+
+import jax
+from peers import INSTALL_TORCH, race, resolved
+
+from llmjax.config import UserError
+
+# what each size changes in configs/gpt2.py:124M; "none" keeps all activations, "attention" makes most again
+SIZES = {
+    "124M": {"train.global_batch": 16, "model.remat": "none"},
+    "1.3B": {
+        "train.global_batch": 8,
+        "model.num_layers": 24,
+        "model.embed": 2048,
+        "model.num_heads": 16,
+        "model.remat": "attention",
+    },
+    "tiny": {
+        "train.global_batch": 2,
+        "data.seq_len": 64,
+        "model.num_layers": 2,
+        "model.embed": 64,
+        "model.num_heads": 2,
+        "model.remat": "none",
+    },
+}
+
+
+def main() -> None:
+    options = parse_options()
+    device = "gpu" if jax.default_backend() == "gpu" else "cpu"
+    sizes = options.size or ["124M", "1.3B"]
+    if device == "cpu" and set(sizes) - {"tiny"}:
+        sys.exit(
+            "bench_gpu: JAX sees no GPU here (pip install -e '.[cuda]' on a machine that has one); --size=tiny runs"
+        )
+    for size in sizes:
+        overrides = SIZES[size] | ({"train.global_batch": options.batch} if options.batch else {})
+        overrides |= {"model.remat": options.remat} if options.remat else {}
+        try:
+            config = resolved("configs/gpt2.py:124M", overrides, 50_257)
+        except UserError as error:
+            sys.exit(f"bench_gpu: {error}")
+        race(size, config, turns=options.turns, seconds=options.seconds, device=device)
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__}\n{INSTALL_TORCH}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--size", action="append", choices=SIZES, help="may be given several times (default: 124M, 1.3B)"
+    )
+    parser.add_argument("--batch", type=int, help="rows in a step (default: 16 for 124M, 8 for 1.3B: for 80 GB)")
+    parser.add_argument(
+        "--remat", help="what llmjax keeps for the backward pass (default: none, and attention for 1.3B)"
+    )
+    parser.add_argument("--turns", type=int, default=5, help="timings of each system (default: 5)")
+    parser.add_argument("--seconds", type=float, default=5, help="length of each (default: 5)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+#!/usr/bin/env python3
+"""Measure training on CPU: tokens a second beside PyTorch, start to first step, and the host's work for a step.
+
+python tools/bench_train.py                everything: about 12 minutes on 2 cores
+python tools/bench_train.py --quick        the quickstart's shape alone, short turns: about 4 minutes
+python tools/bench_train.py --only=speed   one part
+
+speed   a step of `llmjax train` (forward, backward, clip at 1.0, AdamW, and the checks that every step makes) and the
+        same decoder in plain PyTorch, float32, each in a process of its own. They take turns, so that all see the same
+        machine: the median turn counts, the span of all turns stands beside it. The limit is the best square matrix
+        product of any system; a share of it counts the flops that the model needs. llmjax masks packed documents,
+        PyTorch is only told "causal", its best case.
+start   `llmjax train --config=configs/quickstart.py` as a process, until step 1 is logged, with the text prepared
+        before: with an empty compilation cache, and with the one that this start filled.
+host    what a run does on the host for a step while its device has nothing to do, with 12 layers of next to no width:
+        fetch and log the metrics of the step before, take the next batch, feed it, dispatch. Behind a step that takes
+        longer all of it is hidden.
+"""
+
+import argparse
+from collections.abc import Callable
+import contextlib
+import dataclasses
+import io
+import os
+from pathlib import Path
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+from unittest import mock
+
+from etils import epath
+import jax
+import numpy as np
+from peers import INSTALL_TORCH, environment, load, race, resolved
+
+from llmjax.data.pipeline import TrainData
+from llmjax.parallel import compile as compiling
+from llmjax.train import loop
+
+CONFIG = str(Path(__file__).resolve().parent.parent / "configs" / "quickstart.py")
+LARGER = {"model.num_layers": 6, "model.embed": 384, "model.num_heads": 6, "model.mlp": 1024}
+NARROW = {"model.num_layers": 12, "model.embed": 8, "model.num_heads": 1, "model.mlp": 8}
+VOCAB_SIZE = 4096  # the quickstart's
+WARMUP = 10  # steps of a run before its times count
+PARTS = ("speed", "start", "host")
+
+
+def main() -> None:
+    options = parse_options()
+    os.environ.update(environment("cpu"))
+    jax.config.update("jax_platforms", "cpu")
+    if "speed" in options.only:
+        shapes = {"quickstart": {}} | ({} if options.quick else {"larger": LARGER})
+        for name, overrides in shapes.items():
+            race(
+                name,
+                resolved(CONFIG, overrides, VOCAB_SIZE),
+                turns=options.turns,
+                seconds=options.seconds,
+                device="cpu",
+            )
+    with tempfile.TemporaryDirectory(prefix="llmjax-bench-") as folder:
+        store = f"{folder}/store"
+        if {"start", "host"} & set(options.only) and llmjax("prepare", Path(folder), {"data.store": store}).wait():
+            sys.exit("preparing the quickstart's text failed; what it said stands above")
+        if "start" in options.only:
+            start(Path(folder), store, 1 if options.quick else 3)
+        if "host" in options.only:
+            host(Path(folder) / "host", store, 50 if options.quick else 300)
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__}\n{INSTALL_TORCH}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter turns, one shape")
+    parser.add_argument("--turns", type=int, help="turns of each system (default: 9, or 3 with --quick)")
+    parser.add_argument("--seconds", type=float, help="length of a turn (default: 4, or 2 with --quick)")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, comma-separated (default: %(default)s)")
+    options = parser.parse_args()
+    options.only = options.only.split(",")
+    if unknown := set(options.only) - set(PARTS):
+        parser.error(f"--only={','.join(sorted(unknown))}: known are {', '.join(PARTS)}")
+    options.turns = options.turns or (3 if options.quick else 9)
+    options.seconds = options.seconds or (2 if options.quick else 4)
+    return options
+
+
+def start(folder: Path, store: str, repeats: int) -> None:
+    """Seconds from the start of the process to the first logged step, with an empty cache and with a filled one."""
+    print(f"\nstart of the quickstart to its first step, text prepared, median of {repeats}, {load()}")
+    cold, warm = [], []
+    for index in range(repeats):
+        for times, name in ((cold, "cold"), (warm, "warm")):
+            workdir, cache = folder / f"{name}{index}", f"{folder}/cache{index}"
+            began = time.perf_counter()
+            process = llmjax("train", workdir, {"data.store": store, "train.compilation_cache": cache})
+            metrics = workdir / "metrics.jsonl"
+            while not metrics.exists() or not metrics.stat().st_size:
+                if process.poll() is not None:
+                    sys.exit(f"llmjax train ended with status {process.returncode}; what it said stands above")
+                time.sleep(0.01)
+            times.append(time.perf_counter() - began)
+            process.kill()
+            process.wait()
+    for name, times, limit in (("empty compilation cache", cold, 15), ("filled compilation cache", warm, 8)):
+        row(name, f"{statistics.median(times):.1f} s", f"< {limit} s", f"{min(times):.1f} to {max(times):.1f} s")
+
+
+def llmjax(verb: str, workdir: Path, overrides: dict[str, Any]) -> subprocess.Popen:
+    """Start a verb on the quickstart's config as a user would, its progress unseen."""
+    command = [sys.executable, "-c", "from llmjax.cli import main; main()", verb]
+    command += [f"--config={CONFIG}", f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in overrides.items())]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+
+
+class Clock:
+    """Times the parts of a real run's loop from outside, by wrapping what it calls; each step is waited for."""
+
+    def __init__(self, steps: int):
+        self.parts: dict[str, list[float]] = {"fetch and log": [], "take the batch": [], "feed": [], "dispatch": []}
+        self._left, self._ready, self._between = steps, 0.0, 0.0
+
+    def part(self, name: str, function: Callable) -> Callable:
+        """`function`, timed as that part of the step."""
+
+        def timed(*arguments):
+            began = time.perf_counter()
+            result = function(*arguments)
+            taken = time.perf_counter() - began
+            self.parts[name].append(taken)
+            self._between += taken
+            return result
+
+        return timed
+
+    def step(self, function: Callable) -> Callable:
+        """The compiled step; what passed since it was last ready and is no other part is fetching and logging."""
+        dispatch = self.part("dispatch", function)
+
+        def timed(state, batch):
+            self.parts["fetch and log"].append(time.perf_counter() - self._ready - self._between)
+            result = jax.block_until_ready(dispatch(state, batch))
+            self._left -= 1
+            if not self._left:
+                raise Enough
+            self._ready, self._between = time.perf_counter(), 0.0
+            return result
+
+        return timed
+
+
+class Enough(Exception):
+    """Every step that was asked for is measured."""
+
+
+def host(workdir: Path, store: str, steps: int) -> None:
+    """The host's work for a step, part by part, in `llmjax train` itself."""
+    print(f"\nhost's work for a step, {NARROW['model.num_layers']} layers, median of {steps} steps, {load()}")
+    clock = Clock(steps + WARMUP)
+    config = resolved(CONFIG, NARROW | {"data.store": store})
+    compile_step, batches = compiling.compile_step, TrainData.batches
+
+    def watched_compile(*arguments):
+        real = compile_step(*arguments)
+        return dataclasses.replace(real, step=clock.step(real.step), feed=clock.part("feed", real.feed))
+
+    def watched_batches(*arguments):
+        take = clock.part("take the batch", batches(*arguments).__next__)
+        while True:
+            yield take()
+
+    with (
+        mock.patch.object(compiling, "compile_step", watched_compile),
+        mock.patch.object(TrainData, "batches", watched_batches),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.suppress(Enough),
+    ):
+        loop.train(config, epath.Path(workdir), say=lambda line: None)
+    parts = {name: np.array(times[WARMUP:]) * 1e3 for name, times in clock.parts.items()}
+    for name, times in (parts | {"together": sum(parts.values())}).items():
+        limit = "< 2 ms" if name == "together" else ""
+        row(name, f"{np.median(times):.3f} ms", limit, f"99 of 100 below {np.quantile(times, 0.99):.3f} ms")
+
+
+def row(name: str, ours: str, limit: str, what: str) -> None:
+    print(f"  {name:28}{ours:>12}{limit:>12}   {what}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

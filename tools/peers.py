@@ -1,0 +1,147 @@
+"""Training steps of several systems side by side: each in a process of its own, working only in its turn."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+from pathlib import Path
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+from llmjax import run_config
+from llmjax.metrics import peak_flops
+from llmjax.models.decoder_config import flops_per_token
+from llmjax.run_config import RunConfig
+
+SYSTEMS = ("llmjax", "torch eager", "torch compile")
+INSTALL_TORCH = """\
+PyTorch is no dependency. For its rows install the CPU build, which the registry's default is not, then the extra:
+  .venv/bin/pip install torch --index-url https://download.pytorch.org/whl/cpu
+  .venv/bin/pip install -e '.[bench]' -c constraints.txt
+"""
+
+
+class Peer:
+    """A process that trains one decoder. Its start and compilation are over when this returns.
+
+    parameters   number of parameters of its model
+    device_kind  what it runs on, by the name that JAX or PyTorch gives
+    first_step   seconds from the start of the process to the end of its first step
+    """
+
+    def __init__(self, system: str, config: dict[str, Any], device: str):
+        self.system, started = system, time.perf_counter()
+        program = [sys.executable, str(Path(__file__).with_name("peer_process.py"))]
+        self._process = subprocess.Popen(
+            program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | environment(device)
+        )
+        ready = self._ask({"system": system, "config": config, "device": device})
+        self.parameters, self.device_kind = ready["parameters"], ready["device_kind"]
+        self.first_step = time.perf_counter() - started
+
+    def turn(self, seconds: float) -> float:
+        """Seconds of a step, the mean of as many as fit into `seconds`, after one that warms the caches again."""
+        return self._ask({"seconds": seconds})["step"]
+
+    def matmul(self) -> float:
+        """Flops a second of this system's best square matrix product, which is what no model can exceed."""
+        return self._ask({"matmul": True})["flops"]
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.wait()
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            sys.exit(f"{self.system} ended with status {self._process.wait()}; what it said stands above")
+        return json.loads(answer)
+
+
+def environment(device: str) -> dict[str, str]:
+    """The CPU alone, or the first GPU alone."""
+    if device == "cpu":
+        return {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    return {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
+
+
+def resolved(file: str, overrides: dict[str, Any], vocab_size: int) -> RunConfig:
+    """A config with every size that it leaves open filled in, as other systems need it."""
+    config = run_config.resolve(file, [(field, str(value)) for field, value in overrides.items()])
+    model = run_config.with_vocabulary(config, vocab_size).model
+    model = dataclasses.replace(model, num_kv_heads=model.kv_heads, head_dim=model.head_size, mlp=model.mlp_size)
+    return dataclasses.replace(config, model=model, optimizer=config.optimizer.resolved())
+
+
+@dataclasses.dataclass
+class Result:
+    """What one system did: seconds of a step in each turn, and its best matrix product in flops a second."""
+
+    peer: Peer
+    steps: list[float] = dataclasses.field(default_factory=list)
+    product: float = 0.0
+
+    def turn(self, seconds: float) -> None:
+        self.steps.append(self.peer.turn(seconds))
+        self.product = max(self.product, self.peer.matmul())
+
+
+def race(name: str, config: RunConfig, *, turns: int, seconds: float, device: str) -> None:
+    """Print the tokens a second of every system that is installed.
+
+    device   "cpu": all are up and take turns, as a CPU is seldom quiet; "gpu": one after the other, each with all memory
+    """
+    model, rows, seq = config.model, config.train.global_batch, config.data.seq_len
+    shape = f"{model.num_layers} layers x {model.embed}, {rows} x {seq} tokens, {model.dtype}"
+    print(f"\nspeed, {name}: {shape}; {load()}", flush=True)
+    installed = SYSTEMS if importlib.util.find_spec("torch") else SYSTEMS[:1]
+    results: list[Result] = []
+    for group in [installed] if device == "cpu" else [(system,) for system in installed]:
+        with contextlib.ExitStack() as stack:
+            tree, running = run_config.to_json(config), []
+            for system in group:  # one after the other, so that each has the machine for its first step
+                running.append(Result(stack.enter_context(contextlib.closing(Peer(system, tree, device)))))
+            for _ in range(turns):
+                for result in running:
+                    result.turn(seconds)
+            results += running
+    if len({result.peer.parameters for result in results}) > 1:
+        sys.exit(f"not the same model: {[(r.peer.system, r.peer.parameters) for r in results]} parameters")
+    show(results, rows * seq, flops_per_token(model, seq))
+    print(f"  {turns} turns of {seconds:g} s each; {load()}", flush=True)
+    if len(installed) == 1:
+        print(INSTALL_TORCH)
+
+
+def show(results: list[Result], tokens: int, flops: float) -> None:
+    """One row a system, for `tokens` in a step and model `flops` a token."""
+    limit, ours = max(result.product for result in results), statistics.median(results[0].steps)
+    peak = peak_flops(results[0].peer.device_kind)
+    columns = f"{'tokens/s':>10}{'step':>10}{'(min - max)':>18}{'of limit':>10}{'MFU' if peak else '':>7}"
+    print(f"  {'':14}{columns}{'ours is':>9}{'first step':>12}")
+    for result in results:
+        middle = statistics.median(result.steps)
+        rate, span = flops * tokens / middle, f"({min(result.steps):.3f} - {max(result.steps):.3f})"
+        mfu = f"{rate / peak:.1%}" if peak else ""
+        print(
+            f"  {result.peer.system:14}{tokens / middle:>10,.0f}{middle:>8.3f} s{span:>18}{rate / limit:>10.0%}{mfu:>7}"
+            f"{middle / ours:>8.2f}x{result.peer.first_step:>10.1f} s"
+        )
+    print(f"  {'limit':14}{limit / flops:>10,.0f}{tokens * flops / limit:>8.3f} s{'':18}{1:>10.0%}")
+    measured = ", ".join(f"{result.peer.system} {result.product / 1e9:,.0f}" for result in results)
+    print(f"  best matrix product in Gflop/s: {measured}; parameters: {results[0].peer.parameters:,}")
+
+
+def load() -> str:
+    """How busy the machine is, which every time depends on."""
+    return f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
