@@ -13,7 +13,7 @@ import typing
 
 from llmjax.config import UserError, suggest
 
-BAD_INPUT = 78
+BAD_INPUT, HANG = 78, 75
 
 OVERVIEW = """\
 llmjax: pretrain language models, from a laptop to a pod
@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main() -> typing.NoReturn:
-    """Run a verb and exit: 0 done, 78 bad input (a restart would not help), 85 saved on request, else a crash."""
+    """Run a verb and exit: 0 done, 75 a process hung, 78 bad input (no restart helps), 85 saved on request, else a crash."""
     try:
         status = run(sys.argv[1:])
     except UserError as error:
@@ -47,6 +47,9 @@ def main() -> typing.NoReturn:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         status = _fail(f"no space left{f' for {error.filename}' if error.filename else ''}: free some and start again")
+    except TimeoutError as error:
+        print(f"llmjax: error: {error}", file=sys.stderr, flush=True)
+        status = HANG
     except KeyboardInterrupt:
         status = 130
     except Exception:
@@ -62,10 +65,13 @@ def _fail(message: str) -> int:
 
 def _exit(status: int) -> typing.NoReturn:
     """In a job of several processes, one that failed must not wait for the others in JAX's shutdown barrier."""
-    if status and "jax" in sys.modules and "LLMJAX_COORDINATOR" in os.environ:
+    if status and "jax" in sys.modules:
+        import jax
+
         from llmjax.parallel import hosts
 
-        hosts.exit_now(status)
+        if jax.distributed.is_initialized():
+            hosts.exit_now(status)
     sys.exit(status)
 
 
@@ -201,7 +207,9 @@ def evaluate(arguments: list[str]) -> int:
     )
     for line in harness.describe(scores):
         _say(line)
-    _say(f"written to {path}\nreport: {report.write_report(_workdir(flags.workdir))}\nnext: llmjax generate --workdir={flags.workdir} --prompt='Once upon a time'")
+    _say(
+        f"written to {path}\nreport: {report.write_report(_workdir(flags.workdir))}\nnext: llmjax generate --workdir={flags.workdir} --prompt='Once upon a time'"
+    )
     return 0
 
 

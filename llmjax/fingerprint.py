@@ -29,15 +29,17 @@ def digests(parts: dict[str, Any]) -> dict[str, str]:
     mixed with the leaf's name and the element's index by a function that maps different bits to different terms: a
     change in a single element always changes the sum, any other change does so but for a chance of about 2^-32.
     """
-    sums = {name: _leaf_sums(tree) for name, tree in parts.items()}  # all are under way before the first is waited for
+    sums = {name: _leaf_sums(tree) for name, tree in parts.items()}
     # The order is fixed here, parameters first: that of a dict does not survive a jax.tree.map.
     order = sorted(parts, key=lambda name: (name != "params", name))
-    return {name: f"{sum(int(x) for x in jax.device_get(sums[name])) % 2**32:08x}" for name in order}
+    return {name: f"{sums[name] % 2**32:08x}" for name in order}
 
 
-def _leaf_sums(tree: Any) -> list[jax.Array]:
+def _leaf_sums(tree: Any) -> int:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [_leaf_sum(np.uint32(zlib.crc32(leaf_name(path).encode())), leaf) for path, leaf in leaves]
+    # One leaf after the other: programs that do not depend on each other may start in another order on each CPU
+    # process, and their collectives would then wait for each other for ever.
+    return sum(int(_leaf_sum(np.uint32(zlib.crc32(leaf_name(path).encode())), leaf)) for path, leaf in leaves)
 
 
 @jax.jit

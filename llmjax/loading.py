@@ -70,7 +70,7 @@ def load(
     checkpoints = Checkpoints(workdir / "checkpoints")
     abstract = states.parts(plan.abstract())
     if step is None:
-        restored = checkpoints.restore_latest_good(abstract, say=say)
+        restored = checkpoints.restore_latest_good(abstract, say=say, set_aside=False)
     else:
         restored = checkpoints.restore(step, abstract)
     if restored is None:
@@ -81,7 +81,7 @@ def load(
         step=restored.step,
         mesh=mesh,
         graph=plan.graph,
-        params=jax.jit(plan.optimizer.evaluated)(restored.parts["params"], restored.parts["opt_state"]),
+        params=plan.optimizer.evaluated(restored.parts["params"], restored.parts["opt_state"]),
         parameters=plan.optimizer.evaluated_name,
         tokenizer=tokenizer,
         store=store,

@@ -12,6 +12,7 @@ matrix product that a system reached here.
 """
 
 import argparse
+from pathlib import Path
 import sys
 
 import jax
@@ -19,7 +20,8 @@ from peers import INSTALL_TORCH, race, resolved
 
 from llmjax.config import UserError
 
-# what each size changes in configs/gpt2.py:124M; "none" keeps all activations, "attention" makes most again
+CONFIG = f"{Path(__file__).resolve().parent.parent / 'configs' / 'gpt2.py'}:124M"
+# what each size changes in it; "none" keeps all activations, "attention" makes most again
 SIZES = {
     "124M": {"train.global_batch": 16, "model.remat": "none"},
     "1.3B": {
@@ -45,14 +47,12 @@ def main() -> None:
     device = "gpu" if jax.default_backend() == "gpu" else "cpu"
     sizes = options.size or ["124M", "1.3B"]
     if device == "cpu" and set(sizes) - {"tiny"}:
-        sys.exit(
-            "bench_gpu: JAX sees no GPU here (pip install -e '.[cuda]' on a machine that has one); --size=tiny runs"
-        )
+        sys.exit("bench_gpu: JAX sees no GPU; where there is one: pip install -e '.[cuda]' (--size=tiny runs anywhere)")
     for size in sizes:
         overrides = SIZES[size] | ({"train.global_batch": options.batch} if options.batch else {})
         overrides |= {"model.remat": options.remat} if options.remat else {}
         try:
-            config = resolved("configs/gpt2.py:124M", overrides, 50_257)
+            config = resolved(CONFIG, overrides, 50_257)
         except UserError as error:
             sys.exit(f"bench_gpu: {error}")
         race(size, config, turns=options.turns, seconds=options.seconds, device=device)
@@ -62,13 +62,9 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=f"{__doc__}\n{INSTALL_TORCH}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--size", action="append", choices=SIZES, help="may be given several times (default: 124M, 1.3B)"
-    )
+    parser.add_argument("--size", action="append", choices=SIZES, help="may be given twice (default: 124M and 1.3B)")
     parser.add_argument("--batch", type=int, help="rows in a step (default: 16 for 124M, 8 for 1.3B: for 80 GB)")
-    parser.add_argument(
-        "--remat", help="what llmjax keeps for the backward pass (default: none, and attention for 1.3B)"
-    )
+    parser.add_argument("--remat", help="model.remat of llmjax (default: none for 124M, attention for 1.3B)")
     parser.add_argument("--turns", type=int, default=5, help="timings of each system (default: 5)")
     parser.add_argument("--seconds", type=float, default=5, help="length of each (default: 5)")
     return parser.parse_args()

@@ -162,7 +162,7 @@ def host(workdir: Path, store: str, steps: int) -> None:
     """The host's work for a step, part by part, in `llmjax train` itself."""
     print(f"\nhost's work for a step, {NARROW['model.num_layers']} layers, median of {steps} steps, {load()}")
     clock = Clock(steps + WARMUP)
-    config = resolved(CONFIG, NARROW | {"data.store": store})
+    config = resolved(CONFIG, NARROW | {"data.store": store}, VOCAB_SIZE)
     compile_step, batches = compiling.compile_step, TrainData.batches
 
     def watched_compile(*arguments):

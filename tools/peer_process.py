@@ -1,8 +1,8 @@
 """One system under test: trains a small decoder when told to, and says how long a step took.
 
-Requests come as JSON, one a line: first {"system", "config", "device"}, answered after the first step by
-{"parameters", "device_kind"}; then {"seconds": s} for the mean seconds of a step over about s seconds, or {"matmul": true} for the flops a
-second of the best square matrix product (float32 on CPU, bfloat16 on a GPU).
+Requests come as JSON, one a line: first {"system", "config", "device"}, answered after the first step by {"parameters",
+"device_kind"}; then {"seconds": s} for the mean seconds of a step over about s seconds, or {"matmul": true} for the
+flops a second of the best square matrix product (float32 on CPU, bfloat16 on a GPU).
 """
 
 from collections.abc import Callable

@@ -99,7 +99,7 @@ class Result:
 def race(name: str, config: RunConfig, *, turns: int, seconds: float, device: str) -> None:
     """Print the tokens a second of every system that is installed.
 
-    device   "cpu": all are up and take turns, as a CPU is seldom quiet; "gpu": one after the other, each with all memory
+    device   "cpu": all are up and take turns, for a CPU is seldom quiet; "gpu": one after the other, for its memory
     """
     model, rows, seq = config.model, config.train.global_batch, config.data.seq_len
     shape = f"{model.num_layers} layers x {model.embed}, {rows} x {seq} tokens, {model.dtype}"

@@ -11,7 +11,6 @@ from etils import epath
 from flax import nnx
 import jax
 from jax.sharding import Mesh
-import numpy as np
 
 from llmjax import loading, losses, workdir as workdirs
 from llmjax.batch import Batch
@@ -94,28 +93,22 @@ class Evaluator:
         data = EvalData(self.store, self.config.data, split=split, source=name, batch=self.batch)
         sums = Sums(text_bytes=data.text_bytes, documents=data.documents)
         began = last = time.monotonic()
-        waiting = None
         with jax.set_mesh(self.mesh), axes.use_rules(self.config.parallel.rules):
-            for done, local in enumerate(data.batches(self.rows)):
-                ahead = self._score(params, hosts.global_batch(self.sharding, local, self.rows, self.batch))
-                # The sums of a batch are fetched once the next one runs, so that the device never waits for the host.
-                _take(sums, waiting)
-                waiting = ahead
+            for done, local in enumerate(data.batches(self.rows), 1):
+                # Each batch is waited for: two at once do not depend on each other, and on CPU processes their
+                # collectives could start in different orders and wait for each other for ever.
+                scored = jax.device_get(self._score(params, self._place(local)))
+                sums.add(Sums(float(scored.nats), float(scored.weight), float(scored.correct)))
                 if time.monotonic() - last > 5:
                     last = time.monotonic()
-                    left = (last - began) / (done + 1) * (data.num_batches - done - 1)
-                    say(f"  evaluating {split}/{name}: {done + 1}/{data.num_batches} batches, {left:.0f} s left")
-        _take(sums, waiting)
+                    left = (last - began) / done * (data.num_batches - done)
+                    say(f"  evaluating {split}/{name}: {done}/{data.num_batches} batches, {left:.0f} s left")
         if sums.tokens != data.tokens:
             raise AssertionError(f"{split}/{name}: scored {sums.tokens} tokens of {data.tokens}")
         return sums
 
-
-def _take(sums: Sums, fetched: losses.LossSums | None) -> None:
-    if fetched is not None:
-        sums.nats += float(np.asarray(fetched.nats))
-        sums.tokens += float(np.asarray(fetched.weight))
-        sums.correct += float(np.asarray(fetched.correct))
+    def _place(self, local: Batch) -> Batch:
+        return hosts.global_batch(self.sharding, local, self.rows, self.batch)
 
 
 def write(workdir: epath.Path, step: int, scores: dict[str, Any], *, parameters: str, fingerprint: str) -> epath.Path:

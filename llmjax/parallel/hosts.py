@@ -51,7 +51,8 @@ def initialize() -> None:
             raise UserError(f"LLMJAX_PROCESS_ID={index}: must be below LLMJAX_NUM_PROCESSES={count}")
         if index > 0:
             _reach(coordinator, seconds, index)
-        jax.distributed.initialize(coordinator, count, index, cluster_detection_method="deactivate", **limits)
+        if count > 1:  # a job of one adds its sums as a plain process does, not through the network's collectives
+            jax.distributed.initialize(coordinator, count, index, cluster_detection_method="deactivate", **limits)
     elif automatic:
         try:
             jax.distributed.initialize(**limits)

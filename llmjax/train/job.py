@@ -63,7 +63,7 @@ class Job:
 
     def evaluated(self, state: TrainState) -> dict:
         """The parameters that are evaluated, sampled and exported."""
-        return jax.jit(self.plan.optimizer.evaluated)(state.params, state.opt_state)
+        return self.plan.optimizer.evaluated(state.params, state.opt_state)
 
     def evaluate(self, step: int, state: TrainState, split: str) -> dict[str, Any]:
         """Score one split and write eval/<step>/<split>.json."""
