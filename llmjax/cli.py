@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main() -> typing.NoReturn:
-    """Run a verb and exit: 0 done, 75 a process hung, 78 bad input (no restart helps), 85 saved on request, else a crash."""
+    """Run a verb and exit: 0 done, 75 hang, 78 bad input (no restart helps), 85 saved on request, else a crash."""
     try:
         status = run(sys.argv[1:])
     except UserError as error:
@@ -207,9 +207,9 @@ def evaluate(arguments: list[str]) -> int:
     )
     for line in harness.describe(scores):
         _say(line)
-    _say(
-        f"written to {path}\nreport: {report.write_report(_workdir(flags.workdir))}\nnext: llmjax generate --workdir={flags.workdir} --prompt='Once upon a time'"
-    )
+    if hosts.is_primary():
+        print(f"written to {path}\nreport: {report.write_report(_workdir(flags.workdir))}")
+    _say(f"next: llmjax generate --workdir={flags.workdir} --prompt='Once upon a time'")
     return 0
 
 

@@ -93,7 +93,7 @@ def test_process_layouts_agree(train):
 
 
 def test_saved_on_one_layout_resumed_on_another(train, corpus, store, tmp_path):
-    """Half on 2 processes x 4 devices (2 x 2 x 2), half on one process (fsdp 8): same batches; the same state at restore."""
+    """Half on 2 processes x 4 devices (2 x 2 x 2), half on one (fsdp 8): same batches, the same state at restore."""
     shape = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
     whole = train(processes=2, devices=4, **shape)
     moved = tmp_path / "moved"
@@ -132,7 +132,7 @@ def test_skipped_span_is_the_run_without_it(train, corpus, store, tmp_path):
 
 
 def test_terminated_job_saves_and_goes_on(train, corpus, store, tmp_path):
-    """SIGTERM to one process of two: both save the same step, the job exits 85, and the resumed run is the unbroken one."""
+    """SIGTERM to a job of two: both save the same step, exit 85, and the resumed run is the unbroken one."""
     layout = {"mesh__data": 2, "mesh__fsdp": 4}
     whole = train(processes=2, devices=4, **layout)
     stopped = tmp_path / "stopped"
