@@ -11,13 +11,13 @@ from llmjax.parallel import hosts
 
 hosts.initialize()
 
-import jax  # noqa: E402
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P  # noqa: E402
-import numpy as np  # noqa: E402
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+import numpy as np
 
-from llmjax.checkpoint import Checkpoints  # noqa: E402
-from llmjax.config import UserError  # noqa: E402
-from tests.checkpoint_state import abstract, state  # noqa: E402
+from llmjax.checkpoint import Checkpoints
+from llmjax.config import UserError
+from tests.checkpoint_state import abstract, state
 
 verb, folder, out = sys.argv[1:4]
 mesh = Mesh(np.array(jax.devices()).reshape(-1, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)

@@ -28,7 +28,7 @@ TINY = {
     "checkpoint.every": 4,
     "checkpoint.keep": 10,
     "sample.prompts": "()",
-    "optimizer.warmup_steps": 2,
+    "optimizer.warmup_steps": 1,
 }
 
 

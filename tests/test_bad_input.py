@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from llmjax import cli, workdir as workdirs
+from llmjax.parallel import axes
 from tests import jobs
 
 
@@ -92,7 +93,11 @@ CONFIGS = {
     ),
     "optimizer": ({"optimizer__name": "adam"}, "optimizer.name='adam' (did you mean 'adamw'?)"),
     "warmup": ({"optimizer__warmup_steps": 99}, "optimizer.warmup_steps=99: must be below train.steps=2"),
-    "rules": ({"parallel__rules": "(('embed', 'fdsp'),)"}, "parallel.rules"),
+    "rule for an unknown mesh axis": (
+        {"parallel__rules": str((("embed", "fdsp"), *axes.DEFAULT_RULES[1:]))},
+        "parallel.rules: 'embed' -> 'fdsp': there is no such mesh axis (did you mean 'fsdp'?)",
+    ),
+    "rules that leave axes out": ({"parallel__rules": "(('embed', 'fsdp'),)"}, "parallel.rules: no rule for 'batch'"),
 }
 
 
@@ -146,6 +151,7 @@ def test_store_made_from_other_settings(refuse, run_copy, corpus):
     assert contents(run_copy / "store") == before
 
 
+@pytest.mark.slow
 def test_changes_that_matter_are_refused_and_one_word_accepts_them(refuse, run_copy, corpus):
     settings = {"train__steps": 4, "checkpoint__every": 1}
     line = refuse(jobs.command("train", run_copy, corpus, optimizer__name="lion", **settings))
@@ -188,6 +194,7 @@ def test_corrupt_token_shard(refuse, run_copy, corpus):
     assert sorted(jobs.checkpoints(run_copy)) == [1, 2]
 
 
+@pytest.mark.slow
 def test_damaged_checkpoint_is_set_aside_and_the_previous_one_used(refuse, run_copy, corpus):
     def spoil(step: int) -> None:
         files = [path for path in (run_copy / "checkpoints" / str(step) / "params").rglob("*") if path.is_file()]
@@ -202,7 +209,7 @@ def test_damaged_checkpoint_is_set_aside_and_the_previous_one_used(refuse, run_c
     for step in jobs.checkpoints(run_copy):
         spoil(step)
     line = refuse(jobs.command("train", run_copy, corpus, train__steps=2))
-    assert "no good checkpoint is left" in line
+    assert "holds damaged checkpoints and no good one" in line
     assert list((run_copy / "checkpoints" / "damaged").iterdir())
 
 

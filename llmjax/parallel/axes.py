@@ -11,6 +11,8 @@ import math
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
+from llmjax.config import UserError, suggest
+
 type_of_rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
 DEFAULT_RULES: type_of_rules = (
@@ -25,8 +27,28 @@ DEFAULT_RULES: type_of_rules = (
     ("layers", None),
 )
 
+MESH_AXES = ("data", "fsdp", "tensor")
+
 # A user context is part of jit's cache key, so that changed rules never meet a stale executable.
 _rules = jax.make_user_context(DEFAULT_RULES)
+
+
+def check_rules(rules: type_of_rules) -> None:
+    """Raise UserError where a rule is malformed or names an unknown axis, and where a logical axis has no rule."""
+    known = dict(DEFAULT_RULES)
+    for rule in rules:
+        if not (isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], str)):
+            raise UserError(f"parallel.rules: {rule!r} is not a pair (logical axis, mesh axes)")
+        logical, found = rule
+        if logical not in known:
+            raise UserError(f"parallel.rules: there is no logical axis {logical!r}{suggest(logical, known)}")
+        for name in (found,) if isinstance(found, str) else found or ():
+            if name not in MESH_AXES:
+                near = suggest(str(name), MESH_AXES)
+                raise UserError(f"parallel.rules: {logical!r} -> {name!r}: there is no such mesh axis{near}")
+    missing = [name for name in known if name not in dict(rules)]
+    if missing:
+        raise UserError(f"parallel.rules: no rule for {', '.join(map(repr, missing))}; give None for an unsharded axis")
 
 
 @contextlib.contextmanager

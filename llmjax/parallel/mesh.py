@@ -36,6 +36,9 @@ class ParallelConfig:
     how: str = "jit"
     rules: tuple = axes.DEFAULT_RULES
 
+    def __post_init__(self):
+        axes.check_rules(self.rules)
+
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
     """Axis sizes with -1 resolved. Raises UserError where they do not match the devices."""

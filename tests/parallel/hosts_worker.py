@@ -9,12 +9,12 @@ from llmjax.parallel import hosts
 
 hosts.initialize()
 
-import jax  # noqa: E402
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P  # noqa: E402
-import numpy as np  # noqa: E402
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+import numpy as np
 
-from llmjax.batch import Batch  # noqa: E402
-from llmjax.config import UserError  # noqa: E402
+from llmjax.batch import Batch
+from llmjax.config import UserError
 
 
 def attempt(action):
