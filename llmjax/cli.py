@@ -43,13 +43,13 @@ def main() -> typing.NoReturn:
         status = run(sys.argv[1:])
     except UserError as error:
         status = _fail(str(error))
+    except TimeoutError as error:
+        print(f"llmjax: error: {error}", file=sys.stderr, flush=True)
+        status = HANG
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         status = _fail(f"no space left{f' for {error.filename}' if error.filename else ''}: free some and start again")
-    except TimeoutError as error:
-        print(f"llmjax: error: {error}", file=sys.stderr, flush=True)
-        status = HANG
     except KeyboardInterrupt:
         status = 130
     except Exception:
@@ -155,7 +155,7 @@ def prepare(arguments: list[str]) -> int:
     store = loading.store_folder(config, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     with workdirs.Lock(workdir, primary=True):
-        preparing.prepare(config.data, store, seed=config.seed, say=lambda line: print(line, flush=True))
+        preparing.prepare(config.data, store, say=lambda line: print(line, flush=True))
     print(f"next: llmjax train --config={flags.config} --workdir={flags.workdir}  (with the same overrides)")
     return 0
 

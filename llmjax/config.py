@@ -24,11 +24,6 @@ def suggest(name: str, known: typing.Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def default_of(hint: Any) -> Any:
-    """The default value of a section's type: nested dataclasses by their own defaults, open maps empty."""
-    return hint() if dataclasses.is_dataclass(hint) else {}
-
-
 def _open_map(hint: Any) -> Any | None:
     """The entry type of a Mapping[str, Entry] field, else None."""
     if typing.get_origin(hint) in (dict, Mapping):

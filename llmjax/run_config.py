@@ -1,5 +1,6 @@
 """The whole config of a run: every section, bound once at the door and then handed out piece by piece."""
 
+from collections.abc import Sequence
 import dataclasses
 import json
 from typing import Any
@@ -116,12 +117,12 @@ class RunConfig:
             )
 
 
-def resolve(file: str, overrides: list[tuple[str, str]]) -> RunConfig:
+def resolve(file: str, overrides: Sequence[tuple[str, str]]) -> RunConfig:
     """The config of `--config=FILE[:ARG]` with `--config.FIELD=TEXT` overrides, bound and checked."""
     return apply_overrides(_plain(load_file(file)), overrides)
 
 
-def apply_overrides(tree: dict[str, Any], overrides: list[tuple[str, str]]) -> RunConfig:
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> RunConfig:
     """A RunConfig from a nested dict and `(FIELD, TEXT)` overrides.
 
     A source named on the command line that the config lacks takes the place of its `stdlib:` sources, which are

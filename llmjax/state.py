@@ -17,10 +17,13 @@ from llmjax.parallel import axes
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a step reads and writes. `step` counts batches seen, `skipped` those whose update was not finite."""
+    """What a step reads and writes: arrays, or their shapes or shardings in the same places.
 
-    step: jax.Array
-    skipped: jax.Array
+    step, skipped   int32 scalars: batches seen, and those of them whose update was not finite
+    """
+
+    step: Any
+    skipped: Any
     params: dict
     opt_state: Any
 

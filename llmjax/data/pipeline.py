@@ -72,11 +72,6 @@ class PackedSource:
         """These rows, in this order."""
         return fill(self.store, self._packing.chunks(rows), len(rows), self._seq_len)
 
-    def measure(self, rows: np.ndarray) -> tuple[int, int]:
-        """(documents that begin, tokens) in these rows."""
-        chunks = self._packing.chunks(rows)
-        return int((~chunks.continued).sum()), int(chunks.length.sum())
-
     def summary(self) -> dict:
         return {
             "documents": self.store.documents,
@@ -246,33 +241,15 @@ class TrainData:
 class EvalData:
     """Every document of one split of one source exactly once, in batches; the last is padded with rows of weight 0.
 
-    batch     rows in a batch of the whole job
-    max_rows  of the split at most, spread over it; None: all
-    num_batches, rows, documents, tokens, text_bytes say how much there is; with max_rows below the split's rows,
-    documents counts those that begin in the rows, and text_bytes is estimated in proportion to the tokens.
+    `batch` is the rows in a batch of the whole job; the other public fields say how much there is.
     """
 
-    def __init__(
-        self,
-        folder: Path | str,
-        config: DataConfig,
-        *,
-        split: str,
-        source: str,
-        batch: int,
-        max_rows: int | None = None,
-    ):
+    def __init__(self, folder: Path | str, config: DataConfig, *, split: str, source: str, batch: int):
         self._source = PackedSource(Path(folder), source, split, config)
         self._batch, self._prefetch = batch, config.prefetch
         store = self._source.store
         self.fingerprint, self.rows = store.fingerprint, self._source.rows
         self.documents, self.tokens, self.text_bytes = store.documents, store.tokens, store.text_bytes
-        self._rows: Callable[[np.ndarray], np.ndarray] = lambda places: places
-        if max_rows is not None and max_rows < self.rows:
-            self._rows = Permutation(self.rows, "evaluation")
-            self.rows = max_rows
-            self.documents, self.tokens = self._source.measure(self._rows(np.arange(max_rows)))
-            self.text_bytes = round(store.text_bytes * self.tokens / store.tokens)
         self.num_batches = -(-self.rows // batch)
 
     def batches(self, rows: np.ndarray) -> Iterator[Batch]:
@@ -282,7 +259,7 @@ class EvalData:
         def assemble(index: int) -> Batch:
             samples = index * self._batch + rows
             real = np.flatnonzero(samples < self.rows)
-            filled = self._source.fill(self._rows(samples[real]))
+            filled = self._source.fill(samples[real])
             if len(real) < len(rows):
                 filled = Rows(**{name: _spread(value, real, len(rows)) for name, value in vars(filled).items()})
             return causal(filled, samples)

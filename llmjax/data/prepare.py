@@ -37,12 +37,11 @@ def read_manifest(folder: Path | str) -> dict | None:
         return None
 
 
-def prepare(config: DataConfig, folder: Path | str, *, seed: int, say: Say) -> dict:
+def prepare(config: DataConfig, folder: Path | str, *, say: Say) -> dict:
     """The manifest of the store in `folder`, which is made first where it is missing.
 
     An interrupted preparation goes on where it stopped, if neither settings nor files changed since. The store depends
-    on the text and the settings alone: on no number of workers, nor on `seed`, so that runs that differ in their seed
-    share one store. Raises UserError for input that cannot be honoured, for
+    on the text and the settings alone, on no number of workers. Raises UserError for input that cannot be honoured, for
     a store that was made with other settings, and when the disk is full.
     """
     folder = Path(folder)

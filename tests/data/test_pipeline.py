@@ -298,18 +298,6 @@ class TestEval:
                 for name, value in vars(batch).items():
                     np.testing.assert_array_equal(value[rows], getattr(local, name), err_msg=name)
 
-    def test_a_limit_takes_a_spread_of_rows(self, folder):
-        data = EvalData(folder, settings(packing="concat"), split="validation", source="code", batch=4, max_rows=10)
-        batches = list(data.batches(np.arange(4)))
-        assert data.num_batches == len(batches) == 3 and data.rows == 10
-        assert data.tokens == sum(int(b.weights.sum()) for b in batches)
-        assert data.documents == sum(int((b.inputs == BOS).sum()) for b in batches)
-        assert data.text_bytes == pytest.approx(4 * data.tokens, abs=1)
-        everything = EvalData(folder, settings(packing="concat"), split="validation", source="code", batch=4)
-        order = [tuple(row) for b in everything.batches(np.arange(4)) for row in b.targets]
-        places = [order.index(tuple(row)) for b in batches for row in b.targets][:10]
-        assert max(places) > everything.rows // 2 and len(set(places)) == 10
-
     def test_an_empty_split_has_no_batches(self, folder):
         data = EvalData(folder, settings(), split="validation", source="empty", batch=4)
         assert data.num_batches == data.documents == data.tokens == 0

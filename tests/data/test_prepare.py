@@ -37,7 +37,7 @@ def config(path, **fields):
 
 def make(config, folder):
     lines = []
-    manifest = prepare(config, folder, seed=0, say=lines.append)
+    manifest = prepare(config, folder, say=lines.append)
     return manifest, lines
 
 
@@ -134,7 +134,7 @@ def test_a_killed_preparation_goes_on(corpus, tmp_path):
         f"c = DataConfig(sources={{'main': SourceConfig(path={str(tmp_path / 'b*.txt')!r}),"
         f"'more': SourceConfig(path={str(corpus[0])!r})}}, "
         "tokenizer=TokenizerConfig(vocab_size=300, training_bytes=300_000), workers=2)\n"
-        "prepare(c, sys.argv[1], seed=0, say=lambda line: print(line, flush=True))"
+        "prepare(c, sys.argv[1], say=lambda line: print(line, flush=True))"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path / "quiet"], check=True, capture_output=True)
     kills = 0
