@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import shlex
 import sys
 import textwrap
 import traceback
@@ -156,7 +157,7 @@ def prepare(arguments: list[str]) -> int:
     workdir.mkdir(parents=True, exist_ok=True)
     with workdirs.Lock(workdir, primary=True):
         preparing.prepare(config.data, store, say=lambda line: print(line, flush=True))
-    print(f"next: llmjax train --config={flags.config} --workdir={flags.workdir}  (with the same overrides)")
+    print(f"next: {shlex.join(['llmjax', 'train', *arguments])}")
     return 0
 
 
@@ -252,7 +253,13 @@ def generate(arguments: list[str]) -> int:
         seed=flags.seed,
     )
     for prompt, text in zip(flags.prompt, texts, strict=True):
+        if len(texts) > 1:
+            _say(f"--- {prompt!r} ---")
         _say(prompt + text)
+    if hosts.is_primary():  # apart from the text itself, which may go into a file
+        drawn = f"temperature {flags.temperature:g}, seed {flags.seed}" if flags.temperature else "greedy"
+        print(f"\nstep {loaded.step} ({loaded.parameters}), {drawn}", file=sys.stderr)
+        print(f"next: llmjax eval --workdir={flags.workdir} --split=test", file=sys.stderr)
     return 0
 
 

@@ -239,9 +239,8 @@ class Console:
             self._drawn = False
 
     def _seconds_left(self, record: Mapping[str, Any]) -> float:
-        """Wall time a step, evaluations and saves included, smoothed; the first line has only its own step time."""
-        now, step = self._clock(), int(record["step"])
-        recent = float(record.get("step_seconds") or math.nan)
+        """Wall time a step, evaluations and saves included, smoothed; nan at the first line, which compiled."""
+        now, step, recent = self._clock(), int(record["step"]), math.nan
         if self._previous and step > self._previous[0]:
             recent = (now - self._previous[1]) / (step - self._previous[0])
             old = self._seconds_per_step

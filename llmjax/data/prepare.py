@@ -147,7 +147,7 @@ class _Preparation:
             for name in few:
                 size, parts = self.part_bytes[name] or 0, len(self._splits_of(name))
                 self.say(
-                    f"{name}: {counts[name]} documents are too few for data.split, so they are cut at blank lines into "
+                    f"{name}: too few documents for data.split ({counts[name]}), so they are cut at blank lines into "
                     f"{parts} parts of {size:,} to {2 * size:,} bytes"
                 )
                 self._fill(name)
@@ -287,7 +287,7 @@ class _Preparation:
         results: list[Any] = [None] * len(tasks)
         began = last = time.monotonic()
         weights = sizes or [1] * len(tasks)
-        done, unit, scale = 0, ("MB", 1e6) if sizes else ("parts", 1), sum(weights)
+        done, unit, scale = 0, ("MB", 1e6) if sizes else ("part" if len(tasks) == 1 else "parts", 1), sum(weights)
         for index, result in self.pool.map(function, tasks):
             results[index] = result
             done += weights[index]

@@ -130,20 +130,21 @@ def evaluate(
 ) -> tuple[epath.Path, dict[str, Any]]:
     """`llmjax eval`: score a checkpoint on one split. Returns the file written and the scores."""
     loaded = loading.load(workdir, step=step, overrides=overrides, say=say)
-    say(f"step {loaded.step} ({loaded.parameters}), {split} split, {jax.device_count()} devices")
+    say(f"step {loaded.step} ({loaded.parameters}), {split} split, {jax.device_count()} device(s)")
     scores = Evaluator(loaded.graph, loaded.config, loaded.mesh, loaded.store).split(loaded.params, split, say)
     path = write(workdir, loaded.step, scores, parameters=loaded.parameters, fingerprint=loaded.fingerprint)
     return path, scores
 
 
 def describe(scores: dict[str, Any]) -> list[str]:
-    """The scores as lines for people: one a source, and the total where there are several."""
+    """The scores as lines for people: one a source, the total where there are several, a note on a lossy tokenizer."""
     rows = dict(scores["sources"])
     if len(rows) > 1:
         rows["(all)"] = scores["total"]
-    return [
+    lines = [
         f"  {name}: loss {s['loss']:.4f} nats/token, perplexity {s['perplexity']:.2f}, "
         f"{s['bits_per_byte']:.4f} bits per byte, accuracy {s['accuracy']:.1%} "
         f"({s['tokens']:,} tokens, {s['documents']:,} documents, {s['text_bytes']:,} bytes)"
         for name, s in rows.items()
     ]
+    return [*lines, f"  note: {scores['note']}"] if "note" in scores else lines

@@ -1,5 +1,7 @@
 """The end of training: evaluate, sample, report, and say in a few lines what came out."""
 
+import shlex
+
 from llmjax import report, sampling, workdir as workdirs
 from llmjax.data import prepare
 from llmjax.parallel import hosts
@@ -18,7 +20,8 @@ def finish(job: Job, progress: Progress) -> None:
     for line in _summary(job, progress, scores, samples):
         job.say(line)
     job.say(f"\nreport: {path}")
-    job.say(f"next:   llmjax generate --workdir={job.workdir} --prompt='def main('")
+    prompt = shlex.quote((job.config.sample.prompts or ("Once upon a time",))[0])
+    job.say(f"next:   llmjax generate --workdir={job.workdir} --prompt={prompt}")
     job.say(f"        llmjax eval --workdir={job.workdir} --split=test")
 
 
@@ -87,4 +90,4 @@ def _summary(job: Job, progress: Progress, scores: dict | None, samples: list[di
     ]
     for name, size in compressors(manifest):
         lines.append(f"                  {8 * size / total['text_bytes']:.4f}   {name}")
-    return lines
+    return [*lines, f"  note: {scores['note']}"] if "note" in scores else lines

@@ -26,6 +26,7 @@ class Meter:
         self._flops = flops_per_token(job.config.model, job.config.data.seq_len)
         self._pending: tuple[int, dict] | None = None
         self._bad_in_a_row = 0
+        self._first = True
         self.tokens, self.diverged = progress.tokens, False
         self._restart_window()
 
@@ -56,10 +57,13 @@ class Meter:
         self.tokens += tokens
         self._window_tokens += tokens
         self._steps += 1
-        if step % self._job.config.train.log_every == 0 or step == self._stop or step == 1:
-            self._line(step, values)
+        logged = step % self._job.config.train.log_every == 0 or step == self._stop
+        # The first step is shown at once, and its compilation kept out of the times of those that follow.
+        if logged or self._first:
+            self._line(step, values, logged)
+        self._first = False
 
-    def _line(self, step: int, values: dict[str, Any]) -> None:
+    def _line(self, step: int, values: dict[str, Any], logged: bool) -> None:
         seconds = max(time.monotonic() - self._began, 1e-9)
         rate = self._window_tokens / seconds
         device = jax.devices()[0]
@@ -77,7 +81,8 @@ class Meter:
                 num_devices=jax.device_count(),
             ),
         }
-        self._job.log.write(record)
+        if logged:
+            self._job.log.write(record)
         self._console.update(record)
         self._restart_window()
 

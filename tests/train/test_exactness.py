@@ -4,6 +4,7 @@ import os
 import pathlib
 import signal
 import subprocess
+import tempfile
 import time
 
 import pytest
@@ -11,6 +12,9 @@ import pytest
 from tests import jobs
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
+
+# One folder of compiled programs for all jobs of this file, as one workdir has for all its restarts.
+CACHE = {"train__compilation_cache": tempfile.mkdtemp(prefix="llmjax-compiled-")}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +39,7 @@ def train(corpus, store, tmp_path_factory):
         key = (processes, devices, *sorted(changes.items()))
         if key not in done:
             workdir = tmp_path_factory.mktemp("run")
-            arguments = jobs.command("train", workdir, corpus, data__store=store, **changes)
+            arguments = jobs.command("train", workdir, corpus, data__store=store, **CACHE, **changes)
             if processes == 1:
                 jobs.run(arguments, LLMJAX_CPU_DEVICES=str(devices))
             else:
@@ -54,7 +58,7 @@ def test_kill_and_resume_equals_an_unbroken_run(train, corpus, store, tmp_path):
     """SIGKILL in the middle of a run, then the same command: losses, digests, parameters and optimizer state agree."""
     whole = train(mesh__data=1, mesh__fsdp=8)
     broken = tmp_path / "broken"
-    arguments = jobs.command("train", broken, corpus, data__store=store, mesh__data=1, mesh__fsdp=8)
+    arguments = jobs.command("train", broken, corpus, data__store=store, mesh__data=1, mesh__fsdp=8, **CACHE)
     # Long enough to be killed on the way; the kill lands after the checkpoint of step 4 and before the end.
     job = subprocess.Popen(
         arguments,
@@ -97,7 +101,7 @@ def test_saved_on_one_layout_resumed_on_another(train, corpus, store, tmp_path):
     shape = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
     whole = train(processes=2, devices=4, **shape)
     moved = tmp_path / "moved"
-    settings = {"data__store": store, "checkpoint__every": 6}
+    settings = {"data__store": store, "checkpoint__every": 6, **CACHE}
     first = jobs.command("train", moved, corpus, train__stop_at=6, **shape, **settings)
     jobs.run(jobs.launch(first, 2, 4))
     saved = jobs.checkpoints(moved)[6]["fingerprint"]
@@ -122,7 +126,7 @@ def test_skipped_span_is_the_run_without_it(train, corpus, store, tmp_path):
     """data.skip given at a resume drops exactly that span: the batches after it are those the unbroken run saw."""
     whole = train(mesh__data=1, mesh__fsdp=8)
     part = tmp_path / "part"
-    common = {"data__store": store, "mesh__data": 1, "mesh__fsdp": 8}
+    common = {"data__store": store, "mesh__data": 1, "mesh__fsdp": 8, **CACHE}
     jobs.run(jobs.command("train", part, corpus, train__stop_at=4, **common), LLMJAX_CPU_DEVICES="8")
     skipping = jobs.command("train", part, corpus, train__stop_at=6, data__skip=((64, 96),), **common)
     jobs.run(skipping, LLMJAX_CPU_DEVICES="8")
@@ -136,7 +140,7 @@ def test_terminated_job_saves_and_goes_on(train, corpus, store, tmp_path):
     layout = {"mesh__data": 2, "mesh__fsdp": 4}
     whole = train(processes=2, devices=4, **layout)
     stopped = tmp_path / "stopped"
-    arguments = jobs.command("train", stopped, corpus, data__store=store, **layout)
+    arguments = jobs.command("train", stopped, corpus, data__store=store, **CACHE, **layout)
     job = subprocess.Popen(
         jobs.launch(arguments, 2, 4),
         env=jobs.environment(),

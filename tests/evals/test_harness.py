@@ -1,0 +1,138 @@
+"""Evaluation scores every token of every document once, the same on any mesh, as if each document stood alone."""
+
+import dataclasses
+import json
+import math
+
+from etils import epath
+from flax import nnx
+import jax
+from jax.sharding import AxisType, Mesh
+import numpy as np
+import pytest
+
+from llmjax import state as states
+from llmjax.batch import Batch
+from llmjax.config import UserError
+from llmjax.data import prepare
+from llmjax.data.tokenizer import load_tokenizer
+from llmjax.evals import harness
+from llmjax.parallel.mesh import MeshConfig, make_mesh
+from llmjax.run_config import resolve
+from tests import jobs
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A config on two sources of bytes, and its store."""
+    root = tmp_path_factory.mktemp("harness")
+    for name, documents in (("one", 30), ("two", 17)):
+        jobs.write_corpus(root / name, documents)
+    settings = {**jobs.TINY, "train.global_batch": 8, "data.split.validation": 0.2}
+    overrides = [(name, str(value)) for name, value in settings.items()]
+    overrides += [(f"data.sources.{name}.path", f"{root / name}/*.txt") for name in ("one", "two")]
+    config = resolve(str(jobs.ROOT / "configs" / "quickstart.py"), overrides)
+    prepare.prepare(config.data, root / "store", say=lambda line: None)
+    vocab = load_tokenizer(root / "store").vocab_size
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab)), root / "store"
+
+
+def score(prepared, mesh: Mesh, *, split: str = "validation", zero: bool = False) -> tuple[dict, dict, object]:
+    config, store = prepared
+    rules = config.parallel.rules
+    plan = states.plan_state(config.model, config.optimizer, horizon=10, mesh=mesh, rules=rules)
+    params = states.init_state(plan, config.model, seed=1).params
+    if zero:
+        params = jax.tree.map(lambda x: x * 0, params)
+    return harness.Evaluator(plan.graph, config, mesh, store).split(params, split), params, plan.graph
+
+
+def one_device() -> Mesh:
+    return Mesh(
+        np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3
+    )
+
+
+def test_a_uniform_model_needs_log_vocab_nats(prepared):
+    """With zero parameters every id of the vocabulary is as likely as any other; padding ids have no part in it."""
+    config, store = prepared
+    scores, _, _ = score(prepared, one_device(), zero=True)
+    manifest = prepare.read_manifest(store)
+    for name, found in scores["sources"].items():
+        expected = manifest["sources"][name]["validation"]
+        assert (found["tokens"], found["text_bytes"]) == (expected["tokens"], expected["text_bytes"])
+        # One token a byte and one EOS a document: bits per byte are those of all tokens over the bytes alone.
+        assert found["tokens"] == found["text_bytes"] + found["documents"]
+        bits = math.log2(config.model.vocab_size) * found["tokens"] / found["text_bytes"]
+        # A batch adds some 500 equal terms in float32, which may round the same way each time: 500 x 6e-8 at the worst.
+        assert found["bits_per_byte"] == pytest.approx(bits, rel=3e-5)
+        assert found["loss"] == pytest.approx(math.log(config.model.vocab_size), rel=3e-5)
+    total = scores["total"]
+    assert total["tokens"] == sum(source["tokens"] for source in scores["sources"].values())
+
+
+@pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_any_mesh_gives_the_same_scores(prepared, mesh):
+    one, _, _ = score(prepared, one_device())
+    many, _, _ = score(prepared, make_mesh(MeshConfig(**{"data": 1, **mesh})))
+    for name, expected in one["sources"].items():
+        found = many["sources"][name]
+        for exact in ("tokens", "documents", "text_bytes"):
+            assert found[exact] == expected[exact]
+        # Sums of a batch are float32 in another order; between batches they are float64.
+        assert found["nats"] == pytest.approx(expected["nats"], rel=1e-6)
+        assert found["accuracy"] == pytest.approx(expected["accuracy"], abs=2 / expected["tokens"])  # ties of logits
+
+
+def test_each_document_scores_as_if_alone(prepared):
+    """The oracle reads the texts itself: chunks of seq_len tokens, one row each, unpacked, in float64 outside the loss."""
+    config, store = prepared
+    scores, params, graph = score(prepared, one_device())
+    model, tokenizer, seq = nnx.merge(graph, params), load_tokenizer(store), config.data.seq_len
+    from llmjax.data.store import TokenStore
+
+    tokens = TokenStore(store / "one" / "validation")
+    begin = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+    nats = 0.0
+    for start, length in zip(tokens.starts(), tokens.lengths(), strict=True):
+        document = tokens.read(int(start), int(length)).astype(np.int32)
+        assert document[-1] == tokenizer.eos_id
+        before = np.r_[begin, document[:-1]]
+        for first in range(0, len(document), seq):
+            inputs, targets = before[first : first + seq], document[first : first + seq]
+            width = len(targets)
+            pad = lambda x, n=width: np.pad(x, (0, seq - n))[None].astype(np.int32)
+            row = Batch(
+                inputs=pad(inputs),
+                targets=pad(targets),
+                weights=pad(np.ones(width)).astype(np.float32),
+                segments=pad(np.ones(width)),
+                positions=pad(np.arange(width)),
+                sample=np.zeros((1, 2), np.uint32),
+            )
+            logits = np.asarray(model.unembed(model(row)), np.float64)[0, :width]
+            highest = logits.max(-1)
+            log_z = highest + np.log(np.exp(logits - highest[:, None]).sum(-1))
+            nats += float((log_z - logits[np.arange(width), targets]).sum())
+    # float32 logits of order 1 over thousands of tokens.
+    assert scores["sources"]["one"]["nats"] == pytest.approx(nats, rel=1e-5)
+
+
+def test_an_empty_split_is_refused(prepared, tmp_path):
+    config, _ = prepared
+    bare = dataclasses.replace(config.data, split=dataclasses.replace(config.data.split, test=0.0))
+    prepare.prepare(bare, tmp_path / "store", say=lambda line: None)
+    with pytest.raises(UserError, match=r"--split=test: that split of .* is empty; raise data.split.test"):
+        score((dataclasses.replace(config, data=bare), tmp_path / "store"), one_device(), split="test")
+
+
+def test_scores_are_written_with_the_name_of_what_was_scored(tmp_path):
+    scores = {"split": "test", "total": {"loss": 1.0}, "sources": {}}
+    path = harness.write(epath.Path(tmp_path), 7, scores, parameters="EMA of the parameters", fingerprint="ab")
+    assert json.loads(path.read_text()) == {
+        "step": 7,
+        "parameters": "EMA of the parameters",
+        "fingerprint": "ab",
+        **scores,
+    }
+    assert path == epath.Path(tmp_path) / "eval" / "7" / "test.json"
