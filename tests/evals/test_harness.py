@@ -64,7 +64,7 @@ def test_a_uniform_model_needs_log_vocab_nats(prepared):
         # One token a byte and one EOS a document: bits per byte are those of all tokens over the bytes alone.
         assert found["tokens"] == found["text_bytes"] + found["documents"]
         bits = math.log2(config.model.vocab_size) * found["tokens"] / found["text_bytes"]
-        # A batch adds some 500 equal terms in float32, which may round the same way each time: 500 x 6e-8 at the worst.
+        # A batch adds some 500 equal terms in float32, which may all round the same way: 500 x 6e-8.
         assert found["bits_per_byte"] == pytest.approx(bits, rel=3e-5)
         assert found["loss"] == pytest.approx(math.log(config.model.vocab_size), rel=3e-5)
     total = scores["total"]

@@ -4,7 +4,6 @@ import os
 import pathlib
 import signal
 import subprocess
-import tempfile
 import time
 
 import pytest
@@ -13,9 +12,6 @@ from tests import jobs
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 
-# One folder of compiled programs for all jobs of this file, as one workdir has for all its restarts.
-CACHE = {"train__compilation_cache": tempfile.mkdtemp(prefix="llmjax-compiled-")}
-
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> pathlib.Path:
@@ -23,15 +19,15 @@ def corpus(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory, corpus) -> pathlib.Path:
-    """A prepared store that the jobs share."""
+def common(tmp_path_factory, corpus) -> dict:
+    """What all jobs share: a prepared store, and a folder of compiled programs, as one workdir has for its restarts."""
     workdir = tmp_path_factory.mktemp("prepared")
     jobs.run(jobs.command("prepare", workdir, corpus))
-    return workdir / "store"
+    return {"data__store": workdir / "store", "train__compilation_cache": workdir / "compiled"}
 
 
 @pytest.fixture(scope="module")
-def train(corpus, store, tmp_path_factory):
+def train(corpus, common, tmp_path_factory):
     """Run a whole job (memoised by its settings) and return its workdir."""
     done: dict = {}
 
@@ -39,7 +35,7 @@ def train(corpus, store, tmp_path_factory):
         key = (processes, devices, *sorted(changes.items()))
         if key not in done:
             workdir = tmp_path_factory.mktemp("run")
-            arguments = jobs.command("train", workdir, corpus, data__store=store, **CACHE, **changes)
+            arguments = jobs.command("train", workdir, corpus, **common, **changes)
             if processes == 1:
                 jobs.run(arguments, LLMJAX_CPU_DEVICES=str(devices))
             else:
@@ -54,11 +50,11 @@ def fingerprints(workdir: pathlib.Path) -> dict[int, tuple]:
     return {step: (entry["fingerprint"], str(entry["data_state"])) for step, entry in jobs.checkpoints(workdir).items()}
 
 
-def test_kill_and_resume_equals_an_unbroken_run(train, corpus, store, tmp_path):
+def test_kill_and_resume_equals_an_unbroken_run(train, corpus, common, tmp_path):
     """SIGKILL in the middle of a run, then the same command: losses, digests, parameters and optimizer state agree."""
     whole = train(mesh__data=1, mesh__fsdp=8)
     broken = tmp_path / "broken"
-    arguments = jobs.command("train", broken, corpus, data__store=store, mesh__data=1, mesh__fsdp=8, **CACHE)
+    arguments = jobs.command("train", broken, corpus, mesh__data=1, mesh__fsdp=8, **common)
     # Long enough to be killed on the way; the kill lands after the checkpoint of step 4 and before the end.
     job = subprocess.Popen(
         arguments,
@@ -96,12 +92,12 @@ def test_process_layouts_agree(train):
             assert loss == pytest.approx(expected, rel=1e-6)
 
 
-def test_saved_on_one_layout_resumed_on_another(train, corpus, store, tmp_path):
+def test_saved_on_one_layout_resumed_on_another(train, corpus, common, tmp_path):
     """Half on 2 processes x 4 devices (2 x 2 x 2), half on one (fsdp 8): same batches, the same state at restore."""
     shape = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
     whole = train(processes=2, devices=4, **shape)
     moved = tmp_path / "moved"
-    settings = {"data__store": store, "checkpoint__every": 6, **CACHE}
+    settings = {**common, "checkpoint__every": 6}
     first = jobs.command("train", moved, corpus, train__stop_at=6, **shape, **settings)
     jobs.run(jobs.launch(first, 2, 4))
     saved = jobs.checkpoints(moved)[6]["fingerprint"]
@@ -122,25 +118,25 @@ def test_prefetch_and_microbatches_change_no_batch(train):
     assert [line[2] for line in jobs.trace(plain)] == [line[2] for line in jobs.trace(other)]
 
 
-def test_skipped_span_is_the_run_without_it(train, corpus, store, tmp_path):
+def test_skipped_span_is_the_run_without_it(train, corpus, common, tmp_path):
     """data.skip given at a resume drops exactly that span: the batches after it are those the unbroken run saw."""
     whole = train(mesh__data=1, mesh__fsdp=8)
     part = tmp_path / "part"
-    common = {"data__store": store, "mesh__data": 1, "mesh__fsdp": 8, **CACHE}
-    jobs.run(jobs.command("train", part, corpus, train__stop_at=4, **common), LLMJAX_CPU_DEVICES="8")
-    skipping = jobs.command("train", part, corpus, train__stop_at=6, data__skip=((64, 96),), **common)
+    settings = {**common, "mesh__data": 1, "mesh__fsdp": 8}
+    jobs.run(jobs.command("train", part, corpus, train__stop_at=4, **settings), LLMJAX_CPU_DEVICES="8")
+    skipping = jobs.command("train", part, corpus, train__stop_at=6, data__skip=((64, 96),), **settings)
     jobs.run(skipping, LLMJAX_CPU_DEVICES="8")
     digests = {line[0]: line[2] for line in jobs.trace(part)}
     unbroken = {line[0]: line[2] for line in jobs.trace(whole)}
     assert digests[5] == unbroken[7] and digests[6] == unbroken[8]
 
 
-def test_terminated_job_saves_and_goes_on(train, corpus, store, tmp_path):
+def test_terminated_job_saves_and_goes_on(train, corpus, common, tmp_path):
     """SIGTERM to a job of two: both save the same step, exit 85, and the resumed run is the unbroken one."""
     layout = {"mesh__data": 2, "mesh__fsdp": 4}
     whole = train(processes=2, devices=4, **layout)
     stopped = tmp_path / "stopped"
-    arguments = jobs.command("train", stopped, corpus, data__store=store, **CACHE, **layout)
+    arguments = jobs.command("train", stopped, corpus, **common, **layout)
     job = subprocess.Popen(
         jobs.launch(arguments, 2, 4),
         env=jobs.environment(),
