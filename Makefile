@@ -17,8 +17,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]' -c constraints.txt
 	@touch $@
 
+# On Linux, huge pages spare a CPU step the page faults of its temporary memory (about a fifth of its time); elsewhere
+# the variable means nothing.
 quickstart: venv
-	$(BIN)/llmjax train --config=configs/quickstart.py --workdir=$(WORKDIR) $(ARGS)
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/llmjax train --config=configs/quickstart.py --workdir=$(WORKDIR) $(ARGS)
 
 test: venv
 	$(BIN)/pytest

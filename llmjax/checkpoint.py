@@ -251,7 +251,8 @@ class Checkpoints:
             action()
         except Exception as error:
             step, text = self._saving, f"{type(error).__name__}: {error}"
-            kept = f"the newest complete one is of step {self.latest()}"
+            latest = self.latest()
+            kept = "there is no complete one yet" if latest is None else f"the newest complete one is of step {latest}"
             if any(sign in text for sign in _NO_SPACE):
                 raise UserError(
                     f"no space left in {self.folder} for checkpoint {step}; {kept}: free some space"

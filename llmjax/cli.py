@@ -88,10 +88,12 @@ def run(arguments: list[str]) -> int:
 
 
 def _parser(verb: str, description: str, example: str) -> Parser:
+    fields = "\n\n--config.FIELD=VALUE sets any config field; `llmjax fields` lists them"
+    overrides = "" if verb in ("inspect", "fields") else fields
     return Parser(
         prog=f"llmjax {verb}",
         description=textwrap.dedent(description),
-        epilog=f"example:\n  {example}\n\nconfig fields: llmjax fields",
+        epilog=f"example:\n  {example}{overrides}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -150,6 +152,7 @@ def prepare(arguments: list[str]) -> int:
     flags, overrides = _parse(parser, arguments)
     from llmjax import loading, run_config, workdir as workdirs
     from llmjax.data import prepare as preparing
+    from llmjax.data.pipeline import TrainData
 
     config = run_config.resolve(flags.config, overrides)
     workdir = _workdir(flags.workdir)
@@ -157,6 +160,9 @@ def prepare(arguments: list[str]) -> int:
     workdir.mkdir(parents=True, exist_ok=True)
     with workdirs.Lock(workdir, primary=True):
         preparing.prepare(config.data, store, say=lambda line: print(line, flush=True))
+        data = TrainData(store, config.data, seed=config.seed, global_batch=config.train.global_batch)
+    for name, part in data.summary().items():
+        print(f"{name}: packed in {part['rows']:,} rows of {config.data.seq_len:,} tokens, {part['density']:.2%} full")
     print(f"next: {shlex.join(['llmjax', 'train', *arguments])}")
     return 0
 
@@ -195,7 +201,8 @@ def evaluate(arguments: list[str]) -> int:
     )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="a run")
     parser.add_argument("--step", type=_whole(0), help="the checkpoint (default: the newest)")
-    parser.add_argument("--split", default="validation", choices=("train", "validation", "test"))
+    splits = ("train", "validation", "test")
+    parser.add_argument("--split", default="validation", choices=splits, help="which documents (default validation)")
     flags, overrides = _parse(parser, arguments)
     from llmjax.parallel import hosts
 
@@ -230,7 +237,7 @@ def generate(arguments: list[str]) -> int:
     parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy (default 0.8)")
     parser.add_argument("--top_k", type=_whole(0), default=0, help="only the k likeliest tokens; 0: all (default)")
     parser.add_argument("--top_p", type=float, default=1.0, help="only the likeliest tokens that hold this probability")
-    parser.add_argument("--seed", type=_whole(0), default=0)
+    parser.add_argument("--seed", type=_whole(0), default=0, help="another seed, another text (default 0)")
     flags, overrides = _parse(parser, arguments)
     from llmjax.parallel import hosts
 

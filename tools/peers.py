@@ -69,9 +69,14 @@ class Peer:
 
 
 def environment(device: str) -> dict[str, str]:
-    """The CPU alone, or the first GPU alone."""
+    """The CPU alone, or the first GPU alone.
+
+    On CPU with huge pages for glibc's allocator, for all systems alike: a step's temporary memory is mapped afresh each
+    time, and in pages of 4 KiB that alone is a fifth of a small step.
+    """
     if device == "cpu":
-        return {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        tunables = os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+        return {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "GLIBC_TUNABLES": tunables}
     return {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
 
 

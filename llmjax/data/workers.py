@@ -73,7 +73,7 @@ def _feed(process: subprocess.Popen, function: Callable, waiting: queue.SimpleQu
         try:
             _send(process.stdin, (function, task))  # type: ignore[arg-type]
             error, result = pickle.load(process.stdout)  # type: ignore[arg-type]
-        except (EOFError, OSError, pickle.UnpicklingError):
+        except (EOFError, OSError, ValueError, pickle.UnpicklingError):  # ValueError: the pool closed the pipe
             error, result = _death(process), None
         finished.put((index, error, result))
         if error is not None:

@@ -65,15 +65,25 @@ def check_batch(name: str, size: int, mesh: Mesh, accumulation: int = 1) -> None
         raise UserError(f"{name}={size} is not divisible by {parts}: take {near}, or change the mesh")
 
 
+def check_how(config: ParallelConfig, mesh: Mesh) -> None:
+    """Raise UserError for an unknown compiler, or one that cannot honour the mesh."""
+    if config.how not in ("jit", "pmap"):
+        raise UserError(f"parallel.how={config.how!r}: known are 'jit' and 'pmap'")
+    wide = {name: size for name, size in mesh.shape.items() if name != "data" and size > 1}
+    if config.how == "pmap" and wide:
+        raise UserError(
+            f"parallel.how='pmap' replicates the state, so it can't honour mesh {wide}: set them to 1 or use 'jit'"
+        )
+
+
 def compile_step(
     step: Callable, config: ParallelConfig, mesh: Mesh, state_shardings: Any, rows: np.ndarray, batch: int
 ) -> Compiled:
     """Compile `step(state, batch, shards=...)` as `config.how` says. `rows` are this process's rows of `batch`."""
-    if config.how == "jit":
-        return _compile_jit(step, mesh, config.rules, state_shardings, rows, batch)
+    check_how(config, mesh)
     if config.how == "pmap":
         return _compile_pmap(step, mesh)
-    raise UserError(f"parallel.how={config.how!r}: known are 'jit' and 'pmap'")
+    return _compile_jit(step, mesh, config.rules, state_shardings, rows, batch)
 
 
 def _compile_jit(
@@ -96,11 +106,6 @@ def _compile_jit(
 
 
 def _compile_pmap(step: Callable, mesh: Mesh) -> Compiled:
-    wide = {name: size for name, size in mesh.shape.items() if name != "data" and size > 1}
-    if wide:
-        raise UserError(
-            f"parallel.how='pmap' replicates the state, so it can't honour mesh {wide}: set them to 1 or use 'jit'"
-        )
     devices = jax.local_devices()
     here = NamedSharding(Mesh(np.array(devices), ("replica",)), P())
     everywhere = NamedSharding(mesh, P())

@@ -183,6 +183,8 @@ def local_rows(sharding: NamedSharding, global_batch: int) -> np.ndarray:
 
 def global_batch(sharding: NamedSharding, local: Batch, rows: np.ndarray, global_batch: int) -> Batch:
     """The Batch of global arrays [global_batch, ...] whose rows `rows` (of `local_rows`) this process brings."""
+    if jax.process_count() == 1:
+        return jax.device_put(local, sharding)
 
     def place(field: np.ndarray) -> jax.Array:
         def shard(index: Any) -> np.ndarray:

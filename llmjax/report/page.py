@@ -158,7 +158,7 @@ def data(run: RunFiles) -> str:
             ("lossless", {True: "yes", False: "no"}.get(tokenizer.get("lossless"))),  # type: ignore[arg-type]
             ("Python", run.manifest.get("python")),
             ("corpus sha256", str(run.manifest.get("corpus_sha256") or "")[:16]),
-            ("store fingerprint", str(run.manifest.get("fingerprint") or "")[:16]),
+            ("store fingerprint", str(run.manifest.get("fingerprint") or "")[:12]),
         ]
         head = ("Source", "split", "documents", "text bytes", "tokens", "bytes per token")
         parts += [pairs(facts), table(head, _splits(run.manifest), texts=2)]

@@ -4,6 +4,7 @@ import shlex
 
 from llmjax import report, sampling, workdir as workdirs
 from llmjax.data import prepare
+from llmjax.fingerprint import fingerprint
 from llmjax.parallel import hosts
 from llmjax.report.files import compressors
 from llmjax.train.job import Job, Progress
@@ -31,8 +32,10 @@ def _evaluate(job: Job, progress: Progress) -> dict | None:
     assert manifest is not None
     if not any(source["validation"]["tokens"] for source in manifest["sources"].values()):
         return None
-    if hosts.agree(path.exists(), "evaluated"):
-        return workdirs.read_json(path)
+    state = fingerprint(progress.state.params, progress.state.opt_state)
+    old = workdirs.read_json(path)
+    if hosts.agree(old is not None and old["fingerprint"] == state, "evaluated"):
+        return old
     job.say(f"evaluating the validation split at step {progress.step} ({job.plan.optimizer.evaluated_name})")
     return job.evaluate(progress.step, progress.state, "validation")
 

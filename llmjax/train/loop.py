@@ -31,6 +31,7 @@ def train(config: RunConfig, workdir: epath.Path, say: Callable[[str], None]) ->
     """Train to train.stop_at (or train.steps), from the newest checkpoint of `workdir`. Returns the exit status."""
     # place: every cheap check comes before anything is written
     mesh = meshes.make_mesh(config.mesh)
+    compiling.check_how(config.parallel, mesh)
     compiling.check_batch("train.global_batch", config.train.global_batch, mesh, config.train.accumulation)
     decoder_config.check(config.model, seq_len=config.data.seq_len, tensor=mesh.shape["tensor"])
     schedules.make_schedule(config.optimizer, config.train.steps)
@@ -77,6 +78,8 @@ def train(config: RunConfig, workdir: epath.Path, say: Callable[[str], None]) ->
             )
         if progress.step < stop:
             say(f"training from step {progress.step} to {stop}: {record.headline(job)}")
+            if config.data.skip:
+                say(f"  left out by data.skip: samples {', '.join(f'{a}..{b - 1}' for a, b in config.data.skip)}")
             status = run_steps(job, progress, stop)
         else:
             say(f"step {progress.step} of {stop} is done: nothing left to train")

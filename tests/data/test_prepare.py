@@ -210,7 +210,7 @@ def test_a_single_book_is_cut_into_parts(tmp_path):
     assert all(found[split] for split in SPLITS)
     size = manifest["sources"]["main"]["part_bytes"]
     assert 1024 <= size <= 16384
-    assert any("1 documents are too few" in line and "cut at blank lines" in line for line in lines)
+    assert any("too few documents for data.split (1)" in line and "cut at blank lines" in line for line in lines)
     parts = everything(found)
     # Put together in their order in the book, the parts are the book.
     assert "".join(sorted(parts, key=book.index)) == book

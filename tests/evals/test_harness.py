@@ -85,7 +85,7 @@ def test_any_mesh_gives_the_same_scores(prepared, mesh):
 
 
 def test_each_document_scores_as_if_alone(prepared):
-    """The oracle reads the texts itself: chunks of seq_len tokens, one row each, unpacked, in float64 outside the loss."""
+    """The oracle reads the store itself: chunks of seq_len tokens, a row each, unpacked, in float64, without losses."""
     config, store = prepared
     scores, params, graph = score(prepared, one_device())
     model, tokenizer, seq = nnx.merge(graph, params), load_tokenizer(store), config.data.seq_len

@@ -1,0 +1,53 @@
+"""The door teaches: an overview, help for each verb, and every config field with its meaning."""
+
+import dataclasses
+import typing
+
+import pytest
+
+from llmjax import cli
+from llmjax.run_config import RunConfig
+
+
+def test_no_arguments_gives_the_overview(capsys):
+    assert cli.run([]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"llmjax {verb}" in printed for verb in cli.VERBS)
+
+
+@pytest.mark.parametrize("verb", list(cli.VERBS))
+def test_each_verb_has_help_with_an_example(verb, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.run([verb, "--help"])
+    printed = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert f"example:\n  llmjax {verb}" in printed
+
+
+def sections(cls: type, path: str = "") -> list[tuple[str, type]]:
+    """Every section of the config with its dotted path, entries of open maps under NAME."""
+    found = [(path, cls)]
+    for name, hint in typing.get_type_hints(cls).items():
+        for inner in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(inner):
+                entry = name if inner is hint else f"{name}.NAME"
+                found += sections(inner, f"{path}.{entry}" if path else entry)
+    return found
+
+
+def test_every_field_is_explained(capsys):
+    """`llmjax fields` lists each field with its default, and each section's docstring says what the field means."""
+    assert cli.run(["fields"]) == 0
+    printed = capsys.readouterr().out
+    for path, cls in sections(RunConfig):
+        for field in dataclasses.fields(cls):
+            if not dataclasses.is_dataclass(typing.get_type_hints(cls)[field.name]):
+                assert field.name in (cls.__doc__ or ""), f"{cls.__name__} does not explain {field.name}"
+            if field.default is not dataclasses.MISSING and not dataclasses.is_dataclass(field.default):
+                assert f"--config.{path}{'.' if path else ''}{field.name}={field.default!r}" in printed
+
+
+def test_one_section(capsys):
+    assert cli.run(["fields", "mesh"]) == 0
+    printed = capsys.readouterr().out
+    assert "--config.mesh.fsdp=1" in printed and "train.steps" not in printed

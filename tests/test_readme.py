@@ -1,0 +1,122 @@
+"""What the README and the docs say is so: the tree, every command line, every test and file they name.
+
+python -m tests.test_readme    writes the tree into README.md
+"""
+
+import ast
+import os
+import pathlib
+import re
+import shlex
+
+import pytest
+
+from llmjax import cli, run_config
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = ("llmjax", "configs", "launch", "tools")
+
+
+def tree() -> str:
+    """The annotated tree: folders, and files with the first line of their docstring. Empty files are left out."""
+    lines = []
+
+    def show(folder: pathlib.Path, indent: str) -> None:
+        lines.append(f"{indent}{folder.name}/")
+        for path in sorted(path for path in folder.glob("*.py") if path.stat().st_size):
+            lines.append(f"{indent}  {path.name}".ljust(26) + caption(path))
+        for inner in sorted(path for path in folder.iterdir() if any(path.glob("*.py"))):
+            show(inner, indent + "  ")
+
+    for name in FOLDERS:
+        show(ROOT / name, "")
+    return "\n".join(lines)
+
+
+def caption(path: pathlib.Path) -> str:
+    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    assert docstring, f"{path} opens with no caption"
+    return docstring.splitlines()[0]
+
+
+def blocks(page: pathlib.Path) -> list[str]:
+    """The fenced blocks of a page."""
+    return re.findall(r"^```\w*\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(page: pathlib.Path) -> list[list[str]]:
+    """The arguments of every `llmjax ...` line in a page's fenced blocks, continued lines joined."""
+    found = []
+    for block in blocks(page):
+        for line in block.replace("\\\n", " ").splitlines():
+            if re.match(r"(\w+=\S* )?(srun )?(llmjax|launch/local.py) ", line):
+                words = shlex.split(line, comments=True)
+                found.append(words[words.index("llmjax") + 1 :])
+    return found
+
+
+COMMANDS = [(page.name, arguments) for page in PAGES for arguments in commands(page)]
+
+
+class Parsed(Exception):
+    """Stops a verb once its flags are read."""
+
+
+def test_the_tree_is_that_of_the_files():
+    assert any(block == tree() + "\n" for block in blocks(README)), "run python -m tests.test_readme"
+
+
+def test_commands_were_found():
+    """The first page shows every verb."""
+    assert {arguments[0] for name, arguments in COMMANDS if name == "README.md"} == set(cli.VERBS)
+
+
+@pytest.mark.parametrize("arguments", [c for _, c in COMMANDS], ids=[f"{n}: {' '.join(c)[:60]}" for n, c in COMMANDS])
+def test_every_command_is_understood(arguments, monkeypatch):
+    """Its flags exist, and so do its config file and fields, with values of the right types."""
+    parse = cli.Parser.parse_args
+
+    def stop(parser, rest):
+        raise Parsed(parse(parser, rest))
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(cli.Parser, "parse_args", stop)
+    with pytest.raises(Parsed) as parsed:
+        cli.run(arguments)
+    flags = parsed.value.args[0]
+    words = [word.removeprefix("--config.") for word in arguments if word.startswith("--config.")]
+    overrides = [(field, value) for field, _, value in (word.partition("=") for word in words)]
+    config = run_config.resolve(getattr(flags, "config", "configs/quickstart.py"), overrides)
+    assert all(source.path for source in config.data.sources.values())
+
+
+def test_every_section_asked_for_exists(capsys):
+    for _, arguments in COMMANDS:
+        if arguments[0] == "fields":
+            assert cli.run(arguments) == 0
+            assert "--config." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_tests_and_files_exist(page):
+    text = page.read_text()
+    for file, test in re.findall(r"`(tests/\S+?\.py)::(\w+)`", text):
+        assert f"def {test}(" in (ROOT / file).read_text(), f"{page.name} names {file}::{test}"
+    for file in re.findall(r"`((?:llmjax|configs|launch|tools|tests)/[\w/.]+\.py)`", text):
+        assert (ROOT / file).is_file(), f"{page.name} names {file}"
+    for target in re.findall(r"\]\((?!http|#)([^)#]+)", text):
+        assert os.path.exists(page.parent / target), f"{page.name} links to {target}"
+
+
+def test_every_environment_variable_is_documented():
+    sources = [path.read_text() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
+    used = {name for text in sources for name in re.findall(r"LLMJAX_[A-Z_]+\b", text)}
+    documented = set(re.findall(r"LLMJAX_[A-Z_]+\b", (ROOT / "docs" / "running.md").read_text()))
+    assert used == documented
+
+
+if __name__ == "__main__":
+    shown = next(block for block in blocks(README) if block.startswith(("llmjax/\n", "TREE")))
+    README.write_text(README.read_text().replace(f"```\n{shown}```", f"```\n{tree()}\n```"))
