@@ -48,6 +48,7 @@ def train(config: RunConfig, workdir: epath.Path, say: Callable[[str], None]) ->
         data = TrainData(store, config.data, seed=config.seed, global_batch=config.train.global_batch)
 
         # model
+        say("setting up the model")
         rules = config.parallel.rules
         plan = states.plan_state(config.model, config.optimizer, horizon=config.train.steps, mesh=mesh, rules=rules)
         unsharded = states.unsharded_report(plan, mesh, rules)
@@ -124,6 +125,7 @@ def run_steps(job: Job, progress: Progress, stop: int) -> int:
                 if due or asked:
                     job.save(progress)
                 if evaluate:
+                    meter.close()  # a long evaluation has lines of its own
                     meter.evaluated(job.evaluate(step, progress.state, "validation"))
             if meter.diverged or asked:
                 status = DIVERGED if meter.diverged else PREEMPTED
