@@ -47,7 +47,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
         name="adamw",
         learning_rate=learning_rate,
         schedule="cosine",
-        warmup_steps=100 if size == "tiny" else 2_000,
+        warmup_steps=None if size == "tiny" else 2_000,
         weight_decay=0.1,
     )
     c.mesh = dict(data=1, fsdp=-1, tensor=tensor)

@@ -19,5 +19,6 @@ def get_config() -> ConfigDict:
     c.optimizer = dict(name="adamw", learning_rate=3e-3, schedule="wsd", decay_fraction=0.4, end_fraction=0.02)
     c.train = dict(steps=600, global_batch=8, log_every=20)
     c.checkpoint = dict(every=200)
+    c.eval = dict(every=200)
     c.sample = dict(prompts=("def main(", "import os\n", "class Stack:\n"))
     return c

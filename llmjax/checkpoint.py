@@ -27,6 +27,12 @@ from llmjax.parallel import hosts
 _NO_SPACE = ("No space left", "RESOURCE_EXHAUSTED", "File too large", "Disk quota", "ENOSPC")
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for the pages that Orbax's threads log of a full disk: the error they also raise is told in one line."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not any(sign in f"{record.getMessage()} {error}" for sign in _NO_SPACE)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """When checkpoints are saved and which are kept.
@@ -243,6 +249,7 @@ class Checkpoints:
                 cleanup_tmp_directories=True,
                 async_options=ocp.options.AsyncOptions(timeout_secs=self._timeout),
             )
+            logging.getLogger("absl").addFilter(_is_news)
             self._manager = ocp.CheckpointManager(self.folder, options=options)
         return self._manager
 

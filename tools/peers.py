@@ -19,8 +19,8 @@ from llmjax.run_config import RunConfig
 
 SYSTEMS = ("llmjax", "torch eager", "torch compile")
 INSTALL_TORCH = """\
-PyTorch is no dependency. For its rows install the CPU build, which the registry's default is not, then the extra:
-  .venv/bin/pip install torch --index-url https://download.pytorch.org/whl/cpu
+PyTorch is no dependency. For its rows install its CPU build first (the default package brings CUDA; PyTorch's install
+page names the index of CPU wheels), then the extra:
   .venv/bin/pip install -e '.[bench]' -c constraints.txt
 """
 

@@ -48,14 +48,16 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
     if bad or len(free) > 1:
         raise UserError(f"mesh={sizes}: sizes are positive, and at most one is -1")
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    if free and num_devices % fixed == 0:
-        sizes[free[0]] = num_devices // fixed
-    if math.prod(sizes.values()) != num_devices:
+    if free and num_devices % fixed:
         raise UserError(
-            f"mesh={sizes} needs {abs(math.prod(sizes.values()))} devices, but there are {num_devices}: "
+            f"mesh={sizes}: {fixed} does not divide the {num_devices} devices; change mesh.{free[0]}'s partners"
+        )
+    if not free and fixed != num_devices:
+        raise UserError(
+            f"mesh={sizes} needs {fixed} devices, but there are {num_devices}: "
             "change mesh.data, mesh.fsdp or mesh.tensor, or set one of them to -1"
         )
-    return sizes
+    return {name: num_devices // fixed if size == -1 else size for name, size in sizes.items()}
 
 
 def make_mesh(config: MeshConfig) -> Mesh:

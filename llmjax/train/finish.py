@@ -44,7 +44,10 @@ def _sample(job: Job, progress: Progress) -> list[dict]:
     path, settings = job.workdir / "samples.json", job.config.sample
     if not settings.prompts:
         return []
-    if hosts.agree(path.exists(), "sampled") and (old := workdirs.read_json(path)) and old[0]["step"] == progress.step:
+    state = fingerprint(progress.state.params, progress.state.opt_state)
+    old = workdirs.read_json(path)
+    known = [(sample["fingerprint"], sample["prompt"]) for sample in old or []]
+    if hosts.agree(known == [(state, prompt) for prompt in settings.prompts], "sampled"):
         return old
     texts = sampling.complete(
         settings.prompts,
@@ -62,6 +65,7 @@ def _sample(job: Job, progress: Progress) -> list[dict]:
     samples = [
         {
             "step": progress.step,
+            "fingerprint": state,
             "prompt": prompt,
             "text": text,
             "seed": job.config.seed,

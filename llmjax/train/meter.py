@@ -50,16 +50,16 @@ class Meter:
         if self._pending is None:
             return
         (step, arrays), self._pending = self._pending, None
-        values = {name: value.item() for name, value in jax.device_get(arrays).items()}
-        self._bad_in_a_row = 0 if values.pop("finite") else self._bad_in_a_row + 1
+        finite, tokens = jax.device_get((arrays["finite"], arrays["tokens"]))
+        self._bad_in_a_row = 0 if finite else self._bad_in_a_row + 1
         self.diverged = self._bad_in_a_row >= self._job.config.train.max_skipped
-        tokens = int(values["tokens"])
-        self.tokens += tokens
-        self._window_tokens += tokens
+        self.tokens += int(tokens)
+        self._window_tokens += int(tokens)
         self._steps += 1
         logged = step % self._job.config.train.log_every == 0 or step == self._stop
         # The first step is shown at once, and its compilation kept out of the times of those that follow.
         if logged or self._first:
+            values = {name: value.item() for name, value in jax.device_get(arrays).items() if name != "finite"}
             self._line(step, values, logged)
         self._first = False
 

@@ -11,6 +11,7 @@ from llmjax.checkpoint import Checkpoints
 from llmjax.config import UserError, bind, differences
 from llmjax.data.pipeline import DataState, TrainData
 from llmjax.optim import schedules
+from llmjax.optim.optimizer import make_optimizer
 from llmjax.run_config import RunConfig
 from llmjax.state import Plan
 from llmjax.train.job import Progress
@@ -35,7 +36,7 @@ def start(
     is damaged.
     """
     known = _newest_meta(checkpoints)
-    keeps_optimizer = known is None or not _optimizer_changes(config, known)
+    keeps_optimizer = known is None or _same_state(config, known, plan)
     abstract = states.parts(plan.abstract())
     if not keeps_optimizer:
         del abstract["opt_state"]
@@ -48,10 +49,11 @@ def start(
     for line in _changes(config, meta, tokenizer_sha256):
         say(f"  accepted change: {line}")
     if not keeps_optimizer:
-        say("  the optimizer's state starts fresh; the parameters are kept")
+        say("  the parameters are kept; the optimizer's state starts fresh, and its learning rate at update 0")
         init = jax.jit(plan.optimizer.init, out_shardings=plan.shardings.opt_state)
         parts = {**parts, "opt_state": init(parts["params"])}
-    _say_rates(config, meta, restored.step - meta["skipped"], say)
+    else:
+        _say_rates(config, meta, restored.step - meta["skipped"], say)
     state = states.from_parts(plan, parts, step=restored.step, skipped=meta["skipped"])
     say(f"  resuming at step {restored.step}, fingerprint {meta['fingerprint']}")
     return Progress(restored.step, meta["tokens"], state, _data_state(config, data, meta, say))
@@ -65,6 +67,15 @@ def _newest_meta(checkpoints: Checkpoints) -> dict[str, Any] | None:
         except UserError:
             continue
     return None
+
+
+def _same_state(config: RunConfig, meta: dict[str, Any], plan: Plan) -> bool:
+    """Whether the saved optimizer state is one that this config's optimizer can go on with."""
+    old = bind(RunConfig, meta["config"])
+    optimizer = make_optimizer(old.optimizer, horizon=old.train.steps, axes=plan.axes)
+    shapes = jax.eval_shape(optimizer.init, plan.shapes.params)
+    same_leaves = jax.tree.structure(shapes) == jax.tree.structure(plan.shapes.opt_state)
+    return old.optimizer.name == config.optimizer.name and same_leaves
 
 
 def _optimizer_changes(config: RunConfig, meta: dict[str, Any]) -> list[str]:

@@ -1,0 +1,81 @@
+"""Mesh sizes against devices, and rules against names."""
+
+import jax
+from jax.sharding import PartitionSpec as P
+import pytest
+
+from llmjax.config import UserError
+from llmjax.parallel import axes
+from llmjax.parallel.mesh import MeshConfig, ParallelConfig, make_mesh, mesh_shape
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (MeshConfig(), (8, 1, 1)),
+        (MeshConfig(fsdp=4), (2, 4, 1)),
+        (MeshConfig(data=1, fsdp=-1, tensor=2), (1, 4, 2)),
+        (MeshConfig(data=2, fsdp=2, tensor=2), (2, 2, 2)),
+    ],
+)
+def test_sizes_fill_the_devices(config, expected):
+    assert tuple(mesh_shape(config, 8).values()) == expected
+    assert make_mesh(config).devices.shape == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (MeshConfig(data=4), r"needs 4 devices, but there are 8: change mesh.data"),
+        (MeshConfig(fsdp=3), r"3 does not divide the 8 devices"),
+        (MeshConfig(data=0), r"sizes are positive"),
+        (MeshConfig(data=-1, tensor=-1), r"at most one is -1"),
+    ],
+)
+def test_sizes_that_do_not_fit(config, message):
+    with pytest.raises(UserError, match=message):
+        mesh_shape(config, 8)
+
+
+def test_names_become_mesh_axes():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    assert axes.spec(("batch", "seq", "mlp"), mesh=mesh) == P(("data", "fsdp"), None, "tensor")
+    # 3 heads cannot be cut in two, so they stay whole.
+    assert axes.spec(("embed", "heads", "head_dim"), (8, 3, 4), mesh) == P("fsdp", None, None)
+    with pytest.raises(KeyError):
+        axes.spec(("width",), mesh=mesh)
+
+
+def test_changed_rules_are_traced_anew():
+    """The rules are part of jit's cache key: the same function under other rules is another program."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    traced = []
+
+    @jax.jit
+    def double(x):
+        traced.append(axes.spec(("mlp",)))
+        return axes.constrain(x, "mlp") * 2
+
+    other = tuple(("mlp", "data") if name == "mlp" else (name, found) for name, found in axes.DEFAULT_RULES)
+    x = jax.numpy.ones(8)
+    with jax.set_mesh(mesh):
+        specs = []
+        for rules in (axes.DEFAULT_RULES, other, axes.DEFAULT_RULES):
+            with axes.use_rules(rules):
+                specs.append(double(x).sharding.spec)
+    assert traced == [P("tensor"), P("data")]
+    assert specs == [P("tensor"), P("data"), P("tensor")]
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ((("embed", "fdsp"), *axes.DEFAULT_RULES[1:]), r"'embed' -> 'fdsp': there is no such mesh axis \(did you mean"),
+        ((*axes.DEFAULT_RULES, ("width", None)), r"there is no logical axis 'width'"),
+        (axes.DEFAULT_RULES[1:], r"no rule for 'batch'"),
+        (("batch",), r"'batch' is not a pair"),
+    ],
+)
+def test_rules_that_mean_nothing(rules, message):
+    with pytest.raises(UserError, match=message):
+        ParallelConfig(rules=rules)
