@@ -146,6 +146,7 @@ class Job:
             "LLMJAX_COORDINATOR": coordinator,
             "LLMJAX_NUM_PROCESSES": str(self.options.processes),
             "LLMJAX_PROCESS_ID": str(index),
+            "LLMJAX_LAUNCHER_PID": str(os.getpid()),
             "JAX_COORDINATOR_BIND_ADDRESS": coordinator,  # JAX would listen on every interface
             "PYTHONUNBUFFERED": "1",
         }

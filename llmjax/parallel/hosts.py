@@ -1,9 +1,11 @@
 """Processes that form one job: how they start, agree, wait with a limit, and cut the global batch between them."""
 
 import collections
+import ctypes
 import dataclasses
 import logging
 import os
+import signal
 import socket
 import sys
 import time
@@ -26,10 +28,12 @@ def initialize() -> None:
     LLMJAX_DISTRIBUTED=auto lets JAX find Slurm, GKE or TPU pods itself. With neither, this process is the whole job.
     LLMJAX_CPU_DEVICES emulates that many devices in this process. LLMJAX_INIT_SECONDS (60) bounds the wait for the
     others to arrive, LLMJAX_HEARTBEAT_SECONDS (100) the silence after which a process counts as dead.
+    LLMJAX_LAUNCHER_PID is the process that started this one; on Linux this one ends with it, however it ends.
     Raises UserError for incomplete or malformed variables, RuntimeError where process 0 is not there in time.
     """
     if (devices := _number("LLMJAX_CPU_DEVICES")) is not None:
         jax.config.update("jax_num_cpu_devices", devices)
+    _end_with(_number("LLMJAX_LAUNCHER_PID"))
     seconds = _number("LLMJAX_INIT_SECONDS", 60)
     limits = {
         "initialization_timeout": seconds,
@@ -60,6 +64,13 @@ def initialize() -> None:
             raise UserError(
                 f"LLMJAX_DISTRIBUTED=auto, but JAX finds no Slurm, GKE or TPU job here ({error})"
             ) from error
+
+
+def _end_with(launcher: int | None) -> None:
+    """Have the kernel kill this process when its launcher dies: nobody else would, and it would hold the workdir."""
+    if launcher is not None and launcher == os.getppid() and sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _number(variable: str, default: int | None = None, least: int = 1) -> Any:

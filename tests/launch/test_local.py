@@ -154,3 +154,22 @@ def test_help_teaches():
     assert status == 0
     for word in ("launch/local.py --processes=2 --devices=4 -- llmjax train", "--restarts", "85", "SIGKILL"):
         assert word in out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_processes_end_with_a_launcher_that_was_killed():
+    code = (
+        "from llmjax.parallel import hosts; hosts.initialize(); import os, time; "
+        "print('pid', os.getpid(), flush=True); time.sleep(60)"
+    )
+    launcher = start("--processes=1", code=code)
+    assert launcher.stdout
+    pid = int(launcher.stdout.readline().split()[-1])
+    launcher.kill()
+    launcher.wait()
+    stat = pathlib.Path(f"/proc/{pid}/stat")
+    deadline = time.monotonic() + 20
+    # A dead process whose new parent has not yet fetched its status is a zombie, state Z.
+    while time.monotonic() < deadline and stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z":
+        time.sleep(0.05)
+    assert not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z"

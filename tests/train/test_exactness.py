@@ -112,6 +112,21 @@ def test_saved_on_one_layout_resumed_on_another(train, corpus, common, tmp_path)
         )  # the second half adds in another order, and it compounds
 
 
+def test_pmap_over_two_processes_agrees_with_jit(train):
+    """pmap's host-local state is saved as global arrays: jit on any layout could have made the checkpoint."""
+    mapped = train(processes=2, devices=4, parallel__how="pmap")
+    plain = train(mesh__data=8)
+    for (step, loss, digest, _), (_, expected, expected_digest, _) in zip(
+        jobs.trace(mapped), jobs.trace(plain), strict=True
+    ):
+        assert digest == expected_digest
+        if step <= 4:
+            assert loss == pytest.approx(expected, rel=1e-6)
+    assert jobs.checkpoints(mapped).keys() == jobs.checkpoints(plain).keys()
+    printed = jobs.run(jobs.command("eval", mapped), LLMJAX_CPU_DEVICES="8")
+    assert "bits per byte" in printed
+
+
 def test_prefetch_and_microbatches_change_no_batch(train):
     plain = train(mesh__data=1, mesh__fsdp=8)
     other = train(mesh__data=1, mesh__fsdp=8, data__prefetch=1, train__accumulation=2)
