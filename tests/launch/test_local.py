@@ -48,12 +48,11 @@ def test_without_devices_the_platform_is_left_alone():
 
 @pytest.mark.parametrize("status", [1, 75, 76, 78, 85])
 def test_the_first_failure_is_the_jobs_status_and_ends_the_others(status):
-    code = INDEX + f"import sys, time; time.sleep(60 if index == 0 else 0); sys.exit({status})"
-    began = time.monotonic()
+    # Process 0 would outlast this test's limit on the launcher by far: it is ended, not waited for.
+    code = INDEX + f"import sys, time; time.sleep(9999 if index == 0 else 0); sys.exit({status})"
     found, out, _ = run("--processes=2", "--grace=0.3", code=code)
     assert found == status
     assert f"process 1 ended with {status}; the other 1 get 0.3 s" in out
-    assert time.monotonic() - began < 30  # process 0 wanted 60 s
 
 
 def test_others_may_finish_within_the_short_time():
