@@ -6,23 +6,14 @@ from typing import Any
 from flax import nnx
 import jax
 
-from llmjax.config import UserError, suggest
 from llmjax.models.decoder import Decoder
-from llmjax.models.decoder_config import DecoderConfig
 
-FAMILIES = {"decoder": (DecoderConfig, Decoder)}
-
-
-def config_type(family: str) -> type:
-    """The config dataclass of a family; UserError for an unknown one."""
-    if family not in FAMILIES:
-        raise UserError(f"model.family={family!r}: choose one of {', '.join(FAMILIES)}{suggest(family, FAMILIES)}")
-    return FAMILIES[family][0]
+FAMILIES = {"decoder": Decoder}
 
 
 def build(config: Any, key: jax.Array) -> nnx.Module:
     """The model of a config, with fresh parameters."""
-    return FAMILIES[config.family][1](config, key)
+    return FAMILIES[config.family](config, key)
 
 
 def abstract(config: Any) -> tuple[nnx.GraphDef, dict, dict]:

@@ -12,8 +12,9 @@ from llmjax.train.job import Job, Progress
 
 def finish(job: Job, progress: Progress) -> None:
     """Write eval/<step>/validation.json, samples.json and report.html for the state of `progress`, where missing."""
-    scores = _evaluate(job, progress)
-    samples = _sample(job, progress)
+    state = fingerprint(progress.state.params, progress.state.opt_state)
+    scores = _evaluate(job, progress, state)
+    samples = _sample(job, progress, state)
     if not hosts.is_primary():
         return
     workdirs.write_json(job.workdir / "data.json", job.data.summary(progress.data_state))
@@ -26,13 +27,12 @@ def finish(job: Job, progress: Progress) -> None:
     job.say(f"        llmjax eval --workdir={job.workdir} --split=test")
 
 
-def _evaluate(job: Job, progress: Progress) -> dict | None:
+def _evaluate(job: Job, progress: Progress, state: str) -> dict | None:
     path = job.workdir / "eval" / str(progress.step) / "validation.json"
     manifest = prepare.read_manifest(job.store)
     assert manifest is not None
     if not any(source["validation"]["tokens"] for source in manifest["sources"].values()):
         return None
-    state = fingerprint(progress.state.params, progress.state.opt_state)
     old = workdirs.read_json(path)
     if hosts.agree(old is not None and old["fingerprint"] == state, "evaluated"):
         return old
@@ -40,11 +40,10 @@ def _evaluate(job: Job, progress: Progress) -> dict | None:
     return job.evaluate(progress.step, progress.state, "validation")
 
 
-def _sample(job: Job, progress: Progress) -> list[dict]:
+def _sample(job: Job, progress: Progress, state: str) -> list[dict]:
     path, settings = job.workdir / "samples.json", job.config.sample
     if not settings.prompts:
         return []
-    state = fingerprint(progress.state.params, progress.state.opt_state)
     old = workdirs.read_json(path)
     known = [(sample["fingerprint"], sample["prompt"]) for sample in old or []]
     if hosts.agree(known == [(state, prompt) for prompt in settings.prompts], "sampled"):
