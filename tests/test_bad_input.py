@@ -197,11 +197,11 @@ def test_corrupt_token_shard(refuse, run_copy, corpus):
 @pytest.mark.slow
 def test_damaged_checkpoint_is_set_aside_and_the_previous_one_used(refuse, run_copy, corpus):
     def spoil(step: int) -> None:
-        files = [path for path in (run_copy / "checkpoints" / str(step) / "params").rglob("*") if path.is_file()]
-        largest = max(files, key=lambda path: path.stat().st_size)
-        data = bytearray(largest.read_bytes())
-        data[len(data) // 2] ^= 4
-        largest.write_bytes(data)
+        """A bit in every file of array data: which of them a restore reads depends on how the writes were merged."""
+        for path in (run_copy / "checkpoints" / str(step) / "params").rglob("d/*"):
+            data = bytearray(path.read_bytes())
+            data[len(data) // 2] ^= 4
+            path.write_bytes(data)
 
     spoil(2)
     printed = jobs.run(jobs.command("train", run_copy, corpus, train__steps=2), LLMJAX_CPU_DEVICES="8")
