@@ -77,7 +77,8 @@ def generate(
 
     `nnx.merge(graph, params)` is the model of `config`; a prompt starts with the id that starts documents. Draws are
     keyed by (seed, row, position), so a row's tokens do not depend on the other rows. UserError for settings out of
-    range, and where a prompt is empty, holds an id that the model lacks, or is too long for learned positions.
+    range, for a family that continues no text, and where a prompt is empty, holds an id that the model lacks, or is
+    too long for learned positions.
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     _check(config, prompts, max_tokens)
@@ -86,27 +87,22 @@ def generate(
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     model = nnx.merge(graph, params)
-    logits, cache = _prefill(model, tokens, lengths, slots=tokens.shape[1] + max_tokens)
+    logits, cache, first = _prefill(model, tokens, lengths, slots=tokens.shape[1] + max_tokens)
     root = jax.random.key(seed)
-    found = _decode(model, logits, cache, lengths, root, max_tokens=max_tokens, sampling=sampling, eos_id=eos_id)
+    found = _decode(model, logits, cache, first, root, max_tokens=max_tokens, sampling=sampling, eos_id=eos_id)
     new, counts = jax.device_get(found)
     return [row[:count].tolist() for row, count in zip(new, counts, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnames="slots")
 def _prefill(model, tokens: jax.Array, lengths: jax.Array, *, slots: int):
-    """Logits [batch, vocab] after each prompt, and the cache.
-
-    What padding writes to the cache is overwritten before it is seen.
-    """
-    batch, seq = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(seq), tokens.shape)
-    hidden, cache = model.cached(tokens, positions, model.cache(batch, slots))
-    return model.unembed(hidden[jnp.arange(batch), lengths - 1]), cache
+    """Logits [batch, vocab] after each prompt, the cache, and the position [batch] of the token to draw."""
+    hidden, cache, positions = model.prefill(tokens, lengths, slots)
+    return model.unembed(hidden), cache, positions
 
 
 @functools.partial(jax.jit, static_argnames=("max_tokens", "sampling", "eos_id"))
-def _decode(model, logits, cache, lengths, root, *, max_tokens: int, sampling: Sampling, eos_id: int):
+def _decode(model, logits, cache, first, root, *, max_tokens: int, sampling: Sampling, eos_id: int):
     """New tokens [batch, max_tokens] and how many of them count in each row."""
     batch = logits.shape[0]
     rows = jax.vmap(lambda row: jax.random.fold_in(root, row))(jnp.arange(batch))
@@ -117,7 +113,7 @@ def _decode(model, logits, cache, lengths, root, *, max_tokens: int, sampling: S
 
     def step(state):
         i, logits, cache, new, counts, done = state
-        positions = lengths + i
+        positions = first + i
         token = draw(logits, jax.vmap(jax.random.fold_in)(rows, positions), sampling)
         done |= token == eos_id
         new = new.at[:, i].set(token)
@@ -131,6 +127,8 @@ def _decode(model, logits, cache, lengths, root, *, max_tokens: int, sampling: S
 
 
 def _check(config: Any, prompts: Sequence[Sequence[int] | np.ndarray], max_tokens: int) -> None:
+    if not config.generates:
+        raise UserError(f"model.family={config.family!r} fills gaps and continues no text: take a family that does")
     if max_tokens < 1:
         raise UserError(f"max_tokens={max_tokens}: must be at least 1")
     if not prompts:

@@ -12,6 +12,7 @@ from llmjax.checkpoint import CheckpointConfig
 from llmjax.config import UserError, as_dict, bind, load_file, parse_override, set_field
 from llmjax.data.config import DataConfig, SourceConfig
 from llmjax.models.decoder_config import DecoderConfig
+from llmjax.models.registry import ModelConfig
 from llmjax.optim.config import OptimizerConfig
 from llmjax.parallel.mesh import MeshConfig, ParallelConfig
 
@@ -74,7 +75,7 @@ class RunConfig:
     """One run. `seed` keys parameters, data order and dropout; the sections are described by their own classes."""
 
     seed: int = 0
-    model: DecoderConfig = DecoderConfig()
+    model: ModelConfig = DecoderConfig()
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
     parallel: ParallelConfig = ParallelConfig()

@@ -9,7 +9,7 @@ import numpy as np
 
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.generate import generate
-from llmjax.models.decoder_config import DecoderConfig
+from llmjax.models.registry import ModelConfig
 from llmjax.parallel import axes
 
 
@@ -18,7 +18,7 @@ def complete(
     *,
     graph: Any,
     params: dict,
-    model: DecoderConfig,
+    model: ModelConfig,
     mesh: Mesh,
     rules: axes.type_of_rules,
     tokenizer: Tokenizer,

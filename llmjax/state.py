@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from llmjax.models import registry
-from llmjax.models.decoder_config import DecoderConfig
+from llmjax.models.registry import ModelConfig
 from llmjax.optim.config import OptimizerConfig
 from llmjax.optim.optimizer import Optimizer, make_optimizer
 from llmjax.parallel import axes
@@ -48,7 +48,7 @@ class Plan:
 
 
 def plan_state(
-    model: DecoderConfig,
+    model: ModelConfig,
     optimizer: OptimizerConfig,
     *,
     horizon: int,
@@ -88,7 +88,7 @@ def from_parts(plan: Plan, parts: dict, *, step: int, skipped: int) -> TrainStat
     )
 
 
-def init_state(plan: Plan, model: DecoderConfig, seed: int) -> TrainState:
+def init_state(plan: Plan, model: ModelConfig, seed: int) -> TrainState:
     """A fresh state, created in place on the mesh."""
 
     def create() -> TrainState:

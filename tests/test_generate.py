@@ -45,7 +45,7 @@ def logits_of(graph, params, tokens) -> np.ndarray:
 @functools.partial(jax.jit, static_argnums=0)
 def forward(graph, params, batch):
     model = nnx.merge(graph, params)
-    return model.unembed(model(batch))
+    return model.unembed(model(batch).hidden)
 
 
 @jax.jit

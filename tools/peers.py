@@ -14,7 +14,6 @@ from typing import Any
 
 from llmjax import run_config
 from llmjax.metrics import peak_flops
-from llmjax.models.decoder_config import flops_per_token
 from llmjax.run_config import RunConfig
 
 SYSTEMS = ("llmjax", "torch eager", "torch compile")
@@ -122,7 +121,7 @@ def race(name: str, config: RunConfig, *, turns: int, seconds: float, device: st
             results += running
     if len({result.peer.parameters for result in results}) > 1:
         sys.exit(f"not the same model: {[(r.peer.system, r.peer.parameters) for r in results]} parameters")
-    show(results, rows * seq, flops_per_token(model, seq))
+    show(results, rows * seq, model.flops_per_token(seq))
     print(f"  {turns} turns of {seconds:g} s each; {load()}", flush=True)
     if len(installed) == 1:
         print(INSTALL_TORCH)

@@ -64,7 +64,7 @@ class Evaluator:
             model = nnx.merge(graph, params)
             chunk = config.train.loss_chunk
             return losses.cross_entropy(
-                model(batch), model.unembed, batch.targets, batch.weights, chunk=chunk, z_loss=0.0
+                model(batch).hidden, model.unembed, batch.targets, batch.weights, chunk=chunk, z_loss=0.0
             )
 
         self._score = jax.jit(score)

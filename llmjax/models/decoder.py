@@ -1,12 +1,13 @@
 """Decoder-only transformer: GPT-2, Llama and what lies between them, from one config."""
 
+from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from llmjax.batch import Batch
+from llmjax.batch import Batch, Output
 from llmjax.models.decoder_config import DecoderConfig
 from llmjax.nn import attention, dropout, embedding, rotary, stack, weights
 from llmjax.nn.attention import Attention
@@ -16,6 +17,11 @@ from llmjax.nn.mlp import Mlp
 from llmjax.nn.norm import NORMS
 
 Cache = tuple[jax.Array, jax.Array]
+Step = Callable[[Any, jax.Array], tuple[jax.Array, Any]]
+
+
+def _feed(mlp: Mlp, x: jax.Array) -> tuple[jax.Array, None]:
+    return mlp(x), None
 
 
 class Block(nnx.Module):
@@ -52,19 +58,25 @@ class Block(nnx.Module):
         )
         self.norm_position = config.norm_position
 
-    def __call__(self, x: jax.Array, attend, drop: Dropout) -> tuple[jax.Array, Any]:
-        """x [batch, seq, embed]; `attend(attention, x)` -> (output, out), with or without a cache. Returns (x, out)."""
+    def __call__(self, x: jax.Array, attend: Step, feed: Step, drop: Dropout) -> tuple[jax.Array, tuple[Any, Any]]:
+        """x [batch, seq, embed] -> (x, (what `attend` gave beside its output, what `feed` gave)).
+
+        `attend(attention, x)` and `feed(mlp, x)` return (output, anything): with or without a cache, with or without
+        what a router counts.
+        """
         if self.norm_position == "pre":
-            y, out = attend(self.attention, self.attention_norm(x))
+            y, attended = attend(self.attention, self.attention_norm(x))
             x = x + drop.at(0)(y)
-            return x + drop.at(1)(self.mlp(self.mlp_norm(x))), out
-        y, out = attend(self.attention, x)
+            y, fed = feed(self.mlp, self.mlp_norm(x))
+            return x + drop.at(1)(y), (attended, fed)
+        y, attended = attend(self.attention, x)
         x = self.attention_norm(x + drop.at(0)(y))
-        return self.mlp_norm(x + drop.at(1)(self.mlp(x))), out
+        y, fed = feed(self.mlp, x)
+        return self.mlp_norm(x + drop.at(1)(y)), (attended, fed)
 
 
 class Decoder(nnx.Module):
-    """Batch -> hidden states [batch, seq, embed], ready for `unembed`.
+    """Batch -> Output with hidden states [batch, seq, embed], ready for `unembed`.
 
     Parameters: embed, positions (learned only), blocks (every leaf with a leading "layers" dimension), norm (pre-norm
     only: post-norm ends normed), head (untied only).
@@ -87,19 +99,31 @@ class Decoder(nnx.Module):
             weights.normal(k_head, {"embed": config.embed, "vocab": vocab}, std=0.02, dtype=dtype) if untied else None
         )
 
-    def __call__(self, batch: Batch, key: jax.Array | None = None) -> jax.Array:
+    def __call__(self, batch: Batch, key: jax.Array | None = None) -> Output:
         """Hidden states in the compute type; `key` switches dropout on, with draws by (key, sample, layer, site)."""
-        prepared = attention.KERNELS[self.config.attention].prepare(batch.segments)
+        prepared = attention.KERNELS[self.config.attention].prepare(batch.segments, batch.positions, batch.prefix)
         drop = dropout.for_samples(key, batch.sample, self.config.dropout)
         angles = self._angles(batch.positions)
 
         def layer(x, item):
             block, index = item
-            return block(x, lambda module, y: (module(y, angles, prepared), None), drop.at(index + 1))
+            attend = lambda module, y: (module(y, angles, prepared), None)
+            return block(x, attend, _feed, drop.at(index + 1))
 
         x = drop.at(0)(self._embed(batch.inputs, batch.positions))
         x, _ = self._run(layer, x, (self.blocks, jnp.arange(self.config.num_layers)), self.config.remat)
-        return x if self.norm is None else self.norm(x)
+        return Output(hidden=x if self.norm is None else self.norm(x))
+
+    def prefill(self, tokens: jax.Array, lengths: jax.Array, slots: int) -> tuple[jax.Array, Cache, jax.Array]:
+        """Read prompts: tokens [batch, seq], of which `lengths` [batch] count, into a cache of `slots` tokens.
+
+        Returns the hidden state [batch, embed] that foretells the next token, the cache, and that token's position
+        [batch]. What padding writes to the cache is overwritten before it is seen.
+        """
+        batch, seq = tokens.shape
+        positions = jnp.broadcast_to(jnp.arange(seq), tokens.shape)
+        hidden, cache = self.cached(tokens, positions, self.cache(batch, slots))
+        return hidden[jnp.arange(batch), lengths - 1], cache, lengths
 
     def cache(self, batch: int, slots: int) -> Cache:
         """Empty keys and values, each [layers, batch, slots, kv_heads, head_dim] in the compute type."""
@@ -114,9 +138,9 @@ class Decoder(nnx.Module):
 
         def layer(x, item):
             block, stored = item
-            return block(x, lambda module, y: module.cached(y, angles, positions, stored), none)
+            return block(x, lambda module, y: module.cached(y, angles, positions, stored), _feed, none)
 
-        x, cache = self._run(layer, self._embed(tokens, positions), (self.blocks, cache), "none")
+        x, (cache, _) = self._run(layer, self._embed(tokens, positions), (self.blocks, cache), "none")
         return (x if self.norm is None else self.norm(x)), cache
 
     def unembed(self, hidden: jax.Array) -> jax.Array:

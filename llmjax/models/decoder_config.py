@@ -1,6 +1,7 @@
 """The decoder's settings, their limits, and what they cost."""
 
 import dataclasses
+from typing import ClassVar
 
 from llmjax.config import UserError, suggest
 from llmjax.nn.attention import KERNELS
@@ -12,6 +13,9 @@ from llmjax.nn.stack import REMAT
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """A decoder-only transformer.
+
+    objectives      (of the class) objectives that a decoder can be trained with
+    generates       (of the class) whether it continues text
 
     family          "decoder"
     vocab_size      number of token ids; 0: the tokenizer's, filled in by the run
@@ -43,6 +47,9 @@ class DecoderConfig:
     dtype           type of activations and matmuls: float32 or bfloat16 (softmax, norms and logits are always float32)
     param_dtype     type in which parameters are stored: float32 or bfloat16
     """
+
+    objectives: ClassVar[tuple[str, ...]] = ("causal", "prefix", "fim")
+    generates: ClassVar[bool] = True
 
     family: str = "decoder"
     vocab_size: int = 0
@@ -98,6 +105,31 @@ class DecoderConfig:
     def longest(self) -> int | None:
         """The longest sequence that the model can read; None: no limit."""
         return self.max_positions if self.positions == "learned" else None
+
+    def check(self, *, seq_len: int, tensor: int) -> None:
+        """UserError where the model cannot read rows of `seq_len` tokens, or cannot be cut over `tensor` devices."""
+        if self.longest is not None and seq_len > self.longest:
+            raise UserError(
+                f"data.seq_len={seq_len}: the model has only model.max_positions={self.max_positions} learned positions"
+            )
+        counts = {"num_heads": self.num_heads, "num_kv_heads": self.kv_heads, "mlp": self.mlp_size}
+        for field, count in counts.items():
+            if count % tensor:
+                raise UserError(f"mesh.tensor={tensor}: must divide model.{field}={count}")
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Model flops of one training token, for model flops utilisation.
+
+        6 flops for each weight of a matmul (2 forward, 4 backward; the head counts, the embedding lookup does not),
+        plus attention's two products, 12 layers heads head_dim seq_len, halved because a causal model needs half of
+        them. Recomputation is not counted. (Chowdhery et al., 2022, PaLM, appendix B, arXiv 2204.02311, which does not
+        halve.)
+        """
+        heads = 2 * self.num_heads + 2 * self.kv_heads
+        matrices = 3 if self.gated == "gated" else 2
+        block = self.embed * (heads * self.head_size + matrices * self.mlp_size)
+        weights = self.num_layers * block + self.embed * self.vocab_size
+        return 6.0 * weights + 6.0 * self.num_layers * self.num_heads * self.head_size * seq_len
 
 
 _NAMES = {
@@ -155,28 +187,3 @@ def _check_numbers(config: DecoderConfig) -> None:
         )
     if config.positions == "rotary" and config.head_size % 2:
         raise UserError(f"model.head_dim={config.head_size}: rotary positions pair dimensions, so it must be even")
-
-
-def check(config: DecoderConfig, *, seq_len: int, tensor: int) -> None:
-    """UserError where the model cannot read rows of `seq_len` tokens, or cannot be cut over `tensor` devices."""
-    if config.longest is not None and seq_len > config.longest:
-        raise UserError(
-            f"data.seq_len={seq_len}: the model has only model.max_positions={config.max_positions} learned positions"
-        )
-    for field, count in (("num_heads", config.num_heads), ("num_kv_heads", config.kv_heads), ("mlp", config.mlp_size)):
-        if count % tensor:
-            raise UserError(f"mesh.tensor={tensor}: must divide model.{field}={count}")
-
-
-def flops_per_token(config: DecoderConfig, seq_len: int) -> float:
-    """Model flops of one training token, for model flops utilisation.
-
-    6 flops for each weight of a matmul (2 forward, 4 backward; the head counts, the embedding lookup does not), plus
-    attention's two products, 12 layers heads head_dim seq_len, halved because a causal model needs half of them.
-    Recomputation is not counted. (Chowdhery et al., 2022, PaLM, appendix B, arXiv 2204.02311, which does not halve.)
-    """
-    heads = 2 * config.num_heads + 2 * config.kv_heads
-    matrices = 3 if config.gated == "gated" else 2
-    block = config.embed * (heads * config.head_size + matrices * config.mlp_size)
-    weights = config.num_layers * block + config.embed * config.vocab_size
-    return 6.0 * weights + 6.0 * config.num_layers * config.num_heads * config.head_size * seq_len

@@ -7,16 +7,21 @@ from flax import nnx
 import jax
 
 from llmjax.models.decoder import Decoder
+from llmjax.models.decoder_config import DecoderConfig
 
-FAMILIES = {"decoder": Decoder}
+# One line a family, here and below: its module, and its config, which `model.family` chooses.
+FAMILIES: dict[str, Any] = {
+    "decoder": Decoder,
+}
+ModelConfig = DecoderConfig
 
 
-def build(config: Any, key: jax.Array) -> nnx.Module:
+def build(config: ModelConfig, key: jax.Array) -> nnx.Module:
     """The model of a config, with fresh parameters."""
     return FAMILIES[config.family](config, key)
 
 
-def abstract(config: Any) -> tuple[nnx.GraphDef, dict, dict]:
+def abstract(config: ModelConfig) -> tuple[nnx.GraphDef, dict, dict]:
     """(graph, shapes, axes) without computing anything: `nnx.merge(graph, params)` is the model.
 
     Shapes and axes are nested dicts alike, with a ShapeDtypeStruct or a tuple of logical axes for each parameter;
@@ -28,12 +33,12 @@ def abstract(config: Any) -> tuple[nnx.GraphDef, dict, dict]:
     return graph, shapes, jax.tree.map(_axes, _as_dict(state), is_leaf=is_param)
 
 
-def init(config: Any, key: jax.Array) -> dict:
+def init(config: ModelConfig, key: jax.Array) -> dict:
     """Fresh parameters as a nested dict of arrays; the same numbers under jit on any mesh."""
     return nnx.to_pure_dict(nnx.state(build(config, key)))
 
 
-def count_parameters(config: Any) -> int:
+def count_parameters(config: ModelConfig) -> int:
     """Number of parameters, embedding and its padding included; nothing is allocated."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(config)[1]))
 

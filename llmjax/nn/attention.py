@@ -1,4 +1,4 @@
-"""Causal self-attention that stays inside a segment; the kernel is chosen by name."""
+"""Self-attention that stays inside a segment; the kernel is chosen by name."""
 
 from collections.abc import Callable
 import dataclasses
@@ -19,43 +19,74 @@ from llmjax.parallel.axes import constrain
 class Kernel:
     """One way to compute attention.
 
-    prepare   segments [batch, seq] -> what the kernel needs to know about them, made once for all layers
+    prepare   (segments and positions [batch, seq], prefix bool [batch, seq] or None) -> what the kernel needs to know
+              about them, made once for all layers
     attend    (q [batch, seq, heads, head_dim], k and v [batch, seq, kv_heads, head_dim], prepared) -> like q
     """
 
-    prepare: Callable[[jax.Array], Any]
+    prepare: Callable[[jax.Array, jax.Array, jax.Array | None], Any]
     attend: Callable[[jax.Array, jax.Array, jax.Array, Any], jax.Array]
 
 
-def causal_mask(segments: jax.Array) -> jax.Array:
-    """segments [batch, seq] -> bool [batch, seq, seq]: a query sees its own segment up to itself."""
-    seq = segments.shape[1]
-    causal = jnp.tril(jnp.ones((seq, seq), bool))
-    return causal & (segments[:, :, None] == segments[:, None, :])
+def visible(
+    segments: jax.Array,
+    positions: jax.Array,
+    *,
+    causal: bool,
+    prefix: jax.Array | None = None,
+    window: int | jax.Array | None = None,
+) -> jax.Array:
+    """segments, positions [batch, seq] -> bool [batch, seq (queries), seq (keys)]: who sees whom, in a segment only.
+
+    causal   no key after its query, but for keys in the segment's `prefix` (bool [batch, seq])
+    window   only keys less than this many positions away; None: all. May differ between layers of a scan
+    """
+    distance = positions[:, :, None] - positions[:, None, :]
+    seen = segments[:, :, None] == segments[:, None, :]
+    if causal:
+        past = distance >= 0
+        seen &= past if prefix is None else past | prefix[:, None, :]
+    return seen if window is None else seen & (jnp.abs(distance) < window)
 
 
-def dot(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+def dot(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    *,
+    scale: float | None = None,
+    bias: jax.Array | None = None,
+) -> jax.Array:
     """Plain attention with a float32 softmax: the oracle for every other kernel.
 
-    q [batch, s, heads, head_dim]; k, v [batch, t, kv_heads, head_dim]; mask bool [batch, s, t]. Returns the shape of q.
-    Query heads are grouped by the key head they share, so keys and values are never repeated.
+    q [batch, s, heads, head_dim]; k, v [batch, t, kv_heads, head_dim], v's head_dim its own; mask bool [batch, s, t];
+    bias, if any, is added to the scores: [batch or 1, heads, s, t]. scale None: 1 / sqrt(head_dim). Returns [batch, s,
+    heads, v's head_dim]. Query heads are grouped by the key head they share, so keys and values are never repeated.
     """
     batch, s, heads, head_dim = q.shape
     groups, repeats = k.shape[2], heads // k.shape[2]
     # Head-major, and the heads of a group one below the other: plain batched matmuls with nothing to transpose inside.
-    q = (q * head_dim**-0.5).reshape(batch, s, groups, repeats, head_dim).transpose(0, 2, 3, 1, 4)
-    q = q.reshape(batch, groups, repeats * s, head_dim)
+    q = (q * (head_dim**-0.5 if scale is None else scale)).reshape(batch, s, groups, repeats, head_dim)
+    q = q.transpose(0, 2, 3, 1, 4).reshape(batch, groups, repeats * s, head_dim)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     scores = jnp.einsum("bgsk,bgtk->bgst", q, k, preferred_element_type=jnp.float32)
+    if bias is not None:
+        scores += bias.astype(jnp.float32).reshape(bias.shape[0], groups, repeats * s, -1)
     scores = jnp.where(jnp.tile(mask, (1, repeats, 1))[:, None], scores, MASKED)
     # Softmax, divided after the product with the values: head_dim numbers a query instead of t.
     weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
     out = jnp.einsum("bgst,bgtk->bgsk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
     out = (out / jnp.sum(weights, axis=-1, keepdims=True)).astype(v.dtype)
-    return out.reshape(batch, groups, repeats, s, head_dim).transpose(0, 3, 1, 2, 4).reshape(batch, s, heads, head_dim)
+    out = out.reshape(batch, groups, repeats, s, -1).transpose(0, 3, 1, 2, 4)
+    return out.reshape(batch, s, heads, -1)
 
 
-KERNELS = {"dot": Kernel(causal_mask, dot)}
+def _causal(segments: jax.Array, positions: jax.Array, prefix: jax.Array | None) -> jax.Array:
+    return visible(segments, positions, causal=True, prefix=prefix)
+
+
+KERNELS = {"dot": Kernel(_causal, dot)}
 
 
 class Attention(nnx.Module):

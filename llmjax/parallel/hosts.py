@@ -2,7 +2,6 @@
 
 import collections
 import ctypes
-import dataclasses
 import logging
 import os
 import signal
@@ -205,7 +204,7 @@ def global_batch(sharding: NamedSharding, local: Batch, rows: np.ndarray, global
 
         return jax.make_array_from_callback((global_batch, *field.shape[1:]), sharding, shard, dtype=field.dtype)
 
-    return Batch(**{field.name: place(getattr(local, field.name)) for field in dataclasses.fields(Batch)})
+    return jax.tree.map(place, local)
 
 
 def exit_now(code: int) -> NoReturn:

@@ -13,7 +13,6 @@ from llmjax.data.pipeline import TrainData
 from llmjax.data.tokenizer import load_tokenizer
 from llmjax.evals.harness import Evaluator
 from llmjax.metrics import MetricsLog
-from llmjax.models import decoder_config
 from llmjax.optim import schedules
 from llmjax.parallel import compile as compiling, hosts, mesh as meshes
 from llmjax.run_config import RunConfig
@@ -33,7 +32,7 @@ def train(config: RunConfig, workdir: epath.Path, say: Callable[[str], None]) ->
     mesh = meshes.make_mesh(config.mesh)
     compiling.check_how(config.parallel, mesh)
     compiling.check_batch("train.global_batch", config.train.global_batch, mesh, config.train.accumulation)
-    decoder_config.check(config.model, seq_len=config.data.seq_len, tensor=mesh.shape["tensor"])
+    config.model.check(seq_len=config.data.seq_len, tensor=mesh.shape["tensor"])
     schedules.make_schedule(config.optimizer, config.train.steps)
     workdir.mkdir(parents=True, exist_ok=True)
     with workdirs.Lock(workdir, primary=hosts.is_primary()):

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 
 from llmjax.metrics import Console, mfu
-from llmjax.models.decoder_config import flops_per_token
 from llmjax.parallel import hosts
 from llmjax.train.job import Job, Progress
 
@@ -23,7 +22,7 @@ class Meter:
     def __init__(self, job: Job, stop: int, progress: Progress):
         self._job, self._stop = job, stop
         self._console = Console(stop, primary=hosts.is_primary())
-        self._flops = flops_per_token(job.config.model, job.config.data.seq_len)
+        self._flops = job.config.model.flops_per_token(job.config.data.seq_len)
         self._pending: tuple[int, dict] | None = None
         self._bad_in_a_row = 0
         self._first = True

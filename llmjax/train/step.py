@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import functools
+from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
@@ -15,14 +16,22 @@ from llmjax.parallel.compile import WHOLE, Shards
 from llmjax.state import TrainState
 
 
+class Sums(NamedTuple):
+    """What a loss adds up over rows, beside its gradient: see LossSums and Output."""
+
+    tokens: losses.LossSums
+    penalty: Any
+    stats: dict
+
+
 def make_loss(graph, *, seed: int, chunk: int, z_loss: float) -> Callable:
-    """(params, batch) -> (summed nats + z-loss, LossSums). Dropout is keyed by the seed and each row's sample index."""
+    """(params, batch) -> (what training lowers, Sums). Dropout is keyed by the seed and each row's sample index."""
 
     def loss(params: dict, batch: Batch):
         model = nnx.merge(graph, params)
-        hidden = model(batch, jax.random.fold_in(jax.random.key(seed), 1))
-        sums = losses.cross_entropy(hidden, model.unembed, batch.targets, batch.weights, chunk=chunk, z_loss=z_loss)
-        return sums.nats + sums.z, sums
+        out = model(batch, jax.random.fold_in(jax.random.key(seed), 1))
+        sums = losses.cross_entropy(out.hidden, model.unembed, batch.targets, batch.weights, chunk=chunk, z_loss=z_loss)
+        return sums.nats + sums.z + out.penalty, Sums(sums, out.penalty, out.stats)
 
     return loss
 
@@ -42,11 +51,11 @@ def train_step(
     padding and uneven packing never bias the mean. Where loss or gradient norm is not finite, parameters and optimizer
     state (schedule and EMA counts with it) stay as they were; only the step and `skipped` advance.
     """
-    grads, sums = shards.total(_gradients(loss, state.params, batch, accumulation))
+    grads, (sums, penalty, stats) = shards.total(_gradients(loss, state.params, batch, accumulation))
     weight = jnp.maximum(sums.weight, 1.0)
     grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
     params, opt_state, info = optimizer.update(grads, state.opt_state, state.params)
-    finite = jnp.isfinite(sums.nats + sums.z) & jnp.isfinite(info["grad_norm"])
+    finite = jnp.isfinite(sums.nats + sums.z + penalty) & jnp.isfinite(info["grad_norm"])
     keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
     skipped = state.skipped + jnp.where(finite, 0, 1)
     metrics = {
@@ -58,6 +67,7 @@ def train_step(
         "learning_rate": info["learning_rate"],
         "skipped_steps": skipped,
         "finite": finite,
+        **{name: total / jnp.maximum(share, 1.0) for name, (total, share) in stats.items()},
         "batch_digest": shards.total(batch_digest(batch, shards.first_row(batch.inputs.shape[0]))),
     }
     state = TrainState(state.step + 1, skipped, keep(params, state.params), keep(opt_state, state.opt_state))

@@ -110,7 +110,7 @@ def test_each_document_scores_as_if_alone(prepared):
                 positions=pad(np.arange(width)),
                 sample=np.zeros((1, 2), np.uint32),
             )
-            logits = np.asarray(model.unembed(model(row)), np.float64)[0, :width]
+            logits = np.asarray(model.unembed(model(row).hidden), np.float64)[0, :width]
             highest = logits.max(-1)
             log_z = highest + np.log(np.exp(logits - highest[:, None]).sum(-1))
             nats += float((log_z - logits[np.arange(width), targets]).sum())

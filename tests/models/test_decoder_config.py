@@ -8,7 +8,7 @@ import pytest
 
 from llmjax.config import UserError, bind
 from llmjax.models import registry
-from llmjax.models.decoder_config import DecoderConfig, check, flops_per_token
+from llmjax.models.decoder_config import DecoderConfig
 from llmjax.run_config import resolve
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
@@ -44,7 +44,7 @@ def test_published_parameter_counts(family, size, vocab, count):
 )
 def test_recipes_bind_and_their_models_fit(name):
     config = resolve(str(CONFIGS / name), [])
-    check(config.model, seq_len=config.data.seq_len, tensor=config.mesh.tensor)
+    config.model.check(seq_len=config.data.seq_len, tensor=config.mesh.tensor)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -77,13 +77,13 @@ def test_a_value_out_of_bounds_is_named(fields, words):
 
 def test_the_run_must_fit_the_model():
     config = DecoderConfig(num_heads=4, num_kv_heads=2, positions="learned", max_positions=64)
-    check(config, seq_len=64, tensor=2)
+    config.check(seq_len=64, tensor=2)
     with pytest.raises(UserError, match=r"data.seq_len=65.*max_positions=64"):
-        check(config, seq_len=65, tensor=1)
+        config.check(seq_len=65, tensor=1)
     with pytest.raises(UserError, match=r"mesh.tensor=3: must divide model.num_heads=4"):
-        check(config, seq_len=64, tensor=3)
+        config.check(seq_len=64, tensor=3)
     with pytest.raises(UserError, match=r"mesh.tensor=4: must divide model.num_kv_heads=2"):
-        check(config, seq_len=64, tensor=4)
+        config.check(seq_len=64, tensor=4)
 
 
 def test_derived_widths():
@@ -96,4 +96,4 @@ def test_flops_of_gpt2():
     model = bind(DecoderConfig, recipe("gpt2", "124M")["model"] | {"vocab_size": 50257})
     # 12 layers of 12 embed^2 weights and the head, 6 flops each; attention: 6 * layers * embed * seq_len
     weights = 12 * 12 * 768**2 + 768 * 50257
-    assert flops_per_token(model, 1024) == 6 * weights + 6 * 12 * 768 * 1024
+    assert model.flops_per_token(1024) == 6 * weights + 6 * 12 * 768 * 1024

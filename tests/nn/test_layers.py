@@ -59,15 +59,41 @@ def test_rotary_depends_on_the_distance_alone():
 def test_grouped_attention_equals_repeated_keys():
     q, k, v = draw(2, 10, 6, 4), draw(2, 10, 2, 4, seed=1), draw(2, 10, 2, 4, seed=2)
     segments = np.array([[1] * 4 + [2] * 6, [1] * 7 + [0] * 3])
-    mask = attention.causal_mask(jnp.asarray(segments))
+    positions = np.array([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5, 6, 0, 0, 0]])
+    mask = attention.visible(jnp.asarray(segments), jnp.asarray(positions), causal=True)
     found = np.asarray(attention.dot(q, k, v, mask))
     for row in range(2):
         for head in range(6):
             scores = np.asarray(q[row, :, head] @ k[row, :, head // 3].T, np.float64) / 2
             seen = np.tril(np.ones((10, 10), bool)) & (segments[row][:, None] == segments[row])
+            seen |= (segments[row][:, None] == 0) & (segments[row] == 0)  # padding sees padding: never scored
             weights = np.where(seen, np.exp(scores), 0)
             expected = weights / weights.sum(-1, keepdims=True) @ np.asarray(v[row, :, head // 3])
             np.testing.assert_allclose(found[row, :, head], expected, atol=1e-6)
+
+
+def test_who_sees_whom():
+    segments, positions = jnp.array([[1, 1, 1, 2, 2, 2]]), jnp.array([[0, 1, 2, 0, 1, 2]])
+    seen = lambda **options: np.asarray(attention.visible(segments, positions, **options))[0].astype(int).tolist()
+    apart = lambda block: np.kron(np.eye(2, dtype=int), np.array(block)).tolist()
+    assert seen(causal=False) == apart([[1, 1, 1]] * 3)
+    assert seen(causal=True) == apart([[1, 0, 0], [1, 1, 0], [1, 1, 1]])
+    assert seen(causal=True, window=2) == apart([[1, 0, 0], [1, 1, 0], [0, 1, 1]])
+    assert seen(causal=False, window=2) == apart([[1, 1, 0], [1, 1, 1], [0, 1, 1]])
+    prefix = jnp.array([[True, True, False, True, False, False]])
+    expected = np.zeros((6, 6), int)
+    expected[:3, :3], expected[3:, 3:] = [[1, 1, 0], [1, 1, 0], [1, 1, 1]], [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+    assert seen(causal=True, prefix=prefix) == expected.tolist()
+
+
+def test_a_bias_is_added_to_the_scores_of_its_head():
+    q, k, v = draw(2, 5, 4, 3), draw(2, 7, 2, 3, seed=1), draw(2, 7, 2, 6, seed=2)
+    bias = draw(1, 4, 5, 7, seed=3)
+    found = attention.dot(q, k, v, jnp.ones((2, 5, 7), bool), scale=1.0, bias=bias)
+    wide = [jnp.repeat(x, 2, axis=2) for x in (k, v)]
+    scores = jnp.einsum("bshk,bthk->bhst", q, wide[0]) + bias
+    expected = jnp.einsum("bhst,bthk->bshk", jax.nn.softmax(scores, axis=-1), wide[1])
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_keys_are_never_repeated():
