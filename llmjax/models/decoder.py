@@ -1,7 +1,7 @@
 """Decoder-only transformer: GPT-2, Llama and what lies between them, from one config."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from flax import nnx
 import jax
@@ -20,43 +20,49 @@ Cache = tuple[jax.Array, jax.Array]
 Step = Callable[[Any, jax.Array], tuple[jax.Array, Any]]
 
 
-def _feed(mlp: Mlp, x: jax.Array) -> tuple[jax.Array, None]:
-    return mlp(x), None
-
-
 class Block(nnx.Module):
-    """One layer: attention and feed-forward, each with its norm, residual and dropout."""
+    """One layer: attention and feed-forward, each with its norm, residual and dropout.
+
+    A family with other parts overrides `make_attention` or `make_mlp`, and names its block in `Decoder.block`.
+    """
 
     def __init__(self, config: DecoderConfig, key: jax.Array):
         k_attention, k_mlp = jax.random.split(key)
         bias, dtype = config.biases == "all", config.param_dtype
-        scale = (
-            2 * config.num_layers
-        ) ** -0.5  # each of the 2 * num_layers residual branches adds its share of variance
         norm = lambda: NORMS[config.norm](config.embed, eps=config.norm_eps, bias=bias, dtype=dtype)
         self.attention_norm, self.mlp_norm = norm(), norm()
-        self.attention = Attention(
-            k_attention,
+        self.attention = self.make_attention(config, k_attention)
+        self.mlp = self.make_mlp(config, k_mlp)
+        self.norm_position = config.norm_position
+
+    @staticmethod
+    def make_attention(config: DecoderConfig, key: jax.Array) -> Any:
+        """The attention sub-block, of the interface of `nn.attention.Attention`."""
+        return Attention(
+            key,
             config.embed,
             num_heads=config.num_heads,
             num_kv_heads=config.kv_heads,
             head_dim=config.head_size,
-            bias=bias,
-            scale=scale,
+            bias=config.biases == "all",
+            scale=config.branch_scale,
             kernel=config.attention,
-            dtype=dtype,
+            dtype=config.param_dtype,
         )
-        self.mlp = Mlp(
-            k_mlp,
+
+    @staticmethod
+    def make_mlp(config: DecoderConfig, key: jax.Array) -> Any:
+        """The feed-forward sub-block, which `Decoder._feed` calls."""
+        return Mlp(
+            key,
             config.embed,
             config.mlp_size,
             activation=config.activation,
             gated=config.gated == "gated",
-            bias=bias,
-            scale=scale,
-            dtype=dtype,
+            bias=config.biases == "all",
+            scale=config.branch_scale,
+            dtype=config.param_dtype,
         )
-        self.norm_position = config.norm_position
 
     def __call__(self, x: jax.Array, attend: Step, feed: Step, drop: Dropout) -> tuple[jax.Array, tuple[Any, Any]]:
         """x [batch, seq, embed] -> (x, (what `attend` gave beside its output, what `feed` gave)).
@@ -80,7 +86,12 @@ class Decoder(nnx.Module):
 
     Parameters: embed, positions (learned only), blocks (every leaf with a leading "layers" dimension), norm (pre-norm
     only: post-norm ends normed), head (untied only).
+
+    A family that is a decoder with another block (a mixture of experts) sets `block` and overrides `_feed` and
+    `_output`.
     """
+
+    block: ClassVar[type[Block]] = Block
 
     def __init__(self, config: DecoderConfig, key: jax.Array):
         k_embed, k_positions, k_blocks, k_head = jax.random.split(key, 4)
@@ -91,7 +102,7 @@ class Decoder(nnx.Module):
         self.positions = (
             Embedding(k_positions, config.max_positions, config.embed, entries="seq", dtype=dtype) if learned else None
         )
-        self.blocks = jax.vmap(lambda k: Block(config, k))(jax.random.split(k_blocks, config.num_layers))
+        self.blocks = jax.vmap(lambda k: self.block(config, k))(jax.random.split(k_blocks, config.num_layers))
         pre, bias = config.norm_position == "pre", config.biases == "all"
         self.norm = NORMS[config.norm](config.embed, eps=config.norm_eps, bias=bias, dtype=dtype) if pre else None
         untied = config.tied == "untied"
@@ -108,11 +119,11 @@ class Decoder(nnx.Module):
         def layer(x, item):
             block, index = item
             attend = lambda module, y: (module(y, angles, prepared), None)
-            return block(x, attend, _feed, drop.at(index + 1))
+            return block(x, attend, lambda mlp, y: self._feed(mlp, y, batch), drop.at(index + 1))
 
         x = drop.at(0)(self._embed(batch.inputs, batch.positions))
-        x, _ = self._run(layer, x, (self.blocks, jnp.arange(self.config.num_layers)), self.config.remat)
-        return Output(hidden=x if self.norm is None else self.norm(x))
+        x, (_, fed) = self._run(layer, x, (self.blocks, jnp.arange(self.config.num_layers)), self.config.remat)
+        return self._output(x if self.norm is None else self.norm(x), fed)
 
     def prefill(self, tokens: jax.Array, lengths: jax.Array, slots: int) -> tuple[jax.Array, Cache, jax.Array]:
         """Read prompts: tokens [batch, seq], of which `lengths` [batch] count, into a cache of `slots` tokens.
@@ -138,7 +149,8 @@ class Decoder(nnx.Module):
 
         def layer(x, item):
             block, stored = item
-            return block(x, lambda module, y: module.cached(y, angles, positions, stored), _feed, none)
+            attend = lambda module, y: module.cached(y, angles, positions, stored)
+            return block(x, attend, lambda mlp, y: self._feed(mlp, y, None), none)
 
         x, (cache, _) = self._run(layer, self._embed(tokens, positions), (self.blocks, cache), "none")
         return (x if self.norm is None else self.norm(x)), cache
@@ -148,6 +160,14 @@ class Decoder(nnx.Module):
         sees."""
         table = self.embed.table[...].T if self.head is None else self.head[...]
         return embedding.logits(hidden, table, vocab_size=self.config.vocab_size)
+
+    def _feed(self, mlp: Any, x: jax.Array, batch: Batch | None) -> tuple[jax.Array, Any]:
+        """(mlp(x), what it counts of the batch's tokens); without a batch, in cached decoding, nothing is counted."""
+        return mlp(x), None
+
+    def _output(self, hidden: jax.Array, fed: Any) -> Output:
+        """`fed` is what `_feed` counted, stacked over layers."""
+        return Output(hidden=hidden)
 
     def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         x = self.embed(tokens, self.config.dtype)

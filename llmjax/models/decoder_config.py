@@ -97,6 +97,11 @@ class DecoderConfig:
         return self.mlp or (4 * self.embed if self.gated == "plain" else _round_up(-(-8 * self.embed // 3), 128))
 
     @property
+    def branch_scale(self) -> float:
+        """First scale of what each of the 2 num_layers residual branches adds, so that the sum has variance 1."""
+        return (2 * self.num_layers) ** -0.5
+
+    @property
     def padded_vocab(self) -> int:
         """Number of rows of the embedding."""
         return _round_up(self.vocab_size, self.vocab_multiple)
