@@ -8,12 +8,15 @@ import jax
 
 from llmjax.models.decoder import Decoder
 from llmjax.models.decoder_config import DecoderConfig
+from llmjax.models.moe import MoeDecoder
+from llmjax.models.moe_config import MoeConfig
 
 # One line a family, here and below: its module, and its config, which `model.family` chooses.
 FAMILIES: dict[str, Any] = {
     "decoder": Decoder,
+    "moe": MoeDecoder,
 }
-ModelConfig = DecoderConfig
+ModelConfig = DecoderConfig | MoeConfig
 
 
 def build(config: ModelConfig, key: jax.Array) -> nnx.Module:

@@ -57,7 +57,7 @@ class LatentAttention(nnx.Module):
         self.query_norm = norm(query_rank) if query_rank else None
         self.query = linear({"latent": query_rank} if query_rank else x, heads(head_dim + rope_dim))
         self.latent, self.latent_norm = linear(x, c), norm(latent)
-        self.key_rope = linear(x, {"head_dim": rope_dim})
+        self.key_rope = linear(x, {"latent": rope_dim})
         self.key, self.value = linear(c, heads(head_dim)), linear(c, heads(value_dim))
         self.out = linear(heads(value_dim), x, scale=scale)
         self.score_scale = (head_dim + rope_dim) ** -0.5 if score_scale is None else score_scale
@@ -81,23 +81,24 @@ class LatentAttention(nnx.Module):
         found = KERNELS[self.kernel].attend(q, k, v, prepared, scale=self.score_scale)
         return self.out(constrain(checkpoint_name(found, "attention"), "batch", "seq", "heads", "head_dim"))
 
-    def cached(self, x: jax.Array, angles: Angles, positions: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    def cached(
+        self, x: jax.Array, angles: Angles, positions: jax.Array, cache: Cache, window: None = None
+    ) -> tuple[jax.Array, Cache]:
         """The same over a cache of latents and rotated keys, [batch, slots, latent] and [batch, slots, rope_dim].
 
         x [batch, seq, embed] stands at consecutive `positions` int [batch, seq]; slot i holds position i. No key or
         value is made: queries are taken into the latents' space, where all heads share the latents as keys and values,
         and what they find there is taken to values. Returns (output, cache).
         """
+        assert window is None
         plain, turned, *new = self.project(x, angles)
         write = jax.vmap(lambda old, rows, start: jax.lax.dynamic_update_slice_in_dim(old, rows, start, axis=0))
-        latent, rope = cache = tuple(
-            write(old, rows.astype(old.dtype), positions[:, 0]) for old, rows in zip(cache, new, strict=True)
-        )
-        latent, rope = latent.astype(x.dtype), rope.astype(x.dtype)
+        first, second = (write(old, r.astype(old.dtype), positions[:, 0]) for old, r in zip(cache, new, strict=True))
+        latent, rope = first.astype(x.dtype), second.astype(x.dtype)
         absorbed = jnp.einsum("bshk,chk->bshc", plain, self.key.weight[...].astype(x.dtype))
         q = jnp.concatenate([absorbed, turned], axis=-1)
         k = jnp.concatenate([latent, rope], axis=-1)[:, :, None]
         mask = jnp.arange(latent.shape[1]) <= positions[:, :, None]
         found = dot(q, k, latent[:, :, None], mask, scale=self.score_scale)
         values = jnp.einsum("bshc,chv->bshv", found, self.value.weight[...].astype(x.dtype))
-        return self.out(values), cache  # type: ignore[return-value]
+        return self.out(values), (first, second)

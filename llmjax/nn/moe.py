@@ -150,7 +150,7 @@ class MoeMlp(nnx.Module):
     """Sum over a token's experts of weight times expert, plus an expert for all tokens.  [batch, seq, embed] -> same.
 
     The shared expert (DeepSeekMoE: Dai et al., 2024, arXiv 2401.06066) is a gated feed-forward layer of width `shared`;
-    0: none. `bias` is that of the experts' maps and of the router's logits.
+    0: none. `activation` is its own. `bias` is that of the experts' maps and of the router's logits.
     """
 
     def __init__(
@@ -162,6 +162,7 @@ class MoeMlp(nnx.Module):
         routing: Routing,
         shared: int,
         activation: str,
+        expert_activation: str,
         bias: bool,
         correction: bool,
         scale: float,
@@ -176,7 +177,7 @@ class MoeMlp(nnx.Module):
             if shared
             else None
         )
-        self.routing, self.activation = routing, activation
+        self.routing, self.activation = routing, expert_activation
 
     def __call__(self, x: jax.Array, real: jax.Array) -> tuple[jax.Array, Load]:
         """x [batch, seq, embed], real bool [batch, seq] (False: padding, not counted) -> (same as x, Load)."""

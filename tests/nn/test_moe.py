@@ -29,7 +29,8 @@ CASES = {
 def layer(routing, *, bias=False, correction=False, shared=0, activation="silu", embed=12, mlp=8):
     """A layer moved off its start, so that no bias is 0."""
     made = MoeMlp(
-        jax.random.key(0), embed, mlp, routing=routing, shared=shared, activation=activation, bias=bias,
+        jax.random.key(0), embed, mlp, routing=routing, shared=shared, activation="silu",
+        expert_activation=activation, bias=bias,
         correction=correction, scale=1.0, dtype="float32",
     )  # fmt: skip
     graph, state = nnx.split(made)
