@@ -8,12 +8,15 @@ import jax
 
 from llmjax.models.decoder import Decoder
 from llmjax.models.decoder_config import DecoderConfig
+from llmjax.models.recurrent import Recurrent
+from llmjax.models.recurrent_config import RecurrentConfig
 
 # One line a family, here and below: its module, and its config, which `model.family` chooses.
 FAMILIES: dict[str, Any] = {
     "decoder": Decoder,
+    "recurrent": Recurrent,
 }
-ModelConfig = DecoderConfig
+ModelConfig = DecoderConfig | RecurrentConfig
 
 
 def build(config: ModelConfig, key: jax.Array) -> nnx.Module:
