@@ -8,12 +8,15 @@ import jax
 
 from llmjax.models.decoder import Decoder
 from llmjax.models.decoder_config import DecoderConfig
+from llmjax.models.encoder import Encoder
+from llmjax.models.encoder_config import EncoderConfig
 
 # One line a family, here and below: its module, and its config, which `model.family` chooses.
 FAMILIES: dict[str, Any] = {
     "decoder": Decoder,
+    "encoder": Encoder,
 }
-ModelConfig = DecoderConfig
+ModelConfig = DecoderConfig | EncoderConfig
 
 
 def build(config: ModelConfig, key: jax.Array) -> nnx.Module:
