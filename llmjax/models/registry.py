@@ -8,12 +8,15 @@ import jax
 
 from llmjax.models.decoder import Decoder
 from llmjax.models.decoder_config import DecoderConfig
+from llmjax.models.encdec import EncDec
+from llmjax.models.encdec_config import EncDecConfig
 
 # One line a family, here and below: its module, and its config, which `model.family` chooses.
 FAMILIES: dict[str, Any] = {
     "decoder": Decoder,
+    "encdec": EncDec,
 }
-ModelConfig = DecoderConfig
+ModelConfig = DecoderConfig | EncDecConfig
 
 
 def build(config: ModelConfig, key: jax.Array) -> nnx.Module:
