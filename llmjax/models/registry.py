@@ -8,6 +8,8 @@ import jax
 
 from llmjax.models.decoder import Decoder
 from llmjax.models.decoder_config import DecoderConfig
+from llmjax.models.encdec import EncDec
+from llmjax.models.encdec_config import EncDecConfig
 from llmjax.models.encoder import Encoder
 from llmjax.models.encoder_config import EncoderConfig
 from llmjax.models.recurrent import Recurrent
@@ -17,9 +19,10 @@ from llmjax.models.recurrent_config import RecurrentConfig
 FAMILIES: dict[str, Any] = {
     "decoder": Decoder,
     "encoder": Encoder,
+    "encdec": EncDec,
     "recurrent": Recurrent,
 }
-ModelConfig = DecoderConfig | EncoderConfig | RecurrentConfig
+ModelConfig = DecoderConfig | EncoderConfig | EncDecConfig | RecurrentConfig
 
 
 def build(config: ModelConfig, key: jax.Array) -> nnx.Module:
