@@ -120,11 +120,21 @@ class RunConfig:
                 f"objective.name={self.objective.name!r}: model.family={self.model.family!r} learns "
                 f"{', '.join(self.model.objectives)}; set one of these, or another family"
             )
+        if self.objective.target_len and not self.encoder_decoder:
+            raise UserError(
+                f"objective.target_len={self.objective.target_len}: model.family={self.model.family!r} has no decoder "
+                "beside an encoder; leave it unset"
+            )
         if self.train.global_batch % self.train.accumulation:
             raise UserError(
                 f"train.global_batch={self.train.global_batch} is not divisible by "
                 f"train.accumulation={self.train.accumulation}: change one of them"
             )
+
+    @property
+    def encoder_decoder(self) -> bool:
+        """Whether the model reads a source with an encoder, which only such models' objectives give it."""
+        return "span" in self.model.objectives
 
 
 def resolve(file: str, overrides: Sequence[tuple[str, str]]) -> RunConfig:
@@ -166,8 +176,9 @@ def read_json(path: epath.Path) -> dict[str, Any]:
 
 def objective(config: RunConfig, tokenizer: Tokenizer) -> Objective:
     """The run's objective, over the tokenizer's ids and those that it adds to them."""
-    encoder_decoder = "span" in config.model.objectives
-    return open_objective(config.objective, tokenizer, seq_len=config.data.seq_len, encoder_decoder=encoder_decoder)
+    return open_objective(
+        config.objective, tokenizer, seq_len=config.data.seq_len, encoder_decoder=config.encoder_decoder
+    )
 
 
 def with_vocabulary(config: RunConfig, vocab_size: int) -> RunConfig:

@@ -6,11 +6,11 @@ import dataclasses
 import numpy as np
 
 from llmjax.batch import Batch
-from llmjax.data import spans, vocabulary
+from llmjax.data import infill, spans, vocabulary
 from llmjax.data.config import ObjectiveConfig
 from llmjax.data.draws import Draws, below, pick
 from llmjax.data.packing import Room, Rows
-from llmjax.data.pieces import halves
+from llmjax.data.pieces import halves, take_apart
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.data.vocabulary import Vocabulary
 
@@ -77,7 +77,27 @@ def open_objective(config: ObjectiveConfig, tokenizer: Tokenizer, *, seq_len: in
         )
     if config.name in ("span", "ul2"):
         return _denoising(config, tokenizer, seq_len)
-    raise NotImplementedError(config.name)
+    if config.name == "fim":
+        known, room = vocabulary.of(tokenizer, vocabulary.FIM), infill.room(seq_len)
+        rate = 0.5 if config.fim_rate is None else config.fim_rate
+        make = lambda rows, samples, draws: infill.infill(rows, samples, draws, rate, room, known)
+        return dataclasses.replace(
+            plain, name="fim", key=f"fim fim_rate={rate:g}", room=room, vocabulary=known, make=make
+        )
+    assert config.name == "prefix"
+    known = vocabulary.of(tokenizer)
+    if not encoder_decoder:
+        return dataclasses.replace(plain, name="prefix", key="prefix", make=prefix)
+    target_len = config.target_len or seq_len
+    room = spans.halves_room(seq_len, target_len)
+    return dataclasses.replace(
+        plain,
+        name="prefix",
+        key=f"prefix target={target_len}",
+        room=room,
+        target_len=target_len,
+        make=lambda rows, samples, draws: spans.halve(rows, samples, draws, seq_len, target_len, known),
+    )
 
 
 def _denoising(config: ObjectiveConfig, tokenizer: Tokenizer, seq_len: int) -> Objective:
@@ -116,6 +136,22 @@ def causal(rows: Rows, samples: np.ndarray) -> Batch:
         segments=rows.segments,
         positions=rows.positions,
         sample=halves(samples),
+    )
+
+
+def prefix(rows: Rows, samples: np.ndarray, draws: Draws) -> Batch:
+    """Prefix language modelling (Raffel et al., 2019, arXiv 1910.10683): a chunk's begin is seen from everywhere, the
+    rest is foretold as by `causal`. The first p inputs are the prefix, every p from 1 to the chunk's length alike; the
+    last of them foretells the first token that none of them shows."""
+    pieces = take_apart(rows, samples)
+    given = 1 + pick(draws.bits(pieces.sample, 0, pieces.column), pieces.length)
+    real = rows.segments > 0
+    lengths = np.zeros(rows.segments.shape, np.int64)
+    lengths[real] = np.repeat(given, pieces.length)
+    return dataclasses.replace(
+        causal(rows, samples),
+        weights=(real & (rows.positions >= lengths - 1)).astype(np.float32),
+        prefix=rows.positions < lengths,
     )
 
 
