@@ -21,6 +21,7 @@ FLOORS = {
     "llmjax.run_config": 3,
     "llmjax.state": 3,
     "llmjax.models": 3,
+    "llmjax.interop": 3,
     "llmjax.nn": 2,
     "llmjax.data": 2,
     "llmjax.losses": 2,
