@@ -36,7 +36,8 @@ class RecurrentConfig:
     dropout         rate after the embedding and at the end of each sub-block, never on the way from token to token;
                     from 0 to below 1
     scan            True: blocks compiled once and scanned; False: unrolled, for debugging and for short stacks
-    remat           what the backward pass keeps of a block: none (everything), dots (matmul outputs), full (nothing)
+    remat           what the backward pass keeps of a block: none (everything), dots (matmul outputs), attention (what
+                    the recurrence gave, so that it is not run again), full (nothing)
     dtype           type of activations and matmuls: float32 or bfloat16 (states, gates, norms and logits are always
                     float32)
     param_dtype     type in which parameters are stored: float32 or bfloat16
@@ -118,7 +119,7 @@ _NAMES = {
     "residual": ("add", "none"),
     "tied": ("tied", "untied"),
     "recurrence": RECURRENCES,
-    "remat": tuple(name for name in REMAT if name != "attention"),
+    "remat": tuple(REMAT),
     "dtype": ("float32", "bfloat16"),
     "param_dtype": ("float32", "bfloat16"),
 }
