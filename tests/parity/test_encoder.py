@@ -10,6 +10,7 @@ transformers = pytest.importorskip("transformers", reason="parity needs `make pa
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 
 from llmjax import losses
 from llmjax.batch import Batch
@@ -87,7 +88,7 @@ def moved(model):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
     return model.eval()
 
 
@@ -155,7 +156,7 @@ def test_logits_loss_gradients_and_tensors(name):
     parameters = dict(model.named_parameters())
     for key, pick in GRADIENTS[type(model).__name__].items():
         expected = parameters[key].grad.numpy()
-        np.testing.assert_allclose(pick(grads), expected, atol=1e-5 * max(1, np.abs(expected).max()), err_msg=key)
+        np.testing.assert_allclose(pick(grads), expected, rtol=0, atol=1e-4 * np.abs(expected).max(), err_msg=key)
 
 
 def test_the_pooler():
@@ -163,7 +164,8 @@ def test_the_pooler():
     model = moved(transformers.BertModel(_bert().config))
     config = bind(EncoderConfig, ARCHITECTURES["BertForMaskedLM"].read_config(model.config.to_dict()), "model")
     config = dataclasses.replace(config, pooler="tanh")
-    whole = registry.build(config, jax.random.key(0))
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), registry.abstract(config)[1])
+    whole = nnx.merge(registry.abstract(config)[0], params)
     weight, bias = model.pooler.dense.weight.detach().numpy(), model.pooler.dense.bias.detach().numpy()
     whole.pooler.weight[...], whole.pooler.bias[...] = weight.T, bias
     hidden = np.random.default_rng(0).normal(size=(2, 5, 32)).astype(np.float32)
@@ -210,7 +212,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(name, change, words):
 
 
 def test_the_head_of_next_sentence_prediction_is_refused():
-    with pytest.raises(UserError, match="cls.seq_relationship.weight"):
+    with pytest.raises(UserError, match=r"cls\.seq_relationship\.weight"):
         ARCHITECTURES["BertForPreTraining"].read_config(transformers.BertConfig().to_dict())
 
 
