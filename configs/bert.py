@@ -23,6 +23,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     if size not in SIZES:
         raise UserError(f"--config=configs/bert.py:{size}: no such size; choose one of {', '.join(SIZES)}")
     layers, embed, heads, dropout = SIZES[size]
+    tiny = size == "tiny"
     c = ConfigDict()
     c.model = dict(
         family="encoder",
@@ -38,11 +39,13 @@ def get_config(size: str = "tiny") -> ConfigDict:
         types=2,
         biases="all",
         dropout=dropout,
+        scan=not tiny,  # so short a stack is compiled as quickly unrolled, and runs faster that way
+        dtype="float32" if tiny else "bfloat16",
+        remat="none" if tiny else "attention",
     )
     c.objective = dict(name="masked", rate=0.15)
     c.mesh = dict(data=1, fsdp=-1, tensor=1)
-    if size == "tiny":
-        c.model.scan = False
+    if tiny:
         c.data = dict(
             sources=dict(python=dict(path="stdlib:")),
             tokenizer=dict(kind="sentencepiece", algorithm="bpe", vocab_size=4096),
@@ -51,7 +54,6 @@ def get_config(size: str = "tiny") -> ConfigDict:
         c.train = dict(steps=1_500, global_batch=16, log_every=50)
         c.optimizer = dict(name="adamw", learning_rate=1e-3, schedule="linear", end_fraction=0.0)
         return c
-    c.model.dtype, c.model.remat = "bfloat16", "attention"
     c.data = dict(
         sources=dict(main=dict(path="")), tokenizer=dict(kind="sentencepiece", vocab_size=30_522), seq_len=512
     )

@@ -23,6 +23,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     if size not in SIZES:
         raise UserError(f"--config=configs/modernbert.py:{size}: no such size; choose one of {', '.join(SIZES)}")
     layers, embed, heads, mlp, window, batch, learning_rate, warmup = SIZES[size]
+    tiny = size == "tiny"
     c = ConfigDict()
     c.model = dict(
         family="encoder",
@@ -40,11 +41,13 @@ def get_config(size: str = "tiny") -> ConfigDict:
         global_every=3,
         local_rope_base=10_000.0,
         biases="none",
+        scan=not tiny,  # so short a stack is compiled as quickly unrolled, and runs faster that way
+        dtype="float32" if tiny else "bfloat16",
+        remat="none" if tiny else "attention",
     )
     c.objective = dict(name="masked", rate=0.3)
     c.mesh = dict(data=1, fsdp=-1, tensor=1)
-    if size == "tiny":
-        c.model.scan = False
+    if tiny:
         c.data = dict(
             sources=dict(python=dict(path="stdlib:")),
             tokenizer=dict(kind="sentencepiece", algorithm="bpe", vocab_size=4096),
@@ -55,7 +58,6 @@ def get_config(size: str = "tiny") -> ConfigDict:
             name="adamw", learning_rate=learning_rate, schedule="wsd", decay_fraction=0.4, end_fraction=0.02
         )
         return c
-    c.model.dtype, c.model.remat = "bfloat16", "attention"
     c.data = dict(
         sources=dict(main=dict(path="")), tokenizer=dict(kind="sentencepiece", vocab_size=50_368), seq_len=1024
     )
