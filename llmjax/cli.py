@@ -153,6 +153,7 @@ def prepare(arguments: list[str]) -> int:
     from llmjax import loading, run_config, workdir as workdirs
     from llmjax.data import prepare as preparing
     from llmjax.data.pipeline import TrainData
+    from llmjax.data.tokenizer import load_tokenizer
 
     config = run_config.resolve(flags.config, overrides)
     workdir = _workdir(flags.workdir)
@@ -160,7 +161,10 @@ def prepare(arguments: list[str]) -> int:
     workdir.mkdir(parents=True, exist_ok=True)
     with workdirs.Lock(workdir, primary=True):
         preparing.prepare(config.data, store, say=lambda line: print(line, flush=True))
-        data = TrainData(store, config.data, seed=config.seed, global_batch=config.train.global_batch)
+        objective = run_config.objective(config, load_tokenizer(store))
+        data = TrainData(
+            store, config.data, seed=config.seed, global_batch=config.train.global_batch, objective=objective
+        )
     for name, part in data.summary().items():
         print(f"{name}: packed in {part['rows']:,} rows of {config.data.seq_len:,} tokens, {part['density']:.2%} full")
     print(f"next: {shlex.join(['llmjax', 'train', *arguments])}")
