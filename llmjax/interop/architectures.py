@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
-from llmjax.interop import decoder
+from llmjax.interop import decoder, encdec
 from llmjax.interop.mapping import Architecture
 
 # One line a family.
 ARCHITECTURES: dict[str, Architecture] = {
     **decoder.ARCHITECTURES,
+    **encdec.ARCHITECTURES,
 }
 
 # quantization_config's quant_method -> a maker, given the quantization_config, of an object with
