@@ -1,0 +1,19 @@
+"""Every architecture that can be imported and exported, by class name, and every quantisation that can be unpacked."""
+
+from collections.abc import Callable
+from typing import Any
+
+from llmjax.interop import decoder, encdec
+from llmjax.interop.mapping import Architecture
+
+# One line a family.
+ARCHITECTURES: dict[str, Architecture] = {
+    **decoder.ARCHITECTURES,
+    **encdec.ARCHITECTURES,
+}
+
+# quantization_config's quant_method -> a maker, given the quantization_config, of an object with
+#   shapes(shapes on disk: name -> shape) -> name -> shape of the unpacked tensors
+#   dequantise(name, get_tensor) -> float32 array of the unpacked tensor `name`, or None where it lies on disk as it is;
+#                                  get_tensor(name) reads a tensor of the disk
+QUANTISATIONS: dict[str, Callable[[dict[str, Any]], Any]] = {}
