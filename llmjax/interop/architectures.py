@@ -6,10 +6,11 @@ from typing import Any
 from llmjax.interop import decoder
 from llmjax.interop.mapping import Architecture
 
-# One line a family.
-ARCHITECTURES: dict[str, Architecture] = {
-    **decoder.ARCHITECTURES,
+# One line a family. Where several classes express a model, the first is the one that is exported.
+FAMILIES: dict[str, dict[str, Architecture]] = {
+    "decoder": decoder.ARCHITECTURES,
 }
+ARCHITECTURES = {name: found for family in FAMILIES.values() for name, found in family.items()}
 
 # quantization_config's quant_method -> a maker, given the quantization_config, of an object with
 #   shapes(shapes on disk: name -> shape) -> name -> shape of the unpacked tensors

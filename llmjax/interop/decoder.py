@@ -120,7 +120,7 @@ def _read_llama(hf: dict[str, Any]) -> dict[str, Any]:
         "norm": "rmsnorm",
         "norm_eps": fields.get("rms_norm_eps", 1e-6),
         "positions": "rotary",
-        "rope_base": float(rope.get("rope_theta", None) or fields.get("rope_theta", 10_000.0)),
+        "rope_base": float(rope.get("rope_theta", fields.get("rope_theta", 10_000.0))),
         "max_positions": fields.get("max_position_embeddings", 2048),
         "tied": "tied" if fields.get("tie_word_embeddings", False) else "untied",
         "biases": "none",
@@ -185,7 +185,7 @@ def _head(config: DecoderConfig) -> list[Rule]:
 
 ARCHITECTURES = {
     "GPT2LMHeadModel": Architecture(
-        read_config=_read_gpt2, write_config=_write_gpt2, rules=_gpt2_rules, rename=_gpt2_name
+        read_config=_read_gpt2, write_config=_write_gpt2, rules=_gpt2_rules, rename=_gpt2_name, free=("rope_base",)
     ),
     "LlamaForCausalLM": Architecture(
         read_config=_read_llama,
