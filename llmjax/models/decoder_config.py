@@ -4,9 +4,11 @@ import dataclasses
 from typing import ClassVar
 
 from llmjax.config import UserError, suggest
+from llmjax.nn import rotary
 from llmjax.nn.attention import KERNELS
 from llmjax.nn.mlp import ACTIVATIONS
 from llmjax.nn.norm import NORMS
+from llmjax.nn.rotary import SCALINGS
 from llmjax.nn.stack import REMAT
 
 
@@ -23,22 +25,43 @@ class DecoderConfig:
                     padding is never predicted
     num_layers      number of blocks
     embed           width of the residual stream
+    embed_multiplier  what a token's embedding is multiplied by as it enters the stream; Gemma: sqrt(embed)
     num_heads       number of query heads
     num_kv_heads    number of key and value heads, a divisor of num_heads; 0: num_heads
     head_dim        width of a head; 0: embed / num_heads
+    score_scale     what the products of queries and keys are multiplied by; 0: 1 / sqrt(head_dim)
+    score_softcap   attention scores become c tanh(score / c); 0: they are not capped
+    sinks           learned (a score for each head that draws weight to nothing, as in gpt-oss) or none
+    qk_norm         norm of queries and keys before they are rotated: none, head (each head by itself, as in Qwen3) or
+                    all (all heads of the layer together, as in OLMo 2)
+    window          local layers see only keys less than this many positions away; 0: there are no local layers
+    pattern         one letter a layer, repeated over the layers: l (local) or g (global, sees everything before it);
+                    unused without a window
     mlp             width of the feed-forward layer; 0: 4 embed when plain, 8/3 embed rounded up to a multiple of 128
                     when gated
     activation      of the feed-forward layer: silu, gelu (by erf), gelu_tanh, relu, relu2 (relu squared)
     gated           feed-forward layer: gated (two matrices in, one out) or plain (one in, one out)
-    norm            rmsnorm or layernorm
+    norm            rmsnorm, rmsnorm1p (multiplies by 1 + scale, as Gemma does) or layernorm
     norm_eps        added to the variance in a norm
-    norm_position   pre (before each sub-block, and once at the end) or post (after each residual addition)
+    norm_position   of each sub-block f with residual stream x: pre (x + f(norm(x)), as in Llama), both (x +
+                    norm(f(norm(x))), as in Gemma), inner (x + norm(f(x)), as in OLMo 2) or post (norm(x + f(x)), as in
+                    the first transformers); all but post have one more norm at the end
     positions       rotary (in every attention) or learned (added to the token embedding)
-    rope_base       base of the rotary frequencies; unused with learned positions
+    rope_base       base of the rotary frequencies; this and the next fields are unused with learned positions
+    rope_local_base base in local layers, whose frequencies are then never scaled; 0: those of the global layers
+    rope_scaling    how frequencies are lowered so that longer texts can be read: none, linear, llama3 or yarn
+    rope_factor     frequencies are divided by it: all (linear), or the slow ones (llama3, yarn)
+    rope_original   llama3, yarn: number of positions of the text that the model was first trained on
+    rope_low        llama3, yarn: frequencies that turn less often than this over rope_original positions are divided;
+    rope_high       those that turn more often than this are kept; in between they are blended. 0: the paper's (1 and 4
+                    for llama3, 1 and 32 for yarn)
+    rope_truncate   yarn: the blend begins and ends at whole dimensions
+    rope_attention_factor  yarn: what cos and sin are multiplied by; 0: 0.1 log(rope_factor) + 1
     max_positions   number of learned positions; the longest sequence a learned table can read; unused with rotary
                     positions
     tied            tied (the head is the token embedding) or untied (a matrix of its own)
-    biases          all (every linear map of the blocks, and layernorm) or none
+    logit_softcap   logits become c tanh(logit / c); 0: they are not capped
+    biases          all (every linear map of the blocks, and layernorm), attention (its four linear maps) or none
     dropout         rate after the embedding and at the end of each sub-block; from 0 to below 1
     scan            True: blocks compiled once and scanned; False: unrolled, for debugging and for short stacks
     remat           what the backward pass keeps of a block: none (everything), dots (matmul outputs), attention (its
@@ -56,9 +79,16 @@ class DecoderConfig:
     vocab_multiple: int = 128
     num_layers: int = 4
     embed: int = 256
+    embed_multiplier: float = 1.0
     num_heads: int = 4
     num_kv_heads: int = 0
     head_dim: int = 0
+    score_scale: float = 0.0
+    score_softcap: float = 0.0
+    sinks: str = "none"
+    qk_norm: str = "none"
+    window: int = 0
+    pattern: str = "l"
     mlp: int = 0
     activation: str = "silu"
     gated: str = "gated"
@@ -67,8 +97,17 @@ class DecoderConfig:
     norm_position: str = "pre"
     positions: str = "rotary"
     rope_base: float = 10_000.0
+    rope_local_base: float = 0.0
+    rope_scaling: str = "none"
+    rope_factor: float = 1.0
+    rope_original: int = 0
+    rope_low: float = 0.0
+    rope_high: float = 0.0
+    rope_truncate: bool = True
+    rope_attention_factor: float = 0.0
     max_positions: int = 1024
     tied: str = "untied"
+    logit_softcap: float = 0.0
     biases: str = "none"
     dropout: float = 0.0
     scan: bool = True
@@ -80,6 +119,8 @@ class DecoderConfig:
     def __post_init__(self):
         _check_names(self)
         _check_numbers(self)
+        _check_positions(self)
+        _check_kernel(self)
 
     @property
     def kv_heads(self) -> int:
@@ -95,6 +136,37 @@ class DecoderConfig:
     def mlp_size(self) -> int:
         """Width of the feed-forward layer."""
         return self.mlp or (4 * self.embed if self.gated == "plain" else _round_up(-(-8 * self.embed // 3), 128))
+
+    @property
+    def branch_scale(self) -> float:
+        """First scale of what each of the 2 num_layers residual branches adds, so that the sum has variance 1."""
+        return (2 * self.num_layers) ** -0.5
+
+    @property
+    def local(self) -> tuple[bool, ...]:
+        """Of each layer, whether it sees only its window."""
+        if not self.window:
+            return (False,) * self.num_layers
+        return tuple(self.pattern[layer % len(self.pattern)] == "l" for layer in range(self.num_layers))
+
+    @property
+    def scaling(self) -> rotary.Scaling | None:
+        """How the rotary frequencies are lowered."""
+        if self.rope_scaling == "none":
+            return None
+        low, high = SCALINGS[self.rope_scaling]
+        yarn = self.rope_scaling == "yarn"
+        return rotary.Scaling(
+            kind=self.rope_scaling,
+            factor=self.rope_factor,
+            original=self.rope_original,
+            low=self.rope_low or low,
+            high=self.rope_high or high,
+            truncate=self.rope_truncate,
+            attention_factor=(self.rope_attention_factor or rotary.yarn_attention_factor(self.rope_factor))
+            if yarn
+            else 1.0,
+        )
 
     @property
     def padded_vocab(self) -> int:
@@ -117,30 +189,40 @@ class DecoderConfig:
             if count % tensor:
                 raise UserError(f"mesh.tensor={tensor}: must divide model.{field}={count}")
 
-    def flops_per_token(self, seq_len: int) -> float:
-        """Model flops of one training token, for model flops utilisation.
-
-        6 flops for each weight of a matmul (2 forward, 4 backward; the head counts, the embedding lookup does not),
-        plus attention's two products, 12 layers heads head_dim seq_len, halved because a causal model needs half of
-        them. Recomputation is not counted. (Chowdhery et al., 2022, PaLM, appendix B, arXiv 2204.02311, which does not
-        halve.)
-        """
+    @property
+    def multiplied_weights(self) -> int:
+        """Number of weights that one token is multiplied with; the head counts, the embedding lookup does not."""
         heads = 2 * self.num_heads + 2 * self.kv_heads
         matrices = 3 if self.gated == "gated" else 2
         block = self.embed * (heads * self.head_size + matrices * self.mlp_size)
-        weights = self.num_layers * block + self.embed * self.vocab_size
-        return 6.0 * weights + 6.0 * self.num_layers * self.num_heads * self.head_size * seq_len
+        return self.num_layers * block + self.embed * self.vocab_size
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Model flops of one training token, for model flops utilisation.
+
+        6 flops for each weight of a matmul (2 forward, 4 backward), plus attention's two products, 12 heads head_dim
+        for each key that a query sees: seq_len, or the window in local layers, less what a causal model has not to
+        see, which without a window is half. Recomputation is not counted. (Chowdhery et al., 2022, PaLM, appendix B,
+        arXiv 2204.02311, which does not halve.)
+        """
+        keys = 0.0
+        for local in self.local:
+            reach = min(self.window, seq_len) if local else seq_len
+            keys += reach - reach * reach / (2 * seq_len)
+        return 6.0 * self.multiplied_weights + 12.0 * self.num_heads * self.head_size * keys
 
 
 _NAMES = {
-    "family": ("decoder",),
+    "sinks": ("none", "learned"),
+    "qk_norm": ("none", "head", "all"),
     "activation": tuple(ACTIVATIONS),
     "gated": ("gated", "plain"),
     "norm": tuple(NORMS),
-    "norm_position": ("pre", "post"),
+    "norm_position": ("pre", "both", "inner", "post"),
     "positions": ("rotary", "learned"),
+    "rope_scaling": ("none", *SCALINGS),
     "tied": ("tied", "untied"),
-    "biases": ("none", "all"),
+    "biases": ("none", "attention", "all"),
     "remat": tuple(REMAT),
     "attention": tuple(KERNELS),
     "dtype": ("float32", "bfloat16"),
@@ -154,8 +236,18 @@ _AT_LEAST = {
     "num_heads": 1,
     "num_kv_heads": 0,
     "head_dim": 0,
+    "score_scale": 0,
+    "score_softcap": 0,
+    "window": 0,
     "mlp": 0,
+    "rope_local_base": 0,
+    "rope_factor": 1,
+    "rope_original": 0,
+    "rope_low": 0,
+    "rope_high": 0,
+    "rope_attention_factor": 0,
     "max_positions": 1,
+    "logit_softcap": 0,
 }
 
 
@@ -164,19 +256,21 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 def _check_names(config: DecoderConfig) -> None:
-    for field, allowed in _NAMES.items():
+    for field, allowed in {"family": (type(config).family,), **_NAMES}.items():
         value = getattr(config, field)
         if value not in allowed:
             raise UserError(f"model.{field}={value!r}: choose one of {', '.join(allowed)}{suggest(value, allowed)}")
+    if not config.pattern or set(config.pattern) - set("lg"):
+        raise UserError(f"model.pattern={config.pattern!r}: one letter a layer, l (local) or g (global), such as 'lg'")
 
 
 def _check_numbers(config: DecoderConfig) -> None:
     for field, least in _AT_LEAST.items():
-        if getattr(config, field) < least:
+        if not getattr(config, field) >= least:
             raise UserError(f"model.{field}={getattr(config, field)}: must be at least {least}")
     if not 0 <= config.dropout < 1:
         raise UserError(f"model.dropout={config.dropout}: must be at least 0 and below 1")
-    for field in ("norm_eps", "rope_base"):
+    for field in ("norm_eps", "rope_base", "embed_multiplier"):
         if not getattr(config, field) > 0:
             raise UserError(f"model.{field}={getattr(config, field)}: must be above 0")
     if config.num_heads % config.kv_heads:
@@ -185,5 +279,44 @@ def _check_numbers(config: DecoderConfig) -> None:
         raise UserError(
             f"model.num_heads={config.num_heads}: must divide model.embed={config.embed}, or set model.head_dim"
         )
+
+
+def _check_positions(config: DecoderConfig) -> None:
     if config.positions == "rotary" and config.head_size % 2:
         raise UserError(f"model.head_dim={config.head_size}: rotary positions pair dimensions, so it must be even")
+    if config.positions == "learned" and (config.rope_scaling != "none" or config.rope_local_base):
+        raise UserError("model.positions='learned': nothing is rotated, so leave rope_scaling and rope_local_base away")
+    if config.rope_local_base and not any(config.local):
+        raise UserError(f"model.rope_local_base={config.rope_local_base}: no layer is local; set model.window")
+    if config.rope_scaling in ("llama3", "yarn"):
+        scaling = config.scaling
+        assert scaling is not None
+        if not config.rope_original:
+            raise UserError(f"model.rope_original=0: model.rope_scaling={config.rope_scaling!r} needs it")
+        if scaling.low >= scaling.high:
+            raise UserError(f"model.rope_low={scaling.low}: must be below model.rope_high={scaling.high}")
+    elif config.rope_original or config.rope_low or config.rope_high:
+        raise UserError(
+            f"model.rope_scaling={config.rope_scaling!r}: has no use for rope_original, rope_low and rope_high"
+        )
+    if config.rope_scaling == "none" and config.rope_factor != 1:
+        raise UserError(f"model.rope_factor={config.rope_factor}: name a model.rope_scaling, or leave it 1")
+    if config.rope_scaling != "yarn" and (config.rope_attention_factor or not config.rope_truncate):
+        raise UserError("model.rope_attention_factor and model.rope_truncate: only model.rope_scaling='yarn' has them")
+
+
+def _check_kernel(config: DecoderConfig) -> None:
+    """Refuse what the attention kernel would have to leave out."""
+    asked = {
+        "scale": ("score_scale", bool(config.score_scale)),
+        "softcap": ("score_softcap", bool(config.score_softcap)),
+        "sinks": ("sinks", config.sinks != "none"),
+        "window": ("window", any(config.local)),
+        "pattern": ("pattern", len(set(config.local)) > 1),
+    }
+    for feature, (field, wanted) in asked.items():
+        if wanted and feature not in KERNELS[config.attention].honours:
+            raise UserError(
+                f"model.{field}={getattr(config, field)!r}: model.attention={config.attention!r} cannot honour it; "
+                "take model.attention='dot'"
+            )

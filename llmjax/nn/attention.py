@@ -9,7 +9,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from llmjax.nn import rotary
+from llmjax.nn import rotary, weights
 from llmjax.nn.embedding import MASKED
 from llmjax.nn.linear import Linear
 from llmjax.parallel.axes import constrain
@@ -17,15 +17,23 @@ from llmjax.parallel.axes import constrain
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One way to compute attention.
+    """One way to compute causal attention.
 
-    prepare   (segments and positions [batch, seq], prefix bool [batch, seq] or None) -> what the kernel needs to know
-              about them, made once for all layers
-    attend    (q [batch, seq, heads, head_dim], k and v [batch, seq, kv_heads, head_dim], prepared) -> like q
+    prepare   (segments and positions int [batch, seq], prefix bool [batch, seq] or None, window int or None) -> arrays
+              that the kernel needs to know of them, made once for all layers of that window
+    attend    (q [batch, seq, heads, head_dim], k and v [batch, seq, kv_heads, head_dim], prepared, *, scale, softcap,
+              sinks) -> like q, with the meaning these have in `dot`
+    honours   what it can do of FEATURES; a config that needs anything else is refused
     """
 
-    prepare: Callable[[jax.Array, jax.Array, jax.Array | None], Any]
-    attend: Callable[[jax.Array, jax.Array, jax.Array, Any], jax.Array]
+    prepare: Callable[[jax.Array, jax.Array, jax.Array | None, int | None], Any]
+    attend: Callable[..., jax.Array]
+    honours: frozenset[str]
+
+
+# What a model may ask of a kernel beyond plain causal attention inside segments: a scale of its own, a soft-cap, sinks,
+# a window, and windows that differ between layers (one `prepared` is chosen from several by a traced index).
+FEATURES = frozenset({"scale", "softcap", "sinks", "window", "pattern"})
 
 
 def visible(
@@ -56,13 +64,21 @@ def dot(
     mask: jax.Array,
     *,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: jax.Array | None = None,
     bias: jax.Array | None = None,
 ) -> jax.Array:
     """Plain attention with a float32 softmax: the oracle for every other kernel.
 
-    q [batch, s, heads, head_dim]; k, v [batch, t, kv_heads, head_dim], v's head_dim its own; mask bool [batch, s, t];
-    bias, if any, is added to the scores: [batch or 1, heads, s, t]. scale None: 1 / sqrt(head_dim). Returns [batch, s,
-    heads, v's head_dim]. Query heads are grouped by the key head they share, so keys and values are never repeated.
+    q [batch, s, heads, head_dim]; k, v [batch, t, kv_heads, head_dim], v's head_dim its own; mask bool [batch, s, t].
+    Returns [batch, s, heads, v's head_dim]. Query heads are grouped by the key head they share, so keys and values are
+    never repeated.
+
+    scale     of the products; None: 1 / sqrt(head_dim)
+    softcap   scores become softcap tanh(scores / softcap) before the mask (Gemma Team, 2024, arXiv 2408.00118)
+    sinks     [heads], one more score a query, whose weight takes part in the softmax and is given to no value (OpenAI,
+              2025, arXiv 2508.10925)
+    bias      [batch or 1, heads, s, t], added to the scores
     """
     batch, s, heads, head_dim = q.shape
     groups, repeats = k.shape[2], heads // k.shape[2]
@@ -71,26 +87,42 @@ def dot(
     q = q.transpose(0, 2, 3, 1, 4).reshape(batch, groups, repeats * s, head_dim)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     scores = jnp.einsum("bgsk,bgtk->bgst", q, k, preferred_element_type=jnp.float32)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
     if bias is not None:
         scores += bias.astype(jnp.float32).reshape(bias.shape[0], groups, repeats * s, -1)
     scores = jnp.where(jnp.tile(mask, (1, repeats, 1))[:, None], scores, MASKED)
     # Softmax, divided after the product with the values: head_dim numbers a query instead of t.
-    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-    out = jnp.einsum("bgst,bgtk->bgsk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    out = (out / jnp.sum(weights, axis=-1, keepdims=True)).astype(v.dtype)
+    highest = jnp.max(scores, axis=-1, keepdims=True)
+    if sinks is not None:
+        sink = jnp.repeat(sinks.astype(jnp.float32).reshape(groups, repeats), s, axis=1)[None, :, :, None]
+        highest = jnp.maximum(highest, sink)
+    highest = jax.lax.stop_gradient(highest)
+    parts = jnp.exp(scores - highest)
+    total = jnp.sum(parts, axis=-1, keepdims=True)
+    if sinks is not None:
+        total += jnp.exp(sink - highest)
+    out = jnp.einsum("bgst,bgtk->bgsk", parts.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out = (out / total).astype(v.dtype)
     out = out.reshape(batch, groups, repeats, s, -1).transpose(0, 3, 1, 2, 4)
     return out.reshape(batch, s, heads, -1)
 
 
-def _causal(segments: jax.Array, positions: jax.Array, prefix: jax.Array | None) -> jax.Array:
-    return visible(segments, positions, causal=True, prefix=prefix)
+def _causal(segments: jax.Array, positions: jax.Array, prefix: jax.Array | None, window: int | None) -> jax.Array:
+    return visible(segments, positions, causal=True, prefix=prefix, window=window)
 
 
-KERNELS = {"dot": Kernel(_causal, dot)}
+KERNELS = {"dot": Kernel(_causal, dot, FEATURES)}
 
 
 class Attention(nnx.Module):
-    """Grouped-query self-attention.  [batch, seq, embed] -> same.  (Ainslie et al., 2023, arXiv 2305.13245)"""
+    """Multi-head attention with shared key and value heads.  [batch, seq, embed] -> same.
+
+    `bias` adds one to all four linear maps, `sinks` a learned score to each head; `query_norm` and `key_norm`, where
+    given, act on [batch, seq, heads, head_dim] before the rotation. `score_scale` and `softcap` as in `dot`.
+    (Grouped queries: Ainslie et al., 2023, arXiv 2305.13245; normed queries and keys: Henry et al., 2020, arXiv
+    2010.04245)
+    """
 
     def __init__(
         self,
@@ -104,6 +136,11 @@ class Attention(nnx.Module):
         scale: float,
         kernel: str,
         dtype: str,
+        score_scale: float | None = None,
+        softcap: float | None = None,
+        sinks: bool = False,
+        query_norm: Callable[[jax.Array], jax.Array] | None = None,
+        key_norm: Callable[[jax.Array], jax.Array] | None = None,
     ):
         k_query, k_key, k_value, k_out = jax.random.split(key, 4)
         heads, kv_heads = {"heads": num_heads, "head_dim": head_dim}, {"kv_heads": num_kv_heads, "head_dim": head_dim}
@@ -111,20 +148,27 @@ class Attention(nnx.Module):
         self.key = Linear(k_key, {"embed": embed}, kv_heads, bias=bias, dtype=dtype)
         self.value = Linear(k_value, {"embed": embed}, kv_heads, bias=bias, dtype=dtype)
         self.out = Linear(k_out, heads, {"embed": embed}, bias=bias, dtype=dtype, scale=scale)
-        self.kernel = kernel
+        self.query_norm, self.key_norm = query_norm, key_norm
+        self.sinks = weights.constant(0.0, {"heads": num_heads}, dtype=dtype) if sinks else None
+        self.kernel, self.score_scale, self.softcap = kernel, score_scale, softcap
 
     def project(
         self, x: jax.Array, angles: tuple[jax.Array, jax.Array] | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x [batch, seq, embed] -> q [batch, seq, heads, head_dim]; k, v [batch, seq, kv_heads, head_dim]; rotated."""
+        """x [batch, seq, embed] -> q [batch, seq, heads, head_dim]; k, v [batch, seq, kv_heads, head_dim]; normed,
+        rotated."""
         q = constrain(self.query(x), "batch", "seq", "heads", "head_dim")
         k = constrain(self.key(x), "batch", "seq", "kv_heads", "head_dim")
         v = constrain(self.value(x), "batch", "seq", "kv_heads", "head_dim")
+        if self.query_norm is not None:
+            q = self.query_norm(q)
+        if self.key_norm is not None:
+            k = self.key_norm(k)
         return (q, k, v) if angles is None else (rotary.rotate(q, *angles), rotary.rotate(k, *angles), v)
 
     def __call__(self, x: jax.Array, angles: tuple[jax.Array, jax.Array] | None, prepared: Any) -> jax.Array:
         q, k, v = self.project(x, angles)
-        heads = checkpoint_name(KERNELS[self.kernel].attend(q, k, v, prepared), "attention")
+        heads = checkpoint_name(KERNELS[self.kernel].attend(q, k, v, prepared, **self._scores()), "attention")
         return self.out(constrain(heads, "batch", "seq", "heads", "head_dim"))
 
     def cached(
@@ -133,15 +177,21 @@ class Attention(nnx.Module):
         angles: tuple[jax.Array, jax.Array] | None,
         positions: jax.Array,
         cache: tuple[jax.Array, jax.Array],
+        window: jax.Array | int | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """The same over a cache of keys and values, each [batch, slots, kv_heads, head_dim]; slot i holds position i.
 
         x [batch, seq, embed] stands at consecutive `positions` int [batch, seq], which may start elsewhere in each row.
-        Its keys and values are written there first; slots beyond a query's position are not seen. Returns (output,
-        cache).
+        Its keys and values are written there first; slots beyond a query's position, or `window` and more before it,
+        are not seen. Returns (output, cache).
         """
         q, *new = self.project(x, angles)
         write = jax.vmap(lambda old, rows, start: jax.lax.dynamic_update_slice_in_dim(old, rows, start, axis=0))
         k, v = (write(old, rows.astype(old.dtype), positions[:, 0]) for old, rows in zip(cache, new, strict=True))
-        mask = jnp.arange(k.shape[1]) <= positions[:, :, None]
-        return self.out(dot(q, k.astype(q.dtype), v.astype(q.dtype), mask)), (k, v)
+        distance = positions[:, :, None] - jnp.arange(k.shape[1])
+        mask = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        return self.out(dot(q, k.astype(q.dtype), v.astype(q.dtype), mask, **self._scores())), (k, v)
+
+    def _scores(self) -> dict[str, Any]:
+        sinks = None if self.sinks is None else self.sinks[...]
+        return {"scale": self.score_scale, "softcap": self.softcap, "sinks": sinks}

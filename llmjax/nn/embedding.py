@@ -26,10 +26,14 @@ class Embedding(nnx.Module):
         return constrain(jnp.take(table, tokens, axis=0, mode="clip"), "batch", "seq", None)
 
 
-def logits(hidden: jax.Array, table: jax.Array, *, vocab_size: int) -> jax.Array:
-    """hidden [..., embed] times table [embed, vocab] -> float32 [..., vocab]; padding ids (>= vocab_size) get
-    MASKED."""
+def logits(hidden: jax.Array, table: jax.Array, *, vocab_size: int, softcap: float | None = None) -> jax.Array:
+    """hidden [..., embed] times table [embed, vocab] -> float32 [..., vocab]; padding ids (>= vocab_size) get MASKED.
+
+    With `softcap` the others become softcap tanh(logits / softcap).
+    """
     out = project(hidden, table.astype(hidden.dtype), 1, jnp.float32)
+    if softcap is not None:
+        out = softcap * jnp.tanh(out / softcap)
     if table.shape[-1] == vocab_size:
         return out
     ids = jax.lax.broadcasted_iota(jnp.int32, out.shape, out.ndim - 1)

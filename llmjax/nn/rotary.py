@@ -1,14 +1,74 @@
 """Rotary position embedding (Su et al., 2021, arXiv 2104.09864), in the layout that pairs the two halves of a head."""
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
-def angles(positions: jax.Array, head_dim: int, base: float) -> tuple[jax.Array, jax.Array]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scaling:
+    """How frequencies are lowered so that a model reads further than the `original` positions it was trained on.
+
+    kind              linear: all are divided by `factor` (Chen et al., 2023, arXiv 2306.15595)
+                      llama3, yarn: those that make fewer than `low` turns over the original positions are divided by
+                      `factor`, those that make more than `high` stay, and between them the two are blended: linearly in
+                      the number of turns (llama3; Llama Team, 2024, arXiv 2407.21783) or linearly in the dimension
+                      (yarn; Peng et al., 2023, arXiv 2309.00071)
+    truncate          yarn: the dimensions where the blend begins and ends are rounded outwards to whole numbers
+    attention_factor  yarn: cos and sin are multiplied by it, and so scores by its square
+    """
+
+    kind: str
+    factor: float
+    original: int = 0
+    low: float = 1.0
+    high: float = 4.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+
+
+# Kind -> (low, high) of the paper.
+SCALINGS = {"linear": (1.0, 4.0), "llama3": (1.0, 4.0), "yarn": (1.0, 32.0)}
+
+
+def yarn_attention_factor(factor: float, weight: float = 1.0) -> float:
+    """The attention factor that YaRN advises for a frequency factor: 0.1 weight log(factor) + 1."""
+    return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
+
+
+def frequencies(head_dim: int, base: float, scaling: Scaling | None = None) -> np.ndarray:
+    """Radians a position of each pair of dimensions, float64 [head_dim / 2], from fast to slow."""
+    plain = base ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if scaling is None:
+        return plain
+    slow = plain / scaling.factor
+    if scaling.kind == "linear":
+        return slow
+    if scaling.kind == "llama3":
+        turns = scaling.original * plain / (2 * math.pi)
+        kept = np.clip((turns - scaling.low) / (scaling.high - scaling.low), 0, 1)
+    else:
+        # The dimension, counted over half a head, whose frequency makes so many turns over the original positions.
+        dimension = lambda turns: head_dim * math.log(scaling.original / (turns * 2 * math.pi)) / (2 * math.log(base))
+        first, last = dimension(scaling.high), dimension(scaling.low)
+        if scaling.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, head_dim - 1)
+        kept = 1 - np.clip((np.arange(head_dim // 2) - first) / max(last - first, 1e-3), 0, 1)
+    return plain * kept + slow * (1 - kept)
+
+
+def angles(
+    positions: jax.Array, head_dim: int, base: float, scaling: Scaling | None = None
+) -> tuple[jax.Array, jax.Array]:
     """positions int [batch, seq] -> cos and sin, float32 [batch, seq, 1, head_dim / 2]."""
-    frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle = positions.astype(jnp.float32)[..., None, None] * frequencies
-    return jnp.cos(angle), jnp.sin(angle)
+    angle = positions.astype(jnp.float32)[..., None, None] * frequencies(head_dim, base, scaling).astype(np.float32)
+    if scaling is None or scaling.attention_factor == 1:
+        return jnp.cos(angle), jnp.sin(angle)
+    return jnp.cos(angle) * scaling.attention_factor, jnp.sin(angle) * scaling.attention_factor
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
