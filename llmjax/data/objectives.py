@@ -6,10 +6,11 @@ import dataclasses
 import numpy as np
 
 from llmjax.batch import Batch
-from llmjax.data import vocabulary
+from llmjax.data import spans, vocabulary
 from llmjax.data.config import ObjectiveConfig
 from llmjax.data.draws import Draws, below, pick
 from llmjax.data.packing import Room, Rows
+from llmjax.data.pieces import halves
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.data.vocabulary import Vocabulary
 
@@ -74,7 +75,33 @@ def open_objective(config: ObjectiveConfig, tokenizer: Tokenizer, *, seq_len: in
         return dataclasses.replace(
             plain, name="masked", key=f"masked rate={rate:g}{words}", vocabulary=known, make=make
         )
+    if config.name in ("span", "ul2"):
+        return _denoising(config, tokenizer, seq_len)
     raise NotImplementedError(config.name)
+
+
+def _denoising(config: ObjectiveConfig, tokenizer: Tokenizer, seq_len: int) -> Objective:
+    """Span corruption, or the mixture of denoisers."""
+    mixture = config.name == "ul2"
+    one = spans.Denoiser(
+        rate=0.15 if config.rate is None else config.rate,
+        mean_span=3.0 if config.mean_span is None else config.mean_span,
+    )
+    denoisers = spans.UL2 if mixture else (one,)
+    sides = spans.solve(config.name, denoisers, seq_len=seq_len, target_len=config.target_len, modes=mixture)
+    wanted = (vocabulary.sentinels(sides.sentinels), *((vocabulary.MODES,) if mixture else ()))
+    known = vocabulary.of(tokenizer, *wanted)
+    # A prompt goes on where its last mark stands; the mixture knows that by the mode of its S-denoiser.
+    before = [known.ids[sides.sentinels + 1]] if mixture else []
+    return Objective(
+        name=config.name,
+        key=sides.room.name,
+        room=sides.room,
+        target_len=sides.target_len,
+        vocabulary=known,
+        make=lambda rows, samples, draws: spans.corrupt(rows, samples, draws, denoisers, sides, known),
+        prompt=lambda ids: np.concatenate([before, ids, known.ids[:1]]).astype(np.int32),
+    )
 
 
 def causal(rows: Rows, samples: np.ndarray) -> Batch:
@@ -132,8 +159,3 @@ def masked(
         positions=rows.positions,
         sample=halves(samples),
     )
-
-
-def halves(samples: np.ndarray) -> np.ndarray:
-    """The high and the low words of sample indices: uint32 [samples, 2]."""
-    return np.stack([samples >> 32, samples & 0xFFFFFFFF], axis=-1).astype(np.uint32)

@@ -9,12 +9,21 @@ import jax
 
 from llmjax.models.decoder import Decoder
 from llmjax.models.decoder_config import DecoderConfig
+from llmjax.models.encdec import EncDec
+from llmjax.models.encdec_config import EncDecConfig
+from llmjax.models.encoder import Encoder
+from llmjax.models.encoder_config import EncoderConfig
+from llmjax.models.recurrent import Recurrent
+from llmjax.models.recurrent_config import RecurrentConfig
 
 # One line a family, here and below: its module, and its config, which `model.family` chooses.
 FAMILIES: dict[str, Any] = {
     "decoder": Decoder,
+    "encoder": Encoder,
+    "encdec": EncDec,
+    "recurrent": Recurrent,
 }
-ModelConfig = DecoderConfig
+ModelConfig = DecoderConfig | EncoderConfig | EncDecConfig | RecurrentConfig
 
 
 def config_class(family: str) -> Any:
