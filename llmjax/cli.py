@@ -24,6 +24,7 @@ llmjax: pretrain language models, from a laptop to a pod
   llmjax train     --config=FILE --workdir=DIR   prepares if needed, trains, resumes, evaluates, writes report.html
   llmjax eval      --workdir=DIR                 scores a checkpoint on a split
   llmjax generate  --workdir=DIR --prompt=TEXT   writes text with a checkpoint
+  llmjax fill      --workdir=DIR --text=TEXT     fills the masks of a text with a masked-LM checkpoint
   llmjax import    --from=DIR --workdir=DIR      a Hugging Face checkpoint on disk -> a workdir
   llmjax export    --workdir=DIR --to=DIR        a checkpoint -> a folder that transformers loads
   llmjax inspect   --workdir=DIR                 checkpoints, their fingerprints, the config
@@ -281,6 +282,48 @@ def generate(arguments: list[str]) -> int:
     return 0
 
 
+def fill(arguments: list[str]) -> int:
+    """Fill masks."""
+    parser = _parser(
+        "fill",
+        """\
+        Say what belongs in the place of each mask of a text, the likeliest token first, with a checkpoint that was
+        trained with objective.name='masked'. A mask is [MASK], or what the tokenizer calls it, and hides one token; a
+        space before it is part of that token.""",
+        "llmjax fill --workdir=runs/bert --text='import [MASK] as np' --count=3",
+    )
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="a run")
+    parser.add_argument("--text", action="append", required=True, help="text with masks; may be given several times")
+    parser.add_argument("--step", type=_whole(0), help="the checkpoint (default: the newest)")
+    parser.add_argument("--count", type=_whole(1), default=5, help="tokens to name for each mask (default 5)")
+    flags, overrides = _parse(parser, arguments)
+    from llmjax.parallel import hosts
+
+    hosts.initialize()
+    from llmjax import fill as filling, loading
+
+    loaded = loading.load(_workdir(flags.workdir), step=flags.step, overrides=overrides, say=_say)
+    filled = filling.fill(
+        flags.text,
+        graph=loaded.graph,
+        params=loaded.params,
+        model=loaded.config.model,
+        mesh=loaded.mesh,
+        rules=loaded.config.parallel.rules,
+        tokenizer=loaded.tokenizer,
+        count=flags.count,
+    )
+    for text, masks in zip(flags.text, filled, strict=True):
+        _say(text)
+        for number, fillers in enumerate(masks, 1):
+            if len(masks) > 1:
+                _say(f" mask {number}")
+            for filler in fillers:
+                _say(f"  {filler.probability:6.1%}  {filler.text!r}")
+    _say(f"step {loaded.step} ({loaded.parameters})")
+    return 0
+
+
 def import_(arguments: list[str]) -> int:
     """Take over a published checkpoint."""
     parser = _parser(
@@ -458,6 +501,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "eval": evaluate,
     "generate": generate,
+    "fill": fill,
     "import": import_,
     "export": export,
     "inspect": inspect,

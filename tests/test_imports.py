@@ -14,6 +14,7 @@ FLOORS = {
     "llmjax.train": 5,
     "llmjax.evals": 4,
     "llmjax.generate": 4,
+    "llmjax.fill": 4,
     "llmjax.sampling": 4,
     "llmjax.report": 4,
     "llmjax.inspection": 4,

@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
-from llmjax.interop import decoder, encdec
+from llmjax.interop import decoder, encdec, encoder
 from llmjax.interop.mapping import Architecture
 
 # One line a family. Where several classes express a model, the first is the one that is exported.
 FAMILIES: dict[str, dict[str, Architecture]] = {
     "decoder": decoder.ARCHITECTURES,
+    "encoder": encoder.ARCHITECTURES,
     "encdec": encdec.ARCHITECTURES,
 }
 ARCHITECTURES = {name: found for family in FAMILIES.values() for name, found in family.items()}
