@@ -88,9 +88,11 @@ class Meter:
     def evaluated(self, scores: dict[str, Any]) -> None:
         """Show an evaluation; its time is no step's."""
         total = scores["total"]
+        more = f"accuracy {total['accuracy']:.2%}"
+        if total["bits_per_byte"] is not None:
+            more = f"{total['bits_per_byte']:.4f} bits per byte"
         self._console.say(
-            f"  {scores['split']}: loss {total['loss']:.4f}, perplexity {total['perplexity']:.2f}, "
-            f"{total['bits_per_byte']:.4f} bits per byte"
+            f"  {scores['split']}: loss {total['loss']:.4f}, perplexity {total['perplexity']:.2f}, {more}"
         )
         self._restart_window()
 
