@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from llmjax.batch import Batch, Output
+from llmjax.models import parametrization
 from llmjax.models.decoder import Angles, Block, Cache, Decoder
 from llmjax.models.moe_config import MoeConfig
 from llmjax.nn import moe, rotary, stack
@@ -30,7 +31,7 @@ class DenseBlock(Block):
             rope_dim=config.rope_dim,
             value_dim=config.value_size,
             scale=config.branch_scale,
-            score_scale=config.score_scale or None,
+            score_scale=parametrization.score_scale(config, config.score_scale or config.latent_scale),
             kernel=config.attention,
             dtype=config.param_dtype,
         )

@@ -86,6 +86,11 @@ class MoeConfig(DecoderConfig):
         return self.value_dim or self.head_size
 
     @property
+    def latent_scale(self) -> float:
+        """What latent attention multiplies its scores by, where score_scale is 0."""
+        return (self.head_size + self.rope_dim) ** -0.5
+
+    @property
     def routing(self) -> Routing:
         """How a layer's router chooses."""
         return Routing(

@@ -28,6 +28,7 @@ class LatentAttention(nnx.Module):
     head_dim    width of the part of queries and keys that has no position
     rope_dim    width of the part that is rotated; its key is one for all heads, and made from x
     value_dim   width of a value
+    score_scale what the products of queries and keys are multiplied by
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class LatentAttention(nnx.Module):
         rope_dim: int,
         value_dim: int,
         scale: float,
-        score_scale: float | None,
+        score_scale: float,
         kernel: str,
         dtype: str,
     ):
@@ -60,8 +61,7 @@ class LatentAttention(nnx.Module):
         self.key_rope = linear(x, {"latent": rope_dim})
         self.key, self.value = linear(c, heads(head_dim)), linear(c, heads(value_dim))
         self.out = linear(heads(value_dim), x, scale=scale)
-        self.score_scale = (head_dim + rope_dim) ** -0.5 if score_scale is None else score_scale
-        self.head_dim, self.kernel = head_dim, kernel
+        self.head_dim, self.score_scale, self.kernel = head_dim, score_scale, kernel
 
     def project(self, x: jax.Array, angles: Angles) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """x [batch, seq, embed] -> the two parts of the queries, [batch, seq, heads, head_dim] and [.., rope_dim], the
