@@ -188,6 +188,15 @@ def with_objective(config: RunConfig, objective: Objective) -> RunConfig:
     return with_vocabulary(config, objective.size)
 
 
+def flops_per_token(config: RunConfig, target_len: int) -> float:
+    """Model flops of one place of a row of the run's batches, `target_len` wide: the source that goes with it
+    included, where the model reads one."""
+    model, seq_len = config.model, config.data.seq_len
+    if isinstance(model, EncDecConfig):
+        return model.flops_per_token(seq_len, target_len)
+    return model.flops_per_token(seq_len)
+
+
 def with_vocabulary(config: RunConfig, vocab_size: int) -> RunConfig:
     """The config with the model's vocabulary filled in, or checked: ids of the tokenizer and of the objective."""
     given = config.model.vocab_size
