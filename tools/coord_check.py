@@ -27,7 +27,6 @@ from llmjax.models.encoder_config import EncoderConfig
 from llmjax.models.recurrent_config import RecurrentConfig
 from llmjax.optim.config import OptimizerConfig
 from llmjax.parallel.mesh import ParallelConfig
-from llmjax.report import plot
 from llmjax.train.step import make_loss, train_step
 
 BASE, WIDTHS, DEPTHS = 64, (64, 128, 256, 512), (2, 4, 8)
@@ -113,7 +112,7 @@ def moved(config, *, steps: int = 4, learning_rate: float = 5e-3, optimizer: str
 
 def check(svg: pathlib.Path) -> None:
     """Print the table and write the plot."""
-    curves = []
+    curves = {}
     for family, make in FAMILIES.items():
         print(
             f"\n{family}: root mean square of what 4 steps of AdamW at 5e-3 do, over that of width {BASE} in brackets"
@@ -121,15 +120,33 @@ def check(svg: pathlib.Path) -> None:
         for parametrization in ("standard", "mup"):
             made = {width: make(width, **COMMON, parametrization=parametrization) for width in WIDTHS}
             logits = _table(parametrization, made)
-            points = [(float(np.log2(width)), value / logits[0]) for width, value in zip(WIDTHS, logits, strict=True)]
-            look = "line" if parametrization == "mup" else "faint"
-            curves.append(plot.Curve(f"{family}, {parametrization}", points, look))
+            curves[family, parametrization] = [value / logits[0] for value in logits]
     print(f"\ndecoder of width {BASE}, by depth (muP is about widths; depth is for comparison)")
     for parametrization in ("standard", "mup"):
         shapes = {depth: COMMON | {"num_layers": depth, "parametrization": parametrization} for depth in DEPTHS}
         _table(parametrization, {depth: FAMILIES["decoder"](BASE, **shape) for depth, shape in shapes.items()})
-    svg.write_text(plot.curves(curves, label="Change of logits over that at the base width, by log2 of the width"))
+    _draw(curves, svg)
     print(f"\nplot: {svg}")
+
+
+def _draw(curves: dict[tuple[str, str], list[float]], path: pathlib.Path) -> None:
+    """How far logits move, over the base width, by width: flat under muP."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for number, family in enumerate(FAMILIES):
+        for parametrization, style in (("standard", "--"), ("mup", "-")):
+            label = f"{family}, {parametrization}"
+            axes.plot(WIDTHS, curves[family, parametrization], style, color=f"C{number}", marker="o", label=label)
+    axes.set(xscale="log", yscale="log", xlabel="width", ylabel=f"move of the logits in 4 steps, over width {BASE}")
+    axes.set_xticks(WIDTHS, [str(width) for width in WIDTHS])
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path)
 
 
 def _table(parametrization: str, made: dict) -> list[float]:
