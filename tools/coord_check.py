@@ -27,7 +27,6 @@ from llmjax.models.encoder_config import EncoderConfig
 from llmjax.models.recurrent_config import RecurrentConfig
 from llmjax.optim.config import OptimizerConfig
 from llmjax.parallel.mesh import ParallelConfig
-from llmjax.report import plot
 from llmjax.train.step import make_loss, train_step
 
 BASE, WIDTHS, DEPTHS = 64, (64, 128, 256, 512), (2, 4, 8)
@@ -113,36 +112,53 @@ def moved(config, *, steps: int = 4, learning_rate: float = 5e-3, optimizer: str
 
 def check(svg: pathlib.Path) -> None:
     """Print the table and write the plot."""
-    curves, labels = [], []
+    curves = {}
     for family, make in FAMILIES.items():
-        print(f"\n{family}: root mean square of what 4 steps of AdamW at 5e-3 do, width over width {BASE} in brackets")
+        print(
+            f"\n{family}: root mean square of what 4 steps of AdamW at 5e-3 do, over that of width {BASE} in brackets"
+        )
         for parametrization in ("standard", "mup"):
-            for name in ("hidden", "logits"):
-                made = [make(width, **COMMON, parametrization=parametrization) for width in WIDTHS]
-                values = [moved(config)[name] for config in made]
-                row = "  ".join(
-                    f"{width:4}: {v:7.3f} ({v / values[0]:5.2f})" for width, v in zip(WIDTHS, values, strict=True)
-                )
-                print(f"  {parametrization:9} {name:7} {row}", flush=True)
-                if name == "logits":
-                    look = "line" if parametrization == "mup" else "faint"
-                    points = [(float(np.log2(w)), v / values[0]) for w, v in zip(WIDTHS, values, strict=True)]
-                    curves.append(plot.Curve(f"{family}, {parametrization}", points, look))
-                    labels.append(f"{family}, {parametrization}")
+            made = {width: make(width, **COMMON, parametrization=parametrization) for width in WIDTHS}
+            logits = _table(parametrization, made)
+            curves[family, parametrization] = [value / logits[0] for value in logits]
     print(f"\ndecoder of width {BASE}, by depth (muP is about widths; depth is for comparison)")
     for parametrization in ("standard", "mup"):
-        for name in ("hidden", "logits"):
-            made = [
-                FAMILIES["decoder"](BASE, **(COMMON | {"num_layers": depth}), parametrization=parametrization)
-                for depth in DEPTHS
-            ]
-            values = [moved(config)[name] for config in made]
-            row = "  ".join(
-                f"{depth:4}: {v:7.3f} ({v / values[0]:5.2f})" for depth, v in zip(DEPTHS, values, strict=True)
-            )
-            print(f"  {parametrization:9} {name:7} {row}", flush=True)
-    svg.write_text(plot.curves(curves, label="Change of logits over that at the base width, by log2 of the width"))
+        shapes = {depth: COMMON | {"num_layers": depth, "parametrization": parametrization} for depth in DEPTHS}
+        _table(parametrization, {depth: FAMILIES["decoder"](BASE, **shape) for depth, shape in shapes.items()})
+    _draw(curves, svg)
     print(f"\nplot: {svg}")
+
+
+def _draw(curves: dict[tuple[str, str], list[float]], path: pathlib.Path) -> None:
+    """How far logits move, over the base width, by width: flat under muP."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for number, family in enumerate(FAMILIES):
+        for parametrization, style in (("standard", "--"), ("mup", "-")):
+            label = f"{family}, {parametrization}"
+            axes.plot(WIDTHS, curves[family, parametrization], style, color=f"C{number}", marker="o", label=label)
+    axes.set(xscale="log", yscale="log", xlabel="width", ylabel=f"move of the logits in 4 steps, over width {BASE}")
+    axes.set_xticks(WIDTHS, [str(width) for width in WIDTHS])
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def _table(parametrization: str, made: dict) -> list[float]:
+    """Print a line for hidden states and one for logits; returns what happened to the logits."""
+    values = [moved(config) for config in made.values()]
+    for name in ("hidden", "logits"):
+        row = "  ".join(
+            f"{size:4}: {value[name]:7.3f} ({value[name] / values[0][name]:5.2f})"
+            for size, value in zip(made, values, strict=True)
+        )
+        print(f"  {parametrization:9} {name:7} {row}", flush=True)
+    return [value["logits"] for value in values]
 
 
 def sweep(steps: int) -> None:

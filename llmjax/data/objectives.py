@@ -38,6 +38,11 @@ class Objective:
     prompt: Callable[[np.ndarray], np.ndarray]
 
     @property
+    def start(self) -> int:
+        """The id that a decoder reads first; -1 where the text alone decides."""
+        return self.vocabulary.begin if self.vocabulary else -1
+
+    @property
     def size(self) -> int:
         """The least vocabulary that a model needs; 0 where the text alone decides."""
         return self.vocabulary.size if self.vocabulary else 0
@@ -56,10 +61,13 @@ def causal_objective(seq_len: int, known: Vocabulary | None = None) -> Objective
     )
 
 
-def open_objective(config: ObjectiveConfig, tokenizer: Tokenizer, *, seq_len: int, encoder_decoder: bool) -> Objective:
+def open_objective(
+    config: ObjectiveConfig, tokenizer: Tokenizer, *, seq_len: int, start_id: int | None = None
+) -> Objective:
     """The objective of a config.
 
-    encoder_decoder  whether the model reads a source with an encoder
+    start_id  of a model that reads a source with an encoder: the id that its decoder reads first; -1: the id that
+              documents start with. None: the model has no such sides
     Raises UserError where no chunk fits a row of seq_len tokens.
     """
     plain = causal_objective(seq_len, vocabulary.of(tokenizer))
@@ -76,7 +84,8 @@ def open_objective(config: ObjectiveConfig, tokenizer: Tokenizer, *, seq_len: in
             plain, name="masked", key=f"masked rate={rate:g}{words}", vocabulary=known, make=make
         )
     if config.name in ("span", "ul2"):
-        return _denoising(config, tokenizer, seq_len)
+        assert start_id is not None, "the config lets only encoder-decoders through"
+        return _denoising(config, tokenizer, seq_len, start_id)
     if config.name == "fim":
         known, room = vocabulary.of(tokenizer, vocabulary.FIM), infill.room(seq_len)
         rate = 0.5 if config.fim_rate is None else config.fim_rate
@@ -85,10 +94,9 @@ def open_objective(config: ObjectiveConfig, tokenizer: Tokenizer, *, seq_len: in
             plain, name="fim", key=f"fim fim_rate={rate:g}", room=room, vocabulary=known, make=make
         )
     assert config.name == "prefix"
-    known = vocabulary.of(tokenizer)
-    if not encoder_decoder:
+    if start_id is None:
         return dataclasses.replace(plain, name="prefix", key="prefix", make=prefix)
-    target_len = config.target_len or seq_len
+    known, target_len = _starting(vocabulary.of(tokenizer), start_id), config.target_len or seq_len
     room = spans.halves_room(seq_len, target_len)
     return dataclasses.replace(
         plain,
@@ -96,11 +104,17 @@ def open_objective(config: ObjectiveConfig, tokenizer: Tokenizer, *, seq_len: in
         key=f"prefix target={target_len}",
         room=room,
         target_len=target_len,
+        vocabulary=known,
         make=lambda rows, samples, draws: spans.halve(rows, samples, draws, seq_len, target_len, known),
     )
 
 
-def _denoising(config: ObjectiveConfig, tokenizer: Tokenizer, seq_len: int) -> Objective:
+def _starting(known: Vocabulary, start_id: int) -> Vocabulary:
+    """The same ids for a decoder that reads `start_id` first; -1: what documents start with."""
+    return known if start_id < 0 else dataclasses.replace(known, begin=start_id)
+
+
+def _denoising(config: ObjectiveConfig, tokenizer: Tokenizer, seq_len: int, start_id: int) -> Objective:
     """Span corruption, or the mixture of denoisers."""
     mixture = config.name == "ul2"
     one = spans.Denoiser(
@@ -110,7 +124,7 @@ def _denoising(config: ObjectiveConfig, tokenizer: Tokenizer, seq_len: int) -> O
     denoisers = spans.UL2 if mixture else (one,)
     sides = spans.solve(config.name, denoisers, seq_len=seq_len, target_len=config.target_len, modes=mixture)
     wanted = (vocabulary.sentinels(sides.sentinels), *((vocabulary.MODES,) if mixture else ()))
-    known = vocabulary.of(tokenizer, *wanted)
+    known = _starting(vocabulary.of(tokenizer, *wanted), start_id)
     # A prompt goes on where its last mark stands; the mixture knows that by the mode of its S-denoiser.
     before = [known.ids[sides.sentinels + 1]] if mixture else []
     return Objective(

@@ -29,12 +29,12 @@ class Denoiser:
     mean_span: float | None
     mode: int = 0
 
-    def counts(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(hidden tokens, spans) of chunks of these lengths; T5's arithmetic, and at least one of each."""
+    def counts(self, lengths: np.ndarray, most: int = MOST_SENTINELS) -> tuple[np.ndarray, np.ndarray]:
+        """(hidden tokens, spans) of chunks of these lengths; T5's arithmetic, and at least one and `most` spans."""
         noise = np.clip(np.round(self.rate * lengths), 1, np.maximum(lengths - 1, 1)).astype(np.int64)
         if self.mean_span is None:
             return noise, np.ones_like(noise)
-        spans = np.clip(np.round(noise / self.mean_span), 1, MOST_SENTINELS).astype(np.int64)
+        spans = np.clip(np.round(noise / self.mean_span), 1, most).astype(np.int64)
         return noise, np.minimum(spans, np.minimum(noise, lengths - noise + 1))
 
 
@@ -76,7 +76,9 @@ def solve(name: str, denoisers: Sequence[Denoiser], *, seq_len: int, target_len:
     sources, targets = (lengths - noise + spans + modes).max(axis=0), (noise + spans + 1).max(axis=0)
     fit = _first(sources > seq_len)
     if not target_len:
-        target_len = -(-int(targets[:fit].max(initial=1)) // _MULTIPLE) * _MULTIPLE
+        # Alone, as if sentinels had no limit: rows of shorter chunks, which stay below it, need that much.
+        ample = np.sum(denoisers[0].counts(lengths, most=seq_len), axis=0) + 1 if len(denoisers) == 1 else targets
+        target_len = -(-int(ample[:fit].max(initial=1)) // _MULTIPLE) * _MULTIPLE
     costs = np.maximum(sources, -(-targets * seq_len // target_len))
     longest = _first(costs > seq_len)
     if not longest:

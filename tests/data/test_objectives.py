@@ -37,7 +37,7 @@ CASES = {
 def make(case: str, seq_len: int = SEQ_LEN, **fields):
     changes, encoder_decoder = CASES[case]
     config = ObjectiveConfig(**{"name": case, **changes, **fields})
-    return open_objective(config, BYTES, seq_len=seq_len, encoder_decoder=encoder_decoder)
+    return open_objective(config, BYTES, seq_len=seq_len, start_id=-1 if encoder_decoder else None)
 
 
 def documents(seed: int = 0, number: int = 300, longest: int = 300) -> list[np.ndarray]:
@@ -480,7 +480,7 @@ class TestVocabulary:
                 self.special_tokens = known
 
         open_it = lambda **fields: (
-            open_objective(ObjectiveConfig(**fields), Special(), seq_len=SEQ_LEN, encoder_decoder=True).vocabulary
+            open_objective(ObjectiveConfig(**fields), Special(), seq_len=SEQ_LEN, start_id=-1).vocabulary
         )
         assert open_it(name="masked").ids == (7,) and open_it(name="masked").size == 259
         assert open_it(name="fim").ids == (3, 4, 5)
