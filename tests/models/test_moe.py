@@ -220,8 +220,8 @@ def test_the_correction_bias_balances_the_load():
         DEEPSEEK, num_layers=2, router_groups=1, router_top_groups=1, balance_loss=0.0, router_z_loss=0.0
     )
     graph, _, axes = registry.abstract(config)
-    frozen = OptimizerConfig(name="sgd", learning_rate=1e-12, weight_decay=0.0, balance_rate=0.02, warmup_steps=0)
-    optimizer = make_optimizer(frozen, horizon=100, axes=axes)
+    frozen = OptimizerConfig(name="sgd", learning_rate=1e-12, weight_decay=0.0, balance_rate=0.005, warmup_steps=0)
+    optimizer = make_optimizer(frozen, horizon=200, axes=axes)
     params = parts(config)[1]
     router = params["blocks"]["mlp"]["router"] | {"correction": jnp.linspace(0.0, 0.4, config.num_experts)[None]}
     params = params | {"blocks": params["blocks"] | {"mlp": params["blocks"]["mlp"] | {"router": router}}}
@@ -235,11 +235,11 @@ def test_the_correction_bias_balances_the_load():
         return params, state, grads["blocks"]["mlp"]["router"]["correction"]
 
     state, busiest = optimizer.init(params), []
-    for _ in range(60):
+    for _ in range(150):
         params, state, excess = step(params, state)
         busiest.append(float(1 + excess.max() / choices))  # the busiest expert's load over the mean load
     assert busiest[0] > 2.5
-    assert np.mean(busiest[-10:]) < 1.4  # steps of 0.02 among scores of some tenths: it swings a little
+    assert np.mean(busiest[-10:]) < 1.4  # it swings about the mean, by as much as a step moves
 
 
 def test_flops_count_the_experts_that_a_token_meets():
@@ -266,7 +266,7 @@ def test_flops_count_the_experts_that_a_token_meets():
         (dict(router="tanh"), "router='tanh'"),
         (dict(dense_layers=4), "must be below model.num_layers=4"),
         (dict(gated="plain"), "experts are gated"),
-        (dict(expert_activation="swiglu"), "did you mean 'clamped_swiglu'"),
+        (dict(expert_activation="swiglu"), "expert_activation='swiglu': choose one of silu"),
         (dict(latent=8, biases="all"), "latent attention has no such thing"),
         (dict(query_latent=8), "unused without model.latent"),
         (dict(balance_loss=-1.0), "must be at least 0"),
