@@ -1,5 +1,7 @@
 """Packed batches made by hand, for tests that need no store."""
 
+import dataclasses
+
 import numpy as np
 
 from llmjax.batch import Batch
@@ -20,3 +22,20 @@ def packed(rows: int, seq: int, vocab: int, *, first_sample: int = 0, seed: int 
             out["positions"][row, start:stop] = np.arange(stop - start)
     words = np.stack([samples >> np.uint64(32), samples & np.uint64(0xFFFFFFFF)], axis=1).astype(np.uint32)
     return Batch(**out, weights=(out["segments"] > 0).astype(np.float32), sample=words)
+
+
+def suiting(config, rows: int, seq: int, vocab: int, *, first_sample: int = 0, seed: int = 0) -> Batch:
+    """A packed batch of the kind that a family reads: with hidden tokens for an encoder, with sources for an
+    encoder-decoder, whose documents have as many tokens there, in another order."""
+    batch = packed(rows, seq, vocab, first_sample=first_sample, seed=seed)
+    if config.family == "encoder":
+        rng = np.random.default_rng((seed, first_sample, 1))
+        hidden = (rng.random(batch.targets.shape) < 0.3) & (batch.segments > 0)
+        inputs = np.where(hidden, 0, batch.targets).astype(np.int32)
+        return dataclasses.replace(batch, inputs=inputs, weights=hidden.astype(np.float32))
+    if config.family == "encdec":
+        source = np.where(batch.segments > 0, (batch.targets * 7 + 3) % vocab, 0).astype(np.int32)
+        return dataclasses.replace(
+            batch, source=source, source_segments=batch.segments, source_positions=batch.positions
+        )
+    return batch

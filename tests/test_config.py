@@ -1,6 +1,5 @@
 """Config files, overrides and their mistakes."""
 
-import ast
 import pathlib
 
 import pytest
@@ -13,16 +12,7 @@ CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 QUICKSTART = str(CONFIGS / "quickstart.py")
 
 
-def sizes(path: pathlib.Path) -> list[str]:
-    """The sizes that a config file offers: the keys of its SIZES table, or only its default."""
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "SIZES":
-            assert isinstance(node.value, ast.Dict)
-            return [f":{ast.literal_eval(key)}" for key in node.value.keys if key]
-    return [""]
-
-
-@pytest.mark.parametrize("spec", [f"{path}{size}" for path in sorted(CONFIGS.glob("*.py")) for size in sizes(path)])
+@pytest.mark.parametrize("spec", [spec for path in sorted(CONFIGS.glob("*.py")) for spec in config.specs(path)])
 def test_every_config_binds(spec):
     bound = resolve(spec, [])
     # What is written to the workdir and to checkpoints gives the same config again.

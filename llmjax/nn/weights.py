@@ -19,3 +19,8 @@ def normal(key: jax.Array, dims: Mapping[str, int], *, std: float, dtype: str) -
 def constant(value: float, dims: Mapping[str, int], *, dtype: str) -> nnx.Param:
     """A parameter of shape `dims` (logical axis -> size) that starts at one value."""
     return nnx.Param(jnp.full(tuple(dims.values()), value, dtype), out_sharding=tuple(dims))
+
+
+def given(value: jax.Array, axes: tuple[str, ...], *, dtype: str) -> nnx.Param:
+    """A parameter that starts at `value`, one logical axis for each of its dimensions."""
+    return nnx.Param(value.astype(dtype), out_sharding=axes)

@@ -9,12 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from llmjax.config import UserError
 from llmjax.optim.config import OptimizerConfig
 from llmjax.optim.layerwise import is_stacked, kind, matrix_dims, matrix_view, per_layer
 from llmjax.optim.schedules import make_schedule
 
 # RMS of an AdamW update in practice; Muon's is scaled to it, so that both kinds of parameters share one learning rate.
 MUON_RMS = 0.2
+
+# muP: the power of the width by which a hidden matrix's update shrinks, so that what it does to activations stays. Adam
+# and its like move every entry alike, so the sum over a fan-in grows with the width; Muon's and Adafactor's moves have
+# an RMS that keeps step with the matrix's own, 1 / sqrt(fan-in), or a spectral norm that grows as its root
+# (Yang et al., 2022, arXiv 2203.03466, table 8; Yang et al., 2023, arXiv 2310.17813).
+WIDTH_POWERS = {"adamw": 1.0, "lion": 1.0, "schedule_free_adamw": 1.0, "muon": 0.5, "adafactor": 0.5}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,14 +102,15 @@ def _axes_like(field: str, shape: tuple, param_shape: tuple, param_axes: tuple) 
     return (*param_axes[:stack], *(None,) * (len(shape) - stack))
 
 
-def make_optimizer(config: OptimizerConfig, *, horizon: int, axes: dict) -> Optimizer:
+def make_optimizer(config: OptimizerConfig, *, horizon: int, axes: dict, width: float = 1.0) -> Optimizer:
     """The named optimizer over a schedule of `horizon` updates, for parameters with these logical `axes`.
 
-    Raises UserError where the schedule does not fit the horizon.
+    width   of the model over its base width under muP; 1: the standard parametrization
+    Raises UserError where the schedule does not fit the horizon, and for an optimizer that has no rule for widths.
     """
     resolved = config.resolved()
     learning_rate = make_schedule(resolved, horizon)
-    step = _decay_and_rate(resolved, axes, learning_rate)
+    step = optax.chain(_for_width(resolved, axes, width), _decay_and_rate(resolved, axes, learning_rate))
     match resolved.name:
         case "adamw":
             inner = optax.chain(optax.scale_by_adam(resolved.b1, resolved.b2, resolved.eps), step)
@@ -130,6 +138,20 @@ def make_optimizer(config: OptimizerConfig, *, horizon: int, axes: dict) -> Opti
 def _tree_of(function: Callable, axes: dict) -> dict:
     """`function` of every leaf's axes."""
     return jax.tree.map(function, axes, is_leaf=lambda node: isinstance(node, tuple))
+
+
+def _for_width(config: Any, axes: dict, width: float) -> optax.GradientTransformation:
+    """muP's smaller learning rate for hidden matrices, as a smaller direction: their weight decay stays what it is."""
+    if width == 1:
+        return optax.identity()
+    if config.name not in WIDTH_POWERS:
+        raise UserError(
+            f"optimizer.name={config.name!r}: has no muP rule here; take one of {', '.join(WIDTH_POWERS)}, or "
+            "model.parametrization='standard'"
+        )
+    factor = width ** -WIDTH_POWERS[config.name]
+    factors = _tree_of(lambda names: factor if kind(names) == "matrix" else 1.0, axes)
+    return optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, factors))
 
 
 def _decay_and_rate(config: Any, axes: dict, learning_rate: Callable) -> optax.GradientTransformation:

@@ -1,7 +1,7 @@
 """One vocabulary of logical axes, and the one place that turns names into mesh axes.
 
 The names stand in docstrings as shapes, on parameters as shardings, on activations as constraints:
-batch seq embed mlp heads kv_heads head_dim vocab layers. The rules (logical axis -> mesh axes) are config data.
+batch seq embed mlp blocks heads kv_heads head_dim vocab layers. The rules (logical axis -> mesh axes) are config data.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,6 +20,7 @@ DEFAULT_RULES: type_of_rules = (
     ("seq", None),
     ("embed", "fsdp"),
     ("mlp", "tensor"),
+    ("blocks", "tensor"),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
     ("head_dim", None),

@@ -1,0 +1,204 @@
+"""Encoder-decoder transformer: T5, T5 v1.1 and Flan-T5, from one config, over packed sources and targets."""
+
+from typing import NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from llmjax.batch import Batch, Output
+from llmjax.config import UserError
+from llmjax.models import parametrization
+from llmjax.models.encdec_config import EncDecConfig
+from llmjax.nn import attention, dropout, embedding, stack, weights
+from llmjax.nn.cross_attention import CrossAttention, KeysValues
+from llmjax.nn.dropout import Dropout
+from llmjax.nn.embedding import Embedding
+from llmjax.nn.mlp import Mlp
+from llmjax.nn.norm import RMSNorm
+from llmjax.nn.relative import RelativeBias
+
+_NO_DROPOUT = Dropout(None, 0.0)
+
+
+class Cache(NamedTuple):
+    """What decoding keeps.
+
+    own          keys and values of the targets so far, each [layers, batch, slots, heads, head_dim]
+    source       keys and values of the encoded source, each [layers, batch, source_seq, heads, head_dim]
+    mask         bool [batch, source_seq]: the source's tokens, False for padding
+    """
+
+    own: KeysValues
+    source: KeysValues
+    mask: jax.Array
+
+
+class Block(nnx.Module):
+    """One layer of either stack: attention to itself, in the decoder to the source, and feed-forward; pre-norm."""
+
+    def __init__(self, config: EncDecConfig, key: jax.Array, *, crosses: bool):
+        k_attention, k_cross, k_mlp = jax.random.split(key, 3)
+        dtype = config.param_dtype
+        norm = lambda: RMSNorm(config.embed, eps=config.norm_eps, bias=False, dtype=dtype)
+        attend = lambda k: CrossAttention(
+            k,
+            config.embed,
+            num_heads=config.num_heads,
+            head_dim=config.head_size,
+            score_scale=parametrization.score_scale(config, 1.0),
+            dtype=dtype,
+        )
+        self.attention_norm, self.attention = norm(), attend(k_attention)
+        self.cross_norm, self.cross = (norm(), attend(k_cross)) if crosses else (None, None)
+        self.mlp_norm = norm()
+        self.mlp = Mlp(
+            k_mlp,
+            config.embed,
+            config.mlp_size,
+            activation=config.activation,
+            gated=config.gated == "gated",
+            bias=False,
+            scale=1.0,
+            dtype=dtype,
+        )
+
+    def feed(self, x: jax.Array, drop: Dropout) -> jax.Array:
+        """x [batch, seq, embed] and what the feed-forward layer adds to it."""
+        return x + drop(self.mlp(self.mlp_norm(x)))
+
+    def look(self, x: jax.Array, keys: KeysValues, mask: jax.Array, drop: Dropout) -> jax.Array:
+        """x [batch, s, embed] and what it finds in the source; nothing where `mask` [batch, s, t] shows it none."""
+        assert self.cross is not None and self.cross_norm is not None
+        found = self.cross(self.cross_norm(x), keys, mask)
+        return x + drop(jnp.where(jnp.any(mask, axis=-1, keepdims=True), found, 0))
+
+
+class Stack(nnx.Module):
+    """The blocks of the encoder or of the decoder, the position bias that they share, and the norm after them."""
+
+    def __init__(self, config: EncDecConfig, key: jax.Array, num_layers: int, *, decodes: bool):
+        k_blocks, k_bias = jax.random.split(key)
+        self.blocks = jax.vmap(lambda k: Block(config, k, crosses=decodes))(jax.random.split(k_blocks, num_layers))
+        self.bias = RelativeBias(
+            k_bias,
+            config.num_heads,
+            num_buckets=config.relative_buckets,
+            max_distance=config.relative_distance,
+            both_ways=not decodes,
+            std=config.embed**-0.5,
+            dtype=config.param_dtype,
+        )
+        self.norm = RMSNorm(config.embed, eps=config.norm_eps, bias=False, dtype=config.param_dtype)
+        self.config, self.num_layers = config, num_layers
+
+    def run(self, layer, x: jax.Array, drop: Dropout, *stacked):
+        """Embedded tokens [batch, seq, embed] -> (normed hidden states, what the layers gave).
+
+        `layer(x, block, dropout)` returns (x, anything). With `stacked` arrays, which have a leading "layers"
+        dimension, it gets (block, *its slices) for the block.
+        """
+
+        def body(x, item):
+            index, *rest = item
+            return layer(x, rest[0] if len(rest) == 1 else tuple(rest), drop.at(index + 1))
+
+        items = (jnp.arange(self.num_layers), self.blocks, *stacked)
+        x, out = stack.run(body, drop.at(0)(x), items, scan=self.config.scan, remat=self.config.remat)
+        return drop.at(self.num_layers + 1)(self.norm(x)), out
+
+
+class EncDec(nnx.Module):
+    """Batch -> Output with hidden states [batch, seq, embed] of the targets, ready for `unembed`.
+
+    Parameters: embed, which both stacks read; encoder and decoder, each with blocks (every leaf with a leading "layers"
+    dimension), bias and norm; head (untied only).
+    """
+
+    def __init__(self, config: EncDecConfig, key: jax.Array):
+        k_embed, k_encoder, k_decoder, k_head = jax.random.split(key, 4)
+        dtype, vocab = config.param_dtype, config.padded_vocab
+        self.config = config
+        self.embed = Embedding(k_embed, vocab, config.embed, entries="vocab", dtype=dtype, std=1.0)
+        self.encoder = Stack(config, k_encoder, config.num_layers, decodes=False)
+        self.decoder = Stack(config, k_decoder, config.decoder_layers, decodes=True)
+        dims = {"embed": config.embed, "vocab": vocab}
+        untied = config.tied == "untied"
+        self.head = weights.normal(k_head, dims, std=config.embed**-0.5, dtype=dtype) if untied else None
+
+    def __call__(self, batch: Batch, key: jax.Array | None = None) -> Output:
+        """Hidden states in the compute type; `key` switches dropout on, with draws by (key, sample, layer, site)."""
+        if batch.source is None:
+            raise UserError("model.family='encdec': the batch has no source; choose an objective that makes one")
+        drop = dropout.for_samples(key, batch.sample, self.config.dropout)
+        source = self._encode(batch.source, batch.source_segments, batch.source_positions, drop.at(0))
+        seen = attention.visible(batch.segments, batch.positions, causal=True)
+        crossed = batch.segments[:, :, None] == batch.source_segments[:, None, :]
+        bias = self.decoder.bias(batch.positions, batch.positions)
+
+        def layer(x, block, drop):
+            y = block.attention_norm(x)
+            x = x + drop.at(0)(block.attention(y, block.attention.keys(y), seen, bias))
+            x = block.look(x, block.cross.keys(source), crossed, drop.at(1))
+            return block.feed(x, drop.at(2)), None
+
+        x, _ = self.decoder.run(layer, self.embed(batch.inputs, self.config.dtype), drop.at(1))
+        return Output(hidden=x)
+
+    def _encode(self, tokens: jax.Array, segments: jax.Array, positions: jax.Array, drop: Dropout) -> jax.Array:
+        """Source tokens, segments and positions, each [batch, source_seq] -> [batch, source_seq, embed]."""
+        seen = attention.visible(segments, positions, causal=False)
+        bias = self.encoder.bias(positions, positions)
+
+        def layer(x, block, drop):
+            y = block.attention_norm(x)
+            x = x + drop.at(0)(block.attention(y, block.attention.keys(y), seen, bias))
+            return block.feed(x, drop.at(2)), None
+
+        return self.encoder.run(layer, self.embed(tokens, self.config.dtype), drop)[0]
+
+    def prefill(self, tokens: jax.Array, lengths: jax.Array, slots: int) -> tuple[jax.Array, Cache, jax.Array]:
+        """Encode prompts as sources: tokens [batch, seq], of which `lengths` [batch] count; then read the start token.
+
+        Returns the hidden state [batch, embed] that foretells the first token of the target, the cache, which has room
+        for `slots` target tokens, and the position [batch] of that first token: 1, as the start token is at 0.
+        """
+        if self.config.start_id < 0:
+            raise UserError(
+                f"model.start_id={self.config.start_id}: set it to the token that the decoder read first in training"
+            )
+        batch, seq = tokens.shape
+        positions = jnp.broadcast_to(jnp.arange(seq), tokens.shape)
+        mask = positions < lengths[:, None]
+        source = self._encode(tokens, mask.astype(jnp.int32), positions, _NO_DROPOUT)
+        shape = (self.config.decoder_layers, batch, slots, self.config.num_heads, self.config.head_size)
+        empty = jnp.zeros(shape, self.config.dtype)
+        keys = jax.vmap(lambda block: block.cross.keys(source))(self.decoder.blocks)
+        start = jnp.full((batch, 1), self.config.start_id, jnp.int32)
+        hidden, cache = self.cached(start, jnp.zeros_like(start), Cache((empty, empty), keys, mask))
+        return hidden[:, 0], cache, jnp.ones(batch, jnp.int32)
+
+    def cached(self, tokens: jax.Array, positions: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """(hidden states, cache) of target tokens [batch, seq] at consecutive positions [batch, seq], after what the
+        cache holds."""
+        bias = self.decoder.bias(positions, jnp.arange(cache.own[0].shape[2])[None])
+        crossed = jnp.broadcast_to(cache.mask[:, None, :], (*tokens.shape, cache.mask.shape[1]))
+
+        def layer(x, item, drop):
+            block, own, source = item
+            y, own = block.attention.cached(block.attention_norm(x), positions, own, bias)
+            x = block.look(x + y, source, crossed, drop)
+            return block.feed(x, drop), own
+
+        x = self.embed(tokens, self.config.dtype)
+        x, own = self.decoder.run(layer, x, _NO_DROPOUT, cache.own, cache.source)
+        return x, cache._replace(own=own)
+
+    def unembed(self, hidden: jax.Array) -> jax.Array:
+        """Hidden states [..., embed] -> float32 logits [..., padded vocab]; padding ids get one that no softmax
+        sees."""
+        scale = 1 / parametrization.width(self.config)
+        table = self.head[...] if self.head is not None else self.embed.table[...].T
+        if self.head is None:
+            scale *= self.config.embed**-0.5
+        return embedding.logits(hidden, table, vocab_size=self.config.vocab_size, scale=scale)

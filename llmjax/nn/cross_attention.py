@@ -1,0 +1,58 @@
+"""Attention of one sequence to the keys and values of another, or to its own, without rotation."""
+
+from flax import nnx
+import jax
+from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
+
+from llmjax.nn.attention import dot
+from llmjax.nn.linear import Linear
+from llmjax.parallel.axes import constrain
+
+KeysValues = tuple[jax.Array, jax.Array]
+
+
+class CrossAttention(nnx.Module):
+    """x [batch, s, embed] attends to a source [batch, t, embed] -> [batch, s, embed].
+
+    Scores are the products of queries and keys times `score_scale`, 1 in T5: the queries' weights start smaller by
+    sqrt(head_dim) instead. No biases.
+    """
+
+    def __init__(
+        self, key: jax.Array, embed: int, *, num_heads: int, head_dim: int, dtype: str, score_scale: float = 1.0
+    ):
+        k_query, k_key, k_value, k_out = jax.random.split(key, 4)
+        heads = {"heads": num_heads, "head_dim": head_dim}
+        self.query = Linear(k_query, {"embed": embed}, heads, bias=False, dtype=dtype, scale=head_dim**-0.5)
+        self.key = Linear(k_key, {"embed": embed}, heads, bias=False, dtype=dtype)
+        self.value = Linear(k_value, {"embed": embed}, heads, bias=False, dtype=dtype)
+        self.out = Linear(k_out, heads, {"embed": embed}, bias=False, dtype=dtype)
+        self.score_scale = score_scale
+
+    def keys(self, source: jax.Array) -> KeysValues:
+        """Keys and values of a source [batch, t, embed], each [batch, t, heads, head_dim]; they can be kept."""
+        k = constrain(self.key(source), "batch", "seq", "heads", "head_dim")
+        return k, constrain(self.value(source), "batch", "seq", "heads", "head_dim")
+
+    def __call__(self, x: jax.Array, keys: KeysValues, mask: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+        """mask bool [batch, s, t] says who sees whom; bias float32 [batch, heads, s, t] is added to the scores."""
+        q = constrain(self.query(x), "batch", "seq", "heads", "head_dim")
+        k, v = (side.astype(x.dtype) for side in keys)
+        heads = checkpoint_name(dot(q, k, v, mask, scale=self.score_scale, bias=bias), "attention")
+        return self.out(constrain(heads, "batch", "seq", "heads", "head_dim"))
+
+    def cached(
+        self, x: jax.Array, positions: jax.Array, cache: KeysValues, bias: jax.Array
+    ) -> tuple[jax.Array, KeysValues]:
+        """Causal attention of x [batch, s, embed] to itself and to what came before it; returns (output, cache).
+
+        x stands at consecutive `positions` int [batch, s]; its keys and values are written to the cache [batch, slots,
+        heads, head_dim], whose slot i holds position i. bias [batch, heads, s, slots].
+        """
+        write = jax.vmap(lambda old, rows, start: jax.lax.dynamic_update_slice_in_dim(old, rows, start, axis=0))
+        k, v = (
+            write(old, new.astype(old.dtype), positions[:, 0]) for old, new in zip(cache, self.keys(x), strict=True)
+        )
+        mask = jnp.arange(k.shape[1]) <= positions[:, :, None]
+        return self(x, (k, v), mask, bias), (k, v)

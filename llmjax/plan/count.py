@@ -1,0 +1,88 @@
+"""What a model is made of and what it costs: parameters by part, FLOPs per token, bytes kept for the backward pass."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llmjax import run_config
+from llmjax.batch import Batch
+from llmjax.data.tokenizer import Bytes
+from llmjax.models import registry
+from llmjax.models.encdec_config import EncDecConfig
+from llmjax.models.registry import ModelConfig
+from llmjax.nn.stack import REMAT
+from llmjax.optim.config import OptimizerConfig
+from llmjax.optim.optimizer import make_optimizer
+from llmjax.run_config import RunConfig
+from llmjax.train.step import make_loss
+
+
+def parameters_by_part(model: ModelConfig) -> dict[str, int]:
+    """Parameters under each top-level name, padding of the vocabulary included; nothing is allocated."""
+    shapes = registry.abstract(model)[1]
+    return {name: _size(tree) for name, tree in shapes.items()}
+
+
+def state_bytes_per_parameter(model: ModelConfig, optimizer: OptimizerConfig) -> float:
+    """Bytes a parameter of all that a step holds of it: the parameter, its gradient, the optimizer's state."""
+    _, shapes, axes = registry.abstract(model)
+    state = jax.eval_shape(make_optimizer(optimizer, horizon=1_000_000, axes=axes).init, shapes)
+    return (2 * _bytes(shapes) + _bytes(state)) / _size(shapes)
+
+
+def kept_bytes(config: RunConfig, rows: int = 1) -> dict[str, int]:
+    """Bytes that the forward pass of `rows` rows keeps for the backward pass, by remat policy; nothing is allocated.
+
+    Read from the program that JAX differentiates, before the compiler: what it fuses away is still counted, what it
+    needs for a moment is not. Parameters themselves are left out.
+    """
+    return {name: _kept(config, name, rows) for name in REMAT}
+
+
+def _kept(config: RunConfig, remat: str, rows: int) -> int:
+    model = dataclasses.replace(config.model, remat=remat)
+    graph, shapes, _ = registry.abstract(model)
+    loss = make_loss(graph, seed=0, chunk=config.train.loss_chunk, z_loss=config.train.z_loss)
+
+    def forward(params: dict, batch: Batch) -> Any:
+        return jax.vjp(lambda params: loss(params, batch)[0], params)
+
+    program = jax.make_jaxpr(forward)(shapes, abstract_batch(config, rows)).jaxpr
+    given = {id(variable) for variable in program.invars}
+    kept = {id(out): out.aval for out in program.outvars if id(out) not in given and hasattr(out, "aval")}
+    return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in kept.values())
+
+
+def abstract_batch(config: RunConfig, rows: int) -> Batch:
+    """Shapes of a batch of `rows` rows, as the run's objective makes them."""
+    ids = jax.ShapeDtypeStruct((rows, target_len(config)), jnp.int32)
+    source = (
+        jax.ShapeDtypeStruct((rows, config.data.seq_len), jnp.int32) if isinstance(config.model, EncDecConfig) else None
+    )
+    return Batch(
+        inputs=ids,
+        targets=ids,
+        weights=jax.ShapeDtypeStruct(ids.shape, jnp.float32),
+        segments=ids,
+        positions=ids,
+        sample=jax.ShapeDtypeStruct((rows, 2), jnp.uint32),
+        source=source,
+        source_segments=source,
+        source_positions=source,
+    )
+
+
+def target_len(config: RunConfig) -> int:
+    """Places in a row of targets; no tokenizer changes it."""
+    return run_config.objective(config, Bytes()).target_len
+
+
+def _size(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,67 @@
+"""Accelerators by the names people use: peak arithmetic and memory of one JAX device."""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+
+from llmjax.config import UserError, suggest
+from llmjax.metrics import peak_flops
+
+# name -> (jax.Device.device_kind, GiB of memory). Sources: Google Cloud's page of each TPU, NVIDIA's data sheets.
+# A tpu7x chip is two JAX devices, of 96 GiB each.
+_KINDS = {
+    "v4": ("TPU v4", 32),
+    "v5e": ("TPU v5e", 16),
+    "v5p": ("TPU v5p", 95),
+    "v6e": ("TPU v6e", 32),
+    "tpu7x": ("TPU7x", 96),
+    "a100": ("A100", 80),
+    "h100": ("H100", 80),
+    "h200": ("H200", 141),
+    "b200": ("B200", 180),
+}
+NAMES = (*_KINDS, "here")
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """One JAX device: dense FLOPs a second at its peak, and bytes of memory (None: not known, or the machine's own)."""
+
+    name: str
+    peak: float
+    memory: int | None
+
+
+def find(name: str) -> Device:
+    """The device of that name; "here" measures this machine's. Raises UserError for an unknown name."""
+    if name == "here":
+        return _measured()
+    if name not in _KINDS:
+        raise UserError(f"--device={name}: known are {', '.join(NAMES)}{suggest(name, NAMES)}")
+    kind, gib = _KINDS[name]
+    peak = peak_flops(kind)
+    assert peak is not None
+    return Device(name, peak, gib << 30)
+
+
+def _measured() -> Device:
+    """This machine's first device, by a float32 (CPU) or bfloat16 matrix product: the best of a second's worth."""
+    device = jax.devices()[0]
+    if (known := peak_flops(device.device_kind)) is not None:
+        return Device(f"here ({device.device_kind})", known, _memory(device))
+    size = 1024
+    x = jnp.ones((size, size), jnp.float32 if device.platform == "cpu" else jnp.bfloat16)
+    product = jax.jit(lambda x: x @ x)
+    product(x).block_until_ready()
+    best, end = float("inf"), time.monotonic() + 1.0
+    while time.monotonic() < end:
+        began = time.perf_counter()
+        product(x).block_until_ready()
+        best = min(best, time.perf_counter() - began)
+    return Device(f"here ({device.device_kind}, measured)", 2 * size**3 / best, _memory(device))
+
+
+def _memory(device) -> int | None:
+    return (device.memory_stats() or {}).get("bytes_limit")

@@ -1,0 +1,129 @@
+"""What `llmjax size` prints: a size for a budget, or what a config's model is made of and costs."""
+
+import dataclasses
+import math
+import pathlib
+
+import llmjax
+from llmjax import run_config
+from llmjax.config import UserError, specs
+from llmjax.models import registry
+from llmjax.models.encdec_config import EncDecConfig
+from llmjax.plan import budget as budgets, count
+from llmjax.plan.devices import Device
+from llmjax.run_config import RunConfig
+
+_SHARE = 0.8  # of a device's memory that the state may take, so that activations fit beside it
+
+
+def describe_budget(budget: budgets.Budget, device: Device, *, mfu: float, seq_len: int) -> list[str]:
+    """Parameters, tokens, loss, learning rate, batch, the nearest config, and time and memory by number of devices."""
+    rows = max(1, round(budget.batch_tokens / seq_len))
+    lines = [
+        f"{budget.flops:.3g} FLOPs (6 x parameters x tokens)",
+        f"  parameters      {_short(budget.parameters):>8}   {budget.tokens / budget.parameters:.1f} tokens each",
+        f"  tokens          {_short(budget.tokens):>8}",
+        f"  expected loss   {budget.loss:8.3f}   nats per token on the study's text; {budgets.LOSS_SOURCE}",
+        f"  learning rate   {budget.learning_rate:8.2g}   1.79 N^-0.713 D^0.307; {budgets.STEP_LAW_SOURCE}",
+        f"  tokens a step   {_short(budget.batch_tokens):>8}   0.58 D^0.571: train.global_batch={rows} of {seq_len}, "
+        f"train.steps={math.ceil(budget.tokens / (rows * seq_len)):,}",
+    ]
+    low, high = budgets.STUDIED
+    if not low <= budget.parameters <= high:
+        lines.append(
+            f"  beyond the study's {_short(low)} to {_short(high)} parameters: loss, rate and batch are a guess"
+        )
+    best = budgets.for_flops(budget.flops)
+    if not 0.9 < best.parameters / budget.parameters < 1.1:
+        lines.append(
+            f"  the same FLOPs are best spent on {_short(best.parameters)} parameters and {_short(best.tokens)} tokens "
+            f"(loss {best.loss:.3f})"
+        )
+    lines += ["", f"on {device.name} at {mfu:.0%} of {device.peak:.3g} FLOPs a second; AdamW in float32, 16 bytes each"]
+    lines += ["  devices   state, GiB each   time"]
+    for devices in _counts(budget, device):
+        seconds = budget.flops / (devices * device.peak * mfu)
+        lines.append(f"  {devices:7,}   {16 * budget.parameters / devices / 2**30:15.2f}   {_time(seconds)}")
+    if (near := nearest_config(budget.parameters)) is not None:
+        spec, parameters = near
+        lines += ["", f"nearest config: {spec}, {_short(parameters)} parameters with its own tokenizer's vocabulary"]
+        lines += [f"next: llmjax size --config={spec}"]
+    return lines
+
+
+def describe_config(config: RunConfig, spec: str, device: Device) -> list[str]:
+    """Parameters by part, FLOPs per token, and memory by remat policy of one config's model."""
+    model, seq = config.model, count.target_len(config)
+    parts = count.parameters_by_part(model)
+    total = sum(parts.values())
+    state = count.state_bytes_per_parameter(model, config.optimizer)
+    flops, batch = run_config.flops_per_token(config, seq), config.train.global_batch
+    source = f" targets with sources of {config.data.seq_len:,}" if isinstance(config.model, EncDecConfig) else ""
+    lines = [f"{spec}: {model.family}, {total:,} parameters, vocabulary {model.vocab_size:,}"]
+    lines += [f"  {name:<14} {size:>18,}   {size / total:6.1%}" for name, size in parts.items()]
+    lines += [
+        "",
+        f"FLOPs a token, rows of {seq:,}{source}: {flops:.4g} to train, {flops / 3:.4g} to read",
+        "  matmuls and attention, what a causal mask hides not counted; training is three times the forward pass",
+        f"  6 x parameters would be {6 * total:.4g}",
+        f"  a step of {batch:,} rows: {flops * batch * seq:.4g}; all {config.train.steps:,} steps: "
+        f"{flops * batch * seq * config.train.steps:.4g}",
+        f"  at the peak of one {device.name}: {_time(flops * batch * seq / device.peak)} a step",
+        "",
+        f"state: {state:.2f} bytes a parameter with {config.optimizer.name} (parameter, gradient, moments), "
+        f"{_gib(state * total)} in all, cut over mesh.fsdp x mesh.tensor devices",
+        f"kept for the backward pass, of each row of {seq:,} tokens that a device reads at once (model.remat):",
+    ]
+    mark = lambda name: "   <- this config" if name == model.remat else ""
+    return lines + [f"  {name:<14} {_gib(kept):>12}{mark(name)}" for name, kept in count.kept_bytes(config).items()]
+
+
+def nearest_config(parameters: float) -> tuple[str, int] | None:
+    """The decoder in configs/ whose number of parameters is nearest by ratio; None without a configs/ folder."""
+    folder = pathlib.Path(llmjax.__file__).resolve().parents[1] / "configs"
+    found = []
+    for path in sorted(folder.glob("*.py")):
+        for spec in specs(path):
+            config = resolve(spec, None)
+            if config.model.family == "decoder":
+                found.append((f"configs/{spec.rsplit('/', 1)[-1]}", registry.count_parameters(config.model)))
+    return min(found, key=lambda item: abs(math.log(item[1] / parameters)), default=None)
+
+
+def resolve(spec: str, vocab_size: int | None, overrides: tuple[tuple[str, str], ...] = ()) -> RunConfig:
+    """The config with a vocabulary: the one given, the model's own, or that of the tokenizer it would train.
+
+    Raises UserError where none of them is known.
+    """
+    config = run_config.resolve(spec, overrides)
+    vocab_size = vocab_size or config.model.vocab_size or config.data.tokenizer.vocab_size
+    if vocab_size < 1:
+        raise UserError(f"--vocab_size={vocab_size}: must be at least 1")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
+
+
+def _counts(budget: budgets.Budget, device: Device) -> list[int]:
+    """Powers of two from the first on which the state fits: up to six, or one where memory is not known."""
+    if device.memory is None:
+        return [1]
+    least = 16 * budget.parameters / (_SHARE * device.memory)
+    first = max(0, math.ceil(math.log2(max(least, 1e-9))))
+    return [2**power for power in range(first, first + 6)]
+
+
+def _short(number: float) -> str:
+    for size, mark in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{mark}"
+    return f"{number:.3g}"
+
+
+def _gib(number: float) -> str:
+    return f"{number / 2**30:,.2f} GiB" if number >= 2**30 else f"{number / 2**20:,.1f} MiB"
+
+
+def _time(seconds: float) -> str:
+    for size, unit in ((365.25 * 86400, "years"), (86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:,.3g} seconds"

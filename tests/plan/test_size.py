@@ -1,0 +1,118 @@
+"""Choosing a size: the laws agree with themselves and with what was published; counts are those of real models."""
+
+import pathlib
+
+from flax import nnx
+import jax
+import numpy as np
+import pytest
+
+from llmjax import cli
+from llmjax.models import registry
+from llmjax.plan import budget as budgets, count, devices, size
+
+CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
+
+
+def test_the_laws_are_consistent():
+    for flops in (1e18, 1e21, 1e24):
+        budget = budgets.for_flops(flops)
+        assert budget.flops == pytest.approx(flops)
+        assert budgets.for_tokens(budget.tokens).parameters == pytest.approx(budget.parameters)
+        assert budgets.for_parameters(budget.parameters).tokens == pytest.approx(budget.tokens)
+        for other in (0.7, 1.4):  # the least loss for these FLOPs, on both sides
+            moved = budgets.Budget(budget.parameters * other, budget.tokens / other)
+            assert moved.flops == pytest.approx(flops) and moved.loss > budget.loss
+
+
+def test_the_laws_agree_with_what_was_published():
+    # The replication's abstract finds about 20 tokens a parameter, as Chinchilla was trained (70B on 1.4T).
+    chinchilla = budgets.for_flops(5.76e23)
+    assert 65e9 < chinchilla.parameters < 80e9 and 17 < chinchilla.tokens / chinchilla.parameters < 22
+    # Step Law by hand for 1B parameters on 100B tokens: 1.79 * 10^(-0.713 * 9 + 0.307 * 11), 0.58 * 10^(0.571 * 11)
+    step = budgets.Budget(1e9, 1e11)
+    assert step.learning_rate == pytest.approx(1.79 * 10**-3.04, rel=1e-6)
+    assert step.batch_tokens == pytest.approx(0.58 * 10**6.281, rel=1e-6)
+
+
+@pytest.mark.parametrize("spec", ["quickstart.py", "llama.py:tiny"])
+def test_parameters_are_those_of_the_real_model(spec):
+    config = size.resolve(str(CONFIGS / spec), 500)
+    params = jax.jit(lambda key: registry.init(config.model, key))(jax.random.key(0))
+    real = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in params.items()}
+    assert count.parameters_by_part(config.model) == real
+
+
+def test_flops_are_those_that_the_compiler_counts():
+    """The forward pass of an unrolled model: matmuls are all but a few percent, and the mask hides half a product."""
+    config = size.resolve(str(CONFIGS / "quickstart.py"), 4096, (("model.vocab_multiple", "1"),))
+    model, seq = config.model, config.data.seq_len
+    graph, shapes, _ = registry.abstract(model)
+    batch = count.abstract_batch(config, 1)
+
+    def logits(params, batch):
+        module = nnx.merge(graph, params)
+        return module.unembed(module(batch).hidden)
+
+    counted = jax.jit(logits).lower(shapes, batch).compile().cost_analysis()["flops"]
+    whole = model.flops_per_token(seq) / 3 * seq
+    hidden_half = 2 * model.num_layers * model.num_heads * model.head_size * seq * seq
+    assert counted == pytest.approx(whole + hidden_half, rel=0.06)
+
+
+def test_remat_keeps_less_and_less():
+    config = size.resolve(str(CONFIGS / "llama.py:tiny"), 500)
+    kept = count.kept_bytes(config)
+    assert kept["none"] > kept["dots"] > kept["full"] and kept["attention"] > kept["full"]
+    # full keeps each block's input; "attention" each head's output as well, which is as wide here
+    block = config.model.num_layers * config.data.seq_len * config.model.embed * 4
+    assert kept["attention"] - kept["full"] == block
+    # dots keeps the outputs of query, key, value, out, gate, up and down
+    heads = 2 * config.model.num_heads + 2 * config.model.kv_heads
+    widths = config.model.head_size * heads // 2 + config.model.embed + 2 * config.model.mlp_size
+    assert kept["dots"] - kept["full"] <= config.model.num_layers * config.data.seq_len * (widths + 512) * 4
+    assert count.kept_bytes(config, rows=2)["full"] > 1.5 * kept["full"]
+
+
+def test_adamw_holds_sixteen_bytes():
+    config = size.resolve(str(CONFIGS / "quickstart.py"), 500)
+    assert count.state_bytes_per_parameter(config.model, config.optimizer) == pytest.approx(16, rel=1e-4)
+
+
+def test_the_nearest_config():
+    spec, parameters = size.nearest_config(7e9)
+    assert spec == "configs/llama.py:8B" and 7e9 < parameters < 8.1e9
+
+
+def test_this_machine_is_measured():
+    assert devices.find("here").peak > 1e9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "give --flops, --budget_hours"),
+        (["--flops=0"], "must be above 0"),
+        (["--flops=1e20", "--budget_hours=3"], "say the same thing"),
+        (["--flops=1e20", "--tokens=1e9", "--parameters=1e9"], "more than one thing"),
+        (["--flops=1e20", "--device=v7"], "--device=v7: known are"),
+        (["--flops=1e20", "--mfu=1.5"], "--mfu=1.5"),
+        (["--flops=1e20", "--config=configs/quickstart.py"], "give one of the two"),
+        (["--flops=1e20", "--config.train.steps=3"], "no --config"),
+    ],
+)
+def test_bad_input(arguments, words):
+    with pytest.raises(cli.UserError, match=words):
+        cli.run(["size", *arguments])
+
+
+def test_what_is_printed(capsys, monkeypatch):
+    monkeypatch.chdir(CONFIGS.parent)
+    assert cli.run(["size", "--budget_hours=24", "--device=h100", "--devices=8"]) == 0
+    printed = capsys.readouterr().out
+    flops = 24 * 3600 * 8 * 989e12 * 0.4
+    assert f"{flops:.3g} FLOPs" in printed and "24.0 hours" in printed and "nearest config: configs/" in printed
+    assert cli.run(["size", "--config=configs/llama.py:8B", "--vocab_size=128256"]) == 0
+    printed = capsys.readouterr().out
+    assert "8,030,261,248 parameters" in printed and "<- this config" in printed
+    assert np.all([name in printed for name in ("blocks", "embed", "head", "16.00 bytes")])
