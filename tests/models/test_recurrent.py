@@ -245,8 +245,8 @@ def test_flops_are_what_the_compiler_counts(name):
     graph, shapes, _ = registry.abstract(config)
     counted = logits.lower(graph, shapes, packed(1, 24, VOCAB)).compile().cost_analysis()["flops"]
     claimed = config.flops_per_token(24) / 3 * 24
-    # What is elementwise is not claimed; at these widths it is up to a sixth.
-    assert claimed < counted < 1.17 * claimed
+    # What is elementwise is not claimed; at these widths it is up to a quarter.
+    assert claimed < counted < 1.25 * claimed
 
 
 def test_parameter_counts():
