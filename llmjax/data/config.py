@@ -1,7 +1,19 @@
-"""What the data room is told: sources, tokenizer, split, packing, mixture."""
+"""What the data room is told: sources, tokenizer, split, packing, mixture, and what is asked of the text."""
 
 from collections.abc import Mapping
 import dataclasses
+
+from llmjax.config import UserError, suggest
+
+# The fields of ObjectiveConfig that each objective has a use for.
+OBJECTIVES: dict[str, tuple[str, ...]] = {
+    "causal": (),
+    "prefix": ("target_len",),
+    "masked": ("rate", "whole_words"),
+    "span": ("rate", "mean_span", "target_len"),
+    "ul2": ("target_len",),
+    "fim": ("fim_rate",),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,3 +92,49 @@ class DataConfig:
     max_bad_fraction: float = 0.01
     workers: int = 0
     prefetch: int = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What a model has to find out about a text. A field that the named objective has no use for must stay unset.
+
+    name         causal (each token from those before it), prefix (a random first part is given, the rest is foretold),
+                 masked (hidden tokens from both sides: BERT), span (hidden spans, written by the decoder: T5),
+                 ul2 (spans of seven kinds, told apart by a mode token), fim (causal, and a part moved to the end, to
+                 be filled in)
+    rate         masked, span: share of tokens that is hidden, above 0 and below 1; None: 0.15
+    mean_span    span: mean tokens of a hidden span, at least 1; None: 3.0
+    whole_words  masked: the tokens of a word are hidden together
+    fim_rate     fim: share of chunks whose middle is moved, above 0 and up to 1; None: 0.5
+    target_len   span, ul2, and prefix of an encoder-decoder: tokens in a row of the decoder, where data.seq_len is the
+                 encoder's; 0: what full rows of the encoder need
+    """
+
+    name: str = "causal"
+    rate: float | None = None
+    mean_span: float | None = None
+    whole_words: bool = False
+    fim_rate: float | None = None
+    target_len: int = 0
+
+    def __post_init__(self):
+        if self.name not in OBJECTIVES:
+            raise UserError(
+                f"objective.name={self.name!r}{suggest(self.name, OBJECTIVES)}: known are {', '.join(OBJECTIVES)}"
+            )
+        for field in dataclasses.fields(self)[1:]:
+            value = getattr(self, field.name)
+            if value != field.default and field.name not in OBJECTIVES[self.name]:
+                users = ", ".join(name for name, used in OBJECTIVES.items() if field.name in used)
+                raise UserError(
+                    f"objective.{field.name}={value!r}: objective.name={self.name!r} has no use for it, only {users}; "
+                    "leave it unset"
+                )
+        if self.rate is not None and not 0 < self.rate < 1:
+            raise UserError(f"objective.rate={self.rate}: must be above 0 and below 1")
+        if self.mean_span is not None and not 1 <= self.mean_span < float("inf"):
+            raise UserError(f"objective.mean_span={self.mean_span}: must be at least 1")
+        if self.fim_rate is not None and not 0 < self.fim_rate <= 1:
+            raise UserError(f"objective.fim_rate={self.fim_rate}: must be above 0 and at most 1")
+        if self.target_len < 0:
+            raise UserError(f"objective.target_len={self.target_len}: must be at least 1, or 0")

@@ -48,9 +48,9 @@ class Permutation:
         high, low = np.divmod(x, a)
         for turn, key in enumerate(self._keys):
             if turn % 2:
-                high = (high + _mix(low, key) % b) % b
+                high = (high + stir(low, key) % b) % b
             else:
-                low = (low + _mix(high, key) % a) % a
+                low = (low + stir(high, key) % a) % a
         return high * a + low
 
     def _backward(self, x: np.ndarray) -> np.ndarray:
@@ -58,9 +58,9 @@ class Permutation:
         high, low = np.divmod(x, a)
         for turn, key in reversed(list(enumerate(self._keys))):
             if turn % 2:
-                high = (high + b - _mix(low, key) % b) % b
+                high = (high + b - stir(low, key) % b) % b
             else:
-                low = (low + a - _mix(high, key) % a) % a
+                low = (low + a - stir(high, key) % a) % a
         return high * a + low
 
 
@@ -97,7 +97,7 @@ def _valid_span(span: tuple) -> tuple[int, int]:
     return span
 
 
-def _mix(x: np.ndarray, key: np.uint64) -> np.ndarray:
+def stir(x: np.ndarray, key: np.uint64 | np.ndarray) -> np.ndarray:
     """64 well-stirred bits: the finaliser of SplitMix64 (Steele, Lea and Flood, 2014) of x + key. Arithmetic wraps."""
     x = x * np.uint64(0x9E3779B97F4A7C15) + key
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

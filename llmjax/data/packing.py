@@ -54,6 +54,36 @@ class Rows:
     positions: np.ndarray
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Room:
+    """How much of a row an objective needs for a chunk.
+
+    seq_len  the room of a row
+    costs    int64 [longest chunk + 1], what a chunk of each length takes, each at most seq_len; None: its tokens
+    name     of the costs, so that plans are told apart; "" where there are none
+    """
+
+    seq_len: int
+    costs: np.ndarray | None = None
+    name: str = ""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest chunk that a row can take."""
+        return self.seq_len if self.costs is None else len(self.costs) - 1
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of text that a row takes at most."""
+        if self.costs is None:
+            return self.seq_len
+        return int((self.seq_len * np.arange(1, len(self.costs)) // self.costs[1:]).max())
+
+    def cost(self, lengths: np.ndarray) -> np.ndarray:
+        """The room that chunks of these lengths take."""
+        return lengths if self.costs is None else self.costs[lengths]
+
+
 class Packing(Protocol):
     """Which chunks stand in which row. `rows` counts them."""
 
@@ -64,14 +94,23 @@ class Packing(Protocol):
         ...
 
 
-def open_packing(store: TokenStore, seq_len: int, algorithm: str, plans: Path) -> Packing:
-    """The packing of a store; a best-fit plan is computed at first use and kept in the folder `plans`."""
+def open_packing(store: TokenStore, seq_len: int, algorithm: str, plans: Path, room: Room | None = None) -> Packing:
+    """The packing of a store; a best-fit plan is computed at first use and kept in the folder `plans`.
+
+    room  what chunks take of a row; None: their tokens
+    """
     if seq_len < 1:
         raise UserError(f"data.seq_len={seq_len}: a row has at least one token")
+    room = room or Room(seq_len=seq_len)
     if algorithm == "concat":
+        if room.costs is not None:
+            raise UserError(
+                f"data.packing='concat': windows of {seq_len} tokens leave no room for what objective.name="
+                f"{room.name.split()[0]!r} makes of them; set data.packing='best_fit'"
+            )
         return Windows(store, seq_len)
     if algorithm == "best_fit":
-        return BestFitPlan(store, seq_len, plans)
+        return BestFitPlan(store, room, plans)
     raise UserError(f"data.packing={algorithm!r}: known are {', '.join(ALGORITHMS)}")
 
 
@@ -107,11 +146,12 @@ class Windows:
 class BestFitPlan:
     """A plan from lengths alone, memory-mapped: the same bytes whoever makes it, so several processes may."""
 
-    def __init__(self, store: TokenStore, seq_len: int, plans: Path):
-        key = hashlib.sha256(f"{store.fingerprint}/{seq_len}/best_fit/{_VERSION}".encode()).hexdigest()[:24]
-        folder = Path(plans) / f"best_fit-{seq_len}-{key}"
+    def __init__(self, store: TokenStore, room: Room, plans: Path):
+        made_of = f"{store.fingerprint}/{room.seq_len}/best_fit/{_VERSION}{room.name and '/' + room.name}"
+        key = hashlib.sha256(made_of.encode()).hexdigest()[:24]
+        folder = Path(plans) / f"best_fit-{room.seq_len}-{key}"
         if not folder.is_dir():
-            _write_plan(store, seq_len, folder)
+            _write_plan(store, room, folder)
         try:
             sizes = json.loads((folder / "plan.json").read_text())
             self._starts = _map(folder / "starts.bin", "<i8", sizes["chunks"])
@@ -127,7 +167,7 @@ class BestFitPlan:
     def chunks(self, rows: np.ndarray) -> Chunks:
         first = self._edges[rows]
         counts = self._edges[rows + 1] - first
-        index = _ranges(first, counts)
+        index = ranges(first, counts)
         return Chunks(
             row=np.repeat(np.arange(len(rows)), counts),
             start=self._starts[index],
@@ -137,7 +177,7 @@ class BestFitPlan:
 
 
 def best_fit(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, int]:
-    """Best-fit decreasing: the row of each chunk (int64, lengths between 1 and seq_len) and the number of rows.
+    """Best-fit decreasing: the row of each chunk (int64) and the number of rows. Lengths, or costs: 1 to seq_len.
 
     Longest first, each chunk goes to the row with the least room that still takes it. Rows with equal room are alike
     and so are chunks of equal length, so whole groups move at once: the work grows with seq_len, not with the chunks.
@@ -168,21 +208,21 @@ def best_fit(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, int]:
             left -= taken * each
     firsts, takens, each = np.array(moves, np.int64).reshape(-1, 3).T
     rows = np.empty(lengths.size, np.int64)
-    rows[order] = np.repeat(_ranges(firsts, takens), np.repeat(each, takens))
+    rows[order] = np.repeat(ranges(firsts, takens), np.repeat(each, takens))
     return rows, num_rows
 
 
-def cut(starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Documents to chunks of at most seq_len tokens, in order: (start, length, continued) of each."""
-    pieces = -(-lengths // seq_len)
-    number = _ranges(np.zeros_like(pieces), pieces)
-    start = np.repeat(starts, pieces) + number * seq_len
-    length = np.minimum(seq_len, np.repeat(starts + lengths, pieces) - start)
+def cut(starts: np.ndarray, lengths: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Documents to chunks of at most `longest` tokens, in order: (start, length, continued) of each."""
+    pieces = -(-lengths // longest)
+    number = ranges(np.zeros_like(pieces), pieces)
+    start = np.repeat(starts, pieces) + number * longest
+    length = np.minimum(longest, np.repeat(starts + lengths, pieces) - start)
     return start, length, number > 0
 
 
 def fill(store: TokenStore, chunks: Chunks, num_rows: int, seq_len: int) -> Rows:
-    """Read the chunks and lay them out, row by row."""
+    """Read the chunks and lay them out, row by row, in rows of seq_len places (an objective's Room.capacity)."""
     tokens = store.gather(chunks.start, chunks.length)
     before = np.empty_like(tokens)
     before[1:] = tokens[:-1]
@@ -192,7 +232,7 @@ def fill(store: TokenStore, chunks: Chunks, num_rows: int, seq_len: int) -> Rows
         inside = chunks.start[chunks.continued]
         before[heads[chunks.continued]] = store.gather(inside - 1, np.ones_like(inside))
     counts = np.bincount(chunks.row, minlength=num_rows)
-    number = 1 + _ranges(np.zeros_like(counts), counts)
+    number = 1 + ranges(np.zeros_like(counts), counts)
     positions = np.arange(tokens.size, dtype=np.int32) - np.repeat(heads.astype(np.int32), chunks.length)
     segments = np.repeat(number.astype(np.int32), chunks.length)
     used = np.bincount(chunks.row, weights=chunks.length, minlength=num_rows).astype(np.int64)
@@ -207,7 +247,7 @@ def fill(store: TokenStore, chunks: Chunks, num_rows: int, seq_len: int) -> Rows
     return Rows(tokens=laid[0], before=laid[1], segments=laid[2], positions=laid[3])
 
 
-def _write_plan(store: TokenStore, seq_len: int, folder: Path) -> None:
+def _write_plan(store: TokenStore, room: Room, folder: Path) -> None:
     """Plan and write to a folder of our own, then rename it: whoever comes first wins, with the same bytes."""
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     try:
@@ -217,8 +257,8 @@ def _write_plan(store: TokenStore, seq_len: int, folder: Path) -> None:
         files = {name: open(partial / f"{name}.bin", "wb") for name in names}  # noqa: SIM115
         files["rows"].write(np.zeros(1, "<i8").tobytes())
         for starts, lengths in store.document_groups(_PART_TOKENS):
-            start, length, continued = cut(starts, lengths, seq_len)
-            row, rows = best_fit(length, seq_len)
+            start, length, continued = cut(starts, lengths, room.longest)
+            row, rows = best_fit(room.cost(length), room.seq_len)
             order = np.argsort(row, kind="stable")
             files["starts"].write(start[order].astype("<i8").tobytes())
             files["lengths"].write(length[order].astype("<i4").tobytes())
@@ -248,7 +288,7 @@ def _map(path: Path, dtype: str, size: int) -> np.ndarray:
     return np.asarray(np.memmap(path, dtype, "r", shape=(size,))) if size else np.zeros(0, dtype)
 
 
-def _ranges(firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def ranges(firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """first, first + 1, ... (count of them) for each, one after the other."""
     ends = np.cumsum(counts)
     total = int(ends[-1]) if len(ends) else 0

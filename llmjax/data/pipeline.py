@@ -16,10 +16,11 @@ import numpy as np
 from llmjax.batch import Batch
 from llmjax.config import UserError
 from llmjax.data.config import DataConfig
+from llmjax.data.draws import Draws
 from llmjax.data.mixture import Mixture
-from llmjax.data.objectives import causal
+from llmjax.data.objectives import Objective, causal_objective
 from llmjax.data.order import Permutation, Skips
-from llmjax.data.packing import Rows, fill, open_packing
+from llmjax.data.packing import Room, Rows, fill, open_packing
 from llmjax.data.store import TokenStore
 
 _STATE_VERSION = 1
@@ -31,7 +32,8 @@ class DataState:
     """Where training stands in its data; the same few values on every host.
 
     version       of this record
-    fingerprint   of the training texts, then how they are packed: "HASH:best_fit:2048"
+    fingerprint   of the training texts, then how they are packed, then the objective unless it is causal:
+                  "HASH:best_fit:512:masked rate=0.15"
     seed          of the order
     mixture       hash of all that shaped the mixture up to next_sample
     next_sample   global index of the first sample not yet used; left-out samples count
@@ -61,16 +63,16 @@ class DataState:
 class PackedSource:
     """One split of one source, packed in rows."""
 
-    def __init__(self, folder: Path, name: str, split: str, config: DataConfig):
+    def __init__(self, folder: Path, name: str, split: str, config: DataConfig, room: Room | None = None):
         self.name = name
         self.store = TokenStore(Path(folder) / name / split)
-        self._packing = open_packing(self.store, config.seq_len, config.packing, Path(folder) / "plans")
-        self._seq_len = config.seq_len
+        self._room = room or Room(seq_len=config.seq_len)
+        self._packing = open_packing(self.store, config.seq_len, config.packing, Path(folder) / "plans", self._room)
         self.rows = self._packing.rows
 
     def fill(self, rows: np.ndarray) -> Rows:
         """These rows, in this order."""
-        return fill(self.store, self._packing.chunks(rows), len(rows), self._seq_len)
+        return fill(self.store, self._packing.chunks(rows), len(rows), self._room.capacity)
 
     def summary(self) -> dict:
         return {
@@ -78,7 +80,7 @@ class PackedSource:
             "tokens": self.store.tokens,
             "text_bytes": self.store.text_bytes,
             "rows": self.rows,
-            "density": self.store.tokens / max(1, self.rows * self._seq_len),
+            "density": self.store.tokens / max(1, self.rows * self._room.seq_len),
         }
 
 
@@ -86,12 +88,21 @@ class TrainData:
     """The training stream of a prepared store: sources mixed, permuted, packed and batched.
 
     folder        the store
-    seed          of the order of samples
+    seed          of the order of samples, and of the objective's draws
     global_batch  samples in a batch of the whole job
+    objective     what is made of the rows; None: causal
     Opening raises UserError for a damaged store, sources without text, and settings that mean nothing.
     """
 
-    def __init__(self, folder: Path | str, config: DataConfig, *, seed: int, global_batch: int):
+    def __init__(
+        self,
+        folder: Path | str,
+        config: DataConfig,
+        *,
+        seed: int,
+        global_batch: int,
+        objective: Objective | None = None,
+    ):
         if global_batch < 1:
             raise UserError(f"train.global_batch={global_batch}: a batch has at least one sequence")
         if config.prefetch < 0:
@@ -99,7 +110,10 @@ class TrainData:
         if not config.sources:
             raise UserError("data.sources is empty: name at least one, such as data.sources.main.path")
         self._config, self._seed, self._global_batch = config, seed, global_batch
-        self._sources = [PackedSource(Path(folder), name, "train", config) for name in sorted(config.sources)]
+        self._objective, self._draws = objective or causal_objective(config.seq_len), Draws("objective", seed)
+        self._sources = [
+            PackedSource(Path(folder), name, "train", config, self._objective.room) for name in sorted(config.sources)
+        ]
         self._mixture = Mixture(
             [source.name for source in self._sources],
             [source.rows for source in self._sources],
@@ -113,6 +127,8 @@ class TrainData:
         texts = {source.name: source.store.fingerprint for source in self._sources}
         digest = hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()[:32]
         self.fingerprint = f"{digest}:{config.packing}:{config.seq_len}"
+        if self._objective.key != "causal":
+            self.fingerprint += f":{self._objective.key}"
         self._spans: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
         self._orders: OrderedDict[tuple[int, int], Permutation] = OrderedDict()
         self._streams: weakref.WeakSet[Generator] = weakref.WeakSet()
@@ -134,8 +150,9 @@ class TrainData:
     def check(self, state: DataState) -> None:
         """Raise UserError naming what changed, where this data would not go on as the state's data did."""
         ours = self.at(state.next_sample)
-        fields = ("the training texts or tokenizer (the store)", "data.packing", "data.seq_len")
-        for what, old, new in zip(fields, state.fingerprint.split(":"), ours.fingerprint.split(":"), strict=True):
+        fields = ("the training texts or tokenizer (the store)", "data.packing", "data.seq_len", "the objective")
+        then, now = ((*fingerprint.split(":"), "causal")[:4] for fingerprint in (state.fingerprint, self.fingerprint))
+        for what, old, new in zip(fields, then, now, strict=True):
             if old != new:
                 raise UserError(
                     f"{what} changed since the checkpoint: {old} then, {new} now; restore it, or start a new workdir"
@@ -203,11 +220,11 @@ class TrainData:
         places = [np.flatnonzero(source == index) for index in range(len(self._sources))]
         parts = [(self._sources[i].fill(row[place]), place) for i, place in enumerate(places) if place.size]
         if len(parts) == 1:
-            return causal(parts[0][0], samples)
+            return self._objective.make(parts[0][0], samples, self._draws)
         back = np.argsort(np.concatenate([place for _, place in parts]))
         fields = [field.name for field in dataclasses.fields(Rows)]
         merged = {name: np.concatenate([getattr(part, name) for part, _ in parts])[back] for name in fields}
-        return causal(Rows(**merged), samples)
+        return self._objective.make(Rows(**merged), samples, self._draws)
 
     def _locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(source, row of its packing) of each sample."""
@@ -241,11 +258,22 @@ class TrainData:
 class EvalData:
     """Every document of one split of one source exactly once, in batches; the last is padded with rows of weight 0.
 
-    `batch` is the rows in a batch of the whole job; the other public fields say how much there is.
+    `batch` is the rows in a batch of the whole job; the other public fields say how much there is. The objective's
+    draws have a key of their own, the same at every evaluation of every run.
     """
 
-    def __init__(self, folder: Path | str, config: DataConfig, *, split: str, source: str, batch: int):
-        self._source = PackedSource(Path(folder), source, split, config)
+    def __init__(
+        self,
+        folder: Path | str,
+        config: DataConfig,
+        *,
+        split: str,
+        source: str,
+        batch: int,
+        objective: Objective | None = None,
+    ):
+        self._objective, self._draws = objective or causal_objective(config.seq_len), Draws("evaluation", split, source)
+        self._source = PackedSource(Path(folder), source, split, config, self._objective.room)
         self._batch, self._prefetch = batch, config.prefetch
         store = self._source.store
         self.fingerprint, self.rows = store.fingerprint, self._source.rows
@@ -262,7 +290,7 @@ class EvalData:
             filled = self._source.fill(samples[real])
             if len(real) < len(rows):
                 filled = Rows(**{name: _spread(value, real, len(rows)) for name, value in vars(filled).items()})
-            return causal(filled, samples)
+            return self._objective.make(filled, samples, self._draws)
 
         return _feed(assemble, self.num_batches, self._prefetch)
 

@@ -20,7 +20,7 @@ _EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "<
 _BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "<|bos|>", "[CLS]")
 _PAD_NAMES = ("<pad>", "<|padding|>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>")
 _UNK_NAMES = ("<unk>", "[UNK]", "<|unk|>")
-_PIECE_CHARACTERS = 4096  # SentencePiece slows down on long texts: they go in by pieces, cut after a line
+PIECE_CHARACTERS = 4096  # SentencePiece slows down on long texts: they go in by pieces, cut after a line
 _SPACE_MARK = "\u2581"  # what SentencePiece writes for a space, and so reads as one
 
 
@@ -32,6 +32,7 @@ class Tokenizer(Protocol):
     special_tokens   name -> id; text never becomes one of them
     bos_id, pad_id, unk_id   None where it has no such token; every tokenizer has an EOS
     lossless         decode(encode(text)) == text for every text that was prepared with it
+    joiner           what begins a piece that goes on with a word ("##" of WordPiece); "": nothing does
     """
 
     kind: str
@@ -43,6 +44,7 @@ class Tokenizer(Protocol):
     pad_id: int | None
     unk_id: int | None
     lossless: bool
+    joiner: str
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Token ids of each text, int32, without BOS and EOS."""
@@ -50,6 +52,10 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; bytes that form no character become U+FFFD."""
+        ...
+
+    def piece(self, number: int) -> bytes:
+        """What one id stands for, in UTF-8 where it is whole characters; a special token's name."""
         ...
 
     def check_special(self, text: str) -> None:
@@ -71,7 +77,7 @@ def check_special(tokenizer: Tokenizer, text: str) -> None:
 class SentencePiece:
     """A SentencePiece model. Models that keep every space (as those trained here) take U+2581 by its bytes."""
 
-    kind = "sentencepiece"
+    kind, joiner = "sentencepiece", ""
     check_special = check_special
 
     def __init__(self, model: bytes, *, lossless: bool = True):
@@ -118,6 +124,10 @@ class SentencePiece:
     def decode(self, ids: Iterable[int]) -> str:
         return self._model.decode(_checked(ids, self.vocab_size))
 
+    def piece(self, number: int) -> bytes:
+        piece = self._model.id_to_piece(number)
+        return bytes([int(piece[3:5], 16)]) if self._model.is_byte(number) else piece.replace(_SPACE_MARK, " ").encode()
+
 
 class HuggingFace:
     """A tokenizer.json. Special tokens are never read out of text."""
@@ -136,6 +146,9 @@ class HuggingFace:
         self.vocab_size = 1 + max(self._model.get_vocab(with_added_tokens=True).values())
         added = self._model.get_added_tokens_decoder()
         self.special_tokens = {token.content: i for i, token in sorted(added.items()) if token.special}
+        parts = json.loads(self._model.to_str())
+        self._by_bytes = "ByteLevel" in json.dumps(parts["decoder"])
+        self.joiner: str = (parts["model"].get("continuing_subword_prefix") or "") if not self._by_bytes else ""
         eos = _first(self.special_tokens, _EOS_NAMES)
         if eos is None:
             raise UserError(
@@ -153,11 +166,18 @@ class HuggingFace:
     def decode(self, ids: Iterable[int]) -> str:
         return self._model.decode(_checked(ids, self.vocab_size), skip_special_tokens=False)
 
+    def piece(self, number: int) -> bytes:
+        piece = self._model.id_to_token(number) or ""
+        if self._by_bytes and number not in self.special_tokens.values():
+            known = _byte_characters()
+            return b"".join(known.get(character, character.encode()) for character in piece)
+        return piece.replace(_SPACE_MARK, " ").encode()
+
 
 class Bytes:
     """UTF-8 bytes are the ids 0 to 255; BOS 256, EOS 257, padding 258."""
 
-    kind, lossless, vocab_size = "bytes", True, 259
+    kind, joiner, lossless, vocab_size = "bytes", "", True, 259
     bos_id: int | None = 256
     eos_id = 257
     pad_id: int | None = 258
@@ -173,6 +193,9 @@ class Bytes:
 
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(_checked(ids, 256)).decode(errors="replace")
+
+    def piece(self, number: int) -> bytes:
+        return bytes([number]) if number < 256 else list(self.special_tokens)[number - 256].encode()
 
 
 def read_tokenizer(kind: str, model: bytes, *, lossless: bool = True) -> Tokenizer:
@@ -262,9 +285,9 @@ def pieces_of(text: str) -> Iterator[str]:
         if number:
             yield _SPACE_MARK
         begin = 0
-        while len(span) - begin > _PIECE_CHARACTERS:
-            end = span.rfind("\n", begin, begin + _PIECE_CHARACTERS) + 1
-            end = end if end > begin else begin + _PIECE_CHARACTERS
+        while len(span) - begin > PIECE_CHARACTERS:
+            end = span.rfind("\n", begin, begin + PIECE_CHARACTERS) + 1
+            end = end if end > begin else begin + PIECE_CHARACTERS
             yield span[begin:end]
             begin = end
         if span[begin:]:
@@ -274,6 +297,15 @@ def pieces_of(text: str) -> Iterator[str]:
 def _checked(ids: Iterable[int], vocab_size: int) -> list[int]:
     """Plain ints. Ids that the model has beyond the vocabulary, to round its size, stand for nothing: left out."""
     return [i for i in np.asarray(ids, np.int64).tolist() if 0 <= i < vocab_size]
+
+
+@functools.cache
+def _byte_characters() -> dict[str, bytes]:
+    """The characters by which byte-level vocabularies spell bytes: printable ones themselves, others from 256 up."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = (byte for byte in range(256) if byte not in printable)
+    spelt = {chr(byte): bytes([byte]) for byte in printable}
+    return spelt | {chr(256 + number): bytes([byte]) for number, byte in enumerate(others)}
 
 
 def _given(token: int) -> int | None:

@@ -10,39 +10,51 @@ from typing import Any
 from etils import epath
 from flax import nnx
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
+import numpy as np
 
-from llmjax import loading, losses, workdir as workdirs
+from llmjax import loading, losses, run_config, workdir as workdirs
 from llmjax.batch import Batch
 from llmjax.config import UserError
 from llmjax.data import prepare
 from llmjax.data.pipeline import EvalData
+from llmjax.data.tokenizer import load_tokenizer
 from llmjax.parallel import axes, compile as compiling, hosts
 from llmjax.run_config import RunConfig
 
 
 @dataclasses.dataclass
 class Sums:
-    """Exact totals of a split, float64 on the host, so that they depend on no batch size and no mesh."""
+    """Exact totals of a split, float64 on the host, so that they depend on no batch size and no mesh.
+
+    targets  how often each id was to be foretold; 0 where that is not counted (causal)
+    """
 
     nats: float = 0.0
     tokens: float = 0.0
     correct: float = 0.0
     text_bytes: int = 0
     documents: int = 0
+    targets: Any = 0
 
     def add(self, other: "Sums") -> None:
         for field in dataclasses.fields(self):
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
     def scores(self) -> dict[str, Any]:
-        """loss: nats a token. bits_per_byte: all nats, first tokens and EOS included, over the original UTF-8 bytes."""
-        loss = self.nats / max(self.tokens, 1)
+        """loss: nats a scored token, of which accuracy is the share that had the highest probability.
+
+        bits_per_byte      causal: all nats, first tokens and EOS included, over the original UTF-8 bytes; else None
+        baseline_accuracy  else: the accuracy of always guessing the most frequent target; causal: None
+        """
+        loss, causal = self.nats / max(self.tokens, 1), not np.any(self.targets)
         return {
             "loss": loss,
             "perplexity": math.exp(min(loss, 700.0)),
-            "bits_per_byte": self.nats / math.log(2) / max(self.text_bytes, 1),
+            "bits_per_byte": self.nats / math.log(2) / max(self.text_bytes, 1) if causal else None,
             "accuracy": self.correct / max(self.tokens, 1),
+            "baseline_accuracy": None if causal else float(np.max(self.targets)) / max(self.tokens, 1),
             "nats": self.nats,
             "tokens": int(self.tokens),
             "text_bytes": self.text_bytes,
@@ -59,13 +71,22 @@ class Evaluator:
         self.sharding = compiling.batch_sharding(mesh)
         compiling.check_batch("eval.batch" if config.eval.batch else "train.global_batch", self.batch, mesh)
         self.rows = hosts.local_rows(self.sharding, self.batch)
+        self.objective = run_config.objective(config, load_tokenizer(store))
+        if self.objective.size > config.model.vocab_size:
+            raise UserError(
+                f"objective.name={self.objective.name!r} needs {self.objective.size} ids, but model.vocab_size="
+                f"{config.model.vocab_size}: evaluate with the objective that the model was trained with"
+            )
+        self._causal = causal = self.objective.name == "causal"
 
-        def score(params: dict, batch: Batch) -> losses.LossSums:
+        def score(params: dict, batch: Batch) -> tuple[losses.LossSums, Any]:
             model = nnx.merge(graph, params)
             chunk = config.train.loss_chunk
-            return losses.cross_entropy(
+            sums = losses.cross_entropy(
                 model(batch).hidden, model.unembed, batch.targets, batch.weights, chunk=chunk, z_loss=0.0
             )
+            counts = None if causal else jnp.zeros(config.model.vocab_size).at[batch.targets].add(batch.weights)
+            return sums, counts
 
         self._score = jax.jit(score)
 
@@ -85,25 +106,28 @@ class Evaluator:
                 f"--split={split}: that split of {self.store} is empty; raise data.split.{split} and prepare again"
             )
         scores = {"split": split, "total": total.scores(), "sources": sources}
-        if not manifest["tokenizer"]["lossless"]:
+        if self._causal and not manifest["tokenizer"]["lossless"]:
             scores["note"] = "the tokenizer loses text, so bits per byte are of what it keeps over the original bytes"
         return scores
 
     def _source(self, params: dict, name: str, split: str, say: Callable[[str], None]) -> Sums:
-        data = EvalData(self.store, self.config.data, split=split, source=name, batch=self.batch)
+        data = EvalData(
+            self.store, self.config.data, split=split, source=name, batch=self.batch, objective=self.objective
+        )
         sums = Sums(text_bytes=data.text_bytes, documents=data.documents)
         began = last = time.monotonic()
         with jax.set_mesh(self.mesh), axes.use_rules(self.config.parallel.rules):
             for done, local in enumerate(data.batches(self.rows), 1):
                 # Each batch is waited for: two at once do not depend on each other, and on CPU processes their
                 # collectives could start in different orders and wait for each other for ever.
-                scored = jax.device_get(self._score(params, self._place(local)))
-                sums.add(Sums(float(scored.nats), float(scored.weight), float(scored.correct)))
+                scored, counts = jax.device_get(self._score(params, self._place(local)))
+                targets = 0 if counts is None else counts.astype(np.float64)
+                sums.add(Sums(float(scored.nats), float(scored.weight), float(scored.correct), targets=targets))
                 if time.monotonic() - last > 5:
                     last = time.monotonic()
                     left = (last - began) / done * (data.num_batches - done)
                     say(f"  evaluating {split}/{name}: {done}/{data.num_batches} batches, {left:.0f} s left")
-        if sums.tokens != data.tokens:
+        if self._causal and sums.tokens != data.tokens:
             raise AssertionError(f"{split}/{name}: scored {sums.tokens} tokens of {data.tokens}")
         return sums
 
@@ -142,9 +166,14 @@ def describe(scores: dict[str, Any]) -> list[str]:
     if len(rows) > 1:
         rows["(all)"] = scores["total"]
     lines = [
-        f"  {name}: loss {s['loss']:.4f} nats/token, perplexity {s['perplexity']:.2f}, "
-        f"{s['bits_per_byte']:.4f} bits per byte, accuracy {s['accuracy']:.1%} "
+        f"  {name}: loss {s['loss']:.4f} nats/token, perplexity {s['perplexity']:.2f}, {_told(s)} "
         f"({s['tokens']:,} tokens, {s['documents']:,} documents, {s['text_bytes']:,} bytes)"
         for name, s in rows.items()
     ]
     return [*lines, f"  note: {scores['note']}"] if "note" in scores else lines
+
+
+def _told(s: dict[str, Any]) -> str:
+    if s["bits_per_byte"] is not None:
+        return f"{s['bits_per_byte']:.4f} bits per byte, accuracy {s['accuracy']:.1%}"
+    return f"accuracy {s['accuracy']:.1%} (always the commonest target: {s['baseline_accuracy']:.1%})"

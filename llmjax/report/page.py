@@ -40,23 +40,29 @@ def header(run: RunFiles) -> str:
 
 
 def headline(run: RunFiles) -> str:
-    """Loss, perplexity and bits per byte of the validation split, beside what compressors need for the same bytes."""
+    """Scores of the validation split, beside what compressors need for the same bytes, or beside guessing."""
     scores = run.last_eval("validation")
     if scores is None:
         return section("Validation", missing("No evaluation of the validation split yet.", _verb("eval", run)))
     total = scores["total"]
+    bits = total["bits_per_byte"]
     facts = [
-        (f"{total['bits_per_byte']:.4f}", "bits per byte"),
+        (f"{total['accuracy']:.2%}", "accuracy") if bits is None else (f"{bits:.4f}", "bits per byte"),
         (f"{total['loss']:.4f}", "loss, nats per token"),
         (f"{total['perplexity']:,.2f}", "perplexity"),
     ]
     shown = "".join(
         f'<div class="fact"><div class="big">{value}</div><div class="what">{what}</div></div>' for value, what in facts
     )
-    rows = [plot.Bar("this model", total["bits_per_byte"], ours=True)]
-    rows += [plot.Bar(name, 8 * size / total["text_bytes"]) for name, size in compressors(run.manifest)]
-    bars = plot.bars(rows, label="Compression", unit="bits per byte")
-    chart = f"<div><h3>Bits per byte, lower is better</h3>{bars}</div>"
+    if bits is None:
+        rows = [plot.Bar("this model", 100 * total["accuracy"], ours=True)]
+        rows.append(plot.Bar("always the commonest target", 100 * total["baseline_accuracy"]))
+        title, bars = "Accuracy, higher is better", plot.bars(rows, label="Accuracy", unit="%")
+    else:
+        rows = [plot.Bar("this model", bits, ours=True)]
+        rows += [plot.Bar(name, 8 * size / total["text_bytes"]) for name, size in compressors(run.manifest)]
+        title, bars = "Bits per byte, lower is better", plot.bars(rows, label="Compression", unit="bits per byte")
+    chart = f"<div><h3>{title}</h3>{bars}</div>"
     note = (
         f"{scores.get('parameters', 'parameters')} at step {count(scores.get('step'))}, "
         f"{count(total['documents'])} documents, {count(total['text_bytes'])} bytes"
@@ -186,11 +192,11 @@ def evaluation(run: RunFiles) -> str:
             scored = (
                 f"{s['loss']:.4f}",
                 f"{s['perplexity']:,.2f}",
-                f"{s['bits_per_byte']:.4f}",
+                figure(None) if s["bits_per_byte"] is None else f"{s['bits_per_byte']:.4f}",
                 f"{s['accuracy']:.2%}",
             )
             rows.append((split, source, count(scores.get("step")), *scored, count(s["tokens"]), count(s["documents"])))
-    head = ("Split", "source", "step", "loss", "perplexity", "bits per byte", "next token right", "tokens", "documents")
+    head = ("Split", "source", "step", "loss", "perplexity", "bits per byte", "accuracy", "tokens", "documents")
     body = table(head, rows, texts=2) if rows else missing("Nothing was evaluated yet.", _verb("eval", run))
     return section("Evaluation", body)
 

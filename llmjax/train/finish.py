@@ -22,9 +22,14 @@ def finish(job: Job, progress: Progress) -> None:
     for line in _summary(job, progress, scores, samples):
         job.say(line)
     job.say(f"\nreport: {path}")
-    prompt = shlex.quote((job.config.sample.prompts or ("Once upon a time",))[0])
-    job.say(f"next:   llmjax generate --workdir={job.workdir} --prompt={prompt}")
-    job.say(f"        llmjax eval --workdir={job.workdir} --split=test")
+    commands = [f"llmjax eval --workdir={job.workdir} --split=test"]
+    if job.config.model.generates:
+        prompt = shlex.quote((job.config.sample.prompts or ("Once upon a time",))[0])
+        commands.insert(0, f"llmjax generate --workdir={job.workdir} --prompt={prompt}")
+    if job.config.objective.name == "masked":
+        commands.insert(0, f"llmjax fill --workdir={job.workdir} --text='The [MASK] of the'")
+    for lead, command in zip(("next:  ", "       "), commands, strict=False):
+        job.say(f"{lead} {command}")
 
 
 def _evaluate(job: Job, progress: Progress, state: str) -> dict | None:
@@ -44,6 +49,9 @@ def _sample(job: Job, progress: Progress, state: str) -> list[dict]:
     path, settings = job.workdir / "samples.json", job.config.sample
     if not settings.prompts:
         return []
+    if not job.config.model.generates:
+        job.say(f"no samples: model.family={job.config.model.family!r} continues no text")
+        return []
     old = workdirs.read_json(path)
     known = [(sample["fingerprint"], sample["prompt"]) for sample in old or []]
     if hosts.agree(known == [(state, prompt) for prompt in settings.prompts], "sampled"):
@@ -56,6 +64,7 @@ def _sample(job: Job, progress: Progress, state: str) -> list[dict]:
         mesh=job.mesh,
         rules=job.config.parallel.rules,
         tokenizer=job.tokenizer,
+        objective=job.evaluator.objective,
         max_tokens=settings.max_tokens,
         temperature=settings.temperature,
         top_p=settings.top_p,
@@ -92,8 +101,14 @@ def _summary(job: Job, progress: Progress, scores: dict | None, samples: list[di
         f"\nvalidation split, {total['documents']:,} documents, {total['text_bytes']:,} bytes; {weights} of this step",
         f"  loss            {total['loss']:.4f} nats per token",
         f"  perplexity      {total['perplexity']:.2f}",
-        f"  bits per byte   {total['bits_per_byte']:.4f}   this model",
     ]
-    for name, size in compressors(manifest):
-        lines.append(f"                  {8 * size / total['text_bytes']:.4f}   {name}")
+    if total["bits_per_byte"] is None:
+        lines += [
+            f"  accuracy        {total['accuracy']:.2%}   this model, of {total['tokens']:,} scored places",
+            f"                  {total['baseline_accuracy']:.2%}   always the commonest target",
+        ]
+    else:
+        lines.append(f"  bits per byte   {total['bits_per_byte']:.4f}   this model")
+        for name, size in compressors(manifest):
+            lines.append(f"                  {8 * size / total['text_bytes']:.4f}   {name}")
     return [*lines, f"  note: {scores['note']}"] if "note" in scores else lines

@@ -42,9 +42,12 @@ def train(config: RunConfig, workdir: epath.Path, say: Callable[[str], None]) ->
         store = loading.store_folder(config, workdir)
         prepare_once(config, store, say)
         tokenizer = load_tokenizer(store)
-        config = run_config.with_vocabulary(config, tokenizer.vocab_size)
+        objective = run_config.objective(config, tokenizer)
+        config = run_config.with_objective(config, objective)
         hosts.all_equal("config", str(config))
-        data = TrainData(store, config.data, seed=config.seed, global_batch=config.train.global_batch)
+        data = TrainData(
+            store, config.data, seed=config.seed, global_batch=config.train.global_batch, objective=objective
+        )
 
         # model
         say("setting up the model")

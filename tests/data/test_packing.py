@@ -168,7 +168,7 @@ def test_a_lost_race_takes_the_winners_plan(tmp_path):
     open_packing(store, SEQ_LEN, "best_fit", tmp_path / "plans")
     (folder,) = (tmp_path / "plans").iterdir()
     before = (folder / "plan.json").stat().st_ino
-    packing._write_plan(store, SEQ_LEN, folder)
+    packing._write_plan(store, packing.Room(seq_len=SEQ_LEN), folder)
     assert (folder / "plan.json").stat().st_ino == before
     assert [path.name for path in (tmp_path / "plans").iterdir()] == [folder.name]
 
