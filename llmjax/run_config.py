@@ -135,7 +135,12 @@ class RunConfig:
 
 def resolve(file: str, overrides: Sequence[tuple[str, str]]) -> RunConfig:
     """The config of `--config=FILE[:ARG]` with `--config.FIELD=TEXT` overrides, bound and checked."""
-    return apply_overrides(_plain(load_file(file)), overrides)
+    return apply_overrides(read_file(file), overrides)
+
+
+def read_file(file: str) -> dict[str, Any]:
+    """The nested dict of `FILE[:ARG]`."""
+    return _plain(load_file(file))
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> RunConfig:
@@ -181,6 +186,15 @@ def with_objective(config: RunConfig, objective: Objective) -> RunConfig:
     if isinstance(config.model, EncDecConfig):
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, start_id=objective.start))
     return with_vocabulary(config, objective.size)
+
+
+def flops_per_token(config: RunConfig, target_len: int) -> float:
+    """Model flops of one place of a row of the run's batches, `target_len` wide: the source that goes with it
+    included, where the model reads one."""
+    model, seq_len = config.model, config.data.seq_len
+    if isinstance(model, EncDecConfig):
+        return model.flops_per_token(seq_len, target_len)
+    return model.flops_per_token(seq_len)
 
 
 def with_vocabulary(config: RunConfig, vocab_size: int) -> RunConfig:
