@@ -7,8 +7,6 @@ llmjax train --config=configs/recurrent.py:zaremba --workdir=runs/large --config
 
 from ml_collections import ConfigDict
 
-from llmjax.config import UserError
-
 # what differs in the model, peak learning rate
 SMALL = {
     "lstm": (dict(cell="lstm", embed=256, hidden=384), 6e-3),
