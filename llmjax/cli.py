@@ -15,6 +15,7 @@ import typing
 from llmjax.config import UserError, suggest
 
 BAD_INPUT, HANG = 78, 75
+_CONFIG = "a Python file with get_config(); may be left out where a checkpoint was imported"
 
 OVERVIEW = """\
 llmjax: pretrain language models, from a laptop to a pod
@@ -23,6 +24,9 @@ llmjax: pretrain language models, from a laptop to a pod
   llmjax train     --config=FILE --workdir=DIR   prepares if needed, trains, resumes, evaluates, writes report.html
   llmjax eval      --workdir=DIR                 scores a checkpoint on a split
   llmjax generate  --workdir=DIR --prompt=TEXT   writes text with a checkpoint
+  llmjax fill      --workdir=DIR --text=TEXT     fills the masks of a text with a masked-LM checkpoint
+  llmjax import    --from=DIR --workdir=DIR      a Hugging Face checkpoint on disk -> a workdir
+  llmjax export    --workdir=DIR --to=DIR        a checkpoint -> a folder that transformers loads
   llmjax inspect   --workdir=DIR                 checkpoints, their fingerprints, the config
   llmjax size      --flops=1e21 | --config=FILE  what to train for a budget; what a model is made of and costs
   llmjax fields    [SECTION]                     every config field, its meaning and its default
@@ -148,7 +152,7 @@ def prepare(arguments: list[str]) -> int:
         token store. Finished parts are kept: started again, it goes on where it was. Nothing is trained.""",
         "llmjax prepare --config=configs/quickstart.py --workdir=runs/a --config.data.sources.main.path='texts/*.txt'",
     )
-    parser.add_argument("--config", required=True, metavar="FILE[:SIZE]", help="a Python file with get_config()")
+    parser.add_argument("--config", metavar="FILE[:SIZE]", help=_CONFIG)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run's files go")
     flags, overrides = _parse(parser, arguments)
     from llmjax import loading, run_config, workdir as workdirs
@@ -156,8 +160,8 @@ def prepare(arguments: list[str]) -> int:
     from llmjax.data.pipeline import TrainData
     from llmjax.data.tokenizer import load_tokenizer
 
-    config = run_config.resolve(flags.config, overrides)
     workdir = _workdir(flags.workdir)
+    config = loading.resolve(flags.config, workdir, overrides)
     store = loading.store_folder(config, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     with workdirs.Lock(workdir, primary=True):
@@ -182,14 +186,17 @@ def train(arguments: list[str]) -> int:
         For several processes on one machine: launch/local.py --processes=2 --devices=4 -- llmjax train ...""",
         "llmjax train --config=configs/quickstart.py --workdir=runs/mine --config.train.steps=500",
     )
-    parser.add_argument("--config", required=True, metavar="FILE[:SIZE]", help="a Python file with get_config()")
+    parser.add_argument("--config", metavar="FILE[:SIZE]", help=_CONFIG)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run's files go")
     flags, overrides = _parse(parser, arguments)
-    from llmjax import run_config
+    from llmjax import loading
     from llmjax.parallel import hosts
 
-    config = run_config.resolve(flags.config, overrides)
+    said: list[str] = []
+    config = loading.resolve(flags.config, _workdir(flags.workdir), overrides, said.append)
     hosts.initialize()
+    for line in said:  # who is primary is known from here on
+        _say(line)
     from llmjax.train import loop
 
     return loop.train(config, _workdir(flags.workdir), _say)
@@ -273,6 +280,123 @@ def generate(arguments: list[str]) -> int:
         drawn = f"temperature {flags.temperature:g}, seed {flags.seed}" if flags.temperature else "greedy"
         print(f"\nstep {loaded.step} ({loaded.parameters}), {drawn}", file=sys.stderr)
         print(f"next: llmjax eval --workdir={flags.workdir} --split=test", file=sys.stderr)
+    return 0
+
+
+def fill(arguments: list[str]) -> int:
+    """Fill masks."""
+    parser = _parser(
+        "fill",
+        """\
+        Say what belongs in the place of each mask of a text, the likeliest token first, with a checkpoint that was
+        trained with objective.name='masked'. A mask is [MASK], or what the tokenizer calls it, and hides one token; a
+        space before it is part of that token.""",
+        "llmjax fill --workdir=runs/bert --text='import [MASK] as np' --count=3",
+    )
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="a run")
+    parser.add_argument("--text", action="append", required=True, help="text with masks; may be given several times")
+    parser.add_argument("--step", type=_whole(0), help="the checkpoint (default: the newest)")
+    parser.add_argument("--count", type=_whole(1), default=5, help="tokens to name for each mask (default 5)")
+    flags, overrides = _parse(parser, arguments)
+    from llmjax.parallel import hosts
+
+    hosts.initialize()
+    from llmjax import fill as filling, loading
+
+    loaded = loading.load(_workdir(flags.workdir), step=flags.step, overrides=overrides, say=_say)
+    filled = filling.fill(
+        flags.text,
+        graph=loaded.graph,
+        params=loaded.params,
+        model=loaded.config.model,
+        mesh=loaded.mesh,
+        rules=loaded.config.parallel.rules,
+        tokenizer=loaded.tokenizer,
+        count=flags.count,
+    )
+    for text, masks in zip(flags.text, filled, strict=True):
+        _say(text)
+        for number, fillers in enumerate(masks, 1):
+            if len(masks) > 1:
+                _say(f" mask {number}")
+            for filler in fillers:
+                _say(f"  {filler.probability:6.1%}  {filler.text!r}")
+    _say(f"step {loaded.step} ({loaded.parameters})")
+    return 0
+
+
+def import_(arguments: list[str]) -> int:
+    """Take over a published checkpoint."""
+    parser = _parser(
+        "import",
+        """\
+        Read a checkpoint of Hugging Face transformers from a local folder (config.json, model.safetensors or shards
+        with their index, tokenizer.json or a SentencePiece model) into checkpoint 0 of a new workdir. Tensors go to the
+        devices part by part, so that the host holds no copy of the whole. Model and tokenizer are kept with the
+        workdir: generate, eval and export work on it at once, and train goes on from these parameters.""",
+        "llmjax import --from=checkpoints/gpt2 --workdir=runs/gpt2 --config.model.dtype=bfloat16",
+    )
+    parser.add_argument("--from", dest="source", required=True, metavar="DIR", help="a folder with config.json")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="a new folder for the run")
+    flags, overrides = _parse(parser, arguments)
+    from llmjax.parallel import hosts
+
+    hosts.initialize()
+    import pathlib
+
+    from llmjax.interop import importing
+
+    source = pathlib.Path(os.path.expanduser(flags.source))
+    found = importing.import_checkpoint(source, _workdir(flags.workdir), overrides=overrides, say=_say)
+    model, workdir = found.config.model, flags.workdir
+    _say(
+        f"{found.architecture} is now {workdir}: model.family={model.family!r}, {found.parameters:,} parameters stored "
+        f"as {model.param_dtype}, read from {found.nbytes / 1e9:.2f} GB of {', '.join(found.types)}, {found.tokenizer}"
+    )
+    if model.generates:
+        _say(f"next: llmjax generate --workdir={workdir} --prompt='Once upon a time'")
+    _say(f"      llmjax train --workdir={workdir} --config.data.sources.main.path='/my/texts/**/*.txt'")
+    return 0
+
+
+def export(arguments: list[str]) -> int:
+    """Give a checkpoint to others."""
+    parser = _parser(
+        "export",
+        """\
+        Write a checkpoint as a folder that transformers loads with from_pretrained: config.json, model.safetensors or
+        shards with their index, the tokenizer. The class is the one that expresses the model; where none does, the
+        field is named. What is exported is what `llmjax eval` scores: an average where the optimizer keeps one.""",
+        "llmjax export --workdir=runs/mine --to=exports/mine --dtype=bfloat16",
+    )
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="a run")
+    parser.add_argument("--to", required=True, metavar="DIR", help="a new folder")
+    parser.add_argument("--step", type=_whole(0), help="the checkpoint (default: the newest)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="on disk (default float32)")
+    parser.add_argument(
+        "--max_shard_bytes", type=_whole(1), default=5_000_000_000, help="of a file (default 5,000,000,000)"
+    )
+    flags, overrides = _parse(parser, arguments)
+    from llmjax.parallel import hosts
+
+    hosts.initialize()
+    import pathlib
+
+    from llmjax.interop import exporting
+
+    made = exporting.export(
+        _workdir(flags.workdir),
+        pathlib.Path(os.path.expanduser(flags.to)),
+        step=flags.step,
+        dtype=flags.dtype,
+        max_shard_bytes=flags.max_shard_bytes,
+        overrides=overrides,
+        say=_say,
+    )
+    _say(f"written to {flags.to}: {made.architecture} in {len(made.files)} file(s), {made.nbytes / 1e9:.2f} GB")
+    _say(f"tokenizer: {made.tokenizer}")
+    auto = "AutoModelForCausalLM" if made.architecture.endswith(("CausalLM", "LMHeadModel")) else made.architecture
+    _say(f"next: from transformers import {auto}; {auto}.from_pretrained({flags.to!r})")
     return 0
 
 
@@ -378,6 +502,9 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "eval": evaluate,
     "generate": generate,
+    "fill": fill,
+    "import": import_,
+    "export": export,
     "inspect": inspect,
     "size": size,
     "fields": fields,

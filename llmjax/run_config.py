@@ -135,7 +135,12 @@ class RunConfig:
 
 def resolve(file: str, overrides: Sequence[tuple[str, str]]) -> RunConfig:
     """The config of `--config=FILE[:ARG]` with `--config.FIELD=TEXT` overrides, bound and checked."""
-    return apply_overrides(_plain(load_file(file)), overrides)
+    return apply_overrides(read_file(file), overrides)
+
+
+def read_file(file: str) -> dict[str, Any]:
+    """The nested dict of `FILE[:ARG]`."""
+    return _plain(load_file(file))
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> RunConfig:

@@ -3,14 +3,16 @@
 from collections.abc import Callable
 from typing import Any
 
-from llmjax.interop import decoder, encdec
+from llmjax.interop import decoder, encdec, encoder
 from llmjax.interop.mapping import Architecture
 
-# One line a family.
-ARCHITECTURES: dict[str, Architecture] = {
-    **decoder.ARCHITECTURES,
-    **encdec.ARCHITECTURES,
+# One line a family. Where several classes express a model, the first is the one that is exported.
+FAMILIES: dict[str, dict[str, Architecture]] = {
+    "decoder": decoder.ARCHITECTURES,
+    "encoder": encoder.ARCHITECTURES,
+    "encdec": encdec.ARCHITECTURES,
 }
+ARCHITECTURES = {name: found for family in FAMILIES.values() for name, found in family.items()}
 
 # quantization_config's quant_method -> a maker, given the quantization_config, of an object with
 #   shapes(shapes on disk: name -> shape) -> name -> shape of the unpacked tensors

@@ -109,6 +109,11 @@ def read_folder(folder: Path) -> dict[str, Entry]:
     return found
 
 
+def nbytes(spec: tuple[str, tuple[int, ...]]) -> int:
+    """Bytes of a tensor of a type such as "F32" and a shape."""
+    return TYPES[spec[0]].itemsize * math.prod(spec[1])
+
+
 def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     """Names in order, cut into files of at most `limit` bytes; a tensor that is larger has a file of its own."""
     shards: list[list[str]] = [[]]
@@ -136,7 +141,7 @@ def write_folder(
     No more than one tensor is held at a time. `make` is called for all of them in order, in a process that is not
     `primary` too, and only the primary one writes. `wrote` is told the bytes of each tensor. Returns the files.
     """
-    sizes = {name: TYPES[dtype].itemsize * math.prod(shape) for name, (dtype, shape) in tensors.items()}
+    sizes = {name: nbytes(spec) for name, spec in tensors.items()}
     shards = plan_shards(sizes, limit)
     paths = [folder / _shard_name(number, len(shards)) for number in range(len(shards))]
     for path, names in zip(paths, shards, strict=True):
@@ -172,7 +177,7 @@ def _write_file(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], 
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (dtype, shape) in tensors.items():
-        begin, end = end, end + TYPES[dtype].itemsize * math.prod(shape)
+        begin, end = end, end + nbytes((dtype, shape))
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -8,8 +8,8 @@ from etils import epath
 
 from llmjax.config import UserError
 from llmjax.data.tokenizer import FILE_NAMES, PIECE_CHARACTERS, Tokenizer, read_tokenizer
+from llmjax.loading import TOKENIZER
 
-FOLDER = "tokenizer"  # in a workdir
 # Beside the model itself: read by others, kept as they are.
 _BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
 # (kind, file in a published folder), in the order in which they are looked for
@@ -28,27 +28,30 @@ _PROBES = (
 )
 
 
-def take_over(folder: epath.Path, workdir: epath.Path) -> tuple[str, epath.Path, Tokenizer]:
-    """Copy a published folder's tokenizer into WORKDIR/tokenizer: (its name there, file, tokenizer).
+def find(folder: epath.Path) -> tuple[str, bytes, Tokenizer]:
+    """The tokenizer of a published folder: its file's name, its content, and itself.
 
     Raises UserError where there is none that can be read.
     """
     kind, name = next(((kind, name) for kind, name in _PUBLISHED if (folder / name).exists()), ("", ""))
     if not kind:
         names = ", ".join(name for _, name in _PUBLISHED)
-        raise UserError(f"{folder}: no tokenizer there; one of {names} is needed (vocab.txt alone is not read)")
+        raise UserError(f"{folder}: no tokenizer there; one of {names} is needed")
     content = (folder / name).read_bytes()
     try:
-        made = read_tokenizer(kind, content)
+        return name, content, read_tokenizer(kind, content)
     except UserError as error:
         raise UserError(f"{folder / name}: {error}") from None
-    to = workdir / FOLDER
+
+
+def keep(folder: epath.Path, content: bytes, made: Tokenizer, workdir: epath.Path) -> None:
+    """Put the tokenizer that `find` found into a workdir, with what lies beside it for other readers."""
+    to = workdir / TOKENIZER
     to.mkdir(parents=True, exist_ok=True)
-    (to / FILE_NAMES[kind]).write_bytes(content)
+    (to / FILE_NAMES[made.kind]).write_bytes(content)
     for beside in _BESIDE:
         if (folder / beside).exists():
             (to / beside).write_bytes((folder / beside).read_bytes())
-    return name, to / FILE_NAMES[kind], made
 
 
 def write(
@@ -82,11 +85,11 @@ def write(
 
 
 def give_back(content: bytes, name: str, workdir: epath.Path, folder: epath.Path) -> str:
-    """Write a tokenizer that `take_over` brought into `workdir`, and what lay beside it, under its old names."""
+    """Write a tokenizer that `keep` put into `workdir`, and what lay beside it, under its old names."""
     (folder / name).write_bytes(content)
     for beside in _BESIDE:
-        if (workdir / FOLDER / beside).exists():
-            (folder / beside).write_bytes((workdir / FOLDER / beside).read_bytes())
+        if (workdir / TOKENIZER / beside).exists():
+            (folder / beside).write_bytes((workdir / TOKENIZER / beside).read_bytes())
     return f"{name} as it was imported"
 
 

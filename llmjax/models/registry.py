@@ -1,6 +1,7 @@
 """Model families by name: from a config to a module, its shapes, its axes and its first parameters."""
 
 import math
+import typing
 from typing import Any
 
 from flax import nnx
@@ -23,6 +24,12 @@ FAMILIES: dict[str, Any] = {
     "recurrent": Recurrent,
 }
 ModelConfig = DecoderConfig | EncoderConfig | EncDecConfig | RecurrentConfig
+
+
+def config_class(family: str) -> Any:
+    """The config class of a family."""
+    options = typing.get_args(ModelConfig) or (ModelConfig,)
+    return next(option for option in options if option.family == family)
 
 
 def build(config: ModelConfig, key: jax.Array) -> nnx.Module:

@@ -26,6 +26,8 @@ def finish(job: Job, progress: Progress) -> None:
     if job.config.model.generates:
         prompt = shlex.quote((job.config.sample.prompts or ("Once upon a time",))[0])
         commands.insert(0, f"llmjax generate --workdir={job.workdir} --prompt={prompt}")
+    if job.config.objective.name == "masked":
+        commands.insert(0, f"llmjax fill --workdir={job.workdir} --text='The [MASK] of the'")
     for lead, command in zip(("next:  ", "       "), commands, strict=False):
         job.say(f"{lead} {command}")
 

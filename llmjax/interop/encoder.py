@@ -1,0 +1,294 @@
+"""Encoder checkpoints: BERT and ModernBERT with their masked-LM heads."""
+
+from collections.abc import Sequence
+import dataclasses
+import math
+import re
+from typing import Any
+
+import numpy as np
+
+from llmjax.config import UserError
+from llmjax.interop.fields import Fields
+from llmjax.interop.layouts import matrix, transposed, vector
+from llmjax.interop.mapping import Architecture, Rule
+from llmjax.models.encoder_config import EncoderConfig
+
+# Ours is named last where two of theirs mean the same, so that it is the one written.
+_ACTIVATIONS = {
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
+    "swish": "silu",
+    "silu": "silu",
+}
+_THEIR_ACTIVATIONS = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
+_BERT_NEUTRAL = (
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "classifier_dropout",
+    "gradient_checkpointing",
+    "directionality",
+    "pooler_fc_size",
+    "pooler_num_attention_heads",
+    "pooler_num_fc_layers",
+    "pooler_size_per_head",
+    "pooler_type",
+)
+_MODERNBERT_NEUTRAL = (
+    "attention_dropout",
+    "embedding_dropout",
+    "mlp_dropout",
+    "classifier_dropout",
+    "classifier_pooling",
+    "deterministic_flash_attn",
+    "gradient_checkpointing",
+    "initializer_cutoff_factor",
+    "layer_norm_eps",
+    "position_embedding_type",
+    "reference_compile",
+    "repad_logits_with_grad",
+    "sparse_prediction",
+    "sparse_pred_ignore_index",
+)
+
+
+def _read_bert(hf: dict[str, Any]) -> dict[str, Any]:
+    fields = Fields(hf)
+    fields.must("is_decoder", False)
+    fields.must("add_cross_attention", False)
+    fields.must("position_embedding_type", "absolute")
+    fields.must("tie_word_embeddings", True)
+    section = {
+        "family": "encoder",
+        "vocab_size": fields["vocab_size"],
+        "num_layers": fields["num_hidden_layers"],
+        "embed": fields["hidden_size"],
+        "num_heads": fields["num_attention_heads"],
+        "mlp": fields["intermediate_size"],
+        "activation": fields.choice("hidden_act", _ACTIVATIONS, "gelu"),
+        "gated": "plain",
+        "norm_eps": fields.get("layer_norm_eps", 1e-12),
+        "norm_position": "post",
+        "positions": "learned",
+        "max_positions": fields.get("max_position_embeddings", 512),
+        "types": fields.get("type_vocab_size", 2),
+        "biases": "all",
+    }
+    fields.done(*_BERT_NEUTRAL)
+    return section
+
+
+def _write_bert(config: EncoderConfig) -> dict[str, Any]:
+    if not config.types:
+        raise UserError("model.types=0: a BERT checkpoint has at least one token type; train with model.types=1 or 2")
+    return {
+        "model_type": "bert",
+        "vocab_size": config.vocab_size,
+        "num_hidden_layers": config.num_layers,
+        "hidden_size": config.embed,
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": config.mlp_size,
+        "hidden_act": _THEIR_ACTIVATIONS.get(config.activation, config.activation),
+        "layer_norm_eps": config.norm_eps,
+        "max_position_embeddings": config.max_positions,
+        "type_vocab_size": config.types,
+        "position_embedding_type": "absolute",
+        "tie_word_embeddings": True,
+    }
+
+
+def _bert_rules(config: EncoderConfig) -> list[Rule]:
+    embed, mlp, heads = (config.embed,), (config.mlp_size,), (config.num_heads, config.head_size)
+    layer, head = "bert.encoder.layer.{layer}.", "cls.predictions."
+    linears = {
+        layer + "attention.self.query": ("blocks.attention.query", embed, heads),
+        layer + "attention.self.key": ("blocks.attention.key", embed, heads),
+        layer + "attention.self.value": ("blocks.attention.value", embed, heads),
+        layer + "attention.output.dense": ("blocks.attention.out", heads, embed),
+        layer + "intermediate.dense": ("blocks.mlp.up", embed, mlp),
+        layer + "output.dense": ("blocks.mlp.down", mlp, embed),
+        head + "transform.dense": ("head.dense", embed, embed),
+    }
+    norms = {
+        "bert.embeddings.LayerNorm": "embed_norm",
+        layer + "attention.output.LayerNorm": "blocks.attention_norm",
+        layer + "output.LayerNorm": "blocks.mlp_norm",
+        head + "transform.LayerNorm": "head.norm",
+    }
+    rules = [
+        Rule("bert.embeddings.word_embeddings.weight", ("embed.table",), copies=(head + "decoder.weight",)),
+        Rule("bert.embeddings.position_embeddings.weight", ("positions.table",)),
+        Rule("bert.embeddings.token_type_embeddings.weight", ("types.table",)),
+        Rule(head + "bias", ("head.bias",), copies=(head + "decoder.bias",)),
+    ]
+    for theirs, (ours, inputs, outputs) in linears.items():
+        rules.append(Rule(f"{theirs}.weight", (f"{ours}.weight",), **matrix(inputs, outputs)))
+        rules.append(Rule(f"{theirs}.bias", (f"{ours}.bias",), **vector(outputs)))
+    for theirs, ours in norms.items():
+        rules += [Rule(f"{theirs}.weight", (f"{ours}.scale",)), Rule(f"{theirs}.bias", (f"{ours}.bias",))]
+    return rules
+
+
+def _bert_name(name: str) -> str | None:
+    """The first published files name a norm's parameters gamma and beta; they also hold what a BertForMaskedLM has
+    no place for: the pooler and the head of next-sentence prediction, and positions as a buffer."""
+    if name.startswith(("bert.pooler.", "cls.seq_relationship.")) or name.endswith(".position_ids"):
+        return None
+    return re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name))
+
+
+def _refuse_pretraining(_: Any) -> dict[str, Any]:
+    raise UserError(
+        "config.json: a BertForPreTraining has a head of next-sentence prediction (cls.seq_relationship.weight and "
+        ".bias), which no model here has: save it as BertForMaskedLM first, which leaves that head and its pooler out"
+    )
+
+
+def _read_modernbert(hf: dict[str, Any]) -> dict[str, Any]:
+    fields = Fields(hf)
+    for name in ("norm_bias", "attention_bias", "mlp_bias", "classifier_bias"):
+        fields.must(name, False)
+    fields.must("decoder_bias", True)
+    fields.must("tie_word_embeddings", True)
+    activation = fields.choice("hidden_activation", _ACTIVATIONS, "gelu")
+    if fields.choice("classifier_activation", _ACTIVATIONS, "gelu") != activation:
+        raise UserError(
+            f"config.json: classifier_activation={hf.get('classifier_activation')!r} is not supported beside "
+            f"hidden_activation={hf.get('hidden_activation')!r}: head and blocks have one activation"
+        )
+    layers = fields["num_hidden_layers"]
+    every = _period(fields.get("layer_types", None), layers) or fields.get("global_attn_every_n_layers", 3)
+    fields.get("global_attn_every_n_layers", 3)
+    local = fields.get("local_attention", 128)
+    section = {
+        "family": "encoder",
+        "vocab_size": fields["vocab_size"],
+        "num_layers": layers,
+        "embed": fields["hidden_size"],
+        "num_heads": fields["num_attention_heads"],
+        "mlp": fields["intermediate_size"],
+        "activation": activation,
+        "gated": "gated",
+        "norm_eps": fields.get("norm_eps", 1e-5),
+        "norm_position": "pre",
+        "positions": "rotary",
+        "max_positions": fields.get("max_position_embeddings", 8192),
+        "rope_base": _rope_base(fields, "full_attention", "global_rope_theta", 160_000.0),
+        # Theirs counts the places on both sides that a token sees; ours is the distance that it does not see.
+        "window": local // 2 + 1 if every > 1 else 0,
+        "global_every": every if every > 1 else EncoderConfig.global_every,
+        "local_rope_base": _rope_base(fields, "sliding_attention", "local_rope_theta", 10_000.0),
+        "types": 0,
+        "biases": "none",
+    }
+    fields.done(*_MODERNBERT_NEUTRAL)
+    return section
+
+
+def _period(layer_types: Sequence[str] | None, layers: int) -> int | None:
+    """n where every n-th layer, from the first one on, sees all; UserError for any other pattern."""
+    if layer_types is None:
+        return None
+    full = [kind == "full_attention" for kind in layer_types]
+    every = next((n for n in range(1, layers) if full[n]), max(layers, 2))
+    if full != [layer % every == 0 for layer in range(layers)]:
+        raise UserError(
+            f"config.json: layer_types={list(layer_types)} is not supported, only full_attention in every n-th layer "
+            "from the first one on"
+        )
+    return every
+
+
+def _rope_base(fields: Fields, kind: str, old_name: str, default: float) -> float:
+    every = fields.get("rope_parameters", None) or {}
+    rope = Fields(every.get(kind) or {}, f"rope_parameters.{kind}.")
+    rope.must("rope_type", "default")
+    old = fields.get(old_name, None)
+    base = rope.get("rope_theta", None) or old or default
+    rope.done()
+    return float(base)
+
+
+def _write_modernbert(config: EncoderConfig) -> dict[str, Any]:
+    every = config.global_every if config.window else 1
+    kinds = ["sliding_attention" if local else "full_attention" for local in config.local_layers]
+    bases = {"full_attention": config.rope_base, "sliding_attention": config.local_rope_base}
+    activation = _THEIR_ACTIVATIONS.get(config.activation, config.activation)
+    return {
+        "model_type": "modernbert",
+        "vocab_size": config.vocab_size,
+        "num_hidden_layers": config.num_layers,
+        "hidden_size": config.embed,
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": config.mlp_size,
+        "hidden_activation": activation,
+        "classifier_activation": activation,
+        "norm_eps": config.norm_eps,
+        "norm_bias": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "classifier_bias": False,
+        "decoder_bias": True,
+        "max_position_embeddings": config.max_positions,
+        "global_attn_every_n_layers": every,
+        "layer_types": kinds,
+        "local_attention": 2 * (config.window - 1) if config.window else 128,
+        "global_rope_theta": config.rope_base,
+        "local_rope_theta": config.local_rope_base,
+        "rope_parameters": {kind: {"rope_type": "default", "rope_theta": base} for kind, base in bases.items()},
+        "tie_word_embeddings": True,
+    }
+
+
+def _modernbert_rules(config: EncoderConfig) -> list[Rule]:
+    embed, mlp, heads = (config.embed,), (config.mlp_size,), (config.num_heads, config.head_size)
+    rules = [
+        Rule("model.embeddings.tok_embeddings.weight", ("embed.table",), copies=("decoder.weight",)),
+        Rule("model.embeddings.norm.weight", ("embed_norm.scale",)),
+        Rule("model.final_norm.weight", ("norm.scale",)),
+        Rule("head.dense.weight", ("head.dense.weight",), **transposed()),
+        Rule("head.norm.weight", ("head.norm.scale",)),
+        Rule("decoder.bias", ("head.bias",)),
+    ]
+    layer, last = "model.layers.{layer}.", config.num_layers
+    for stack, numbers in (("first", range(1)), ("blocks", range(1, last))):
+        if not numbers:
+            continue
+        ours = lambda *names, stack=stack: tuple(f"{stack}.{name}" for name in names)
+        joined = ours("attention.query.weight", "attention.key.weight", "attention.value.weight")
+        found = [
+            Rule(layer + "attn.Wqkv.weight", joined, **_joined(embed, heads, 3)),
+            Rule(layer + "attn.Wo.weight", ours("attention.out.weight"), **matrix(heads, embed)),
+            Rule(layer + "mlp_norm.weight", ours("mlp_norm.scale")),
+            Rule(layer + "mlp.Wi.weight", ours("mlp.gate.weight", "mlp.up.weight"), **_joined(embed, mlp, 2)),
+            Rule(layer + "mlp.Wo.weight", ours("mlp.down.weight"), **matrix(mlp, embed)),
+        ]
+        if stack == "blocks":
+            found.append(Rule(layer + "attn_norm.weight", ours("attention_norm.scale")))
+        rules += [dataclasses.replace(rule, layers=numbers) for rule in found]
+    return rules
+
+
+def _joined(inputs: Sequence[int], outputs: Sequence[int], count: int) -> dict[str, Any]:
+    """`count` of torch's Linear in one, one below the other."""
+    one = matrix(inputs, outputs)
+    size = math.prod(outputs)
+    return {
+        "take": lambda tensor: tuple(one["take"](tensor[i * size : (i + 1) * size])[0] for i in range(count)),
+        "give": lambda *arrays: np.concatenate([one["give"](array) for array in arrays]),
+    }
+
+
+ARCHITECTURES = {
+    "BertForPreTraining": Architecture(
+        read_config=_refuse_pretraining, write_config=_refuse_pretraining, rules=_bert_rules, rename=_bert_name
+    ),
+    "BertForMaskedLM": Architecture(
+        read_config=_read_bert, write_config=_write_bert, rules=_bert_rules, rename=_bert_name
+    ),
+    "ModernBertForMaskedLM": Architecture(
+        read_config=_read_modernbert, write_config=_write_modernbert, rules=_modernbert_rules
+    ),
+}

@@ -1,0 +1,237 @@
+"""BERT and ModernBERT of transformers: the same logits, loss, gradients and tensors."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="parity needs `make parity`")
+transformers = pytest.importorskip("transformers", reason="parity needs `make parity`")
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from llmjax import losses
+from llmjax.batch import Batch
+from llmjax.config import UserError, bind
+from llmjax.interop import mapping
+from llmjax.interop.encoder import ARCHITECTURES
+from llmjax.models import registry
+from llmjax.models.encoder_config import EncoderConfig
+
+VOCAB, SEQ, LENGTHS = 97, 24, (24, 17, 9)
+
+
+def _bert(**other):
+    config = transformers.BertConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=40,
+        type_vocab_size=3,
+        attn_implementation="eager",
+        **other,
+    )
+    return transformers.BertForMaskedLM(config)
+
+
+def _modernbert(**other):
+    config = transformers.ModernBertConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=40,
+        local_attention=8,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        cls_token_id=1,
+        sep_token_id=2,
+        attn_implementation="eager",
+        **other,
+    )
+    return transformers.ModernBertForMaskedLM(config)
+
+
+MODELS = {
+    "bert": _bert,
+    "bert-tanh": lambda: _bert(hidden_act="gelu_new"),
+    "modernbert": _modernbert,
+    "modernbert-global": lambda: _modernbert(global_attn_every_n_layers=1),
+}
+# Parameter of theirs, and of ours with the layer, for the gradients that are compared.
+GRADIENTS = {
+    "BertForMaskedLM": {
+        "bert.embeddings.word_embeddings.weight": lambda g: g["embed"]["table"][:VOCAB],
+        "bert.encoder.layer.1.attention.self.key.weight": lambda g: (
+            g["blocks"]["attention"]["key"]["weight"][1].reshape(32, 32).T
+        ),
+        "bert.encoder.layer.0.output.LayerNorm.weight": lambda g: g["blocks"]["mlp_norm"]["scale"][0],
+        "bert.embeddings.token_type_embeddings.weight": lambda g: g["types"]["table"],
+    },
+    "ModernBertForMaskedLM": {
+        "model.embeddings.tok_embeddings.weight": lambda g: g["embed"]["table"][:VOCAB],
+        "model.layers.0.mlp.Wo.weight": lambda g: g["first"]["mlp"]["down"]["weight"][0].T,
+        "model.layers.2.attn_norm.weight": lambda g: g["blocks"]["attention_norm"]["scale"][1],
+        "decoder.bias": lambda g: g["head"]["bias"][:VOCAB],
+    },
+}
+
+
+def moved(model):
+    """Weights off their init, so that no bias is 0 and no scale is 1."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def masked_rows() -> Batch:
+    """Rows with padding at their ends, random token types, and a third of the tokens scored."""
+    rng = np.random.default_rng(0)
+    shape = len(LENGTHS), SEQ
+    used = np.arange(SEQ) < np.array(LENGTHS)[:, None]
+    return Batch(
+        # Above the special ids: torch gives the row of a padding id no gradient.
+        inputs=np.where(used, rng.integers(3, VOCAB, shape), 0).astype(np.int32),
+        targets=rng.integers(3, VOCAB, shape).astype(np.int32),
+        weights=(used & (rng.random(shape) < 0.3)).astype(np.float32),
+        segments=used.astype(np.int32),
+        positions=np.broadcast_to(np.arange(SEQ, dtype=np.int32), shape),
+        sample=np.zeros((len(LENGTHS), 2), np.uint32),
+        types=rng.integers(0, 3, shape).astype(np.int32),
+    )
+
+
+def imported(model):
+    architecture = ARCHITECTURES[type(model).__name__]
+    config = bind(EncoderConfig, architecture.read_config(model.config.to_dict()), "model")
+    rules = architecture.rules(config)
+    state = {key: value.numpy() for key, value in model.state_dict().items()}
+    return architecture, config, rules, state
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_loss_gradients_and_tensors(name):
+    torch.manual_seed(0)
+    model = moved(MODELS[name]())
+    architecture, config, rules, state = imported(model)
+    params = mapping.load(rules, state, config)
+    back = mapping.dump(rules, params, config)
+    assert set(back) == set(state)
+    for key, value in state.items():
+        np.testing.assert_array_equal(back[key].view(np.uint32), value.view(np.uint32), err_msg=key)
+    written = bind(EncoderConfig, architecture.read_config(architecture.write_config(config)), "model")
+    assert written == config
+
+    batch, graph = masked_rows(), registry.abstract(config)[0]
+    used, scored = batch.segments > 0, batch.weights > 0
+    tensor = lambda x: torch.tensor(np.asarray(x), dtype=torch.long)
+    given = {"input_ids": tensor(batch.inputs), "attention_mask": tensor(used)}
+    if config.types:
+        given["token_type_ids"] = tensor(batch.types)
+    found = model(**given, labels=tensor(np.where(scored, batch.targets, -100)))
+    found.loss.backward()
+
+    @jax.jit
+    def ours(params):
+        def loss(params):
+            model = nnx.merge(graph, params)
+            hidden = model(batch).hidden
+            sums = losses.cross_entropy(hidden, model.unembed, batch.targets, batch.weights, chunk=8, z_loss=0.0)
+            return sums.nats / sums.weight, model.unembed(hidden)
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    (loss, logits), grads = ours(params)
+    theirs = found.logits.detach().numpy()
+    np.testing.assert_allclose(np.asarray(logits)[used][:, :VOCAB], theirs[used], atol=2e-4, rtol=0)
+    assert abs(float(loss) - found.loss.item()) < 1e-5
+    parameters = dict(model.named_parameters())
+    for key, pick in GRADIENTS[type(model).__name__].items():
+        expected = parameters[key].grad.numpy()
+        np.testing.assert_allclose(pick(grads), expected, rtol=0, atol=1e-4 * np.abs(expected).max(), err_msg=key)
+
+
+def test_the_pooler():
+    torch.manual_seed(0)
+    model = moved(transformers.BertModel(_bert().config))
+    config = bind(EncoderConfig, ARCHITECTURES["BertForMaskedLM"].read_config(model.config.to_dict()), "model")
+    config = dataclasses.replace(config, pooler="tanh")
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), registry.abstract(config)[1])
+    whole = nnx.merge(registry.abstract(config)[0], params)
+    weight, bias = model.pooler.dense.weight.detach().numpy(), model.pooler.dense.bias.detach().numpy()
+    whole.pooler.weight[...], whole.pooler.bias[...] = weight.T, bias
+    hidden = np.random.default_rng(0).normal(size=(2, 5, 32)).astype(np.float32)
+    expected = model.pooler(torch.tensor(hidden)).detach().numpy()
+    np.testing.assert_allclose(whole.pool(hidden), expected, atol=1e-5)
+
+
+def test_names_of_the_first_published_files():
+    """gamma and beta, the position buffer, and the parts that a masked-LM model of theirs leaves out as well."""
+    model = _bert()
+    architecture, config, rules, state = imported(model)
+    old = {key.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): x for key, x in state.items()}
+    old["bert.embeddings.position_ids"] = np.arange(40)[None]
+    old["bert.pooler.dense.weight"] = np.zeros((32, 32), np.float32)
+    old["cls.seq_relationship.bias"] = np.zeros(2, np.float32)
+    renamed = {architecture.rename(key): value for key, value in old.items()}
+    renamed.pop(None)
+    jax.tree.map(
+        np.testing.assert_array_equal, mapping.load(rules, renamed, config), mapping.load(rules, state, config)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("bert", {"is_decoder": True}, "is_decoder=True"),
+        ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key'"),
+        ("bert", {"tie_word_embeddings": False}, "tie_word_embeddings=False"),
+        ("bert", {"hidden_act": "mish"}, "hidden_act='mish'"),
+        ("modernbert", {"attention_bias": True}, "attention_bias=True"),
+        ("modernbert", {"classifier_activation": "silu"}, "classifier_activation='silu'.*hidden_activation"),
+        ("modernbert", {"layer_types": ["full_attention", "sliding_attention"] * 2 + ["sliding_attention"]}, "n-th"),
+        (
+            "modernbert",
+            {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
+            "rope_parameters.full_attention.rope_type='yarn'",
+        ),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(name, change, words):
+    model = MODELS[name]()
+    with pytest.raises(UserError, match=words):
+        ARCHITECTURES[type(model).__name__].read_config(model.config.to_dict() | change)
+
+
+def test_the_head_of_next_sentence_prediction_is_refused():
+    with pytest.raises(UserError, match=r"cls\.seq_relationship\.weight"):
+        ARCHITECTURES["BertForPreTraining"].read_config(transformers.BertConfig().to_dict())
+
+
+def test_the_published_modernbert_config_reads():
+    """The fields of the published files, older than layer_types and rope_parameters."""
+    hf = transformers.ModernBertConfig().to_dict()
+    del hf["layer_types"], hf["rope_parameters"]
+    hf |= {
+        "global_attn_every_n_layers": 3,
+        "global_rope_theta": 160000.0,
+        "local_rope_theta": 10000.0,
+        "layer_norm_eps": 1e-05,
+        "position_embedding_type": "absolute",
+        "reference_compile": None,
+        "repad_logits_with_grad": False,
+        "gradient_checkpointing": False,
+    }
+    read = ARCHITECTURES["ModernBertForMaskedLM"].read_config
+    assert read(hf) == read(transformers.ModernBertConfig().to_dict())
+    config = bind(EncoderConfig, read(hf), "model")
+    assert (config.window, config.global_every) == (65, 3)
+    assert registry.count_parameters(dataclasses.replace(config, vocab_multiple=1)) == 149_655_232
