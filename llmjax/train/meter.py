@@ -22,7 +22,11 @@ class Meter:
     def __init__(self, job: Job, stop: int, progress: Progress):
         self._job, self._stop = job, stop
         self._console = Console(stop, primary=hosts.is_primary())
-        self._flops = job.config.model.flops_per_token(job.config.data.seq_len)
+        # An encoder-decoder's rows have two lengths, and each target pays for its share of the source.
+        lengths = [job.config.data.seq_len]
+        if (target_len := job.evaluator.objective.target_len) != lengths[0]:
+            lengths.append(target_len)
+        self._flops = job.config.model.flops_per_token(*lengths)
         self._pending: tuple[int, dict] | None = None
         self._bad_in_a_row = 0
         self._first = True
