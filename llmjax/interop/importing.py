@@ -11,7 +11,7 @@ import jax
 import llmjax
 from llmjax import loading, run_config, workdir as workdirs
 from llmjax.checkpoint import Checkpoints
-from llmjax.config import UserError, bind
+from llmjax.config import UserError
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.interop import folder as folders, place, tokenizers
 from llmjax.interop.mapping import Correspondence
@@ -92,11 +92,9 @@ def import_checkpoint(
 def _config(
     found: folders.Checkpoint, tokenizer: Tokenizer, workdir: epath.Path, overrides: Sequence[tuple[str, str]]
 ) -> RunConfig:
-    model = found.architecture.read_config(found.hf)
-    bound = bind(RunConfig, {"model": model, "objective": {"name": _first_objective(model)}})
     tree: dict[str, Any] = {
-        "model": dataclasses.asdict(bound.model),
-        "objective": {"name": bound.objective.name},
+        "model": {"family": found.family, **found.architecture.read_config(found.hf)},
+        "objective": {"name": registry.config_class(found.family).objectives[0]},
         "data": {"tokenizer": loading.tokenizer_section(workdir, tokenizer.kind)},
     }
     config = run_config.apply_overrides(tree, overrides)
@@ -106,10 +104,6 @@ def _config(
             f"{config.model.vocab_size}: they do not belong together"
         )
     return config
-
-
-def _first_objective(model: dict[str, Any]) -> str:
-    return registry.config_class(model.get("family", "decoder")).objectives[0]
 
 
 def _check_copies(table: Correspondence, found: folders.Checkpoint) -> None:
