@@ -35,7 +35,8 @@ def complete(
     """
     for prompt in prompts:
         tokenizer.check_special(prompt)
-    tokens = [_framed(ids, model, tokenizer) for ids in tokenizer.encode_batch(list(prompts))]
+    begin = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+    tokens = [np.concatenate([[begin], ids]).astype(np.int32) for ids in tokenizer.encode_batch(list(prompts))]
     with jax.set_mesh(mesh), axes.use_rules(rules):
         continuations = generate(
             graph,
@@ -50,12 +51,3 @@ def complete(
             eos_id=tokenizer.eos_id,
         )
     return [tokenizer.decode(ids) for ids in continuations]
-
-
-def _framed(ids: np.ndarray, model: ModelConfig, tokenizer: Tokenizer) -> np.ndarray:
-    """The ids as the model met texts in training: after what starts a document, or, as an encoder's source, with EOS
-    at the end."""
-    if "span" in model.objectives:
-        return np.append(ids, tokenizer.eos_id).astype(np.int32)
-    begin = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
-    return np.concatenate([[begin], ids]).astype(np.int32)
