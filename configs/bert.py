@@ -11,7 +11,7 @@ from llmjax.config import UserError
 
 # layers, embed, heads, dropout (section 3 of the paper)
 SIZES = {
-    "tiny": (4, 192, 3, 0.0),
+    "tiny": (4, 128, 4, 0.0),
     "base": (12, 768, 12, 0.1),
     "large": (24, 1024, 16, 0.1),
 }
@@ -48,10 +48,10 @@ def get_config(size: str = "tiny") -> ConfigDict:
     if tiny:
         c.data = dict(
             sources=dict(python=dict(path="stdlib:")),
-            tokenizer=dict(kind="sentencepiece", algorithm="bpe", vocab_size=4096),
+            tokenizer=dict(kind="sentencepiece", algorithm="bpe", vocab_size=2048),
             seq_len=128,
         )
-        c.train = dict(steps=1_500, global_batch=16, log_every=50)
+        c.train = dict(steps=1_000, global_batch=16, log_every=50)
         c.optimizer = dict(name="adamw", learning_rate=1e-3, schedule="linear", end_fraction=0.0)
         return c
     c.data = dict(

@@ -11,7 +11,7 @@ from llmjax.config import UserError
 
 # layers, embed, heads, mlp, window, sequences a step, peak learning rate, warmup steps (tables 3 and 4 of the paper)
 SIZES = {
-    "tiny": (4, 192, 3, 320, 17, 16, 3e-3, None),
+    "tiny": (4, 128, 4, 256, 17, 16, 3e-3, None),
     "base": (22, 768, 12, 1152, 65, 4608, 8e-4, 640),
     "large": (28, 1024, 16, 2624, 65, 4928, 5e-4, 400),
 }
@@ -50,10 +50,10 @@ def get_config(size: str = "tiny") -> ConfigDict:
     if tiny:
         c.data = dict(
             sources=dict(python=dict(path="stdlib:")),
-            tokenizer=dict(kind="sentencepiece", algorithm="bpe", vocab_size=4096),
+            tokenizer=dict(kind="sentencepiece", algorithm="bpe", vocab_size=2048),
             seq_len=128,
         )
-        c.train = dict(steps=1_500, global_batch=batch, log_every=50)
+        c.train = dict(steps=1_000, global_batch=batch, log_every=50)
         c.optimizer = dict(
             name="adamw", learning_rate=learning_rate, schedule="wsd", decay_fraction=0.4, end_fraction=0.02
         )

@@ -2,12 +2,10 @@
 
 llmjax train --config=configs/recurrent.py --workdir=runs/lstm
 llmjax train --config=configs/recurrent.py:rglru --workdir=runs/rglru
-llmjax train --config=configs/recurrent.py:zaremba --workdir=runs/large --config.data.sources.main.path='/my/texts/*.txt'
+llmjax train --config=configs/recurrent.py:zaremba --workdir=runs/ptb --config.data.sources.main.path='/my/texts/*.txt'
 """
 
 from ml_collections import ConfigDict
-
-from llmjax.config import UserError
 
 # what differs in the model, peak learning rate
 SMALL = {

@@ -254,7 +254,7 @@ def generate(arguments: list[str]) -> int:
     from llmjax.parallel import hosts
 
     hosts.initialize()
-    from llmjax import loading, sampling
+    from llmjax import loading, run_config, sampling
 
     loaded = loading.load(_workdir(flags.workdir), step=flags.step, overrides=overrides, say=_say)
     texts = sampling.complete(
@@ -265,6 +265,7 @@ def generate(arguments: list[str]) -> int:
         mesh=loaded.mesh,
         rules=loaded.config.parallel.rules,
         tokenizer=loaded.tokenizer,
+        objective=run_config.objective(loaded.config, loaded.tokenizer),
         max_tokens=flags.max_tokens,
         temperature=flags.temperature,
         top_k=flags.top_k,

@@ -29,12 +29,12 @@ class Denoiser:
     mean_span: float | None
     mode: int = 0
 
-    def counts(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(hidden tokens, spans) of chunks of these lengths; T5's arithmetic, and at least one of each."""
+    def counts(self, lengths: np.ndarray, most: int = MOST_SENTINELS) -> tuple[np.ndarray, np.ndarray]:
+        """(hidden tokens, spans) of chunks of these lengths; T5's arithmetic, and at least one and `most` spans."""
         noise = np.clip(np.round(self.rate * lengths), 1, np.maximum(lengths - 1, 1)).astype(np.int64)
         if self.mean_span is None:
             return noise, np.ones_like(noise)
-        spans = np.clip(np.round(noise / self.mean_span), 1, MOST_SENTINELS).astype(np.int64)
+        spans = np.clip(np.round(noise / self.mean_span), 1, most).astype(np.int64)
         return noise, np.minimum(spans, np.minimum(noise, lengths - noise + 1))
 
 
@@ -76,7 +76,9 @@ def solve(name: str, denoisers: Sequence[Denoiser], *, seq_len: int, target_len:
     sources, targets = (lengths - noise + spans + modes).max(axis=0), (noise + spans + 1).max(axis=0)
     fit = _first(sources > seq_len)
     if not target_len:
-        target_len = -(-int(targets[:fit].max(initial=1)) // _MULTIPLE) * _MULTIPLE
+        # Alone, as if sentinels had no limit: rows of shorter chunks, which stay below it, need that much.
+        ample = np.sum(denoisers[0].counts(lengths, most=seq_len), axis=0) + 1 if len(denoisers) == 1 else targets
+        target_len = -(-int(ample[:fit].max(initial=1)) // _MULTIPLE) * _MULTIPLE
     costs = np.maximum(sources, -(-targets * seq_len // target_len))
     longest = _first(costs > seq_len)
     if not longest:
@@ -146,7 +148,15 @@ def corrupt(
     )
 
 
-def halve(rows: Rows, samples: np.ndarray, draws: Draws, room: Room, target_len: int, known: Vocabulary) -> Batch:
+def halves_room(seq_len: int, target_len: int) -> Room:
+    """What `halve` needs: either side may hold nearly the whole chunk."""
+    if target_len >= seq_len:
+        return Room(seq_len=seq_len)
+    costs = -(-np.arange(target_len + 1) * seq_len // target_len)
+    return Room(seq_len=seq_len, costs=costs, name=f"prefix target={target_len}")
+
+
+def halve(rows: Rows, samples: np.ndarray, draws: Draws, seq_len: int, target_len: int, known: Vocabulary) -> Batch:
     """Prefix language modelling for an encoder-decoder: the encoder reads a chunk's begin, the decoder writes the rest.
 
     Every split is alike: from the first token foretold to the last alone. The source starts as a prompt does, and the
@@ -162,7 +172,7 @@ def halve(rows: Rows, samples: np.ndarray, draws: Draws, room: Room, target_len:
             pieces.tokens[ranges(pieces.start + given - 1, pieces.length - given + 1)],
             pieces.length - given + 1,
         ),
-        widths=(room.seq_len, target_len),
+        widths=(seq_len, target_len),
         begin=known.begin,
     )
 
@@ -177,21 +187,19 @@ def two_sided(
     begin: int,
 ) -> Batch:
     """The Batch of sources and targets (tokens of all chunks, length of each chunk's) in rows of two widths."""
-    segments, positions, tokens = lay_out(pieces.row, source[1], len(samples), widths[0], source[0])
-    inputs = shifted(*target, begin)
-    out_segments, out_positions, targets, inputs = lay_out(
-        pieces.row, target[1], len(samples), widths[1], target[0], inputs
-    )
+    read = lay_out(pieces.row, source[1], len(samples), widths[0], source[0])
+    before = shifted(*target, begin)
+    segments, positions, targets, inputs = lay_out(pieces.row, target[1], len(samples), widths[1], target[0], before)
     return Batch(
         inputs=inputs,
         targets=targets,
-        weights=(out_segments > 0).astype(np.float32),
-        segments=out_segments,
-        positions=out_positions,
+        weights=(segments > 0).astype(np.float32),
+        segments=segments,
+        positions=positions,
         sample=halves(samples),
-        source=tokens,
-        source_segments=segments,
-        source_positions=positions,
+        source=read[2],
+        source_segments=read[0],
+        source_positions=read[1],
     )
 
 

@@ -4,6 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 from llmjax.config import UserError, suggest
+from llmjax.models import parametrization
 from llmjax.nn.mlp import ACTIVATIONS
 from llmjax.nn.stack import REMAT
 
@@ -38,6 +39,8 @@ class EncDecConfig:
     relative_distance   distance from which all share the last bucket
     tied                tied (the head is the token embedding, which reads hidden states times embed^-1/2) or untied (a
                         matrix of its own, which reads them as they are)
+    parametrization     standard, or mup: rates tuned at width base_embed serve every width (docs/optimizers.md)
+    base_embed          mup: the width at which both parametrizations are the same
     dropout             rate after the embeddings, at the end of each sub-block and after the last norms; from 0 to
                         below 1
     scan                True: blocks compiled once and scanned; False: unrolled, for debugging and for short stacks
@@ -67,6 +70,8 @@ class EncDecConfig:
     relative_buckets: int = 32
     relative_distance: int = 128
     tied: str = "untied"
+    parametrization: str = "standard"
+    base_embed: int = 256
     dropout: float = 0.0
     scan: bool = True
     remat: str = "none"
@@ -74,6 +79,7 @@ class EncDecConfig:
     param_dtype: str = "float32"
 
     def __post_init__(self):
+        parametrization.check(self)
         _check_names(self)
         _check_numbers(self)
 

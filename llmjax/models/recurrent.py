@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from llmjax.batch import Batch, Output
+from llmjax.models import parametrization
 from llmjax.models.recurrent_config import RecurrentConfig
 from llmjax.nn import dropout, embedding, recurrent, rglru, stack, weights
 from llmjax.nn.dropout import Dropout
@@ -129,7 +130,8 @@ class Recurrent(nnx.Module):
         """Hidden states [..., embed] -> float32 logits [..., padded vocab]; padding ids get one that no softmax
         sees."""
         table = self.embed.table[...].T if self.head is None else self.head[...]
-        return embedding.logits(hidden, table, vocab_size=self.config.vocab_size)
+        scale = 1 / parametrization.width(self.config)
+        return embedding.logits(hidden, table, vocab_size=self.config.vocab_size, scale=scale)
 
     def _advance(self, tokens, positions, cache, last) -> tuple[jax.Array, Cache]:
         none = Dropout(None, 0.0)

@@ -1,4 +1,4 @@
-"""Recurrent cells (RNN, LSTM, GRU) and the scan over time that runs them, with the state reset where a segment starts."""
+"""Recurrent cells (RNN, LSTM, GRU) and the scan over time that runs them; a segment starts from a state of 0."""
 
 from collections.abc import Callable
 import dataclasses
@@ -6,6 +6,7 @@ import functools
 
 from flax import nnx
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from llmjax.nn import weights
@@ -93,7 +94,9 @@ def scan(cell: str, unroll: int, inputs: jax.Array, weight: jax.Array, bias: jax
 
 
 def _forward(cell, unroll, inputs, weight, bias, resets):
-    states, products = run(cell, inputs, weight, bias, resets, _zeros(cell, inputs), unroll=unroll)
+    scanned = run(cell, inputs, weight, bias, resets, _zeros(cell, inputs), unroll=unroll)
+    # Where only this is kept, the backward pass makes everything else again but does not run the scan a second time.
+    states, products = checkpoint_name(scanned, "attention")
     return states[0], (inputs, weight, resets, states, products)
 
 

@@ -4,6 +4,7 @@ import functools
 
 from flax import nnx
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from llmjax.nn import weights
@@ -46,7 +47,7 @@ def linear_scan(decay: jax.Array, inputs: jax.Array, how: str, unroll: int = 1) 
 
 
 def _forward(decay, inputs, how, unroll):
-    h = _fold(decay, inputs, how, unroll, False)
+    h = checkpoint_name(_fold(decay, inputs, how, unroll, False), "attention")
     return h, (decay, h)
 
 

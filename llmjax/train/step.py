@@ -63,6 +63,7 @@ def train_step(
         "z_loss": sums.z / weight,
         "accuracy": sums.correct / weight,
         "tokens": sums.weight,
+        "read": shards.total(jnp.sum(batch.segments > 0)),
         "grad_norm": info["grad_norm"],
         "learning_rate": info["learning_rate"],
         "skipped_steps": skipped,

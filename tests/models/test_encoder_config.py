@@ -1,0 +1,97 @@
+"""Limits of the encoder's settings, published parameter counts, and the recipes that use them."""
+
+import dataclasses
+
+import pytest
+
+from llmjax.config import UserError, bind
+from llmjax.models import registry
+from llmjax.models.encoder_config import EncoderConfig
+from llmjax.run_config import resolve
+from tests.models.test_decoder_config import CONFIGS, recipe
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "vocab", "count"),
+    [
+        # Those of the models with a masked-LM head; BERT's paper says 110M and 340M, ModernBERT's 149M and 395M.
+        ("bert", "base", 30522, 109_514_298),
+        ("bert", "large", 30522, 335_174_458),
+        ("modernbert", "base", 50368, 149_655_232),
+        ("modernbert", "large", 50368, 395_881_664),
+    ],
+)
+def test_published_parameter_counts(family, size, vocab, count):
+    model = bind(EncoderConfig, recipe(family, size)["model"])
+    assert registry.count_parameters(dataclasses.replace(model, vocab_size=vocab, vocab_multiple=1)) == count
+
+
+def test_bert_with_its_pooler_and_without_its_head():
+    """The count of the bare model: the pooler is the size of the head's linear map, the head has a norm and biases."""
+    model = bind(EncoderConfig, recipe("bert", "base")["model"] | {"pooler": "tanh"})
+    head = (768 * 768 + 768) + 2 * 768 + 30522
+    count = registry.count_parameters(dataclasses.replace(model, vocab_size=30522, vocab_multiple=1))
+    assert count - head == 109_482_240
+
+
+@pytest.mark.parametrize("name", [f"{f}.py{s}" for f in ("bert", "modernbert") for s in ("", ":base", ":large")])
+def test_recipes_bind_and_their_models_fit(name):
+    config = resolve(str(CONFIGS / name), [])
+    config.model.check(seq_len=config.data.seq_len, tensor=config.mesh.tensor)
+    assert config.objective.name == "masked" and not config.model.generates
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_an_unknown_size_lists_the_sizes(family):
+    with pytest.raises(UserError, match="no such size; choose one of tiny, base, large"):
+        recipe(family, "9T")
+
+
+def test_an_encoder_learns_by_masked_lm_alone():
+    with pytest.raises(UserError, match=r"objective.name='causal': model.family='encoder' learns masked"):
+        resolve(str(CONFIGS / "bert.py"), [("objective.name", "causal"), ("objective.rate", "None")])
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"activation": "swish"}, "model.activation='swish'.*silu"),
+        ({"norm_position": "middle"}, "model.norm_position='middle'.*post, pre"),
+        ({"pooler": "mean"}, "model.pooler='mean'.*tanh"),
+        ({"family": "decoder"}, "model.family='decoder'"),
+        ({"num_layers": 0}, "model.num_layers=0"),
+        ({"types": -1}, "model.types=-1"),
+        ({"dropout": 1.0}, "model.dropout=1.0"),
+        ({"local_rope_base": 0.0}, "model.local_rope_base=0.0"),
+        ({"embed": 30, "num_heads": 4}, "model.num_heads=4: must divide model.embed=30"),
+        ({"embed": 36, "num_heads": 4, "positions": "rotary"}, "a head's width 9 must be even"),
+        ({"window": 8, "global_every": 1}, "model.global_every=1: must be at least 2.*model.window=0"),
+    ],
+)
+def test_a_value_out_of_bounds_is_named(fields, words):
+    with pytest.raises(UserError, match=words):
+        EncoderConfig(**fields)
+
+
+def test_the_run_must_fit_the_model():
+    config = EncoderConfig(max_positions=64)
+    config.check(seq_len=64, tensor=2)
+    with pytest.raises(UserError, match=r"data.seq_len=65.*max_positions=64"):
+        config.check(seq_len=65, tensor=1)
+    with pytest.raises(UserError, match=r"mesh\.tensor=3: must divide model\.num_heads=4"):
+        config.check(seq_len=64, tensor=3)
+    dataclasses.replace(config, positions="rotary").check(seq_len=1 << 20, tensor=1)
+
+
+def test_flops():
+    bert = bind(EncoderConfig, recipe("bert", "base")["model"] | {"vocab_size": 30522})
+    # 12 layers of 12 embed^2 weights and the head, 6 flops each; attention: 12 * layers * embed * seq_len
+    weights = 12 * 12 * 768**2 + 768**2 + 768 * 30522
+    assert bert.flops_per_token(512) == 6 * weights + 12 * 12 * 768 * 512
+    modern = bind(EncoderConfig, recipe("modernbert", "base")["model"] | {"vocab_size": 50368})
+    assert modern.local_layers == tuple(layer % 3 > 0 for layer in range(22))
+    # 8 layers see the row, 14 their 64 neighbours on either side and themselves
+    longer = modern.flops_per_token(2048) - modern.flops_per_token(1024)
+    assert longer == 12 * 768 * 8 * 1024
+    weights = 22 * 768 * (4 * 768 + 3 * 1152) + 768**2 + 768 * 50368
+    assert modern.flops_per_token(1024) == 6 * weights + 12 * 768 * (8 * 1024 + 14 * 129)
