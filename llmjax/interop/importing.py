@@ -54,7 +54,7 @@ def import_checkpoint(
     table.check(found.tensors)
     _check_copies(table, found)
     say(f"{found.name}: {len(found.tensors.shapes())} tensors of {', '.join(found.tensors.types)}, {_size(found)}")
-    for note in _notes(found.hf, tokenizer):
+    for note in _notes(found.hf, tokenizer, config):
         say(f"  note: {note}")
 
     mesh = loading.fitting_mesh(config, say)
@@ -134,12 +134,18 @@ def _save(workdir: epath.Path, config: RunConfig, params: dict, tokenizer: Token
     return fingerprint
 
 
-def _notes(hf: dict[str, Any], tokenizer: Tokenizer) -> list[str]:
+def _notes(hf: dict[str, Any], tokenizer: Tokenizer, config: RunConfig) -> list[str]:
+    notes = []
     ends = hf.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends]
-    if None in ends or tokenizer.eos_id in ends:
-        return []
-    return [f"config.json ends texts with token {ends[0]}, we with the tokenizer's {tokenizer.eos_id}"]
+    if None not in ends and tokenizer.eos_id not in ends:
+        notes.append(f"config.json ends texts with token {ends[0]}, we with the tokenizer's {tokenizer.eos_id}")
+    if (needed := run_config.objective(config, tokenizer).size) > config.model.vocab_size:
+        notes.append(
+            f"objective.name={config.objective.name!r} needs {needed} ids and the model has {config.model.vocab_size}: "
+            "the tokenizer lacks its marks"
+        )
+    return notes
 
 
 def _size(found: folders.Checkpoint) -> str:

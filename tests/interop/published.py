@@ -107,8 +107,14 @@ def write_tokenizer(folder: Path, special: tuple[str, ...] = ("<unk>", "<s>", "<
     made.train_from_iterator([TEXT], trainer)
     made.save(str(folder / "tokenizer.json"))
     roles = {"<s>": "bos_token", "</s>": "eos_token", "<unk>": "unk_token", "<pad>": "pad_token"}
-    roles |= {"[CLS]": "cls_token", "[SEP]": "sep_token", "[MASK]": "mask_token", "[PAD]": "pad_token"}
-    names = {roles.get(name, "unk_token"): name for name in special}
+    roles |= {
+        "[CLS]": "cls_token",
+        "[SEP]": "sep_token",
+        "[MASK]": "mask_token",
+        "[PAD]": "pad_token",
+        "[UNK]": "unk_token",
+    }
+    names = {roles[name]: name for name in special if name in roles}
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}))
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 import jax
 import numpy as np
 
-from llmjax import loading, sampling
+from llmjax import loading, run_config, sampling
 from llmjax.batch import Batch
 from llmjax.data.tokenizer import train_sentencepiece
 from llmjax.interop import exporting, importing, tokenizers
@@ -87,6 +87,7 @@ def complete(loaded, prompt: str, max_tokens: int = 12) -> str:
         mesh=loaded.mesh,
         rules=loaded.config.parallel.rules,
         tokenizer=loaded.tokenizer,
+        objective=run_config.objective(loaded.config, loaded.tokenizer),
         max_tokens=max_tokens,
         temperature=0,
     )[0]
@@ -149,7 +150,8 @@ def test_masked(kind, tmp_path):
 def test_sequence_to_sequence(kind, tmp_path):
     more = {} if kind == "v1.0" else {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
     model = build("T5", transformers.AutoModelForSeq2SeqLM, {**T5, **more})
-    source, workdir = save(model, tmp_path / "in", ("<pad>", "</s>", "<unk>")), epath.Path(tmp_path / "run")
+    special = ("<pad>", "</s>", "<unk>", *(f"<extra_id_{number}>" for number in range(30)))
+    source, workdir = save(model, tmp_path / "in", special), epath.Path(tmp_path / "run")
     importing.import_checkpoint(source, workdir, say=print)
     exporting.export(workdir, tmp_path / "out", say=print)
     back = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
@@ -162,9 +164,9 @@ def test_sequence_to_sequence(kind, tmp_path):
     np.testing.assert_allclose(logits(loaded, batch), theirs, atol=5e-4, rtol=0)
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    prompt = tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
-    text = their_text(tmp_path / "out", back, [*prompt, tokenizer.eos_token_id])
-    assert complete(loaded, PROMPT) == text
+    gap = tokenizer.convert_tokens_to_ids("<extra_id_0>")
+    prompt = [*tokenizer(PROMPT, add_special_tokens=False)["input_ids"], gap]
+    assert complete(loaded, PROMPT) == their_text(tmp_path / "out", back, prompt)
 
 
 def test_a_tokenizer_trained_here_is_read_by_others(tmp_path):
