@@ -1,5 +1,6 @@
-"""GPT-2 (Radford et al., 2019) in its four published sizes.
+"""GPT-2 (Radford et al., 2019) in its four published sizes, and a tiny one of the same make.
 
+llmjax train --config=configs/gpt2.py --workdir=runs/gpt2
 llmjax train --config=configs/gpt2.py:124M --workdir=runs/gpt2 --config.data.sources.main.path='/my/texts/**/*.txt'
 """
 
@@ -9,6 +10,7 @@ from llmjax.config import UserError
 
 # layers, embed, heads, peak learning rate (after GPT-3's table 2.1, arXiv 2005.14165)
 SIZES = {
+    "tiny": (4, 192, 6, 2e-3),
     "124M": (12, 768, 12, 6e-4),
     "355M": (24, 1024, 16, 3e-4),
     "774M": (36, 1280, 20, 2.5e-4),
@@ -16,11 +18,12 @@ SIZES = {
 }
 
 
-def get_config(size: str = "124M") -> ConfigDict:
+def get_config(size: str = "tiny") -> ConfigDict:
     """The model as published; the recipe (AdamW, cosine, half a million tokens a step) is GPT-3's for its size."""
     if size not in SIZES:
         raise UserError(f"--config=configs/gpt2.py:{size}: no such size; choose one of {', '.join(SIZES)}")
     layers, embed, heads, learning_rate = SIZES[size]
+    seq_len = 256 if size == "tiny" else 1024
     c = ConfigDict()
     c.model = dict(
         family="decoder",
@@ -31,16 +34,25 @@ def get_config(size: str = "124M") -> ConfigDict:
         gated="plain",
         norm="layernorm",
         positions="learned",
-        max_positions=1024,
+        max_positions=seq_len,
         tied="tied",
         biases="all",
         dtype="bfloat16",
         remat="attention",
     )
-    c.data = dict(seq_len=1024, sources=dict(main=dict(path="")))
+    c.data = dict(seq_len=seq_len, sources=dict(main=dict(path="")))
     c.train = dict(steps=100_000, global_batch=512)
     c.optimizer = dict(
         name="adamw", learning_rate=learning_rate, schedule="cosine", warmup_steps=2_000, weight_decay=0.1
     )
     c.mesh = dict(data=1, fsdp=-1, tensor=1)
+    if size == "tiny":
+        c.model.update(dtype="float32", remat="none", scan=False)
+        c.data.sources = dict(python=dict(path="stdlib:"))
+        c.data.tokenizer = dict(kind="sentencepiece", algorithm="bpe", vocab_size=4096)
+        c.train = dict(steps=600, global_batch=8, log_every=20)
+        c.optimizer = dict(
+            name="adamw", learning_rate=learning_rate, schedule="wsd", decay_fraction=0.4, end_fraction=0.02
+        )
+        c.eval = dict(every=200)
     return c

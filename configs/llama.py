@@ -1,6 +1,7 @@
 """Llama 3 (Llama Team, 2024, arXiv 2407.21783) from 1B to 405B, and a tiny one of the same make.
 
-llmjax train --config=configs/llama.py:tiny --workdir=runs/llama --config.data.sources.main.path='/my/texts/**/*.txt'
+llmjax train --config=configs/llama.py --workdir=runs/llama
+llmjax train --config=configs/llama.py:1B --workdir=runs/llama --config.data.sources.main.path='/my/texts/**/*.txt'
 """
 
 from ml_collections import ConfigDict
@@ -10,7 +11,7 @@ from llmjax.config import UserError
 # layers, embed, heads, kv heads, mlp, head, tensor axis, sequence length, sequences a step, peak learning rate
 # (table 3 of the paper)
 SIZES = {
-    "tiny": (4, 256, 4, 2, 768, "tied", 1, 512, 16, 1e-3),
+    "tiny": (4, 192, 6, 2, 512, "tied", 1, 256, 8, 3e-3),
     "1B": (16, 2048, 32, 8, 8192, "tied", 1, 8192, 512, 3e-4),
     "8B": (32, 4096, 32, 8, 14336, "untied", 1, 8192, 512, 3e-4),
     "70B": (80, 8192, 64, 8, 28672, "untied", 8, 8192, 1024, 1.5e-4),
@@ -38,17 +39,26 @@ def get_config(size: str = "tiny") -> ConfigDict:
         rope_base=500_000.0,
         tied=tied,
         biases="none",
-        dtype="float32" if size == "tiny" else "bfloat16",
-        remat="none" if size == "tiny" else "attention",
+        dtype="bfloat16",
+        remat="attention",
     )
     c.data = dict(seq_len=seq_len, sources=dict(main=dict(path="")))
-    c.train = dict(steps=1_000 if size == "tiny" else 100_000, global_batch=batch)
+    c.train = dict(steps=100_000, global_batch=batch)
     c.optimizer = dict(
         name="adamw",
         learning_rate=learning_rate,
         schedule="cosine",
-        warmup_steps=None if size == "tiny" else 2_000,
+        warmup_steps=2_000,
         weight_decay=0.1,
     )
     c.mesh = dict(data=1, fsdp=-1, tensor=tensor)
+    if size == "tiny":
+        c.model.update(dtype="float32", remat="none", scan=False, rope_base=1e4)
+        c.data.sources = dict(python=dict(path="stdlib:"))
+        c.data.tokenizer = dict(kind="sentencepiece", algorithm="bpe", vocab_size=4096)
+        c.train = dict(steps=600, global_batch=8, log_every=20)
+        c.optimizer = dict(
+            name="adamw", learning_rate=learning_rate, schedule="wsd", decay_fraction=0.4, end_fraction=0.02
+        )
+        c.eval = dict(every=200)
     return c

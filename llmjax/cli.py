@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import shlex
@@ -15,6 +16,7 @@ import typing
 from llmjax.config import UserError, suggest
 
 BAD_INPUT, HANG = 78, 75
+_CONFIG = "a Python file with get_config(); may be left out where a checkpoint was imported"
 
 OVERVIEW = """\
 llmjax: pretrain language models, from a laptop to a pod
@@ -24,6 +26,8 @@ llmjax: pretrain language models, from a laptop to a pod
   llmjax eval      --workdir=DIR                 scores a checkpoint on a split
   llmjax generate  --workdir=DIR --prompt=TEXT   writes text with a checkpoint
   llmjax fill      --workdir=DIR --text=TEXT     fills the masks of a text with a masked-LM checkpoint
+  llmjax import    --from=DIR --workdir=DIR      a Hugging Face checkpoint on disk -> a workdir
+  llmjax export    --workdir=DIR --to=DIR        a checkpoint -> a folder that transformers loads
   llmjax inspect   --workdir=DIR                 checkpoints, their fingerprints, the config
   llmjax size      --flops=1e21 | --config=FILE  what to train for a budget; what a model is made of and costs
   llmjax fields    [SECTION]                     every config field, its meaning and its default
@@ -146,30 +150,45 @@ def prepare(arguments: list[str]) -> int:
         "prepare",
         """\
         Read the text, split it into train, validation and test, train a tokenizer (or take a given one), write the
-        token store. Finished parts are kept: started again, it goes on where it was. Nothing is trained.""",
+        token store. Finished parts are kept: started again, it goes on where it was. Nothing is trained.
+        --preview shows what the model will see of the first samples.""",
         "llmjax prepare --config=configs/quickstart.py --workdir=runs/a --config.data.sources.main.path='texts/*.txt'",
     )
-    parser.add_argument("--config", required=True, metavar="FILE[:SIZE]", help="a Python file with get_config()")
+    parser.add_argument("--config", metavar="FILE[:SIZE]", help=_CONFIG)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run's files go")
+    parser.add_argument("--preview", type=_whole(0), default=0, metavar="N", help="print the first N samples")
     flags, overrides = _parse(parser, arguments)
+    import numpy as np
+
     from llmjax import loading, run_config, workdir as workdirs
-    from llmjax.data import prepare as preparing
+    from llmjax.data import prepare as preparing, preview
     from llmjax.data.pipeline import TrainData
     from llmjax.data.tokenizer import load_tokenizer
 
-    config = run_config.resolve(flags.config, overrides)
     workdir = _workdir(flags.workdir)
+    config = loading.resolve(flags.config, workdir, overrides)
     store = loading.store_folder(config, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     with workdirs.Lock(workdir, primary=True):
         preparing.prepare(config.data, store, say=lambda line: print(line, flush=True))
-        objective = run_config.objective(config, load_tokenizer(store))
-        data = TrainData(
-            store, config.data, seed=config.seed, global_batch=config.train.global_batch, objective=objective
-        )
+        tokenizer = load_tokenizer(store)
+        objective = run_config.objective(config, tokenizer)
+        data = TrainData(store, config.data, seed=config.seed, global_batch=1, objective=objective)
+    rows = f"{config.data.seq_len:,} tokens"
+    if objective.target_len != config.data.seq_len:
+        rows = f"{config.data.seq_len:,} source and {objective.target_len:,} target tokens"
     for name, part in data.summary().items():
-        print(f"{name}: packed in {part['rows']:,} rows of {config.data.seq_len:,} tokens, {part['density']:.2%} full")
-    print(f"next: {shlex.join(['llmjax', 'train', *arguments])}")
+        print(f"{name}: packed in {part['rows']:,} rows of {rows}, {part['density']:.2%} full")
+    if flags.preview:
+        print(f"\n{config.objective.name}: {preview.LEGEND}")
+        left = data.remaining(data.start())
+        count = flags.preview if left is None else min(flags.preview, left)
+        for batch, _ in itertools.islice(data.batches(data.start(), np.arange(1)), count):
+            print("", *preview.lines(batch, objective, tokenizer), sep="\n")
+        data.close()
+    again = [f"--config={flags.config}", f"--workdir={flags.workdir}"]
+    again += [f"--config.{field}={value}" for field, value in overrides]
+    print(f"next: {shlex.join(['llmjax', 'train', *again])}")
     return 0
 
 
@@ -183,14 +202,17 @@ def train(arguments: list[str]) -> int:
         For several processes on one machine: launch/local.py --processes=2 --devices=4 -- llmjax train ...""",
         "llmjax train --config=configs/quickstart.py --workdir=runs/mine --config.train.steps=500",
     )
-    parser.add_argument("--config", required=True, metavar="FILE[:SIZE]", help="a Python file with get_config()")
+    parser.add_argument("--config", metavar="FILE[:SIZE]", help=_CONFIG)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run's files go")
     flags, overrides = _parse(parser, arguments)
-    from llmjax import run_config
+    from llmjax import loading
     from llmjax.parallel import hosts
 
-    config = run_config.resolve(flags.config, overrides)
+    said: list[str] = []
+    config = loading.resolve(flags.config, _workdir(flags.workdir), overrides, said.append)
     hosts.initialize()
+    for line in said:  # who is primary is known from here on
+        _say(line)
     from llmjax.train import loop
 
     return loop.train(config, _workdir(flags.workdir), _say)
@@ -201,8 +223,9 @@ def evaluate(arguments: list[str]) -> int:
     parser = _parser(
         "eval",
         """\
-        Score a checkpoint on every document of a split, once each: loss, perplexity, bits per byte over the original
-        text, accuracy of the next token, by source. Writes WORKDIR/eval/<step>/<split>.json. Any mesh will do.""",
+        Score a checkpoint on every document of a split, once each: loss, perplexity, accuracy, by source; and bits per
+        byte over the original text (causal), or the accuracy of always guessing the commonest target. Writes
+        WORKDIR/eval/<step>/<split>.json. Any mesh will do.""",
         "llmjax eval --workdir=runs/mine --split=test",
     )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="a run")
@@ -213,7 +236,7 @@ def evaluate(arguments: list[str]) -> int:
     from llmjax.parallel import hosts
 
     hosts.initialize()
-    from llmjax import report
+    from llmjax import loading, report
     from llmjax.evals import harness
 
     path, scores = harness.evaluate(
@@ -223,7 +246,8 @@ def evaluate(arguments: list[str]) -> int:
         _say(line)
     if hosts.is_primary():
         print(f"written to {path}\nreport: {report.write_report(_workdir(flags.workdir))}")
-    _say(f"next: llmjax generate --workdir={flags.workdir} --prompt='Once upon a time'")
+    if loading.read_config(_workdir(flags.workdir)).model.generates:
+        _say(f"next: llmjax generate --workdir={flags.workdir} --prompt='Once upon a time'")
     return 0
 
 
@@ -248,7 +272,7 @@ def generate(arguments: list[str]) -> int:
     from llmjax.parallel import hosts
 
     hosts.initialize()
-    from llmjax import loading, sampling
+    from llmjax import loading, run_config, sampling
 
     loaded = loading.load(_workdir(flags.workdir), step=flags.step, overrides=overrides, say=_say)
     texts = sampling.complete(
@@ -259,6 +283,7 @@ def generate(arguments: list[str]) -> int:
         mesh=loaded.mesh,
         rules=loaded.config.parallel.rules,
         tokenizer=loaded.tokenizer,
+        objective=run_config.objective(loaded.config, loaded.tokenizer),
         max_tokens=flags.max_tokens,
         temperature=flags.temperature,
         top_k=flags.top_k,
@@ -315,6 +340,81 @@ def fill(arguments: list[str]) -> int:
             for filler in fillers:
                 _say(f"  {filler.probability:6.1%}  {filler.text!r}")
     _say(f"step {loaded.step} ({loaded.parameters})")
+    return 0
+
+
+def import_(arguments: list[str]) -> int:
+    """Take over a published checkpoint."""
+    parser = _parser(
+        "import",
+        """\
+        Read a checkpoint of Hugging Face transformers from a local folder (config.json, model.safetensors or shards
+        with their index, tokenizer.json or a SentencePiece model) into checkpoint 0 of a new workdir. Tensors go to the
+        devices part by part, so that the host holds no copy of the whole. Model and tokenizer are kept with the
+        workdir: generate, eval and export work on it at once, and train goes on from these parameters.""",
+        "llmjax import --from=checkpoints/gpt2 --workdir=runs/gpt2 --config.model.dtype=bfloat16",
+    )
+    parser.add_argument("--from", dest="source", required=True, metavar="DIR", help="a folder with config.json")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="a new folder for the run")
+    flags, overrides = _parse(parser, arguments)
+    from llmjax.parallel import hosts
+
+    hosts.initialize()
+    import pathlib
+
+    from llmjax.interop import importing
+
+    source = pathlib.Path(os.path.expanduser(flags.source))
+    found = importing.import_checkpoint(source, _workdir(flags.workdir), overrides=overrides, say=_say)
+    model, workdir = found.config.model, flags.workdir
+    _say(
+        f"{found.architecture} is now {workdir}: model.family={model.family!r}, {found.parameters:,} parameters stored "
+        f"as {model.param_dtype}, read from {found.nbytes / 1e9:.2f} GB of {', '.join(found.types)}, {found.tokenizer}"
+    )
+    if model.generates:
+        _say(f"next: llmjax generate --workdir={workdir} --prompt='Once upon a time'")
+    _say(f"      llmjax train --workdir={workdir} --config.data.sources.main.path='/my/texts/**/*.txt'")
+    return 0
+
+
+def export(arguments: list[str]) -> int:
+    """Give a checkpoint to others."""
+    parser = _parser(
+        "export",
+        """\
+        Write a checkpoint as a folder that transformers loads with from_pretrained: config.json, model.safetensors or
+        shards with their index, the tokenizer. The class is the one that expresses the model; where none does, the
+        field is named. What is exported is what `llmjax eval` scores: an average where the optimizer keeps one.""",
+        "llmjax export --workdir=runs/mine --to=exports/mine --dtype=bfloat16",
+    )
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="a run")
+    parser.add_argument("--to", required=True, metavar="DIR", help="a new folder")
+    parser.add_argument("--step", type=_whole(0), help="the checkpoint (default: the newest)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="on disk (default float32)")
+    parser.add_argument(
+        "--max_shard_bytes", type=_whole(1), default=5_000_000_000, help="of a file (default 5,000,000,000)"
+    )
+    flags, overrides = _parse(parser, arguments)
+    from llmjax.parallel import hosts
+
+    hosts.initialize()
+    import pathlib
+
+    from llmjax.interop import exporting
+
+    made = exporting.export(
+        _workdir(flags.workdir),
+        pathlib.Path(os.path.expanduser(flags.to)),
+        step=flags.step,
+        dtype=flags.dtype,
+        max_shard_bytes=flags.max_shard_bytes,
+        overrides=overrides,
+        say=_say,
+    )
+    _say(f"written to {flags.to}: {made.architecture} in {len(made.files)} file(s), {made.nbytes / 1e9:.2f} GB")
+    _say(f"tokenizer: {made.tokenizer}")
+    auto = "AutoModelForCausalLM" if made.architecture.endswith(("CausalLM", "LMHeadModel")) else made.architecture
+    _say(f"next: from transformers import {auto}; {auto}.from_pretrained({flags.to!r})")
     return 0
 
 
@@ -421,6 +521,8 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "eval": evaluate,
     "generate": generate,
     "fill": fill,
+    "import": import_,
+    "export": export,
     "inspect": inspect,
     "size": size,
     "fields": fields,

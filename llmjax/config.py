@@ -123,7 +123,7 @@ def load_file(spec: str) -> ml_collections.ConfigDict:
         raise UserError(
             f"--config={spec}: no such file; give a Python file with get_config(), such as configs/quickstart.py"
         )
-    module = _module(path)
+    module = load_module(path)
     if not hasattr(module, "get_config"):
         raise UserError(f"--config={spec}: {file} has no function get_config()")
     if argument and not inspect.signature(module.get_config).parameters:
@@ -133,11 +133,12 @@ def load_file(spec: str) -> ml_collections.ConfigDict:
 
 
 def specs(path: pathlib.Path) -> list[str]:
-    """What `--config` can be for a config file: FILE.py:SIZE for every size in its table SIZES, else FILE.py."""
-    return [f"{path}:{size}" for size in getattr(_module(path), "SIZES", ())] or [str(path)]
+    """What `--config` can be for a config file: FILE.py, and FILE.py:SIZE for every size in its table SIZES."""
+    return [str(path), *(f"{path}:{size}" for size in getattr(load_module(path), "SIZES", ()))]
 
 
-def _module(path: pathlib.Path) -> Any:
+def load_module(path: pathlib.Path) -> Any:
+    """A config file, imported."""
     module_spec = importlib.util.spec_from_file_location(f"llmjax_config_{path.stem}", path)
     assert module_spec and module_spec.loader
     module = importlib.util.module_from_spec(module_spec)

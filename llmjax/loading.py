@@ -9,18 +9,21 @@ from etils import epath
 import jax
 from jax.sharding import Mesh
 
-from llmjax import run_config, state as states
+from llmjax import run_config, state as states, workdir as workdirs
 from llmjax.checkpoint import Checkpoints
 from llmjax.config import UserError
 from llmjax.data import prepare
-from llmjax.data.tokenizer import Tokenizer, load_tokenizer
+from llmjax.data.tokenizer import FILE_NAMES, Tokenizer, load_tokenizer, read_tokenizer
 from llmjax.parallel import mesh as meshes
 from llmjax.run_config import RunConfig
+
+IMPORT, TOKENIZER = "import.json", "tokenizer"  # what `llmjax import` leaves in a workdir beside a run's own files
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A checkpoint, ready to be used. `parameters` names which weights `params` are: live ones or an average."""
+    """A checkpoint, ready to be used. `parameters` names which weights `params` are: live ones, an average, or those
+    that were imported. The store may not be there yet where they are."""
 
     config: RunConfig
     step: int
@@ -51,6 +54,43 @@ def read_config(workdir: epath.Path, overrides: Sequence[tuple[str, str]] = ()) 
     return run_config.apply_overrides(run_config.read_json(path), overrides)
 
 
+def resolve(
+    file: str | None, workdir: epath.Path, overrides: Sequence[tuple[str, str]], say: Callable[[str], None] = print
+) -> RunConfig:
+    """The config of `--config=FILE[:ARG]`, for a run in `workdir`.
+
+    Where parameters were imported, the model and the tokenizer are theirs, and without a file the rest is as they were
+    imported. Overrides hold over both. Raises UserError where there is neither a file nor an import.
+    """
+    imported = workdirs.read_json(workdir / IMPORT)
+    if imported is None:
+        if file is None:
+            raise UserError("--config is missing: give a Python file with get_config(), such as configs/quickstart.py")
+        return run_config.resolve(file, overrides)
+    tree = run_config.read_json(workdir / "config.json") if file is None else run_config.read_file(file)
+    tree["model"] = dict(imported["model"])
+    tree.setdefault("data", {})["tokenizer"] = tokenizer_section(workdir, imported["tokenizer"]["kind"])
+    say(f"  model and tokenizer are those that were imported from {imported['from']}")
+    return run_config.apply_overrides(tree, overrides)
+
+
+def tokenizer_section(workdir: epath.Path, kind: str) -> dict[str, str]:
+    """The config of the tokenizer that was imported into a workdir."""
+    path = workdir / TOKENIZER / FILE_NAMES[kind]
+    return {"kind": kind, "path": str(path if "://" in str(path) else path.resolve())}
+
+
+def _tokenizer(workdir: epath.Path, store: pathlib.Path) -> Tokenizer:
+    """The token store's tokenizer, or the one that was imported where there is no store yet."""
+    if prepare.read_manifest(store) is not None:
+        return load_tokenizer(store)
+    imported = workdirs.read_json(workdir / IMPORT)
+    if imported is None:
+        raise UserError(f"{store}: no token store there; run `llmjax prepare` or set --config.data.store")
+    kind = imported["tokenizer"]["kind"]
+    return read_tokenizer(kind, (workdir / TOKENIZER / FILE_NAMES[kind]).read_bytes())
+
+
 def load(
     workdir: epath.Path,
     *,
@@ -61,14 +101,15 @@ def load(
     """The checkpoint of `step` (None: the newest good one) on this job's devices."""
     config = read_config(workdir, overrides)
     store = store_folder(config, workdir)
-    if prepare.read_manifest(store) is None:
-        raise UserError(f"{store}: no token store there; run `llmjax prepare` or set --config.data.store")
-    tokenizer = load_tokenizer(store)
-    mesh = _fitting_mesh(config, say)
+    tokenizer = _tokenizer(workdir, store)
+    mesh = fitting_mesh(config, say)
     rules = config.parallel.rules
     plan = states.plan_state(config.model, config.optimizer, horizon=config.train.steps, mesh=mesh, rules=rules)
     checkpoints = Checkpoints(workdir / "checkpoints")
     abstract = states.parts(plan.abstract())
+    bare = _is_import(checkpoints, step)
+    if bare:
+        del abstract["opt_state"]
     if step is None:
         restored = checkpoints.restore_latest_good(abstract, say=say, set_aside=False)
     else:
@@ -76,17 +117,25 @@ def load(
     if restored is None:
         raise UserError(f"{workdir / 'checkpoints'}: no checkpoint there; run `llmjax train` first")
     _check_tokenizer(restored.meta["tokenizer_sha256"], tokenizer, store)
+    parts = restored.parts
     return Loaded(
         config=config,
         step=restored.step,
         mesh=mesh,
         graph=plan.graph,
-        params=plan.optimizer.evaluated(restored.parts["params"], restored.parts["opt_state"]),
-        parameters=plan.optimizer.evaluated_name,
+        params=parts["params"] if bare else plan.optimizer.evaluated(parts["params"], parts["opt_state"]),
+        parameters="imported parameters" if bare else plan.optimizer.evaluated_name,
         tokenizer=tokenizer,
         store=store,
         fingerprint=restored.meta["fingerprint"],
     )
+
+
+def _is_import(checkpoints: Checkpoints, step: int | None) -> bool:
+    """Whether a checkpoint (None: the newest) holds parameters alone, as `llmjax import` writes them."""
+    steps = checkpoints.steps()
+    step = max(steps, default=None) if step is None else step
+    return step in steps and "imported" in checkpoints.read_meta(step)
 
 
 def _check_tokenizer(expected: str, tokenizer: Tokenizer, store: pathlib.Path) -> None:
@@ -97,7 +146,7 @@ def _check_tokenizer(expected: str, tokenizer: Tokenizer, store: pathlib.Path) -
         )
 
 
-def _fitting_mesh(config: RunConfig, say: Callable[[str], None]) -> Mesh:
+def fitting_mesh(config: RunConfig, say: Callable[[str], None]) -> Mesh:
     """The run's own mesh where it fits these devices; otherwise all of them become fsdp shards, and that is said."""
     try:
         return meshes.make_mesh(config.mesh)

@@ -63,7 +63,7 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def mfu(*, flops_per_token: float, tokens_per_second: float, device_kind: str, num_devices: int) -> float | None:
-    """Model FLOPs utilisation, 0 to 1, of scored tokens: padding counts as idle. None where the peak is unknown."""
+    """Model FLOPs utilisation, 0 to 1, of tokens that are no padding. None where the peak is unknown."""
     peak = peak_flops(device_kind)
     return None if peak is None else flops_per_token * tokens_per_second / (peak * num_devices)
 

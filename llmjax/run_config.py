@@ -14,6 +14,7 @@ from llmjax.data.config import DataConfig, ObjectiveConfig, SourceConfig
 from llmjax.data.objectives import Objective, open_objective
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.models.decoder_config import DecoderConfig
+from llmjax.models.encdec_config import EncDecConfig
 from llmjax.models.registry import ModelConfig
 from llmjax.optim.config import OptimizerConfig
 from llmjax.parallel.mesh import MeshConfig, ParallelConfig
@@ -120,6 +121,11 @@ class RunConfig:
                 f"objective.name={self.objective.name!r}: model.family={self.model.family!r} learns "
                 f"{', '.join(self.model.objectives)}; set one of these, or another family"
             )
+        if self.objective.target_len and not isinstance(self.model, EncDecConfig):
+            raise UserError(
+                f"objective.target_len={self.objective.target_len}: model.family={self.model.family!r} has no decoder "
+                "beside an encoder; leave it unset"
+            )
         if self.train.global_batch % self.train.accumulation:
             raise UserError(
                 f"train.global_batch={self.train.global_batch} is not divisible by "
@@ -129,7 +135,12 @@ class RunConfig:
 
 def resolve(file: str, overrides: Sequence[tuple[str, str]]) -> RunConfig:
     """The config of `--config=FILE[:ARG]` with `--config.FIELD=TEXT` overrides, bound and checked."""
-    return apply_overrides(_plain(load_file(file)), overrides)
+    return apply_overrides(read_file(file), overrides)
+
+
+def read_file(file: str) -> dict[str, Any]:
+    """The nested dict of `FILE[:ARG]`."""
+    return _plain(load_file(file))
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> RunConfig:
@@ -166,8 +177,24 @@ def read_json(path: epath.Path) -> dict[str, Any]:
 
 def objective(config: RunConfig, tokenizer: Tokenizer) -> Objective:
     """The run's objective, over the tokenizer's ids and those that it adds to them."""
-    encoder_decoder = "span" in config.model.objectives
-    return open_objective(config.objective, tokenizer, seq_len=config.data.seq_len, encoder_decoder=encoder_decoder)
+    start = config.model.start_id if isinstance(config.model, EncDecConfig) else None
+    return open_objective(config.objective, tokenizer, seq_len=config.data.seq_len, start_id=start)
+
+
+def with_objective(config: RunConfig, objective: Objective) -> RunConfig:
+    """The config with what the model has to know of ids: how many there are, and which a decoder reads first."""
+    if isinstance(config.model, EncDecConfig):
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, start_id=objective.start))
+    return with_vocabulary(config, objective.size)
+
+
+def flops_per_token(config: RunConfig, target_len: int) -> float:
+    """Model flops of one place of a row of the run's batches, `target_len` wide: the source that goes with it
+    included, where the model reads one."""
+    model, seq_len = config.model, config.data.seq_len
+    if isinstance(model, EncDecConfig):
+        return model.flops_per_token(seq_len, target_len)
+    return model.flops_per_token(seq_len)
 
 
 def with_vocabulary(config: RunConfig, vocab_size: int) -> RunConfig:

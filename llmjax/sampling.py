@@ -5,8 +5,8 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
-import numpy as np
 
+from llmjax.data.objectives import Objective
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.generate import generate
 from llmjax.models.registry import ModelConfig
@@ -22,6 +22,7 @@ def complete(
     mesh: Mesh,
     rules: axes.type_of_rules,
     tokenizer: Tokenizer,
+    objective: Objective,
     max_tokens: int,
     temperature: float = 0.8,
     top_k: int = 0,
@@ -30,13 +31,13 @@ def complete(
 ) -> list[str]:
     """A continuation of each prompt, of `max_tokens` tokens at most; it ends where the model ends the document.
 
+    Prompts are put to the model as its objective has it: behind BOS, or as a source with a gap at its end.
     Raises UserError for settings out of range, for a prompt with special tokens that the tokenizer does not know, and
     where a prompt and its continuation exceed a model's learned positions.
     """
     for prompt in prompts:
         tokenizer.check_special(prompt)
-    begin = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
-    tokens = [np.concatenate([[begin], ids]).astype(np.int32) for ids in tokenizer.encode_batch(list(prompts))]
+    tokens = [objective.prompt(ids) for ids in tokenizer.encode_batch(list(prompts))]
     with jax.set_mesh(mesh), axes.use_rules(rules):
         continuations = generate(
             graph,

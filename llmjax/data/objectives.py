@@ -6,10 +6,11 @@ import dataclasses
 import numpy as np
 
 from llmjax.batch import Batch
-from llmjax.data import vocabulary
+from llmjax.data import infill, spans, vocabulary
 from llmjax.data.config import ObjectiveConfig
 from llmjax.data.draws import Draws, below, pick
 from llmjax.data.packing import Room, Rows
+from llmjax.data.pieces import halves, take_apart
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.data.vocabulary import Vocabulary
 
@@ -37,6 +38,11 @@ class Objective:
     prompt: Callable[[np.ndarray], np.ndarray]
 
     @property
+    def start(self) -> int:
+        """The id that a decoder reads first; -1 where the text alone decides."""
+        return self.vocabulary.begin if self.vocabulary else -1
+
+    @property
     def size(self) -> int:
         """The least vocabulary that a model needs; 0 where the text alone decides."""
         return self.vocabulary.size if self.vocabulary else 0
@@ -55,10 +61,13 @@ def causal_objective(seq_len: int, known: Vocabulary | None = None) -> Objective
     )
 
 
-def open_objective(config: ObjectiveConfig, tokenizer: Tokenizer, *, seq_len: int, encoder_decoder: bool) -> Objective:
+def open_objective(
+    config: ObjectiveConfig, tokenizer: Tokenizer, *, seq_len: int, start_id: int | None = None
+) -> Objective:
     """The objective of a config.
 
-    encoder_decoder  whether the model reads a source with an encoder
+    start_id  of a model that reads a source with an encoder: the id that its decoder reads first; -1: the id that
+              documents start with. None: the model has no such sides
     Raises UserError where no chunk fits a row of seq_len tokens.
     """
     plain = causal_objective(seq_len, vocabulary.of(tokenizer))
@@ -74,7 +83,59 @@ def open_objective(config: ObjectiveConfig, tokenizer: Tokenizer, *, seq_len: in
         return dataclasses.replace(
             plain, name="masked", key=f"masked rate={rate:g}{words}", vocabulary=known, make=make
         )
-    raise NotImplementedError(config.name)
+    if config.name in ("span", "ul2"):
+        assert start_id is not None, "the config lets only encoder-decoders through"
+        return _denoising(config, tokenizer, seq_len, start_id)
+    if config.name == "fim":
+        known, room = vocabulary.of(tokenizer, vocabulary.FIM), infill.room(seq_len)
+        rate = 0.5 if config.fim_rate is None else config.fim_rate
+        make = lambda rows, samples, draws: infill.infill(rows, samples, draws, rate, room, known)
+        return dataclasses.replace(
+            plain, name="fim", key=f"fim fim_rate={rate:g}", room=room, vocabulary=known, make=make
+        )
+    assert config.name == "prefix"
+    if start_id is None:
+        return dataclasses.replace(plain, name="prefix", key="prefix", make=prefix)
+    known, target_len = _starting(vocabulary.of(tokenizer), start_id), config.target_len or seq_len
+    room = spans.halves_room(seq_len, target_len)
+    return dataclasses.replace(
+        plain,
+        name="prefix",
+        key=f"prefix target={target_len}",
+        room=room,
+        target_len=target_len,
+        vocabulary=known,
+        make=lambda rows, samples, draws: spans.halve(rows, samples, draws, seq_len, target_len, known),
+    )
+
+
+def _starting(known: Vocabulary, start_id: int) -> Vocabulary:
+    """The same ids for a decoder that reads `start_id` first; -1: what documents start with."""
+    return known if start_id < 0 else dataclasses.replace(known, begin=start_id)
+
+
+def _denoising(config: ObjectiveConfig, tokenizer: Tokenizer, seq_len: int, start_id: int) -> Objective:
+    """Span corruption, or the mixture of denoisers."""
+    mixture = config.name == "ul2"
+    one = spans.Denoiser(
+        rate=0.15 if config.rate is None else config.rate,
+        mean_span=3.0 if config.mean_span is None else config.mean_span,
+    )
+    denoisers = spans.UL2 if mixture else (one,)
+    sides = spans.solve(config.name, denoisers, seq_len=seq_len, target_len=config.target_len, modes=mixture)
+    wanted = (vocabulary.sentinels(sides.sentinels), *((vocabulary.MODES,) if mixture else ()))
+    known = _starting(vocabulary.of(tokenizer, *wanted), start_id)
+    # A prompt goes on where its last mark stands; the mixture knows that by the mode of its S-denoiser.
+    before = [known.ids[sides.sentinels + 1]] if mixture else []
+    return Objective(
+        name=config.name,
+        key=sides.room.name,
+        room=sides.room,
+        target_len=sides.target_len,
+        vocabulary=known,
+        make=lambda rows, samples, draws: spans.corrupt(rows, samples, draws, denoisers, sides, known),
+        prompt=lambda ids: np.concatenate([before, ids, known.ids[:1]]).astype(np.int32),
+    )
 
 
 def causal(rows: Rows, samples: np.ndarray) -> Batch:
@@ -89,6 +150,22 @@ def causal(rows: Rows, samples: np.ndarray) -> Batch:
         segments=rows.segments,
         positions=rows.positions,
         sample=halves(samples),
+    )
+
+
+def prefix(rows: Rows, samples: np.ndarray, draws: Draws) -> Batch:
+    """Prefix language modelling (Raffel et al., 2019, arXiv 1910.10683): a chunk's begin is seen from everywhere, the
+    rest is foretold as by `causal`. The first p inputs are the prefix, every p from 1 to the chunk's length alike; the
+    last of them foretells the first token that none of them shows."""
+    pieces = take_apart(rows, samples)
+    given = 1 + pick(draws.bits(pieces.sample, 0, pieces.column), pieces.length)
+    real = rows.segments > 0
+    lengths = np.zeros(rows.segments.shape, np.int64)
+    lengths[real] = np.repeat(given, pieces.length)
+    return dataclasses.replace(
+        causal(rows, samples),
+        weights=(real & (rows.positions >= lengths - 1)).astype(np.float32),
+        prefix=rows.positions < lengths,
     )
 
 
@@ -132,8 +209,3 @@ def masked(
         positions=rows.positions,
         sample=halves(samples),
     )
-
-
-def halves(samples: np.ndarray) -> np.ndarray:
-    """The high and the low words of sample indices: uint32 [samples, 2]."""
-    return np.stack([samples >> 32, samples & 0xFFFFFFFF], axis=-1).astype(np.uint32)

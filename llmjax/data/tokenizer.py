@@ -20,7 +20,7 @@ _EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "<
 _BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "<|bos|>", "[CLS]")
 _PAD_NAMES = ("<pad>", "<|padding|>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>")
 _UNK_NAMES = ("<unk>", "[UNK]", "<|unk|>")
-_PIECE_CHARACTERS = 4096  # SentencePiece slows down on long texts: they go in by pieces, cut after a line
+PIECE_CHARACTERS = 4096  # SentencePiece slows down on long texts: they go in by pieces, cut after a line
 _SPACE_MARK = "\u2581"  # what SentencePiece writes for a space, and so reads as one
 
 
@@ -285,9 +285,9 @@ def pieces_of(text: str) -> Iterator[str]:
         if number:
             yield _SPACE_MARK
         begin = 0
-        while len(span) - begin > _PIECE_CHARACTERS:
-            end = span.rfind("\n", begin, begin + _PIECE_CHARACTERS) + 1
-            end = end if end > begin else begin + _PIECE_CHARACTERS
+        while len(span) - begin > PIECE_CHARACTERS:
+            end = span.rfind("\n", begin, begin + PIECE_CHARACTERS) + 1
+            end = end if end > begin else begin + PIECE_CHARACTERS
             yield span[begin:end]
             begin = end
         if span[begin:]:

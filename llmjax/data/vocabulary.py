@@ -28,7 +28,7 @@ def sentinels(count: int) -> tuple[tuple[str, ...], ...]:
 class Vocabulary:
     """What an objective knows of ids.
 
-    begin     the id that documents start with: BOS, or EOS where the tokenizer has none
+    begin     the id that is read first: BOS, or EOS where the tokenizer has none, or what a decoder was given
     eos       the id that ends documents
     text_size ids of the tokenizer, special ones included
     size      all ids, those appended included: the least vocabulary that a model of this objective has

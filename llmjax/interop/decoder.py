@@ -1,15 +1,22 @@
-"""Decoder-only checkpoints: GPT-2 and Llama."""
+"""Decoder-only checkpoints: GPT-2, Llama, Mistral, Qwen3, Gemma 2 and 3, OLMo 2 and 3."""
 
 from typing import Any
 
-import numpy as np
-
+from llmjax.config import UserError
+from llmjax.interop import decoder_rules, rope
 from llmjax.interop.fields import Fields
-from llmjax.interop.layouts import matrix, straight, transposed, vector
-from llmjax.interop.mapping import Architecture, Rule
+from llmjax.interop.mapping import Architecture
 from llmjax.models.decoder_config import DecoderConfig
 
-_GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
+# The names differ by file, the functions do not: gelu_new and gelu_pytorch_tanh are one.
+_ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
+    "silu": "silu",
+}
+_LOCAL = {True: "sliding_attention", False: "full_attention"}
 _GPT2_NEUTRAL = (
     "resid_pdrop",
     "embd_pdrop",
@@ -27,6 +34,7 @@ def _read_gpt2(hf: dict[str, Any]) -> dict[str, Any]:
     fields = Fields(hf)
     fields.must("scale_attn_weights", True)
     fields.must("scale_attn_by_inverse_layer_idx", False)
+    # The same formula in another order, for half precision.
     fields.must("reorder_and_upcast_attn", False)
     fields.must("add_cross_attention", False)
     section = {
@@ -35,7 +43,7 @@ def _read_gpt2(hf: dict[str, Any]) -> dict[str, Any]:
         "embed": fields["n_embd"],
         "num_heads": fields["n_head"],
         "mlp": fields.get("n_inner", None) or 4 * fields["n_embd"],
-        "activation": fields.choice("activation_function", _GPT2_ACTIVATIONS, "gelu_new"),
+        "activation": fields.choice("activation_function", _ACTIVATIONS, "gelu_new"),
         "gated": "plain",
         "norm": "layernorm",
         "norm_eps": fields.get("layer_norm_epsilon", 1e-5),
@@ -63,76 +71,42 @@ def _write_gpt2(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def _gpt2_rules(config: DecoderConfig) -> list[Rule]:
-    embed, mlp, heads = (config.embed,), (config.mlp_size,), (config.num_heads, config.head_size)
-    names = ("query", "key", "value")
-    block = "transformer.h.{layer}."
-    joined = {
-        "take": lambda tensor: tuple(tensor.reshape(*tensor.shape[:-1], 3, *heads)[..., i, :, :] for i in range(3)),
-        "give": lambda q, k, v: _join((q, k, v), config.num_heads * config.head_size),
-    }
-    rules = [
-        Rule("transformer.wte.weight", ("embed.table",), copies=_copies(config, "lm_head.weight")),
-        Rule("transformer.wpe.weight", ("positions.table",)),
-        Rule(block + "attn.c_attn.weight", tuple(f"blocks.attention.{n}.weight" for n in names), **joined),
-        Rule(block + "attn.c_attn.bias", tuple(f"blocks.attention.{n}.bias" for n in names), **joined),
-        Rule(block + "attn.c_proj.weight", ("blocks.attention.out.weight",), **straight(heads, embed)),
-        Rule(block + "attn.c_proj.bias", ("blocks.attention.out.bias",)),
-        Rule(block + "mlp.c_fc.weight", ("blocks.mlp.up.weight",), **straight(embed, mlp)),
-        Rule(block + "mlp.c_fc.bias", ("blocks.mlp.up.bias",), **vector(mlp)),
-        Rule(block + "mlp.c_proj.weight", ("blocks.mlp.down.weight",), **straight(mlp, embed)),
-        Rule(block + "mlp.c_proj.bias", ("blocks.mlp.down.bias",)),
-    ]
-    places = {block + "ln_1": "blocks.attention_norm", block + "ln_2": "blocks.mlp_norm", "transformer.ln_f": "norm"}
-    for theirs, ours in places.items():
-        rules += [Rule(f"{theirs}.weight", (f"{ours}.scale",)), Rule(f"{theirs}.bias", (f"{ours}.bias",))]
-    return rules + _head(config)
-
-
-def _join(parts: tuple[Any, ...], size: int) -> Any:
-    """[..., heads, head_dim] three times -> [..., 3 heads head_dim]"""
-    return np.concatenate([part.reshape(*part.shape[:-2], size) for part in parts], axis=-1)
-
-
 def _gpt2_name(name: str) -> str | None:
     """The first published files lack the prefix, and hold the causal mask as a buffer."""
     name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
     return None if name.endswith((".attn.bias", ".attn.masked_bias")) else name
 
 
-def _read_llama(hf: dict[str, Any]) -> dict[str, Any]:
-    fields = Fields(hf)
-    fields.must("attention_bias", False)
-    fields.must("mlp_bias", False)
-    fields.must("rope_scaling", None)
-    rope = Fields(fields.get("rope_parameters", None) or {}, "rope_parameters.")
-    rope.must("rope_type", "default")
-    section = {
+def shared_fields(
+    fields: Fields, *, eps: float = 1e-6, positions: int = 2048, kv_heads: int = 0, tied: bool = False
+) -> dict[str, Any]:
+    """What all successors of Llama have in common but for their rotary frequencies; the defaults are their classes'.
+
+    kv_heads 0: as many as query heads.
+    """
+    fields.get("attention_dropout", 0.0)
+    return {
         "vocab_size": fields["vocab_size"],
         "num_layers": fields["num_hidden_layers"],
         "embed": fields["hidden_size"],
         "num_heads": fields["num_attention_heads"],
-        "num_kv_heads": fields.get("num_key_value_heads", None) or fields["num_attention_heads"],
+        "num_kv_heads": fields.get("num_key_value_heads", kv_heads or None) or fields["num_attention_heads"],
         "head_dim": fields.get("head_dim", None) or fields["hidden_size"] // fields["num_attention_heads"],
         "mlp": fields["intermediate_size"],
-        "activation": fields.choice("hidden_act", {"silu": "silu"}, "silu"),
         "gated": "gated",
         "norm": "rmsnorm",
-        "norm_eps": fields.get("rms_norm_eps", 1e-6),
+        "norm_eps": fields.get("rms_norm_eps", eps),
         "positions": "rotary",
-        "rope_base": float(rope.get("rope_theta", None) or fields.get("rope_theta", 10_000.0)),
-        "max_positions": fields.get("max_position_embeddings", 2048),
-        "tied": "tied" if fields.get("tie_word_embeddings", False) else "untied",
-        "biases": "none",
+        "max_positions": fields.get("max_position_embeddings", positions),
+        "tied": "tied" if fields.get("tie_word_embeddings", tied) else "untied",
+        "biases": "attention" if fields.get("attention_bias", False) else "none",
     }
-    fields.done("attention_dropout")
-    rope.done()
-    return section
 
 
-def _write_llama(config: DecoderConfig) -> dict[str, Any]:
+def shared_json(config: DecoderConfig, model_type: str) -> dict[str, Any]:
+    """The part of config.json that `shared_fields` reads."""
     return {
-        "model_type": "llama",
+        "model_type": model_type,
         "vocab_size": config.vocab_size,
         "num_hidden_layers": config.num_layers,
         "hidden_size": config.embed,
@@ -140,57 +114,211 @@ def _write_llama(config: DecoderConfig) -> dict[str, Any]:
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_size,
         "intermediate_size": config.mlp_size,
-        "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_base,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
         "max_position_embeddings": config.max_positions,
         "tie_word_embeddings": config.tied == "tied",
+        "attention_bias": config.biases != "none",
     }
 
 
-def _llama_rules(config: DecoderConfig) -> list[Rule]:
-    embed, mlp, head_dim = (config.embed,), (config.mlp_size,), config.head_size
-    heads, kv_heads = (config.num_heads, head_dim), (config.kv_heads, head_dim)
-    maps = {
-        "self_attn.q_proj": ("attention.query", embed, heads),
-        "self_attn.k_proj": ("attention.key", embed, kv_heads),
-        "self_attn.v_proj": ("attention.value", embed, kv_heads),
-        "self_attn.o_proj": ("attention.out", heads, embed),
-        "mlp.gate_proj": ("mlp.gate", embed, mlp),
-        "mlp.up_proj": ("mlp.up", embed, mlp),
-        "mlp.down_proj": ("mlp.down", mlp, embed),
+def windows(fields: Fields, *, default: list[str], window: int = 4096) -> dict[str, Any]:
+    """window and pattern of section `model` from layer_types (`default` where there are none) and sliding_window."""
+    types = fields.get("layer_types", None) or default
+    if unknown := set(types) - set(_LOCAL.values()):
+        raise UserError(f"config.json: layer_types holds {min(unknown)!r}; known are {', '.join(_LOCAL.values())}")
+    if len(types) != fields["num_hidden_layers"]:
+        raise UserError(f"config.json: layer_types has {len(types)} entries for {fields['num_hidden_layers']} layers")
+    size = fields.get("sliding_window", window)
+    if _LOCAL[True] not in types:
+        return {}
+    if not size:
+        raise UserError(f"config.json: sliding_window={size} with layer_types that slide; expected a number")
+    letters = "".join("l" if kind == _LOCAL[True] else "g" for kind in types)
+    repeats = lambda period: (letters[:period] * len(letters))[: len(letters)] == letters
+    return {"window": size, "pattern": next(letters[:n] for n in range(1, len(letters) + 1) if repeats(n))}
+
+
+def layer_types(config: DecoderConfig) -> dict[str, Any]:
+    """The part of config.json that `windows` reads."""
+    return {"sliding_window": config.window or None, "layer_types": [_LOCAL[local] for local in config.local]}
+
+
+def every(count: Any, period: int) -> list[str]:
+    """layer_types of `count` layers of which each `period`th is global."""
+    return [_LOCAL[(layer + 1) % period != 0] for layer in range(count)]
+
+
+def _activation(fields: Fields, name: str = "hidden_act", default: str = "silu") -> dict[str, Any]:
+    return {"activation": fields.choice(name, _ACTIVATIONS, default)}
+
+
+def _activation_json(config: DecoderConfig, name: str = "hidden_act") -> dict[str, str]:
+    return {name: {"gelu_tanh": "gelu_pytorch_tanh"}.get(config.activation, config.activation)}
+
+
+def _without_local(section: dict[str, Any]) -> dict[str, Any]:
+    """Where no layer is local, the base of local ones is left away."""
+    return {name: value for name, value in section.items() if name != "rope_local_base" or "window" in section}
+
+
+def _read_llama(hf: dict[str, Any]) -> dict[str, Any]:
+    fields = Fields(hf)
+    section = shared_fields(fields) | _activation(fields) | rope.read(fields, base=10_000.0)
+    if section["biases"] == "none":
+        fields.must("mlp_bias", False)
+    elif fields.get("mlp_bias", False):
+        section["biases"] = "all"
+    fields.done()
+    return section
+
+
+def _write_llama(config: DecoderConfig) -> dict[str, Any]:
+    shared = shared_json(config, "llama") | _activation_json(config) | rope.write(config)
+    return shared | {"mlp_bias": config.biases == "all"}
+
+
+def _read_mistral(hf: dict[str, Any]) -> dict[str, Any]:
+    fields = Fields(hf)
+    fields.must("attention_bias", False)
+    section = shared_fields(fields, kv_heads=8, positions=4096 * 32) | _activation(fields)
+    section |= rope.read(fields, base=10_000.0)
+    window = fields.get("sliding_window", 4096)
+    fields.done()
+    return section | ({"window": window, "pattern": "l"} if window else {})
+
+
+def _write_mistral(config: DecoderConfig) -> dict[str, Any]:
+    shared = shared_json(config, "mistral") | _activation_json(config) | rope.write(config)
+    if not shared.pop("attention_bias"):
+        return shared | {"sliding_window": config.window or None}
+    raise UserError(f"model.biases={config.biases!r}: a checkpoint of MistralForCausalLM has none")
+
+
+def _read_qwen3(hf: dict[str, Any]) -> dict[str, Any]:
+    fields = Fields({"head_dim": 128} | hf)
+    section = shared_fields(fields, kv_heads=32, positions=32768) | _activation(fields)
+    section |= rope.read(fields, base=10_000.0) | {"qk_norm": "head"}
+    slides, full = fields.get("use_sliding_window", False), fields.get("max_window_layers", 28)
+    types = [_LOCAL[slides and layer >= full] for layer in range(section["num_layers"])]
+    section |= windows(fields, default=types)
+    fields.done()
+    return section
+
+
+def _write_qwen3(config: DecoderConfig) -> dict[str, Any]:
+    shared = shared_json(config, "qwen3") | _activation_json(config) | rope.write(config)
+    return shared | layer_types(config) | {"use_sliding_window": bool(config.window)}
+
+
+def _read_gemma(hf: dict[str, Any], *, model_type: str) -> dict[str, Any]:
+    third = model_type == "gemma3_text"
+    fields = Fields({"head_dim": 256} | hf)
+    section = shared_fields(fields, kv_heads=4, positions=131_072 if third else 8192, tied=True)
+    # Published files also have hidden_act, which the reference does not read.
+    section |= _activation(fields, "hidden_activation", "gelu_pytorch_tanh")
+    fields.must("use_bidirectional_attention", False, None)
+    scale = fields.get("query_pre_attn_scalar", 256)
+    section |= {
+        "norm": "rmsnorm1p",
+        "norm_position": "both",
+        "embed_multiplier": section["embed"] ** 0.5,
+        "score_scale": 0.0 if scale == section["head_dim"] else scale**-0.5,
+        "logit_softcap": fields.get("final_logit_softcapping", None if third else 30.0) or 0.0,
     }
-    block = "model.layers.{layer}."
-    return [
-        Rule("model.embed_tokens.weight", ("embed.table",), copies=_copies(config, "lm_head.weight")),
-        Rule("model.norm.weight", ("norm.scale",)),
-        Rule(block + "input_layernorm.weight", ("blocks.attention_norm.scale",)),
-        Rule(block + "post_attention_layernorm.weight", ("blocks.mlp_norm.scale",)),
-        *(
-            Rule(f"{block}{theirs}.weight", (f"blocks.{ours}.weight",), **matrix(inputs, outputs))
-            for theirs, (ours, inputs, outputs) in maps.items()
-        ),
-        *_head(config),
-    ]
+    if third:
+        # A field of the class that its attention does not pass on: the reference caps nothing.
+        fields.must("attn_logit_softcapping", None)
+        period = fields.get("_sliding_window_pattern", None) or fields.get("sliding_window_pattern", None) or 6
+        section |= {"qk_norm": "head"} | windows(fields, default=every(section["num_layers"], period))
+        section |= rope.read_by_kind(fields, base=1e6, local_base=1e4, old_local="rope_local_base_freq")
+    else:
+        section |= {"score_softcap": fields.get("attn_logit_softcapping", 50.0) or 0.0}
+        section |= windows(fields, default=every(section["num_layers"], 2)) | rope.read(fields, base=10_000.0)
+    fields.done("hidden_act", "cache_implementation", "sliding_window_pattern", "_sliding_window_pattern")
+    return _without_local(section)
 
 
-def _copies(config: DecoderConfig, *names: str) -> tuple[str, ...]:
-    return names if config.tied == "tied" else ()
+def _write_gemma(config: DecoderConfig, *, model_type: str) -> dict[str, Any]:
+    third = model_type == "gemma3_text"
+    shared = shared_json(config, model_type) | _activation_json(config, "hidden_activation") | layer_types(config)
+    scale = round(config.score_scale**-2) if config.score_scale else config.head_size
+    shared |= {"query_pre_attn_scalar": scale, "final_logit_softcapping": config.logit_softcap or None}
+    if third:
+        return shared | rope.write_by_kind(config)
+    return shared | rope.write(config) | {"attn_logit_softcapping": config.score_softcap or None}
 
 
-def _head(config: DecoderConfig) -> list[Rule]:
-    return [] if config.tied == "tied" else [Rule("lm_head.weight", ("head",), **transposed())]
+def _read_olmo(hf: dict[str, Any], *, model_type: str) -> dict[str, Any]:
+    fields = Fields(hf)
+    section = shared_fields(fields, eps=1e-5) | _activation(fields)
+    section |= {"qk_norm": "all", "norm_position": "inner"}
+    if model_type == "olmo2":
+        section |= rope.read(fields, base=10_000.0)
+    else:
+        section |= windows(fields, default=every(section["num_layers"], 4))
+        section |= rope.read_by_kind(fields, base=5e5, local_base=5e5)
+    fields.done()
+    return _without_local(section)
+
+
+def _write_olmo(config: DecoderConfig, *, model_type: str) -> dict[str, Any]:
+    shared = shared_json(config, model_type) | _activation_json(config)
+    if model_type == "olmo2":
+        return shared | rope.write(config)
+    return shared | layer_types(config) | rope.write_by_kind(config)
+
+
+def _read_gemma3_text(hf: dict[str, Any]) -> dict[str, Any]:
+    """The language model inside a checkpoint that also reads images."""
+    text = dict(Fields(hf)["text_config"])
+    tied = text.get("tie_word_embeddings", hf.get("tie_word_embeddings", True))
+    sizes = {"vocab_size": 262_208, "num_attention_heads": 8, "hidden_size": 2304, "intermediate_size": 9216}
+    return _read_gemma(sizes | text | {"tie_word_embeddings": tied}, model_type="gemma3_text")
+
+
+def _write_gemma3_text(config: DecoderConfig) -> dict[str, Any]:
+    raise UserError("Gemma3ForConditionalGeneration: its images are not kept; export as Gemma3ForCausalLM")
+
+
+def _gemma3_text_name(name: str) -> str | None:
+    """As in Gemma3ForCausalLM, from the names of published files and from those of the newest transformers."""
+    bare = name.removeprefix("model.")
+    if bare.startswith(("vision_tower.", "multi_modal_projector.")):
+        return None
+    if bare.startswith("language_model."):
+        bare = bare.removeprefix("language_model.").removeprefix("model.")
+    return bare if bare.startswith("lm_head.") else f"model.{bare}"
+
+
+def _llama_name(name: str) -> str | None:
+    """Older files hold the frequencies as a buffer."""
+    return None if name.endswith("rotary_emb.inv_freq") else name
+
+
+def _like_llama(read: Any, write: Any, **fixed: Any) -> Architecture:
+    return Architecture(
+        read_config=lambda hf: read(hf, **fixed),
+        write_config=lambda config: write(config, **fixed),
+        rules=decoder_rules.llama,
+        rename=_llama_name,
+    )
 
 
 ARCHITECTURES = {
     "GPT2LMHeadModel": Architecture(
-        read_config=_read_gpt2, write_config=_write_gpt2, rules=_gpt2_rules, rename=_gpt2_name
+        read_config=_read_gpt2, write_config=_write_gpt2, rules=decoder_rules.gpt2, rename=_gpt2_name
     ),
-    "LlamaForCausalLM": Architecture(
-        read_config=_read_llama,
-        write_config=_write_llama,
-        rules=_llama_rules,
-        rename=lambda name: None if name.endswith("rotary_emb.inv_freq") else name,
+    "LlamaForCausalLM": _like_llama(_read_llama, _write_llama),
+    "MistralForCausalLM": _like_llama(_read_mistral, _write_mistral),
+    "Qwen3ForCausalLM": _like_llama(_read_qwen3, _write_qwen3),
+    "Gemma2ForCausalLM": _like_llama(_read_gemma, _write_gemma, model_type="gemma2"),
+    "Gemma3ForCausalLM": _like_llama(_read_gemma, _write_gemma, model_type="gemma3_text"),
+    "Gemma3ForConditionalGeneration": Architecture(
+        read_config=_read_gemma3_text,
+        write_config=_write_gemma3_text,
+        rules=decoder_rules.llama,
+        rename=_gemma3_text_name,
     ),
+    "Olmo2ForCausalLM": _like_llama(_read_olmo, _write_olmo, model_type="olmo2"),
+    "Olmo3ForCausalLM": _like_llama(_read_olmo, _write_olmo, model_type="olmo3"),
 }

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import itertools
+import math
 from typing import Any, Protocol
 
 import jax
@@ -51,12 +52,15 @@ class Architecture:
     rules          config of the model -> all its rules
     rename         a tensor's name in published files -> the name that the rules know; None: not read (buffers, heads
                    of a task that is not continued)
+    free           fields of the model that change nothing in models of this class, such as the rotary base of one with
+                   learned positions
     """
 
     read_config: Callable[[dict[str, Any]], dict[str, Any]]
     write_config: Callable[[Any], dict[str, Any]]
     rules: Callable[[Any], list[Rule]]
     rename: Callable[[str], str | None] = lambda name: name
+    free: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,13 +131,17 @@ class Correspondence:
         sizes = zip(self.shapes[name].shape, self.axes[name], strict=True)
         return tuple(self._vocab if axis == "vocab" else size for size, axis in sizes)
 
+    def count(self) -> int:
+        """Number of parameters, padding left out."""
+        return sum(math.prod(self.used_shape(name)) for name in self.shapes)
+
     def theirs_shape(self, tensor: Tensor) -> tuple[int, ...]:
         """The shape of a tensor on disk."""
         return self._theirs_shape(tensor.rule, len(tensor.at))
 
     @functools.cache  # noqa: B019  (lives as long as its few rules)
     def _theirs_shape(self, rule: Rule, taken: int) -> tuple[int, ...]:
-        parts = [np.empty(self.used_shape(name)[taken:], np.uint8) for name in rule.ours]
+        parts = [windows.reserved(self.used_shape(name)[taken:]) for name in rule.ours]
         return tuple(rule.give(*parts).shape)
 
     def check(self, source: Source) -> None:

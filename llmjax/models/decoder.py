@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from llmjax.batch import Batch, Output
+from llmjax.models import parametrization
 from llmjax.models.decoder_config import DecoderConfig
 from llmjax.nn import attention, dropout, embedding, rotary, stack, weights
 from llmjax.nn.attention import Attention
@@ -62,7 +63,7 @@ class Block(nnx.Module):
             scale=config.branch_scale,
             kernel=config.attention,
             dtype=config.param_dtype,
-            score_scale=config.score_scale or None,
+            score_scale=parametrization.score_scale(config, config.score_scale or config.head_size**-0.5),
             softcap=config.score_softcap or None,
             sinks=config.sinks == "learned",
             query_norm=query_norm,
@@ -129,12 +130,16 @@ class Decoder(nnx.Module):
         self.positions = (
             Embedding(k_positions, config.max_positions, config.embed, entries="seq", dtype=dtype) if learned else None
         )
-        self.blocks = jax.vmap(lambda k: self.block(config, k))(jax.random.split(k_blocks, config.num_layers))
+        self.blocks = self.make_blocks(jax.random.split(k_blocks, config.num_layers))
         self.norm = make_norm(config, config.embed) if config.norm_position != "post" else None
         untied = config.tied == "untied"
         self.head = (
             weights.normal(k_head, {"embed": config.embed, "vocab": vocab}, std=0.02, dtype=dtype) if untied else None
         )
+
+    def make_blocks(self, keys: jax.Array) -> Any:
+        """Stacked blocks, one for each key."""
+        return jax.vmap(lambda key: self.block(self.config, key))(keys)
 
     def __call__(self, batch: Batch, key: jax.Array | None = None) -> Output:
         """Hidden states in the compute type; `key` switches dropout on, with draws by (key, sample, layer, site)."""
@@ -199,8 +204,9 @@ class Decoder(nnx.Module):
         """Hidden states [..., embed] -> float32 logits [..., padded vocab]; padding ids get one that no softmax
         sees."""
         table = self.embed.table[...].T if self.head is None else self.head[...]
-        softcap = self.config.logit_softcap or None
-        return embedding.logits(hidden, table, vocab_size=self.config.vocab_size, softcap=softcap)
+        config = self.config
+        scale, softcap = 1 / parametrization.width(config), config.logit_softcap or None
+        return embedding.logits(hidden, table, vocab_size=config.vocab_size, scale=scale, softcap=softcap)
 
     def _feed(self, mlp: Any, x: jax.Array, batch: Batch | None) -> tuple[jax.Array, Any]:
         """(mlp(x), what it counts of the batch's tokens); without a batch, in cached decoding, nothing is counted."""

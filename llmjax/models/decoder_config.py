@@ -4,6 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 from llmjax.config import UserError, suggest
+from llmjax.models import parametrization
 from llmjax.nn import rotary
 from llmjax.nn.attention import KERNELS
 from llmjax.nn.mlp import ACTIVATIONS
@@ -62,6 +63,8 @@ class DecoderConfig:
     tied            tied (the head is the token embedding) or untied (a matrix of its own)
     logit_softcap   logits become c tanh(logit / c); 0: they are not capped
     biases          all (every linear map of the blocks, and layernorm), attention (its four linear maps) or none
+    parametrization standard, or mup: rates tuned at width base_embed serve every width (docs/optimizers.md)
+    base_embed      mup: the width at which both parametrizations are the same
     dropout         rate after the embedding and at the end of each sub-block; from 0 to below 1
     scan            True: blocks compiled once and scanned; False: unrolled, for debugging and for short stacks
     remat           what the backward pass keeps of a block: none (everything), dots (matmul outputs), attention (its
@@ -109,6 +112,8 @@ class DecoderConfig:
     tied: str = "untied"
     logit_softcap: float = 0.0
     biases: str = "none"
+    parametrization: str = "standard"
+    base_embed: int = 256
     dropout: float = 0.0
     scan: bool = True
     remat: str = "none"
@@ -117,6 +122,7 @@ class DecoderConfig:
     param_dtype: str = "float32"
 
     def __post_init__(self):
+        parametrization.check(self)
         _check_names(self)
         _check_numbers(self)
         _check_positions(self)
@@ -209,7 +215,12 @@ class DecoderConfig:
         for local in self.local:
             reach = min(self.window, seq_len) if local else seq_len
             keys += reach - reach * reach / (2 * seq_len)
-        return 6.0 * self.multiplied_weights + 12.0 * self.num_heads * self.head_size * keys
+        return 6.0 * self.multiplied_weights + 6.0 * self.num_heads * self.score_width * keys
+
+    @property
+    def score_width(self) -> int:
+        """Multiplications that a head does for each key it sees: one product with the key, one with the value."""
+        return 2 * self.head_size
 
 
 _NAMES = {

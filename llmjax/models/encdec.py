@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from llmjax.batch import Batch, Output
 from llmjax.config import UserError
+from llmjax.models import parametrization
 from llmjax.models.encdec_config import EncDecConfig
 from llmjax.nn import attention, dropout, embedding, stack, weights
 from llmjax.nn.cross_attention import CrossAttention, KeysValues
@@ -41,7 +42,12 @@ class Block(nnx.Module):
         dtype = config.param_dtype
         norm = lambda: RMSNorm(config.embed, eps=config.norm_eps, bias=False, dtype=dtype)
         attend = lambda k: CrossAttention(
-            k, config.embed, num_heads=config.num_heads, head_dim=config.head_size, dtype=dtype
+            k,
+            config.embed,
+            num_heads=config.num_heads,
+            head_dim=config.head_size,
+            score_scale=parametrization.score_scale(config, 1.0),
+            dtype=dtype,
         )
         self.attention_norm, self.attention = norm(), attend(k_attention)
         self.cross_norm, self.cross = (norm(), attend(k_cross)) if crosses else (None, None)
@@ -191,7 +197,8 @@ class EncDec(nnx.Module):
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., embed] -> float32 logits [..., padded vocab]; padding ids get one that no softmax
         sees."""
-        if self.head is not None:
-            return embedding.logits(hidden, self.head[...], vocab_size=self.config.vocab_size)
-        hidden = hidden * self.config.embed**-0.5
-        return embedding.logits(hidden, self.embed.table[...].T, vocab_size=self.config.vocab_size)
+        scale = 1 / parametrization.width(self.config)
+        table = self.head[...] if self.head is not None else self.embed.table[...].T
+        if self.head is None:
+            scale *= self.config.embed**-0.5
+        return embedding.logits(hidden, table, vocab_size=self.config.vocab_size, scale=scale)

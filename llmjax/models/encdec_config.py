@@ -4,6 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 from llmjax.config import UserError, suggest
+from llmjax.models import parametrization
 from llmjax.nn.mlp import ACTIVATIONS
 from llmjax.nn.stack import REMAT
 
@@ -38,6 +39,8 @@ class EncDecConfig:
     relative_distance   distance from which all share the last bucket
     tied                tied (the head is the token embedding, which reads hidden states times embed^-1/2) or untied (a
                         matrix of its own, which reads them as they are)
+    parametrization     standard, or mup: rates tuned at width base_embed serve every width (docs/optimizers.md)
+    base_embed          mup: the width at which both parametrizations are the same
     dropout             rate after the embeddings, at the end of each sub-block and after the last norms; from 0 to
                         below 1
     scan                True: blocks compiled once and scanned; False: unrolled, for debugging and for short stacks
@@ -67,6 +70,8 @@ class EncDecConfig:
     relative_buckets: int = 32
     relative_distance: int = 128
     tied: str = "untied"
+    parametrization: str = "standard"
+    base_embed: int = 256
     dropout: float = 0.0
     scan: bool = True
     remat: str = "none"
@@ -74,6 +79,7 @@ class EncDecConfig:
     param_dtype: str = "float32"
 
     def __post_init__(self):
+        parametrization.check(self)
         _check_names(self)
         _check_numbers(self)
 
@@ -108,29 +114,29 @@ class EncDecConfig:
             if count % tensor:
                 raise UserError(f"mesh.tensor={tensor}: must divide model.{field}={count}")
 
-    def flops_per_token(self, seq_len: int, source_len: int | None = None) -> float:
+    def flops_per_token(self, seq_len: int, target_len: int = 0) -> float:
         """Model flops of one scored target, for model flops utilisation: the source tokens that go with it included.
 
-        Rows have `seq_len` target places and `source_len` source places (None: as many), equally full, so that a target
-        bears source_len / seq_len source tokens. Span corruption's rows are such: 15% of 512 tokens in spans of 3 make
-        a target of 114 and a source of 512, and each target pays for 4.5 source tokens.
+        Rows have `seq_len` places for the source and `target_len` for the target (0: as many), equally full, so that a
+        target bears seq_len / target_len source tokens. So it is in span corruption: 15% of 568 tokens in spans of 3
+        make a source of 512 and a target of 114, and each target pays for 4.5 source tokens.
 
-        6 flops for each weight of a matmul (2 forward, 4 backward) that the token meets. A target meets the decoder's
-        blocks, the cross-attention's keys and values excepted, and the head; a source token meets the encoder's blocks
-        and every decoder layer's keys and values of it. Attention's two products are 12 layers heads head_dim times the
-        length of what is attended to, halved where it is causal. Recomputation is not counted. (Chowdhery et al., 2022,
-        PaLM, appendix B, arXiv 2204.02311, which does not halve.)
+        6 flops for each weight of a matmul (2 forward, 4 backward) that a token meets. A target meets the decoder's
+        blocks, but for the keys and values of the cross-attention, and the head; a source token meets the encoder's
+        blocks, and every decoder block's keys and values of it. Attention's two products are 12 layers heads head_dim
+        times the length of what is attended to, halved where it is causal. Recomputation is not counted. (Chowdhery et
+        al., 2022, PaLM, appendix B, arXiv 2204.02311, which does not halve.)
         """
-        source_len = seq_len if source_len is None else source_len
+        target_len = target_len or seq_len
         width = self.num_heads * self.head_size
         projection = self.embed * width
         mlp = (3 if self.gated == "gated" else 2) * self.embed * self.mlp_size
         layers, decoder_layers = self.num_layers, self.decoder_layers
         source = 6.0 * (layers * (4 * projection + mlp) + decoder_layers * 2 * projection)
-        source += 12.0 * layers * width * source_len
+        source += 12.0 * layers * width * seq_len
         target = 6.0 * (decoder_layers * (6 * projection + mlp) + self.embed * self.vocab_size)
-        target += decoder_layers * width * (6.0 * seq_len + 12.0 * source_len)
-        return target + source * source_len / seq_len
+        target += decoder_layers * width * (6.0 * target_len + 12.0 * seq_len)
+        return target + source * seq_len / target_len
 
 
 _NAMES = {

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from llmjax.batch import Batch, Output
+from llmjax.models import parametrization
 from llmjax.models.encoder_config import EncoderConfig
 from llmjax.nn import attention, dropout, embedding, rotary, stack, weights
 from llmjax.nn.attention import Attention
@@ -40,6 +41,7 @@ class Block(nnx.Module):
             scale=scale,
             kernel="dot",
             dtype=dtype,
+            score_scale=parametrization.score_scale(config, config.head_size**-0.5),
         )
         self.mlp = Mlp(
             k_mlp,
@@ -133,7 +135,8 @@ class Encoder(nnx.Module):
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., embed] -> float32 logits [..., padded vocab]; padding ids get one that no softmax
         sees."""
-        logits = embedding.logits(self.head(hidden), self.embed.table[...].T, vocab_size=self.config.vocab_size)
+        table, scale = self.embed.table[...].T, 1 / parametrization.width(self.config)
+        logits = embedding.logits(self.head(hidden), table, vocab_size=self.config.vocab_size, scale=scale)
         return logits + self.head.bias[...].astype(jnp.float32)
 
     def pool(self, hidden: jax.Array) -> jax.Array:

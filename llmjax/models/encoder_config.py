@@ -4,6 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 from llmjax.config import UserError, suggest
+from llmjax.models import parametrization
 from llmjax.nn.mlp import ACTIVATIONS
 from llmjax.nn.stack import REMAT
 
@@ -41,6 +42,8 @@ class EncoderConfig:
     pooler          what `pool` makes of a row's first token: none (as it is) or tanh (a linear map and tanh, BERT's).
                     Masked LM does not train it
     biases          all (every linear map and layer norm) or none; the vocabulary's bias in the head is always there
+    parametrization standard, or mup: rates tuned at width base_embed serve every width (docs/optimizers.md)
+    base_embed      mup: the width at which both parametrizations are the same
     dropout         rate after the embedding and at the end of each sub-block; from 0 to below 1
     scan            True: blocks compiled once and scanned; False: unrolled, for debugging and for short stacks
     remat           what the backward pass keeps of a block: none (everything), dots (matmul outputs), attention (its
@@ -72,6 +75,8 @@ class EncoderConfig:
     types: int = 0
     pooler: str = "none"
     biases: str = "all"
+    parametrization: str = "standard"
+    base_embed: int = 256
     dropout: float = 0.0
     scan: bool = True
     remat: str = "none"
@@ -79,6 +84,7 @@ class EncoderConfig:
     param_dtype: str = "float32"
 
     def __post_init__(self):
+        parametrization.check(self)
         _check_names(self)
         _check_numbers(self)
 

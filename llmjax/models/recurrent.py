@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from llmjax.batch import Batch, Output
+from llmjax.models import parametrization
 from llmjax.models.recurrent_config import RecurrentConfig
 from llmjax.nn import dropout, embedding, recurrent, rglru, stack, weights
 from llmjax.nn.dropout import Dropout
@@ -27,7 +28,7 @@ class Block(nnx.Module):
         # each residual branch adds its share of variance
         scale = (config.num_layers * (2 if config.mlp else 1)) ** -0.5 if self.added else 1.0
         self.cell_norm = _norm(config)
-        shape = dict(scale=scale, unroll=config.unroll, dtype=dtype)
+        shape: dict[str, Any] = dict(scale=scale, unroll=config.unroll, dtype=dtype)
         if config.cell == "rglru":
             self.cell = rglru.RgLru(
                 k_cell, config.embed, config.state_size, blocks=config.gate_blocks, how=config.recurrence, **shape
@@ -129,7 +130,8 @@ class Recurrent(nnx.Module):
         """Hidden states [..., embed] -> float32 logits [..., padded vocab]; padding ids get one that no softmax
         sees."""
         table = self.embed.table[...].T if self.head is None else self.head[...]
-        return embedding.logits(hidden, table, vocab_size=self.config.vocab_size)
+        scale = 1 / parametrization.width(self.config)
+        return embedding.logits(hidden, table, vocab_size=self.config.vocab_size, scale=scale)
 
     def _advance(self, tokens, positions, cache, last) -> tuple[jax.Array, Cache]:
         none = Dropout(None, 0.0)

@@ -4,6 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 from llmjax.config import UserError, suggest
+from llmjax.models import parametrization
 from llmjax.nn.norm import NORMS
 from llmjax.nn.recurrent import CELLS
 from llmjax.nn.rglru import RECURRENCES
@@ -33,10 +34,13 @@ class RecurrentConfig:
     tied            tied (the head is the token embedding) or untied (a matrix of its own)
     recurrence      over time: sequential (token by token, any cell) or associative (a parallel scan, rglru alone)
     unroll          tokens in one turn of the sequential loop; more compile longer and may run faster
+    parametrization standard, or mup: rates tuned at width base_embed serve every width (docs/optimizers.md)
+    base_embed      mup: the width at which both parametrizations are the same
     dropout         rate after the embedding and at the end of each sub-block, never on the way from token to token;
                     from 0 to below 1
     scan            True: blocks compiled once and scanned; False: unrolled, for debugging and for short stacks
-    remat           what the backward pass keeps of a block: none (everything), dots (matmul outputs), full (nothing)
+    remat           what the backward pass keeps of a block: none (everything), dots (matmul outputs), attention (what
+                    the recurrence gave, so that it is not run again), full (nothing)
     dtype           type of activations and matmuls: float32 or bfloat16 (states, gates, norms and logits are always
                     float32)
     param_dtype     type in which parameters are stored: float32 or bfloat16
@@ -60,6 +64,8 @@ class RecurrentConfig:
     tied: str = "untied"
     recurrence: str = "sequential"
     unroll: int = 1
+    parametrization: str = "standard"
+    base_embed: int = 256
     dropout: float = 0.0
     scan: bool = True
     remat: str = "none"
@@ -67,6 +73,7 @@ class RecurrentConfig:
     param_dtype: str = "float32"
 
     def __post_init__(self):
+        parametrization.check(self)
         _check_names(self)
         _check_numbers(self)
 
@@ -118,7 +125,7 @@ _NAMES = {
     "residual": ("add", "none"),
     "tied": ("tied", "untied"),
     "recurrence": RECURRENCES,
-    "remat": tuple(name for name in REMAT if name != "attention"),
+    "remat": tuple(REMAT),
     "dtype": ("float32", "bfloat16"),
     "param_dtype": ("float32", "bfloat16"),
 }

@@ -1,6 +1,7 @@
 """Model families by name: from a config to a module, its shapes, its axes and its first parameters."""
 
 import math
+import typing
 from typing import Any
 
 from flax import nnx
@@ -12,17 +13,26 @@ from llmjax.models.encdec import EncDec
 from llmjax.models.encdec_config import EncDecConfig
 from llmjax.models.encoder import Encoder
 from llmjax.models.encoder_config import EncoderConfig
+from llmjax.models.moe import MoeDecoder
+from llmjax.models.moe_config import MoeConfig
 from llmjax.models.recurrent import Recurrent
 from llmjax.models.recurrent_config import RecurrentConfig
 
 # One line a family, here and below: its module, and its config, which `model.family` chooses.
 FAMILIES: dict[str, Any] = {
     "decoder": Decoder,
+    "moe": MoeDecoder,
     "encoder": Encoder,
     "encdec": EncDec,
     "recurrent": Recurrent,
 }
-ModelConfig = DecoderConfig | EncoderConfig | EncDecConfig | RecurrentConfig
+ModelConfig = DecoderConfig | MoeConfig | EncoderConfig | EncDecConfig | RecurrentConfig
+
+
+def config_class(family: str) -> Any:
+    """The config class of a family."""
+    options = typing.get_args(ModelConfig) or (ModelConfig,)
+    return next(option for option in options if option.family == family)
 
 
 def build(config: ModelConfig, key: jax.Array) -> nnx.Module:

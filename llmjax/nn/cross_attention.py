@@ -1,4 +1,4 @@
-"""Attention of one sequence to the keys and values of another, or to its own, with neither rotation nor scaling."""
+"""Attention of one sequence to the keys and values of another, or to its own, without rotation."""
 
 from flax import nnx
 import jax
@@ -15,17 +15,20 @@ KeysValues = tuple[jax.Array, jax.Array]
 class CrossAttention(nnx.Module):
     """x [batch, s, embed] attends to a source [batch, t, embed] -> [batch, s, embed].
 
-    Scores are the bare products of queries and keys, as in T5: the queries' weights start smaller by sqrt(head_dim)
-    instead. No biases.
+    Scores are the products of queries and keys times `score_scale`, 1 in T5: the queries' weights start smaller by
+    sqrt(head_dim) instead. No biases.
     """
 
-    def __init__(self, key: jax.Array, embed: int, *, num_heads: int, head_dim: int, dtype: str):
+    def __init__(
+        self, key: jax.Array, embed: int, *, num_heads: int, head_dim: int, dtype: str, score_scale: float = 1.0
+    ):
         k_query, k_key, k_value, k_out = jax.random.split(key, 4)
         heads = {"heads": num_heads, "head_dim": head_dim}
         self.query = Linear(k_query, {"embed": embed}, heads, bias=False, dtype=dtype, scale=head_dim**-0.5)
         self.key = Linear(k_key, {"embed": embed}, heads, bias=False, dtype=dtype)
         self.value = Linear(k_value, {"embed": embed}, heads, bias=False, dtype=dtype)
         self.out = Linear(k_out, heads, {"embed": embed}, bias=False, dtype=dtype)
+        self.score_scale = score_scale
 
     def keys(self, source: jax.Array) -> KeysValues:
         """Keys and values of a source [batch, t, embed], each [batch, t, heads, head_dim]; they can be kept."""
@@ -36,7 +39,7 @@ class CrossAttention(nnx.Module):
         """mask bool [batch, s, t] says who sees whom; bias float32 [batch, heads, s, t] is added to the scores."""
         q = constrain(self.query(x), "batch", "seq", "heads", "head_dim")
         k, v = (side.astype(x.dtype) for side in keys)
-        heads = checkpoint_name(dot(q, k, v, mask, scale=1.0, bias=bias), "attention")
+        heads = checkpoint_name(dot(q, k, v, mask, scale=self.score_scale, bias=bias), "attention")
         return self.out(constrain(heads, "batch", "seq", "heads", "head_dim"))
 
     def cached(

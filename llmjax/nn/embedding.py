@@ -26,11 +26,15 @@ class Embedding(nnx.Module):
         return constrain(jnp.take(table, tokens, axis=0, mode="clip"), "batch", "seq", None)
 
 
-def logits(hidden: jax.Array, table: jax.Array, *, vocab_size: int, softcap: float | None = None) -> jax.Array:
+def logits(
+    hidden: jax.Array, table: jax.Array, *, vocab_size: int, scale: float = 1.0, softcap: float | None = None
+) -> jax.Array:
     """hidden [..., embed] times table [embed, vocab] -> float32 [..., vocab]; padding ids (>= vocab_size) get MASKED.
 
-    With `softcap` the others become softcap tanh(logits / softcap).
+    The others are multiplied by `scale`; with `softcap` they then become softcap tanh(logits / softcap).
     """
+    if scale != 1:
+        hidden = hidden * jnp.asarray(scale, hidden.dtype)
     out = project(hidden, table.astype(hidden.dtype), 1, jnp.float32)
     if softcap is not None:
         out = softcap * jnp.tanh(out / softcap)

@@ -7,8 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llmjax import run_config
 from llmjax.batch import Batch
+from llmjax.data.tokenizer import Bytes
 from llmjax.models import registry
+from llmjax.models.encdec_config import EncDecConfig
 from llmjax.models.registry import ModelConfig
 from llmjax.nn.stack import REMAT
 from llmjax.optim.config import OptimizerConfig
@@ -55,7 +58,10 @@ def _kept(config: RunConfig, remat: str, rows: int) -> int:
 
 def abstract_batch(config: RunConfig, rows: int) -> Batch:
     """Shapes of a batch of `rows` rows, as the run's objective makes them."""
-    ids = jax.ShapeDtypeStruct((rows, config.data.seq_len), jnp.int32)
+    ids = jax.ShapeDtypeStruct((rows, target_len(config)), jnp.int32)
+    source = (
+        jax.ShapeDtypeStruct((rows, config.data.seq_len), jnp.int32) if isinstance(config.model, EncDecConfig) else None
+    )
     return Batch(
         inputs=ids,
         targets=ids,
@@ -63,7 +69,15 @@ def abstract_batch(config: RunConfig, rows: int) -> Batch:
         segments=ids,
         positions=ids,
         sample=jax.ShapeDtypeStruct((rows, 2), jnp.uint32),
+        source=source,
+        source_segments=source,
+        source_positions=source,
     )
+
+
+def target_len(config: RunConfig) -> int:
+    """Places in a row of targets; no tokenizer changes it."""
+    return run_config.objective(config, Bytes()).target_len
 
 
 def _size(tree: Any) -> int:

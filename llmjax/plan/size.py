@@ -8,6 +8,7 @@ import llmjax
 from llmjax import run_config
 from llmjax.config import UserError, specs
 from llmjax.models import registry
+from llmjax.models.encdec_config import EncDecConfig
 from llmjax.plan import budget as budgets, count
 from llmjax.plan.devices import Device
 from llmjax.run_config import RunConfig
@@ -52,16 +53,17 @@ def describe_budget(budget: budgets.Budget, device: Device, *, mfu: float, seq_l
 
 def describe_config(config: RunConfig, spec: str, device: Device) -> list[str]:
     """Parameters by part, FLOPs per token, and memory by remat policy of one config's model."""
-    model, seq = config.model, config.data.seq_len
+    model, seq = config.model, count.target_len(config)
     parts = count.parameters_by_part(model)
     total = sum(parts.values())
     state = count.state_bytes_per_parameter(model, config.optimizer)
-    flops, batch = model.flops_per_token(seq), config.train.global_batch
+    flops, batch = run_config.flops_per_token(config, seq), config.train.global_batch
+    source = f" targets with sources of {config.data.seq_len:,}" if isinstance(config.model, EncDecConfig) else ""
     lines = [f"{spec}: {model.family}, {total:,} parameters, vocabulary {model.vocab_size:,}"]
     lines += [f"  {name:<14} {size:>18,}   {size / total:6.1%}" for name, size in parts.items()]
     lines += [
         "",
-        f"FLOPs a token, rows of {seq:,}: {flops:.4g} to train, {flops / 3:.4g} to read",
+        f"FLOPs a token, rows of {seq:,}{source}: {flops:.4g} to train, {flops / 3:.4g} to read",
         "  matmuls and attention, what a causal mask hides not counted; training is three times the forward pass",
         f"  6 x parameters would be {6 * total:.4g}",
         f"  a step of {batch:,} rows: {flops * batch * seq:.4g}; all {config.train.steps:,} steps: "

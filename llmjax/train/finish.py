@@ -64,6 +64,7 @@ def _sample(job: Job, progress: Progress, state: str) -> list[dict]:
         mesh=job.mesh,
         rules=job.config.parallel.rules,
         tokenizer=job.tokenizer,
+        objective=job.evaluator.objective,
         max_tokens=settings.max_tokens,
         temperature=settings.temperature,
         top_p=settings.top_p,

@@ -43,7 +43,7 @@ def train(config: RunConfig, workdir: epath.Path, say: Callable[[str], None]) ->
         prepare_once(config, store, say)
         tokenizer = load_tokenizer(store)
         objective = run_config.objective(config, tokenizer)
-        config = run_config.with_vocabulary(config, objective.size)
+        config = run_config.with_objective(config, objective)
         hosts.all_equal("config", str(config))
         data = TrainData(
             store, config.data, seed=config.seed, global_batch=config.train.global_batch, objective=objective

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from llmjax import run_config
 from llmjax.metrics import Console, mfu
 from llmjax.parallel import hosts
 from llmjax.train.job import Job, Progress
@@ -22,7 +23,7 @@ class Meter:
     def __init__(self, job: Job, stop: int, progress: Progress):
         self._job, self._stop = job, stop
         self._console = Console(stop, primary=hosts.is_primary())
-        self._flops = job.config.model.flops_per_token(job.config.data.seq_len)
+        self._flops = run_config.flops_per_token(job.config, job.evaluator.objective.target_len)
         self._pending: tuple[int, dict] | None = None
         self._bad_in_a_row = 0
         self._first = True
@@ -30,7 +31,8 @@ class Meter:
         self._restart_window()
 
     def _restart_window(self) -> None:
-        self._began, self._wait, self._steps, self._window_tokens = time.monotonic(), 0.0, 0, 0
+        self._began, self._wait, self._steps = time.monotonic(), 0.0, 0
+        self._window_tokens = self._window_read = 0
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -49,16 +51,19 @@ class Meter:
         if self._pending is None:
             return
         (step, arrays), self._pending = self._pending, None
-        finite, tokens = jax.device_get((arrays["finite"], arrays["tokens"]))
+        finite, tokens, read = jax.device_get((arrays["finite"], arrays["tokens"], arrays["read"]))
         self._bad_in_a_row = 0 if finite else self._bad_in_a_row + 1
         self.diverged = self._bad_in_a_row >= self._job.config.train.max_skipped
         self.tokens += int(tokens)
         self._window_tokens += int(tokens)
+        self._window_read += int(read)
         self._steps += 1
         logged = step % self._job.config.train.log_every == 0 or step == self._stop
         # The first step is shown at once, and its compilation kept out of the times of those that follow.
         if logged or self._first:
-            values = {name: value.item() for name, value in jax.device_get(arrays).items() if name != "finite"}
+            values = {
+                name: value.item() for name, value in jax.device_get(arrays).items() if name not in ("finite", "read")
+            }
             self._line(step, values, logged)
         self._first = False
 
@@ -75,7 +80,7 @@ class Meter:
             "data_wait_seconds": self._wait / self._steps,
             "mfu": mfu(
                 flops_per_token=self._flops,
-                tokens_per_second=rate,
+                tokens_per_second=self._window_read / seconds,  # what is read costs, scored or not
                 device_kind=device.device_kind,
                 num_devices=jax.device_count(),
             ),

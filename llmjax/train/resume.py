@@ -36,7 +36,8 @@ def start(
     is damaged.
     """
     known = _newest_meta(checkpoints)
-    keeps_optimizer = known is None or _same_state(config, known, plan)
+    imported = known is not None and "imported" in known
+    keeps_optimizer = known is None or (not imported and _same_state(config, known, plan))
     abstract = states.parts(plan.abstract())
     if not keeps_optimizer:
         del abstract["opt_state"]
@@ -49,12 +50,16 @@ def start(
     for line in _changes(config, meta, tokenizer_sha256):
         say(f"  accepted change: {line}")
     if not keeps_optimizer:
-        say("  the parameters are kept; the optimizer's state starts fresh, and its learning rate at update 0")
+        if not imported:
+            say("  the parameters are kept; the optimizer's state starts fresh, and its learning rate at update 0")
         init = jax.jit(plan.optimizer.init, out_shardings=plan.shardings.opt_state)
         parts = {**parts, "opt_state": init(parts["params"])}
     else:
         _say_rates(config, meta, restored.step - meta["skipped"], say)
     state = states.from_parts(plan, parts, step=restored.step, skipped=meta["skipped"])
+    if imported:
+        say(f"  starting from the parameters that were imported from {meta['imported']}")
+        return Progress(0, 0, state, data.start())
     say(f"  resuming at step {restored.step}, fingerprint {meta['fingerprint']}")
     return Progress(restored.step, meta["tokens"], state, _data_state(config, data, meta, say))
 
@@ -89,7 +94,7 @@ def _lines(section: str, config: RunConfig, meta: dict[str, Any], free: set[str]
 
 def _changes(config: RunConfig, meta: dict[str, Any], tokenizer_sha256: str) -> list[str]:
     """Differences that matter and that `checkpoint.accept_changes` can accept."""
-    lines = _optimizer_changes(config, meta)
+    lines = [] if "imported" in meta else _optimizer_changes(config, meta)
     if meta["tokenizer_sha256"] != tokenizer_sha256:
         lines.insert(0, f"tokenizer: sha256 {meta['tokenizer_sha256'][:12]} -> {tokenizer_sha256[:12]}")
     return lines

@@ -1,0 +1,60 @@
+"""T5 v1.1 (Raffel et al., 2020, arXiv 1910.10683) in its published sizes, and one that learns spans in a few minutes.
+
+llmjax train --config=configs/t5.py --workdir=runs/t5
+llmjax train --config=configs/t5.py:base --workdir=runs/t5 --config.data.sources.main.path='/my/texts/**/*.txt'
+"""
+
+from ml_collections import ConfigDict
+
+from llmjax.config import UserError
+
+# layers of each stack, embed, heads, feed-forward width; heads are 64 wide
+SIZES = {
+    "small": (8, 512, 6, 1024),
+    "base": (12, 768, 12, 2048),
+    "large": (24, 1024, 16, 2816),
+    "xl": (24, 2048, 32, 5120),
+    "xxl": (24, 4096, 64, 10240),
+}
+
+
+def get_config(size: str = "tiny") -> ConfigDict:
+    """The published models and their recipe (Adafactor, 128 rows of 512 source tokens), or "tiny"."""
+    if size == "tiny":
+        return _tiny()
+    if size not in SIZES:
+        raise UserError(f"--config=configs/t5.py:{size}: no such size; choose one of tiny, {', '.join(SIZES)}")
+    layers, embed, heads, mlp = SIZES[size]
+    c = ConfigDict()
+    c.model = dict(
+        family="encdec",
+        num_layers=layers,
+        embed=embed,
+        num_heads=heads,
+        head_dim=64,
+        mlp=mlp,
+        dtype="bfloat16",
+        remat="attention",
+    )
+    c.objective = dict(name="span")
+    c.data = dict(seq_len=512, sources=dict(main=dict(path="")))
+    c.train = dict(steps=100_000, global_batch=2048)
+    c.optimizer = dict(name="adafactor", learning_rate=1e-2, schedule="inverse_sqrt", warmup_steps=10_000)
+    c.mesh = dict(data=1, fsdp=-1, tensor=1)
+    return c
+
+
+def _tiny() -> ConfigDict:
+    c = ConfigDict()
+    c.data = dict(
+        sources=dict(python=dict(path="stdlib:")),
+        tokenizer=dict(kind="sentencepiece", algorithm="bpe", vocab_size=4096),
+        seq_len=256,
+    )
+    c.objective = dict(name="span")
+    c.model = dict(family="encdec", num_layers=3, embed=160, num_heads=5, head_dim=32, mlp=432, scan=False)
+    c.optimizer = dict(name="adamw", learning_rate=3e-3, schedule="wsd", decay_fraction=0.4, end_fraction=0.02)
+    c.train = dict(steps=600, global_batch=8, log_every=20)
+    c.checkpoint = dict(every=200)
+    c.eval = dict(every=200)
+    return c

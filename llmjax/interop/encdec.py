@@ -1,0 +1,124 @@
+"""Encoder-decoder checkpoints: T5, T5 v1.1 and Flan-T5."""
+
+from typing import Any
+
+from llmjax.config import UserError
+from llmjax.interop.fields import Fields
+from llmjax.interop.layouts import matrix, transposed
+from llmjax.interop.mapping import Architecture, Rule
+from llmjax.models.encdec_config import EncDecConfig
+
+# Their word for the feed-forward layer -> our activation and form; "gated-gelu" has always meant the tanh form.
+_FEED_FORWARD = {
+    "relu": ("relu", "plain"),
+    "gated-gelu": ("gelu_tanh", "gated"),
+    "gated-silu": ("silu", "gated"),
+    "gated-relu": ("relu", "gated"),
+    "gated-gelu_new": ("gelu_tanh", "gated"),
+    "gelu": ("gelu", "plain"),
+    "gelu_new": ("gelu_tanh", "plain"),
+    "silu": ("silu", "plain"),
+}
+_ACTIVATIONS = {"relu": ("relu",), "gelu": ("gelu",), "gelu_tanh": ("gelu_new",), "silu": ("silu", "swish")}
+_NEUTRAL = ("dropout_rate", "classifier_dropout", "initializer_factor", "n_positions", "output_past")
+
+
+def _read(hf: dict[str, Any]) -> dict[str, Any]:
+    fields = Fields(hf)
+    fields.must("is_decoder", False)
+    word = fields.choice("feed_forward_proj", {name: name for name in _FEED_FORWARD}, "relu")
+    activation, gated = _FEED_FORWARD[word]
+    fields.must("is_gated_act", gated == "gated")
+    fields.must("dense_act_fn", *_ACTIVATIONS[activation])
+    # A head of its own and unscaled hidden states go together in all published checkpoints; transformers 5 writes the
+    # second down, and says that the head is tied even where the file holds another.
+    tied = fields.get("tie_word_embeddings", True)
+    scaled = fields.get("scale_decoder_outputs", tied)
+    if scaled and not tied:
+        raise UserError("config.json: scale_decoder_outputs=True is not supported with tie_word_embeddings=False")
+    start = fields.get("decoder_start_token_id", None)
+    section = {
+        "vocab_size": fields["vocab_size"],
+        "start_id": -1 if start is None else start,
+        "num_layers": fields["num_layers"],
+        "num_decoder_layers": fields.get("num_decoder_layers", None) or fields["num_layers"],
+        "embed": fields["d_model"],
+        "num_heads": fields["num_heads"],
+        "head_dim": fields["d_kv"],
+        "mlp": fields["d_ff"],
+        "activation": activation,
+        "gated": gated,
+        "norm_eps": fields.get("layer_norm_epsilon", 1e-6),
+        "relative_buckets": fields.get("relative_attention_num_buckets", 32),
+        "relative_distance": fields.get("relative_attention_max_distance", 128),
+        "tied": "tied" if scaled else "untied",
+    }
+    fields.done(*_NEUTRAL)
+    return section
+
+
+def _write(config: EncDecConfig) -> dict[str, Any]:
+    form = (config.activation, config.gated)
+    word = next((word for word, ours in _FEED_FORWARD.items() if ours == form), None)
+    if word is None:
+        raise UserError(f"model.activation={config.activation!r}, {config.gated}: T5's config.json has no word for it")
+    start = {} if config.start_id < 0 else {"decoder_start_token_id": config.start_id}
+    return {
+        "model_type": "t5",
+        "is_encoder_decoder": True,
+        "vocab_size": config.vocab_size,
+        **start,
+        "num_layers": config.num_layers,
+        "num_decoder_layers": config.decoder_layers,
+        "d_model": config.embed,
+        "num_heads": config.num_heads,
+        "d_kv": config.head_size,
+        "d_ff": config.mlp_size,
+        "feed_forward_proj": word,
+        "layer_norm_epsilon": config.norm_eps,
+        "relative_attention_num_buckets": config.relative_buckets,
+        "relative_attention_max_distance": config.relative_distance,
+        "tie_word_embeddings": config.tied == "tied",
+    }
+
+
+def _rules(config: EncDecConfig) -> list[Rule]:
+    tied = config.tied == "tied"
+    copies = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", *(("lm_head.weight",) if tied else ()))
+    rules = [Rule("shared.weight", ("embed.table",), copies=copies)]
+    rules += _stack(config, "encoder", {"SelfAttention": "attention"})
+    rules += _stack(config, "decoder", {"SelfAttention": "attention", "EncDecAttention": "cross"})
+    return rules if tied else [*rules, Rule("lm_head.weight", ("head",), **transposed())]
+
+
+def _stack(config: EncDecConfig, side: str, attentions: dict[str, str]) -> list[Rule]:
+    """The rules of the encoder or the decoder, whose blocks number their sub-blocks."""
+    embed, mlp, heads = (config.embed,), (config.mlp_size,), (config.num_heads, config.head_size)
+    block, ours = f"{side}.block.{{layer}}.layer.", f"{side}.blocks."
+    rules = [
+        Rule(f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight", (f"{side}.bias.table",)),
+        Rule(f"{side}.final_layer_norm.weight", (f"{side}.norm.scale",)),
+    ]
+    for number, (theirs, name) in enumerate(attentions.items()):
+        maps = {"q": ("query", embed, heads), "k": ("key", embed, heads), "v": ("value", embed, heads)}
+        for letter, (part, inputs, outputs) in (maps | {"o": ("out", heads, embed)}).items():
+            rule = matrix(inputs, outputs)
+            rules.append(Rule(f"{block}{number}.{theirs}.{letter}.weight", (f"{ours}{name}.{part}.weight",), **rule))
+        rules.append(Rule(f"{block}{number}.layer_norm.weight", (f"{ours}{name}_norm.scale",)))
+    last = len(attentions)
+    first = {"wi_0": "gate", "wi_1": "up"} if config.gated == "gated" else {"wi": "up"}
+    for theirs, part in first.items():
+        name = f"{block}{last}.DenseReluDense.{theirs}.weight"
+        rules.append(Rule(name, (f"{ours}mlp.{part}.weight",), **matrix(embed, mlp)))
+    rules.append(Rule(f"{block}{last}.DenseReluDense.wo.weight", (f"{ours}mlp.down.weight",), **matrix(mlp, embed)))
+    return [*rules, Rule(f"{block}{last}.layer_norm.weight", (f"{ours}mlp_norm.scale",))]
+
+
+def _name(name: str) -> str | None:
+    """The first published files hold a position bias between decoder and source, which no model reads."""
+    return None if name == "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight" else name
+
+
+ARCHITECTURES = {
+    "T5ForConditionalGeneration": Architecture(read_config=_read, write_config=_write, rules=_rules, rename=_name)
+}

@@ -1,0 +1,161 @@
+"""`llmjax export`: a checkpoint of ours as a folder that transformers loads."""
+
+from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+import shutil
+from typing import Any
+
+from etils import epath
+import jax
+import jax.numpy as jnp
+
+from llmjax import loading, workdir as workdirs
+from llmjax.config import UserError, bind
+from llmjax.data import prepare
+from llmjax.data.store import TokenStore
+from llmjax.data.tokenizer import FILE_NAMES, Tokenizer
+from llmjax.interop import files, place, tokenizers
+from llmjax.interop.architectures import FAMILIES
+from llmjax.interop.mapping import Architecture, Correspondence
+from llmjax.loading import Loaded
+from llmjax.models import registry
+from llmjax.parallel import hosts
+
+TYPES = {"float32": "F32", "bfloat16": "BF16"}
+# How a model is run, trained and stored, not what it computes: config.json says nothing of it.
+_FREE = {"family", "scan", "remat", "attention", "dtype", "param_dtype", "dropout", "vocab_multiple"}
+_TRIED_DOCUMENTS = 20  # of each source, on which a tokenizer and its other form must agree
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What was written: class name, step, which parameters, files of tensors, bytes, and a line on the tokenizer."""
+
+    architecture: str
+    step: int
+    parameters: str
+    files: list[str]
+    nbytes: int
+    tokenizer: str
+
+
+def export(
+    workdir: epath.Path,
+    to: Path,
+    *,
+    step: int | None = None,
+    dtype: str = "float32",
+    max_shard_bytes: int = 5_000_000_000,
+    overrides: Sequence[tuple[str, str]] = (),
+    say: Callable[[str], None] = print,
+) -> Exported:
+    """Write the folder `to`, whole or not at all: config.json, tensors, tokenizer.
+
+    Raises UserError where `to` exists and where no class of transformers expresses the model, naming the field. A
+    collective: all processes call it, and process 0 writes.
+    """
+    if to.exists():
+        raise UserError(f"--to={to}: exists already; give a new folder")
+    loaded = loading.load(workdir, step=step, overrides=overrides, say=say)
+    model = loaded.config.model
+    imported = workdirs.read_json(workdir / loading.IMPORT) or {}
+    name, architecture, hf = choose(model, imported.get("architecture"))
+    table = Correspondence(architecture.rules(model), model)
+    tensors = {tensor.names[0]: tensor for tensor in table.tensors}
+    specs = {name: (TYPES[dtype], table.theirs_shape(tensor)) for name, tensor in tensors.items()}
+    total = sum(files.nbytes(spec) for spec in specs.values())
+    say(f"{name}: the {loaded.parameters} of step {loaded.step}, {len(tensors)} tensors, {total / 1e9:.2f} GB")
+    partial = to.with_name(f"{to.name}.partial")
+    if hosts.is_primary():
+        shutil.rmtree(partial, ignore_errors=True)  # what an export left that was stopped
+        partial.mkdir(parents=True)
+    parameters, progress = place.Parameters(table, loaded.params), place.Progress("writing", total, say)
+    with jax.set_mesh(loaded.mesh):
+        paths = files.write_folder(
+            partial,
+            specs,
+            lambda name: parameters.tensor(tensors[name], jnp.dtype(dtype)),
+            limit=max_shard_bytes,
+            wrote=progress.add,
+            primary=hosts.is_primary(),
+        )
+    said = ""
+    if hosts.is_primary():
+        config = _config(hf, name, loaded, dtype)
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        said = _write_tokenizer(workdir, loaded, partial, imported)
+        partial.rename(to)
+    hosts.barrier("exported")
+    return Exported(name, loaded.step, loaded.parameters, [path.name for path in paths], total, said)
+
+
+def choose(model: Any, preferred: str | None = None) -> tuple[str, Architecture, dict[str, Any]]:
+    """(class name, architecture, config.json) of the first class that expresses a model; `preferred` is tried first.
+
+    A class expresses it where its config.json, read again, gives the same model. Raises UserError with each class's
+    first difference.
+    """
+    known = FAMILIES.get(model.family, {})
+    refused: dict[str, list[str]] = {}  # reason -> classes
+    for name in sorted(known, key=lambda name: name != preferred):
+        try:
+            hf = known[name].write_config(model)
+            difference = _difference(model, known[name].read_config(hf), known[name].free)
+        except UserError as error:
+            difference = str(error)
+        if not difference:
+            return name, known[name], hf
+        refused.setdefault(difference, []).append(name)
+    listed = (
+        "; ".join(f"{', '.join(names)}: {reason}" for reason, names in refused.items())
+        or f"none is known for model.family={model.family!r}"
+    )
+    raise UserError(f"no class of transformers expresses this model ({listed})")
+
+
+def _difference(model: Any, section: dict[str, Any], free: tuple[str, ...]) -> str:
+    """The first field in which a model and what was read back differ; "" where there is none."""
+    back = bind(type(model), {"family": model.family, **section}, "model")
+    for field in dataclasses.fields(model):
+        was, now = getattr(model, field.name), getattr(back, field.name)
+        if was == now or field.name in _FREE or field.name in free:
+            continue
+        if was == 0 and _shapes(dataclasses.replace(model, **{field.name: now})) == _shapes(model):
+            continue  # 0 stands for a size that follows from others, and this is it
+        return f"it cannot express model.{field.name}={was!r}"
+    return ""
+
+
+def _shapes(model: Any) -> dict:
+    return jax.tree.map(lambda leaf: leaf.shape, registry.abstract(model)[1])
+
+
+def _config(hf: dict[str, Any], name: str, loaded: Loaded, dtype: str) -> dict[str, Any]:
+    """config.json, with what it needs to know of the tokenizer."""
+    tokenizer = loaded.tokenizer
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    return {"architectures": [name], **hf, **ids, "dtype": dtype, "torch_dtype": dtype}
+
+
+def _write_tokenizer(workdir: epath.Path, loaded: Loaded, to: Path, imported: dict[str, Any]) -> str:
+    tokenizer, folder = loaded.tokenizer, epath.Path(to)
+    if (old := imported.get("tokenizer", {})).get("sha256") == tokenizer.sha256:
+        content = (workdir / loading.TOKENIZER / FILE_NAMES[tokenizer.kind]).read_bytes()
+        return tokenizers.give_back(content, old["name"], workdir, folder)
+    content = b"" if tokenizer.kind == "bytes" else (loaded.store / FILE_NAMES[tokenizer.kind]).read_bytes()
+    texts = _some_texts(loaded.store, tokenizer)
+    return tokenizers.write(tokenizer, content, folder, texts=texts, longest=loaded.config.model.longest)
+
+
+def _some_texts(store: Path, tokenizer: Tokenizer) -> Iterator[str]:
+    """The first documents of each source's training split."""
+    manifest = prepare.read_manifest(store)
+    for name, source in (manifest or {"sources": {}})["sources"].items():
+        if source["train"]["documents"]:
+            opened = TokenStore(store / name / "train")
+            starts, lengths = next(opened.document_groups(1))
+            for start, length in itertools.islice(zip(starts, lengths, strict=True), _TRIED_DOCUMENTS):
+                yield tokenizer.decode(opened.read(int(start), int(length) - 1))

@@ -1,0 +1,152 @@
+"""`llmjax import`: a published checkpoint becomes a workdir whose step 0 can be sampled, scored and trained on."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+import jax
+
+import llmjax
+from llmjax import loading, run_config, workdir as workdirs
+from llmjax.checkpoint import Checkpoints
+from llmjax.config import UserError
+from llmjax.data.tokenizer import Tokenizer
+from llmjax.interop import folder as folders, place, tokenizers
+from llmjax.interop.mapping import Correspondence
+from llmjax.models import registry
+from llmjax.parallel import axes, hosts
+from llmjax.run_config import RunConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+    """What was read: class name, parameters (without the padding of the vocabulary), files, and the config made."""
+
+    architecture: str
+    parameters: int
+    nbytes: int
+    types: list[str]
+    tokenizer: str
+    config: RunConfig
+
+
+def import_checkpoint(
+    source: Path,
+    workdir: epath.Path,
+    *,
+    overrides: Sequence[tuple[str, str]] = (),
+    say: Callable[[str], None] = print,
+) -> Imported:
+    """Read the folder `source` into a checkpoint of step 0 in `workdir`: parameters alone, so that any optimizer can go
+    on with them.
+
+    Raises UserError where the folder is not what we know, and where the workdir holds a run. A collective: all
+    processes call it, and each reads what its devices hold.
+    """
+    if (workdir / "config.json").exists():
+        raise UserError(f"--workdir={workdir}: holds a run already; give a new folder")
+    found = folders.read(source)
+    name, content, tokenizer = tokenizers.find(epath.Path(source))
+    config = _config(found, tokenizer, workdir, overrides)
+    table = Correspondence(found.architecture.rules(config.model), config.model)
+    table.check(found.tensors)
+    _check_copies(table, found)
+    say(f"{found.name}: {len(found.tensors.shapes())} tensors of {', '.join(found.tensors.types)}, {_size(found)}")
+    for note in _notes(found.hf, tokenizer, config):
+        say(f"  note: {note}")
+
+    mesh = loading.fitting_mesh(config, say)
+    _, shapes, names = registry.abstract(config.model)
+    shardings = table.flat(axes.shardings(mesh, names, shapes, config.parallel.rules))
+    params = place.read(table, found.tensors, shardings, say)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with workdirs.Lock(workdir, primary=hosts.is_primary()):
+        if hosts.is_primary():
+            tokenizers.keep(epath.Path(source), content, tokenizer, workdir)
+        say("writing checkpoint 0")
+        fingerprint = _save(workdir, config, params, tokenizer, source)
+        if hosts.is_primary():
+            record = {
+                "from": str(source.resolve()),
+                "architecture": found.name,
+                "types": found.tensors.types,
+                "fingerprint": fingerprint,
+                "model": run_config.to_json(config)["model"],
+                "tokenizer": {"kind": tokenizer.kind, "name": name, "sha256": tokenizer.sha256},
+            }
+            workdirs.write_json(workdir / loading.IMPORT, record)
+            workdirs.write_json(workdir / "config.json", run_config.to_json(config))  # last: now it is a run
+        hosts.barrier("imported")
+    return Imported(
+        architecture=found.name,
+        parameters=table.count(),
+        nbytes=found.tensors.nbytes,
+        types=found.tensors.types,
+        tokenizer=name,
+        config=config,
+    )
+
+
+def _config(
+    found: folders.Checkpoint, tokenizer: Tokenizer, workdir: epath.Path, overrides: Sequence[tuple[str, str]]
+) -> RunConfig:
+    tree: dict[str, Any] = {
+        "model": {"family": found.family, **found.architecture.read_config(found.hf)},
+        "objective": {"name": registry.config_class(found.family).objectives[0]},
+        "data": {"tokenizer": loading.tokenizer_section(workdir, tokenizer.kind)},
+    }
+    config = run_config.apply_overrides(tree, overrides)
+    if config.model.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"{found.folder}: the tokenizer has {tokenizer.vocab_size} ids and the model only "
+            f"{config.model.vocab_size}: they do not belong together"
+        )
+    return config
+
+
+def _check_copies(table: Correspondence, found: folders.Checkpoint) -> None:
+    """Process 0 compares, as this reads tensors as a whole; all of them hear what it found."""
+    problem = ""
+    if hosts.is_primary():
+        try:
+            table.check_copies(found.tensors)
+        except UserError as error:
+            problem = str(error)
+    if problem := hosts.broadcast("tied tensors", problem, timeout_seconds=3600):
+        raise UserError(problem)
+
+
+def _save(workdir: epath.Path, config: RunConfig, params: dict, tokenizer: Tokenizer, source: Path) -> str:
+    kept = config.checkpoint
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=kept.keep, timeout_seconds=kept.timeout_seconds)
+    meta = {
+        "config": run_config.to_json(config),
+        "imported": str(source.resolve()),
+        "tokenizer_sha256": tokenizer.sha256,
+        "tokens": 0,
+        "skipped": 0,
+        "versions": {"llmjax": llmjax.__version__, "jax": jax.__version__},
+    }
+    fingerprint = checkpoints.save(0, {"params": params}, meta)
+    checkpoints.close()
+    return fingerprint
+
+
+def _notes(hf: dict[str, Any], tokenizer: Tokenizer, config: RunConfig) -> list[str]:
+    notes = []
+    ends = hf.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends]
+    if None not in ends and tokenizer.eos_id not in ends:
+        notes.append(f"config.json ends texts with token {ends[0]}, we with the tokenizer's {tokenizer.eos_id}")
+    if (needed := run_config.objective(config, tokenizer).size) > config.model.vocab_size:
+        notes.append(
+            f"objective.name={config.objective.name!r} needs {needed} ids and the model has {config.model.vocab_size}: "
+            "the tokenizer lacks its marks"
+        )
+    return notes
+
+
+def _size(found: folders.Checkpoint) -> str:
+    return f"{found.tensors.nbytes / 1e9:.2f} GB"

@@ -1,0 +1,108 @@
+"""Rotary frequencies in a config.json: the newer field rope_parameters, and the older rope_theta and rope_scaling."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from llmjax.config import UserError
+from llmjax.interop.fields import Fields
+from llmjax.models.decoder_config import DecoderConfig
+from llmjax.nn.rotary import yarn_attention_factor
+
+_KINDS = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
+
+
+def read(fields: Fields, *, base: float) -> dict[str, Any]:
+    """The rope_* fields of section `model`, for a model whose layers are all turned alike; `base` where none is
+    given."""
+    where = "rope_scaling" if fields.get("rope_scaling", None) else "rope_parameters"
+    theta = fields.get("rope_theta", base)
+    given = fields.get(where, None) or {}
+    fields.get("rope_parameters", None)
+    return _read(given, f"{where}.", theta, fields)
+
+
+def read_by_kind(fields: Fields, *, base: float, local_base: float, old_local: str | None = None) -> dict[str, Any]:
+    """The same for a model with frequencies for full_attention and others for sliding_attention.
+
+    The older fields rope_scaling and rope_theta are those of the full layers; `old_local` names the one that holds
+    the base of the sliding layers, if there is any.
+    """
+    both = fields.get("rope_parameters", None) or {}
+    full, sliding = dict(both.get("full_attention") or {}), dict(both.get("sliding_attention") or {})
+    Fields(both, "rope_parameters.").done("full_attention", "sliding_attention")
+    full |= fields.get("rope_scaling", None) or {}
+    theta, local_theta = fields.get("rope_theta", base), fields.get(old_local, local_base) if old_local else local_base
+    section = _read(full, "rope_parameters.full_attention.", theta, fields)
+    if not section.get("rope_truncate", True):
+        # The reference asks for it where these models do not have it, and always truncates.
+        raise UserError("config.json: rope_parameters.full_attention.truncate=False is not supported, only True")
+    local = _read(sliding, "rope_parameters.sliding_attention.", local_theta, fields)
+    if "rope_scaling" in local:
+        kind = sliding.get("rope_type")
+        raise UserError(
+            f"config.json: rope_parameters.sliding_attention.rope_type={kind!r} is not supported, only 'default'"
+        )
+    return section | {"rope_local_base": local["rope_base"]}
+
+
+def write(config: DecoderConfig) -> dict[str, Any]:
+    """The fields of config.json for what `read` reads."""
+    return {"rope_theta": config.rope_base, "rope_parameters": _write(config)}
+
+
+def write_by_kind(config: DecoderConfig) -> dict[str, Any]:
+    """The fields of config.json for what `read_by_kind` reads."""
+    local = {"rope_type": "default", "rope_theta": config.rope_local_base or config.rope_base}
+    return {"rope_parameters": {"full_attention": _write(config), "sliding_attention": local}}
+
+
+def _read(given: Mapping[str, Any], where: str, theta: Any, fields: Fields) -> dict[str, Any]:
+    rope = Fields(given, where)
+    name = "rope_type" if rope.get("rope_type", None) else "type"
+    kind = rope.choice(name, _KINDS, "default")
+    rope.get("type", None)
+    rope.must("partial_rotary_factor", 1.0, None)
+    section: dict[str, Any] = {"rope_base": float(rope.get("rope_theta", None) or theta)}
+    longest = fields.get("max_position_embeddings", 0)
+    original = fields.get("original_max_position_embeddings", None)
+    if kind != "none":
+        section |= {"rope_scaling": kind}
+        original = original or rope.get("original_max_position_embeddings", longest)
+    if kind == "linear":
+        section |= {"rope_factor": float(rope["factor"])}
+    if kind == "llama3":
+        section |= {"rope_factor": float(rope["factor"]), "rope_original": original}
+        section |= {"rope_low": float(rope["low_freq_factor"]), "rope_high": float(rope["high_freq_factor"])}
+    if kind == "yarn":
+        factor = float(rope.get("factor", None) or longest / original)
+        section |= {"rope_factor": factor, "rope_original": original, "rope_truncate": rope.get("truncate", True)}
+        section |= {"rope_low": float(rope.get("beta_slow", None) or 1)}
+        section |= {"rope_high": float(rope.get("beta_fast", None) or 32)}
+        section |= {"rope_attention_factor": _attention_factor(rope, factor)}
+    rope.done()
+    return section
+
+
+def _attention_factor(rope: Fields, factor: float) -> float:
+    own, weight, all_dims = (rope.get(name, None) for name in ("attention_factor", "mscale", "mscale_all_dim"))
+    if own is not None:
+        return float(own)
+    if weight and all_dims:
+        return yarn_attention_factor(factor, weight) / yarn_attention_factor(factor, all_dims)
+    return yarn_attention_factor(factor)
+
+
+def _write(config: DecoderConfig) -> dict[str, Any]:
+    scaling = config.scaling
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_base}
+    if scaling is None:
+        return rope
+    rope |= {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "llama3":
+        rope |= {"low_freq_factor": scaling.low, "high_freq_factor": scaling.high}
+    if scaling.kind == "yarn":
+        rope |= {"beta_slow": scaling.low, "beta_fast": scaling.high, "attention_factor": scaling.attention_factor}
+        rope |= {} if scaling.truncate else {"truncate": False}
+    if scaling.kind != "linear":
+        rope["original_max_position_embeddings"] = scaling.original
+    return rope

@@ -1,0 +1,194 @@
+"""`llmjax import` and `llmjax export` on folders written here: together the identity, bit by bit, on any mesh."""
+
+import json
+
+from etils import epath
+import numpy as np
+import pytest
+
+from llmjax import cli, loading
+from llmjax.config import UserError
+from llmjax.interop import exporting, importing
+from tests import jobs
+from tests.interop import published
+
+MESHES = {
+    "one axis": [],
+    "fsdp 4 x tensor 2": [("mesh.data", "1"), ("mesh.fsdp", "4"), ("mesh.tensor", "2")],
+    "unrolled": [("model.scan", "false")],
+}
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def round_trip(source, tmp_path, overrides=(), **options):
+    workdir = epath.Path(tmp_path / "run")
+    found = importing.import_checkpoint(source, workdir, overrides=list(overrides), say=quiet)
+    made = exporting.export(workdir, tmp_path / "out", say=quiet, **options)
+    return found, made, published.read_tensors(tmp_path / "out")
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_llama_comes_back_bit_by_bit(tmp_path, mesh):
+    tensors = published.random_tensors(published.llama_shapes())
+    source = published.write_folder(tmp_path / "in", published.LLAMA, tensors, limit=20_000)
+    assert len(list(source.glob("model-*.safetensors"))) > 3
+    found, made, back = round_trip(source, tmp_path, MESHES[mesh], max_shard_bytes=30_000)
+    assert len(made.files) > 3 and (tmp_path / "out" / "model.safetensors.index.json").exists()
+    assert found.parameters == sum(tensor.size for tensor in tensors.values())
+    assert set(back) == set(tensors)
+    assert all(published.same_bits(back[name], tensor) for name, tensor in tensors.items())
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_bfloat16_comes_back_bit_by_bit(tmp_path):
+    tensors = published.random_tensors(published.llama_shapes(), "BF16")
+    source = published.write_folder(tmp_path / "in", published.LLAMA, tensors)
+    _, _, back = round_trip(source, tmp_path, dtype="bfloat16")
+    assert all(published.same_bits(back[name], tensor) for name, tensor in tensors.items())
+
+
+def test_gpt2_as_first_published(tmp_path):
+    tensors = published.random_tensors(published.gpt2_shapes())
+    source = published.write_folder(tmp_path / "in", published.GPT2, tensors)
+    _, made, back = round_trip(source, tmp_path)
+    assert made.architecture == "GPT2LMHeadModel"
+    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(".attn.bias")}
+    assert set(back) == {f"transformer.{name}" for name in kept}
+    assert all(published.same_bits(back[f"transformer.{name}"], tensor) for name, tensor in kept.items())
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_tied_heads(tmp_path, copied):
+    tensors = published.random_tensors(published.llama_shapes(tied=True))
+    head = {"lm_head.weight": tensors["model.embed_tokens.weight"]} if copied else {}
+    hf = {**published.LLAMA, "tie_word_embeddings": True}
+    source = published.write_folder(tmp_path / "in", hf, tensors | head)
+    _, _, back = round_trip(source, tmp_path)
+    assert set(back) == set(tensors)  # as transformers saves it: once
+    assert all(published.same_bits(back[name], tensor) for name, tensor in tensors.items())
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is True
+
+
+def test_a_tied_head_that_differs_is_refused(tmp_path):
+    tensors = published.random_tensors(published.llama_shapes())
+    source = published.write_folder(tmp_path / "in", {**published.LLAMA, "tie_word_embeddings": True}, tensors)
+    with pytest.raises(UserError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+        round_trip(source, tmp_path)
+
+
+def _without(tensors, name):
+    return {other: tensor for other, tensor in tensors.items() if other != name}
+
+
+BAD = {
+    "missing": (
+        lambda t: _without(t, "model.layers.1.mlp.up_proj.weight"),
+        r"model\.layers\.1\.mlp\.up_proj\.weight is missing; expected shape \[48, 32\]",
+    ),
+    "extra": (lambda t: t | {"model.extra": np.ones((2, 3), np.float32)}, r"model\.extra of shape \[2, 3\] has no"),
+    "shape": (
+        lambda t: t | {"model.norm.weight": np.ones(33, np.float32)},
+        r"model\.norm\.weight has shape \[33\]; expected \[32\]",
+    ),
+    "type": (lambda t: t | {"model.norm.weight": np.ones(32, np.int32)}, r"model\.norm\.weight is stored as I32"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_tensors_that_do_not_fit_are_named(tmp_path, case):
+    change, message = BAD[case]
+    tensors = change(published.random_tensors(published.llama_shapes()))
+    source = published.write_folder(tmp_path / "in", published.LLAMA, tensors)
+    with pytest.raises(UserError, match=message):
+        importing.import_checkpoint(source, epath.Path(tmp_path / "run"), say=quiet)
+    assert not (tmp_path / "run").exists()
+
+
+BAD_CONFIG = {
+    "architecture": ({"architectures": ["LlamaForCausalLn"]}, r"LlamaForCausalLn \(did you mean 'LlamaForCausalLM'"),
+    "field": ({"attention_bias": True}, r"attention_bias=True is not supported"),
+    "unknown field": ({"wild_new_thing": 3}, r"wild_new_thing=3 is not known"),
+    "quantised": ({"quantization_config": {"quant_method": "gguf"}}, r"quant_method='gguf' cannot be unpacked"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CONFIG)
+def test_configs_that_cannot_be_honoured_are_refused(tmp_path, case):
+    change, message = BAD_CONFIG[case]
+    tensors = published.random_tensors(published.llama_shapes())
+    source = published.write_folder(tmp_path / "in", {**published.LLAMA, **change}, tensors)
+    with pytest.raises(UserError, match=message):
+        importing.import_checkpoint(source, epath.Path(tmp_path / "run"), say=quiet)
+
+
+def test_a_shard_that_is_missing_is_named(tmp_path):
+    tensors = published.random_tensors(published.llama_shapes())
+    source = published.write_folder(tmp_path / "in", published.LLAMA, tensors, limit=20_000)
+    gone = sorted(source.glob("model-*"))[1]
+    gone.unlink()
+    with pytest.raises(UserError, match=gone.name):
+        importing.import_checkpoint(source, epath.Path(tmp_path / "run"), say=quiet)
+
+
+def test_a_file_that_is_cut_short_is_named(tmp_path):
+    tensors = published.random_tensors(published.llama_shapes())
+    source = published.write_folder(tmp_path / "in", published.LLAMA, tensors)
+    path = source / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="the file ends before tensor"):
+        importing.import_checkpoint(source, epath.Path(tmp_path / "run"), say=quiet)
+
+
+def test_the_padding_of_the_vocabulary_is_zero(tmp_path):
+    tensors = published.random_tensors(published.llama_shapes())
+    source = published.write_folder(tmp_path / "in", published.LLAMA, tensors)
+    importing.import_checkpoint(source, epath.Path(tmp_path / "run"), say=quiet)
+    params = loading.load(epath.Path(tmp_path / "run"), say=quiet).params
+    table, head = np.asarray(params["embed"]["table"]), np.asarray(params["head"])
+    assert table.shape == (384, 32) and head.shape == (32, 384)
+    assert not table[300:].any() and not head[:, 300:].any()
+    np.testing.assert_array_equal(head[:, :300].T, tensors["lm_head.weight"])
+
+
+def test_from_import_to_training_to_export(tmp_path, capsys):
+    """The whole way by the commands that a user types."""
+    tensors = published.random_tensors(published.llama_shapes())
+    source = published.write_folder(tmp_path / "in", published.LLAMA, tensors)
+    run, corpus = str(tmp_path / "run"), jobs.write_corpus(tmp_path / "corpus")
+    assert cli.run(["import", f"--from={source}", f"--workdir={run}"]) == 0
+    assert "next: llmjax generate" in capsys.readouterr().out
+    with pytest.raises(UserError, match="holds a run already"):
+        cli.run(["import", f"--from={source}", f"--workdir={run}"])
+    generate = ["generate", f"--workdir={run}", "--prompt=def main(", "--max_tokens=5", "--temperature=0"]
+    assert cli.run(generate) == 0
+    assert "step 0 (imported parameters), greedy" in capsys.readouterr().err
+    keep = ("data.seq_len", "data.workers", "train.global_batch", "train.loss_chunk", "optimizer.warmup_steps")
+    settings = {name: jobs.TINY[name] for name in keep} | {
+        "train.steps": 2,
+        "data.sources.main.path": f"{corpus}/*.txt",
+    }
+    train = ["train", f"--workdir={run}", *(f"--config.{name}={value}" for name, value in settings.items())]
+    assert cli.run(train) == 0
+    out = capsys.readouterr().out
+    assert "starting from the parameters that were imported" in out and "training from step 0 to 2" in out
+    assert cli.run(train) == 0
+    assert "nothing left to train" in capsys.readouterr().out
+    assert cli.run(["eval", f"--workdir={run}"]) == 0
+    to = str(tmp_path / "out")
+    assert cli.run(["export", f"--workdir={run}", f"--to={to}", "--dtype=bfloat16"]) == 0
+    assert "LlamaForCausalLM" in capsys.readouterr().out
+    assert not (tmp_path / "out.partial").exists()
+    back = published.read_tensors(tmp_path / "out")
+    assert set(back) == set(tensors) and {tensor.dtype for tensor in back.values()} == {published.BFLOAT16}
+    moved = np.abs(back["model.norm.weight"].astype(np.float32) - tensors["model.norm.weight"]).max()
+    assert 0 < moved < 0.1
+    with pytest.raises(UserError, match="exists already"):
+        cli.run(["export", f"--workdir={run}", f"--to={to}"])
+    # a config file brings everything but model and tokenizer
+    config = [f"--config={jobs.ROOT / 'configs' / 'quickstart.py'}", "--config.train.steps=3"]
+    assert cli.run([*train, *config]) == 0
+    assert "training from step 2 to 3" in capsys.readouterr().out

@@ -1,0 +1,57 @@
+"""muP: what a few steps do to activations stays as the width grows; under the standard parametrization it does not."""
+
+import dataclasses
+import importlib.util
+import pathlib
+
+import pytest
+
+from llmjax.config import UserError
+from llmjax.models import parametrization
+from llmjax.models.decoder_config import DecoderConfig
+from llmjax.optim.config import OptimizerConfig
+from llmjax.optim.optimizer import make_optimizer
+
+TOOL = pathlib.Path(__file__).resolve().parents[2] / "tools" / "coord_check.py"
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("coord_check", TOOL)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["decoder", "encoder", "encdec", "lstm"])
+def test_the_coordinate_check(tool, family):
+    """From width 64 to 256, logits move 4 times as far under the standard parametrization, and alike under muP."""
+    growth = {}
+    for name in parametrization.NAMES:
+        moved = [
+            tool.moved(tool.FAMILIES[family](width, **tool.COMMON, parametrization=name))["logits"]
+            for width in (64, 256)
+        ]
+        growth[name] = moved[1] / moved[0]
+    assert growth["mup"] < 1.6, growth
+    assert growth["standard"] > 1.8 * growth["mup"], growth
+
+
+def test_at_the_base_width_both_are_the_same():
+    config = DecoderConfig(embed=256, head_dim=64, num_heads=4)
+    mup = dataclasses.replace(config, parametrization="mup")
+    assert parametrization.width(config) == parametrization.width(mup) == 1
+    assert parametrization.score_scale(mup, 0.125) == parametrization.score_scale(config, 0.125) == 0.125
+    wide = dataclasses.replace(mup, embed=1024, head_dim=256)
+    assert parametrization.width(wide) == 4 and parametrization.score_scale(wide, 1 / 16) == 1 / 32
+
+
+def test_bad_values_are_named():
+    with pytest.raises(UserError, match=r"model.parametrization='mupp': .*did you mean 'mup'"):
+        DecoderConfig(parametrization="mupp")
+    with pytest.raises(UserError, match=r"model.base_embed=0"):
+        DecoderConfig(base_embed=0)
+    with pytest.raises(UserError, match=r"optimizer.name='sgd': has no muP rule"):
+        make_optimizer(OptimizerConfig(name="sgd"), horizon=10, axes={}, width=2.0)
