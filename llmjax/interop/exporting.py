@@ -99,7 +99,7 @@ def choose(model: Any, preferred: str | None = None) -> tuple[str, Architecture,
     first difference.
     """
     known = FAMILIES.get(model.family, {})
-    refused = []
+    refused: dict[str, list[str]] = {}  # reason -> classes
     for name in sorted(known, key=lambda name: name != preferred):
         try:
             hf = known[name].write_config(model)
@@ -108,8 +108,11 @@ def choose(model: Any, preferred: str | None = None) -> tuple[str, Architecture,
             difference = str(error)
         if not difference:
             return name, known[name], hf
-        refused.append(f"{name}: {difference}")
-    listed = "; ".join(refused) or f"none is known for model.family={model.family!r}"
+        refused.setdefault(difference, []).append(name)
+    listed = (
+        "; ".join(f"{', '.join(names)}: {reason}" for reason, names in refused.items())
+        or f"none is known for model.family={model.family!r}"
+    )
     raise UserError(f"no class of transformers expresses this model ({listed})")
 
 
