@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import shlex
@@ -149,14 +150,18 @@ def prepare(arguments: list[str]) -> int:
         "prepare",
         """\
         Read the text, split it into train, validation and test, train a tokenizer (or take a given one), write the
-        token store. Finished parts are kept: started again, it goes on where it was. Nothing is trained.""",
+        token store. Finished parts are kept: started again, it goes on where it was. Nothing is trained.
+        --preview shows what the model will see of the first samples.""",
         "llmjax prepare --config=configs/quickstart.py --workdir=runs/a --config.data.sources.main.path='texts/*.txt'",
     )
     parser.add_argument("--config", metavar="FILE[:SIZE]", help=_CONFIG)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run's files go")
+    parser.add_argument("--preview", type=_whole(0), default=0, metavar="N", help="print the first N samples")
     flags, overrides = _parse(parser, arguments)
+    import numpy as np
+
     from llmjax import loading, run_config, workdir as workdirs
-    from llmjax.data import prepare as preparing
+    from llmjax.data import prepare as preparing, preview
     from llmjax.data.pipeline import TrainData
     from llmjax.data.tokenizer import load_tokenizer
 
@@ -166,13 +171,24 @@ def prepare(arguments: list[str]) -> int:
     workdir.mkdir(parents=True, exist_ok=True)
     with workdirs.Lock(workdir, primary=True):
         preparing.prepare(config.data, store, say=lambda line: print(line, flush=True))
-        objective = run_config.objective(config, load_tokenizer(store))
-        data = TrainData(
-            store, config.data, seed=config.seed, global_batch=config.train.global_batch, objective=objective
-        )
+        tokenizer = load_tokenizer(store)
+        objective = run_config.objective(config, tokenizer)
+        data = TrainData(store, config.data, seed=config.seed, global_batch=1, objective=objective)
+    rows = f"{config.data.seq_len:,} tokens"
+    if objective.target_len != config.data.seq_len:
+        rows = f"{config.data.seq_len:,} source and {objective.target_len:,} target tokens"
     for name, part in data.summary().items():
-        print(f"{name}: packed in {part['rows']:,} rows of {config.data.seq_len:,} tokens, {part['density']:.2%} full")
-    print(f"next: {shlex.join(['llmjax', 'train', *arguments])}")
+        print(f"{name}: packed in {part['rows']:,} rows of {rows}, {part['density']:.2%} full")
+    if flags.preview:
+        print(f"\n{config.objective.name}: {preview.LEGEND}")
+        left = data.remaining(data.start())
+        count = flags.preview if left is None else min(flags.preview, left)
+        for batch, _ in itertools.islice(data.batches(data.start(), np.arange(1)), count):
+            print("", *preview.lines(batch, objective, tokenizer), sep="\n")
+        data.close()
+    again = [f"--config={flags.config}", f"--workdir={flags.workdir}"]
+    again += [f"--config.{field}={value}" for field, value in overrides]
+    print(f"next: {shlex.join(['llmjax', 'train', *again])}")
     return 0
 
 
@@ -207,8 +223,9 @@ def evaluate(arguments: list[str]) -> int:
     parser = _parser(
         "eval",
         """\
-        Score a checkpoint on every document of a split, once each: loss, perplexity, bits per byte over the original
-        text, accuracy of the next token, by source. Writes WORKDIR/eval/<step>/<split>.json. Any mesh will do.""",
+        Score a checkpoint on every document of a split, once each: loss, perplexity, accuracy, by source; and bits per
+        byte over the original text (causal), or the accuracy of always guessing the commonest target. Writes
+        WORKDIR/eval/<step>/<split>.json. Any mesh will do.""",
         "llmjax eval --workdir=runs/mine --split=test",
     )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="a run")
@@ -219,7 +236,7 @@ def evaluate(arguments: list[str]) -> int:
     from llmjax.parallel import hosts
 
     hosts.initialize()
-    from llmjax import report
+    from llmjax import loading, report
     from llmjax.evals import harness
 
     path, scores = harness.evaluate(
@@ -229,7 +246,8 @@ def evaluate(arguments: list[str]) -> int:
         _say(line)
     if hosts.is_primary():
         print(f"written to {path}\nreport: {report.write_report(_workdir(flags.workdir))}")
-    _say(f"next: llmjax generate --workdir={flags.workdir} --prompt='Once upon a time'")
+    if loading.read_config(_workdir(flags.workdir)).model.generates:
+        _say(f"next: llmjax generate --workdir={flags.workdir} --prompt='Once upon a time'")
     return 0
 
 

@@ -175,8 +175,6 @@ def test_scan_equals_unrolled(name):
 @every_variant
 @pytest.mark.parametrize("remat", [name for name in REMAT if name != "none"])
 def test_remat_changes_no_number(name, remat):
-    if remat == "attention" and VARIANTS[name].family == "recurrent":
-        pytest.skip("there is no attention to keep")
     config = dataclasses.replace(VARIANTS[name], dropout=0.2)
     graph, params = parts(config)
     other = registry.abstract(dataclasses.replace(config, remat=remat))[0]
