@@ -48,7 +48,9 @@ def models() -> str:
                 continue
             sizes = ", ".join(spec.rpartition(":")[2] for spec in specs[1:])
             what = re.split(r"[:;]| \(| in its ", caption(path))[0].strip(" ,.")
-            classes = ", ".join(dict.fromkeys(f"`{exporting.choose(model)[0]}`" for model in found if expressible(model)))
+            classes = ", ".join(
+                dict.fromkeys(f"`{exporting.choose(model)[0]}`" for model in found if expressible(model))
+            )
             told = (family, f"`configs/{path.name}`", what, sizes, ", ".join(found[0].objectives), classes)
             lines.append(f"| {' | '.join(told)} |")
     return "\n".join(lines)
@@ -119,7 +121,7 @@ def test_every_command_is_understood(arguments, monkeypatch):
     flags = parsed.value.args[0]
     words = [word.removeprefix("--config.") for word in arguments if word.startswith("--config.")]
     overrides = [(field, value) for field, _, value in (word.partition("=") for word in words)]
-    config = run_config.resolve(getattr(flags, "config", "configs/quickstart.py"), overrides)
+    config = run_config.resolve(getattr(flags, "config", None) or "configs/quickstart.py", overrides)
     assert all(source.path for source in config.data.sources.values())
 
 
