@@ -42,7 +42,8 @@ def read_by_kind(fields: Fields, *, base: float, local_base: float, old_local: s
         raise UserError(
             f"config.json: rope_parameters.sliding_attention.rope_type={kind!r} is not supported, only 'default'"
         )
-    return section | {"rope_local_base": local["rope_base"]}
+    alike = local["rope_base"] == section["rope_base"] and "rope_scaling" not in section
+    return section | {"rope_local_base": 0.0 if alike else local["rope_base"]}
 
 
 def write(config: DecoderConfig) -> dict[str, Any]:

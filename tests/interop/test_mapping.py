@@ -6,12 +6,14 @@ import jax
 import numpy as np
 import pytest
 
+from llmjax import run_config
 from llmjax.config import UserError
 from llmjax.interop import exporting, mapping
 from llmjax.interop.architectures import ARCHITECTURES
 from llmjax.interop.mapping import Correspondence, InMemory, Rule
 from llmjax.models import registry
 from llmjax.models.decoder_config import DecoderConfig
+from tests import jobs
 from tests.interop import published
 
 CONFIG = DecoderConfig(vocab_size=300, embed=32, num_layers=3, num_heads=4, num_kv_heads=2, mlp=48, max_positions=64)
@@ -78,6 +80,32 @@ def test_the_first_class_that_expresses_a_model_is_chosen():
         CONFIG, num_kv_heads=0, norm="layernorm", positions="learned", biases="all", gated="plain", activation="gelu"
     )
     assert exporting.choose(gpt2)[0] == "GPT2LMHeadModel"
+
+
+RECIPES = {
+    "quickstart": "LlamaForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma": "Gemma3ForCausalLM",
+    "olmo": "Olmo3ForCausalLM",
+    "bert": "BertForMaskedLM",
+    "modernbert": "ModernBertForMaskedLM",
+    "t5": "T5ForConditionalGeneration",
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_a_recipe_trains_can_be_exported(recipe):
+    model = run_config.resolve(str(jobs.ROOT / "configs" / f"{recipe}.py"), []).model
+    assert exporting.choose(dataclasses.replace(model, vocab_size=model.vocab_size or 300))[0] == RECIPES[recipe]
+
+
+def test_a_field_that_is_off_is_no_size():
+    """0 stands for `none` in a window: a class that always has one does not express it."""
+    windowed = dataclasses.replace(CONFIG, window=16)
+    assert exporting._difference(dataclasses.replace(CONFIG, window=0), {**dataclasses.asdict(windowed)}, ()) != ""
 
 
 def test_a_model_that_no_class_expresses_is_refused_by_field():
