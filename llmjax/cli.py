@@ -514,9 +514,8 @@ def fields(arguments: list[str]) -> int:
 
     show(RunConfig, "")
     if flags.section and flags.section not in shown:
-        raise UserError(
-            f"no section {flags.section!r}{suggest(flags.section, shown)}: known are {', '.join(dict.fromkeys(shown[1:]))}"
-        )
+        known = ", ".join(dict.fromkeys(shown[1:]))
+        raise UserError(f"no section {flags.section!r}{suggest(flags.section, shown)}: known are {known}")
     return 0
 
 
