@@ -28,7 +28,7 @@ class Block(nnx.Module):
         # each residual branch adds its share of variance
         scale = (config.num_layers * (2 if config.mlp else 1)) ** -0.5 if self.added else 1.0
         self.cell_norm = _norm(config)
-        shape = dict(scale=scale, unroll=config.unroll, dtype=dtype)
+        shape: dict[str, Any] = dict(scale=scale, unroll=config.unroll, dtype=dtype)
         if config.cell == "rglru":
             self.cell = rglru.RgLru(
                 k_cell, config.embed, config.state_size, blocks=config.gate_blocks, how=config.recurrence, **shape

@@ -83,13 +83,17 @@ def run(
     return jax.lax.scan(step, state, (inputs, resets), unroll=unroll)[1]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def scan(cell: str, unroll: int, inputs: jax.Array, weight: jax.Array, bias: jax.Array, resets: jax.Array) -> jax.Array:
     """The first state of `run` from a state of 0: [seq, batch, hidden], float32.
 
     Its gradient scans backwards over what must be done in order, the state's; the weight's is one matmul over all
     steps afterwards, where JAX's own rule would add a product of `batch` rows to the whole matrix at every step.
     """
+    return _scan(cell, unroll, inputs, weight, bias, resets)  # type: ignore[return-value]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _scan(cell, unroll, inputs, weight, bias, resets):
     return run(cell, inputs, weight, bias, resets, _zeros(cell, inputs), unroll=unroll)[0][0]
 
 
@@ -120,7 +124,7 @@ def _backward(cell, unroll, saved, cotangent):
     return d_inputs, d_weight.astype(weight.dtype), jnp.sum(d_products, axis=(0, 1)), None
 
 
-scan.defvjp(_forward, _backward)
+_scan.defvjp(_forward, _backward)
 
 
 def _zeros(cell: str, inputs: jax.Array) -> State:

@@ -35,7 +35,6 @@ def _fold(decay: jax.Array, inputs: jax.Array, how: str, unroll: int, reverse: b
     return jax.lax.scan(step, jnp.zeros_like(inputs[:, 0]), items, reverse=reverse, unroll=unroll)[1].swapaxes(0, 1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def linear_scan(decay: jax.Array, inputs: jax.Array, how: str, unroll: int = 1) -> jax.Array:
     """h with h_t = decay_t h_{t-1} + inputs_t from h = 0, elementwise over [batch, seq, width].
 
@@ -43,6 +42,11 @@ def linear_scan(decay: jax.Array, inputs: jax.Array, how: str, unroll: int = 1) 
     sequences (Blelloch, 1990; Martin and Cundy, 2018, arXiv 1709.04057), which wide hardware does sooner. The gradient
     is a recurrence of the same kind from the end to the start, so it is made the same way and keeps only h.
     """
+    return _linear_scan(decay, inputs, how, unroll)  # type: ignore[return-value]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _linear_scan(decay, inputs, how, unroll):
     return _fold(decay, inputs, how, unroll, False)
 
 
@@ -59,7 +63,7 @@ def _backward(how, unroll, saved, cotangent):
     return d_inputs * before, d_inputs
 
 
-linear_scan.defvjp(_forward, _backward)
+_linear_scan.defvjp(_forward, _backward)
 
 
 class BlockDiagonal(nnx.Module):

@@ -240,13 +240,13 @@ def test_generation_of_unequal_prompts_is_that_of_each_alone():
 @every_variant
 def test_flops_are_what_the_compiler_counts(name):
     """Forward pass of one document, loops unrolled."""
-    fields = dict(scan=False, vocab_multiple=1, embed=64, recurrence="sequential", unroll=24)
-    config = dataclasses.replace(VARIANTS[name], **fields)
+    fields = dict(scan=False, vocab_multiple=1, embed=128, recurrence="sequential", unroll=24)
+    config = dataclasses.replace(VARIANTS[name], **fields, hidden=6 * VARIANTS[name].hidden)
     graph, shapes, _ = registry.abstract(config)
     counted = logits.lower(graph, shapes, packed(1, 24, VOCAB)).compile().cost_analysis()["flops"]
     claimed = config.flops_per_token(24) / 3 * 24
-    # What is elementwise is not claimed; at these widths it is up to a third.
-    assert claimed < counted < 1.35 * claimed
+    # What is elementwise is not claimed; at these widths it is up to a quarter.
+    assert claimed < counted < 1.25 * claimed
 
 
 def test_parameter_counts():
@@ -272,10 +272,10 @@ def recipe(size: str) -> dict:
 def test_the_published_shapes():
     """Zaremba et al. state 66 million, of which the softmax's bias (10,000) and nothing else is absent here."""
     model = dataclasses.replace(bind(RecurrentConfig, recipe("zaremba")["model"]), vocab_size=10_000, vocab_multiple=1)
-    assert registry.count_parameters(model) == 66_034_000 - 10_000 == 2 * 10_000 * 1500 + 2 * (8 * 1500**2 + 4 * 1500)
+    assert registry.count_parameters(model) == 66_022_000 - 10_000 == 2 * 10_000 * 1500 + 2 * (8 * 1500**2 + 4 * 1500)
 
 
-@pytest.mark.parametrize("size", ["", ":lstm", ":gru", ":rnn", ":rglru", ":zaremba", ":griffin"])
+@pytest.mark.parametrize("size", ["", ":lstm", ":gru", ":rnn", ":rglru", ":zaremba", ":hawk-1.3B"])
 def test_recipes_bind_and_their_models_fit(size):
     config = resolve(str(CONFIGS / f"recurrent.py{size}"), [])
     config.model.check(seq_len=config.data.seq_len, tensor=config.mesh.tensor)
