@@ -24,11 +24,25 @@ LLAMA = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "i
 GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, **DECODER}
 BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
+LATENT = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 12,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+}
 CAUSAL = {
     "gpt2": ("GPT2", GPT2),
     "llama": ("Llama", {**LLAMA, "num_key_value_heads": 2}),
     "llama-tied": ("Llama", {**LLAMA, "tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {**LLAMA, "num_key_value_heads": 2, "head_dim": 16}),
+    "mixtral": ("Mixtral", {**LLAMA, "num_key_value_heads": 2, "num_local_experts": 4}),
+    "gpt_oss": ("GptOss", {**LLAMA, **EXPERTS, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8}),
+    "deepseek_v3": ("DeepseekV3", {**LLAMA, **LATENT, "n_routed_experts": 16, "num_experts_per_tok": 2}),
     "gemma2": ("Gemma2", {**LLAMA, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8}),
 }
 
