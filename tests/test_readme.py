@@ -48,10 +48,8 @@ def models() -> str:
                 continue
             sizes = ", ".join(spec.rpartition(":")[2] for spec in specs[1:])
             what = re.split(r"[:;]| \(| in its ", caption(path))[0].strip(" ,.")
-            classes = ", ".join(
-                dict.fromkeys(f"`{exporting.choose(model)[0]}`" for model in found if expressible(model))
-            )
-            told = (family, f"`configs/{path.name}`", what, sizes, ", ".join(found[0].objectives), classes)
+            classes = dict.fromkeys(f"`{exporting.choose(model)[0]}`" for model in found if expressible(model))
+            told = (family, f"`configs/{path.name}`", what, sizes, ", ".join(found[0].objectives), ", ".join(classes))
             lines.append(f"| {' | '.join(told)} |")
     return "\n".join(lines)
 

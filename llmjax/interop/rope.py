@@ -53,6 +53,10 @@ def write(config: DecoderConfig) -> dict[str, Any]:
 
 def write_by_kind(config: DecoderConfig) -> dict[str, Any]:
     """The fields of config.json for what `read_by_kind` reads."""
+    if any(config.local) and config.scaling is not None and not config.rope_local_base:
+        raise UserError(
+            f"model.rope_local_base=0.0: rope_scaling={config.rope_scaling!r} would be lost in the sliding layers"
+        )
     local = {"rope_type": "default", "rope_theta": config.rope_local_base or config.rope_base}
     return {"rope_parameters": {"full_attention": _write(config), "sliding_attention": local}}
 

@@ -31,7 +31,7 @@ ModelConfig = DecoderConfig | MoeConfig | EncoderConfig | EncDecConfig | Recurre
 
 def config_class(family: str) -> Any:
     """The config class of a family."""
-    options = typing.get_args(ModelConfig) or (ModelConfig,)
+    options: tuple[Any, ...] = typing.get_args(ModelConfig)
     return next(option for option in options if option.family == family)
 
 
