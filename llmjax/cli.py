@@ -13,7 +13,7 @@ import textwrap
 import traceback
 import typing
 
-from llmjax.config import UserError, suggest
+from llmjax.config import UserError, families_of, suggest
 
 BAD_INPUT, HANG = 78, 75
 _CONFIG = "a Python file with get_config(); may be left out where a checkpoint was imported"
@@ -492,16 +492,21 @@ def fields(arguments: list[str]) -> int:
 
     shown = []
 
-    def show(cls: type, path: str) -> None:
+    def show(cls: type, path: str, family: str = "") -> None:
         hints = typing.get_type_hints(cls)
         shown.append(path)
         if not flags.section or path == flags.section:
-            print(f"[{path or 'top level'}] {textwrap.dedent('    ' + (cls.__doc__ or '')).strip()}\n")
+            print(f"[{path or 'top level'}{family}] {textwrap.dedent('    ' + (cls.__doc__ or '')).strip()}\n")
             for field in dataclasses.fields(cls):
                 if not dataclasses.is_dataclass(hints[field.name]) and field.default is not dataclasses.MISSING:
                     print(f"  --config.{path}{'.' if path else ''}{field.name}={field.default!r}")
             print()
         for name, hint in hints.items():
+            families = families_of(hint)
+            for family, config in families.items():
+                show(config, f"{path}.{name}" if path else name, f", {name}.family={family}")
+            if families:
+                continue
             inner = next((h for h in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(h)), None)
             if inner is not None:
                 entry = f"{name}.NAME" if inner is not hint else name
@@ -509,9 +514,8 @@ def fields(arguments: list[str]) -> int:
 
     show(RunConfig, "")
     if flags.section and flags.section not in shown:
-        raise UserError(
-            f"no section {flags.section!r}{suggest(flags.section, shown)}: known are {', '.join(shown[1:])}"
-        )
+        known = ", ".join(dict.fromkeys(shown[1:]))
+        raise UserError(f"no section {flags.section!r}{suggest(flags.section, shown)}: known are {known}")
     return 0
 
 

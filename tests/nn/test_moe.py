@@ -12,6 +12,8 @@ import pytest
 from llmjax.nn import moe
 from llmjax.nn.grouped import grouped_matmul
 from llmjax.nn.moe import Load, MoeMlp, Routing
+from llmjax.optim.config import OptimizerConfig
+from llmjax.optim.optimizer import make_optimizer
 from llmjax.parallel import axes
 
 MIXTRAL = Routing(experts=4, chosen=2, score="softmax", renormalise=True)
@@ -207,6 +209,37 @@ def test_losses_by_hand():
     np.testing.assert_allclose(penalty, 0.1 * 40 + 0.01 * 24, rtol=1e-6)
     excess = jax.grad(lambda correction: found(correction).penalty)(correction)
     np.testing.assert_array_equal(excess, [[4 * 6 - 12, 4 * 2 - 12, 4 * 2 - 12, 4 * 2 - 12]] * 2)
+
+
+def test_the_correction_bias_balances_the_load():
+    """Logits that favour some experts, and no loss that would mend it: the optimizer's steps alone do."""
+    routing = dataclasses.replace(DEEPSEEK, groups=1, top_groups=1)
+    logits = np.random.default_rng(0).normal(size=(4, 200, routing.experts)) + np.linspace(0, 3, routing.experts)
+    config = OptimizerConfig(name="adamw", balance_rate=0.005, warmup_steps=0)
+    optimizer = make_optimizer(config, horizon=200, axes={"correction": ("layers", "experts")})
+
+    @jax.jit
+    def step(params, state):
+        def penalty(params):
+            ids = moe.choose(jnp.float32(logits), params["correction"][0], routing).ids
+            counts = jnp.sum(jax.nn.one_hot(ids, routing.experts), axis=(1, 2))[None]
+            load = Load(counts, jnp.zeros_like(counts), jnp.zeros((1, 4)))
+            found = moe.losses(load, params["correction"], routing, balance_loss=0.0, router_z_loss=0.0)
+            loads = jnp.sum(counts[0], axis=0)
+            return found.penalty, (found.penalty, jnp.max(loads) / jnp.mean(loads))
+
+        grads, (value, busiest) = jax.grad(penalty, has_aux=True)(params)
+        params, state, _ = optimizer.update(grads, state, params)
+        return params, state, value, busiest
+
+    params = {"correction": jnp.zeros((1, routing.experts))}
+    state, busiest = optimizer.init(params), []
+    for _ in range(150):
+        params, state, value, load = step(params, state)
+        busiest.append(float(load))  # the busiest expert's load over the mean load
+        assert value == 0
+    assert busiest[0] > 1.8
+    assert max(busiest[-10:]) < 1.15
 
 
 def test_sums_over_rows_add_up():
