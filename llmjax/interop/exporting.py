@@ -146,8 +146,10 @@ def _is_size(model: Any, field: str, value: Any) -> bool:
 
 
 def _config(hf: dict[str, Any], name: str, loaded: Loaded, dtype: str) -> dict[str, Any]:
-    """config.json, with what it needs to know of the tokenizer."""
-    tokenizer = loaded.tokenizer
+    """config.json, with what it needs to know of the tokenizer and of the rows that were trained on."""
+    tokenizer, longest = loaded.tokenizer, "max_position_embeddings"
+    if loaded.config.model.longest is None and longest in hf:  # a hint there: nothing limits the length
+        hf = {**hf, longest: max(hf[longest], loaded.config.data.seq_len)}
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     return {"architectures": [name], **hf, **ids, "dtype": dtype, "torch_dtype": dtype}
 

@@ -192,3 +192,37 @@ def test_from_import_to_training_to_export(tmp_path, capsys):
     config = [f"--config={jobs.ROOT / 'configs' / 'quickstart.py'}", "--config.train.steps=3"]
     assert cli.run([*train, *config]) == 0
     assert "training from step 2 to 3" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sentencepiece", "bytes"])
+def test_a_run_of_our_own_is_exported(tmp_path, kind):
+    """With its tokenizer where others have a class for it, and with the average that is evaluated."""
+    run, corpus = tmp_path / "run", jobs.write_corpus(tmp_path / "corpus", 12)
+    changes = {
+        "data.tokenizer.kind": kind,
+        "data.tokenizer.vocab_size": 400,
+        "train.steps": 2,
+        "optimizer.ema_decay": 0.5,
+    }
+    settings = {
+        **jobs.TINY,
+        **changes,
+        "data.seq_len": 128,
+        "model.max_positions": 64,
+        "data.sources.main.path": f"{corpus}/*.txt",
+    }
+    config = f"--config={jobs.ROOT / 'configs' / 'quickstart.py'}"
+    overrides = [f"--config.{name}={value}" for name, value in settings.items()]
+    assert cli.run(["train", config, f"--workdir={run}", *overrides]) == 0
+    made = exporting.export(epath.Path(run), tmp_path / "out", say=quiet)
+    assert made.parameters == "EMA of the parameters"
+    hf = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert hf["max_position_embeddings"] == 128
+    if kind == "bytes":
+        assert made.tokenizer.startswith("no tokenizer") and not (tmp_path / "out" / "tokenizer.json").exists()
+        return
+    assert "the same ids" in made.tokenizer and hf["eos_token_id"] == 3
+    loaded = loading.load(epath.Path(run), say=quiet)
+    scale = published.read_tensors(tmp_path / "out")["model.norm.weight"]
+    np.testing.assert_array_equal(scale, loaded.params["norm"]["scale"])
