@@ -1,4 +1,5 @@
-# Few verbs: venv (install), quickstart (the whole job), test, check (style and types), bench.
+# Few verbs: venv (install), quickstart (the whole job), test, parity (beside transformers), recipes (every family), check
+# (style and types), bench.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +7,7 @@ WORKDIR ?= runs/quickstart
 # further flags for `make quickstart`, such as ARGS='--config.train.steps=50'
 ARGS ?=
 
-.PHONY: venv quickstart test check bench
+.PHONY: venv quickstart test parity recipes check bench
 
 venv: $(VENV)/.installed
 
@@ -24,6 +25,17 @@ quickstart: venv
 
 test: venv
 	$(BIN)/pytest
+
+parity: $(VENV)/.parity
+	$(BIN)/pytest tests/parity
+
+$(VENV)/.parity: $(VENV)/.installed
+	@echo "installing torch and transformers; for torch's CPU build, install it first as README.md says"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,parity]' -c constraints.txt
+	@touch $@
+
+recipes: venv
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/recipes.py
 
 check: venv
 	$(BIN)/ruff check .

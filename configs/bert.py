@@ -11,7 +11,7 @@ from llmjax.config import UserError
 
 # layers, embed, heads, dropout (section 3 of the paper)
 SIZES = {
-    "tiny": (4, 128, 4, 0.0),
+    "tiny": (4, 128, 2, 0.0),
     "base": (12, 768, 12, 0.1),
     "large": (24, 1024, 16, 0.1),
 }
@@ -49,10 +49,10 @@ def get_config(size: str = "tiny") -> ConfigDict:
         c.data = dict(
             sources=dict(python=dict(path="stdlib:")),
             tokenizer=dict(kind="sentencepiece", algorithm="bpe", vocab_size=2048),
-            seq_len=128,
+            seq_len=64,
         )
-        c.train = dict(steps=1_000, global_batch=16, log_every=50)
-        c.optimizer = dict(name="adamw", learning_rate=1e-3, schedule="linear", end_fraction=0.0)
+        c.train = dict(steps=1_500, global_batch=32, log_every=50)
+        c.optimizer = dict(name="adamw", learning_rate=2e-3, schedule="linear", end_fraction=0.0)
         return c
     c.data = dict(
         sources=dict(main=dict(path="")), tokenizer=dict(kind="sentencepiece", vocab_size=30_522), seq_len=512

@@ -38,7 +38,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        score_scale=scalar**-0.5,
+        score_scale=0.0 if scalar == head_dim else scalar**-0.5,
         window=window,
         mlp=mlp,
         activation="gelu_tanh",

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import shlex
@@ -12,7 +13,7 @@ import textwrap
 import traceback
 import typing
 
-from llmjax.config import UserError, suggest
+from llmjax.config import UserError, families_of, suggest
 
 BAD_INPUT, HANG = 78, 75
 _CONFIG = "a Python file with get_config(); may be left out where a checkpoint was imported"
@@ -149,14 +150,18 @@ def prepare(arguments: list[str]) -> int:
         "prepare",
         """\
         Read the text, split it into train, validation and test, train a tokenizer (or take a given one), write the
-        token store. Finished parts are kept: started again, it goes on where it was. Nothing is trained.""",
+        token store. Finished parts are kept: started again, it goes on where it was. Nothing is trained.
+        --preview shows what the model will see of the first samples.""",
         "llmjax prepare --config=configs/quickstart.py --workdir=runs/a --config.data.sources.main.path='texts/*.txt'",
     )
     parser.add_argument("--config", metavar="FILE[:SIZE]", help=_CONFIG)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run's files go")
+    parser.add_argument("--preview", type=_whole(0), default=0, metavar="N", help="print the first N samples")
     flags, overrides = _parse(parser, arguments)
+    import numpy as np
+
     from llmjax import loading, run_config, workdir as workdirs
-    from llmjax.data import prepare as preparing
+    from llmjax.data import prepare as preparing, preview
     from llmjax.data.pipeline import TrainData
     from llmjax.data.tokenizer import load_tokenizer
 
@@ -166,13 +171,24 @@ def prepare(arguments: list[str]) -> int:
     workdir.mkdir(parents=True, exist_ok=True)
     with workdirs.Lock(workdir, primary=True):
         preparing.prepare(config.data, store, say=lambda line: print(line, flush=True))
-        objective = run_config.objective(config, load_tokenizer(store))
-        data = TrainData(
-            store, config.data, seed=config.seed, global_batch=config.train.global_batch, objective=objective
-        )
+        tokenizer = load_tokenizer(store)
+        objective = run_config.objective(config, tokenizer)
+        data = TrainData(store, config.data, seed=config.seed, global_batch=1, objective=objective)
+    rows = f"{config.data.seq_len:,} tokens"
+    if objective.target_len != config.data.seq_len:
+        rows = f"{config.data.seq_len:,} source and {objective.target_len:,} target tokens"
     for name, part in data.summary().items():
-        print(f"{name}: packed in {part['rows']:,} rows of {config.data.seq_len:,} tokens, {part['density']:.2%} full")
-    print(f"next: {shlex.join(['llmjax', 'train', *arguments])}")
+        print(f"{name}: packed in {part['rows']:,} rows of {rows}, {part['density']:.2%} full")
+    if flags.preview:
+        print(f"\n{config.objective.name}: {preview.LEGEND}")
+        left = data.remaining(data.start())
+        count = flags.preview if left is None else min(flags.preview, left)
+        for batch, _ in itertools.islice(data.batches(data.start(), np.arange(1)), count):
+            print("", *preview.lines(batch, objective, tokenizer), sep="\n")
+        data.close()
+    again = [f"--config={flags.config}", f"--workdir={flags.workdir}"]
+    again += [f"--config.{field}={value}" for field, value in overrides]
+    print(f"next: {shlex.join(['llmjax', 'train', *again])}")
     return 0
 
 
@@ -207,8 +223,9 @@ def evaluate(arguments: list[str]) -> int:
     parser = _parser(
         "eval",
         """\
-        Score a checkpoint on every document of a split, once each: loss, perplexity, bits per byte over the original
-        text, accuracy of the next token, by source. Writes WORKDIR/eval/<step>/<split>.json. Any mesh will do.""",
+        Score a checkpoint on every document of a split, once each: loss, perplexity, accuracy, by source; and bits per
+        byte over the original text (causal), or the accuracy of always guessing the commonest target. Writes
+        WORKDIR/eval/<step>/<split>.json. Any mesh will do.""",
         "llmjax eval --workdir=runs/mine --split=test",
     )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="a run")
@@ -219,7 +236,7 @@ def evaluate(arguments: list[str]) -> int:
     from llmjax.parallel import hosts
 
     hosts.initialize()
-    from llmjax import report
+    from llmjax import loading, report
     from llmjax.evals import harness
 
     path, scores = harness.evaluate(
@@ -229,7 +246,8 @@ def evaluate(arguments: list[str]) -> int:
         _say(line)
     if hosts.is_primary():
         print(f"written to {path}\nreport: {report.write_report(_workdir(flags.workdir))}")
-    _say(f"next: llmjax generate --workdir={flags.workdir} --prompt='Once upon a time'")
+    if loading.read_config(_workdir(flags.workdir)).model.generates:
+        _say(f"next: llmjax generate --workdir={flags.workdir} --prompt='Once upon a time'")
     return 0
 
 
@@ -474,16 +492,21 @@ def fields(arguments: list[str]) -> int:
 
     shown = []
 
-    def show(cls: type, path: str) -> None:
+    def show(cls: type, path: str, family: str = "") -> None:
         hints = typing.get_type_hints(cls)
         shown.append(path)
         if not flags.section or path == flags.section:
-            print(f"[{path or 'top level'}] {textwrap.dedent('    ' + (cls.__doc__ or '')).strip()}\n")
+            print(f"[{path or 'top level'}{family}] {textwrap.dedent('    ' + (cls.__doc__ or '')).strip()}\n")
             for field in dataclasses.fields(cls):
                 if not dataclasses.is_dataclass(hints[field.name]) and field.default is not dataclasses.MISSING:
                     print(f"  --config.{path}{'.' if path else ''}{field.name}={field.default!r}")
             print()
         for name, hint in hints.items():
+            families = families_of(hint)
+            for family, config in families.items():
+                show(config, f"{path}.{name}" if path else name, f", {name}.family={family}")
+            if families:
+                continue
             inner = next((h for h in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(h)), None)
             if inner is not None:
                 entry = f"{name}.NAME" if inner is not hint else name
@@ -491,9 +514,8 @@ def fields(arguments: list[str]) -> int:
 
     show(RunConfig, "")
     if flags.section and flags.section not in shown:
-        raise UserError(
-            f"no section {flags.section!r}{suggest(flags.section, shown)}: known are {', '.join(shown[1:])}"
-        )
+        known = ", ".join(dict.fromkeys(shown[1:]))
+        raise UserError(f"no section {flags.section!r}{suggest(flags.section, shown)}: known are {known}")
     return 0
 
 

@@ -31,7 +31,7 @@ def _open_map(hint: Any) -> Any | None:
     return None
 
 
-def _families(hint: Any) -> dict[str, type]:
+def families_of(hint: Any) -> dict[str, type]:
     """Family -> dataclass of a union such as DecoderConfig | RecurrentConfig, told apart by their field `family`."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else ()
     if not options or not all(dataclasses.is_dataclass(option) for option in options):
@@ -55,7 +55,7 @@ def bind(cls: type, section: Mapping[str, Any], path: str = "") -> Any:
 
 
 def _bind_value(hint: Any, value: Any, where: str) -> Any:
-    if families := _families(hint):
+    if families := families_of(hint):
         name = value.get("family", next(iter(families))) if isinstance(value, Mapping) else next(iter(families))
         if name not in families:
             raise UserError(f"{where}.family={name!r}{suggest(str(name), families)}: known are {', '.join(families)}")
@@ -153,7 +153,7 @@ def parse_override(cls: type, field: str, text: str) -> Any:
     for name in field.split("."):
         walked.append(name)
         where = ".".join(walked)
-        if families := _families(hint):  # a field that several families have is of one type in all of them
+        if families := families_of(hint):  # a field that several families have is of one type in all of them
             known = {n: h for family in reversed(families.values()) for n, h in typing.get_type_hints(family).items()}
             if name not in known:
                 raise UserError(f"unknown config field {where!r}{suggest(name, known)}")
@@ -167,7 +167,7 @@ def parse_override(cls: type, field: str, text: str) -> Any:
             hint = entry
         else:
             raise UserError(f"unknown config field {where!r}: {'.'.join(walked[:-1])} is a value, not a section")
-    if dataclasses.is_dataclass(hint) or _families(hint) or _open_map(hint) is not None:
+    if dataclasses.is_dataclass(hint) or families_of(hint) or _open_map(hint) is not None:
         raise UserError(f"--config.{field}={text}: this is a section; set one of its fields")
     options = [o for o in typing.get_args(hint)] if isinstance(hint, types.UnionType) else [hint]
     if str in options and not (type(None) in options and text == "None"):

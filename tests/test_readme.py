@@ -1,6 +1,6 @@
 """What the README and the docs say is so: the tree, every command line, every test and file they name.
 
-python -m tests.test_readme    writes the tree into README.md
+python -m tests.test_readme    writes the tree and the table of models into README.md
 """
 
 import ast
@@ -11,7 +11,9 @@ import shlex
 
 import pytest
 
-from llmjax import cli, run_config
+from llmjax import cli, config, run_config
+from llmjax.interop import exporting
+from llmjax.models import registry
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -33,6 +35,31 @@ def tree() -> str:
     for name in FOLDERS:
         show(ROOT / name, "")
     return "\n".join(lines)
+
+
+def models() -> str:
+    """The table of models: every config file, by family, with the classes of transformers that its sizes become."""
+    lines = ["| family | config | what | sizes | objectives | transformers |", "|---|---|---|---|---|---|"]
+    for family in registry.FAMILIES:
+        for path in sorted((ROOT / "configs").glob("*.py")):
+            specs = config.specs(path)
+            found = [run_config.with_vocabulary(run_config.resolve(spec, []), 1000).model for spec in specs]
+            if found[0].family != family or path.stem == "quickstart":
+                continue
+            sizes = ", ".join(spec.rpartition(":")[2] for spec in specs[1:])
+            what = re.split(r"[:;]| \(| in its ", caption(path))[0].strip(" ,.")
+            classes = dict.fromkeys(f"`{exporting.choose(model)[0]}`" for model in found if expressible(model))
+            told = (family, f"`configs/{path.name}`", what, sizes, ", ".join(found[0].objectives), ", ".join(classes))
+            lines.append(f"| {' | '.join(told)} |")
+    return "\n".join(lines)
+
+
+def expressible(model) -> bool:
+    try:
+        exporting.choose(model)
+    except config.UserError:
+        return False
+    return True
 
 
 def caption(path: pathlib.Path) -> str:
@@ -68,6 +95,10 @@ def test_the_tree_is_that_of_the_files():
     assert any(block == tree() + "\n" for block in blocks(README)), "run python -m tests.test_readme"
 
 
+def test_the_table_of_models_is_that_of_the_registry():
+    assert models() in README.read_text(), "run python -m tests.test_readme"
+
+
 def test_commands_were_found():
     """The first page shows every verb."""
     assert {arguments[0] for name, arguments in COMMANDS if name == "README.md"} == set(cli.VERBS)
@@ -88,8 +119,8 @@ def test_every_command_is_understood(arguments, monkeypatch):
     flags = parsed.value.args[0]
     words = [word.removeprefix("--config.") for word in arguments if word.startswith("--config.")]
     overrides = [(field, value) for field, _, value in (word.partition("=") for word in words)]
-    config = run_config.resolve(getattr(flags, "config", "configs/quickstart.py"), overrides)
-    assert all(source.path for source in config.data.sources.values())
+    config = run_config.resolve(getattr(flags, "config", None) or "configs/quickstart.py", overrides)
+    assert arguments[0] == "size" or all(source.path for source in config.data.sources.values())
 
 
 def test_every_section_asked_for_exists(capsys):
@@ -119,4 +150,5 @@ def test_every_environment_variable_is_documented():
 
 if __name__ == "__main__":
     shown = next(block for block in blocks(README) if block.startswith(("llmjax/\n", "TREE")))
-    README.write_text(README.read_text().replace(f"```\n{shown}```", f"```\n{tree()}\n```"))
+    text = README.read_text().replace(f"```\n{shown}```", f"```\n{tree()}\n```")
+    README.write_text(re.sub(r"(?m)^\| family \| config .*\n(\|.*\n)*", models() + "\n", text))

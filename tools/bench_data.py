@@ -21,8 +21,9 @@ import grain
 import numpy as np
 
 from llmjax.data import stages
-from llmjax.data.config import DataConfig, SourceConfig
-from llmjax.data.objectives import causal
+from llmjax.data.config import OBJECTIVES, DataConfig, ObjectiveConfig, SourceConfig
+from llmjax.data.draws import Draws
+from llmjax.data.objectives import causal, open_objective
 from llmjax.data.packing import best_fit, cut
 from llmjax.data.pipeline import PackedSource, TrainData
 from llmjax.data.sources import list_units
@@ -53,6 +54,7 @@ def main() -> None:
         print(f"{tokens:,} tokens; tokens/s on one core, best of {options.repeats} by processor time of all threads\n")
         print(f"{'':44}{'llmjax':>12}{'peer or limit':>16}   what")
         assembling(Path(folder), options.repeats)
+        objectives(Path(folder), tokenizer, options.repeats)
         planning(Path(folder), options.repeats)
         starting(Path(folder))
         if cores:
@@ -95,6 +97,25 @@ def assembling(folder: Path, repeats: int) -> None:
                 "peer: Grain's FirstFit, 64 bins; ours >= 25",
             )
         row(f"density, {packing}", f"{source.summary()['density']:.4f}", f"{density:.4f}", "peer: the same")
+
+
+def objectives(folder: Path, tokenizer: Tokenizer, repeats: int) -> None:
+    """Tokens of text a second from rows to batch, and how full its rows are, for every objective."""
+    configs = [ObjectiveConfig(name=name) for name in OBJECTIVES] + [ObjectiveConfig(name="masked", whole_words=True)]
+    for config in configs:
+        start = -1 if config.name in ("span", "ul2") else None
+        objective = open_objective(config, tokenizer, seq_len=SEQ_LEN, start_id=start)
+        source = PackedSource(folder, "main", "train", DataConfig(seq_len=SEQ_LEN), objective.room)
+        rows = np.random.default_rng(0).permutation(source.rows)
+        batches, draws = [rows[a : a + BATCH] for a in range(0, len(rows) - BATCH + 1, BATCH)], Draws(0)
+        work = lambda b=batches, s=source, o=objective, d=draws: [o.make(s.fill(r), r, d) for r in b]
+        text = source.store.tokens / (source.rows * SEQ_LEN)
+        made = work()
+        full = {"places": np.mean([batch.segments > 0 for batch in made])}
+        if made[0].source is not None:
+            full["source"] = np.mean([batch.source_segments > 0 for batch in made])
+        told = ", ".join(f"{what} {share:.4f}" for what, share in full.items())
+        row(f"assemble, {objective.key[:30]}", rate(work, len(batches), repeats, text), "", f"full: {told}")
 
 
 def grain_first_fit(store: TokenStore, repeats: int) -> tuple[str, float]:
@@ -246,10 +267,10 @@ def write_store(folder: Path, documents: list[np.ndarray], tokenizer: Tokenizer,
     )
 
 
-def rate(work: Callable[[], list], batches: int, repeats: int) -> str:
-    """Millions of tokens a second of processor time, all threads together."""
+def rate(work: Callable[[], list], batches: int, repeats: int, share: float = 1.0) -> str:
+    """Millions of tokens a second of processor time, all threads together; `share` tokens a place of the row."""
     work()
-    return f"{batches * BATCH * SEQ_LEN / min(cpu_seconds(work) for _ in range(repeats)) / 1e6:.1f}"
+    return f"{share * batches * BATCH * SEQ_LEN / min(cpu_seconds(work) for _ in range(repeats)) / 1e6:.1f}"
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:

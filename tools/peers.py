@@ -14,6 +14,7 @@ from typing import Any
 
 from llmjax import run_config
 from llmjax.metrics import peak_flops
+from llmjax.models.decoder_config import DecoderConfig
 from llmjax.run_config import RunConfig
 
 SYSTEMS = ("llmjax", "torch eager", "torch compile")
@@ -83,6 +84,7 @@ def resolved(file: str, overrides: dict[str, Any], vocab_size: int) -> RunConfig
     """A config with every size that it leaves open filled in, as other systems need it."""
     config = run_config.resolve(file, [(field, str(value)) for field, value in overrides.items()])
     model = run_config.with_vocabulary(config, vocab_size).model
+    assert isinstance(model, DecoderConfig), "the peers are decoders"
     model = dataclasses.replace(model, num_kv_heads=model.kv_heads, head_dim=model.head_size, mlp=model.mlp_size)
     return dataclasses.replace(config, model=model, optimizer=config.optimizer.resolved())
 

@@ -85,9 +85,10 @@ class Room:
 
 
 class Packing(Protocol):
-    """Which chunks stand in which row. `rows` counts them."""
+    """Which chunks stand in which row. `rows` counts them, `used` the room that their chunks take."""
 
     rows: int
+    used: int
 
     def chunks(self, rows: np.ndarray) -> Chunks:
         """The chunks of these rows, row by row."""
@@ -119,7 +120,7 @@ class Windows:
 
     def __init__(self, store: TokenStore, seq_len: int):
         self._store, self._seq_len = store, seq_len
-        self.rows = -(-store.tokens // seq_len)
+        self.rows, self.used = -(-store.tokens // seq_len), store.tokens
 
     def chunks(self, rows: np.ndarray) -> Chunks:
         starts, continued, counts, ends = [], [], [], []
@@ -163,6 +164,7 @@ class BestFitPlan:
                 f"packing plan {folder} is damaged ({error}); delete that folder, it is made again"
             ) from None
         self.rows: int = sizes["rows"]
+        self.used: int = sizes.get("room", store.tokens)
 
     def chunks(self, rows: np.ndarray) -> Chunks:
         first = self._edges[rows]
@@ -252,25 +254,27 @@ def _write_plan(store: TokenStore, room: Room, folder: Path) -> None:
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        num_chunks = num_rows = 0
+        num_chunks = num_rows = used = 0
         names = ("starts", "lengths", "continued", "rows")
         files = {name: open(partial / f"{name}.bin", "wb") for name in names}  # noqa: SIM115
         files["rows"].write(np.zeros(1, "<i8").tobytes())
         for starts, lengths in store.document_groups(_PART_TOKENS):
             start, length, continued = cut(starts, lengths, room.longest)
-            row, rows = best_fit(room.cost(length), room.seq_len)
+            costs = room.cost(length)
+            row, rows = best_fit(costs, room.seq_len)
             order = np.argsort(row, kind="stable")
             files["starts"].write(start[order].astype("<i8").tobytes())
             files["lengths"].write(length[order].astype("<i4").tobytes())
             files["continued"].write(continued[order].tobytes())
             ends = num_chunks + np.cumsum(np.bincount(row, minlength=rows))
             files["rows"].write(ends.astype("<i8").tobytes())
-            num_chunks, num_rows = num_chunks + len(row), num_rows + rows
+            num_chunks, num_rows, used = num_chunks + len(row), num_rows + rows, used + int(costs.sum())
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())
             file.close()
-        write_atomically(partial / "plan.json", json.dumps({"chunks": num_chunks, "rows": num_rows}).encode())
+        sizes = {"chunks": num_chunks, "rows": num_rows} | ({} if room.costs is None else {"room": used})
+        write_atomically(partial / "plan.json", json.dumps(sizes).encode())
     except OSError as error:
         raise UserError(
             f"packing plan {folder} cannot be written ({error}); make it writable, or set data.packing='concat'"

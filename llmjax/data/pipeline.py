@@ -80,7 +80,7 @@ class PackedSource:
             "tokens": self.store.tokens,
             "text_bytes": self.store.text_bytes,
             "rows": self.rows,
-            "density": self.store.tokens / max(1, self.rows * self._room.seq_len),
+            "density": self._packing.used / max(1, self.rows * self._room.seq_len),
         }
 
 

@@ -16,8 +16,18 @@ from llmjax.config import UserError, suggest
 KINDS = ("sentencepiece", "huggingface", "bytes")
 FILE_NAMES = {"sentencepiece": "tokenizer.model", "huggingface": "tokenizer.json", "bytes": "tokenizer.bytes"}
 _SPECIAL = re.compile(r"<\|[^|<>\s]{1,60}\|>|</?(?:s|unk|pad|bos|eos|mask|cls|sep)>")
-_EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "<|im_end|>", "[SEP]")
-_BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "<|bos|>", "[CLS]")
+_DEEPSEEK = "<\uff5c{}\u2581of\u2581sentence\uff5c>"  # full-width bars, and U+2581 for spaces
+_EOS_NAMES = (
+    "</s>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<eos>",
+    "<|eos|>",
+    "<|im_end|>",
+    "[SEP]",
+    _DEEPSEEK.format("end"),
+)
+_BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "<|bos|>", "[CLS]", _DEEPSEEK.format("begin"))
 _PAD_NAMES = ("<pad>", "<|padding|>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>")
 _UNK_NAMES = ("<unk>", "[UNK]", "<|unk|>")
 PIECE_CHARACTERS = 4096  # SentencePiece slows down on long texts: they go in by pieces, cut after a line

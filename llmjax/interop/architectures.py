@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
-from llmjax.interop import decoder, encdec, encoder
+from llmjax.interop import decoder, encdec, encoder, moe
 from llmjax.interop.mapping import Architecture
+from llmjax.interop.quantised import Fp8Blocks, Mxfp4
 
 # One line a family. Where several classes express a model, the first is the one that is exported.
 FAMILIES: dict[str, dict[str, Architecture]] = {
     "decoder": decoder.ARCHITECTURES,
+    "moe": moe.ARCHITECTURES,
     "encoder": encoder.ARCHITECTURES,
     "encdec": encdec.ARCHITECTURES,
 }
@@ -18,4 +20,4 @@ ARCHITECTURES = {name: found for family in FAMILIES.values() for name, found in 
 #   shapes(shapes on disk: name -> shape) -> name -> shape of the unpacked tensors
 #   dequantise(name, get_tensor) -> float32 array of the unpacked tensor `name`, or None where it lies on disk as it is;
 #                                  get_tensor(name) reads a tensor of the disk
-QUANTISATIONS: dict[str, Callable[[dict[str, Any]], Any]] = {}
+QUANTISATIONS: dict[str, Callable[[dict[str, Any]], Any]] = {"mxfp4": Mxfp4, "fp8": Fp8Blocks}

@@ -99,7 +99,7 @@ def choose(model: Any, preferred: str | None = None) -> tuple[str, Architecture,
     first difference.
     """
     known = FAMILIES.get(model.family, {})
-    refused = []
+    refused: dict[str, list[str]] = {}  # reason -> classes
     for name in sorted(known, key=lambda name: name != preferred):
         try:
             hf = known[name].write_config(model)
@@ -108,8 +108,11 @@ def choose(model: Any, preferred: str | None = None) -> tuple[str, Architecture,
             difference = str(error)
         if not difference:
             return name, known[name], hf
-        refused.append(f"{name}: {difference}")
-    listed = "; ".join(refused) or f"none is known for model.family={model.family!r}"
+        refused.setdefault(difference, []).append(name)
+    listed = (
+        "; ".join(f"{', '.join(names)}: {reason}" for reason, names in refused.items())
+        or f"none is known for model.family={model.family!r}"
+    )
     raise UserError(f"no class of transformers expresses this model ({listed})")
 
 
@@ -120,14 +123,26 @@ def _difference(model: Any, section: dict[str, Any], free: tuple[str, ...]) -> s
         was, now = getattr(model, field.name), getattr(back, field.name)
         if was == now or field.name in _FREE or field.name in free:
             continue
-        if was == 0 and _shapes(dataclasses.replace(model, **{field.name: now})) == _shapes(model):
-            continue  # 0 stands for a size that follows from others, and this is it
+        if was == 0 and _is_size(model, field.name, now):
+            continue
         return f"it cannot express model.{field.name}={was!r}"
     return ""
 
 
-def _shapes(model: Any) -> dict:
-    return jax.tree.map(lambda leaf: leaf.shape, registry.abstract(model)[1])
+def _is_size(model: Any, field: str, value: Any) -> bool:
+    """Whether 0 in a field stands for a size that follows from others, which is `value`: it gives the same shapes, and
+    some other value gives others."""
+
+    def shapes(number: Any) -> Any:
+        try:
+            _, found, _ = registry.abstract(dataclasses.replace(model, **{field: number}))
+        except (UserError, TypeError, ValueError, ZeroDivisionError):
+            return None
+        return jax.tree.map(lambda leaf: leaf.shape, found)
+
+    if type(value) is not int or shapes(value) != shapes(0):
+        return False
+    return any(shapes(number) not in (None, shapes(0)) for number in (1, 2 * value))
 
 
 def _config(hf: dict[str, Any], name: str, loaded: Loaded, dtype: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from llmjax.config import UserError, suggest
 from llmjax.interop import files
-from llmjax.interop.architectures import ARCHITECTURES, QUANTISATIONS
+from llmjax.interop.architectures import ARCHITECTURES, FAMILIES, QUANTISATIONS
 from llmjax.interop.mapping import Architecture
 
 _READ = ("F32", "BF16", "F16")
@@ -18,11 +18,12 @@ _READ = ("F32", "BF16", "F16")
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A local folder: its config.json, the name and the mapping of its architecture, its tensors."""
+    """A local folder: its config.json, the name, our family and the mapping of its architecture, its tensors."""
 
     folder: Path
     hf: dict[str, Any]
     name: str
+    family: str
     architecture: Architecture
     tensors: "Tensors"
 
@@ -79,7 +80,8 @@ def read(folder: Path) -> Checkpoint:
             raise UserError(f"{folder}: two tensors are both {standard}, one of them as {name}")
         if standard is not None:
             entries[standard] = entry
-    return Checkpoint(folder, hf, names[0], architecture, Tensors(entries, _quantisation(hf)))
+    family = next(family for family, known in FAMILIES.items() if names[0] in known)
+    return Checkpoint(folder, hf, names[0], family, architecture, Tensors(entries, _quantisation(hf)))
 
 
 def _quantisation(hf: dict[str, Any]) -> Any:

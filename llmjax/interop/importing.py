@@ -11,7 +11,7 @@ import jax
 import llmjax
 from llmjax import loading, run_config, workdir as workdirs
 from llmjax.checkpoint import Checkpoints
-from llmjax.config import UserError, bind
+from llmjax.config import UserError
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.interop import folder as folders, place, tokenizers
 from llmjax.interop.mapping import Correspondence
@@ -54,7 +54,7 @@ def import_checkpoint(
     table.check(found.tensors)
     _check_copies(table, found)
     say(f"{found.name}: {len(found.tensors.shapes())} tensors of {', '.join(found.tensors.types)}, {_size(found)}")
-    for note in _notes(found.hf, tokenizer):
+    for note in _notes(found.hf, tokenizer, config):
         say(f"  note: {note}")
 
     mesh = loading.fitting_mesh(config, say)
@@ -92,11 +92,9 @@ def import_checkpoint(
 def _config(
     found: folders.Checkpoint, tokenizer: Tokenizer, workdir: epath.Path, overrides: Sequence[tuple[str, str]]
 ) -> RunConfig:
-    model = found.architecture.read_config(found.hf)
-    bound = bind(RunConfig, {"model": model, "objective": {"name": _first_objective(model)}})
     tree: dict[str, Any] = {
-        "model": dataclasses.asdict(bound.model),
-        "objective": {"name": bound.objective.name},
+        "model": {"family": found.family, **found.architecture.read_config(found.hf)},
+        "objective": {"name": registry.config_class(found.family).objectives[0]},
         "data": {"tokenizer": loading.tokenizer_section(workdir, tokenizer.kind)},
     }
     config = run_config.apply_overrides(tree, overrides)
@@ -106,10 +104,6 @@ def _config(
             f"{config.model.vocab_size}: they do not belong together"
         )
     return config
-
-
-def _first_objective(model: dict[str, Any]) -> str:
-    return registry.config_class(model.get("family", "decoder")).objectives[0]
 
 
 def _check_copies(table: Correspondence, found: folders.Checkpoint) -> None:
@@ -140,12 +134,18 @@ def _save(workdir: epath.Path, config: RunConfig, params: dict, tokenizer: Token
     return fingerprint
 
 
-def _notes(hf: dict[str, Any], tokenizer: Tokenizer) -> list[str]:
+def _notes(hf: dict[str, Any], tokenizer: Tokenizer, config: RunConfig) -> list[str]:
+    notes = []
     ends = hf.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends]
-    if None in ends or tokenizer.eos_id in ends:
-        return []
-    return [f"config.json ends texts with token {ends[0]}, we with the tokenizer's {tokenizer.eos_id}"]
+    if None not in ends and tokenizer.eos_id not in ends:
+        notes.append(f"config.json ends texts with token {ends[0]}, we with the tokenizer's {tokenizer.eos_id}")
+    if (needed := run_config.objective(config, tokenizer).size) > config.model.vocab_size:
+        notes.append(
+            f"objective.name={config.objective.name!r} needs {needed} ids and the model has {config.model.vocab_size}: "
+            "the tokenizer lacks its marks"
+        )
+    return notes
 
 
 def _size(found: folders.Checkpoint) -> str:

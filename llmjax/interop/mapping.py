@@ -141,7 +141,7 @@ class Correspondence:
 
     @functools.cache  # noqa: B019  (lives as long as its few rules)
     def _theirs_shape(self, rule: Rule, taken: int) -> tuple[int, ...]:
-        parts = [np.empty(self.used_shape(name)[taken:], np.uint8) for name in rule.ours]
+        parts = [windows.reserved(self.used_shape(name)[taken:]) for name in rule.ours]
         return tuple(rule.give(*parts).shape)
 
     def check(self, source: Source) -> None:

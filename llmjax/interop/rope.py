@@ -42,7 +42,8 @@ def read_by_kind(fields: Fields, *, base: float, local_base: float, old_local: s
         raise UserError(
             f"config.json: rope_parameters.sliding_attention.rope_type={kind!r} is not supported, only 'default'"
         )
-    return section | {"rope_local_base": local["rope_base"]}
+    alike = local["rope_base"] == section["rope_base"] and "rope_scaling" not in section
+    return section | {"rope_local_base": 0.0 if alike else local["rope_base"]}
 
 
 def write(config: DecoderConfig) -> dict[str, Any]:
@@ -52,6 +53,10 @@ def write(config: DecoderConfig) -> dict[str, Any]:
 
 def write_by_kind(config: DecoderConfig) -> dict[str, Any]:
     """The fields of config.json for what `read_by_kind` reads."""
+    if any(config.local) and config.scaling is not None and not config.rope_local_base:
+        raise UserError(
+            f"model.rope_local_base=0.0: rope_scaling={config.rope_scaling!r} would be lost in the sliding layers"
+        )
     local = {"rope_type": "default", "rope_theta": config.rope_local_base or config.rope_base}
     return {"rope_parameters": {"full_attention": _write(config), "sliding_attention": local}}
 

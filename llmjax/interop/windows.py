@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import dataclasses
 import math
+import mmap
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ def find(
 
     `take` is tried on a tensor that is reserved and never touched, so this costs no memory where `take` makes views.
     """
-    nothing = np.empty(shape, np.uint8)
+    nothing = reserved(shape)
     part = take(nothing)[position][index]
     everything = Window(tuple(slice(0, size) for size in shape), (), part.shape, whole=True)
     if part.size == 0 or not np.may_share_memory(part, nothing):
@@ -59,3 +60,10 @@ def find(
     if any(end > size for end, size in zip(stop, shape, strict=True)):  # a dimension that runs over a row's end
         return everything
     return Window(tuple(slice(a, b) for a, b in zip(start, stop, strict=True)), tuple(steps), part.shape)
+
+
+def reserved(shape: tuple[int, ...]) -> np.ndarray:
+    """Zeros, uint8, that take addresses but no memory, however many: the system accounts for no read-only pages."""
+    size = math.prod(shape)
+    pages = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ)
+    return np.frombuffer(pages, np.uint8)[:size].reshape(shape)

@@ -130,12 +130,16 @@ class Decoder(nnx.Module):
         self.positions = (
             Embedding(k_positions, config.max_positions, config.embed, entries="seq", dtype=dtype) if learned else None
         )
-        self.blocks = jax.vmap(lambda k: self.block(config, k))(jax.random.split(k_blocks, config.num_layers))
+        self.blocks = self.make_blocks(jax.random.split(k_blocks, config.num_layers))
         self.norm = make_norm(config, config.embed) if config.norm_position != "post" else None
         untied = config.tied == "untied"
         self.head = (
             weights.normal(k_head, {"embed": config.embed, "vocab": vocab}, std=0.02, dtype=dtype) if untied else None
         )
+
+    def make_blocks(self, keys: jax.Array) -> Any:
+        """Stacked blocks, one for each key."""
+        return jax.vmap(lambda key: self.block(self.config, key))(keys)
 
     def __call__(self, batch: Batch, key: jax.Array | None = None) -> Output:
         """Hidden states in the compute type; `key` switches dropout on, with draws by (key, sample, layer, site)."""

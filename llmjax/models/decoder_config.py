@@ -215,7 +215,12 @@ class DecoderConfig:
         for local in self.local:
             reach = min(self.window, seq_len) if local else seq_len
             keys += reach - reach * reach / (2 * seq_len)
-        return 6.0 * self.multiplied_weights + 12.0 * self.num_heads * self.head_size * keys
+        return 6.0 * self.multiplied_weights + 6.0 * self.num_heads * self.score_width * keys
+
+    @property
+    def score_width(self) -> int:
+        """Multiplications that a head does for each key it sees: one product with the key, one with the value."""
+        return 2 * self.head_size
 
 
 _NAMES = {

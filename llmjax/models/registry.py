@@ -13,22 +13,25 @@ from llmjax.models.encdec import EncDec
 from llmjax.models.encdec_config import EncDecConfig
 from llmjax.models.encoder import Encoder
 from llmjax.models.encoder_config import EncoderConfig
+from llmjax.models.moe import MoeDecoder
+from llmjax.models.moe_config import MoeConfig
 from llmjax.models.recurrent import Recurrent
 from llmjax.models.recurrent_config import RecurrentConfig
 
 # One line a family, here and below: its module, and its config, which `model.family` chooses.
 FAMILIES: dict[str, Any] = {
     "decoder": Decoder,
+    "moe": MoeDecoder,
     "encoder": Encoder,
     "encdec": EncDec,
     "recurrent": Recurrent,
 }
-ModelConfig = DecoderConfig | EncoderConfig | EncDecConfig | RecurrentConfig
+ModelConfig = DecoderConfig | MoeConfig | EncoderConfig | EncDecConfig | RecurrentConfig
 
 
 def config_class(family: str) -> Any:
     """The config class of a family."""
-    options = typing.get_args(ModelConfig) or (ModelConfig,)
+    options: tuple[Any, ...] = typing.get_args(ModelConfig)
     return next(option for option in options if option.family == family)
 
 

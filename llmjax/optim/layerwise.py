@@ -1,7 +1,8 @@
 """What a parameter is, told by its logical axes, and how a transformation acts on each layer of a stack alone.
 
-Blocks are stacked along a leading "layers" axis and heads keep an axis of their own, so the number of dimensions says
-nothing: ("layers", "embed") is a norm scale, ("heads", "head_dim") a bias, ("embed", "heads", "head_dim") a matrix.
+Blocks are stacked along a leading "layers" axis, experts along an "experts" axis after it, and heads keep an axis of
+their own, so the number of dimensions says nothing: ("layers", "embed") is a norm scale, ("heads", "head_dim") a bias,
+("embed", "heads", "head_dim") a matrix.
 """
 
 from collections.abc import Callable
@@ -14,19 +15,20 @@ type_of_axes = tuple[str | None, ...]
 Dims = tuple[int, ...]
 
 
-def is_stacked(axes: type_of_axes) -> bool:
-    """Whether the leading dimension counts layers."""
-    return axes[:1] == ("layers",)
+def stack_depth(axes: type_of_axes) -> int:
+    """How many leading dimensions count layers, or experts of a layer: each of them has a parameter of its own."""
+    depth = int(axes[:1] == ("layers",))
+    return depth + (axes[depth : depth + 1] == ("experts",) and len(axes) > depth + 1)
 
 
 def matrix_dims(axes: type_of_axes) -> tuple[Dims, Dims] | None:
-    """(input dims, output dims) of the matrix that one layer's weight is; None for a vector.
+    """(input dims, output dims) of the matrix that one layer's, or one expert's, weight is; None for a vector.
 
     "head_dim" belongs to the heads before it. With more than two groups the weight maps its first group to the rest,
     or, where it ends in "embed", the rest to that.
     """
     groups: list[Dims] = []
-    for dim in range(is_stacked(axes), len(axes)):
+    for dim in range(stack_depth(axes), len(axes)):
         if axes[dim] == "head_dim" and groups:
             groups[-1] += (dim,)
         else:
@@ -38,7 +40,10 @@ def matrix_dims(axes: type_of_axes) -> tuple[Dims, Dims] | None:
 
 
 def kind(axes: type_of_axes) -> str:
-    """ "vector" (norm scales, biases), "table" (rows looked up: embedding, learned positions), "head" or "matrix"."""
+    """ "vector" (norm scales, biases), "table" (rows looked up: embedding, learned positions), "head", "matrix", or
+    "balance": a router's correction bias, of the axes ("experts",), whose gradient is the load above the mean."""
+    if axes[-1:] == ("experts",):
+        return "balance"
     dims = matrix_dims(axes)
     if dims is None:
         return "vector"
@@ -48,11 +53,11 @@ def kind(axes: type_of_axes) -> str:
 
 
 def matrix_view(shape: tuple[int, ...], axes: type_of_axes) -> tuple[tuple[int, ...], type_of_axes]:
-    """(shape, axes) of the parameter as [layers,] input, output; a vector as [layers,] size.
+    """(shape, axes) of the parameter as [layers, experts,] input, output; a vector as [layers, experts,] size.
 
     A merged dimension bears the name of its first axis, which is the one that shards it.
     """
-    stack = int(is_stacked(axes))
+    stack = stack_depth(axes)
     groups = matrix_dims(axes) or (tuple(range(stack, len(shape))),)
     sizes = tuple(math.prod(shape[d] for d in group) for group in groups)
     names = tuple(axes[group[0]] if group else None for group in groups)
@@ -60,16 +65,18 @@ def matrix_view(shape: tuple[int, ...], axes: type_of_axes) -> tuple[tuple[int, 
 
 
 def per_layer(inner: optax.GradientTransformation, axes: dict) -> optax.GradientTransformation:
-    """`inner` on every parameter alone, and on every layer of a stacked parameter alone, in its matrix view.
+    """`inner` on every parameter alone, and on every layer and expert of a stacked one alone, in its matrix view.
 
-    The state is a tree like the parameters with a state of `inner` at each leaf, layers leading.
+    The state is a tree like the parameters with a state of `inner` at each leaf, layers and experts leading.
     """
 
     def view(leaf: jax.Array, names: type_of_axes) -> jax.Array:
         return leaf.reshape(matrix_view(leaf.shape, names)[0])
 
     def over_layers(function: Callable, names: type_of_axes) -> Callable:
-        return jax.vmap(function) if is_stacked(names) else function
+        for _ in range(stack_depth(names)):
+            function = jax.vmap(function)
+        return function
 
     def init(params):
         return jax.tree.map(lambda p, names: over_layers(inner.init, names)(view(p, names)), params, axes)

@@ -11,7 +11,7 @@ import optax
 
 from llmjax.config import UserError
 from llmjax.optim.config import OptimizerConfig
-from llmjax.optim.layerwise import is_stacked, kind, matrix_dims, matrix_view, per_layer
+from llmjax.optim.layerwise import kind, matrix_dims, matrix_view, per_layer, stack_depth
 from llmjax.optim.schedules import make_schedule
 
 # RMS of an AdamW update in practice; Muon's is scaled to it, so that both kinds of parameters share one learning rate.
@@ -36,6 +36,7 @@ class Optimizer:
     axes: dict
     clip_norm: float
     ema_decay: float
+    balance_rate: float
     evaluated_name: str
 
     def init(self, params: dict) -> dict:
@@ -44,11 +45,17 @@ class Optimizer:
         return state | ({"ema": jax.tree.map(jnp.copy, params)} if self.ema_decay else {})
 
     def update(self, grads: dict, state: dict, params: dict) -> tuple[dict, dict, dict[str, jax.Array]]:
-        """(params, state, {"learning_rate", "grad_norm"}) after one update; grad_norm is that before clipping."""
+        """(params, state, {"learning_rate", "grad_norm"}) after one update; grad_norm is that before clipping.
+
+        A "balance" parameter stands apart from all that: it takes a step of `balance_rate` against its gradient's sign.
+        """
+        loads = grads
+        grads = self._balanced(lambda g: jnp.zeros_like(g), lambda g: g, grads)
         norm = optax.tree.norm(grads)
         if self.clip_norm:
             grads = optax.tree.scale(jnp.minimum(1.0, self.clip_norm / norm), grads)
         updates, inner = self.inner.update(grads, state["inner"], params)
+        updates = self._balanced(lambda _, load: -self.balance_rate * jnp.sign(load), lambda u, _: u, updates, loads)
         new_params: Any = optax.apply_updates(params, updates)
         new = {"count": state["count"] + 1, "inner": inner}
         if self.ema_decay:
@@ -62,8 +69,14 @@ class Optimizer:
         if self.ema_decay:
             return state["ema"]
         if isinstance(state["inner"], optax.contrib.ScheduleFreeState):
-            return optax.contrib.schedule_free_eval_params(state["inner"], params)
+            averages: Any = optax.contrib.schedule_free_eval_params(state["inner"], params)
+            return self._balanced(lambda _, param: param, lambda average, _: average, averages, params)
         return params
+
+    def _balanced(self, balance: Callable, rest: Callable, *trees: Any) -> dict:
+        """`balance` of the leaves that are "balance" parameters, `rest` of the others."""
+        choose = lambda names, *leaves: (balance if kind(names) == "balance" else rest)(*leaves)
+        return jax.tree.map(choose, self.axes, *trees, is_leaf=lambda node: isinstance(node, tuple))
 
     def state_axes(self, shapes: dict) -> Any:
         """Logical axes for every leaf of the state of parameters with these `shapes` (arrays or ShapeDtypeStructs)."""
@@ -93,7 +106,7 @@ def _axes_like(field: str, shape: tuple, param_shape: tuple, param_axes: tuple) 
     view_shape, view_axes = matrix_view(param_shape, param_axes)
     if shape == view_shape:
         return view_axes
-    stack = int(is_stacked(param_axes))
+    stack = stack_depth(param_axes)
     if field in (".v_row", ".v_col") and shape[stack:] != (1,):
         # As optax chooses: the rows' moment drops the larger dimension, the columns' the smaller.
         small, large = np.argsort(view_shape[stack:], kind="stable")
@@ -131,6 +144,7 @@ def make_optimizer(config: OptimizerConfig, *, horizon: int, axes: dict, width: 
         axes=axes,
         clip_norm=resolved.clip_norm,
         ema_decay=resolved.ema_decay,
+        balance_rate=resolved.balance_rate,
         evaluated_name="schedule-free average" if resolved.name == "schedule_free_adamw" else name,
     )
 

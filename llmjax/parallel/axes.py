@@ -1,7 +1,9 @@
 """One vocabulary of logical axes, and the one place that turns names into mesh axes.
 
 The names stand in docstrings as shapes, on parameters as shardings, on activations as constraints:
-batch seq embed mlp blocks heads kv_heads head_dim vocab layers. The rules (logical axis -> mesh axes) are config data.
+batch seq embed mlp blocks heads kv_heads head_dim vocab layers experts (networks of a mixture, and what counts them)
+router (a router's logits) latent (what keys and values are made from). The rules (logical axis -> mesh axes) are config
+data.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,6 +28,9 @@ DEFAULT_RULES: type_of_rules = (
     ("head_dim", None),
     ("vocab", "tensor"),
     ("layers", None),
+    ("experts", None),
+    ("router", None),
+    ("latent", None),
 )
 
 MESH_AXES = ("data", "fsdp", "tensor")

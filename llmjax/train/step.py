@@ -98,9 +98,12 @@ def _gradients(loss: Callable, params: dict, batch: Batch, accumulation: int):
 def batch_digest(batch: Batch, first_row) -> jax.Array:
     """A uint32 hash of every row's place, sample index and tokens. Wrap-around sums have no order: any mesh agrees."""
     row = jnp.arange(batch.inputs.shape[0], dtype=jnp.uint32)[:, None] + jnp.uint32(first_row)
-    place = row * jnp.uint32(65537) + jnp.arange(batch.inputs.shape[1], dtype=jnp.uint32)
     total = jnp.sum(_mix(_mix(batch.sample.astype(jnp.uint32)) + row * jnp.uint32(3) + jnp.arange(2, dtype=jnp.uint32)))
-    for field in (batch.inputs, batch.targets, batch.segments, batch.weights.astype(jnp.int32)):
+    fields = [batch.inputs, batch.targets, batch.segments, batch.weights.astype(jnp.int32)]
+    if batch.source is not None:
+        fields += [batch.source, batch.source_segments]
+    for field in fields:
+        place = row * jnp.uint32(65537) + jnp.arange(field.shape[1], dtype=jnp.uint32)
         total = total * jnp.uint32(31) + jnp.sum(_mix(_mix(field.astype(jnp.uint32)) ^ place))
     return total
 

@@ -8,9 +8,10 @@ import sys
 
 import numpy as np
 import pytest
+import tokenizers
 
 from llmjax.config import UserError
-from llmjax.data import tokenizer
+from llmjax.data import tokenizer, vocabulary
 from llmjax.data.tokenizer import read_tokenizer, train_sentencepiece
 
 CODE = "def f(x):\n    if x:\n\treturn {'a': [1, 22, 333]}  # two\r\n\r\n\n\n"
@@ -55,6 +56,38 @@ def test_trained_tokenizers_learn_the_text(trained):
     assert trained.vocab_size == 360
     assert (trained.pad_id, trained.unk_id, trained.bos_id, trained.eos_id) == (0, 1, 2, 3)
     assert trained.special_tokens == {"<pad>": 0, "<unk>": 1, "<s>": 2, "</s>": 3}
+
+
+def test_pieces_make_up_the_text(trained):
+    for text in HARD:
+        ids = trained.encode_batch([text])[0]
+        assert b"".join(trained.piece(int(i)) for i in ids) == text.encode()
+    assert trained.piece(trained.eos_id) == b"</s>"
+
+
+def test_pieces_of_byte_level_and_wordpiece_vocabularies():
+    byte_level = huggingface(
+        tokenizers.models.BPE(
+            {"\u0120": 0, "a": 1, "\u00c3": 2, "\u00a9": 3, "\u010a": 4, "\u0120a": 5, "</s>": 6}, [("\u0120", "a")]
+        ),
+        tokenizers.decoders.ByteLevel(),
+    )
+    assert [byte_level.piece(i) for i in range(7)] == [b" ", b"a", b"\xc3", b"\xa9", b"\n", b" a", b"</s>"]
+    assert byte_level.joiner == ""
+    wordpiece = huggingface(
+        tokenizers.models.WordPiece({"un": 0, "##able": 1, "?": 2, "</s>": 3}, unk_token="?"),
+        tokenizers.decoders.WordPiece(),
+    )
+    assert [wordpiece.piece(i) for i in range(4)] == [b"un", b"##able", b"?", b"</s>"]
+    goes_on, gone_on_with = vocabulary.word_edges(wordpiece)
+    assert goes_on.tolist() == [False, True, False, False] and gone_on_with.tolist() == [True, True, True, False]
+
+
+def huggingface(model, decoder) -> tokenizer.Tokenizer:
+    made = tokenizers.Tokenizer(model)
+    made.decoder = decoder
+    made.add_special_tokens(["</s>"])
+    return read_tokenizer("huggingface", made.to_str().encode())
 
 
 def test_training_is_deterministic():

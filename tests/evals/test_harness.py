@@ -11,12 +11,15 @@ from jax.sharding import AxisType, Mesh
 import numpy as np
 import pytest
 
-from llmjax import state as states
+from llmjax import run_config, state as states
 from llmjax.batch import Batch
 from llmjax.config import UserError
 from llmjax.data import prepare
+from llmjax.data.config import ObjectiveConfig
+from llmjax.data.pipeline import EvalData
 from llmjax.data.tokenizer import load_tokenizer
 from llmjax.evals import harness
+from llmjax.models.encoder_config import EncoderConfig
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.run_config import resolve
 from tests import jobs
@@ -136,3 +139,24 @@ def test_scores_are_written_with_the_name_of_what_was_scored(tmp_path):
         **scores,
     }
     assert path == epath.Path(tmp_path) / "eval" / "7" / "test.json"
+
+
+def test_other_objectives_score_what_they_ask_for(prepared):
+    """A uniform masked model needs log vocab nats a hidden token; guessing is as right as the commonest target is."""
+    config, store = prepared
+    encoder = EncoderConfig(num_layers=1, embed=32, num_heads=4)
+    config = dataclasses.replace(config, model=encoder, objective=ObjectiveConfig(name="masked"))
+    objective = run_config.objective(config, load_tokenizer(store))
+    config = run_config.with_objective(config, objective)
+    scores, _, _ = score((config, store), make_mesh(MeshConfig(data=8)), zero=True)
+    again, _, _ = score((config, store), one_device(), zero=True)
+    for name, found in scores["sources"].items():
+        data = EvalData(store, config.data, split="validation", source=name, batch=8, objective=objective)
+        counts = sum(np.bincount(b.targets.ravel(), b.weights.ravel(), 300) for b in data.batches(np.arange(8)))
+        assert found["tokens"] == counts.sum() == again["sources"][name]["tokens"]
+        assert found["baseline_accuracy"] == counts.max() / counts.sum() and found["bits_per_byte"] is None
+        assert found["loss"] == pytest.approx(math.log(config.model.vocab_size), rel=3e-5)
+    assert any("always the commonest target" in line for line in harness.describe(scores))
+    small = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=259))
+    with pytest.raises(UserError, match=r"objective\.name='masked' needs 260 ids, but model\.vocab_size=259"):
+        score((small, store), one_device())

@@ -91,8 +91,8 @@ def write_tensors(folder: Path, tensors: dict[str, np.ndarray], limit: int = 10*
     files.write_folder(folder, specs, lambda name: tensors[name], limit=limit)
 
 
-def write_tokenizer(folder: Path) -> None:
-    """A byte-level BPE of 300 ids at most, BOS 1 and EOS 2."""
+def write_tokenizer(folder: Path, special: tuple[str, ...] = ("<unk>", "<s>", "</s>")) -> None:
+    """A byte-level BPE of 300 ids at most, the special ones first."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     made = Tokenizer(models.BPE())
@@ -100,19 +100,22 @@ def write_tokenizer(folder: Path) -> None:
     made.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB,
-        special_tokens=["<unk>", "<s>", "</s>"],
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     made.train_from_iterator([TEXT], trainer)
     made.save(str(folder / "tokenizer.json"))
-    names = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
+    roles = {"<s>": "bos_token", "</s>": "eos_token", "<unk>": "unk_token", "<pad>": "pad_token"}
+    roles |= {
+        "[CLS]": "cls_token",
+        "[SEP]": "sep_token",
+        "[MASK]": "mask_token",
+        "[PAD]": "pad_token",
+        "[UNK]": "unk_token",
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    names = {roles[name]: name for name in special if name in roles}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}))
 
 
 def write_folder(folder: Path, hf: dict, tensors: dict[str, np.ndarray], *, limit: int = 10**9) -> Path:

@@ -110,7 +110,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, case):
 
 BAD_CONFIG = {
     "architecture": ({"architectures": ["LlamaForCausalLn"]}, r"LlamaForCausalLn \(did you mean 'LlamaForCausalLM'"),
-    "field": ({"attention_bias": True}, r"attention_bias=True is not supported"),
+    "field": ({"mlp_bias": True}, r"mlp_bias=True is not supported"),
     "unknown field": ({"wild_new_thing": 3}, r"wild_new_thing=3 is not known"),
     "quantised": ({"quantization_config": {"quant_method": "gguf"}}, r"quant_method='gguf' cannot be unpacked"),
 }

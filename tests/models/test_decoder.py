@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from llmjax import losses
-from llmjax.batch import Batch
 from llmjax.models import registry
 from llmjax.models.decoder import Decoder
 from llmjax.models.decoder_config import DecoderConfig
 from llmjax.nn.stack import REMAT
 from llmjax.parallel import axes
 from tests.batches import packed
+from tests.models import decoder_oracle
 
 VOCAB = 50
 LLAMA = DecoderConfig(vocab_size=VOCAB, vocab_multiple=16, num_layers=2, embed=32, num_heads=4, num_kv_heads=2)
@@ -32,6 +32,53 @@ GPT2 = dataclasses.replace(
     biases="all",
 )
 POST = dataclasses.replace(LLAMA, norm_position="post", activation="relu2", gated="plain", num_kv_heads=1, head_dim=10)
+QWEN3 = dataclasses.replace(
+    LLAMA, qk_norm="head", head_dim=10, rope_scaling="llama3", rope_factor=8.0, rope_original=24, tied="tied"
+)
+GEMMA = dataclasses.replace(
+    LLAMA,
+    num_layers=3,
+    embed_multiplier=32**0.5,
+    score_scale=0.4,
+    score_softcap=0.7,
+    qk_norm="head",
+    window=3,
+    pattern="lg",
+    activation="gelu_tanh",
+    norm="rmsnorm1p",
+    norm_position="both",
+    rope_base=1e5,
+    rope_local_base=50.0,
+    rope_scaling="linear",
+    rope_factor=3.0,
+    tied="tied",
+    logit_softcap=1.5,
+)
+OLMO = dataclasses.replace(
+    LLAMA,
+    norm_position="inner",
+    qk_norm="all",
+    window=4,
+    pattern="gl",
+    rope_local_base=1e4,
+    rope_scaling="yarn",
+    rope_factor=4.0,
+    rope_original=16,
+)
+OSS = dataclasses.replace(
+    LLAMA,
+    sinks="learned",
+    biases="attention",
+    window=3,
+    pattern="l",
+    rope_scaling="yarn",
+    rope_factor=4.0,
+    rope_original=64,
+    rope_high=8.0,
+    rope_truncate=False,
+    rope_attention_factor=1.5,
+)
+MODELS = {"llama": LLAMA, "gpt2": GPT2, "post": POST, "qwen3": QWEN3, "gemma": GEMMA, "olmo": OLMO, "oss": OSS}
 
 
 @functools.cache
@@ -67,78 +114,69 @@ def assert_close(found, expected, rtol):
         np.testing.assert_allclose(a, b, rtol=0, atol=rtol * max(1.0, np.abs(b).max()))
 
 
-def oracle(config: DecoderConfig, params: dict, row: Batch) -> np.ndarray:
-    """Logits of a batch of one row in float64, one head at a time, keys and values repeated."""
-    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
-    tokens, segments, positions = (np.asarray(x[0]) for x in (row.inputs, row.segments, row.positions))
-    seq, size = len(tokens), config.head_size
-
-    def norm(x, w):
-        if config.norm == "layernorm":
-            x = x - x.mean(-1, keepdims=True)
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * w["scale"] + w.get("bias", 0)
-
-    def turn(x):
-        if config.positions == "learned":
-            return x
-        out = np.empty_like(x)
-        for i in range(size // 2):
-            angle = positions * config.rope_base ** (-2 * i / size)
-            a, b = x[:, i], x[:, i + size // 2]
-            out[:, i] = a * np.cos(angle) - b * np.sin(angle)
-            out[:, i + size // 2] = a * np.sin(angle) + b * np.cos(angle)
-        return out
-
-    def activation(x):
-        return {
-            "silu": lambda: x / (1 + np.exp(-x)),
-            "gelu_tanh": lambda: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
-            "relu2": lambda: np.maximum(x, 0) ** 2,
-        }[config.activation]()
-
-    def attend(x, w):
-        linear = lambda name, head: x @ w[name]["weight"][:, head] + w[name].get("bias", np.zeros((99, 1)))[head]
-        out = np.zeros_like(x)
-        for head in range(config.num_heads):
-            shared = head // (config.num_heads // config.kv_heads)
-            q, k, v = turn(linear("query", head)), turn(linear("key", shared)), linear("value", shared)
-            scores = q @ k.T / np.sqrt(size)
-            seen = (np.arange(seq)[:, None] >= np.arange(seq)) & (segments[:, None] == segments)
-            weights = np.exp(np.where(seen, scores, -np.inf) - scores.max())
-            out += weights / weights.sum(-1, keepdims=True) @ v @ w["out"]["weight"][head]
-        return out + w["out"].get("bias", 0)
-
-    def feed(x, w):
-        linear = lambda name, y: y @ w[name]["weight"] + w[name].get("bias", 0)
-        h = activation(linear("gate", x)) * linear("up", x) if "gate" in w else activation(linear("up", x))
-        return linear("down", h)
-
-    x = p["embed"]["table"][tokens]
-    if config.positions == "learned":
-        x = x + p["positions"]["table"][positions]
-    for layer in range(config.num_layers):
-        w = jax.tree.map(lambda leaf, layer=layer: leaf[layer], p["blocks"])
-        for sub, run in (("attention", attend), ("mlp", feed)):
-            if config.norm_position == "pre":
-                x = x + run(norm(x, w[f"{sub}_norm"]), w[sub])
-            else:
-                x = norm(x + run(x, w[sub]), w[f"{sub}_norm"])
-    x = norm(x, p["norm"]) if config.norm_position == "pre" else x
-    return x @ (p["embed"]["table"].T if config.tied == "tied" else p["head"])
-
-
-@pytest.mark.parametrize("config", [LLAMA, GPT2, POST], ids=["llama", "gpt2", "post_norm"])
-def test_equals_the_numpy_oracle(config):
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_the_numpy_oracle(name):
+    config = MODELS[name]
     graph, params = parts(config)
     row = packed(1, 24, VOCAB)
-    found, expected = np.asarray(logits(graph, params, row))[0], oracle(config, params, row)
+    found, expected = np.asarray(logits(graph, params, row))[0], decoder_oracle.logits(config, params, row)
     assert found.dtype == np.float32
     # float32 against float64 over two layers: some 1e-6 of the largest logit
     np.testing.assert_allclose(found[:, :VOCAB], expected[:, :VOCAB], atol=1e-5 * np.abs(expected).max())
     assert (found[:, VOCAB:] == np.float32(-1e30)).all()
 
 
-@pytest.mark.parametrize(("config", "other"), [(LLAMA, 2), (GPT2, 1)], ids=["llama", "gpt2"])
+OFF = {
+    "window": (GEMMA, dict(window=0, rope_local_base=0.0)),
+    "pattern": (GEMMA, dict(pattern="gl")),
+    "local base": (GEMMA, dict(rope_local_base=0.0)),
+    "local base, unscaled": (OLMO, dict(rope_local_base=0.0)),
+    "score softcap": (GEMMA, dict(score_softcap=0.0)),
+    "logit softcap": (GEMMA, dict(logit_softcap=0.0)),
+    "score scale": (GEMMA, dict(score_scale=0.0)),
+    "embed multiplier": (GEMMA, dict(embed_multiplier=1.0)),
+    "linear": (GEMMA, dict(rope_factor=1.0)),
+    "llama3": (QWEN3, dict(rope_factor=1.0)),
+    "yarn": (OSS, dict(rope_factor=1.0)),
+    "truncation": (OSS, dict(rope_truncate=True)),
+    "attention factor": (OSS, dict(rope_attention_factor=0.0)),
+}
+
+
+@pytest.mark.parametrize("name", OFF)
+def test_every_setting_without_parameters_changes_logits(name):
+    """The oracle's agreement says nothing of a setting that does not bite at these sizes."""
+    config, off = OFF[name]
+    graph, params = parts(config)
+    row = packed(1, 24, VOCAB)
+    without = registry.abstract(dataclasses.replace(config, **off))[0]
+    difference = np.abs(logits(graph, params, row) - logits(without, params, row))[..., :VOCAB].max()
+    assert difference > 1e-3
+
+
+@pytest.mark.parametrize("config", [GPT2, GEMMA, OLMO, OSS], ids=["gpt2", "gemma", "olmo", "oss"])
+def test_the_cache_holds_all_that_a_token_sees(config):
+    """Prompts of two lengths, then token by token past the windows: hidden states of the full pass."""
+    graph, params = parts(config)
+    model = nnx.merge(graph, params)
+    tokens = np.random.default_rng(3).integers(1, VOCAB, (2, 16)).astype(np.int32)
+    lengths = np.array([5, 8])
+    whole = np.broadcast_to(np.arange(16, dtype=np.int32), tokens.shape)
+    batch = dataclasses.replace(packed(2, 16, VOCAB), inputs=tokens, segments=np.ones_like(whole), positions=whole)
+    expected = np.asarray(jax.jit(lambda batch: model(batch).hidden)(batch))
+    hidden, cache, positions = jax.jit(model.prefill, static_argnums=2)(tokens[:, :8], lengths, 16)
+    step = jax.jit(model.cached)
+    rows = np.arange(2)
+    for i in range(8):
+        found, at = np.asarray(hidden).reshape(2, -1), np.asarray(positions)
+        np.testing.assert_allclose(found, expected[rows, at - 1], rtol=0, atol=2e-6 * np.abs(expected).max())
+        hidden, cache = step(tokens[rows, at][:, None], at[:, None], cache)
+        positions = lengths + i + 1
+
+
+@pytest.mark.parametrize(
+    ("config", "other"), [(LLAMA, 2), (GPT2, 1), (GEMMA, 1), (OSS, 2)], ids=["llama", "gpt2", "gemma", "oss"]
+)
 def test_documents_of_a_row_do_not_see_each_other(config, other):
     """Changing all tokens of one document leaves logits and gradients of the others bitwise alone."""
     graph, params = parts(config)
@@ -173,9 +211,10 @@ def test_a_packed_row_scores_as_its_documents_alone():
         )
 
 
-def test_scan_equals_unrolled():
-    graph, params = parts(GPT2)
-    unrolled = registry.abstract(dataclasses.replace(GPT2, scan=False))[0]
+@pytest.mark.parametrize("config", [GPT2, GEMMA], ids=["gpt2", "gemma"])
+def test_scan_equals_unrolled(config):
+    graph, params = parts(config)
+    unrolled = registry.abstract(dataclasses.replace(config, scan=False))[0]
     batch, key = packed(2, 24, VOCAB), jax.random.key(1)
     assert_close(loss_and_grads(unrolled, params, batch, key), loss_and_grads(graph, params, batch, key), 1e-5)
 
@@ -183,7 +222,7 @@ def test_scan_equals_unrolled():
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", [name for name in REMAT if name != "none"])
 def test_remat_changes_no_number(remat):
-    dropped = dataclasses.replace(LLAMA, dropout=0.2)
+    dropped = dataclasses.replace(GEMMA, dropout=0.2)
     graph, params = parts(dropped)
     other = registry.abstract(dataclasses.replace(dropped, remat=remat))[0]
     batch, key = packed(2, 24, VOCAB), jax.random.key(1)
@@ -192,9 +231,10 @@ def test_remat_changes_no_number(remat):
 
 
 @pytest.mark.slow
-def test_bfloat16_is_near_float32_and_logits_stay_float32():
-    graph, params = parts(LLAMA)
-    half = registry.abstract(dataclasses.replace(LLAMA, dtype="bfloat16"))[0]
+@pytest.mark.parametrize("config", [LLAMA, GEMMA, OLMO, OSS], ids=["llama", "gemma", "olmo", "oss"])
+def test_bfloat16_is_near_float32_and_logits_stay_float32(config):
+    graph, params = parts(config)
+    half = registry.abstract(dataclasses.replace(config, dtype="bfloat16"))[0]
     batch = packed(2, 24, VOCAB)
     found, exact = logits(half, params, batch), logits(graph, params, batch)
     assert found.dtype == jnp.float32
@@ -231,6 +271,10 @@ def test_every_parameter_names_its_axes():
     assert names["blocks"]["mlp"]["down"]["weight"] == ("layers", "mlp", "embed")
     assert names["blocks"]["mlp_norm"]["scale"] == ("layers", "embed")
     assert names["embed"]["table"] == ("vocab", "embed")
+    attention = registry.abstract(dataclasses.replace(OLMO, sinks="learned"))[2]["blocks"]["attention"]
+    assert attention["query_norm"]["scale"] == ("layers", "heads", "head_dim")
+    assert attention["key_norm"]["scale"] == ("layers", "kv_heads", "head_dim")
+    assert attention["sinks"] == ("layers", "heads")
     assert registry.abstract(LLAMA)[2]["head"] == ("embed", "vocab")
 
 
@@ -245,9 +289,19 @@ def test_parameters_start_alike_with_and_without_jit():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 1, 4), (2, 2, 2)])
-def test_a_mesh_changes_no_number_and_replicates_nothing(shape, capfd):
-    config = dataclasses.replace(LLAMA, num_kv_heads=4, vocab_size=64)
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        (LLAMA, (1, 8, 1)),
+        (LLAMA, (2, 1, 4)),
+        (LLAMA, (2, 2, 2)),
+        (GEMMA, (2, 2, 2)),
+        (OLMO, (2, 1, 4)),
+        (OSS, (2, 2, 2)),
+    ],
+)
+def test_a_mesh_changes_no_number_and_replicates_nothing(config, shape, capfd):
+    config = dataclasses.replace(config, num_kv_heads=4, vocab_size=64)
     graph, params = parts(config)
     batch = packed(8, 16, VOCAB)
     expected = loss_and_grads(graph, params, batch)

@@ -9,16 +9,21 @@ import pytest
 from llmjax.config import UserError, bind
 from llmjax.models import registry
 from llmjax.models.decoder_config import DecoderConfig
+from llmjax.nn import attention
 from llmjax.run_config import resolve
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 
 
-def recipe(family: str, size: str) -> dict:
+def module(family: str):
     spec = importlib.util.spec_from_file_location(family, CONFIGS / f"{family}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(size).to_dict()
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+def recipe(family: str, size: str) -> dict:
+    return module(family).get_config(size).to_dict()
 
 
 @pytest.mark.parametrize(
@@ -32,6 +37,29 @@ def recipe(family: str, size: str) -> dict:
         ("llama", "8B", 128256, 8_030_261_248),
         ("llama", "70B", 128256, 70_553_706_496),
         ("llama", "405B", 128256, 405_853_388_800),
+        ("mistral", "7B", 32000, 7_241_732_096),
+        ("mistral", "12B", 131072, 12_247_782_400),
+        ("qwen3", "0.6B", 151936, 596_049_920),
+        ("qwen3", "1.7B", 151936, 1_720_574_976),
+        ("qwen3", "4B", 151936, 4_022_468_096),
+        ("qwen3", "8B", 151936, 8_190_735_360),
+        ("qwen3", "14B", 151936, 14_768_307_200),
+        ("qwen3", "32B", 151936, 32_762_123_264),
+        ("gemma", "2-2B", 256000, 2_614_341_888),
+        ("gemma", "2-9B", 256000, 9_241_705_984),
+        ("gemma", "2-27B", 256000, 27_227_128_320),
+        # Gemma 3 from 4B on is published with 416,866,032 parameters that see images and their projection; not here.
+        ("gemma", "3-270M", 262144, 268_098_176),
+        ("gemma", "3-1B", 262144, 999_885_952),
+        ("gemma", "3-4B", 262208, 4_300_079_472 - 416_866_032 - 1152 * 2561),
+        ("gemma", "3-12B", 262208, 12_187_325_040 - 416_866_032 - 1152 * 3841),
+        ("gemma", "3-27B", 262208, 27_432_406_640 - 416_866_032 - 1152 * 5377),
+        ("olmo", "2-1B", 100352, 1_484_916_736),
+        ("olmo", "2-7B", 100352, 7_298_617_344),
+        ("olmo", "2-13B", 100352, 13_716_198_400),
+        ("olmo", "2-32B", 100352, 32_234_279_936),
+        ("olmo", "3-7B", 100278, 7_298_011_136),
+        ("olmo", "3-32B", 100278, 32_233_522_176),
     ],
 )
 def test_published_parameter_counts(family, size, vocab, count):
@@ -39,15 +67,18 @@ def test_published_parameter_counts(family, size, vocab, count):
     assert registry.count_parameters(dataclasses.replace(model, vocab_size=vocab, vocab_multiple=1)) == count
 
 
-@pytest.mark.parametrize(
-    "name", ["gpt2.py", "gpt2.py:1.5B", "llama.py", "llama.py:1B", "llama.py:8B", "llama.py:70B", "llama.py:405B"]
-)
-def test_recipes_bind_and_their_models_fit(name):
-    config = resolve(str(CONFIGS / name), [])
-    config.model.check(seq_len=config.data.seq_len, tensor=config.mesh.tensor)
+FAMILIES = ("gpt2", "llama", "mistral", "qwen3", "gemma", "olmo")
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recipes_bind_and_their_models_fit(family):
+    for size in module(family).SIZES:
+        config = resolve(f"{CONFIGS / family}.py:{size}", [])
+        config.model.check(seq_len=config.data.seq_len, tensor=config.mesh.tensor)
+    assert resolve(f"{CONFIGS / family}.py", []) == resolve(f"{CONFIGS / family}.py:tiny", [])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_an_unknown_size_lists_the_sizes(family):
     with pytest.raises(UserError, match=r"no such size; choose one of .*B"):
         recipe(family, "9T")
@@ -68,11 +99,66 @@ def test_an_unknown_size_lists_the_sizes(family):
         ({"num_heads": 4, "num_kv_heads": 3}, "model.num_kv_heads=3: must divide model.num_heads=4"),
         ({"embed": 30, "num_heads": 4}, "model.num_heads=4: must divide model.embed=30"),
         ({"embed": 36, "num_heads": 4}, "model.head_dim=9: .*even"),
+        ({"window": -1}, "model.window=-1: must be at least 0"),
+        ({"pattern": "lx"}, "model.pattern='lx': one letter a layer"),
+        ({"pattern": ""}, "model.pattern='': one letter a layer"),
+        ({"qk_norm": "heads"}, "did you mean 'head'"),
+        ({"norm_position": "inside"}, "model.norm_position='inside'.*inner"),
+        ({"score_softcap": -1.0}, "model.score_softcap=-1.0"),
+        ({"embed_multiplier": 0.0}, "model.embed_multiplier=0.0: must be above 0"),
+        ({"rope_local_base": 1e4}, "model.rope_local_base=10000.0: no layer is local"),
+        ({"rope_local_base": 1e4, "window": 8, "pattern": "g"}, "no layer is local"),
+        ({"rope_factor": 2.0}, "model.rope_factor=2.0: name a model.rope_scaling"),
+        ({"rope_scaling": "yarn", "rope_factor": 2.0}, "model.rope_original=0: .*'yarn' needs it"),
+        ({"rope_scaling": "linear", "rope_factor": 2.0, "rope_original": 8}, "'linear'.*no use for rope_original"),
+        ({"rope_scaling": "llama3", "rope_original": 8, "rope_low": 5.0}, "model.rope_low=5.0.*rope_high=4.0"),
+        ({"rope_scaling": "llama3", "rope_original": 8, "rope_attention_factor": 2.0}, "only .*'yarn' has them"),
+        ({"rope_truncate": False}, "only .*'yarn' has them"),
+        ({"positions": "learned", "rope_scaling": "linear"}, "model.positions='learned': nothing is rotated"),
     ],
 )
 def test_a_value_out_of_bounds_is_named(fields, words):
     with pytest.raises(UserError, match=words):
         DecoderConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("feature", "fields"),
+    [
+        ("scale", {"score_scale": 0.1}),
+        ("softcap", {"score_softcap": 50.0}),
+        ("sinks", {"sinks": "learned"}),
+        ("window", {"window": 8}),
+        ("pattern", {"window": 8, "pattern": "lg"}),
+    ],
+)
+def test_a_kernel_refuses_what_it_cannot_honour(feature, fields, monkeypatch):
+    full = attention.KERNELS["dot"]
+    less = dataclasses.replace(full, honours=full.honours - {feature})
+    monkeypatch.setitem(attention.KERNELS, "dot", less)
+    DecoderConfig()
+    with pytest.raises(UserError, match=r"model\.attention='dot' cannot honour it"):
+        DecoderConfig(**fields)
+
+
+def test_patterns_repeat_over_the_layers():
+    of = lambda **fields: "".join("l" if local else "g" for local in DecoderConfig(**fields).local)
+    assert of(num_layers=3) == "ggg"
+    assert of(num_layers=3, window=8) == "lll"
+    assert of(num_layers=8, window=8, pattern="llg") == "llgllgll"
+
+
+def test_flops_count_the_keys_inside_a_window():
+    """Of 32 queries with a window of 8, the first 8 see 1 to 8 keys and the others 8: halved as the whole is."""
+    base = DecoderConfig(vocab_size=64, num_layers=2)
+    attention_flops = lambda **fields: (
+        dataclasses.replace(base, **fields).flops_per_token(32) - 6 * base.multiplied_weights
+    )
+    each = 12 * base.num_heads * base.head_size
+    assert attention_flops() == each * 2 * 16
+    assert attention_flops(window=8) == each * 2 * (8 * 8 / 2 + 24 * 8) / 32
+    assert attention_flops(window=8, pattern="lg") == each * ((8 * 8 / 2 + 24 * 8) / 32 + 16)
+    assert attention_flops(window=64) == attention_flops()
 
 
 def test_the_run_must_fit_the_model():

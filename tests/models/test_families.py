@@ -14,6 +14,7 @@ from llmjax.models import registry
 from llmjax.models.decoder_config import DecoderConfig
 from llmjax.models.encdec_config import EncDecConfig
 from llmjax.models.encoder_config import EncoderConfig
+from llmjax.models.moe_config import MoeConfig
 from llmjax.models.recurrent_config import RecurrentConfig
 from llmjax.nn.stack import REMAT
 from llmjax.parallel import axes
@@ -62,6 +63,9 @@ VARIANTS = {
         rope_scaling="yarn",
         rope_factor=4.0,
         rope_original=8,
+    ),
+    "mixtral": MoeConfig(
+        **SMALL, num_heads=4, num_kv_heads=2, mlp=24, num_experts=4, balance_loss=0.0, router_z_loss=0.0
     ),
     "bert": EncoderConfig(**SMALL, num_heads=4, types=2, pooler="tanh"),
     "modernbert": EncoderConfig(
@@ -136,11 +140,17 @@ def test_documents_of_a_row_do_not_see_each_other(name):
     assert other.any() and (batch.segments > 1).any()
     kept = dataclasses.replace(batch, weights=batch.weights * ~other)
     changed = swapped(kept, other, None if kept.source is None else kept.source_segments == 1)
-    before, after = logits(graph, params, kept), logits(graph, params, changed)
-    np.testing.assert_array_equal(before[~other], after[~other])
-    assert (before[other] != after[other]).any()
-    # A masked score is exp(-1e30) = 0 exactly, so every term from the other document is an exact 0.
+    before, after = (np.asarray(logits(graph, params, each)) for each in (kept, changed))
+    assert np.abs(before[other] - after[other]).max() > 0.01
     found, expected = loss_and_grads(graph, params, changed), loss_and_grads(graph, params, kept)
+    if config.family == "moe":
+        # Another document's tokens move this one's to other places among an expert's rows, where a matmul may round
+        # its sums otherwise; its router losses, which are of whole rows, are switched off here.
+        np.testing.assert_allclose(before[~other], after[~other], atol=1e-5)
+        assert_close(found, expected, 1e-5)
+        return
+    # A masked score is exp(-1e30) = 0 exactly, so every term from the other document is an exact 0.
+    np.testing.assert_array_equal(before[~other], after[~other])
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
@@ -154,10 +164,12 @@ def test_order(name):
     assert len(places) > 3
     later = np.zeros_like(batch.segments, bool)
     later[0, places[-1]] = True
-    before, after = logits(graph, params, batch), logits(graph, params, swapped(batch, later))
-    earlier = places[:-1]
-    same = (np.asarray(before)[0, earlier] == np.asarray(after)[0, earlier]).all()
-    assert same == (config.family != "encoder")
+    before, after = (np.asarray(logits(graph, params, each)) for each in (batch, swapped(batch, later)))
+    moved = np.abs(before - after)[0, places[:-1]].max()
+    if config.family == "encoder":
+        assert moved > 0.01
+    else:
+        assert moved <= (1e-5 if config.family == "moe" else 0)  # see above
     assert (before[0, places[-1]] != after[0, places[-1]]).any()
 
 
@@ -250,6 +262,8 @@ def test_cached_decoding_equals_the_full_pass(name):
 @every_variant
 def test_flops_are_near_what_the_compiler_counts(name):
     """Forward pass of one full document, unrolled; what a causal mask or a window hides is computed all the same."""
+    if VARIANTS[name].family == "moe":
+        pytest.skip("what its grouped matmuls cost depends on the device: tests/models/test_moe.py counts weights")
     config = dataclasses.replace(VARIANTS[name], scan=False, vocab_multiple=1, embed=64)
     if config.family == "recurrent" and config.recurrence == "sequential":
         config = dataclasses.replace(config, unroll=SEQ)  # the compiler counts a loop's body once

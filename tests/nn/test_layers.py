@@ -12,6 +12,7 @@ from llmjax.nn import attention, dropout, rotary, stack
 from llmjax.nn.linear import Linear, project
 from llmjax.nn.mlp import ACTIVATIONS
 from llmjax.nn.norm import NORMS
+from llmjax.nn.rotary import Scaling
 
 
 def draw(*shape, seed=0):
@@ -45,6 +46,39 @@ def test_norms_compute_in_float32(name):
     # the mean of 300 takes 8 of 24 bits off a layernorm's differences
     np.testing.assert_allclose(norm(x), expected, rtol=1e-4, atol=1e-4)
     assert norm(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_over_several_dimensions_are_norms_of_the_flat_vector(name):
+    many, one = (NORMS[name](dims, eps=1e-6, bias=True, dtype="float32") for dims in ({"heads": 3, "head_dim": 8}, 24))
+    scale = draw(24, seed=1)
+    many.scale[...], one.scale[...] = scale.reshape(3, 8), scale
+    x = draw(2, 5, 3, 8)
+    np.testing.assert_allclose(many(x).reshape(2, 5, 24), one(x.reshape(2, 5, 24)), rtol=1e-5, atol=1e-6)
+
+
+def test_a_norm_of_one_plus_scale_starts_as_a_plain_one():
+    plain, plus = (NORMS[name](16, eps=1e-6, bias=False, dtype="float32") for name in ("rmsnorm", "rmsnorm1p"))
+    x = draw(5, 16)
+    np.testing.assert_array_equal(plain(x), plus(x))
+    plus.scale[...] = jnp.full(16, 0.5)
+    np.testing.assert_allclose(plus(x), 1.5 * plain(x), rtol=1e-6)
+
+
+def test_scaled_frequencies():
+    """Fast dimensions stay, slow ones are divided, none speeds up; linear scaling is slower positions."""
+    make = lambda kind, **other: Scaling(kind=kind, factor=8.0, original=4096, **other)
+    plain = rotary.frequencies(64, 1e4)
+    np.testing.assert_allclose(rotary.frequencies(64, 1e4, make("linear")), plain / 8)
+    for scaling in (make("llama3"), make("yarn", high=32.0), make("yarn", high=32.0, truncate=False)):
+        found = rotary.frequencies(64, 1e4, scaling)
+        turns = 4096 * plain / (2 * np.pi)
+        np.testing.assert_array_equal(found[turns > 64], plain[turns > 64])
+        np.testing.assert_allclose(found[turns < 0.5], plain[turns < 0.5] / 8)
+        assert ((found <= plain) & (found >= plain / 8 * (1 - 1e-12))).all() and (np.diff(found) < 0).all()
+    cos, sin = rotary.angles(jnp.array([[3]]), 64, 1e4, make("yarn", attention_factor=2.0))
+    np.testing.assert_allclose(cos**2 + sin**2, 4.0, rtol=1e-6)
+    assert rotary.yarn_attention_factor(1.0) == 1 and rotary.yarn_attention_factor(40.0) == pytest.approx(1.3689, 1e-4)
 
 
 def test_rotary_depends_on_the_distance_alone():
@@ -94,6 +128,19 @@ def test_a_bias_is_added_to_the_scores_of_its_head():
     scores = jnp.einsum("bshk,bthk->bhst", q, wide[0]) + bias
     expected = jnp.einsum("bhst,bthk->bshk", jax.nn.softmax(scores, axis=-1), wide[1])
     np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_softcap_and_sinks():
+    q, k, v = draw(2, 5, 4, 3), draw(2, 7, 2, 3, seed=1), draw(2, 7, 2, 6, seed=2)
+    sinks = jnp.array([-2.0, 0.0, 3.0, 200.0])
+    mask = jnp.asarray(np.random.default_rng(0).random((2, 5, 7)) < 0.7).at[:, :, 0].set(True)
+    found = attention.dot(q, k, v, mask, scale=2.0, softcap=1.5, sinks=sinks)
+    wide = [np.repeat(np.asarray(x, np.float64), 2, axis=2) for x in (k, v)]
+    scores = 1.5 * np.tanh(2.0 * np.einsum("bshk,bthk->bhst", q, wide[0]) / 1.5)
+    parts = np.where(mask[:, None], np.exp(scores), 0)
+    total = parts.sum(-1, keepdims=True) + np.exp(np.asarray(sinks, np.float64))[:, None, None]
+    np.testing.assert_allclose(found, np.einsum("bhst,bthk->bshk", parts / total, wide[1]), atol=1e-6)
+    assert np.abs(found[:, :, 3]).max() < 1e-30, "a sink far above the scores takes all weight, and nothing overflows"
 
 
 def test_keys_are_never_repeated():

@@ -1,6 +1,7 @@
 """Kinds of parameters by axes, and three steps with stacked blocks equal three with every layer on its own."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -26,6 +27,13 @@ from tests.optim.parameters import AXES, UNSTACKED_AXES, random_tree, run, unsta
         (("layers", "heads", "head_dim", "embed"), "matrix"),
         (("layers", "embed", "mlp"), "matrix"),
         (("embed", "mlp"), "matrix"),
+        (("layers", "experts", "embed", "mlp"), "matrix"),
+        (("experts", "mlp", "embed"), "matrix"),
+        (("layers", "experts", "mlp"), "vector"),
+        (("layers", "embed", "router"), "matrix"),
+        (("layers", "router"), "vector"),
+        (("layers", "experts"), "balance"),
+        (("experts",), "balance"),
     ],
 )
 def test_kind(axes, expected):
@@ -39,6 +47,57 @@ def test_matrix_view_merges_heads():
     assert matrix_view((3, 8, 2, 5), query) == ((3, 8, 10), ("layers", "embed", "heads"))
     assert matrix_view((3, 2, 5, 8), out) == ((3, 10, 8), ("layers", "heads", "embed"))
     assert matrix_view((3, 2, 5), ("layers", "heads", "head_dim")) == ((3, 10), ("layers", "heads"))
+
+
+def test_each_expert_is_a_matrix_of_its_own():
+    axes = ("layers", "experts", "embed", "mlp")
+    assert matrix_dims(axes) == ((2,), (3,))
+    assert matrix_view((3, 4, 8, 5), axes) == ((3, 4, 8, 5), axes)
+    assert matrix_view((3, 4, 5), ("layers", "experts", "mlp")) == ((3, 4, 5), ("layers", "experts", "mlp"))
+
+
+EXPERTS = {"up": ("layers", "experts", "embed", "mlp"), "up_bias": ("layers", "experts", "mlp")}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_experts_equal_layers(name):
+    """Two layers of three experts move as six layers do."""
+    config = OptimizerConfig(name=name, learning_rate=0.01, weight_decay=0.1)
+    rng = np.random.default_rng(0)
+    draw = lambda: {
+        "up": jnp.asarray(rng.normal(size=(2, 3, 128, 136)), jnp.float32),
+        "up_bias": jnp.asarray(rng.normal(size=(2, 3, 136)), jnp.float32),
+    }
+    flat = lambda tree: jax.tree.map(lambda leaf: leaf.reshape(6, *leaf.shape[2:]), tree)
+    params, gradients = draw(), [draw(), draw()]
+    optimizer = make_optimizer(config, horizon=10, axes=EXPERTS)
+    found, state = run(optimizer, params, gradients)
+    layers = {key: ("layers", *names[2:]) for key, names in EXPERTS.items()}
+    expected, _ = run(make_optimizer(config, horizon=10, axes=layers), flat(params), [flat(g) for g in gradients])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), flat(found), expected)
+    is_axes = lambda node: type(node) is tuple and all(name is None or isinstance(name, str) for name in node)
+    axes = jax.tree.leaves(optimizer.state_axes(params), is_leaf=is_axes)
+    assert [leaf.ndim for leaf in jax.tree.leaves(state)] == [len(names) for names in axes]
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_a_balance_parameter_moves_by_the_sign_of_its_gradient(name):
+    """Whatever optimizer, clipping, decay and schedule; and nothing else feels its gradient."""
+    config = OptimizerConfig(name=name, clip_norm=0.1, weight_decay=0.3, balance_rate=0.01)
+    axes = {"up": ("layers", "embed", "mlp"), "correction": ("layers", "experts")}
+    params = {"up": jnp.ones((2, 8, 8)), "correction": jnp.full((2, 3), 5.0)}
+    loads = jnp.array([[9e6, -9e6, 0.0], [1e-3, 0.0, -1e-3]])
+    grads = [{"up": jnp.full((2, 8, 8), 0.5), "correction": loads * sign} for sign in (1, 1, -1)]
+    optimizer = make_optimizer(config, horizon=10, axes=axes)
+    found, state = run(optimizer, params, grads)
+    moved = -0.01 * np.sign(loads)
+    np.testing.assert_allclose(found["correction"], 5 + moved, atol=1e-6)
+    np.testing.assert_allclose(optimizer.evaluated(found, state)["correction"], 5 + moved, atol=1e-6)
+    alone = make_optimizer(config, horizon=10, axes={"up": axes["up"]})
+    expected, _ = run(alone, {"up": params["up"]}, [{"up": g["up"]} for g in grads])
+    np.testing.assert_allclose(found["up"], expected["up"], rtol=1e-6)
+    _, _, info = optimizer.update(grads[0], optimizer.init(params), params)
+    np.testing.assert_allclose(info["grad_norm"], 0.5 * 128**0.5, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", DEFAULTS)

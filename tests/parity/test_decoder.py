@@ -1,6 +1,7 @@
 """The decoder, by configuration alone, against each model of transformers that it claims to be."""
 
 import copy
+import dataclasses
 import functools
 
 import numpy as np
@@ -314,6 +315,14 @@ def test_what_we_cannot_honour_is_refused_by_name(words):
     model = reference(name)
     with pytest.raises(ValueError, match=words.replace(".", r"\.")):
         ARCHITECTURES[type(model).__name__].read_config(model.config.to_dict() | fields)
+
+
+def test_what_a_class_cannot_express_is_not_written_otherwise():
+    """Sliding layers whose frequencies are scaled too: in Gemma 3 and OLMo 3 they never are."""
+    for name in ("gemma3", "olmo3"):
+        architecture, config, _, _ = imported(name)
+        with pytest.raises(ValueError, match=r"rope_local_base=0.0: rope_scaling=.* would be lost"):
+            architecture.write_config(dataclasses.replace(config, rope_local_base=0.0))
 
 
 def test_published_files_of_older_releases_are_read():

@@ -1,82 +1,184 @@
-"""Checkpoints of transformers, imported and exported: the same logits, the same text, the same tensors."""
+"""Folders that transformers saves are imported, and what is exported transformers loads: same tensors, logits, text."""
 
-import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="parity needs `make parity`")
 transformers = pytest.importorskip("transformers", reason="parity needs `make parity`")
 
+from etils import epath
 from flax import nnx
 import jax
-import jax.numpy as jnp
+import numpy as np
 
+from llmjax import loading, run_config, sampling
 from llmjax.batch import Batch
-from llmjax.config import bind
-from llmjax.interop import mapping
-from llmjax.interop.decoder import ARCHITECTURES
-from llmjax.models import registry
-from llmjax.models.decoder_config import DecoderConfig
+from llmjax.data.tokenizer import train_sentencepiece
+from llmjax.interop import exporting, importing, tokenizers
+from tests import jobs
+from tests.interop import published
+
+VOCAB = published.VOCAB
+PROMPT = "def main(argv):\n    return"
+DECODER = {"bos_token_id": 1, "eos_token_id": 2}
+LLAMA = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48, **DECODER}
+GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, **DECODER}
+BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+CAUSAL = {
+    "gpt2": ("GPT2", GPT2),
+    "llama": ("Llama", {**LLAMA, "num_key_value_heads": 2}),
+    "llama-tied": ("Llama", {**LLAMA, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {**LLAMA, "num_key_value_heads": 2, "head_dim": 16}),
+    "gemma2": ("Gemma2", {**LLAMA, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8}),
+}
 
 
-def _gpt2(**other):
-    config = transformers.GPT2Config(
-        vocab_size=97, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=1, **other
-    )
-    return transformers.GPT2LMHeadModel(config)
-
-
-def _llama(**other):
-    config = transformers.LlamaConfig(
-        vocab_size=97,
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=48,
-        bos_token_id=0,
-        eos_token_id=1,
-        **other,
-    )
-    return transformers.LlamaForCausalLM(config)
-
-
-MODELS = {"gpt2": _gpt2, "llama": _llama, "llama-tied": lambda: _llama(tie_word_embeddings=True)}
-
-
-def moved(model):
-    """Weights off their init, so that no bias is 0 and no scale is 1."""
-    generator = torch.Generator().manual_seed(0)
+def build(kind: str, model_class: type, settings: dict):
+    """A small random model, moved off its start, in eval mode."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(vocab_size=VOCAB, attn_implementation="eager", **settings)
+    model = model_class.from_config(config)
+    if kind == "T5" and not settings.get("tie_word_embeddings", True):
+        # transformers ties what it builds, and unties what it reads
+        model.lm_head.weight = torch.nn.Parameter(torch.randn(VOCAB, settings["d_model"]) / 7)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+            parameter += 0.1 * torch.randn(parameter.shape)
     return model.eval()
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_logits(name):
-    torch.manual_seed(0)
-    model = moved(MODELS[name]())
-    hf = model.config.to_dict()
-    architecture = ARCHITECTURES[type(model).__name__]
-    config = bind(DecoderConfig, architecture.read_config(hf), "model")
-    state = {key: value.numpy() for key, value in model.state_dict().items()}
-    rules = architecture.rules(config)
-    params = mapping.load(rules, state, config)
-    back = mapping.dump(rules, params, config)
-    assert set(back) == set(state)
-    for key, value in state.items():
-        np.testing.assert_array_equal(back[key].view(np.uint32), value.view(np.uint32), err_msg=key)
-    tokens = np.random.default_rng(0).integers(0, 97, (2, 20)).astype(np.int32)
+def save(model, folder, special=("<unk>", "<s>", "</s>"), **options):
+    model.save_pretrained(folder, **options)
+    published.write_tokenizer(folder, special)
+    return folder
+
+
+def same_state(model, other) -> None:
+    state, back = model.state_dict(), other.state_dict()
+    assert set(state) == set(back)
+    for name, tensor in state.items():
+        assert torch.equal(tensor.view(torch.int32), back[name].view(torch.int32)), name
+
+
+def rows(ids: np.ndarray, **more) -> Batch:
+    """A batch of whole rows, one document each."""
+    places = np.broadcast_to(np.arange(ids.shape[1]), ids.shape).astype(np.int32)
+    ones = np.ones(ids.shape, np.int32)
+    sample = np.zeros((len(ids), 2), np.uint32)
+    weights = ones.astype(np.float32)
+    return Batch(inputs=ids, targets=ids, weights=weights, segments=ones, positions=places, sample=sample, **more)
+
+
+def logits(loaded, batch: Batch) -> np.ndarray:
+    def run(params, batch):
+        model = nnx.merge(loaded.graph, params)
+        return model.unembed(model(batch).hidden)
+
+    with jax.set_mesh(loaded.mesh):
+        return np.asarray(jax.jit(run)(loaded.params, batch))[..., :VOCAB]
+
+
+def complete(loaded, prompt: str, max_tokens: int = 12) -> str:
+    return sampling.complete(
+        [prompt],
+        graph=loaded.graph,
+        params=loaded.params,
+        model=loaded.config.model,
+        mesh=loaded.mesh,
+        rules=loaded.config.parallel.rules,
+        tokenizer=loaded.tokenizer,
+        objective=run_config.objective(loaded.config, loaded.tokenizer),
+        max_tokens=max_tokens,
+        temperature=0,
+    )[0]
+
+
+def random_ids(shape: tuple[int, int]) -> np.ndarray:
+    return np.random.default_rng(0).integers(3, VOCAB, shape).astype(np.int32)
+
+
+def their_text(folder, model, ids: list[int], max_tokens: int = 12) -> str:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    out = model.generate(
+        torch.tensor([ids]), max_new_tokens=max_tokens, do_sample=False, pad_token_id=0, attention_mask=None
+    )[0].tolist()
+    new = out[1:] if model.config.is_encoder_decoder else out[len(ids) :]
+    end = new.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in new else len(new)
+    return tokenizer.decode(new[:end], clean_up_tokenization_spaces=False)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_causal(name, tmp_path):
+    kind, settings = CAUSAL[name]
+    model = build(kind, transformers.AutoModelForCausalLM, settings)
+    source, workdir = save(model, tmp_path / "in", max_shard_size="20KB"), epath.Path(tmp_path / "run")
+    found = importing.import_checkpoint(source, workdir, say=print)
+    exporting.export(workdir, tmp_path / "out", max_shard_bytes=30_000, say=print)
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    assert type(back).__name__ == type(model).__name__ == found.architecture
+    same_state(model, back)
+
+    loaded, ids = loading.load(workdir), random_ids((8, 20))
     with torch.no_grad():
-        theirs = model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
-    ours_model = nnx.merge(registry.abstract(config)[0], params)
-    batch = Batch(
-        inputs=jnp.asarray(tokens),
-        targets=jnp.asarray(tokens),
-        weights=jnp.ones(tokens.shape),
-        segments=jnp.ones(tokens.shape, jnp.int32),
-        positions=jnp.broadcast_to(jnp.arange(20), tokens.shape),
-        sample=jnp.zeros((2, 2), jnp.uint32),
-    )
-    ours = jax.jit(lambda batch: ours_model.unembed(ours_model(batch).hidden))(batch)
-    np.testing.assert_allclose(np.asarray(ours)[..., :97], theirs, atol=2e-4, rtol=0)
+        theirs = back(torch.tensor(ids, dtype=torch.long)).logits.numpy()
+        first = model(torch.tensor(ids, dtype=torch.long)).logits.numpy()
+    np.testing.assert_allclose(theirs, first, atol=1e-5)
+    np.testing.assert_allclose(logits(loaded, rows(ids)), theirs, atol=2e-4, rtol=0)
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    prompt = tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
+    assert complete(loaded, PROMPT) == their_text(tmp_path / "out", back, [tokenizer.bos_token_id, *prompt])
+
+
+@pytest.mark.parametrize("kind", ["Bert", "ModernBert"])
+def test_masked(kind, tmp_path):
+    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+    more = {} if kind == "Bert" else {"num_hidden_layers": 4, "pad_token_id": 0, "local_attention": 8}
+    model = build(kind, transformers.AutoModelForMaskedLM, {**BERT, "max_position_embeddings": 64, **more})
+    source, workdir = save(model, tmp_path / "in", special), epath.Path(tmp_path / "run")
+    importing.import_checkpoint(source, workdir, say=print)
+    exporting.export(workdir, tmp_path / "out", say=print)
+    back = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    same_state(model, back)
+    ids = random_ids((8, 24))
+    with torch.no_grad():
+        theirs = back(torch.tensor(ids, dtype=torch.long)).logits.numpy()
+    np.testing.assert_allclose(logits(loading.load(workdir), rows(ids)), theirs, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["v1.0", "v1.1"])
+def test_sequence_to_sequence(kind, tmp_path):
+    more = {} if kind == "v1.0" else {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+    model = build("T5", transformers.AutoModelForSeq2SeqLM, {**T5, **more})
+    special = ("<pad>", "</s>", "<unk>", *(f"<extra_id_{number}>" for number in range(30)))
+    source, workdir = save(model, tmp_path / "in", special), epath.Path(tmp_path / "run")
+    importing.import_checkpoint(source, workdir, say=print)
+    exporting.export(workdir, tmp_path / "out", say=print)
+    back = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    same_state(model, back)
+    loaded, ids, source_ids = loading.load(workdir), random_ids((8, 12)), random_ids((8, 20))
+    with torch.no_grad():
+        theirs = back(torch.tensor(source_ids).long(), decoder_input_ids=torch.tensor(ids).long()).logits.numpy()
+    read = rows(source_ids)
+    batch = rows(ids, source=source_ids, source_segments=read.segments, source_positions=read.positions)
+    np.testing.assert_allclose(logits(loaded, batch), theirs, atol=5e-4, rtol=0)
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    gap = tokenizer.convert_tokens_to_ids("<extra_id_0>")
+    prompt = [*tokenizer(PROMPT, add_special_tokens=False)["input_ids"], gap]
+    assert complete(loaded, PROMPT) == their_text(tmp_path / "out", back, prompt)
+
+
+def test_a_tokenizer_trained_here_is_read_by_others(tmp_path):
+    """SentencePiece BPE becomes a tokenizer.json with the same ids, long texts and all."""
+    texts = [path.read_text() for path in sorted((jobs.ROOT / "llmjax").rglob("*.py"))]
+    content = train_sentencepiece(texts[:20], algorithm="bpe", vocab_size=600)
+    made = tokenizers.read_tokenizer("sentencepiece", content)
+    said = tokenizers.write(made, content, epath.Path(tmp_path), texts=texts)
+    assert "the same ids" in said
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (made.bos_id, made.eos_id, made.pad_id)
+    for text, ids in zip(texts, made.encode_batch(texts), strict=True):
+        found = theirs(text, add_special_tokens=False, split_special_tokens=True)
+        assert found["input_ids"] == ids.tolist()
+        assert theirs.decode(ids.tolist(), clean_up_tokenization_spaces=False) == text

@@ -1,0 +1,219 @@
+"""Checkpoints with mixtures of experts: Mixtral, Qwen3-MoE, gpt-oss and DeepSeek-V3."""
+
+import math
+from typing import Any
+
+from llmjax.config import UserError
+from llmjax.interop import moe_rules, rope
+from llmjax.interop.decoder import every, layer_types, shared_fields, shared_json, windows
+from llmjax.interop.fields import Fields
+from llmjax.interop.mapping import Architecture
+from llmjax.models.moe_config import MoeConfig
+from llmjax.nn.rotary import yarn_attention_factor
+
+# Of the router's loss in training, which differs from ours; and of what is computed for several tokens ahead.
+_NEUTRAL = (
+    "router_aux_loss_coef",
+    "output_router_logits",
+    "router_jitter_noise",
+    "aux_loss_alpha",
+    "seq_aux",
+    "ep_size",
+    "num_nextn_predict_layers",
+    "num_mtp_layers",
+)
+# What training alone knows of.
+_FREE = ("balance_loss", "router_z_loss", "rope_dim")
+
+
+def _activation(fields: Fields) -> dict[str, str]:
+    return {"activation": fields.choice("hidden_act", {"silu": "silu", "gelu": "gelu", "relu": "relu"}, "silu")}
+
+
+def _read_mixtral(hf: dict[str, Any]) -> dict[str, Any]:
+    fields = Fields(hf)
+    fields.must("attention_bias", False)
+    section = shared_fields(fields, eps=1e-5, kv_heads=8, positions=4096 * 32) | _activation(fields)
+    section |= rope.read(fields, base=1e6)
+    section |= {
+        "num_experts": _experts(fields, 8),
+        "experts_per_token": fields.get("num_experts_per_tok", 2),
+        "expert_mlp": section["mlp"],
+    }
+    window = fields.get("sliding_window", None)
+    fields.done(*_NEUTRAL)
+    return section | ({"window": window, "pattern": "l"} if window else {})
+
+
+def _write_mixtral(config: MoeConfig) -> dict[str, Any]:
+    shared = _json(config, "mixtral") | {"intermediate_size": config.expert_size}
+    return shared | {"num_local_experts": config.num_experts, "sliding_window": config.window or None}
+
+
+def _read_qwen3(hf: dict[str, Any]) -> dict[str, Any]:
+    fields = Fields(hf)
+    section = (
+        shared_fields(fields, kv_heads=4, positions=32768) | _activation(fields) | rope.read(fields, base=10_000.0)
+    )
+    fields.must("use_sliding_window", False)
+    fields.must("decoder_sparse_step", 1)
+    dense = fields.get("mlp_only_layers", None) or []
+    if list(dense) != list(range(len(dense))):
+        raise UserError(f"config.json: mlp_only_layers={dense} is not supported, only the first layers, such as [0, 1]")
+    section |= {
+        "qk_norm": "head",
+        "num_experts": _experts(fields, 128),
+        "experts_per_token": fields.get("num_experts_per_tok", 8),
+        "expert_mlp": fields.get("moe_intermediate_size", 768),
+        "renormalise": fields.get("norm_topk_prob", False),
+        "dense_layers": len(dense),
+    }
+    fields.done(*_NEUTRAL, "sliding_window", "max_window_layers")
+    return section
+
+
+def _write_qwen3(config: MoeConfig) -> dict[str, Any]:
+    return _json(config, "qwen3_moe") | {
+        "attention_bias": config.biases != "none",
+        "num_experts": config.num_experts,
+        "moe_intermediate_size": config.expert_size,
+        "norm_topk_prob": config.renormalise,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(range(config.dense_layers)),
+    }
+
+
+def _read_gpt_oss(hf: dict[str, Any]) -> dict[str, Any]:
+    fields = Fields({"head_dim": 64, "attention_bias": True} | hf)
+    fields.must("attention_bias", True)
+    fields.must("hidden_act", "silu")  # of which its experts have a variant of their own
+    fields.must("swiglu_alpha", 1.702)
+    fields.must("swiglu_limit", 7.0)
+    section = shared_fields(fields, eps=1e-5, kv_heads=8, positions=131072)
+    section |= rope.read(fields, base=150_000.0)
+    section |= windows(fields, default=every(fields["num_hidden_layers"], 2), window=128)
+    section |= {
+        "biases": "all",
+        "sinks": "learned",
+        "expert_activation": "clamped_swiglu",
+        "num_experts": _experts(fields, 128),
+        "experts_per_token": fields.get("num_experts_per_tok", 4),
+        "expert_mlp": section["mlp"],
+    }
+    fields.done(*_NEUTRAL, "experts_per_token", "initial_context_length")
+    return section
+
+
+def _write_gpt_oss(config: MoeConfig) -> dict[str, Any]:
+    return (
+        _json(config, "gpt_oss")
+        | layer_types(config)
+        | {
+            "attention_bias": True,
+            "intermediate_size": config.expert_size,
+            "num_local_experts": config.num_experts,
+        }
+    )
+
+
+def _read_deepseek(hf: dict[str, Any]) -> dict[str, Any]:
+    fields = Fields(hf)
+    fields.must("attention_bias", False)
+    fields.must("rope_interleave", True)
+    fields.must("moe_layer_freq", 1)
+    fields.must("scoring_func", "sigmoid")
+    fields.must("topk_method", "noaux_tc")
+    fields.must("num_key_value_heads", None, fields["num_attention_heads"])
+    section = shared_fields(fields, positions=4096) | _activation(fields) | rope.read(fields, base=10_000.0)
+    section |= {
+        "num_kv_heads": 0,
+        "head_dim": fields.get("qk_nope_head_dim", 128),
+        "rope_dim": fields.get("qk_rope_head_dim", 64),
+        "value_dim": fields.get("v_head_dim", 128),
+        "latent": fields.get("kv_lora_rank", 512),
+        "query_latent": fields.get("q_lora_rank", 1536) or 0,
+        "num_experts": _experts(fields, 256),
+        "experts_per_token": fields.get("num_experts_per_tok", 8),
+        "expert_mlp": fields.get("moe_intermediate_size", 2048),
+        "shared_experts": fields.get("n_shared_experts", 1),
+        "dense_layers": fields.get("first_k_dense_replace", 3),
+        "router": "sigmoid",
+        "correction_bias": True,
+        "renormalise": fields.get("norm_topk_prob", True),
+        "router_scale": float(fields.get("routed_scaling_factor", 2.5)),
+        "router_groups": fields.get("n_group", 8),
+        "router_top_groups": fields.get("topk_group", 4),
+    }
+    fields.done(*_NEUTRAL, "qk_head_dim")
+    return section | _read_score_scale(hf, section)
+
+
+def _read_score_scale(hf: dict[str, Any], section: dict[str, Any]) -> dict[str, float]:
+    """With YaRN, the scores' scale has a factor of its own, beside the one of cos and sin."""
+    weight = (hf.get("rope_scaling") or hf.get("rope_parameters") or {}).get("mscale_all_dim", 0)
+    if not weight or "rope_scaling" not in section:
+        return {}
+    own = yarn_attention_factor(section["rope_factor"], weight) ** 2
+    return {"score_scale": own * (section["head_dim"] + section["rope_dim"]) ** -0.5}
+
+
+def _write_deepseek(config: MoeConfig) -> dict[str, Any]:
+    written = _json(config, "deepseek_v3") | {
+        "num_key_value_heads": config.num_heads,
+        "head_dim": config.rope_dim,
+        "qk_nope_head_dim": config.head_size,
+        "qk_rope_head_dim": config.rope_dim,
+        "v_head_dim": config.value_size,
+        "kv_lora_rank": config.latent,
+        "q_lora_rank": config.query_latent or None,
+        "n_routed_experts": config.num_experts,
+        "moe_intermediate_size": config.expert_size,
+        "n_shared_experts": config.shared_experts,
+        "first_k_dense_replace": config.dense_layers,
+        "norm_topk_prob": config.renormalise,
+        "routed_scaling_factor": config.router_scale,
+        "n_group": config.router_groups,
+        "topk_group": config.router_top_groups,
+        "rope_interleave": True,
+    }
+    if config.score_scale and config.rope_factor > 1:
+        own = math.sqrt(config.score_scale / config.latent_scale)
+        written["rope_parameters"]["mscale_all_dim"] = round((own - 1) / (0.1 * math.log(config.rope_factor)), 6)
+    return written
+
+
+def _experts(fields: Fields, default: int) -> int:
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    given = {found for name in names if (found := fields.get(name, None)) is not None}
+    if len(given) > 1:
+        raise UserError(f"config.json: {' and '.join(names)} differ: {sorted(given)}")
+    return given.pop() if given else default
+
+
+def _json(config: MoeConfig, model_type: str) -> dict[str, Any]:
+    shared = shared_json(config, model_type) | rope.write(config) | {"num_experts_per_tok": config.experts_per_token}
+    del shared["attention_bias"]
+    return shared | {"hidden_act": config.activation}
+
+
+ARCHITECTURES = {
+    "MixtralForCausalLM": Architecture(
+        read_config=_read_mixtral, write_config=_write_mixtral, rules=moe_rules.mixtral, free=(*_FREE, "mlp")
+    ),
+    "Qwen3MoeForCausalLM": Architecture(
+        read_config=_read_qwen3, write_config=_write_qwen3, rules=moe_rules.qwen3, free=_FREE
+    ),
+    "GptOssForCausalLM": Architecture(
+        read_config=_read_gpt_oss,
+        write_config=_write_gpt_oss,
+        rules=moe_rules.gpt_oss,
+        free=(*_FREE, "mlp", "activation"),
+    ),
+    "DeepseekV3ForCausalLM": Architecture(
+        read_config=_read_deepseek,
+        write_config=_write_deepseek,
+        rules=moe_rules.deepseek,
+        rename=moe_rules.deepseek_name,
+        free=("balance_loss", "router_z_loss"),
+    ),
+}

@@ -1,0 +1,104 @@
+"""Multi-head latent attention: all heads make their keys and values from one small vector, which is what is cached."""
+
+from typing import Any
+
+from flax import nnx
+import jax
+from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
+
+from llmjax.nn import rotary
+from llmjax.nn.attention import KERNELS, dot
+from llmjax.nn.linear import Linear
+from llmjax.nn.norm import RMSNorm
+from llmjax.parallel.axes import constrain
+
+Angles = tuple[jax.Array, jax.Array]
+Cache = tuple[jax.Array, jax.Array]
+
+# Of the norms of the latents, whatever that of the residual stream has.
+_EPS = 1e-6
+
+
+class LatentAttention(nnx.Module):
+    """Self-attention over latents.  [batch, seq, embed] -> same.  (DeepSeek-AI, 2024, arXiv 2405.04434, section 2.1)
+
+    latent      width of the normed vector from which every head's keys and values are made
+    query_rank  width of the normed vector from which the queries are made; 0: they are made from x
+    head_dim    width of the part of queries and keys that has no position
+    rope_dim    width of the part that is rotated; its key is one for all heads, and made from x
+    value_dim   width of a value
+    score_scale what the products of queries and keys are multiplied by
+    """
+
+    def __init__(
+        self,
+        key: jax.Array,
+        embed: int,
+        *,
+        num_heads: int,
+        latent: int,
+        query_rank: int,
+        head_dim: int,
+        rope_dim: int,
+        value_dim: int,
+        scale: float,
+        score_scale: float,
+        kernel: str,
+        dtype: str,
+    ):
+        keys = iter(jax.random.split(key, 7))
+        linear = lambda inputs, outputs, **scaled: Linear(
+            next(keys), inputs, outputs, bias=False, dtype=dtype, **scaled
+        )
+        norm = lambda width: RMSNorm({"latent": width}, eps=_EPS, bias=False, dtype=dtype)
+        x, c = {"embed": embed}, {"latent": latent}
+        heads = lambda width: {"heads": num_heads, "head_dim": width}
+        self.query_down = linear(x, {"latent": query_rank}) if query_rank else None
+        self.query_norm = norm(query_rank) if query_rank else None
+        self.query = linear({"latent": query_rank} if query_rank else x, heads(head_dim + rope_dim))
+        self.latent, self.latent_norm = linear(x, c), norm(latent)
+        self.key_rope = linear(x, {"latent": rope_dim})
+        self.key, self.value = linear(c, heads(head_dim)), linear(c, heads(value_dim))
+        self.out = linear(heads(value_dim), x, scale=scale)
+        self.head_dim, self.score_scale, self.kernel = head_dim, score_scale, kernel
+
+    def project(self, x: jax.Array, angles: Angles) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """x [batch, seq, embed] -> the two parts of the queries, [batch, seq, heads, head_dim] and [.., rope_dim], the
+        latents [batch, seq, latent] and the rotated part of the keys [batch, seq, rope_dim]."""
+        q = x if self.query_down is None or self.query_norm is None else self.query_norm(self.query_down(x))
+        q = constrain(self.query(q), "batch", "seq", "heads", "head_dim")
+        plain, turned = q[..., : self.head_dim], rotary.rotate(q[..., self.head_dim :], *angles)
+        rope = rotary.rotate(self.key_rope(x)[:, :, None], *angles)[:, :, 0]
+        return plain, turned, self.latent_norm(self.latent(x)), rope
+
+    def __call__(self, x: jax.Array, angles: Angles, prepared: Any) -> jax.Array:
+        plain, turned, latent, rope = self.project(x, angles)
+        k = constrain(self.key(latent), "batch", "seq", "heads", "head_dim")
+        v = constrain(self.value(latent), "batch", "seq", "heads", "head_dim")
+        k = jnp.concatenate([k, jnp.broadcast_to(rope[:, :, None], turned.shape)], axis=-1)
+        q = jnp.concatenate([plain, turned], axis=-1)
+        found = KERNELS[self.kernel].attend(q, k, v, prepared, scale=self.score_scale)
+        return self.out(constrain(checkpoint_name(found, "attention"), "batch", "seq", "heads", "head_dim"))
+
+    def cached(
+        self, x: jax.Array, angles: Angles, positions: jax.Array, cache: Cache, window: None = None
+    ) -> tuple[jax.Array, Cache]:
+        """The same over a cache of latents and rotated keys, [batch, slots, latent] and [batch, slots, rope_dim].
+
+        x [batch, seq, embed] stands at consecutive `positions` int [batch, seq]; slot i holds position i. No key or
+        value is made: queries are taken into the latents' space, where all heads share the latents as keys and values,
+        and what they find there is taken to values. Returns (output, cache).
+        """
+        assert window is None
+        plain, turned, *new = self.project(x, angles)
+        write = jax.vmap(lambda old, rows, start: jax.lax.dynamic_update_slice_in_dim(old, rows, start, axis=0))
+        first, second = (write(old, r.astype(old.dtype), positions[:, 0]) for old, r in zip(cache, new, strict=True))
+        latent, rope = first.astype(x.dtype), second.astype(x.dtype)
+        absorbed = jnp.einsum("bshk,chk->bshc", plain, self.key.weight[...].astype(x.dtype))
+        q = jnp.concatenate([absorbed, turned], axis=-1)
+        k = jnp.concatenate([latent, rope], axis=-1)[:, :, None]
+        mask = jnp.arange(latent.shape[1]) <= positions[:, :, None]
+        found = dot(q, k, latent[:, :, None], mask, scale=self.score_scale)
+        values = jnp.einsum("bshc,chv->bshv", found, self.value.weight[...].astype(x.dtype))
+        return self.out(values), (first, second)

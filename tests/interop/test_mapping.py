@@ -1,0 +1,119 @@
+"""Rules in both directions: layers, experts, joined tensors, layers without a tensor, padding."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from llmjax import run_config
+from llmjax.config import UserError
+from llmjax.interop import exporting, mapping
+from llmjax.interop.architectures import ARCHITECTURES
+from llmjax.interop.mapping import Correspondence, InMemory, Rule
+from llmjax.models import registry
+from llmjax.models.decoder_config import DecoderConfig
+from tests import jobs
+from tests.interop import published
+
+CONFIG = DecoderConfig(vocab_size=300, embed=32, num_layers=3, num_heads=4, num_kv_heads=2, mlp=48, max_positions=64)
+RULES = ARCHITECTURES["LlamaForCausalLM"].rules(CONFIG)
+
+
+def test_parts_of_parameters_equal_parts_of_the_whole():
+    """Whatever a shard needs, padding of the vocabulary included."""
+    table, source = Correspondence(RULES, CONFIG), InMemory(published.random_tensors(published.llama_shapes()))
+    rng = np.random.default_rng(0)
+    for name, leaf in table.shapes.items():
+        whole = table.read(name, tuple(slice(0, size) for size in leaf.shape), source)
+        for _ in range(10):
+            ends = [sorted(rng.integers(0, size + 1, 2).tolist()) for size in leaf.shape]
+            index = tuple(slice(*pair) for pair in ends)
+            np.testing.assert_array_equal(table.read(name, index, source), whole[index])
+
+
+def test_load_and_dump_are_inverse():
+    tensors = published.random_tensors(published.llama_shapes())
+    params = mapping.load(RULES, tensors, CONFIG)
+    assert jax.tree.map(lambda x: x.shape, params) == jax.tree.map(lambda x: x.shape, registry.abstract(CONFIG)[1])
+    back = mapping.dump(RULES, params, CONFIG)
+    assert set(back) == set(tensors)
+    assert all(published.same_bits(back[name], tensor) for name, tensor in tensors.items())
+
+
+def test_scan_makes_no_difference():
+    unrolled = dataclasses.replace(CONFIG, scan=False)
+    tensors = published.random_tensors(published.llama_shapes())
+    one, other = (mapping.load(RULES, tensors, config) for config in (CONFIG, unrolled))
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), one, other))
+
+
+def test_layers_may_bear_other_numbers_or_have_no_tensor():
+    """Here the first layer has no feed-forward norm on disk, and the others are counted from 10."""
+    name = "model.layers.{layer}.post_attention_layernorm.weight"
+    rules = [dataclasses.replace(r, layers=(None, 10, 11), fill=7.0) if r.theirs == name else r for r in RULES]
+    tensors = published.random_tensors(published.llama_shapes())
+    moved = {old: tensors.pop(name.format(layer=old)) for old in range(3)}
+    tensors |= {name.format(layer=9 + old): moved[old] for old in (1, 2)}
+    params = mapping.load(rules, tensors, CONFIG)
+    scale = np.asarray(params["blocks"]["mlp_norm"]["scale"])
+    np.testing.assert_array_equal(scale[0], 7.0)
+    np.testing.assert_array_equal(scale[1:], [moved[1], moved[2]])
+    back = mapping.dump(rules, params, CONFIG)
+    assert set(back) == set(tensors)
+
+
+@pytest.mark.parametrize("change", ["unknown", "twice", "forgotten"])
+def test_rules_that_are_wrong_are_found(change):
+    rules = {
+        "unknown": [*RULES, Rule("x", ("blocks.nothing",))],
+        "twice": [*RULES, dataclasses.replace(RULES[0], theirs="x", copies=())],
+        "forgotten": RULES[1:],
+    }[change]
+    with pytest.raises(AssertionError):
+        Correspondence(rules, CONFIG)
+
+
+def test_the_first_class_that_expresses_a_model_is_chosen():
+    assert exporting.choose(CONFIG)[0] == "LlamaForCausalLM"
+    gpt2 = dataclasses.replace(
+        CONFIG, num_kv_heads=0, norm="layernorm", positions="learned", biases="all", gated="plain", activation="gelu"
+    )
+    assert exporting.choose(gpt2)[0] == "GPT2LMHeadModel"
+
+
+RECIPES = {
+    "quickstart": "LlamaForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma": "Gemma3ForCausalLM",
+    "olmo": "Olmo3ForCausalLM",
+    "bert": "BertForMaskedLM",
+    "modernbert": "ModernBertForMaskedLM",
+    "t5": "T5ForConditionalGeneration",
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_a_recipe_trains_can_be_exported(recipe):
+    model = run_config.resolve(str(jobs.ROOT / "configs" / f"{recipe}.py"), []).model
+    assert exporting.choose(dataclasses.replace(model, vocab_size=model.vocab_size or 300))[0] == RECIPES[recipe]
+
+
+def test_a_field_that_is_off_is_no_size():
+    """0 stands for `none` in a window: a class that always has one does not express it."""
+    windowed = dataclasses.replace(CONFIG, window=16)
+    assert exporting._difference(dataclasses.replace(CONFIG, window=0), {**dataclasses.asdict(windowed)}, ()) != ""
+
+
+def test_a_model_that_no_class_expresses_is_refused_by_field():
+    with pytest.raises(UserError, match=r"no class of transformers.*LlamaForCausalLM.*: .*'relu2' is not supported"):
+        exporting.choose(dataclasses.replace(CONFIG, activation="relu2"))
+
+
+def test_fields_that_0_leaves_open_are_compared_by_shape():
+    """num_kv_heads=0 is num_heads, mlp=0 a size of its own: what they stand for is written and read back."""
+    name, _, hf = exporting.choose(dataclasses.replace(CONFIG, num_kv_heads=0, mlp=0))
+    assert name == "LlamaForCausalLM" and hf["num_key_value_heads"] == 4 and hf["intermediate_size"] == 128

@@ -1,0 +1,62 @@
+"""A part of a laid-out tensor is read from the smallest box that holds it, and equals the part of the whole."""
+
+import math
+
+import numpy as np
+import pytest
+
+from llmjax.interop import windows
+from llmjax.interop.layouts import matrix, straight, transposed, vector
+
+EMBED, HEADS, HEAD_DIM = 6, 4, 5
+LAYOUTS = {
+    "matrix": ((HEADS * HEAD_DIM, EMBED), matrix((EMBED,), (HEADS, HEAD_DIM))["take"]),
+    "matrix out": ((EMBED, HEADS * HEAD_DIM), matrix((HEADS, HEAD_DIM), (EMBED,))["take"]),
+    "straight": ((EMBED, HEADS * HEAD_DIM), straight((EMBED,), (HEADS, HEAD_DIM))["take"]),
+    "vector": ((HEADS * HEAD_DIM,), vector((HEADS, HEAD_DIM))["take"]),
+    "transposed": ((7, EMBED), transposed()["take"]),
+    "joined": (
+        (EMBED, 3 * HEADS * HEAD_DIM),
+        lambda t: tuple(t.reshape(EMBED, 3, HEADS, HEAD_DIM)[:, i] for i in range(3)),
+    ),
+    "interleaved": ((8, 10, EMBED), lambda t: (t[:, ::2], t[:, 1::2])),
+    "one row": ((1, EMBED), lambda t: (t,)),
+    "scalar": ((), lambda t: (t,)),
+    "a copy": ((4, 6), lambda t: (t.T.reshape(3, 8),)),
+    "merged": ((4, 6), lambda t: (t.reshape(24),)),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_parts_equal_parts_of_the_whole(name):
+    shape, take = LAYOUTS[name]
+    tensor = np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
+    rng = np.random.default_rng(0)
+    for position, whole in enumerate(take(tensor)):
+        for _ in range(20):
+            starts = [int(rng.integers(0, size)) for size in whole.shape]
+            index = tuple(
+                slice(start, int(rng.integers(start + 1, size + 1)))
+                for start, size in zip(starts, whole.shape, strict=True)
+            )
+            window = windows.find(take, shape, position, index)
+            read = tensor[window.box]
+            part = take(read)[position][index] if window.whole else window.view(read)
+            np.testing.assert_array_equal(part, whole[index])
+            assert not window.whole or name in ("a copy", "merged", "scalar")
+
+
+def test_no_more_is_read_than_needed():
+    """A quarter of the heads are a quarter of the rows; half of the inputs are half of the columns."""
+    shape, take = LAYOUTS["matrix"]
+    window = windows.find(take, shape, 0, (slice(0, 3), slice(1, 2), slice(0, 5)))
+    assert window.box == (slice(5, 10), slice(0, 3)) and not window.whole
+    shape, take = LAYOUTS["joined"]
+    window = windows.find(take, shape, 1, (slice(2, 4), slice(0, 4), slice(0, 5)))
+    assert window.box == (slice(2, 4), slice(20, 40))
+
+
+def test_looking_costs_no_memory():
+    """4 TB are reserved and never touched."""
+    window = windows.find(matrix((1 << 20,), (1 << 11, 1 << 11))["take"], (1 << 22, 1 << 20), 0, (slice(3, 5),) * 3)
+    assert window.box == (slice(3 * 2048 + 3, 4 * 2048 + 5), slice(3, 5))

@@ -1,0 +1,248 @@
+"""Decoders with mixtures of experts, in every form that must not matter."""
+
+import dataclasses
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh
+import numpy as np
+import pytest
+
+from llmjax import losses, state as states
+from llmjax.config import UserError
+from llmjax.models import registry
+from llmjax.models.moe_config import MoeConfig
+from llmjax.optim.config import OptimizerConfig
+from llmjax.parallel import compile as compiling, hosts
+from llmjax.parallel.mesh import MeshConfig, ParallelConfig, make_mesh
+from llmjax.train.step import make_loss, train_step
+from tests.batches import packed
+
+VOCAB = 50
+MIXTRAL = MoeConfig(
+    vocab_size=VOCAB, vocab_multiple=16, num_layers=2, embed=32, num_heads=4, num_kv_heads=2, mlp=24, num_experts=4
+)
+DEEPSEEK = MoeConfig(
+    vocab_size=VOCAB,
+    vocab_multiple=16,
+    num_layers=3,
+    embed=32,
+    num_heads=4,
+    head_dim=8,
+    mlp=48,
+    num_experts=8,
+    experts_per_token=2,
+    expert_mlp=16,
+    shared_experts=1,
+    dense_layers=1,
+    router="sigmoid",
+    router_scale=2.5,
+    router_groups=4,
+    router_top_groups=2,
+    correction_bias=True,
+    latent=16,
+    query_latent=24,
+    rope_dim=8,
+    value_dim=12,
+)
+GPT_OSS = dataclasses.replace(
+    MIXTRAL, expert_activation="clamped_swiglu", biases="all", sinks="learned", window=5, pattern="lg", num_experts=5
+)
+CONFIGS = {"mixtral": MIXTRAL, "deepseek": DEEPSEEK, "gpt_oss": GPT_OSS}
+
+
+@functools.cache
+def parts(config: MoeConfig):
+    """Graph and parameters, moved off their start so that no bias is 0 and no scale is 1."""
+    params = jax.jit(lambda key: registry.init(config, key))(jax.random.key(0))
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(0)
+    leaves = [jnp.asarray(p + 0.1 * rng.normal(size=p.shape).astype(np.float32), p.dtype) for p in leaves]
+    return registry.abstract(config)[0], tree.unflatten(leaves)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(graph, params, batch):
+    """(gradients, (logits, penalty, stats)) of what training lowers."""
+
+    def loss(params):
+        model = nnx.merge(graph, params)
+        out = model(batch)
+        sums = losses.cross_entropy(out.hidden, model.unembed, batch.targets, batch.weights, chunk=8, z_loss=0.0)
+        return sums.nats + out.penalty, (model.unembed(out.hidden), out.penalty, out.stats)
+
+    return jax.grad(loss, has_aux=True)(params)
+
+
+def assert_close(found, expected, rtol):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * max(1.0, np.abs(b).max()))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_documents_of_a_row_do_not_see_each_other(name):
+    """Another document's tokens change neither logits nor, of the cross-entropy, gradients: also where they move this
+    document's tokens to other places among an expert's rows."""
+    config = dataclasses.replace(CONFIGS[name], balance_loss=0.0, router_z_loss=0.0, correction_bias=False)
+    graph, params = parts(config)
+    row = packed(1, 24, VOCAB)
+    other = row.segments == 2
+    row = dataclasses.replace(row, weights=row.weights * ~other)
+    changed = dataclasses.replace(row, inputs=np.where(other, (row.inputs + 7) % VOCAB, row.inputs))
+    (grads, (before, *_)), (changed_grads, (after, *_)) = run(graph, params, row), run(graph, params, changed)
+    # The same products; a matmul may round a row's sum otherwise at another place of its tile.
+    scale = np.abs(before[..., :VOCAB]).max()
+    np.testing.assert_allclose(before[~other], after[~other], atol=1e-6 * scale)
+    assert np.abs(before[other] - after[other]).max() > 0.01 * scale
+    assert_close(changed_grads, grads, 1e-5)
+
+
+@pytest.mark.parametrize("fields", [dict(scan=False), dict(remat="full")], ids=str)
+def test_scan_and_remat_change_no_number(fields):
+    graph, params = parts(DEEPSEEK)
+    batch = packed(2, 24, VOCAB)
+    other = registry.abstract(dataclasses.replace(DEEPSEEK, **fields))[0]
+    assert_close(run(other, params, batch), run(graph, params, batch), 1e-5)
+
+
+def test_bfloat16_is_near_float32():
+    graph, params = parts(MIXTRAL)
+    batch = packed(2, 24, VOCAB)
+    _, (exact, penalty, _) = run(graph, params, batch)
+    half = registry.abstract(dataclasses.replace(MIXTRAL, dtype="bfloat16"))[0]
+    _, (found, half_penalty, _) = run(half, params, batch)
+    assert found.dtype == jnp.float32
+    real = np.asarray(batch.segments > 0)
+    # A router that works in float32 on inputs of 8 bits may choose otherwise for a token now and then: the mean.
+    assert 0 < np.abs(found - exact)[real][:, :VOCAB].mean() < 0.02 * np.abs(exact[..., :VOCAB]).max()
+    np.testing.assert_allclose(half_penalty, penalty, rtol=0.02)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_token_is_served_and_padding_is_not_counted(name):
+    config = CONFIGS[name]
+    graph, params = parts(config)
+    batch = packed(4, 24, VOCAB)
+    tokens = int((batch.segments > 0).sum())
+    _, (_, _, stats) = run(graph, params, batch)
+    layers = config.num_layers - config.dense_layers
+    assert all(float(weight) == layers * tokens for _, weight in stats.values())
+    means = {key: float(total / weight) for key, (total, weight) in stats.items()}
+    assert means["expert_balance"] > 0.5 and means["router_z"] > 0
+    assert 1 / config.num_experts < means["busiest_expert"] <= 1 / config.experts_per_token
+    assert 0 <= means["dead_experts"] < 1
+    padded = dataclasses.replace(batch, inputs=np.where(batch.segments > 0, batch.inputs, 13))
+    _, (_, penalty, padded_stats) = run(graph, params, padded)
+    assert_close((penalty, padded_stats), run(graph, params, batch)[1][1:], 1e-7)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_cached_decoding_equals_the_full_pass(name):
+    config = CONFIGS[name]
+    graph, params = parts(config)
+    model = nnx.merge(graph, params)
+    batch = packed(2, 24, VOCAB)
+    one = np.ones_like(batch.inputs)
+    whole = dataclasses.replace(batch, segments=one, positions=np.broadcast_to(np.arange(24), one.shape))
+    _, (full, *_) = run(graph, params, whole)
+    step = jax.jit(lambda tokens, positions, cache: model.cached(tokens, positions, cache))
+    cache, found = model.cache(2, 32), []
+    for start, stop in ((0, 16), *((i, i + 1) for i in range(16, 24))):
+        positions = np.broadcast_to(np.arange(start, stop), (2, stop - start))
+        hidden, cache = step(batch.inputs[:, start:stop], positions, cache)
+        found.append(model.unembed(hidden))
+    full = full[..., :VOCAB]
+    np.testing.assert_allclose(np.concatenate(found, axis=1)[..., :VOCAB], full, atol=3e-5 * np.abs(full).max())
+
+
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, clip_norm=0.5, ema_decay=0.9, balance_rate=0.01)
+ROWS, SEQ = 16, 24
+
+
+class Trainer:
+    def __init__(self, model: MoeConfig, mesh: Mesh, how: str, accumulation: int):
+        config = ParallelConfig(how=how)
+        plan = states.plan_state(model, OPTIMIZER, horizon=10, mesh=mesh, rules=config.rules)
+        rows = hosts.local_rows(compiling.batch_sharding(mesh), ROWS)
+        loss = make_loss(plan.graph, seed=3, chunk=16, z_loss=1e-3)
+        step = functools.partial(train_step, loss=loss, optimizer=plan.optimizer, accumulation=accumulation)
+        self.compiled = compiling.compile_step(step, config, mesh, plan.shardings, rows, ROWS)
+        self.state = self.compiled.place(states.init_state(plan, model, seed=0))
+
+    def steps(self, count: int):
+        metrics = []
+        for k in range(count):
+            batch = self.compiled.feed(packed(ROWS, SEQ, VOCAB, first_sample=k * ROWS))
+            self.state, found = self.compiled.step(self.state, batch)
+            metrics.append(jax.device_get(found))
+        return metrics, jax.device_get(self.compiled.lift(self.state).params)
+
+
+TRAINED = dataclasses.replace(DEEPSEEK, num_layers=2, balance_loss=0.1, router_z_loss=0.01, dropout=0.1)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    mesh = Mesh(
+        np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3
+    )
+    return Trainer(TRAINED, mesh, "jit", 1).steps(3)
+
+
+LAYOUTS = {
+    "2 x 2 x 2, accumulated": (MeshConfig(data=2, fsdp=2, tensor=2), "jit", 2),
+    "pmap 8, accumulated": (MeshConfig(data=8), "pmap", 2),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_agree_with_one_device(layout, one_device):
+    """Losses, router losses and expert statistics of three steps, and the biases that balance, to the last bit."""
+    mesh, how, accumulation = LAYOUTS[layout]
+    metrics, params = Trainer(TRAINED, make_mesh(mesh), how, accumulation).steps(3)
+    for found, expected in zip(metrics, one_device[0], strict=True):
+        for name in ("loss", "expert_balance", "router_z", "busiest_expert", "dead_experts"):
+            np.testing.assert_allclose(found[name], expected[name], rtol=5e-6, err_msg=name)
+        np.testing.assert_allclose(found["grad_norm"], expected["grad_norm"], rtol=2e-5)
+    correction = lambda params: params["blocks"]["mlp"]["router"]["correction"]
+    np.testing.assert_array_equal(correction(params), correction(one_device[1]))
+    assert np.abs(correction(params)).max() > 0.01
+    for found, expected in zip(jax.tree.leaves(params), jax.tree.leaves(one_device[1]), strict=True):
+        np.testing.assert_allclose(found, expected, atol=5e-4)
+
+
+def test_flops_count_the_experts_that_a_token_meets():
+    more = dataclasses.replace(DEEPSEEK, num_experts=16)
+    router = 6 * DEEPSEEK.embed * 8 * 2
+    assert more.flops_per_token(64) - DEEPSEEK.flops_per_token(64) == router
+    wider = dataclasses.replace(DEEPSEEK, experts_per_token=3)
+    assert wider.flops_per_token(64) - DEEPSEEK.flops_per_token(64) == 6 * 2 * 3 * 32 * 16
+    # All matmul weights but the idle experts'; norms and biases multiply nothing, and the embedding is looked up.
+    for config in (MIXTRAL, DEEPSEEK):
+        shapes = registry.abstract(dataclasses.replace(config, vocab_multiple=1))[1]
+        sizes = {jax.tree_util.keystr(path): leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
+        weights = sum(n for name, n in sizes.items() if "norm" not in name and "correction" not in name)
+        weights -= config.vocab_size * config.embed + config.idle_parameters
+        assert config.multiplied_weights == weights
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (dict(experts_per_token=9), "only 8 are open"),
+        (dict(router_groups=3), "router_groups=3: must divide model.num_experts=8"),
+        (dict(router_groups=4, router_top_groups=5), "router_top_groups=5: must be from 1 to"),
+        (dict(router="tanh"), "router='tanh'"),
+        (dict(dense_layers=4), "must be below model.num_layers=4"),
+        (dict(gated="plain"), "experts are gated"),
+        (dict(expert_activation="swiglu"), "expert_activation='swiglu': choose one of silu"),
+        (dict(latent=8, biases="all"), "latent attention has no such thing"),
+        (dict(query_latent=8), "unused without model.latent"),
+        (dict(balance_loss=-1.0), "must be at least 0"),
+    ],
+)
+def test_limits(fields, words):
+    with pytest.raises(UserError, match=words):
+        MoeConfig(**fields)

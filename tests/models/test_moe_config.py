@@ -1,0 +1,77 @@
+"""Published parameter counts, all and those that one token meets, and the recipes that use the shapes."""
+
+import dataclasses
+import importlib.util
+import pathlib
+
+import pytest
+
+from llmjax.config import UserError, bind
+from llmjax.models import registry
+from llmjax.models.moe_config import MoeConfig
+from llmjax.run_config import resolve
+
+CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
+RECIPES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek")
+
+
+def module(name: str):
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+def model(name: str, size: str, vocab: int) -> MoeConfig:
+    config = bind(MoeConfig, module(name).get_config(size).to_dict()["model"])
+    return dataclasses.replace(config, vocab_size=vocab, vocab_multiple=1)
+
+
+# In billions, as their papers round them. OpenAI leaves the embedding out of the active ones.
+@pytest.mark.parametrize(
+    ("name", "size", "vocab", "total", "active"),
+    [
+        ("mixtral", "8x7B", 32000, 46.7, 12.9),
+        ("mixtral", "8x22B", 32000, 140.6, 39.2),
+        ("qwen3_moe", "30B", 151936, 30.5, 3.4),
+        ("qwen3_moe", "235B", 151936, 235.1, 22.2),
+        ("gpt_oss", "20B", 201088, 20.91, 3.61),
+        ("gpt_oss", "120B", 201088, 116.83, 5.13),
+        ("deepseek", "16B", 163840, 15.96, 2.91),
+        ("deepseek", "671B", 129280, 671.03, 37.55),
+    ],
+)
+def test_published_parameter_counts(name, size, vocab, total, active):
+    config = model(name, size, vocab)
+    count = registry.count_parameters(config)
+    met = count - config.idle_parameters - (vocab * config.embed if name == "gpt_oss" else 0)
+    digits = len(str(total).partition(".")[2])
+    assert (round(count / 1e9, digits), round(met / 1e9, digits)) == (total, active)
+
+
+def test_exact_counts_of_published_files():
+    assert registry.count_parameters(model("mixtral", "8x7B", 32000)) == 46_702_792_704
+    assert registry.count_parameters(model("qwen3_moe", "30B", 151936)) == 30_532_122_624
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_bind_and_their_models_fit(name):
+    for size in module(name).SIZES:
+        config = resolve(f"{CONFIGS / name}.py:{size}", [])
+        config.model.check(seq_len=config.data.seq_len, tensor=config.mesh.tensor)
+    assert resolve(f"{CONFIGS / name}.py", []) == resolve(f"{CONFIGS / name}.py:tiny", [])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_an_unknown_size_lists_the_sizes(name):
+    with pytest.raises(UserError, match=r"no such size; choose one of tiny"):
+        module(name).get_config("9T")
+
+
+def test_what_tensor_parallelism_cannot_cut_is_named():
+    config = model("deepseek", "671B", 129280)
+    config.check(seq_len=64, tensor=8)
+    with pytest.raises(UserError, match=r"mesh.tensor=3: must divide model.num_heads=128"):
+        config.check(seq_len=64, tensor=3)
+    with pytest.raises(UserError, match=r"mesh.tensor=4: must divide model.expert_mlp=6"):
+        MoeConfig(num_heads=4, expert_mlp=6).check(seq_len=64, tensor=4)

@@ -1,0 +1,259 @@
+"""Mixtures of experts, by configuration alone, against each model of transformers that they claim to be."""
+
+import copy
+import functools
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="parity needs `make parity`")
+transformers = pytest.importorskip("transformers", reason="parity needs `make parity`")
+
+from flax import nnx
+import jax
+
+from llmjax import losses
+from llmjax.batch import Batch
+from llmjax.config import bind
+from llmjax.interop import files, mapping
+from llmjax.interop.moe import ARCHITECTURES
+from llmjax.models import registry
+from llmjax.models.moe_config import MoeConfig
+
+VOCAB, SEQ, LENGTHS = 97, 24, (24, 17, 9)
+SIZES = dict(
+    vocab_size=VOCAB,
+    hidden_size=48,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_experts_per_tok=2,
+    pad_token_id=0,
+)
+LATENT = dict(
+    kv_lora_rank=16,
+    q_lora_rank=24,
+    qk_rope_head_dim=8,
+    qk_nope_head_dim=12,
+    v_head_dim=20,
+    moe_intermediate_size=32,
+    n_routed_experts=8,
+    first_k_dense_replace=1,
+    num_key_value_heads=4,
+)
+YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16)
+
+# name -> (class of transformers, its config, fields that our config must have)
+CASES = {
+    "mixtral": ("Mixtral", SIZES | dict(num_local_experts=4), dict(renormalise=True, num_experts=4)),
+    "mixtral-window": (
+        "Mixtral",
+        SIZES | dict(num_local_experts=5, sliding_window=5, tie_word_embeddings=True),
+        dict(window=5, tied="tied"),
+    ),
+    "qwen3": (
+        "Qwen3Moe",
+        SIZES | dict(num_experts=8, moe_intermediate_size=32, norm_topk_prob=True, head_dim=16),
+        dict(qk_norm="head", expert_mlp=32, head_dim=16),
+    ),
+    "qwen3-dense": (
+        "Qwen3Moe",
+        SIZES
+        | dict(
+            num_experts=8,
+            num_experts_per_tok=3,
+            moe_intermediate_size=32,
+            norm_topk_prob=False,
+            num_hidden_layers=3,
+            mlp_only_layers=[0],
+            attention_bias=True,
+        ),
+        dict(renormalise=False, dense_layers=1, biases="attention"),
+    ),
+    "gpt_oss": (
+        "GptOss",
+        SIZES | dict(num_local_experts=6, num_experts_per_tok=3, head_dim=16, sliding_window=5),
+        dict(window=5, pattern="lg", sinks="learned", rope_scaling="yarn", rope_truncate=False, biases="all"),
+    ),
+    "deepseek": (
+        "DeepseekV3",
+        SIZES
+        | LATENT
+        | dict(
+            num_hidden_layers=3,
+            n_group=4,
+            topk_group=2,
+            n_shared_experts=2,
+            rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=0.8),
+        ),
+        dict(latent=16, query_latent=24, router_groups=4, shared_experts=2, dense_layers=1, rope_scaling="yarn"),
+    ),
+    "deepseek-plain": (
+        "DeepseekV3",
+        SIZES | LATENT | dict(q_lora_rank=None, n_group=1, topk_group=1, norm_topk_prob=False),
+        dict(query_latent=0, router_groups=1, renormalise=False, score_scale=0.0),
+    ),
+}
+
+
+@functools.cache
+def reference(name: str):
+    """A small random model, moved off its start so that no bias is 0 and no norm multiplies by 1."""
+    torch.manual_seed(0)
+    kind, fields, _ = copy.deepcopy(CASES[name])
+    config = getattr(transformers, f"{kind}Config")(
+        **fields, attn_implementation="eager", experts_implementation="eager"
+    )
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        for buffer_name, buffer in model.named_buffers():
+            if "correction" in buffer_name:
+                buffer += 0.1 * torch.randn(buffer.shape, generator=generator)
+    return model.eval()
+
+
+@functools.cache
+def on_disk(name: str, folder) -> dict[str, np.ndarray]:
+    """The tensors under the names that they are published by, which are not those that the model has in memory."""
+    reference(name).save_pretrained(folder)
+    return {key: entry.read() for key, entry in files.read_folder(folder).items()}
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """name -> (architecture, our config, tensors on disk, our parameters)"""
+
+    @functools.cache
+    def read(name: str):
+        model = reference(name)
+        architecture = ARCHITECTURES[type(model).__name__]
+        config = bind(MoeConfig, architecture.read_config(model.config.to_dict()), "model")
+        state = on_disk(name, tmp_path_factory.mktemp(name))
+        return architecture, config, state, mapping.load(architecture.rules(config), state, config)
+
+    return read
+
+
+def rows() -> tuple[np.ndarray, Batch]:
+    """Rows of three lengths, padded on the right: which places count, and the batch."""
+    tokens = np.random.default_rng(2).integers(1, VOCAB, (len(LENGTHS), SEQ)).astype(np.int32)
+    there = np.arange(SEQ) < np.array(LENGTHS)[:, None]
+    scored = there & np.roll(there, -1, axis=1) & (np.arange(SEQ) < SEQ - 1)
+    return there, Batch(
+        inputs=np.where(there, tokens, 0),
+        targets=np.where(scored, np.roll(tokens, -1, axis=1), 0),
+        weights=scored.astype(np.float32),
+        segments=there.astype(np.int32),
+        positions=np.where(there, np.arange(SEQ), 0).astype(np.int32),
+        sample=np.zeros((len(LENGTHS), 2), np.uint32),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def ours(graph, params, batch):
+    """((mean loss, logits), gradients)"""
+
+    def score(params):
+        model = nnx.merge(graph, params)
+        hidden = model(batch).hidden
+        sums = losses.cross_entropy(hidden, model.unembed, batch.targets, batch.weights, chunk=0, z_loss=0.0)
+        return sums.nats / sums.weight, model.unembed(hidden)
+
+    return jax.value_and_grad(score, has_aux=True)(params)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_loss_and_gradients(name, imported, tmp_path):
+    model = reference(name)
+    architecture, config, _, params = imported(name)
+    there, batch = rows()
+    twin = copy.deepcopy(model)
+    labels = np.where(there, batch.inputs, -100)
+    theirs = twin(
+        input_ids=torch.tensor(batch.inputs, dtype=torch.long),
+        attention_mask=torch.tensor(there, dtype=torch.long),
+        labels=torch.tensor(labels, dtype=torch.long),
+    )
+    theirs.loss.backward()
+    (loss, logits), grads = ours(registry.abstract(config)[0], params, batch)
+    expected = theirs.logits.detach().numpy()[there]
+    difference = np.abs(np.asarray(logits)[there][:, :VOCAB] - expected).max()
+    print(f"{name}: logits {np.abs(expected).max():.2f}, differ by {difference:.1e}", end="")
+    assert difference <= 5e-4
+    assert abs(float(loss) - theirs.loss.item()) <= 1e-5
+    # Saved in place of the weights, their gradients get the published names too.
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.copy_(parameter.grad)
+    twin.save_pretrained(tmp_path)
+    found, worst = mapping.dump(architecture.rules(config), grads, config), 0.0
+    for key, entry in files.read_folder(tmp_path).items():
+        if "correction" not in key:  # no gradient there, and none of ours is theirs
+            gradient = entry.read()
+            worst = max(worst, np.abs(found[key] - gradient).max() / max(np.abs(gradient).max(), 1e-2))
+    print(f", gradients by {worst:.1e} of their largest")
+    assert worst <= 1e-3
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tensors_come_back_to_the_last_bit(name, imported):
+    architecture, config, state, params = imported(name)
+    back = mapping.dump(architecture.rules(config), params, config)
+    assert set(back) - set(state) <= {"lm_head.weight"}  # a tied head is not saved twice
+    for key, value in state.items():
+        np.testing.assert_array_equal(back[key].view(np.uint32), value.view(np.uint32), err_msg=key)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_configs_come_back(name, imported):
+    model = reference(name)
+    architecture, config, _, _ = imported(name)
+    for field, value in CASES[name][2].items():
+        assert getattr(config, field) == value, field
+    written = architecture.write_config(config)
+    assert bind(MoeConfig, architecture.read_config(written), "model") == config
+    eager = dict(attn_implementation="eager", experts_implementation="eager")
+    again = type(model)(type(model.config)(**written, **eager)).eval()
+    again.load_state_dict(model.state_dict())
+    tokens = torch.tensor(rows()[1].inputs, dtype=torch.long)
+    with torch.no_grad():
+        np.testing.assert_allclose(again(tokens).logits, model(tokens).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "deepseek"])
+def test_greedy_text_is_theirs(name, imported):
+    """Token by token from our cache, of latents for deepseek, against their own generation."""
+    from llmjax.generate import generate
+
+    model = reference(name)
+    _, config, _, params = imported(name)
+    prompts = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3, 2]]
+    found = generate(
+        registry.abstract(config)[0], params, config, prompts, max_tokens=12, temperature=0, eos_id=VOCAB + 1
+    )
+    for prompt, tokens in zip(prompts, found, strict=True):
+        theirs = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None)
+        assert tokens == theirs[0, len(prompt) :].tolist()
+
+
+REFUSED = {
+    "mlp_only_layers=[1]": ("qwen3", dict(mlp_only_layers=[1])),
+    "decoder_sparse_step=2": ("qwen3", dict(decoder_sparse_step=2)),
+    "swiglu_limit=8.0": ("gpt_oss", dict(swiglu_limit=8.0)),
+    "rope_interleave=False": ("deepseek", dict(rope_interleave=False)),
+    "scoring_func='softmax'": ("deepseek", dict(scoring_func="softmax")),
+    "attention_bias=True": ("deepseek", dict(attention_bias=True)),
+    "no_such_field=3": ("mixtral", dict(no_such_field=3)),
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_we_cannot_honour_is_refused_by_name(words):
+    name, fields = REFUSED[words]
+    model = reference(name)
+    with pytest.raises(ValueError, match=words.replace(".", r"\.").replace("[", r"\[")):
+        ARCHITECTURES[type(model).__name__].read_config(model.config.to_dict() | fields)

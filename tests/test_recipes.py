@@ -1,0 +1,70 @@
+"""Recipes of every family: fifty steps learn, and the same seed gives the same bits twice."""
+
+import importlib.util
+import json
+import pathlib
+
+import pytest
+
+from llmjax import run_config
+from llmjax.models import registry
+from tests import jobs
+
+pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
+
+
+def tool():
+    spec = importlib.util.spec_from_file_location("recipes", jobs.ROOT / "tools" / "recipes.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+RECIPES = {name: spec for name, (spec, _, _) in tool().recipes().items()}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> dict:
+    """Bytes of this project's own sources: no tokenizer to train, and what the recipes learn first is the same."""
+    corpus = jobs.write_corpus(tmp_path_factory.mktemp("corpus"), documents=200)
+    workdir = tmp_path_factory.mktemp("prepared")
+    jobs.run(jobs.command("prepare", workdir, corpus))
+    return {
+        "data.store": workdir / "store",
+        "data.sources.main.path": f"{corpus}/*.txt",
+        "data.tokenizer.kind": "bytes",
+        "data.split.near_copies": "False",
+        "data.seq_len": 64,
+    }
+
+
+def fifty_steps(spec: str, workdir: pathlib.Path, text: dict) -> list[dict]:
+    """The recipe's first fifty steps, on rows of 64 bytes; compiled programs are shared by all runs beside this one."""
+    settings = {
+        **text,
+        "train.compilation_cache": workdir.parent / "compiled",
+        "train.global_batch": 8,
+        "train.stop_at": 50,
+        "train.log_every": 1,
+        "eval.every": 0,
+        "sample.prompts": "()",
+    }
+    arguments = [str(jobs.LLMJAX), "train", f"--config={spec}", f"--workdir={workdir}"]
+    jobs.run([*arguments, *(f"--config.{name}={value}" for name, value in settings.items())])
+    return jobs.metrics(workdir)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_fifty_steps_learn_and_repeat_to_the_last_bit(name, text, tmp_path):
+    first, second = (fifty_steps(RECIPES[name], tmp_path / str(turn), text) for turn in (1, 2))
+    same = ("step", "loss", "grad_norm", "batch_digest", "learning_rate")
+    assert [[line[field] for field in same] for line in first] == [[line[field] for field in same] for line in second]
+    ends = [json.loads((tmp_path / turn / "eval" / "50" / "validation.json").read_text()) for turn in ("1", "2")]
+    assert ends[0] == ends[1]
+    begin, end = first[0]["loss"], sum(line["loss"] for line in first[-10:]) / 10
+    assert end < begin - 0.5, f"loss {begin:.3f} at first, {end:.3f} after fifty steps"
+
+
+def test_every_family_has_a_recipe():
+    assert {run_config.resolve(spec, []).model.family for spec in RECIPES.values()} == set(registry.FAMILIES)
