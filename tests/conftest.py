@@ -24,8 +24,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """Drop a module's compiled programs: some thousand of them exhaust the memory maps that a process may have. And stop
-    writing programs to the folder of a run that a test trained in this process."""
+    """Drop a module's compiled programs: some thousand of them exhaust the memory maps that a process may have. And
+    stop writing programs to the folder of a run that a test trained in this process."""
     yield
     jax.clear_caches()
     if jax.config.jax_compilation_cache_dir is not None:
