@@ -1,8 +1,8 @@
 """What a parameter is, told by its logical axes, and how a transformation acts on each layer of a stack alone.
 
-Blocks are stacked along a leading "layers" axis, experts along an "experts" axis after it, and heads keep an axis of
-their own, so the number of dimensions says nothing: ("layers", "embed") is a norm scale, ("heads", "head_dim") a bias,
-("embed", "heads", "head_dim") a matrix.
+Blocks are stacked along a leading "layers" axis, experts, or the blocks of a block-diagonal matrix, along an axis after
+it, and heads keep an axis of their own, so the number of dimensions says nothing: ("layers", "embed") is a norm scale,
+("heads", "head_dim") a bias, ("embed", "heads", "head_dim") a matrix.
 """
 
 from collections.abc import Callable
@@ -16,9 +16,9 @@ Dims = tuple[int, ...]
 
 
 def stack_depth(axes: type_of_axes) -> int:
-    """How many leading dimensions count layers, or experts of a layer: each of them has a parameter of its own."""
+    """How many leading dimensions count layers, or experts or diagonal blocks of a layer: each is a parameter alone."""
     depth = int(axes[:1] == ("layers",))
-    return depth + (axes[depth : depth + 1] == ("experts",) and len(axes) > depth + 1)
+    return depth + (axes[depth : depth + 1] in (("experts",), ("blocks",)) and len(axes) > depth + 1)
 
 
 def matrix_dims(axes: type_of_axes) -> tuple[Dims, Dims] | None:

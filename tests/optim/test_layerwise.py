@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llmjax.optim.config import DEFAULTS, OptimizerConfig
-from llmjax.optim.layerwise import kind, matrix_dims, matrix_view
+from llmjax.optim.layerwise import kind, matrix_dims, matrix_view, stack_depth
 from llmjax.optim.optimizer import make_optimizer
 from tests.optim.parameters import AXES, UNSTACKED_AXES, random_tree, run, unstack
 
@@ -30,6 +30,7 @@ from tests.optim.parameters import AXES, UNSTACKED_AXES, random_tree, run, unsta
         (("layers", "experts", "embed", "mlp"), "matrix"),
         (("experts", "mlp", "embed"), "matrix"),
         (("layers", "experts", "mlp"), "vector"),
+        (("layers", "blocks", "head_dim", "embed"), "matrix"),
         (("layers", "embed", "router"), "matrix"),
         (("layers", "router"), "vector"),
         (("layers", "experts"), "balance"),
@@ -47,6 +48,14 @@ def test_matrix_view_merges_heads():
     assert matrix_view((3, 8, 2, 5), query) == ((3, 8, 10), ("layers", "embed", "heads"))
     assert matrix_view((3, 2, 5, 8), out) == ((3, 10, 8), ("layers", "heads", "embed"))
     assert matrix_view((3, 2, 5), ("layers", "heads", "head_dim")) == ((3, 10), ("layers", "heads"))
+
+
+def test_each_diagonal_block_is_a_matrix():
+    """Each of Griffin's gates is a block-diagonal matrix, stored as [blocks, inputs, outputs]."""
+    gate = ("layers", "blocks", "head_dim", "embed")
+    assert stack_depth(gate) == 2
+    assert matrix_dims(gate) == ((2,), (3,))
+    assert matrix_view((3, 4, 12, 12), gate) == ((3, 4, 12, 12), gate)
 
 
 def test_each_expert_is_a_matrix_of_its_own():
