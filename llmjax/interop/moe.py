@@ -22,7 +22,7 @@ _NEUTRAL = (
     "num_nextn_predict_layers",
     "num_mtp_layers",
 )
-# What training alone knows of.
+# What training alone knows of, and widths without effect: mlp is written as it is where there are dense layers.
 _FREE = ("balance_loss", "router_z_loss", "rope_dim")
 
 
@@ -201,7 +201,7 @@ ARCHITECTURES = {
         read_config=_read_mixtral, write_config=_write_mixtral, rules=moe_rules.mixtral, free=(*_FREE, "mlp")
     ),
     "Qwen3MoeForCausalLM": Architecture(
-        read_config=_read_qwen3, write_config=_write_qwen3, rules=moe_rules.qwen3, free=_FREE
+        read_config=_read_qwen3, write_config=_write_qwen3, rules=moe_rules.qwen3, free=(*_FREE, "mlp")
     ),
     "GptOssForCausalLM": Architecture(
         read_config=_read_gpt_oss,
@@ -214,6 +214,6 @@ ARCHITECTURES = {
         write_config=_write_deepseek,
         rules=moe_rules.deepseek,
         rename=moe_rules.deepseek_name,
-        free=("balance_loss", "router_z_loss"),
+        free=("balance_loss", "router_z_loss", "mlp"),
     ),
 }
