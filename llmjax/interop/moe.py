@@ -201,7 +201,7 @@ ARCHITECTURES = {
         read_config=_read_mixtral, write_config=_write_mixtral, rules=moe_rules.mixtral, free=(*_FREE, "mlp")
     ),
     "Qwen3MoeForCausalLM": Architecture(
-        read_config=_read_qwen3, write_config=_write_qwen3, rules=moe_rules.qwen3, free=_FREE
+        read_config=_read_qwen3, write_config=_write_qwen3, rules=moe_rules.qwen3, free=(*_FREE, "mlp")
     ),
     "GptOssForCausalLM": Architecture(
         read_config=_read_gpt_oss,
