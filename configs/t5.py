@@ -17,9 +17,12 @@ SIZES = {
     "xxl": (24, 4096, 64, 10240),
 }
 
+# What a size without texts of its own comes to on its validation split; sentinels, a quarter of the targets, included.
+REACHES = {"tiny": ("accuracy", 0.25)}
+
 
 def get_config(size: str = "tiny") -> ConfigDict:
-    """The published models and their recipe (Adafactor, 128 rows of 512 source tokens), or "tiny"."""
+    """The published models and the paper's baseline recipe (Adafactor, 2^19 steps of 128 rows), or "tiny"."""
     if size == "tiny":
         return _tiny()
     if size not in SIZES:
@@ -38,7 +41,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     )
     c.objective = dict(name="span")
     c.data = dict(seq_len=512, sources=dict(main=dict(path="")))
-    c.train = dict(steps=100_000, global_batch=2048)
+    c.train = dict(steps=2**19, global_batch=128)
     c.optimizer = dict(name="adafactor", learning_rate=1e-2, schedule="inverse_sqrt", warmup_steps=10_000)
     c.mesh = dict(data=1, fsdp=-1, tensor=1)
     return c

@@ -11,7 +11,8 @@ from llmjax.batch import Batch
 from llmjax.config import UserError, bind
 from llmjax.models import registry
 from llmjax.models.encdec_config import EncDecConfig
-from tests.models.test_decoder_config import recipe
+from llmjax.run_config import resolve
+from tests.models.test_decoder_config import CONFIGS, recipe
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,12 @@ def test_the_first_t5_has_its_published_count():
         vocab_size=32128, num_layers=12, embed=768, num_heads=12, activation="relu", gated="plain", tied="tied"
     )
     assert registry.count_parameters(base) == 222_903_552
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base", "large", "xl", "xxl"])
+def test_recipes_bind_and_their_models_fit(size):
+    config = resolve(f"{CONFIGS / 't5.py'}:{size}", [])
+    config.model.check(seq_len=config.data.seq_len, tensor=config.mesh.tensor)
 
 
 def test_an_unknown_size_lists_the_sizes():
