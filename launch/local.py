@@ -3,6 +3,7 @@
 
 import argparse
 import contextlib
+import math
 import os
 import pathlib
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import NoReturn
 
 BAD_INPUT, PREEMPTED = 78, 85  # the two exit statuses that decide about a restart
 KNOWN = (75, 76, 77, BAD_INPUT, PREEMPTED)
@@ -49,8 +51,16 @@ def main() -> int:
             say(f"stopped on request: starting again, {restarts} restarts left")
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, but a bad flag is one line and status 78, as it is for llmjax."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"launch/local.py: error: {message}; see launch/local.py --help", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="launch/local.py",
         usage="launch/local.py --processes=N [--devices=M] [options] -- COMMAND ...",
         description=HELP,
@@ -60,13 +70,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--devices", type=positive, metavar="M", help="emulated CPU devices in each process")
     parser.add_argument(
         "--restarts",
-        type=int,
+        type=count,
         default=0,
         metavar="R",
         help="start the job again up to R times: at once after 85, with a growing pause after a crash, never after 78",
     )
     parser.add_argument(
-        "--grace", type=float, default=30.0, metavar="S", help="seconds from SIGTERM to SIGKILL (default 30)"
+        "--grace", type=seconds, default=30.0, metavar="S", help="seconds from SIGTERM to SIGKILL (default 30)"
     )
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what every process runs")
     options = parser.parse_args(arguments)
@@ -82,6 +92,22 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return value
 
 
 def resolve(command: str) -> str:
@@ -163,7 +189,8 @@ class Job:
                 start_new_session=True,
             )
         except OSError as error:
-            raise SystemExit(f"launch/local.py: cannot run {self.options.command[0]}: {error.strerror}") from None
+            print(f"launch/local.py: error: cannot run {self.options.command[0]}: {error.strerror}", file=sys.stderr)
+            raise SystemExit(BAD_INPUT) from None
 
     def _mark(self, index: int) -> None:
         """Pass a process's lines on, marked with its number."""

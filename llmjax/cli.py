@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import itertools
 import json
+import math
 import os
 import shlex
 import sys
@@ -13,6 +14,7 @@ import textwrap
 import traceback
 import typing
 
+import llmjax
 from llmjax.config import UserError, families_of, suggest
 
 BAD_INPUT, HANG = 78, 75
@@ -53,16 +55,26 @@ def main() -> typing.NoReturn:
     except TimeoutError as error:
         print(f"llmjax: error: {error}", file=sys.stderr, flush=True)
         status = HANG
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        status = _fail(f"no space left{f' for {error.filename}' if error.filename else ''}: free some and start again")
     except KeyboardInterrupt:
         status = 130
-    except Exception:
-        traceback.print_exc()
-        status = 1
+    except Exception as error:
+        if mend := _mend(error):
+            status = _fail(mend)
+        else:
+            traceback.print_exc()
+            status = 1
     _exit(status)
+
+
+def _mend(error: Exception) -> str:
+    """One line for what the system refuses and only the user can mend; '' for any other error."""
+    if not isinstance(error, OSError):
+        return ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"no space left{f' for {error.filename}' if error.filename else ''}: free some and start again"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR) and error.filename:
+        return f"{error.filename}: {os.strerror(error.errno).lower()}; make it accessible, or name another place"
+    return ""
 
 
 def _fail(message: str) -> int:
@@ -86,6 +98,9 @@ def run(arguments: list[str]) -> int:
     """Run one command line (without the program's name) and return its exit status."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(OVERVIEW, end="")
+        return 0
+    if arguments[0] == "--version":
+        print(f"llmjax {llmjax.__version__}")
         return 0
     verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:
@@ -122,6 +137,8 @@ def _parse(parser: Parser, arguments: list[str]) -> tuple[argparse.Namespace, li
 def _workdir(text: str):
     from etils import epath
 
+    if not text or os.path.isfile(os.path.expanduser(text)):
+        raise UserError(f"--workdir={text}: {'this is a file' if text else 'empty'}; give a folder for the run's files")
     return epath.Path(os.path.expanduser(text))
 
 
@@ -133,14 +150,14 @@ def _say(line: str) -> None:
         print(line, flush=True)
 
 
-def _whole(least: int) -> Callable[[str], int]:
+def _whole(least: int, most: float = math.inf) -> Callable[[str], int]:
     def whole_number(text: str) -> int:
         value = int(text)
-        if value < least:
+        if not least <= value <= most:
             raise ValueError
         return value
 
-    whole_number.__name__ = f"whole number, {least} or more"
+    whole_number.__name__ = f"whole number, {least} {'or more' if most == math.inf else f'to {most}'}"
     return whole_number
 
 
@@ -263,11 +280,13 @@ def generate(arguments: list[str]) -> int:
     parser.add_argument("--workdir", required=True, metavar="DIR", help="a run")
     parser.add_argument("--prompt", action="append", required=True, help="text to continue; may be given several times")
     parser.add_argument("--step", type=_whole(0), help="the checkpoint (default: the newest)")
-    parser.add_argument("--max_tokens", type=_whole(1), default=100, help="tokens to write at most (default 100)")
+    parser.add_argument(
+        "--max_tokens", type=_whole(1, 2**30), default=100, help="tokens to write at most (default 100)"
+    )
     parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy (default 0.8)")
     parser.add_argument("--top_k", type=_whole(0), default=0, help="only the k likeliest tokens; 0: all (default)")
     parser.add_argument("--top_p", type=float, default=1.0, help="only the likeliest tokens that hold this probability")
-    parser.add_argument("--seed", type=_whole(0), default=0, help="another seed, another text (default 0)")
+    parser.add_argument("--seed", type=_whole(0, 2**32 - 1), default=0, help="another seed, another text (default 0)")
     flags, overrides = _parse(parser, arguments)
     from llmjax.parallel import hosts
 

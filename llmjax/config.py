@@ -1,12 +1,15 @@
 """The door: config files and command-line overrides become frozen dataclasses, one per section."""
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
 import inspect
+import math
 import pathlib
+import traceback
 import types
 import typing
 from typing import Any
@@ -84,11 +87,13 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         hint = next(o for o in options if o is not type(None))
         origin = typing.get_origin(hint)
     kind = origin or hint
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}={value!r}: expected a finite number")
     if kind is Any or (isinstance(value, kind) and not (kind in (int, float) and isinstance(value, bool))):
         return _tuples(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if kind is int and isinstance(value, float) and value == int(value):
+    if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if kind is tuple and isinstance(value, list):
         return _tuples(value)
@@ -119,17 +124,35 @@ def load_file(spec: str) -> ml_collections.ConfigDict:
     """`FILE.py[:ARG]` -> the locked ConfigDict that its get_config(ARG) returns."""
     file, _, argument = spec.partition(":")
     path = pathlib.Path(file)
-    if not path.is_file():
-        raise UserError(
-            f"--config={spec}: no such file; give a Python file with get_config(), such as configs/quickstart.py"
-        )
-    module = load_module(path)
-    if not hasattr(module, "get_config"):
+    if not path.is_file() or path.suffix != ".py":
+        what = "not a Python file" if path.is_file() else "no such file"
+        raise UserError(f"--config={spec}: {what}; give a Python file with get_config(), such as configs/quickstart.py")
+    with _told(spec, path):
+        module = load_module(path)
+    if not callable(getattr(module, "get_config", None)):
         raise UserError(f"--config={spec}: {file} has no function get_config()")
     if argument and not inspect.signature(module.get_config).parameters:
         raise UserError(f"--config={spec}: {file} has no sizes; leave {':' + argument!r} away")
-    config = module.get_config(argument) if argument else module.get_config()
+    with _told(spec, path):
+        config = module.get_config(argument) if argument else module.get_config()
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(
+            f"--config={spec}: get_config() returns {type(config).__name__}; return an ml_collections.ConfigDict"
+        )
     return config.lock()
+
+
+@contextlib.contextmanager
+def _told(spec: str, path: pathlib.Path) -> Iterator[None]:
+    """What a config file raises, as one line that says where in the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = f"line {lines[-1]}: " if lines else ""  # a SyntaxError names its line itself
+        raise UserError(f"--config={spec}: cannot be read ({line}{type(error).__name__}: {error})") from error
 
 
 def specs(path: pathlib.Path) -> list[str]:

@@ -81,7 +81,7 @@ def generate(
     too long for learned positions.
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-    _check(config, prompts, max_tokens)
+    check(config, prompts, max_tokens)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     tokens = np.zeros((len(prompts), -(-int(lengths.max()) // _BUCKET) * _BUCKET), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
@@ -126,7 +126,8 @@ def _decode(model, logits, cache, first, root, *, max_tokens: int, sampling: Sam
     return new, counts
 
 
-def _check(config: Any, prompts: Sequence[Sequence[int] | np.ndarray], max_tokens: int) -> None:
+def check(config: Any, prompts: Sequence[Sequence[int] | np.ndarray], max_tokens: int) -> None:
+    """Raise UserError for what `generate` cannot continue with the model of `config`."""
     if not config.generates:
         raise UserError(f"model.family={config.family!r} fills gaps and continues no text: take a family that does")
     if max_tokens < 1:

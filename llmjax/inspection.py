@@ -22,7 +22,7 @@ def inspect(workdir: epath.PathLike) -> dict[str, Any]:
         raise UserError(f"--workdir={root}: no such folder; `llmjax train --workdir={root}` makes it")
     config = _json(root / "config.json")
     good, damaged = _checkpoints(root / "checkpoints", config)
-    store = epath.Path((config or {}).get("data", {}).get("store") or root / "store")
+    store = epath.Path((config or {}).get("data", {}).get("store") or root / "store").expanduser()
     manifest = _json(store / "manifest.json")
     if config is None and manifest is None and not good and not damaged:
         raise UserError(f"--workdir={root}: no run there (no config.json, store or checkpoints); give a run's folder")

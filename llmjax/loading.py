@@ -43,7 +43,10 @@ def store_folder(config: RunConfig, workdir: epath.Path) -> pathlib.Path:
         raise UserError(
             f"data.store={folder}: the token store is memory-mapped; set data.store to a local or shared folder"
         )
-    return pathlib.Path(folder)
+    path = pathlib.Path(folder).expanduser()
+    if path.is_file():
+        raise UserError(f"data.store={folder}: this is a file; give the folder of a token store, or of one to be made")
+    return path
 
 
 def read_config(workdir: epath.Path, overrides: Sequence[tuple[str, str]] = ()) -> RunConfig:
@@ -102,7 +105,8 @@ def load(
     config = read_config(workdir, overrides)
     store = store_folder(config, workdir)
     tokenizer = _tokenizer(workdir, store)
-    mesh = fitting_mesh(config, say)
+    asked = any(field.startswith("mesh.") for field, _ in overrides)
+    mesh = meshes.make_mesh(config.mesh) if asked else fitting_mesh(config, say)
     rules = config.parallel.rules
     plan = states.plan_state(config.model, config.optimizer, horizon=config.train.steps, mesh=mesh, rules=rules)
     checkpoints = Checkpoints(workdir / "checkpoints")

@@ -78,7 +78,7 @@ def read_metrics(workdir: epath.PathLike, *, last_step: int | None = None) -> li
     kept: list[dict[str, Any]] = []
     if not path.exists():
         return kept
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().splitlines():
         try:
             record = json.loads(line)
         except ValueError:

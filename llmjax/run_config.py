@@ -8,6 +8,7 @@ from typing import Any
 from etils import epath
 import ml_collections
 
+from llmjax import workdir as workdirs
 from llmjax.checkpoint import CheckpointConfig
 from llmjax.config import UserError, as_dict, bind, load_file, parse_override, set_field
 from llmjax.data.config import DataConfig, ObjectiveConfig, SourceConfig
@@ -100,10 +101,15 @@ class RunConfig:
             "train.max_skipped": self.train.max_skipped,
             "checkpoint.every": self.checkpoint.every,
             "checkpoint.keep": self.checkpoint.keep,
+            "checkpoint.timeout_seconds": self.checkpoint.timeout_seconds,
+            "data.tokenizer.training_bytes": self.data.tokenizer.training_bytes,
         }
         counts = {
             "seed": self.seed,
+            "data.workers": self.data.workers,
+            "data.max_bad_fraction": self.data.max_bad_fraction,
             "train.stop_at": self.train.stop_at,
+            "train.z_loss": self.train.z_loss,
             "checkpoint.keep_every": self.checkpoint.keep_every,
             "eval.every": self.eval.every,
             "eval.batch": self.eval.batch,
@@ -114,6 +120,8 @@ class RunConfig:
         for name, value in counts.items():
             if value < 0:
                 raise UserError(f"{name}={value}: must not be negative")
+        if self.seed >= 1 << 32:  # JAX's keys hold no more of it: a larger seed would repeat a smaller one's draws
+            raise UserError(f"seed={self.seed}: must be below {1 << 32}")
         if self.train.stop_at > self.train.steps:
             raise UserError(f"train.stop_at={self.train.stop_at} lies beyond train.steps={self.train.steps}: lower it")
         if self.objective.name not in self.model.objectives:
@@ -171,8 +179,11 @@ def to_json(config: RunConfig) -> dict[str, Any]:
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
-    """The nested dict of a config.json."""
-    return json.loads(path.read_text())
+    """The nested dict of a config.json. Raises UserError where it holds no JSON object."""
+    tree = workdirs.read_json(path)
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: not a JSON object; restore the file, for example from another run of this config")
+    return tree
 
 
 def objective(config: RunConfig, tokenizer: Tokenizer) -> Objective:

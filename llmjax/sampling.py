@@ -5,12 +5,15 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
+import numpy as np
 
+from llmjax.config import UserError
 from llmjax.data.objectives import Objective
 from llmjax.data.tokenizer import Tokenizer
-from llmjax.generate import generate
+from llmjax.generate import Sampling, check, generate
 from llmjax.models.registry import ModelConfig
 from llmjax.parallel import axes
+from llmjax.run_config import SampleConfig
 
 
 def complete(
@@ -33,22 +36,52 @@ def complete(
 
     Prompts are put to the model as its objective has it: behind BOS, or as a source with a gap at its end.
     Raises UserError for settings out of range, for a prompt with special tokens that the tokenizer does not know, and
-    where a prompt and its continuation exceed a model's learned positions.
+    where a prompt and its continuation exceed a model's learned positions or the memory.
     """
-    for prompt in prompts:
-        tokenizer.check_special(prompt)
-    tokens = [objective.prompt(ids) for ids in tokenizer.encode_batch(list(prompts))]
-    with jax.set_mesh(mesh), axes.use_rules(rules):
-        continuations = generate(
-            graph,
-            params,
-            model,
-            tokens,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            eos_id=tokenizer.eos_id,
-        )
+    tokens = _tokens(prompts, tokenizer, objective)
+    try:
+        with jax.set_mesh(mesh), axes.use_rules(rules):
+            continuations = generate(
+                graph,
+                params,
+                model,
+                tokens,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+                eos_id=tokenizer.eos_id,
+            )
+    except jax.errors.JaxRuntimeError as error:
+        if not any(sign in str(error) for sign in ("Out of memory", "RESOURCE_EXHAUSTED")):
+            raise
+        raise UserError(
+            f"max_tokens={max_tokens}: out of memory with {len(tokens)} prompt(s) of up to {max(map(len, tokens))} "
+            "tokens; lower it, or give fewer prompts at a time"
+        ) from error
     return [tokenizer.decode(ids) for ids in continuations]
+
+
+def check_samples(sample: SampleConfig, *, model: ModelConfig, tokenizer: Tokenizer, objective: Objective) -> None:
+    """Raise UserError, before anything is trained, for samples that could not be drawn at the end of training."""
+    if not (sample.prompts and model.generates):
+        return
+    for prompt in sample.prompts:
+        if not isinstance(prompt, str):
+            raise UserError(f"sample.prompts: {prompt!r} is no text; give texts, such as ('Once', 'Call me')")
+    try:
+        Sampling(temperature=sample.temperature, top_p=sample.top_p)
+        check(model, _tokens(sample.prompts, tokenizer, objective), sample.max_tokens)
+    except UserError as error:
+        raise UserError(f"the samples after training: {error}; `llmjax fields sample` lists what to set") from None
+
+
+def _tokens(prompts: Sequence[str], tokenizer: Tokenizer, objective: Objective) -> list[np.ndarray]:
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:  # what the shell passed on was no UTF-8
+            raise UserError(f"the prompt {prompt!r} holds bytes that are no UTF-8; give it as UTF-8") from None
+        tokenizer.check_special(prompt)
+    return [objective.prompt(ids) for ids in tokenizer.encode_batch(list(prompts))]

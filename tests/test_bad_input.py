@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import pathlib
 import shutil
 import sys
@@ -60,7 +61,10 @@ FLAGS = {
     "missing flag": (["llmjax", "eval"], "the following arguments are required: --workdir"),
     "unknown flag": (["llmjax", "inspect", "--workdir=x", "--jsno"], "unrecognized arguments: --jsno"),
     "flag of a wrong type": (["llmjax", "eval", "--workdir=x", "--step=last"], "argument --step: invalid whole number"),
+    "seed beyond a key": (["llmjax", "generate", "--workdir=x", "--prompt=a", "--seed=4294967296"], "0 to 4294967295"),
     "override without a value": (["llmjax", "eval", "--workdir=x", "--config.seed"], "--config.seed: give a value"),
+    "workdir left empty": (["llmjax", "inspect", "--workdir="], "--workdir=: empty; give a folder"),
+    "workdir that is a file": (["llmjax", "eval", f"--workdir={__file__}"], "this is a file; give a folder"),
     "no such run": (["llmjax", "eval", "--workdir=/nowhere"], "--workdir=/nowhere: no config.json there"),
     "unknown section": (["llmjax", "fields", "optimiser"], "no section 'optimiser' (did you mean 'optimizer'?)"),
 }
@@ -97,7 +101,19 @@ CONFIGS = {
         {"parallel__rules": str((("embed", "fdsp"), *axes.DEFAULT_RULES[1:]))},
         "parallel.rules: 'embed' -> 'fdsp': there is no such mesh axis (did you mean 'fsdp'?)",
     ),
+    "rule that names no axis": (
+        {"parallel__rules": str((("embed", 3), *axes.DEFAULT_RULES[1:]))},
+        "parallel.rules: 'embed' -> 3: there is no such mesh axis",
+    ),
+    "rules that cut an array twice": (
+        {"parallel__rules": str((*axes.DEFAULT_RULES, ("mlp", "fsdp")))},
+        "parallel.rules: 'fsdp' would cut two dimensions of (",
+    ),
     "rules that leave axes out": ({"parallel__rules": "(('embed', 'fsdp'),)"}, "parallel.rules: no rule for 'batch'"),
+    "store that is a file": ({"data__store": __file__}, "this is a file; give the folder of a token store"),
+    "prompt that is no text": ({"sample__prompts": "(1, 2)"}, "sample.prompts: 1 is no text"),
+    "special token in a prompt": ({"sample__prompts": "('<|im_start|>',)"}, "the text holds <|im_start|>"),
+    "samples out of range": ({"sample__prompts": "('a',)", "sample__top_p": 2}, "top_p=2.0: must be above 0"),
 }
 
 
@@ -228,17 +244,35 @@ def test_prompt_with_an_unknown_special_token(refuse, run_copy):
     assert "<|im_start|>" in line
 
 
-def test_sampling_out_of_range(refuse, run_copy):
-    assert "top_p" in refuse(["llmjax", "generate", f"--workdir={run_copy}", "--prompt=a", "--top_p=1.5"])
+GENERATIONS = {
+    "top_p": (["--prompt=a", "--top_p=1.5"], "top_p=1.5"),
+    "a prompt of other bytes": (["--prompt=\udcff"], "holds bytes that are no UTF-8"),
+    "more than memory holds": (["--prompt=a", f"--max_tokens={2**30}"], f"max_tokens={2**30}: out of memory"),
+    "a mesh that was asked for": (["--prompt=a", "--config.mesh.tensor=3"], "3 does not divide the 8 devices"),
+}
 
 
-def test_no_space_left(refuse, monkeypatch, run_copy, corpus):
+@pytest.mark.parametrize("mistake", GENERATIONS)
+def test_generation(mistake, refuse, run_copy):
+    flags, message = GENERATIONS[mistake]
+    assert message in refuse(["llmjax", "generate", f"--workdir={run_copy}", *flags])
+
+
+@pytest.mark.parametrize("text", ["", "{torn", "[]", "\0"])
+def test_a_damaged_config_of_the_run(text, refuse, run_copy):
+    (run_copy / "config.json").write_text(text)
+    line = refuse(["llmjax", "eval", f"--workdir={run_copy}"])
+    assert str(run_copy / "config.json") in line and "JSON" in line
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS], ids=errno.errorcode.get)
+def test_what_the_kernel_refuses(number, refuse, monkeypatch, run_copy, corpus):
     """The kernel's own error, whoever meets it, is one line."""
 
-    def full(*arguments, **named):
-        raise OSError(errno.ENOSPC, "No space left on device", str(run_copy / "run.json"))
+    def refused(*arguments, **named):
+        raise OSError(number, os.strerror(number), str(run_copy / "run.json"))
 
-    monkeypatch.setattr(workdirs, "write_json", full)
+    monkeypatch.setattr(workdirs, "write_json", refused)
     line = refuse(jobs.command("train", run_copy, corpus, train__steps=2))
-    assert "no space left" in line and "run.json" in line
+    assert os.strerror(number).removesuffix(" on device").lower() in line and "run.json" in line
     assert jax.process_count() == 1

@@ -5,6 +5,7 @@ import typing
 
 import pytest
 
+import llmjax
 from llmjax import cli, config
 from llmjax.run_config import RunConfig
 
@@ -13,6 +14,11 @@ def test_no_arguments_gives_the_overview(capsys):
     assert cli.run([]) == 0
     printed = capsys.readouterr().out
     assert all(f"llmjax {verb}" in printed for verb in cli.VERBS)
+
+
+def test_version(capsys):
+    assert cli.run(["--version"]) == 0
+    assert capsys.readouterr().out == f"llmjax {llmjax.__version__}\n"
 
 
 @pytest.mark.parametrize("verb", list(cli.VERBS))

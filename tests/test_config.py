@@ -55,10 +55,14 @@ MISTAKES = {
     "text for a number": ("train.steps", "many", r"train.steps='many': expected a whole number, got str"),
     "fraction for a whole number": ("train.steps", "1.5", r"train.steps=1.5: expected a whole number"),
     "bool for a number": ("train.steps", "True", r"train.steps=True: expected a whole number"),
+    "infinity for a whole number": ("train.steps", "1e999", r"train.steps=inf: expected a whole number"),
+    "infinity": ("optimizer.learning_rate", "1e999", r"optimizer.learning_rate=inf: expected a finite number"),
     "number for a bool": ("checkpoint.accept_changes", "1", r"checkpoint.accept_changes=1: expected true or false"),
     "number for a tuple": ("data.skip", "3", r"data.skip=3: expected a tuple"),
     "a section": ("train", "7", r"--config.train=7: this is a section"),
     "below a value": ("train.steps.more", "7", r"unknown config field 'train.steps.more': train.steps is a value"),
+    "more than a key holds": ("seed", "4294967296", r"seed=4294967296: must be below 4294967296"),
+    "no processes": ("data.workers", "-1", r"data.workers=-1: must not be negative"),
     "out of range": ("train.steps", "0", r"train.steps=0: must be at least 1"),
     "stop beyond the end": ("train.stop_at", "100000", r"train.stop_at=100000 lies beyond train.steps"),
     "uneven accumulation": (
@@ -82,10 +86,28 @@ def test_missing_file():
         resolve("nowhere.py", [])
 
 
-def test_file_without_get_config(tmp_path):
-    (tmp_path / "empty.py").write_text("x = 1\n")
-    with pytest.raises(UserError, match=r"has no function get_config"):
-        resolve(str(tmp_path / "empty.py"), [])
+FILES = {
+    "no function": ("x = 1\n", r"has no function get_config"),
+    "a name that is no function": ("get_config = 1\n", r"has no function get_config"),
+    "syntax": ("def get_config(:\n", r"cannot be read \(SyntaxError: invalid syntax \(file.py, line 1\)\)"),
+    "a package that is missing": ("import nowhere\n", r"cannot be read \(line 1: ModuleNotFoundError: .*nowhere"),
+    "an error inside": ("def get_config():\n    return 1 / 0\n", r"cannot be read \(line 2: ZeroDivisionError: "),
+    "a dict": ("def get_config():\n    return {}\n", r"get_config\(\) returns dict; return an ml_collections"),
+}
+
+
+@pytest.mark.parametrize("mistake", FILES)
+def test_mistakes_in_a_file(mistake, tmp_path):
+    text, message = FILES[mistake]
+    (tmp_path / "file.py").write_text(text)
+    with pytest.raises(UserError, match=message):
+        resolve(str(tmp_path / "file.py"), [])
+
+
+def test_a_file_that_is_no_python(tmp_path):
+    (tmp_path / "file.txt").write_text("hello\n")
+    with pytest.raises(UserError, match=r"file.txt: not a Python file"):
+        resolve(str(tmp_path / "file.txt"), [])
 
 
 def test_unknown_field_in_a_file(tmp_path):

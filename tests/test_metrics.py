@@ -64,10 +64,10 @@ def test_a_fresh_start_drops_every_line(tmp_path):
     assert raw_steps(tmp_path) == [1]
 
 
-@pytest.mark.parametrize("torn", ['{"step": 30, "lo', '{"step": 30, "loss": 1.0', '{"step": 3', "\x00\x00\x00"])
+@pytest.mark.parametrize("torn", [b'{"step": 30, "lo', b'{"step": 30, "loss": 1.0', b'{"step": 3', b"\0\0", b"\xff"])
 def test_a_torn_last_line_is_dropped_and_nothing_is_glued_to_it(tmp_path, torn):
     write_steps(tmp_path, [10, 20])
-    with open(tmp_path / "metrics.jsonl", "a") as file:
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
         file.write(torn)
     assert [line["step"] for line in read_metrics(tmp_path)] == [10, 20]
     write_steps(tmp_path, [30], resume_step=20)

@@ -48,7 +48,7 @@ def check_rules(rules: type_of_rules) -> None:
         logical, found = rule
         if logical not in known:
             raise UserError(f"parallel.rules: there is no logical axis {logical!r}{suggest(logical, known)}")
-        for name in (found,) if isinstance(found, str) else found or ():
+        for name in () if found is None else found if isinstance(found, tuple) else (found,):
             if name not in MESH_AXES:
                 near = suggest(str(name), MESH_AXES)
                 raise UserError(f"parallel.rules: {logical!r} -> {name!r}: there is no such mesh axis{near}")
@@ -77,13 +77,18 @@ def spec(
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     table = dict(_rules.value if rules is None else rules)
     manual = set(getattr(mesh, "manual_axes", ()))
-    entries = []
+    entries, used = [], []
     for i, name in enumerate(logical):
         found = table[name] if name is not None else None
         found = (found,) if isinstance(found, str) else tuple(found or ())
         found = tuple(a for a in found if a in mesh.axis_names and a not in manual)
         if shape is not None and shape[i] % math.prod(mesh.shape[a] for a in found):
             found = ()
+        if twice := [a for a in found if a in used]:
+            raise UserError(
+                f"parallel.rules: {twice[0]!r} would cut two dimensions of ({', '.join(map(str, logical))})"
+            )
+        used += found
         entries.append(found if len(found) > 1 else found[0] if found else None)
     return P(*entries)
 

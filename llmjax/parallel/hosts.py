@@ -4,6 +4,7 @@ import collections
 import ctypes
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -28,7 +29,8 @@ def initialize() -> None:
     LLMJAX_CPU_DEVICES emulates that many devices in this process. LLMJAX_INIT_SECONDS (60) bounds the wait for the
     others to arrive, LLMJAX_HEARTBEAT_SECONDS (100) the silence after which a process counts as dead.
     LLMJAX_LAUNCHER_PID is the process that started this one; on Linux this one ends with it, however it ends.
-    Raises UserError for incomplete or malformed variables, RuntimeError where process 0 is not there in time.
+    Raises UserError for incomplete or malformed variables and where JAX_PLATFORMS names a platform that is not here,
+    TimeoutError where process 0 is not there in time.
     """
     if (devices := _number("LLMJAX_CPU_DEVICES")) is not None:
         jax.config.update("jax_num_cpu_devices", devices)
@@ -50,6 +52,8 @@ def initialize() -> None:
     if automatic not in (None, "auto"):
         raise UserError(f"LLMJAX_DISTRIBUTED={automatic!r}: the only value is 'auto'")
     if coordinator is not None and count is not None and index is not None:
+        if not re.fullmatch(r".+:\d+", coordinator):
+            raise UserError(f"LLMJAX_COORDINATOR={coordinator!r}: expected host:port")
         if index >= count:
             raise UserError(f"LLMJAX_PROCESS_ID={index}: must be below LLMJAX_NUM_PROCESSES={count}")
         if index > 0:
@@ -63,6 +67,19 @@ def initialize() -> None:
             raise UserError(
                 f"LLMJAX_DISTRIBUTED=auto, but JAX finds no Slurm, GKE or TPU job here ({error})"
             ) from error
+    _check_platform(jax.config.jax_platforms)
+
+
+def _check_platform(asked: str | None) -> None:
+    """JAX itself ends with an empty AssertionError, or a page, where JAX_PLATFORMS asks for what is not installed."""
+    try:
+        jax.devices()
+    except (AssertionError, RuntimeError) as error:
+        if not asked or "known backends" not in (str(error) or "known backends"):
+            raise
+        raise UserError(
+            f"JAX_PLATFORMS={asked!r}: this installation has no such devices; install their extra, or leave it unset"
+        ) from error
 
 
 def _end_with(launcher: int | None) -> None:
@@ -89,11 +106,9 @@ def _reach(coordinator: str, seconds: int, index: int) -> None:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=seconds).close()
             return
-        except ValueError as error:
-            raise UserError(f"LLMJAX_COORDINATOR={coordinator!r}: expected host:port") from error
         except OSError as error:
             if time.monotonic() > end:
-                raise RuntimeError(
+                raise TimeoutError(
                     f"process {index} found nobody at LLMJAX_COORDINATOR={coordinator} within {seconds} s ({error}): "
                     "is process 0 running, and can its port be reached from here?"
                 ) from error

@@ -67,7 +67,7 @@ def read(workdir: epath.PathLike) -> RunFiles:
         config=config,
         run=load(root / "run.json", dict),
         data=load(root / "data.json", dict),
-        manifest=load(epath.Path(store) / "manifest.json", dict),
+        manifest=load(epath.Path(store).expanduser() / "manifest.json", dict),
         samples=load(root / "samples.json", list),
         metrics=metrics.read_metrics(root),
         evals=evals,

@@ -6,7 +6,7 @@ import functools
 from etils import epath
 import jax
 
-from llmjax import loading, run_config, state as states, workdir as workdirs
+from llmjax import loading, run_config, sampling, state as states, workdir as workdirs
 from llmjax.checkpoint import Checkpoints
 from llmjax.config import UserError
 from llmjax.data.pipeline import TrainData
@@ -44,6 +44,7 @@ def train(config: RunConfig, workdir: epath.Path, say: Callable[[str], None]) ->
         tokenizer = load_tokenizer(store)
         objective = run_config.objective(config, tokenizer)
         config = run_config.with_objective(config, objective)
+        sampling.check_samples(config.sample, model=config.model, tokenizer=tokenizer, objective=objective)
         hosts.all_equal("config", str(config))
         data = TrainData(
             store, config.data, seed=config.seed, global_batch=config.train.global_batch, objective=objective

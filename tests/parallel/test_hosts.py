@@ -69,7 +69,7 @@ def test_a_job_that_does_not_assemble_says_so():
     environment = {**os.environ, **place, "LLMJAX_INIT_SECONDS": "2", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
     assert done.returncode != 0
-    assert "RuntimeError: process 1 found nobody at LLMJAX_COORDINATOR=127.0.0.1:1 within 2 s" in done.stderr
+    assert "TimeoutError: process 1 found nobody at LLMJAX_COORDINATOR=127.0.0.1:1 within 2 s" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -81,6 +81,7 @@ def test_a_job_that_does_not_assemble_says_so():
         ({"LLMJAX_PROCESS_ID": "-1"}, "LLMJAX_PROCESS_ID='-1': expected a whole number, 0 or more"),
         ({"LLMJAX_DISTRIBUTED": "yes"}, "the only value is 'auto'"),
         ({"LLMJAX_COORDINATOR": "h", "LLMJAX_NUM_PROCESSES": "2", "LLMJAX_PROCESS_ID": "1"}, "'h': expected host:port"),
+        ({"LLMJAX_COORDINATOR": "h", "LLMJAX_NUM_PROCESSES": "2", "LLMJAX_PROCESS_ID": "0"}, "'h': expected host:port"),
         (
             {"LLMJAX_COORDINATOR": "h:1", "LLMJAX_NUM_PROCESSES": "2", "LLMJAX_PROCESS_ID": "2"},
             "LLMJAX_PROCESS_ID=2: must be below LLMJAX_NUM_PROCESSES=2",
@@ -99,6 +100,16 @@ def test_a_cluster_that_is_not_there_is_told():
     environment = {**os.environ, "LLMJAX_DISTRIBUTED": "auto", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
     assert "UserError: LLMJAX_DISTRIBUTED=auto, but JAX finds no Slurm, GKE or TPU job here" in done.stderr
+
+
+@pytest.mark.parametrize("platform", ["moon", "cuda"])
+def test_a_platform_that_is_not_there_is_told(platform):
+    code = "from llmjax.parallel import hosts; hosts.initialize()"
+    environment = {**os.environ, "JAX_PLATFORMS": platform, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
+    if platform == "cuda" and not done.returncode:
+        pytest.skip("it is there")
+    assert f"UserError: JAX_PLATFORMS='{platform}': this installation has no such devices" in done.stderr
 
 
 def test_one_process_agrees_with_itself():
