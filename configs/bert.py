@@ -18,6 +18,9 @@ SIZES = {
 # size -> what it reaches on the validation split of the standard library, which `make recipes` asserts
 REACHES = {"tiny": ("accuracy", 0.12)}
 
+# Of the hidden tokens of the validation split; always the commonest one would be right in 3%.
+REACHES = {"tiny": ("accuracy", 0.12)}
+
 
 def get_config(size: str = "tiny") -> ConfigDict:
     """Model and recipe as published (appendix A.2), but for the second task, next-sentence prediction, which later work
