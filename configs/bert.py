@@ -15,6 +15,8 @@ SIZES = {
     "base": (12, 768, 12, 0.1),
     "large": (24, 1024, 16, 0.1),
 }
+# size -> what it reaches on the validation split of the standard library, which `make recipes` asserts
+REACHES = {"tiny": ("accuracy", 0.12)}
 
 
 def get_config(size: str = "tiny") -> ConfigDict:
@@ -43,7 +45,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
         dtype="float32" if tiny else "bfloat16",
         remat="none" if tiny else "attention",
     )
-    c.objective = dict(name="masked", rate=0.15)
+    c.objective = dict(name="masked", rate=0.3 if tiny else 0.15)
     c.mesh = dict(data=1, fsdp=-1, tensor=1)
     if tiny:
         c.data = dict(
@@ -51,8 +53,9 @@ def get_config(size: str = "tiny") -> ConfigDict:
             tokenizer=dict(kind="sentencepiece", algorithm="bpe", vocab_size=2048),
             seq_len=64,
         )
-        c.train = dict(steps=1_500, global_batch=32, log_every=50)
-        c.optimizer = dict(name="adamw", learning_rate=2e-3, schedule="linear", end_fraction=0.0)
+        c.train = dict(steps=1_200, global_batch=32, log_every=50)
+        # Muon finds what learned positions are good for in half of AdamW's steps.
+        c.optimizer = dict(name="muon", learning_rate=5e-3, schedule="linear", end_fraction=0.0)
         return c
     c.data = dict(
         sources=dict(main=dict(path="")), tokenizer=dict(kind="sentencepiece", vocab_size=30_522), seq_len=512

@@ -11,10 +11,12 @@ from llmjax.config import UserError
 
 # layers, embed, heads, mlp, window, sequences a step, peak learning rate, warmup steps (tables 3 and 4 of the paper)
 SIZES = {
-    "tiny": (4, 128, 4, 256, 17, 16, 3e-3, None),
+    "tiny": (4, 128, 2, 256, 17, 16, 3e-3, None),
     "base": (22, 768, 12, 1152, 65, 4608, 8e-4, 640),
     "large": (28, 1024, 16, 2624, 65, 4928, 5e-4, 400),
 }
+# size -> what it reaches on the validation split of the standard library, which `make recipes` asserts
+REACHES = {"tiny": ("accuracy", 0.33)}
 
 
 def get_config(size: str = "tiny") -> ConfigDict:
