@@ -120,8 +120,8 @@ def ours(name: str, config: RunConfig) -> tuple[Racer, tuple[int, int]]:
 def torch_peer(config: RunConfig) -> tuple[Racer, tuple[int, int]] | None:
     """The same stack in PyTorch, or None where it is not installed."""
     try:
-        import torch
-        from torch import nn
+        import torch  # pyright: ignore[reportMissingImports]  (the extra `bench`)
+        from torch import nn  # pyright: ignore[reportMissingImports]
     except ImportError:
         print(INSTALL_TORCH)
         return None
