@@ -186,9 +186,7 @@ class Recurrence(nnx.Module):
 
     def _leave(self, hidden: jax.Array) -> jax.Array:
         hidden = constrain(hidden.swapaxes(0, 1), "batch", "seq", "mlp")
-        # Without a map behind it this is the residual stream, which no family cuts: on a mesh of three axes the
-        # partitioner (jax 0.10.2) got the gradient by a head wrong that is cut along the same axis as the stream.
-        return constrain(hidden, "batch", "seq", None) if self.out is None else self.out(hidden)
+        return hidden if self.out is None else self.out(hidden)
 
     def _side_by_side(self, maps: nnx.Dict, dtype) -> tuple[jax.Array, jax.Array]:
         """(weights [inputs, gates, hidden], biases [gates, hidden]) of all gates."""
