@@ -40,6 +40,9 @@ def main() -> typing.NoReturn:
     except TimeoutError as error:
         print(f"llmjax: error: {error}", file=sys.stderr, flush=True)
         status = HANG
+    except BrokenPipeError:  # `llmjax inspect ... | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
     except KeyboardInterrupt:
         status = 130
     except Exception as error:

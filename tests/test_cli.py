@@ -1,6 +1,8 @@
 """The door teaches: an overview, help for each verb, and every config field with its meaning."""
 
 import dataclasses
+import subprocess
+import sys
 import typing
 
 import pytest
@@ -14,6 +16,16 @@ def test_no_arguments_gives_the_overview(capsys):
     assert cli.run([]) == 0
     printed = capsys.readouterr().out
     assert all(f"llmjax {verb}" in printed for verb in cli.VERBS)
+
+
+def test_a_reader_that_leaves_early_is_no_crash():
+    """`llmjax fields | head -1`"""
+    code = "import sys; from llmjax import cli; sys.argv = ['llmjax', 'fields']; cli.main()"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout and process.stderr
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 141
 
 
 def test_version(capsys):

@@ -301,6 +301,13 @@ def test_a_long_run_stays_small_and_keeps_its_spikes():
     assert (77_777.0, 50.0) in kept and kept == sorted(kept) and set(kept) <= set(points)
 
 
+def test_few_points_are_not_called_smoothed(tmp_path, full):
+    assert "training, smoothed" in full
+    put(tmp_path / "metrics.jsonl", "".join(f'{{"step": {step}, "loss": 1.0}}\n' for step in range(1, 100)))
+    text = write_report(tmp_path).read_text()
+    assert "training, each logged step" in text and "smoothed" not in text
+
+
 def test_smoothing_starts_unbiased_and_passes_over_what_is_broken():
     assert plot.smooth([(1, 4.0), (2, math.nan), (3, 4.0)], 10) == [(1, 4.0), (3, 4.0)]
     (_, first), (_, second) = plot.smooth([(1, 0.0), (2, 1.0)], 2)

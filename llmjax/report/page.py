@@ -17,6 +17,7 @@ from llmjax.report.markup import clean, count, figure, missing, page, pairs, sec
 FILE = "report.html"
 MARKS = {"restart": "restarted", "skipped": "steps skipped, not finite"}
 SPLITS = ("train", "validation", "test")
+SMOOTHED_FROM = 100  # points of a curve: the mean goes over this fraction of them, so over one where there are fewer
 
 
 def write_report(workdir: epath.PathLike) -> epath.Path:
@@ -77,8 +78,11 @@ def learning(run: RunFiles) -> str:
     if not run.metrics:
         return section(title, missing("No step was logged yet.", _verb("train", run)))
     marks, loss = _marks(run), run.curve("loss")
-    curves = [plot.Curve("training loss", loss, "faint"), plot.Curve("training loss, smoothed", _smooth(loss))]
-    keys = [("faint", "training, each logged step"), ("line", "training, smoothed")]
+    if len(loss) > SMOOTHED_FROM:
+        curves = [plot.Curve("training loss", loss, "faint"), plot.Curve("training loss, smoothed", _smooth(loss))]
+        keys = [("faint", "training, each logged step"), ("line", "training, smoothed")]
+    else:
+        curves, keys = [plot.Curve("training loss", loss)], [("line", "training, each logged step")]
     if validation := [
         (step, scores["total"]["loss"]) for step, scores in sorted(run.evals.get("validation", {}).items())
     ]:
@@ -265,7 +269,7 @@ def _splits(manifest: dict[str, Any]) -> Iterable[tuple]:
 
 
 def _smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    return plot.smooth(points, len(points) / 100)
+    return plot.smooth(points, len(points) / SMOOTHED_FROM)
 
 
 def _step_time(run: RunFiles) -> float:

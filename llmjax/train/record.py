@@ -26,7 +26,9 @@ def write(job: Job, progress: Progress, unsharded: list[str]) -> None:
         if path.exists()
         else {"run_id": uuid.uuid4().hex[:12], "started": time.time(), "restarts": []}
     )
-    restarts = old["restarts"] + ([{"step": progress.step, "time": time.time()}] if path.exists() else [])
+    train = job.config.train
+    goes_on = path.exists() and progress.step < (train.stop_at or train.steps)  # else there is nothing left to train
+    restarts = old["restarts"] + ([{"step": progress.step, "time": time.time()}] if goes_on else [])
     device = jax.devices()[0]
     by_part = parameters_by_part(job)
     workdirs.write_json(job.workdir / "config.json", run_config.to_json(job.config))

@@ -347,3 +347,24 @@ def test_every_kept_document_of_public_text_comes_back(shared_data, tmp_path, pa
     part_bytes = manifest["sources"]["main"]["part_bytes"]
     wanted = [record.text for unit in units for record in stages.read_unit(unit, part_bytes) if hasattr(record, "text")]
     assert sorted(everything(decoded(tmp_path / "s"))) == sorted(wanted)
+
+
+def test_ctrl_c_ends_the_pool_quietly():
+    """A terminal sends SIGINT to the whole process group; the workers have one of their own."""
+    code = (
+        "import time\nfrom llmjax.data.workers import Workers\n"
+        "with Workers(2) as pool:\n"
+        "    try:\n"
+        "        print('begun', flush=True)\n"
+        "        list(pool.map(time.sleep, [(99,), (99,)]))\n"
+        "    except KeyboardInterrupt:\n"
+        "        time.sleep(1)\n"  # what a worker has to say would be said now
+        "        print('stopped', flush=True)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout and process.stdout.readline() == "begun\n"
+    time.sleep(1)  # the tasks are under way
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=30) == ("stopped\n", "")

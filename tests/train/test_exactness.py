@@ -1,5 +1,6 @@
 """Resume, re-shard and re-scale, bit for bit, with real processes that are really killed."""
 
+import json
 import os
 import pathlib
 import signal
@@ -73,6 +74,8 @@ def test_kill_and_resume_equals_an_unbroken_run(train, corpus, common, tmp_path)
     assert "resuming at step" in printed
     assert jobs.trace(broken) == jobs.trace(whole)
     assert fingerprints(broken) == fingerprints(whole)
+    assert "nothing left to train" in jobs.run(arguments, LLMJAX_CPU_DEVICES="8")
+    assert len(json.loads((broken / "run.json").read_text())["restarts"]) == 1, "looking at a run restarts nothing"
 
 
 def test_process_layouts_agree(train):
