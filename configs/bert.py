@@ -15,6 +15,8 @@ SIZES = {
     "base": (12, 768, 12, 0.1),
     "large": (24, 1024, 16, 0.1),
 }
+# size -> what it reaches on the validation split of the standard library, which `make recipes` asserts
+REACHES = {"tiny": ("accuracy", 0.12)}
 
 # Of the hidden tokens of the validation split; always the commonest one would be right in 3%.
 REACHES = {"tiny": ("accuracy", 0.12)}

@@ -6,6 +6,8 @@ llmjax train --config=configs/quickstart.py --workdir=runs/mine --config.data.so
 
 from ml_collections import ConfigDict
 
+REACHES = {"": ("bits_per_byte", 1.97)}
+
 
 def get_config() -> ConfigDict:
     c = ConfigDict()

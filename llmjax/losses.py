@@ -7,6 +7,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from llmjax.parallel.axes import constrain
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,9 @@ def cross_entropy(
     times the squared log partition function keeps logits near 0 (PaLM, arXiv 2204.02311).
     """
     seq = hidden.shape[1]
+    # Pinned here and, by the transpose, on the way back: where a recurrence led time and the mesh had three axes, the
+    # partitioner (jax 0.10.2) gave each device the gradient of another one's rows.
+    hidden = constrain(hidden, "batch", "seq", None)
     pieces = tuple(_split(x, min(chunk or seq, seq)) for x in (hidden, targets, weights))
     head, parameters = jax.closure_convert(unembed, pieces[0][0])
     return _cross_entropy(head, z_loss, parameters, *pieces)
@@ -62,6 +67,7 @@ def _forward(head, z_loss, parameters, hidden, targets, weights):
         return (sums, [d.astype(jnp.float32) for d in d_parameters]), d_hidden
 
     (sums, d_parameters), d_hidden = _sum(score, (hidden, targets, weights))
+    d_hidden = constrain(d_hidden, None, "batch", None, None)
     # Of the parameters only their types go on to the backward pass.
     return sums, (d_parameters, d_hidden, [jnp.zeros(0, p.dtype) for p in parameters])
 

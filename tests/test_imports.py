@@ -9,7 +9,9 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "llmjax"
 
 # The first prefix that matches names a module's floor.
 FLOORS = {
-    "llmjax.cli": 7,
+    "llmjax.cli": 8,
+    "llmjax.verbs": 7,
+    "llmjax.flags": 1,
     "llmjax.plan": 6,
     "llmjax.train": 5,
     "llmjax.evals": 4,

@@ -11,7 +11,7 @@ import shlex
 
 import pytest
 
-from llmjax import cli, config, run_config
+from llmjax import cli, config, flags, run_config
 from llmjax.interop import exporting
 from llmjax.models import registry
 
@@ -107,19 +107,19 @@ def test_commands_were_found():
 @pytest.mark.parametrize("arguments", [c for _, c in COMMANDS], ids=[f"{n}: {' '.join(c)[:60]}" for n, c in COMMANDS])
 def test_every_command_is_understood(arguments, monkeypatch):
     """Its flags exist, and so do its config file and fields, with values of the right types."""
-    parse = cli.Parser.parse_args
+    parse = flags.Parser.parse_args
 
     def stop(parser, rest):
         raise Parsed(parse(parser, rest))
 
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(cli.Parser, "parse_args", stop)
+    monkeypatch.setattr(flags.Parser, "parse_args", stop)
     with pytest.raises(Parsed) as parsed:
         cli.run(arguments)
-    flags = parsed.value.args[0]
+    given = parsed.value.args[0]
     words = [word.removeprefix("--config.") for word in arguments if word.startswith("--config.")]
     overrides = [(field, value) for field, _, value in (word.partition("=") for word in words)]
-    config = run_config.resolve(getattr(flags, "config", None) or "configs/quickstart.py", overrides)
+    config = run_config.resolve(getattr(given, "config", None) or "configs/quickstart.py", overrides)
     assert arguments[0] == "size" or all(source.path for source in config.data.sources.values())
 
 

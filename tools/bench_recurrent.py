@@ -1,13 +1,17 @@
 #!/usr/bin/env python3
 """Measure a training step of the recurrent recipes on CPU: tokens a second, beside torch.nn's layers in the same model.
 
-python tools/bench_recurrent.py                        lstm and rglru of configs/recurrent.py: about 2 minutes
-python tools/bench_recurrent.py --size=gru --turns=9   another one, for longer
+python tools/bench_recurrent.py                    lstm, gru and rglru of configs/recurrent.py: about 3 minutes
+python tools/bench_recurrent.py --size=lstm        one of them
+python tools/bench_recurrent.py --turns=9          more timings of each
 
 A step is forward, backward, clip at 1.0 and AdamW in float32. lstm, gru and rnn stand beside the same stack with
-torch.nn's layer for the cell (its second bias apart); rglru has no peer there and stands beside itself, its recurrence
-run token by token and as a parallel scan. All take turns in this process, so that they see the same machine; the median
-turn counts. llmjax resets states where documents end; PyTorch does not.
+torch.nn's layer for the cell, whose second bias makes it a little larger; rglru stands beside the quickstart's decoder,
+and beside itself, its recurrence run token by token and as a parallel scan. llmjax resets states where documents end;
+PyTorch does not.
+
+All run on one core, in turns, and are timed by processor time, so that other work on the machine does not count. The
+median turn counts.
 """
 
 import argparse
@@ -16,90 +20,115 @@ import dataclasses
 import os
 from pathlib import Path
 import statistics
+import time
 
 import numpy as np
 from peers import INSTALL_TORCH, environment
 
 os.environ.update(environment("cpu"))
+# Before JAX starts its threads, of which there are as many as cores.
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 import jax
-from peer_process import llmjax_step, timed
+from peer_process import llmjax_step
 
 from llmjax import run_config
 from llmjax.models.recurrent_config import RecurrentConfig
 from llmjax.nn.rglru import RECURRENCES
+from llmjax.run_config import RunConfig
 
-CONFIG = Path(__file__).resolve().parent.parent / "configs" / "recurrent.py"
-SIZES = ("lstm", "gru", "rnn", "rglru")
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CELLS = ("lstm", "gru", "rnn", "rglru")
 VOCAB_SIZE = 4096  # the recipes'
 
 
 @dataclasses.dataclass
 class Racer:
-    """A step to be timed: `work` starts it, `wait` blocks until what it gave is done."""
+    """A step to be timed: `work` does it, and is done when it returns."""
 
     name: str
     work: Callable
-    wait: Callable
     parameters: int
     seconds: list[float] = dataclasses.field(default_factory=list)
 
-    def turn(self, seconds: float) -> None:
-        """As many steps as fit into `seconds`."""
-        self.seconds.append(timed(self.work, self.wait, max(1, round(seconds / timed(self.work, self.wait, 1)))))
+    def turn(self, steps: int) -> None:
+        """Time `steps` steps in a row."""
+        began = time.process_time()
+        for _ in range(steps):
+            self.work()
+        self.seconds.append((time.process_time() - began) / steps)
 
 
 def main() -> None:
     options = parse_options()
-    for size in options.size or ["lstm", "rglru"]:
-        race(size, turns=options.turns, seconds=options.seconds)
+    racers, shapes = [], set()
+    for cell in options.size or ("lstm", "gru", "rglru"):
+        for racer, shape in contestants(cell):
+            racer.work()  # compiled
+            racers.append(racer)
+            shapes.add(shape)
+    ((rows, seq),) = shapes
+    for _ in range(options.turns):
+        for racer in racers:
+            racer.turn(options.steps)
+    print(f"{rows} x {seq} tokens a step, float32, one core, median of {options.turns} turns by processor time")
+    print(f"  {'':30}{'tokens/s':>10}{'step':>10}{'(min - max)':>18}{'parameters':>13}")
+    for racer in racers:
+        middle, span = statistics.median(racer.seconds), f"({min(racer.seconds):.3f} - {max(racer.seconds):.3f})"
+        print(f"  {racer.name:30}{rows * seq / middle:>10,.0f}{middle:>8.3f} s{span:>18}{racer.parameters:>13,}")
 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=f"{__doc__}\n{INSTALL_TORCH}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", action="append", choices=SIZES, help="may be given twice (default: lstm and rglru)")
+    parser.add_argument("--size", action="append", choices=CELLS, help="may be given twice (default: lstm, gru, rglru)")
     parser.add_argument("--turns", type=int, default=5, help="timings of each (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=3, help="length of each (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=3, help="steps in each (default: %(default)s)")
     return parser.parse_args()
 
 
-def race(size: str, *, turns: int, seconds: float) -> None:
-    """Print a recipe's tokens a second and its peer's."""
-    config = run_config.with_vocabulary(run_config.resolve(f"{CONFIG}:{size}", []), VOCAB_SIZE)
+def contestants(cell: str) -> list[tuple[Racer, tuple[int, int]]]:
+    """A recipe and its peers, each with its rows and tokens a row."""
+    config = recipe(f"recurrent.py:{cell}")
     assert isinstance(config.model, RecurrentConfig)
-    rows, seq = config.train.global_batch, config.data.seq_len
-    draw = np.random.default_rng(0).integers(0, VOCAB_SIZE, (rows, seq + 1), np.int32)
-    batch = np.ascontiguousarray(draw[:, :-1]), np.ascontiguousarray(draw[:, 1:])
-    racers = []
-    for how in RECURRENCES if size == "rglru" else ("sequential",):
-        model = dataclasses.replace(config.model, recurrence=how)
-        tree = run_config.to_json(dataclasses.replace(config, model=model))
-        work, parameters = llmjax_step(tree, *batch)
-        racers.append(Racer(f"llmjax, {how}", work, jax.block_until_ready, parameters))
-    if size != "rglru" and (peer := torch_racer(config.model, config.optimizer.resolved().learning_rate, batch)):
-        racers.append(peer)
-    for _ in range(turns):
-        for racer in racers:
-            racer.turn(seconds)
-    load = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
-    print(f"\n{size}: {rows} x {seq} tokens a step, float32, median of {turns} turns; {load}")
-    print(f"  {'':22}{'tokens/s':>10}{'step':>10}{'(min - max)':>18}{'parameters':>13}")
-    for racer in racers:
-        middle, span = statistics.median(racer.seconds), f"({min(racer.seconds):.3f} - {max(racer.seconds):.3f})"
-        rate = rows * seq / middle
-        print(f"  {racer.name:22}{rate:>10,.0f}{middle:>8.3f} s{span:>18}{racer.parameters:>13,}", flush=True)
+    if cell != "rglru":
+        given = [ours(f"llmjax {cell}", config)]
+        return given + ([peer] if (peer := torch_peer(config)) else [])
+    kinds = {how: dataclasses.replace(config.model, recurrence=how) for how in RECURRENCES}
+    given = [ours(f"llmjax rglru, {how}", dataclasses.replace(config, model=kind)) for how, kind in kinds.items()]
+    return [*given, ours("llmjax decoder, quickstart", recipe("quickstart.py"))]
 
 
-def torch_racer(model: RecurrentConfig, learning_rate: float, batch: tuple[np.ndarray, np.ndarray]) -> Racer | None:
+def recipe(name: str) -> RunConfig:
+    return run_config.with_vocabulary(run_config.resolve(str(CONFIGS / name), []), VOCAB_SIZE)
+
+
+def drawn(config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and targets of a batch."""
+    shape = config.train.global_batch, config.data.seq_len + 1
+    tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, shape, np.int32)
+    return np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:])
+
+
+def ours(name: str, config: RunConfig) -> tuple[Racer, tuple[int, int]]:
+    batch = drawn(config)
+    step, parameters = llmjax_step(run_config.to_json(config), *batch)
+    return Racer(name, lambda: jax.block_until_ready(step()), parameters), batch[0].shape
+
+
+def torch_peer(config: RunConfig) -> tuple[Racer, tuple[int, int]] | None:
     """The same stack in PyTorch, or None where it is not installed."""
     try:
-        import torch
-        from torch import nn
+        import torch  # pyright: ignore[reportMissingImports]  (the extra `bench`)
+        from torch import nn  # pyright: ignore[reportMissingImports]
     except ImportError:
         print(INSTALL_TORCH)
         return None
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model, batch = config.model, drawn(config)
+    assert isinstance(model, RecurrentConfig)
     layer = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}[model.cell]
 
     class Stack(nn.Module):
@@ -118,10 +147,9 @@ def torch_racer(model: RecurrentConfig, learning_rate: float, batch: tuple[np.nd
             logits = self.norms[-1](x) @ self.embed.weight.T
             return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    torch.manual_seed(0)
-    stack = Stack()
+    stack, rate = Stack(), config.optimizer.resolved().learning_rate
     nn.init.normal_(stack.embed.weight, std=0.02)
-    adamw = torch.optim.AdamW(stack.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    adamw = torch.optim.AdamW(stack.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def step():
         loss = stack(*(torch.from_numpy(x).long() for x in batch))
@@ -129,9 +157,8 @@ def torch_racer(model: RecurrentConfig, learning_rate: float, batch: tuple[np.nd
         nn.utils.clip_grad_norm_(stack.parameters(), 1.0)
         adamw.step()
         adamw.zero_grad(set_to_none=True)
-        return loss.detach()
 
-    return Racer(f"torch.nn.{layer.__name__}", step, lambda _: None, sum(p.numel() for p in stack.parameters()))
+    return Racer(f"torch.nn.{layer.__name__}", step, sum(p.numel() for p in stack.parameters())), batch[0].shape
 
 
 if __name__ == "__main__":

@@ -115,10 +115,10 @@ def main() -> None:
 
 def draw(curves: dict[str, tuple[list[float], list[float]]], path: pathlib.Path) -> None:
     """Training loss over FLOPs. What is foretold differs between objectives, so only like lines can be compared."""
-    import matplotlib
+    import matplotlib  # pyright: ignore[reportMissingImports]  (the extra `bench`)
 
     matplotlib.use("svg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
 
     figure, axes = pyplot.subplots(figsize=(9, 5))
     for label, (flops, loss) in curves.items():

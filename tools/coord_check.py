@@ -131,10 +131,10 @@ def check(svg: pathlib.Path) -> None:
 
 def _draw(curves: dict[tuple[str, str], list[float]], path: pathlib.Path) -> None:
     """How far logits move, over the base width, by width: flat under muP."""
-    import matplotlib
+    import matplotlib  # pyright: ignore[reportMissingImports]  (the extra `bench`)
 
     matplotlib.use("svg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     for number, family in enumerate(FAMILIES):

@@ -67,7 +67,7 @@ def initialize() -> None:
             raise UserError(
                 f"LLMJAX_DISTRIBUTED=auto, but JAX finds no Slurm, GKE or TPU job here ({error})"
             ) from error
-    _check_platform(jax.config.jax_platforms)
+    _check_platform(jax.config.jax_platforms)  # type: ignore[attr-defined]
 
 
 def _check_platform(asked: str | None) -> None:

@@ -160,7 +160,7 @@ CASES = {
     "olmo3-tied": (
         "Olmo3",
         SIZES | dict(sliding_window=5, layer_types=[FULL, LOCAL, FULL], tie_word_embeddings=True),
-        dict(pattern="gl", rope_local_base=5e5, rope_scaling="none"),
+        dict(pattern="gl", rope_base=5e5, rope_local_base=0.0, rope_scaling="none"),
     ),
 }
 
