@@ -15,8 +15,6 @@ SIZES = {
     "base": (12, 768, 12, 0.1),
     "large": (24, 1024, 16, 0.1),
 }
-# size -> what it reaches on the validation split of the standard library, which `make recipes` asserts
-REACHES = {"tiny": ("accuracy", 0.12)}
 
 # Of the hidden tokens of the validation split; always the commonest one would be right in 3%.
 REACHES = {"tiny": ("accuracy", 0.12)}
@@ -24,7 +22,9 @@ REACHES = {"tiny": ("accuracy", 0.12)}
 
 def get_config(size: str = "tiny") -> ConfigDict:
     """Model and recipe as published (appendix A.2), but for the second task, next-sentence prediction, which later work
-    found to be of no use (Liu et al., 2019, arXiv 1907.11692). Tiny reads the standard library in a few minutes."""
+    found to be of no use (Liu et al., 2019, arXiv 1907.11692). Tiny reads the standard library in a few minutes, and
+    only begins to find out what its learned positions are good for; configs/modernbert.py, with rotary ones, is past
+    that."""
     if size not in SIZES:
         raise UserError(f"--config=configs/bert.py:{size}: no such size; choose one of {', '.join(SIZES)}")
     layers, embed, heads, dropout = SIZES[size]
@@ -48,7 +48,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
         dtype="float32" if tiny else "bfloat16",
         remat="none" if tiny else "attention",
     )
-    c.objective = dict(name="masked", rate=0.3 if tiny else 0.15)
+    c.objective = dict(name="masked", rate=0.15)
     c.mesh = dict(data=1, fsdp=-1, tensor=1)
     if tiny:
         c.data = dict(
@@ -56,9 +56,8 @@ def get_config(size: str = "tiny") -> ConfigDict:
             tokenizer=dict(kind="sentencepiece", algorithm="bpe", vocab_size=2048),
             seq_len=64,
         )
-        c.train = dict(steps=1_200, global_batch=32, log_every=50)
-        # Muon finds what learned positions are good for in half of AdamW's steps.
-        c.optimizer = dict(name="muon", learning_rate=5e-3, schedule="linear", end_fraction=0.0)
+        c.train = dict(steps=1_500, global_batch=32, log_every=50)
+        c.optimizer = dict(name="adamw", learning_rate=2e-3, schedule="linear", end_fraction=0.0)
         return c
     c.data = dict(
         sources=dict(main=dict(path="")), tokenizer=dict(kind="sentencepiece", vocab_size=30_522), seq_len=512
