@@ -109,7 +109,6 @@ CONFIGS = {
         {"parallel__rules": str((*axes.DEFAULT_RULES, ("mlp", "fsdp")))},
         "parallel.rules: 'fsdp' would cut two dimensions of (",
     ),
-    "rules that leave axes out": ({"parallel__rules": "(('embed', 'fsdp'),)"}, "parallel.rules: no rule for 'batch'"),
     "store that is a file": ({"data__store": __file__}, "this is a file; give the folder of a token store"),
     "prompt that is no text": ({"sample__prompts": "(1, 2)"}, "sample.prompts: 1 is no text"),
     "special token in a prompt": ({"sample__prompts": "('<|im_start|>',)"}, "the text holds <|im_start|>"),

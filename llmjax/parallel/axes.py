@@ -39,8 +39,14 @@ MESH_AXES = ("data", "fsdp", "tensor")
 _rules = jax.make_user_context(DEFAULT_RULES)
 
 
-def check_rules(rules: type_of_rules) -> None:
-    """Raise UserError where a rule is malformed or names an unknown axis, and where a logical axis has no rule."""
+def complete_rules(rules: type_of_rules) -> type_of_rules:
+    """The whole table: `rules`, and the default for every logical axis that they leave out.
+
+    A run keeps its table, and a table that was whole when the run was trained lacks each axis that came later; to
+    refuse it would put old checkpoints out of reach. A table that someone writes is filled in the same way, in silence:
+    rules decide where numbers lie and never what they are, and a default that clashes with another rule is named when
+    it would cut an array twice. UserError where a rule is malformed or names an unknown axis.
+    """
     known = dict(DEFAULT_RULES)
     for rule in rules:
         if not (isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], str)):
@@ -52,9 +58,7 @@ def check_rules(rules: type_of_rules) -> None:
             if name not in MESH_AXES:
                 near = suggest(str(name), MESH_AXES)
                 raise UserError(f"parallel.rules: {logical!r} -> {name!r}: there is no such mesh axis{near}")
-    missing = [name for name in known if name not in dict(rules)]
-    if missing:
-        raise UserError(f"parallel.rules: no rule for {', '.join(map(repr, missing))}; give None for an unsharded axis")
+    return tuple((known | dict(rules)).items())
 
 
 @contextlib.contextmanager

@@ -30,14 +30,14 @@ class ParallelConfig:
     """How the step is compiled.
 
     how     "jit" shards by the rules; "pmap" maps the step over replicas (data axis only)
-    rules   (logical axis, mesh axis | tuple of mesh axes | None), ...
+    rules   (logical axis, mesh axis | tuple of mesh axes | None), ...; an axis that is left out keeps its default
     """
 
     how: str = "jit"
     rules: tuple = axes.DEFAULT_RULES
 
     def __post_init__(self):
-        axes.check_rules(self.rules)
+        object.__setattr__(self, "rules", axes.complete_rules(self.rules))
 
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:

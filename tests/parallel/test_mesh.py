@@ -72,10 +72,15 @@ def test_changed_rules_are_traced_anew():
     [
         ((("embed", "fdsp"), *axes.DEFAULT_RULES[1:]), r"'embed' -> 'fdsp': there is no such mesh axis \(did you mean"),
         ((*axes.DEFAULT_RULES, ("width", None)), r"there is no logical axis 'width'"),
-        (axes.DEFAULT_RULES[1:], r"no rule for 'batch'"),
         (("batch",), r"'batch' is not a pair"),
     ],
 )
 def test_rules_that_mean_nothing(rules, message):
     with pytest.raises(UserError, match=message):
         ParallelConfig(rules=rules)
+
+
+def test_a_rule_that_is_left_out_is_the_default():
+    assert ParallelConfig(rules=axes.DEFAULT_RULES[1:]) == ParallelConfig()
+    found = dict(ParallelConfig(rules=(("mlp", None),)).rules)
+    assert found == {**dict(axes.DEFAULT_RULES), "mlp": None}

@@ -1,0 +1,48 @@
+"""What a run kept of itself is enough to use it later, by code that has learned more since."""
+
+import json
+import pathlib
+import shutil
+
+import pytest
+
+from llmjax import checkpoint
+from tests import jobs
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[pathlib.Path, pathlib.Path]:
+    """A corpus, and a run of two steps on it."""
+    corpus, workdir = jobs.write_corpus(tmp_path_factory.mktemp("corpus"), 20), tmp_path_factory.mktemp("trained")
+    jobs.run(jobs.command("train", workdir, corpus, train__steps=2, mesh__tensor=2), LLMJAX_CPU_DEVICES="2")
+    return corpus, workdir
+
+
+def without(config: dict, axis: str) -> dict:
+    """A config as it was kept before there was a rule for `axis`."""
+    rules = [rule for rule in config["parallel"]["rules"] if rule[0] != axis]
+    assert len(rules) == len(config["parallel"]["rules"]) - 1
+    return {**config, "parallel": {**config["parallel"], "rules": rules}}
+
+
+@pytest.mark.slow
+def test_a_run_from_before_an_axis_had_a_rule_is_used_and_resumed(trained, tmp_path):
+    corpus, workdir = trained
+    old = shutil.copytree(workdir, tmp_path / "run")
+    shutil.rmtree(old / "eval")
+    path = old / "config.json"
+    path.write_text(json.dumps(without(json.loads(path.read_text()), "mlp")))
+    meta = old / "checkpoints" / "2" / "meta" / "metadata"
+    body = json.loads(meta.read_text())
+    body["meta"]["config"] = without(body["meta"]["config"], "mlp")
+    del body["crc32"]
+    meta.write_text(json.dumps({"crc32": checkpoint._crc32(body), **body}))
+
+    scores = {}
+    for folder in (workdir, old):
+        jobs.run(jobs.command("eval", folder), LLMJAX_CPU_DEVICES="2")
+        scores[folder] = json.loads((folder / "eval" / "2" / "validation.json").read_text())
+    assert scores[old] == scores[workdir]
+    resumed = jobs.command("train", old, corpus, train__steps=3, mesh__tensor=2)
+    assert "resuming at step 2" in jobs.run(resumed, LLMJAX_CPU_DEVICES="2")
+    assert "mlp" in dict(json.loads(path.read_text())["parallel"]["rules"]), "what is kept now is whole"
