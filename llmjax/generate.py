@@ -87,17 +87,17 @@ def generate(
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     model = nnx.merge(graph, params)
-    logits, cache, first = _prefill(model, tokens, lengths, slots=tokens.shape[1] + max_tokens)
+    logits, cache, first = _prefill(model, tokens, lengths, max_tokens=max_tokens)
     root = jax.random.key(seed)
     found = _decode(model, logits, cache, first, root, max_tokens=max_tokens, sampling=sampling, eos_id=eos_id)
     new, counts = jax.device_get(found)
     return [row[:count].tolist() for row, count in zip(new, counts, strict=True)]
 
 
-@functools.partial(jax.jit, static_argnames="slots")
-def _prefill(model, tokens: jax.Array, lengths: jax.Array, *, slots: int):
+@functools.partial(jax.jit, static_argnames="max_tokens")
+def _prefill(model, tokens: jax.Array, lengths: jax.Array, *, max_tokens: int):
     """Logits [batch, vocab] after each prompt, the cache, and the position [batch] of the token to draw."""
-    hidden, cache, positions = model.prefill(tokens, lengths, slots)
+    hidden, cache, positions = model.prefill(tokens, lengths, max_tokens)
     return model.unembed(hidden), cache, positions
 
 

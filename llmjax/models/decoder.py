@@ -163,15 +163,16 @@ class Decoder(nnx.Module):
         x, (_, fed) = self._run(layer, x, (index, local), self.config.remat)
         return self._output(x if self.norm is None else self.norm(x), fed)
 
-    def prefill(self, tokens: jax.Array, lengths: jax.Array, slots: int) -> tuple[jax.Array, Cache, jax.Array]:
-        """Read prompts: tokens [batch, seq], of which `lengths` [batch] count, into a cache of `slots` tokens.
+    def prefill(self, tokens: jax.Array, lengths: jax.Array, max_tokens: int) -> tuple[jax.Array, Cache, jax.Array]:
+        """Read prompts: tokens [batch, seq], of which `lengths` [batch] count, into a cache with room for them
+        and for `max_tokens` new ones.
 
         Returns the hidden state [batch, embed] that foretells the next token, the cache, and that token's position
         [batch]. What padding writes to the cache is overwritten before it is seen.
         """
         batch, seq = tokens.shape
         positions = jnp.broadcast_to(jnp.arange(seq), tokens.shape)
-        hidden, cache = self.cached(tokens, positions, self.cache(batch, slots))
+        hidden, cache = self.cached(tokens, positions, self.cache(batch, seq + max_tokens))
         return hidden[jnp.arange(batch), lengths - 1], cache, lengths
 
     def cache(self, batch: int, slots: int) -> Cache:

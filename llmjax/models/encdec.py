@@ -157,11 +157,12 @@ class EncDec(nnx.Module):
 
         return self.encoder.run(layer, self.embed(tokens, self.config.dtype), drop)[0]
 
-    def prefill(self, tokens: jax.Array, lengths: jax.Array, slots: int) -> tuple[jax.Array, Cache, jax.Array]:
+    def prefill(self, tokens: jax.Array, lengths: jax.Array, max_tokens: int) -> tuple[jax.Array, Cache, jax.Array]:
         """Encode prompts as sources: tokens [batch, seq], of which `lengths` [batch] count; then read the start token.
 
         Returns the hidden state [batch, embed] that foretells the first token of the target, the cache, which has room
-        for `slots` target tokens, and the position [batch] of that first token: 1, as the start token is at 0.
+        for the start token and `max_tokens` more (the source lies apart), and the position [batch] of that first token:
+        1, as the start token is at 0.
         """
         if self.config.start_id < 0:
             raise UserError(
@@ -171,7 +172,7 @@ class EncDec(nnx.Module):
         positions = jnp.broadcast_to(jnp.arange(seq), tokens.shape)
         mask = positions < lengths[:, None]
         source = self._encode(tokens, mask.astype(jnp.int32), positions, _NO_DROPOUT)
-        shape = (self.config.decoder_layers, batch, slots, self.config.num_heads, self.config.head_size)
+        shape = (self.config.decoder_layers, batch, 1 + max_tokens, self.config.num_heads, self.config.head_size)
         empty = jnp.zeros(shape, self.config.dtype)
         keys = jax.vmap(lambda block: block.cross.keys(source))(self.decoder.blocks)
         start = jnp.full((batch, 1), self.config.start_id, jnp.int32)

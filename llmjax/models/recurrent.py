@@ -100,16 +100,16 @@ class Recurrent(nnx.Module):
         x, _ = self._run(layer, x, (self.blocks, jnp.arange(self.config.num_layers)), self.config.remat)
         return Output(hidden=_apply(self.norm, x))
 
-    def prefill(self, tokens: jax.Array, lengths: jax.Array, slots: int) -> tuple[jax.Array, Cache, jax.Array]:
+    def prefill(self, tokens: jax.Array, lengths: jax.Array, max_tokens: int) -> tuple[jax.Array, Cache, jax.Array]:
         """Read prompts: tokens [batch, seq], of which `lengths` [batch] count.
 
         Returns the hidden state [batch, embed] that foretells the next token, the state after the last token that
-        counts (padding behind it has no part in it), and the next token's position [batch]. `slots` is of no account:
-        a state has one size, however long the text.
+        counts (padding behind it has no part in it), and the next token's position [batch]. `max_tokens` is of no
+        account: a state has one size, however long the text.
         """
         batch, seq = tokens.shape
         positions = jnp.broadcast_to(jnp.arange(seq), tokens.shape)
-        hidden, cache = self._advance(tokens, positions, self.cache(batch, slots), lengths - 1)
+        hidden, cache = self._advance(tokens, positions, self.cache(batch, seq + max_tokens), lengths - 1)
         return hidden[jnp.arange(batch), lengths - 1], cache, lengths
 
     def cache(self, batch: int, slots: int) -> Cache:

@@ -163,7 +163,7 @@ def test_the_cache_holds_all_that_a_token_sees(config):
     whole = np.broadcast_to(np.arange(16, dtype=np.int32), tokens.shape)
     batch = dataclasses.replace(packed(2, 16, VOCAB), inputs=tokens, segments=np.ones_like(whole), positions=whole)
     expected = np.asarray(jax.jit(lambda batch: model(batch).hidden)(batch))
-    hidden, cache, positions = jax.jit(model.prefill, static_argnums=2)(tokens[:, :8], lengths, 16)
+    hidden, cache, positions = jax.jit(model.prefill, static_argnums=2)(tokens[:, :8], lengths, 8)
     step = jax.jit(model.cached)
     rows = np.arange(2)
     for i in range(8):

@@ -238,7 +238,7 @@ def test_dropout_belongs_to_the_sample():
 
 @jax.jit
 def prefill(model, tokens, lengths):
-    hidden, cache, first = model.prefill(tokens, lengths, 12)
+    hidden, cache, first = model.prefill(tokens, lengths, 9)
     return model.unembed(hidden), cache, first
 
 
@@ -289,6 +289,16 @@ def test_unequal_prompts_give_what_each_gives_alone():
     together = go(prompts)
     assert together == [go([prompt])[0] for prompt in prompts]
     assert len({tuple(row) for row in together}) == 3, "the prompts must matter"
+
+
+def test_the_cache_holds_the_target_and_no_prompt():
+    """A slot for the start token and each new one, however long the source."""
+    graph, params = parts(V11)
+    model, lengths = nnx.merge(graph, params), np.array([30, 500])
+    _, cache, _ = jax.eval_shape(lambda tokens: model.prefill(tokens, lengths, 7), np.zeros((2, 512), np.int32))
+    heads = (V11.num_heads, V11.head_size)
+    assert [leaf.shape for leaf in cache.own] == [(V11.decoder_layers, 2, 8, *heads)] * 2
+    assert [leaf.shape for leaf in cache.source] == [(V11.decoder_layers, 2, 512, *heads)] * 2
 
 
 def test_what_is_missing_is_named():

@@ -240,7 +240,7 @@ def test_cached_decoding_equals_the_full_pass(name):
     tokens = rng.integers(1, VOCAB, (2, int(lengths.max()) + steps)).astype(np.int32)
     model = nnx.merge(graph, params)
     prompt = np.where(np.arange(lengths.max()) < lengths[:, None], tokens[:, : lengths.max()], 0)
-    hidden, cache, places = jax.jit(model.prefill, static_argnums=2)(prompt, lengths, lengths.max() + steps)
+    hidden, cache, places = jax.jit(model.prefill, static_argnums=2)(prompt, lengths, steps)
     found = [model.unembed(hidden)]
     step = jax.jit(model.cached)
     for i in range(steps):

@@ -187,7 +187,7 @@ def test_decoding_from_a_state_equals_the_full_pass(name):
     lengths, total = np.array([9, 4]), 14
     tokens = np.random.default_rng(1).integers(1, VOCAB, (2, total)).astype(np.int32)
     prompt = np.where(np.arange(9) < lengths[:, None], tokens[:, :9], 0)
-    hidden, cache, places = jax.jit(model.prefill, static_argnums=2)(prompt, lengths, total)
+    hidden, cache, places = jax.jit(model.prefill, static_argnums=2)(prompt, lengths, total - 9)
     found, step = [hidden[:, None]], jax.jit(model.cached)
     for start, stop in ((0, 1), (1, 2), (2, 5)):
         at = places[:, None] + np.arange(start, stop)
