@@ -129,11 +129,13 @@ class RunConfig:
                 f"objective.name={self.objective.name!r}: model.family={self.model.family!r} learns "
                 f"{', '.join(self.model.objectives)}; set one of these, or another family"
             )
-        if self.objective.target_len and not isinstance(self.model, EncDecConfig):
-            raise UserError(
-                f"objective.target_len={self.objective.target_len}: model.family={self.model.family!r} has no decoder "
-                "beside an encoder; leave it unset"
-            )
+        for field in ("target_len", "prompt_form"):
+            value = getattr(self.objective, field)
+            if value != getattr(ObjectiveConfig, field) and not isinstance(self.model, EncDecConfig):
+                raise UserError(
+                    f"objective.{field}={value!r}: model.family={self.model.family!r} has no decoder beside an "
+                    "encoder; leave it unset"
+                )
         if self.train.global_batch % self.train.accumulation:
             raise UserError(
                 f"train.global_batch={self.train.global_batch} is not divisible by "

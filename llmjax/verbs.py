@@ -127,11 +127,21 @@ def generate(arguments: list[str]) -> int:
         "generate",
         """\
         Continue prompts with a checkpoint. The same seed gives the same text, whatever the other prompts are.
-        --temperature=0 always takes the likeliest token.""",
+        --temperature=0 always takes the likeliest token.
+        An encoder-decoder reads the prompt with its encoder, in one of two forms, and its decoder writes. trained: as
+        in training, for span corruption with a gap at the end, which the decoder fills. plain: the text and EOS, for
+        instruction-tuned models such as Flan-T5; the answer is printed without the prompt.""",
         "llmjax generate --workdir=runs/mine --prompt='def main(' --temperature=0.8 --top_p=0.95 --seed=1",
     )
+    from llmjax.data.config import PROMPT_FORMS
+
     parser.add_argument("--workdir", required=True, metavar="DIR", help="a run")
     parser.add_argument("--prompt", action="append", required=True, help="text to continue; may be given several times")
+    parser.add_argument(
+        "--prompt_form",
+        choices=PROMPT_FORMS,
+        help="of an encoder-decoder (default: the run's objective.prompt_form, plain after an import, else trained)",
+    )
     parser.add_argument("--step", type=whole(0), help="the checkpoint (default: the newest)")
     parser.add_argument("--max_tokens", type=whole(1, 2**30), default=100, help="tokens to write at most (default 100)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy (default 0.8)")
@@ -139,6 +149,8 @@ def generate(arguments: list[str]) -> int:
     parser.add_argument("--top_p", type=float, default=1.0, help="only the likeliest tokens that hold this probability")
     parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="another seed, another text (default 0)")
     flags, overrides = parse(parser, arguments)
+    if flags.prompt_form:
+        overrides.append(("objective.prompt_form", flags.prompt_form))
     from llmjax.parallel import hosts
 
     hosts.initialize()
@@ -160,12 +172,14 @@ def generate(arguments: list[str]) -> int:
         top_p=flags.top_p,
         seed=flags.seed,
     )
+    plain = loaded.config.objective.prompt_form == "plain"
     for prompt, text in zip(flags.prompt, texts, strict=True):
         if len(texts) > 1:
             say(f"--- {prompt!r} ---")
-        say(prompt + text)
+        say(text if plain else prompt + text)
     if hosts.is_primary():  # apart from the text itself, which may go into a file
         drawn = f"temperature {flags.temperature:g}, seed {flags.seed}" if flags.temperature else "greedy"
+        drawn += ", plain prompts" if plain else ""
         print(f"\nstep {loaded.step} ({loaded.parameters}), {drawn}", file=sys.stderr)
         print(f"next: llmjax eval --workdir={flags.workdir} --split=test", file=sys.stderr)
     return 0

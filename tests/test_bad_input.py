@@ -109,6 +109,14 @@ CONFIGS = {
         {"parallel__rules": str((*axes.DEFAULT_RULES, ("mlp", "fsdp")))},
         "parallel.rules: 'fsdp' would cut two dimensions of (",
     ),
+    "prompt form of a causal model": (
+        {"objective__prompt_form": "plain"},
+        "objective.prompt_form='plain': objective.name='causal' has no use for it, only prefix, span, ul2",
+    ),
+    "prompt form of one stack": (
+        {"objective__name": "prefix", "objective__prompt_form": "plain"},
+        "objective.prompt_form='plain': model.family='decoder' has no decoder beside an encoder",
+    ),
     "store that is a file": ({"data__store": __file__}, "this is a file; give the folder of a token store"),
     "prompt that is no text": ({"sample__prompts": "(1, 2)"}, "sample.prompts: 1 is no text"),
     "special token in a prompt": ({"sample__prompts": "('<|im_start|>',)"}, "the text holds <|im_start|>"),

@@ -8,12 +8,13 @@ from llmjax.config import UserError, suggest
 # The fields of ObjectiveConfig that each objective has a use for.
 OBJECTIVES: dict[str, tuple[str, ...]] = {
     "causal": (),
-    "prefix": ("target_len",),
+    "prefix": ("target_len", "prompt_form"),
     "masked": ("rate", "whole_words"),
-    "span": ("rate", "mean_span", "target_len"),
-    "ul2": ("target_len",),
+    "span": ("rate", "mean_span", "target_len", "prompt_form"),
+    "ul2": ("target_len", "prompt_form"),
     "fim": ("fim_rate",),
 }
+PROMPT_FORMS = ("trained", "plain")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,6 +109,9 @@ class ObjectiveConfig:
     fim_rate     fim: share of chunks whose middle is moved, above 0 and up to 1; None: 0.5
     target_len   span, ul2, and prefix of an encoder-decoder: tokens in a row of the decoder, where data.seq_len is the
                  encoder's; 0: what full rows of the encoder need
+    prompt_form  span, ul2, and prefix of an encoder-decoder: what the encoder reads of a prompt. trained: what training
+                 shows it, such as the text with a gap at its end, for a model that only learned to complete texts;
+                 plain: the text and EOS, for one that was tuned on instructions. No batch depends on it
     """
 
     name: str = "causal"
@@ -116,6 +120,7 @@ class ObjectiveConfig:
     whole_words: bool = False
     fim_rate: float | None = None
     target_len: int = 0
+    prompt_form: str = "trained"
 
     def __post_init__(self):
         if self.name not in OBJECTIVES:
@@ -136,5 +141,10 @@ class ObjectiveConfig:
             raise UserError(f"objective.mean_span={self.mean_span}: must be at least 1")
         if self.fim_rate is not None and not 0 < self.fim_rate <= 1:
             raise UserError(f"objective.fim_rate={self.fim_rate}: must be above 0 and at most 1")
+        if self.prompt_form not in PROMPT_FORMS:
+            raise UserError(
+                f"objective.prompt_form={self.prompt_form!r}{suggest(self.prompt_form, PROMPT_FORMS)}: known are "
+                f"{', '.join(PROMPT_FORMS)}"
+            )
         if self.target_len < 0:
             raise UserError(f"objective.target_len={self.target_len}: must be at least 1, or 0")

@@ -64,12 +64,20 @@ def causal_objective(seq_len: int, known: Vocabulary | None = None) -> Objective
 def open_objective(
     config: ObjectiveConfig, tokenizer: Tokenizer, *, seq_len: int, start_id: int | None = None
 ) -> Objective:
-    """The objective of a config.
+    """The objective of a config, with prompts in the form that it names.
 
     start_id  of a model that reads a source with an encoder: the id that its decoder reads first; -1: the id that
               documents start with. None: the model has no such sides
     Raises UserError where no chunk fits a row of seq_len tokens.
     """
+    made = _open(config, tokenizer, seq_len, start_id)
+    if config.prompt_form == "plain":
+        return dataclasses.replace(made, prompt=lambda ids: np.append(ids, tokenizer.eos_id).astype(np.int32))
+    return made
+
+
+def _open(config: ObjectiveConfig, tokenizer: Tokenizer, seq_len: int, start_id: int | None) -> Objective:
+    """The objective with prompts as it trains them."""
     plain = causal_objective(seq_len, vocabulary.of(tokenizer))
     if config.name == "causal":
         return plain

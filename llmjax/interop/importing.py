@@ -16,6 +16,7 @@ from llmjax.data.tokenizer import Tokenizer
 from llmjax.interop import folder as folders, place, tokenizers
 from llmjax.interop.mapping import Correspondence
 from llmjax.models import registry
+from llmjax.models.encdec_config import EncDecConfig
 from llmjax.parallel import axes, hosts
 from llmjax.run_config import RunConfig
 
@@ -94,7 +95,7 @@ def _config(
 ) -> RunConfig:
     tree: dict[str, Any] = {
         "model": {"family": found.family, **found.architecture.read_config(found.hf)},
-        "objective": {"name": registry.config_class(found.family).objectives[0]},
+        "objective": _objective(registry.config_class(found.family)),
         "data": {"tokenizer": loading.tokenizer_section(workdir, tokenizer.kind)},
     }
     config = run_config.apply_overrides(tree, overrides)
@@ -104,6 +105,12 @@ def _config(
             f"{config.model.vocab_size}: they do not belong together"
         )
     return config
+
+
+def _objective(family: Any) -> dict[str, Any]:
+    """The config's section. A file does not tell whether an encoder-decoder was tuned on instructions; most that are
+    asked for text were, and text and EOS is what the tokenizer beside it makes of a prompt for others, too."""
+    return {"name": family.objectives[0]} | ({"prompt_form": "plain"} if family is EncDecConfig else {})
 
 
 def _check_copies(table: Correspondence, found: folders.Checkpoint) -> None:
@@ -140,6 +147,11 @@ def _notes(hf: dict[str, Any], tokenizer: Tokenizer, config: RunConfig) -> list[
     ends = ends if isinstance(ends, list) else [ends]
     if None not in ends and tokenizer.eos_id not in ends:
         notes.append(f"config.json ends texts with token {ends[0]}, we with the tokenizer's {tokenizer.eos_id}")
+    if config.objective.prompt_form == "plain":
+        notes.append(
+            "objective.prompt_form='plain': prompts are text and EOS, as instruction-tuned models read them; for one "
+            "that only fills gaps, `llmjax generate --prompt_form=trained`"
+        )
     if (needed := run_config.objective(config, tokenizer).size) > config.model.vocab_size:
         notes.append(
             f"objective.name={config.objective.name!r} needs {needed} ids and the model has {config.model.vocab_size}: "

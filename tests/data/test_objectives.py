@@ -57,6 +57,16 @@ class TestCausal:
             assert batch.weights.sum() == 6
 
 
+@pytest.mark.parametrize(("case", "trained"), [("source prefix", [BYTES.bos_id, 65, 66]), ("span", [65, 66, 259])])
+def test_a_prompt_is_what_training_shows_or_plain_text(case, trained):
+    """A source that begins, a source with a gap at its end; plain, both are the text and EOS."""
+    text = np.array([65, 66], np.int32)
+    assert make(case).prompt(text).tolist() == trained
+    plain = make(case, prompt_form="plain")
+    assert plain.prompt(text).tolist() == [65, 66, EOS] and plain.prompt(text).dtype == np.int32
+    assert plain.key == make(case).key, "a run goes on whatever its prompts look like"
+
+
 class TestEveryObjective:
     """What all of them promise."""
 

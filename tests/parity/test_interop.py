@@ -10,7 +10,7 @@ from flax import nnx
 import jax
 import numpy as np
 
-from llmjax import loading, run_config, sampling
+from llmjax import cli, loading, run_config, sampling
 from llmjax.batch import Batch
 from llmjax.data.tokenizer import train_sentencepiece
 from llmjax.interop import exporting, importing, tokenizers
@@ -161,7 +161,7 @@ def test_masked(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["v1.0", "v1.1"])
-def test_sequence_to_sequence(kind, tmp_path):
+def test_sequence_to_sequence(kind, tmp_path, capsys):
     more = {} if kind == "v1.0" else {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
     model = build("T5", transformers.AutoModelForSeq2SeqLM, {**T5, **more})
     special = ("<pad>", "</s>", "<unk>", *(f"<extra_id_{number}>" for number in range(30)))
@@ -178,9 +178,16 @@ def test_sequence_to_sequence(kind, tmp_path):
     np.testing.assert_allclose(logits(loaded, batch), theirs, atol=5e-4, rtol=0)
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    gap = tokenizer.convert_tokens_to_ids("<extra_id_0>")
-    prompt = [*tokenizer(PROMPT, add_special_tokens=False)["input_ids"], gap]
-    assert complete(loaded, PROMPT) == their_text(tmp_path / "out", back, prompt)
+    text = tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
+    asked, gap = (tokenizer.convert_tokens_to_ids(name) for name in ("</s>", "<extra_id_0>"))
+    plain, trained = (their_text(tmp_path / "out", back, [*text, last]) for last in (asked, gap))
+    assert plain != trained, "the form must matter"
+    assert complete(loaded, PROMPT) == plain
+    command = ["generate", f"--workdir={workdir}", f"--prompt={PROMPT}", "--temperature=0", "--max_tokens=12"]
+    for flags, expected in (([], plain), (["--prompt_form=trained"], PROMPT + trained)):
+        capsys.readouterr()
+        cli.run([*command, *flags])
+        assert expected + "\n" in capsys.readouterr().out
 
 
 def test_a_tokenizer_trained_here_is_read_by_others(tmp_path):
