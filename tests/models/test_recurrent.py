@@ -250,6 +250,18 @@ def test_the_published_shapes():
     assert registry.count_parameters(model) == 66_022_000 - 10_000 == 2 * 10_000 * 1500 + 2 * (8 * 1500**2 + 4 * 1500)
 
 
+def test_hawk_is_of_the_size_that_its_name_says():
+    """De et al. print the size with one decimal, and not their vocabulary: what lies outside the embedding is 1.3
+    billion within half of that decimal."""
+    hawk = dataclasses.replace(bind(RecurrentConfig, recipe("hawk-1.3B")["model"]), vocab_size=32_000, vocab_multiple=1)
+    outside = registry.count_parameters(hawk) - 32_000 * hawk.embed
+    assert abs(outside - 1.3e9) < 0.05e9
+    # The matrices of table 2: three of the recurrent block, three of the feed-forward; and a 16th of each gate's.
+    width, hidden = 2048, 2560
+    matrices = 24 * (3 * width * hidden + 3 * width * 3 * width + 2 * hidden**2 // 16)
+    assert 0 < outside - matrices < 0.001 * matrices, "norms, biases, taps and decays"
+
+
 @pytest.mark.parametrize("size", ["", ":lstm", ":gru", ":rnn", ":rglru", ":zaremba", ":hawk-1.3B"])
 def test_recipes_bind_and_their_models_fit(size):
     config = resolve(str(CONFIGS / f"recurrent.py{size}"), [])
