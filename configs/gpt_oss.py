@@ -15,6 +15,8 @@ SIZES = {
     "120B": (36, 2880, 64, 8, 64, 128, 128, 2880, 4096),
 }
 
+REACHES = {"tiny": ("bits_per_byte", 1.96)}
+
 
 def get_config(size: str = "tiny") -> ConfigDict:
     """The shapes as published, without the later stretching of the rotary frequencies to longer contexts: windows in

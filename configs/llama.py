@@ -18,6 +18,8 @@ SIZES = {
     "405B": (126, 16384, 128, 8, 53248, "untied", 8, 8192, 2048, 8e-5),
 }
 
+REACHES = {"tiny": ("bits_per_byte", 1.97)}
+
 
 def get_config(size: str = "tiny") -> ConfigDict:
     """The shapes as published, without the later stretching of the rotary frequencies to longer contexts."""

@@ -15,6 +15,8 @@ SIZES = {
     "12B": (40, 5120, 32, 8, 128, 14336, 0, 1e6, 8192),
 }
 
+REACHES = {"tiny": ("bits_per_byte", 1.93)}
+
 
 def get_config(size: str = "tiny") -> ConfigDict:
     """The shapes as published: Llama's, with a window in every layer of the 7B. Recipes were not; this is Llama's."""

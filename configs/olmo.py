@@ -19,6 +19,8 @@ SIZES = {
     "3-32B": (3, 64, 5120, 40, 8, 27648, 8, 8192, 1024, 6e-4),
 }
 
+REACHES = {"tiny": ("bits_per_byte", 1.89)}
+
 
 def get_config(size: str = "tiny") -> ConfigDict:
     """Shapes and pretraining recipes as published, without the later stretching of the rotary frequencies to longer

@@ -19,6 +19,8 @@ SIZES = {
     "32B": (64, 5120, 64, 8, 128, 25600, "untied", 8, 4096),
 }
 
+REACHES = {"tiny": ("bits_per_byte", 1.95)}
+
 
 def get_config(size: str = "tiny") -> ConfigDict:
     """The shapes as published: queries and keys normed head by head. Recipes were not; this is Llama's."""

@@ -16,6 +16,8 @@ SIZES = {
     "235B": (94, 4096, 64, 4, 128, 128, 8, 1536, 4096),
 }
 
+REACHES = {"tiny": ("bits_per_byte", 1.94)}
+
 
 def get_config(size: str = "tiny") -> ConfigDict:
     """The shapes as published. The paper balances over the global batch; here, each row is balanced."""
