@@ -14,7 +14,7 @@ import numpy as np
 from llmjax.batch import Batch
 from llmjax.config import UserError
 from llmjax.data import vocabulary
-from llmjax.data.tokenizer import Tokenizer
+from llmjax.data.tokenizer import Tokenizer, encode_prompt
 from llmjax.models.registry import ModelConfig
 from llmjax.parallel import axes
 
@@ -83,9 +83,7 @@ def _tokens(text: str, tokenizer: Tokenizer, known: vocabulary.Vocabulary) -> np
     parts = re.split(f"{space}(?:{'|'.join(map(re.escape, marks))})", text)
     if len(parts) == 1:
         raise UserError(f"text {text[:40]!r} has no mask: write {' or '.join(marks)} where a token is to be found")
-    for part in parts:
-        tokenizer.check_special(part)
-    first, *others = tokenizer.encode_batch(parts)
+    first, *others = [encode_prompt(tokenizer, part) for part in parts]
     return np.concatenate([[known.begin], first, *(np.append(mask, ids) for ids in others)]).astype(np.int32)
 
 

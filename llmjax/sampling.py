@@ -9,7 +9,7 @@ import numpy as np
 
 from llmjax.config import UserError
 from llmjax.data.objectives import Objective
-from llmjax.data.tokenizer import Tokenizer
+from llmjax.data.tokenizer import Tokenizer, encode_prompt
 from llmjax.generate import Sampling, check, generate
 from llmjax.models.registry import ModelConfig
 from llmjax.parallel import axes
@@ -78,10 +78,4 @@ def check_samples(sample: SampleConfig, *, model: ModelConfig, tokenizer: Tokeni
 
 
 def _tokens(prompts: Sequence[str], tokenizer: Tokenizer, objective: Objective) -> list[np.ndarray]:
-    for prompt in prompts:
-        try:
-            prompt.encode()
-        except UnicodeEncodeError:  # what the shell passed on was no UTF-8
-            raise UserError(f"the prompt {prompt!r} holds bytes that are no UTF-8; give it as UTF-8") from None
-        tokenizer.check_special(prompt)
-    return [objective.prompt(ids) for ids in tokenizer.encode_batch(list(prompts))]
+    return [objective.prompt(encode_prompt(tokenizer, prompt)) for prompt in prompts]

@@ -126,8 +126,8 @@ def generate(arguments: list[str]) -> int:
     parser = make_parser(
         "generate",
         """\
-        Continue prompts with a checkpoint. The same seed gives the same text, whatever the other prompts are.
-        --temperature=0 always takes the likeliest token.
+        Continue prompts with a checkpoint. The same seed gives a prompt in the same place the same text, whatever the
+        others are. --temperature=0 always takes the likeliest token.
         An encoder-decoder reads the prompt with its encoder, in one of two forms, and its decoder writes. trained: as
         in training, for span corruption with a gap at the end, which the decoder fills. plain: the text and EOS, for
         instruction-tuned models such as Flan-T5; the answer is printed without the prompt.""",

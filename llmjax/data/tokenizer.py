@@ -84,6 +84,23 @@ def check_special(tokenizer: Tokenizer, text: str) -> None:
         )
 
 
+def encode_prompt(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Token ids of a text that a user typed: here, other than in documents, special tokens stand for themselves.
+
+    Raises UserError as `check_special` does, and for bytes that the shell passed on and that are no UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the text {text!r} holds bytes that are no UTF-8; give it as UTF-8") from None
+    tokenizer.check_special(text)
+    names = sorted(tokenizer.special_tokens, key=len, reverse=True)
+    parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
+    ids = tokenizer.encode_batch(parts)
+    ids[1::2] = [np.array([tokenizer.special_tokens[name]], np.int32) for name in parts[1::2]]
+    return np.concatenate(ids)
+
+
 class SentencePiece:
     """A SentencePiece model. Models that keep every space (as those trained here) take U+2581 by its bytes."""
 

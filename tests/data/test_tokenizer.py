@@ -12,7 +12,7 @@ import tokenizers
 
 from llmjax.config import UserError
 from llmjax.data import tokenizer, vocabulary
-from llmjax.data.tokenizer import read_tokenizer, train_sentencepiece
+from llmjax.data.tokenizer import encode_prompt, read_tokenizer, train_sentencepiece
 
 CODE = "def f(x):\n    if x:\n\treturn {'a': [1, 22, 333]}  # two\r\n\r\n\n\n"
 HARD = [
@@ -149,6 +149,15 @@ def test_a_damaged_model_is_named(kind, content):
 def test_an_unknown_kind_is_answered_with_the_known_ones():
     with pytest.raises(UserError, match="did you mean 'sentencepiece'"):
         read_tokenizer("sentencpiece", b"")
+
+
+def test_special_tokens_in_a_prompt_stand_for_themselves():
+    made = read_tokenizer("bytes", b"")
+    assert encode_prompt(made, "<s>a</s><pad>b").tolist() == [256, 97, 257, 258, 98]
+    assert encode_prompt(made, "").tolist() == []
+    assert made.encode_batch(["<s>"])[0].tolist() == list(b"<s>"), "a document's text is text"
+    with pytest.raises(UserError, match="no UTF-8"):
+        encode_prompt(made, "\udcff")
 
 
 def test_unknown_special_tokens_in_a_prompt():
