@@ -88,7 +88,8 @@ def _optimizer_changes(config: RunConfig, meta: dict[str, Any]) -> list[str]:
 
 
 def _lines(section: str, config: RunConfig, meta: dict[str, Any], free: set[str]) -> list[str]:
-    found = differences(meta["config"][section], run_config.to_json(config)[section])
+    old = run_config.to_json(bind(RunConfig, meta["config"]))  # a field that was not there yet had its default
+    found = differences(old[section], run_config.to_json(config)[section])
     return [f"{section}.{field}: {was!r} -> {now!r}" for field, was, now in found if field not in free]
 
 
