@@ -64,7 +64,8 @@ def main() -> None:
         value = scores[field]
         good = value < bound if field == "bits_per_byte" else value > bound
         failed += [] if good else [name]
-        beside = "" if "baseline_accuracy" not in scores else f" (commonest target: {scores['baseline_accuracy']:.3f})"
+        guess = scores.get("baseline_accuracy")
+        beside = "" if field == "bits_per_byte" else f" (commonest target: {guess:.3f})"
         lines.append(
             f"{name:<20} {run['parameters']:>12,} {time.monotonic() - began:8.0f} s   {field.replace('_', ' '):<14}"
             f"{value:7.3f} {'<' if field == 'bits_per_byte' else '>'} {bound:.3f}  {'ok' if good else 'MISSED'}{beside}"
