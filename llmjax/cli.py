@@ -15,6 +15,7 @@ BAD_INPUT, HANG = 78, 75
 OVERVIEW = """\
 llmjax: pretrain language models, from a laptop to a pod
 
+  llmjax curate    --config=FILE --workdir=DIR   raw text -> cleaned, deduplicated corpus with a data card
   llmjax prepare   --config=FILE --workdir=DIR   text -> tokenizer, token store, packing plan
   llmjax train     --config=FILE --workdir=DIR   prepares if needed, trains, resumes, evaluates, writes report.html
   llmjax eval      --workdir=DIR                 scores a checkpoint on a split

@@ -1,7 +1,7 @@
 """The door: config files and command-line overrides become frozen dataclasses, one per section."""
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import difflib
@@ -210,6 +210,31 @@ def set_field(tree: dict, field: str, value: Any) -> None:
     for name in parents:
         tree = tree.setdefault(name, {})
     tree[leaf] = value
+
+
+def bind_overridden(cls: type, tree: dict[str, Any], overrides: Sequence[tuple[str, str]], *, inputs: str) -> Any:
+    """`cls` from a nested dict and `(FIELD, TEXT)` overrides.
+
+    inputs   the open map of named texts, such as data.sources: a name on the command line that the config lacks takes
+             the place of its `stdlib:` entries, which are only there so that a config runs before the user has named
+             any text
+    """
+    section, _, leaf = inputs.partition(".")
+    entries = tree.setdefault(section, {}).setdefault(leaf, {})
+    typed = [(field, parse_override(cls, field, text)) for field, text in overrides]
+    named = {field.split(".")[2] for field, _ in typed if field.startswith(f"{inputs}.")}
+    if named - set(entries):
+        stdlib = [name for name, entry in entries.items() if entry.get("path", "stdlib:") == "stdlib:"]
+        for name in set(stdlib) - named:
+            del entries[name]
+    for field, value in typed:
+        set_field(tree, field, value)
+    return bind(cls, tree)
+
+
+def as_tree(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """A ConfigDict as a nested dict."""
+    return {k: as_tree(v) if isinstance(v, ml_collections.ConfigDict) else v for k, v in config.items()}
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:

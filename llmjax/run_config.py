@@ -6,12 +6,11 @@ import json
 from typing import Any
 
 from etils import epath
-import ml_collections
 
 from llmjax import workdir as workdirs
 from llmjax.checkpoint import CheckpointConfig
-from llmjax.config import UserError, as_dict, bind, load_file, parse_override, set_field
-from llmjax.data.config import DataConfig, ObjectiveConfig, SourceConfig
+from llmjax.config import UserError, as_dict, as_tree, bind_overridden, load_file
+from llmjax.data.config import DataConfig, ObjectiveConfig
 from llmjax.data.objectives import Objective, open_objective
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.models.decoder_config import DecoderConfig
@@ -150,29 +149,12 @@ def resolve(file: str, overrides: Sequence[tuple[str, str]]) -> RunConfig:
 
 def read_file(file: str) -> dict[str, Any]:
     """The nested dict of `FILE[:ARG]`."""
-    return _plain(load_file(file))
+    return as_tree(load_file(file))
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> RunConfig:
-    """A RunConfig from a nested dict and `(FIELD, TEXT)` overrides.
-
-    A source named on the command line that the config lacks takes the place of its `stdlib:` sources, which are
-    only there so that a config runs before the user has named any text.
-    """
-    sources = tree.setdefault("data", {}).setdefault("sources", {})
-    typed = [(field, parse_override(RunConfig, field, text)) for field, text in overrides]
-    named = {field.split(".")[2] for field, _ in typed if field.startswith("data.sources.")}
-    if named - set(sources):
-        stdlib = [name for name, source in sources.items() if source.get("path", SourceConfig.path) == "stdlib:"]
-        for name in set(stdlib) - named:
-            del sources[name]
-    for field, value in typed:
-        set_field(tree, field, value)
-    return bind(RunConfig, tree)
-
-
-def _plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    return {k: _plain(v) if isinstance(v, ml_collections.ConfigDict) else v for k, v in config.items()}
+    """A RunConfig from a nested dict and `(FIELD, TEXT)` overrides."""
+    return bind_overridden(RunConfig, tree, overrides, inputs="data.sources")
 
 
 def to_json(config: RunConfig) -> dict[str, Any]:

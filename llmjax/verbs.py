@@ -11,6 +11,7 @@ import textwrap
 import typing
 
 from llmjax.config import UserError, families_of, suggest
+from llmjax.curate_verb import curate
 from llmjax.flags import CONFIG, make_parser, parse, say, whole, workdir_of
 
 
@@ -372,6 +373,7 @@ def fields(arguments: list[str]) -> int:
     parser = make_parser("fields", "Every config field: its meaning, unit and default.", "llmjax fields optimizer")
     parser.add_argument("section", nargs="?", metavar="SECTION", help="one section, such as model or data.tokenizer")
     flags = parser.parse_args(arguments)
+    from llmjax.curate.config import Curation
     from llmjax.run_config import RunConfig
 
     shown = []
@@ -397,6 +399,7 @@ def fields(arguments: list[str]) -> int:
                 show(typing.cast(type, inner), f"{path}.{entry}" if path else entry)
 
     show(RunConfig, "")
+    show(Curation, "")
     if flags.section and flags.section not in shown:
         known = ", ".join(dict.fromkeys(shown[1:]))
         raise UserError(f"no section {flags.section!r}{suggest(flags.section, shown)}: known are {known}")
@@ -404,6 +407,7 @@ def fields(arguments: list[str]) -> int:
 
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
+    "curate": curate,
     "prepare": prepare,
     "train": train,
     "eval": evaluate,

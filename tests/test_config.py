@@ -6,17 +6,26 @@ import pytest
 
 from llmjax import config, run_config
 from llmjax.config import UserError
+from llmjax.curate.config import Curation
 from llmjax.run_config import RunConfig, resolve
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 QUICKSTART = str(CONFIGS / "quickstart.py")
 
 
-@pytest.mark.parametrize("spec", [spec for path in sorted(CONFIGS.glob("*.py")) for spec in config.specs(path)])
+TRAINING = sorted(set(CONFIGS.glob("*.py")) - {CONFIGS / "curate.py"})
+
+
+@pytest.mark.parametrize("spec", [spec for path in TRAINING for spec in config.specs(path)])
 def test_every_config_binds(spec):
     bound = resolve(spec, [])
     # What is written to the workdir and to checkpoints gives the same config again.
     assert config.bind(RunConfig, run_config.to_json(bound)) == bound
+
+
+def test_the_config_of_curation_binds():
+    tree = config.as_tree(config.load_file(str(CONFIGS / "curate.py")))
+    assert config.bind_overridden(Curation, tree, [], inputs="curate.inputs").curate.inputs["python"].path == "stdlib:"
 
 
 def test_overrides_reach_fields_that_the_file_does_not_list():

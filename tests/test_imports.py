@@ -11,6 +11,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "llmjax"
 FLOORS = {
     "llmjax.cli": 8,
     "llmjax.verbs": 7,
+    "llmjax.curate_verb": 6,
     "llmjax.flags": 1,
     "llmjax.plan": 6,
     "llmjax.train": 5,
@@ -28,6 +29,7 @@ FLOORS = {
     "llmjax.interop.exporting": 4,
     "llmjax.interop.tokenizers": 4,
     "llmjax.interop": 3,
+    "llmjax.curate": 3,
     "llmjax.nn": 2,
     "llmjax.data": 2,
     "llmjax.losses": 2,
@@ -105,6 +107,6 @@ def test_evaluation_does_not_know_training():
 
 def test_preparation_needs_no_jax():
     """The modules that preparation's worker processes import."""
-    code = "import sys, llmjax.data.prepare, llmjax.data.store, llmjax.data.tokenizer; print('jax' in sys.modules)"
+    code = "import sys, llmjax.data.prepare, llmjax.data.store, llmjax.curate.curate; print('jax' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "False"

@@ -12,12 +12,13 @@ import shlex
 import pytest
 
 from llmjax import cli, config, flags, run_config
+from llmjax.curate.config import Curation
 from llmjax.interop import exporting
 from llmjax.models import registry
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "launch").glob("*.md"))]
 FOLDERS = ("llmjax", "configs", "launch", "tools")
 
 
@@ -41,7 +42,7 @@ def models() -> str:
     """The table of models: every config file, by family, with the classes of transformers that its sizes become."""
     lines = ["| family | config | what | sizes | objectives | transformers |", "|---|---|---|---|---|---|"]
     for family in registry.FAMILIES:
-        for path in sorted((ROOT / "configs").glob("*.py")):
+        for path in sorted(set((ROOT / "configs").glob("*.py")) - {ROOT / "configs" / "curate.py"}):
             specs = config.specs(path)
             found = [run_config.with_vocabulary(run_config.resolve(spec, []), 1000).model for spec in specs]
             if found[0].family != family or path.stem == "quickstart":
@@ -119,8 +120,12 @@ def test_every_command_is_understood(arguments, monkeypatch):
     given = parsed.value.args[0]
     words = [word.removeprefix("--config.") for word in arguments if word.startswith("--config.")]
     overrides = [(field, value) for field, _, value in (word.partition("=") for word in words)]
-    config = run_config.resolve(getattr(given, "config", None) or "configs/quickstart.py", overrides)
-    assert arguments[0] == "size" or all(source.path for source in config.data.sources.values())
+    if arguments[0] == "curate":
+        tree = config.as_tree(config.load_file("configs/curate.py"))
+        assert config.bind_overridden(Curation, tree, overrides, inputs="curate.inputs").curate.inputs
+        return
+    resolved = run_config.resolve(getattr(given, "config", None) or "configs/quickstart.py", overrides)
+    assert arguments[0] == "size" or all(source.path for source in resolved.data.sources.values())
 
 
 def test_every_section_asked_for_exists(capsys):

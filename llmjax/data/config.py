@@ -24,11 +24,14 @@ class SourceConfig:
     path         a file, a glob (`**` crosses folders), `tfds:NAME[:SPLIT][@DATA_DIR]`, or `stdlib:` (Python's sources)
     weight       relative share of training samples; None: its share of the tokens (give all sources a weight, or none)
     text_field   the field that holds the text in JSONL, Parquet and TFDS records
+    split_field  the field of JSONL records that names their split (train, validation, test), as `llmjax curate` writes
+                 it; empty: data.split decides
     """
 
     path: str = "stdlib:"
     weight: float | None = None
     text_field: str = "text"
+    split_field: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,8 @@ BANDS, ROWS = 14, 8  # texts of Jaccard similarity 0.75 share a band with probab
 SIZE = BANDS * ROWS
 SHINGLE_WORDS = 5
 _BLOCK = 1 << 20  # bytes of text, and
-_SHINGLES = 1 << 14  # shingles that are worked on at a time
+_SHINGLES = 1 << 14  # shingles that are worked on at a time,
+_PRODUCTS = 1 << 15  # for some of the values at once: 128 KiB stay in the cache, and short texts need few calls
 
 _draws = np.random.Generator(np.random.PCG64(0x6D696E68)).integers(0, 1 << 32, (2, SIZE), dtype=np.uint64)
 _FACTORS, _OFFSETS = (_draws[0] | np.uint64(1)).astype(np.uint32), _draws[1].astype(np.uint32)
@@ -25,21 +26,33 @@ _STARTS_CHARACTER = (_byte >= 0xE3) & (_byte <= 0xED)  # East Asian scripts: wri
 
 def signature(data: bytes) -> np.ndarray:
     """uint32 [SIZE] of a text in UTF-8. Words are runs of letters, digits and underscores; case matters."""
-    words = np.concatenate([_word_hashes(block) for block in _blocks(data)])
+    words = word_hashes(data)
     if not words.size:
         words = np.frombuffer(data[:4096], np.uint8).astype(np.uint64)  # no words: only what begins alike is alike
-    shingles = words[:1] if words.size < SHINGLE_WORDS else words[: words.size - SHINGLE_WORDS + 1]
-    shingles = shingles.copy()
-    for offset in range(1, min(SHINGLE_WORDS, words.size)):
-        shingles *= np.uint64(_BASE)
-        shingles += words[offset : offset + shingles.size]
-    hashes = np.unique((_mixed(shingles) >> np.uint64(32)).astype(np.uint32))
+    hashes = np.unique((shingles(words, min(SHINGLE_WORDS, words.size)) >> np.uint64(32)).astype(np.uint32))
     smallest = np.full(SIZE, 0xFFFFFFFF, np.uint32)
     for begin in range(0, hashes.size, _SHINGLES):
         block = hashes[begin : begin + _SHINGLES]
-        for index in range(SIZE):
-            smallest[index] = min(smallest[index], (block * _FACTORS[index] + _OFFSETS[index]).min())
+        step = max(1, _PRODUCTS // block.size)
+        for first in range(0, SIZE, step):
+            values = block * _FACTORS[first : first + step, None]
+            values += _OFFSETS[first : first + step, None]
+            np.minimum(smallest[first : first + step], values.min(axis=1), out=smallest[first : first + step])
     return smallest
+
+
+def word_hashes(data: bytes) -> np.ndarray:
+    """uint64 [words], a hash of each word of a text in UTF-8."""
+    return np.concatenate([_word_hashes(block) for block in _blocks(data)])
+
+
+def shingles(words: np.ndarray, size: int) -> np.ndarray:
+    """uint64 [words - size + 1], a hash of every run of `size` words, 1 <= size <= words."""
+    hashes = words[: words.size - size + 1].copy()
+    for offset in range(1, size):
+        hashes *= np.uint64(_BASE)
+        hashes += words[offset : offset + hashes.size]
+    return _mixed(hashes)
 
 
 def band_keys(signatures: np.ndarray, band: int) -> np.ndarray:

@@ -136,7 +136,15 @@ class _Preparation:
     def _split(self) -> None:
         """Assign documents to splits; sources of too few documents are cut into parts first."""
         self._assign()
+        named = {name for name, source in self.settings["sources"].items() if "split_field" in source}
         few = [n for n in self.settings["sources"] if split.missing(self._splits_of(n), self.config.split)]
+        for name in sorted(named.intersection(few)):
+            lacking = split.missing(self._splits_of(name), self.config.split)
+            said = f"{name}: no record names the split {' or '.join(split.SPLITS[part] for part in lacking)}"
+            if split.TRAIN in lacking:
+                raise UserError(f"data.sources.{said}: nothing to train on; give the files of all splits")
+            self.say(said)
+        few = [name for name in few if name not in named]
         for name in few:
             size = min(max(self.text_bytes[name] // 64, _MIN_PART), _MAX_PART)
             self.part_bytes[name] = size
@@ -164,7 +172,9 @@ class _Preparation:
             copies = len(keys) - len(np.unique(keys))
             self.say(f"{len(keys):,} documents, {copies:,} near copies of others ({time.monotonic() - began:.1f} s)")
         self.keys = keys
-        self.splits = np.split(split.assign(keys, self.config.split), edges[1:-1])
+        given = np.concatenate([scan.given for scan in scans])
+        assigned = np.where(given == split.NONE, split.assign(keys, self.config.split), given)
+        self.splits = np.split(assigned, edges[1:-1])
 
     def _fill(self, name: str) -> None:
         """Give splits that are empty even so their first part."""

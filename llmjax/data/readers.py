@@ -10,6 +10,7 @@ import zlib
 
 from llmjax.config import UserError
 from llmjax.data.sources import Item, Unit, open_tfds
+from llmjax.data.split import SPLITS
 
 # A text file of more than twice this becomes several documents, cut at blank lines, so that memory stays bounded.
 MAX_TEXT_BYTES = 1 << 24
@@ -19,11 +20,12 @@ _EXCERPT = 120
 
 
 class Document(NamedTuple):
-    """One text: where it comes from, its characters, untouched, and the same as UTF-8."""
+    """One text: where it comes from, its characters, untouched, the same as UTF-8, and the split that is given."""
 
     id: str
     text: str
     data: bytes
+    split: str = ""
 
 
 class Reject(NamedTuple):
@@ -77,7 +79,8 @@ def _cut_point(data: bytes, size: int) -> int:
 
 def _parts(document: Document, size: int) -> Iterator[Document | Reject]:
     for number, data in enumerate(cut_at_blank_lines([document.data], size)):
-        yield _document(f"{document.id}#{number}", data)
+        part = _document(f"{document.id}#{number}", data)
+        yield part._replace(split=document.split) if isinstance(part, Document) else part
 
 
 def _guarded(records: Iterator[Document | Reject], item: Item) -> Iterator[Document | Reject]:
@@ -138,7 +141,7 @@ def _read_jsonl(item: Item, unit: Unit) -> Iterator[Document | Reject]:
             where = f"{item.path}:{number}" if not item.begin else f"{item.path} byte {offset}"
             offset += len(line)
             if line.strip():
-                yield _of_line(where, line, unit.text_field)
+                yield _of_line(where, line, unit)
 
 
 def _first_line(file: BinaryIO, begin: int) -> int:
@@ -147,7 +150,8 @@ def _first_line(file: BinaryIO, begin: int) -> int:
     return begin - 1 + len(file.readline())
 
 
-def _of_line(where: str, line: bytes, field: str) -> Document | Reject:
+def _of_line(where: str, line: bytes, unit: Unit) -> Document | Reject:
+    field = unit.text_field
     try:
         text = line.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -160,7 +164,12 @@ def _of_line(where: str, line: bytes, field: str) -> Document | Reject:
         return Reject(where, "not a JSON object", text.strip()[:_EXCERPT])
     if field not in record:
         return Reject(where, f"no field {field!r}", text.strip()[:_EXCERPT])
-    return _of_value(where, record[field], field)
+    made = _of_value(where, record[field], field)
+    if not unit.split_field or isinstance(made, Reject):
+        return made
+    if (split := record.get(unit.split_field)) not in SPLITS:
+        return Reject(where, f"field {unit.split_field!r} names no split", repr(split)[:_EXCERPT])
+    return made._replace(split=split)
 
 
 def _read_parquet(item: Item, unit: Unit) -> Iterator[Document | Reject]:

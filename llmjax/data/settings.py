@@ -8,7 +8,7 @@ from typing import Any
 
 from llmjax.config import UserError, differences
 from llmjax.data import split, tokenizer
-from llmjax.data.config import DataConfig
+from llmjax.data.config import DataConfig, SourceConfig
 
 _TAKEN = {"plans", "unfinished"}  # folders that a store has besides its sources
 
@@ -36,10 +36,15 @@ def settings_of(config: DataConfig) -> dict[str, Any]:
     elif given.kind == "sentencepiece":
         chosen = {field: value for field, value in dataclasses.asdict(given).items() if field != "path"}
     return {
-        "sources": {n: {"path": s.path, "text_field": s.text_field} for n, s in sorted(config.sources.items())},
+        "sources": {name: _source(source) for name, source in sorted(config.sources.items())},
         "tokenizer": chosen,
         "split": dataclasses.asdict(config.split),
     }
+
+
+def _source(config: SourceConfig) -> dict[str, str]:
+    told = {"path": config.path, "text_field": config.text_field}
+    return told | ({"split_field": config.split_field} if config.split_field else {})
 
 
 def check_settings(made: dict, asked: dict, folder: Path) -> None:

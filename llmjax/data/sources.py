@@ -34,6 +34,7 @@ class Unit:
 
     kind         "text", "jsonl", "parquet" or "tfds"
     text_field   of a record
+    split_field  of a record; empty: none
     items        files or spans of one file, read in this order
     state        size and time of change of the files: an interrupted preparation starts over when they differ
     """
@@ -44,6 +45,7 @@ class Unit:
     text_field: str
     items: tuple[Item, ...]
     state: str
+    split_field: str = ""
 
 
 def list_units(name: str, source: SourceConfig) -> list[Unit]:
@@ -55,13 +57,18 @@ def list_units(name: str, source: SourceConfig) -> list[Unit]:
     if source.path.startswith("tfds:"):
         groups = _tfds_groups(source.path, where)
     elif source.path == "stdlib:":
-        groups = _grouped(_file_spans(_stdlib_files(where)))
+        groups = grouped(_file_spans(stdlib_files(where)))
     else:
-        groups = _grouped(_file_spans(_matching_files(source.path, where)))
-    return [
-        Unit(name, index, kind, source.text_field, tuple(items), state)
+        groups = grouped(_file_spans(matching_files(source.path, where)))
+    units = [
+        Unit(name, index, kind, source.text_field, tuple(items), state, source.split_field)
         for index, (kind, items, state) in enumerate(groups)
     ]
+    if source.split_field and (other := next((unit for unit in units if unit.kind != "jsonl"), None)):
+        raise UserError(
+            f"data.sources.{name}.split_field={source.split_field!r}: {other.items[0].path} is no JSONL; leave it unset"
+        )
+    return units
 
 
 def kind_of(path: str) -> str:
@@ -70,7 +77,8 @@ def kind_of(path: str) -> str:
     return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".pq": "parquet"}.get(suffix, "text")
 
 
-def _matching_files(path: str, where: str) -> list[str]:
+def matching_files(path: str, where: str) -> list[str]:
+    """The file, or the files of a glob in order of their names; UserError, begun with `where`, where there is none."""
     path = os.path.expanduser(path)
     if os.path.isdir(path):
         raise UserError(f"{where}: this is a folder; give a glob such as '{path.rstrip('/')}/**/*.txt'")
@@ -82,7 +90,8 @@ def _matching_files(path: str, where: str) -> list[str]:
     return found
 
 
-def _stdlib_files(where: str) -> list[str]:
+def stdlib_files(where: str) -> list[str]:
+    """Python's own sources, in order of their names."""
     root = Path(sysconfig.get_path("stdlib"))
     files = []
     for folder, folders, names in os.walk(root):
@@ -98,7 +107,7 @@ def _stdlib_files(where: str) -> list[str]:
 def _file_spans(files: list[str]) -> list[tuple[str, Item, int, str]]:
     """(kind, item, bytes, state) for every file; plain JSONL and Parquet are cut, so that one file feeds many units."""
     stats = [os.stat(path) for path in files]
-    limit = _unit_bytes(sum(stat.st_size for stat in stats))
+    limit = unit_bytes(sum(stat.st_size for stat in stats))
     spans = []
     for path, stat in zip(files, stats, strict=True):
         kind, state = kind_of(path), f"{stat.st_size}:{stat.st_mtime_ns}"
@@ -107,13 +116,13 @@ def _file_spans(files: list[str]) -> list[tuple[str, Item, int, str]]:
                 end = min(begin + limit, stat.st_size)
                 spans.append((kind, Item(path, begin, end), end - begin, state))
         elif kind == "parquet":
-            spans += [(kind, item, size, state) for item, size in _row_groups(path, stat.st_size)]
+            spans += [(kind, item, size, state) for item, size in row_groups(path, stat.st_size)]
         else:
             spans.append((kind, Item(path), stat.st_size, state))
     return spans
 
 
-def _row_groups(path: str, size: int) -> Iterator[tuple[Item, int]]:
+def row_groups(path: str, size: int) -> Iterator[tuple[Item, int]]:
     """(item, bytes) for every row group; a file whose footer cannot be read stays whole, for the reader to reject."""
     import pyarrow
     import pyarrow.parquet
@@ -154,13 +163,14 @@ def open_tfds(path: str, where: str):
         ) from None
 
 
-def _unit_bytes(total: int) -> int:
+def unit_bytes(total: int) -> int:
+    """The size of a unit of a source of `total` bytes."""
     return min(max(total // _TARGET_UNITS, MIN_UNIT_BYTES), MAX_UNIT_BYTES)
 
 
-def _grouped(spans: list[tuple[str, Item, int, str]]) -> Iterator[tuple[str, list[Item], str]]:
+def grouped(spans: list[tuple[str, Item, int, str]]) -> Iterator[tuple[str, list[Item], str]]:
     """Neighbours of one kind put together up to the size of a unit."""
-    limit = _unit_bytes(sum(size for _, _, size, _ in spans))
+    limit = unit_bytes(sum(size for _, _, size, _ in spans))
     kind, items, size, states = "", [], 0, []
     for span_kind, item, span_size, state in spans:
         if items and (span_kind != kind or size + span_size > limit):

@@ -10,6 +10,7 @@ from llmjax.data.config import SplitConfig
 
 SPLITS = ("train", "validation", "test")
 TRAIN, VALIDATION, TEST = range(3)
+NONE = 255  # of a document whose record names no split
 SIMILAR = 0.7  # fraction of equal signature values from which two texts are near copies
 _MAX_LEADERS = 64
 _GATHER = 1 << 14  # signatures compared at a time: 7 MB on each side

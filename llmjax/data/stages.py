@@ -17,7 +17,7 @@ from llmjax.config import UserError
 from llmjax.data import minhash, store
 from llmjax.data.readers import Document, Reject, read_unit
 from llmjax.data.sources import Unit
-from llmjax.data.split import SPLITS, TRAIN, VALIDATION
+from llmjax.data.split import NONE, SPLITS, TRAIN, VALIDATION
 from llmjax.data.tokenizer import Tokenizer, pieces_of, read_tokenizer, train_sentencepiece
 
 _BATCH_BYTES = 1 << 20  # text that is tokenized at a time
@@ -29,12 +29,14 @@ class Scan(NamedTuple):
     hashes       uint64 [documents, 2], of the content
     sizes        int64 [documents], UTF-8 bytes
     signatures   uint32 [documents, minhash.SIZE], or [documents, 0] where near copies may part
+    given        uint8 [documents], the split that a record names, or 255
     rejects      reason -> count
     """
 
     hashes: np.ndarray
     sizes: np.ndarray
     signatures: np.ndarray
+    given: np.ndarray
     rejects: dict[str, int]
 
 
@@ -62,7 +64,7 @@ class Workplace:
         store.write_atomically(self.path(what, unit).with_suffix(".json"), json.dumps(record).encode())
 
     def load_scan(self, unit: Unit) -> Scan:
-        arrays = [np.load(self.path(name, unit).with_suffix(".npy"), mmap_mode="r") for name in Scan._fields[:3]]
+        arrays = [np.load(self.path(name, unit).with_suffix(".npy"), mmap_mode="r") for name in Scan._fields[:4]]
         return Scan(*arrays, rejects=self.result("scan", unit)["rejects"])
 
     def splits(self, unit: Unit) -> np.ndarray:
@@ -75,7 +77,7 @@ def scan(unit: Unit, place: Workplace, part_bytes: int | None, near_copies: bool
     done = place.marker("scan", unit)
     if done and done["part_bytes"] == part_bytes:
         return done["bytes"]
-    hashes, sizes, signatures, rejects = [], [], [], {}
+    hashes, sizes, signatures, given, rejects = [], [], [], [], {}
     with open(place.path("rejects", unit).with_suffix(".jsonl"), "w") as file:
         for record in read_unit(unit, part_bytes):
             if isinstance(record, Reject):
@@ -85,12 +87,14 @@ def scan(unit: Unit, place: Workplace, part_bytes: int | None, near_copies: bool
             else:
                 hashes.append(hashlib.sha256(record.data).digest()[:16])
                 sizes.append(len(record.data))
+                given.append(SPLITS.index(record.split) if record.split else NONE)
                 signatures.append(minhash.signature(record.data) if near_copies else np.zeros(0, np.uint32))
     width = minhash.SIZE if near_copies else 0
     arrays = {
         "hashes": np.frombuffer(b"".join(hashes), ">u8").astype(np.uint64).reshape(-1, 2),
         "sizes": np.array(sizes, np.int64),
         "signatures": np.array(signatures, np.uint32).reshape(len(sizes), width),
+        "given": np.array(given, np.uint8),
     }
     for name, array in arrays.items():
         np.save(place.path(name, unit).with_suffix(".npy"), array)

@@ -21,7 +21,8 @@ class Workers:
     The processes are started as `python -c`, so the caller's own script is not imported again and needs no guard.
     """
 
-    def __init__(self, num_workers: int):
+    def __init__(self, num_workers: int, *, hint: str = "set data.workers to a smaller number"):
+        self._hint = hint  # what may help where a process ran out of memory
         # TOKENIZERS_PARALLELISM: one thread a process, as the processes already fill the cores.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         environment |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -59,7 +60,7 @@ class Workers:
         for index, task in enumerate(tasks):
             waiting.put((index, task))
         for process in self._processes[: len(tasks)]:
-            threading.Thread(target=_feed, args=(process, function, waiting, finished), daemon=True).start()
+            threading.Thread(target=_feed, args=(process, function, waiting, finished, self._hint), daemon=True).start()
         for _ in tasks:
             index, error, result = finished.get()
             if error is not None:
@@ -67,7 +68,9 @@ class Workers:
             yield index, result
 
 
-def _feed(process: subprocess.Popen, function: Callable, waiting: queue.SimpleQueue, finished: queue.SimpleQueue):
+def _feed(
+    process: subprocess.Popen, function: Callable, waiting: queue.SimpleQueue, finished: queue.SimpleQueue, hint: str
+):
     """One process's share of the tasks, by a thread of the parent."""
     while True:
         try:
@@ -78,17 +81,17 @@ def _feed(process: subprocess.Popen, function: Callable, waiting: queue.SimpleQu
             _send(process.stdin, (function, task))  # type: ignore[arg-type]
             error, result = pickle.load(process.stdout)  # type: ignore[arg-type]
         except (EOFError, OSError, ValueError, pickle.UnpicklingError):  # ValueError: the pool closed the pipe
-            error, result = _death(process), None
+            error, result = _death(process, hint), None
         finished.put((index, error, result))
         if error is not None:
             return
 
 
-def _death(process: subprocess.Popen) -> UserError:
+def _death(process: subprocess.Popen, hint: str) -> UserError:
     code = process.wait()
     return UserError(
-        f"a process that prepares the data ended with status {code} (-9: usually out of memory); "
-        "set data.workers to a smaller number and run again: finished shards are kept"
+        f"a process that prepares the data ended with status {code} (-9: usually out of memory); {hint} and run again: "
+        "finished shards are kept"
     )
 
 

@@ -119,7 +119,7 @@ svg .dot { fill: var(--ours); } svg .dot.faint { fill: var(--ours-faint); stroke
 svg .dot.dots { fill: var(--dots); stroke: var(--card); stroke-width: 1.2; }
 svg .mark { stroke-width: 1.2; stroke-dasharray: 4 3; } svg .mark.restart { stroke: var(--restart); }
 svg .mark.skipped { stroke: var(--skipped); } svg .broken { fill: var(--skipped); }
-svg .bar { fill: var(--other); } svg .bar.ours { fill: var(--ours); }
+svg .bar { fill: var(--other); } svg .whole { fill: var(--rule); } svg .bar.ours { fill: var(--ours); }
 svg .name, svg .value { font-size: 13px; fill: var(--ink); } svg .name.ours, svg .value.ours { font-weight: 650; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 8px 0 0; padding: 0; list-style: none; }
 .legend i { display: inline-block; width: 14px; height: 3px; border-radius: 2px;
@@ -147,9 +147,16 @@ figure { margin: 0; padding: 14px 16px; background: var(--paper); border-radius:
 figure + figure { margin-top: 12px; }
 figcaption { color: var(--soft); font-size: 12.5px; margin-top: 8px; }
 mark { background: none; color: var(--ours); font-weight: 650; }
+.part { margin-top: 18px; } .part + details { margin-top: 4px; }
+.narrow { max-width: 520px; }
 details + details { margin-top: 8px; } summary { cursor: pointer; color: var(--soft); }
-details pre { margin-top: 10px; }
+details > pre { margin-top: 10px; } details > figure, details > .wide { margin-top: 10px; }
+summary b { font-weight: 560; color: var(--ink); } summary { padding: 3px 0; }
+.advice { margin: 0; padding: 0; list-style: none; }
+.advice li { padding: 7px 0 7px 14px; border-left: 3px solid var(--dots); overflow-wrap: anywhere; }
+.advice li + li { margin-top: 8px; }
 footer { color: var(--soft); font-size: 12.5px; margin-top: 26px; }
-@media (max-width: 760px) { .hero, .plots { grid-template-columns: 1fr; } }
+@media (max-width: 760px) { .hero, .plots { grid-template-columns: 1fr; } main { padding: 28px 12px 48px; }
+  section { padding: 18px 14px; } dl { grid-template-columns: 1fr; } dt { white-space: normal; } }
 @media print { body { background: none; } section { break-inside: avoid; } }
 """

@@ -1,6 +1,6 @@
 """Plots as inline SVG: curves over steps and bars. Colours are CSS classes, so that the page's theme holds here too."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import math
 
@@ -31,11 +31,12 @@ class Mark:
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
-    """One row of a bar chart; `ours` puts it in the accent colour."""
+    """One row of a bar chart; `ours` puts it in the accent colour. `of`: the whole that the value is a part of."""
 
     label: str
     value: float
     ours: bool = False
+    of: float | None = None
 
 
 def curves(
@@ -62,19 +63,33 @@ def curves(
     return _svg(parts, width, height, f"{label} over steps")
 
 
-def bars(rows: Sequence[Bar], *, label: str, unit: str, width: int = 480) -> str:
-    """An SVG of horizontal bars from 0, in the given order, each with its value."""
-    row_height, names = 30, 170
-    longest = max(row.value for row in rows)
+def bars(
+    rows: Sequence[Bar],
+    *,
+    label: str,
+    unit: str,
+    width: int = 480,
+    names: int = 170,
+    show: Callable[[float], str] = "{:.3f}".format,
+) -> str:
+    """An SVG of horizontal bars from 0, in the given order, each with its value; `names` is the labels' width."""
+    row_height, longest_name = 30, names // 7
+    longest = max(max(row.value, row.of or 0) for row in rows) or 1.0
     parts = []
     for index, row in enumerate(rows):
         y = index * row_height
-        length = max((width - names - 64) * row.value / longest, 1.0)
+        scale = (width - names - (64 if all(row.of is None for row in rows) else 110)) / longest
+        length = max(scale * row.value, 1.0) if row.value else 0.0
         ours = " ours" if row.ours else ""
+        whole, end, value = "", length, show(row.value)
+        if row.of is not None:
+            end, value = max(scale * row.of, length), f"{value} of {show(row.of)}"
+            whole = f'<rect class="whole" x="{names}" y="{y + 6}" width="{end:.1f}" height="18" rx="3"/>'
+        label = row.label if len(row.label) <= longest_name else f"{row.label[: longest_name - 1]}…"
         parts.append(
-            f'<text class="name{ours}" x="{names - 12}" y="{y + 19}" text-anchor="end">{clean(row.label)}</text>'
+            f'<text class="name{ours}" x="{names - 12}" y="{y + 19}" text-anchor="end">{clean(label)}</text>{whole}'
             f'<rect class="bar{ours}" x="{names}" y="{y + 6}" width="{length:.1f}" height="18" rx="3"/>'
-            f'<text class="value{ours}" x="{names + length + 8:.1f}" y="{y + 19}">{row.value:.3f}</text>'
+            f'<text class="value{ours}" x="{names + end + 8:.1f}" y="{y + 19}">{clean(value)}</text>'
         )
     return _svg(parts, width, len(rows) * row_height + 4, f"{label}, {unit}")
 

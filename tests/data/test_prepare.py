@@ -368,3 +368,28 @@ def test_ctrl_c_ends_the_pool_quietly():
     time.sleep(1)  # the tasks are under way
     os.killpg(process.pid, signal.SIGINT)
     assert process.communicate(timeout=30) == ("stopped\n", "")
+
+
+def test_records_that_name_their_split_stay_in_it(tmp_path):
+    given = {f"text {number} of {split}": split for split in SPLITS for number in range(5)}
+    lines = [json.dumps({"text": text, "split": split}) for text, split in given.items()]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, '{"text": "lost", "split": "dev"}', '{"text": "none"}']))
+    source = SourceConfig(path=str(tmp_path / "a.jsonl"), split_field="split")
+    found = DataConfig(sources={"main": source}, tokenizer=BYTES, workers=1, max_bad_fraction=0.2)
+    manifest, lines = make(found, tmp_path / "store")
+    assert {text: split for split, texts in decoded(tmp_path / "store").items() for text in texts} == given
+    assert manifest["sources"]["main"]["rejected"] == {"field 'split' names no split": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "text", "is no JSONL; leave it unset"),
+        ("a.jsonl", '{"text": "one", "split": "test"}', "no record names the split train or validation"),
+    ],
+)
+def test_splits_that_records_cannot_give(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    source = SourceConfig(path=str(tmp_path / name), split_field="split")
+    with pytest.raises(UserError, match=message):
+        make(DataConfig(sources={"main": source}, tokenizer=BYTES, workers=1), tmp_path / "store")

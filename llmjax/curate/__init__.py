@@ -1,0 +1,1 @@
+"""The data room: from raw text to a corpus that can be trusted. Measure every document, decide, write."""

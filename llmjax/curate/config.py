@@ -1,0 +1,417 @@
+"""What the curate room is told: inputs, stages in their order, and the settings of each."""
+
+from collections.abc import Mapping
+import dataclasses
+
+from llmjax.config import UserError, suggest
+
+RULE_SETS = ("gopher", "repetition", "c4", "fineweb")
+STAGES = (
+    "read",
+    "extract",
+    "normalise",
+    "language",
+    "quality",
+    "duplicates",
+    "decontaminate",
+    "personal_data",
+    "sample",
+    "split",
+    "augment",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InputConfig:
+    """One named input of documents.
+
+    path        a file, a glob (`**` crosses folders), `tfds:NAME[:SPLIT][@DATA_DIR]`, or `stdlib:` (Python's sources)
+    format      "text", "lines" (a document a line), "jsonl", "parquet", "csv", "tsv", "html" or "warc" (ARC too);
+                empty: by the file's name, .gz and .zst aside
+    text_field  the field or column that holds the text in JSONL, Parquet, CSV, TSV and TFDS records
+    id_field    the field that holds a record's id; a record without one is named after its file and place
+    content     "text" or "html": what text_field holds
+    encoding    of text, CSV, TSV and JSONL files that are not UTF-8; empty: it is detected (in JSONL, refused)
+    columns     names of the columns of CSV and TSV files that have no header line
+    fields      other fields of a record that are carried through, beside its text; ("*",): all
+    weight      relative share of the kept tokens; None: as many as there are (give all inputs a weight, or none)
+    max_tokens  of the input that stay at most, about; 0: no limit
+    licence     of the whole input, carried through with every record that states none
+    origin      where the input comes from, such as an address; carried through with every record that states none
+    """
+
+    path: str = "stdlib:"
+    format: str = ""
+    text_field: str = "text"
+    id_field: str = "id"
+    content: str = "text"
+    encoding: str = ""
+    columns: tuple[str, ...] = ()
+    fields: tuple[str, ...] = ("*",)
+    weight: float | None = None
+    max_tokens: int = 0
+    licence: str = ""
+    origin: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExtractConfig:
+    """The main text of HTML pages.
+
+    method  "trafilatura" (needs `pip install llmjax[web]`), "plain" (needs nothing), or "auto": the first where it is
+            installed, else the second
+    """
+
+    method: str = "auto"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PersonalConfig:
+    """Personal data and secrets in a text.
+
+    kinds   what is looked for: "email", "ip", "phone", "card" (payment cards), "iban", "ssn" (US social security
+            numbers), "secret" (keys, tokens, passwords)
+    action  "replace" by typed placeholders such as <EMAIL>, "drop" the document, or "count" only
+    """
+
+    kinds: tuple[str, ...] = ("email", "ip", "phone", "card", "iban", "ssn", "secret")
+    action: str = "replace"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NormaliseConfig:
+    """What is mended in every text.
+
+    mojibake   undo UTF-8 that was decoded as another encoding, such as "cafÃ©" (ftfy)
+    entities   write HTML entities such as "&eacute;" as characters, but in lines that hold a "<": those show markup
+    spaces     write the many widths of space as the plain one
+    """
+
+    mojibake: bool = True
+    entities: bool = True
+    spaces: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageConfig:
+    """Which languages stay.
+
+    keep            codes such as ("en", "de"); empty: all
+    min_confidence  probability from 0 to 1 of the language found; a text below it is dropped where `keep` names any
+    characters      read at most from a text, from `places` that are spread over it
+    places          number of places
+    """
+
+    keep: tuple = ()
+    min_confidence: float = 0.5
+    characters: int = 1200
+    places: int = 4
+
+    def __post_init__(self):
+        if not 0 <= self.min_confidence <= 1:
+            raise UserError(f"curate.language.min_confidence={self.min_confidence}: expected a value from 0 to 1")
+        if not 1 <= self.places <= self.characters:
+            raise UserError(
+                f"curate.language.places={self.places}: expected 1 up to curate.language.characters={self.characters}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QualityConfig:
+    """Published rules of quality, and their bounds: a text that breaks one is dropped. None switches a rule off.
+
+    A field is named as its rule, and so is the reason that a dropped text is given. Defaults are the published bounds
+    (quality.RULES has them with their sources) but for those marked *, which prose and documentation would not survive.
+
+    rules  the sets that apply: gopher and repetition (Rae et al. 2021), c4 (Raffel et al. 2020), fineweb (Penedo et
+           al. 2024)
+
+    Lines that c4 removes from a text before it is judged:
+    c4_citations             * take marks such as [3], [edit], [citation needed] out of lines (on in FineWeb): also the
+                             index of a[3] in code
+    c4_terminal_punctuation  * remove lines that end in no . ? ! " or ' (off in FineWeb too)
+    c4_min_line_words        * remove lines of fewer words (3); empty lines stay, as they part paragraphs
+    c4_max_word              remove lines with a longer word, in characters
+    c4_javascript            * remove lines that mention javascript (on in FineWeb): also those about the language
+    c4_policy                remove lines that speak of cookies, privacy or terms of use
+
+    Bounds:
+    gopher_min_words, gopher_max_words            words * (100,000: web pages; books are longer)
+    gopher_min_mean_word, gopher_max_mean_word    characters of a word in the mean; the least is asked of English only
+    gopher_max_hashes, gopher_max_ellipses        of "#", of "..." and "…", per word
+    gopher_max_bullet_lines                       fraction of lines that begin with a bullet
+    gopher_max_ellipsis_lines                     fraction of lines that end in an ellipsis
+    gopher_min_alphabetic                         fraction of words with a letter
+    gopher_min_stop_words                         different ones of eight English words; asked of English only
+    repetition_max_lines, _paragraphs             fraction of them that are copies of an earlier one
+    repetition_max_line_chars, _paragraph_chars   fraction of characters in those copies
+    repetition_max_top_2, _3, _4                  fraction of characters in the most frequent run of so many words
+    repetition_max_5 to repetition_max_10         fraction of characters in runs of so many words that occurred before
+    c4_min_sentences                              sentences
+    c4_max_lorem_ipsum, c4_max_curly_brackets     * occurrences of "lorem ipsum", of "{" (0: no code at all)
+    fineweb_min_punctuated_lines                  * fraction of lines that end a sentence; a line whose sentence goes on
+                                                  in the next, with a small letter, is one with it
+    fineweb_max_short_lines                       fraction of lines of at most 30 characters
+    fineweb_max_line_chars                        * fraction of characters in copies of lines (0.01: code repeats short
+                                                  lines, and long texts repeat more)
+    fineweb_max_newlines                          newlines per word
+
+    classifier      a model that `classifier.train` saved; empty: none
+    min_classifier  its probability from 0 to 1 that a text is good, at least; None: only written beside the text
+    """
+
+    rules: tuple = RULE_SETS
+    c4_citations: bool = False
+    c4_terminal_punctuation: bool = False
+    c4_min_line_words: int = 1
+    c4_max_word: int = 1000
+    c4_javascript: bool = False
+    c4_policy: bool = True
+    gopher_min_words: float | None = 50
+    gopher_max_words: float | None = None
+    gopher_min_mean_word: float | None = 3
+    gopher_max_mean_word: float | None = 10
+    gopher_max_hashes: float | None = 0.1
+    gopher_max_ellipses: float | None = 0.1
+    gopher_max_bullet_lines: float | None = 0.9
+    gopher_max_ellipsis_lines: float | None = 0.3
+    gopher_min_alphabetic: float | None = 0.8
+    gopher_min_stop_words: float | None = 2
+    repetition_max_lines: float | None = 0.3
+    repetition_max_paragraphs: float | None = 0.3
+    repetition_max_line_chars: float | None = 0.2
+    repetition_max_paragraph_chars: float | None = 0.2
+    repetition_max_top_2: float | None = 0.2
+    repetition_max_top_3: float | None = 0.18
+    repetition_max_top_4: float | None = 0.16
+    repetition_max_5: float | None = 0.15
+    repetition_max_6: float | None = 0.14
+    repetition_max_7: float | None = 0.13
+    repetition_max_8: float | None = 0.12
+    repetition_max_9: float | None = 0.11
+    repetition_max_10: float | None = 0.1
+    c4_min_sentences: float | None = 5
+    c4_max_lorem_ipsum: float | None = 0
+    c4_max_curly_brackets: float | None = None
+    fineweb_min_punctuated_lines: float | None = 0.12
+    fineweb_max_short_lines: float | None = 0.67
+    fineweb_max_line_chars: float | None = 0.1
+    fineweb_max_newlines: float | None = 0.3
+    classifier: str = ""
+    min_classifier: float | None = None
+
+    def __post_init__(self):
+        for name in self.rules:
+            if name not in RULE_SETS:
+                raise UserError(
+                    f"curate.quality.rules names {name!r}{suggest(str(name), RULE_SETS)}: known are "
+                    f"{', '.join(RULE_SETS)}"
+                )
+        if self.min_classifier is not None and not self.classifier:
+            raise UserError(
+                f"curate.quality.min_classifier={self.min_classifier}: no model given; set curate.quality.classifier"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassifierConfig:
+    """How the linear classifier of good and bad texts learns.
+
+    buckets        features (words, pairs of words, pieces of four bytes) are hashed into so many, a power of two
+    characters     read of a text at most, from its beginning
+    epochs         passes over the texts
+    batch          texts of a step
+    learning_rate  of AdaGrad
+    held_out       fraction of the texts, drawn by their content, to measure a first model by; a second learns from all
+    seed           of the hashes and of the order of the texts
+    """
+
+    buckets: int = 1 << 18
+    characters: int = 5000
+    epochs: int = 5
+    batch: int = 32
+    learning_rate: float = 0.3
+    held_out: float = 0.2
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.buckets < 2 or self.buckets & (self.buckets - 1):
+            raise UserError(f"buckets={self.buckets} of the classifier: expected a power of two")
+        for name in ("characters", "epochs", "batch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} of the classifier: expected at least 1")
+        if not 0 <= self.held_out < 1:
+            raise UserError(f"held_out={self.held_out} of the classifier: expected a fraction from 0 up to below 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DuplicatesConfig:
+    """Copies: of a cluster what stayed before stays, else what is of the first input in the config.
+
+    exact       look for texts that are equal but for letter case and spacing
+    near        look for texts that are alike
+    similarity  of 5-word shingles (Jaccard, estimated from 112 MinHash values) from which two texts are alike
+    """
+
+    exact: bool = True
+    near: bool = True
+    similarity: float = 0.6
+
+    def __post_init__(self):
+        if not 0 < self.similarity <= 1:
+            raise UserError(f"curate.duplicates.similarity={self.similarity}: expected a value above 0 and up to 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecontaminateConfig:
+    """Documents that share runs of words with evaluation sets are dropped.
+
+    against    files of evaluation sets: JSONL, JSON, CSV, Parquet (every text in a record), or text (paragraphs)
+    words      in a run
+    min_words  of an example that is shorter than a run, to be looked for as a whole
+    min_hits   runs that a document shares with a set before it is dropped
+    """
+
+    against: tuple = ()
+    words: int = 13
+    min_words: int = 8
+    min_hits: int = 1
+
+    def __post_init__(self):
+        if isinstance(self.against, str):
+            raise UserError(f"curate.decontaminate.against={self.against!r}: expected a tuple of files, such as ('a',)")
+        if not 1 <= self.min_words <= self.words:
+            raise UserError(
+                f"curate.decontaminate.min_words={self.min_words}: expected 1 up to words={self.words}, its longest run"
+            )
+        if self.min_hits < 1:
+            raise UserError(f"curate.decontaminate.min_hits={self.min_hits}: must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Balance: inputs give no more than their `max_tokens`, and tokens in proportion to their `weight`.
+
+    terms  files of word lists, with lines such as `gender/women: she, her`; empty: a small list that llmjax brings
+    seed   another seed, another choice of documents where an input gives only some
+    """
+
+    terms: tuple = ()
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CuratedSplitConfig:
+    """Which documents train, validate and test: by hash of the cluster of copies that a document belongs to.
+
+    validation, test   fractions of the documents
+    """
+
+    validation: float = 0.05
+    test: float = 0.05
+
+    def __post_init__(self):
+        for name in ("validation", "test"):
+            if not 0 <= (value := getattr(self, name)) < 1:
+                raise UserError(f"curate.split.{name}={value}: expected a fraction from 0 up to below 1")
+        if self.validation + self.test >= 1:
+            raise UserError(
+                f"curate.split.validation={self.validation} and curate.split.test={self.test} leave nothing to train "
+                "on; their sum must be below 1"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Changed copies of training documents, for small sets that a model is fine-tuned on.
+
+    copies   of each document, named ID~1, ID~2 and so on
+    drop     fraction of words that are left out
+    swap     fraction of words that change place with the next one
+    case     probability that a whole copy is in small letters
+    seed     another seed, other copies
+    """
+
+    copies: int = 1
+    drop: float = 0.05
+    swap: float = 0.05
+    case: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.copies < 1:
+            raise UserError(
+                f"curate.augment.copies={self.copies}: must be at least 1; or leave 'augment' out of stages"
+            )
+        for name in ("drop", "swap", "case"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise UserError(f"curate.augment.{name}={value}: expected a fraction from 0 to 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CurateConfig:
+    """From raw text to a corpus.
+
+    inputs            named entries; a name that is new gets InputConfig's defaults
+    stages            that run, in this order: read extract normalise language quality duplicates decontaminate
+                      personal_data sample split augment (augment only where it is asked for)
+    max_bad_fraction  of records that cannot be read before the command stops; they are counted, and kept in dropped/
+    workers           processes of --runner=local; 0: one a core
+    """
+
+    inputs: Mapping[str, InputConfig] = dataclasses.field(default_factory=dict)
+    stages: tuple = STAGES[:-1]
+    extract: ExtractConfig = ExtractConfig()
+    normalise: NormaliseConfig = NormaliseConfig()
+    language: LanguageConfig = LanguageConfig()
+    quality: QualityConfig = QualityConfig()
+    duplicates: DuplicatesConfig = DuplicatesConfig()
+    decontaminate: DecontaminateConfig = DecontaminateConfig()
+    personal_data: PersonalConfig = PersonalConfig()
+    sample: SampleConfig = SampleConfig()
+    split: CuratedSplitConfig = CuratedSplitConfig()
+    augment: AugmentConfig = AugmentConfig()
+    max_bad_fraction: float = 0.01
+    workers: int = 0
+
+    def __post_init__(self):
+        if isinstance(self.stages, str) or not self.stages or self.stages[0] != "read":
+            raise UserError(f"curate.stages={self.stages!r}: expected a tuple that begins with 'read'")
+        for name in self.stages:
+            if name not in STAGES:
+                raise UserError(
+                    f"curate.stages names {name!r}{suggest(str(name), STAGES)}: known are {', '.join(STAGES)}"
+                )
+        if len(set(self.stages)) < len(self.stages):
+            raise UserError(f"curate.stages={self.stages!r}: names a stage twice; name each once")
+        order = {name: place for place, name in enumerate(self.stages)}
+        for first, later, why in _ORDER:
+            if first in order and later in order and order[first] > order[later]:
+                raise UserError(f"curate.stages={self.stages!r}: {first} must come before {later}, {why}")
+        if "augment" in order and "split" not in order:
+            raise UserError("curate.stages has augment without split: copies of test documents would be trained on")
+        numbers = {"workers": self.workers, "sample.seed": self.sample.seed, "augment.seed": self.augment.seed}
+        for name, given in self.inputs.items():
+            numbers |= {f"inputs.{name}.weight": given.weight or 0, f"inputs.{name}.max_tokens": given.max_tokens}
+        for name, value in numbers.items():
+            if value < 0:
+                raise UserError(f"curate.{name}={value}: must not be negative")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise UserError(f"curate.max_bad_fraction={self.max_bad_fraction}: expected a fraction from 0 to 1")
+
+
+# Pairs of stages that make no sense the other way round.
+_ORDER = (
+    ("extract", "normalise", "which mends text, not pages"),
+    ("extract", "language", "which reads text, not pages"),
+    ("extract", "quality", "which judges text, not pages"),
+    ("duplicates", "split", "which keeps copies together"),
+    ("split", "augment", "which changes training documents only"),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Curation:
+    """A config file of `llmjax curate`."""
+
+    curate: CurateConfig = CurateConfig()

@@ -1,0 +1,196 @@
+"""From raw text to a corpus: measure every unit, decide on the columns, write every unit. Resumable at every step.
+
+WORKDIR/measured/     texts and scores of every unit; a later run with other thresholds starts from them
+WORKDIR/unfinished/   what a run is about to hand over
+WORKDIR/curated/      NAME-00000-train.jsonl.zst ...: documents that stay
+WORKDIR/dropped/      NAME-00000.jsonl.zst: what does not, with the stage and the reason
+WORKDIR/report.json   what happened, and hashes of inputs, configuration and outputs
+WORKDIR/splits.npy    every document that ever stayed here, and its cluster: more data moves and ousts none of them
+"""
+
+from collections.abc import Callable
+import dataclasses
+import hashlib
+import json
+import math
+from pathlib import Path
+import shutil
+from typing import Any
+
+import numpy as np
+
+import llmjax
+from llmjax.config import UserError
+from llmjax.curate import card, decide, decontaminate, extract, language, measure, personal, read, write
+from llmjax.curate.config import CurateConfig
+from llmjax.curate.measured import Measured, replacing
+from llmjax.curate.runners import Runner, with_progress
+from llmjax.data import store
+
+Say = Callable[[str], None]
+
+
+def curate(config: CurateConfig, workdir: Path, runner: Runner, *, say: Say) -> dict[str, Any]:
+    """The report of the corpus in `workdir`, which is made first where it is missing or was made otherwise.
+
+    An interrupted run goes on where it stopped. The files depend on the inputs and the config alone (and, for splits,
+    on what was curated in this workdir before), on no runner and no number of workers. Raises UserError for input that
+    cannot be honoured.
+    """
+    if not config.inputs:
+        raise UserError("curate.inputs is empty: name one, such as --config.curate.inputs.web.path='crawl/*.warc.gz'")
+    extract.check(config.extract)
+    personal.check(config.personal_data)
+    language.check(config.language)
+    if "decontaminate" in config.stages:
+        decontaminate.check(config.decontaminate)
+    units = [unit for name, given in config.inputs.items() for unit in read.list_units(name, given)]
+    measured = [Measured(workdir / "measured", measure.key_of(unit, config)) for unit in units]
+    unfinished = workdir / "unfinished"
+    splits = workdir / "splits.npy"
+    known = splits.read_bytes() if splits.is_file() else b""
+    key = _digest([config_of(config), [m.key for m in measured], [u.source for u in units]])
+    if (done := _finished(workdir)) and done["key"] == key:
+        say("nothing left to do: the corpus is there, made from these inputs with this configuration")
+        return done
+    (workdir / "measured").mkdir(parents=True, exist_ok=True)
+    _measure(units, measured, config, runner, say)
+    _check_rejects(units, measured, config, workdir)
+    table = decide.Table(measured, [unit.source for unit in units])
+    made = decide.decide(table, config, runner, unfinished / "exchange", decide.Known.read(splits))
+    say(f"deciding: {int(made.kept.sum()):,} of {len(table):,} records stay")
+    tag = _digest([key, hashlib.sha256(known).hexdigest()])
+    out = unfinished / f"written-{tag[:24]}"
+    chosen = card.choose_samples(table, made, config)
+    results = _write(units, table, made, chosen, config, runner, out, say)
+    report = card.summarise(table, made, chosen, results, config)
+    report |= {"version": llmjax.__version__, "key": key, "config": config_of(config)}
+    report["config_sha256"] = _digest(report["config"])
+    report["inputs"] = _inputs(units)
+    _hand_over(workdir, out, report)
+    contents = table["content"][:, 0]
+    with replacing(splits) as file:
+        np.save(file, decide.Known.read(splits).with_new(contents[made.kept], made.cluster[made.kept]))
+    store.write_atomically(workdir / "report.json", (json.dumps(report, indent=1) + "\n").encode())
+    shutil.rmtree(unfinished, ignore_errors=True)
+    _forget(workdir / "measured", measured)
+    return report
+
+
+def config_of(config: CurateConfig) -> dict[str, Any]:
+    """The config as JSON holds it, without what has no influence on the corpus."""
+    told = json.loads(json.dumps(dataclasses.asdict(config)))
+    del told["workers"]
+    return told
+
+
+def _finished(workdir: Path) -> dict[str, Any] | None:
+    """The report of a finished run whose files are all there, else None."""
+    try:
+        report = json.loads((workdir / "report.json").read_text())
+        whole = all((workdir / name).stat().st_size == file["bytes"] for name, file in report["outputs"].items())
+    except (OSError, ValueError, KeyError):
+        return None
+    return report if whole else None
+
+
+def _measure(units, measured: list[Measured], config: CurateConfig, runner: Runner, say: Say) -> None:
+    left = [(unit, one) for unit, one in zip(units, measured, strict=True) if not one.complete()]
+    if len(left) < len(units):
+        say(f"{len(units) - len(left)} of {len(units)} parts were measured before")
+    if left:
+        tasks = [(unit, config, one) for unit, one in left]
+        with_progress(say, "measuring", runner.map(measure.measure, tasks), [unit.size for unit, _ in left])
+
+
+def _check_rejects(units, measured: list[Measured], config: CurateConfig, workdir: Path) -> None:
+    """Raises UserError where an input has more unreadable records than it may."""
+    for name in config.inputs:
+        bad = total = 0
+        reasons: dict[str, int] = {}
+        for unit, one in zip(units, measured, strict=True):
+            if unit.source == name:
+                columns = np.load(one.columns)
+                rejected = columns["early"] == 0
+                texts, counts = np.unique(columns["reason"][rejected], return_counts=True)
+                for index, count in zip(texts.tolist(), counts.tolist(), strict=True):
+                    reason = str(columns["reasons"][index])
+                    if reason != read.EMPTY and not reason.startswith(read.NO_PAGE):
+                        reasons[reason] = reasons.get(reason, 0) + count
+                        bad += count
+                total += len(rejected)
+        listed = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+        where = f"curate.inputs.{name}.path={config.inputs[name].path!r}"
+        if bad > config.max_bad_fraction * total:
+            raise UserError(
+                f"{where}: {bad} of {total} records cannot be read ({listed}), more than "
+                f"curate.max_bad_fraction={config.max_bad_fraction} allows; mend the input, or allow more with "
+                f"--config.curate.max_bad_fraction={math.ceil(100 * bad / total) / 100}"
+            )
+
+
+def _write(units, table, made, chosen, config: CurateConfig, runner: Runner, out: Path, say: Say) -> list[dict]:
+    """The results of all units; what an interrupted run with the same decisions wrote is taken as it is."""
+    results: list[Any] = [None] * len(units)
+    tasks, places, numbers = [], [], {}
+    for index, unit in enumerate(units):
+        numbers[unit.source] = number = numbers.get(unit.source, -1) + 1
+        name, rows = f"{unit.source}-{number:05d}", slice(table.edges[index], table.edges[index + 1])
+        if (marker := write.marker(out, name)).is_file():
+            results[index] = json.loads(marker.read_text())
+            continue
+        task = write.Task(
+            name=name,
+            source=unit.source,
+            measured=table.units[index],
+            stage=made.stage[rows],
+            reason=made.reason[rows],
+            split=made.split[rows],
+            samples=frozenset(int(row) for row in chosen[(chosen >= rows.start) & (chosen < rows.stop)] - rows.start),
+        )
+        tasks.append((task, table.reasons, config, out))
+        places.append(index)
+    weights = [units[index].size for index in places]
+    if tasks:
+        for index, result in zip(
+            places, with_progress(say, "writing", runner.map(write.write, tasks), weights), strict=True
+        ):
+            results[index] = result
+    return results
+
+
+def _hand_over(workdir: Path, out: Path, report: dict[str, Any]) -> None:
+    """The new files take the place of the old ones. The report goes first and comes last: without it nothing counts."""
+    (workdir / "report.json").unlink(missing_ok=True)
+    for name in ("curated", "dropped"):
+        shutil.rmtree(workdir / name, ignore_errors=True)
+        (out / name).mkdir(parents=True, exist_ok=True)
+        for torn in (out / name).glob("*.tmp"):  # of a run that was killed
+            torn.unlink()
+        (out / name).replace(workdir / name)
+
+
+def _inputs(units) -> dict[str, dict[str, Any]]:
+    """Of every input its files' number, bytes, and a hash of their names, sizes and times of change."""
+    made: dict[str, dict[str, Any]] = {}
+    for unit in units:
+        one = made.setdefault(unit.source, {"parts": 0, "bytes": 0, "files": [], "state": hashlib.sha256()})
+        one["parts"] += 1
+        one["bytes"] += unit.size
+        one["files"] += [item.path for item in unit.items]
+        one["state"].update(repr((unit.items, unit.state)).encode())
+    for one in made.values():
+        one["files"], one["state"] = len(set(one["files"])), one["state"].hexdigest()
+    return made
+
+
+def _forget(folder: Path, measured: list[Measured]) -> None:
+    """Remove measurements that this corpus does not rest on, and what a killed run left."""
+    keys = {one.key for one in measured}
+    for path in folder.iterdir():
+        if path.suffix == ".tmp" or path.name.split(".")[0] not in keys:
+            path.unlink()
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

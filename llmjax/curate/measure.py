@@ -1,0 +1,79 @@
+"""Measuring a unit: every record is read and goes through the stages in order; no threshold is applied."""
+
+import hashlib
+import json
+
+import numpy as np
+
+from llmjax.curate import personal, read, stages
+from llmjax.curate.config import CurateConfig
+from llmjax.curate.document import EXCERPT, Document, count_tokens, hash_of
+from llmjax.curate.measured import Columns, LineWriter, Measured, replacing
+from llmjax.data import minhash, store
+
+
+def key_of(unit: read.Unit, config: CurateConfig) -> str:
+    """Names the measurement of a unit: its files, and what measuring is told. Thresholds and its number are no part."""
+    told = {name: stages.STAGES[name].measured(config) for name in config.stages}
+    told["unit"] = {"source": unit.source, "kind": unit.kind, "items": repr(unit.items), "state": unit.state}
+    told["input"] = repr(unit.config)
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def measure(unit: read.Unit, config: CurateConfig, measured: Measured) -> int:
+    """Write the files of one unit, the marker last. Returns the number of records."""
+    columns, signs = Columns(config.stages), "duplicates" in config.stages
+    with replacing(measured.signatures) as signatures, replacing(measured.texts) as file, LineWriter(file) as texts:
+        for record in read.read(unit):
+            document, early, sizes = _through(record, unit, config)
+            if signs:
+                signature = document.signature if document else None
+                signatures.write((np.zeros(minhash.SIZE, np.uint32) if signature is None else signature).tobytes())
+            columns.add(
+                id_hash=hash_of(unit.source, record.id),
+                content=document.content if document and document.content else bytes(16),
+                sizes=sizes,
+                scores=dict(document.scores) if document else {},
+                language=document.language if document else "",
+                early=early,
+            )
+            if document is None or early is not None:
+                stage, reason = early or ("", "")
+                texts.write({"id": record.id, "stage": stage, "reason": reason, "excerpt": _excerpt(record)})
+            else:
+                kept = {"id": document.id, "text": document.text, "meta": document.meta, "notes": document.notes}
+                texts.write(kept | ({"language": document.language} if document.language else {}))
+    with replacing(measured.columns) as file:
+        np.savez(file, **columns.arrays())  # type: ignore[arg-type]
+    store.write_atomically(measured.marker, json.dumps({"records": len(columns)}).encode())
+    return len(columns)
+
+
+def _through(
+    record: read.Record | read.Reject, unit: read.Unit, config: CurateConfig
+) -> tuple[Document | None, tuple[str, str] | None, list[tuple[int, int]]]:
+    """(the measured document, (stage, reason) where it was dropped on the way, bytes and tokens before each stage and
+    after the last: 0 from where it was dropped)."""
+    sizes = [(0, 0)] * (len(config.stages) + 1)
+    if isinstance(record, read.Reject):
+        return None, ("read", record.reason), sizes
+    mended = {f"mended.{what}": count for what, count in record.notes.items()}
+    document = Document(record.id, unit.source, record.text, record.kind, record.meta, mended)
+    sizes[0] = sizes[1] = size = _size(document.text)
+    for place, name in enumerate(config.stages[1:], 1):
+        after = stages.STAGES[name].measure(document, config)
+        if isinstance(after, str):
+            return None, (name, after), sizes
+        if after.text is not document.text:
+            size = _size(after.text)
+        document, sizes[place + 1] = after, size
+    return document, None, sizes
+
+
+def _size(text: str) -> tuple[int, int]:
+    return len(text.encode("utf-8", "surrogatepass")), count_tokens(text)
+
+
+def _excerpt(record: read.Record | read.Reject) -> str:
+    """The beginning of what was dropped, for the card."""
+    return personal.shown(record.excerpt if isinstance(record, read.Reject) else record.text, EXCERPT)

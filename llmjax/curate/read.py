@@ -1,0 +1,328 @@
+"""The records of a unit, read one by one; what cannot be read is refused, not lost."""
+
+from collections.abc import Callable, Iterator
+import csv
+import datetime
+import json
+import math
+import os
+from typing import Any, NamedTuple
+
+from llmjax.curate import archives, encodings, streams, tables
+from llmjax.curate.streams import MAX_RECORD, Damage
+from llmjax.curate.units import Unit, kind_of, list_units
+from llmjax.data import sources
+from llmjax.data.readers import EMPTY, MAX_TEXT_BYTES, Reject, cut_at_blank_lines
+from llmjax.data.sources import Item
+
+__all__ = ["Record", "Reject", "Unit", "kind_of", "list_units", "read"]
+
+CUT_OFF = "cut off"
+UNREADABLE = "unreadable"
+NO_PAGE = archives.NO_PAGE
+_EXCERPT = 120
+_ROWS = 256  # of Parquet and TFDS at a time
+
+
+class Record(NamedTuple):
+    """One document as it was given.
+
+    id     the input's own, else INPUT:FILE with the place in the file; not trusted to be unique
+    text   the text, or the whole page; it can be encoded as UTF-8
+    kind   "text" or "html"
+    meta   the record's other fields, fit for JSON; `url` and `date` of a captured page
+    notes  what was mended in reading, by name: count
+    """
+
+    id: str
+    text: str
+    kind: str
+    meta: dict[str, Any]
+    notes: dict[str, int]
+
+
+def read(unit: Unit) -> Iterator[Record | Reject]:
+    """The unit's records, and a Reject for each that is none, the same ones in the same order at every call.
+
+    Never raises for what is in a file. Where a file is damaged, what precedes the damage is given first.
+    """
+    for item in unit.items:
+        try:
+            yield from _READERS[unit.kind](item, unit)
+        except (Damage, OSError) as error:
+            yield Reject(f"{_name(item, unit)}#rest", UNREADABLE, str(error)[:_EXCERPT])
+
+
+def _name(item: Item, unit: Unit) -> str:
+    name = item.path if unit.kind == "tfds" else os.path.relpath(item.path, unit.base or ".")
+    return f"{unit.source}:{name}"
+
+
+def _record(where: str, fields: dict, unit: Unit, notes: dict[str, int]) -> Record | Reject:
+    """A record of named fields as a document."""
+    config = unit.config
+    given = fields.get(config.id_field)
+    if isinstance(given, str | int) and not isinstance(given, bool) and str(given).strip():
+        where = encodings.mend_surrogates(str(given)).text or where
+    if config.text_field not in fields:
+        return Reject(where, f"no field {config.text_field!r}", repr(fields)[:_EXCERPT])
+    text = fields[config.text_field]
+    if isinstance(text, bytes):
+        try:
+            text = text.decode(encodings.codec_of(config.encoding) or "utf-8")
+        except UnicodeDecodeError:
+            return Reject(where, "not UTF-8", repr(text[:_EXCERPT]))
+    if not isinstance(text, str):
+        return Reject(where, f"field {config.text_field!r} is not a text", repr(text)[:_EXCERPT])
+    text, mended = encodings.mend_surrogates(text)
+    others = {
+        name: _jsonable(value)
+        for name, value in fields.items()
+        if name not in (config.text_field, config.id_field) and ("*" in config.fields or name in config.fields)
+    }
+    return _document(where, text, config.content, unit, others, {**notes, **mended})
+
+
+def _document(
+    where: str, text: str | None, kind: str, unit: Unit, meta: dict[str, Any], notes: dict[str, int]
+) -> Record | Reject:
+    if text is None:
+        return Reject(where, "not text", "")
+    if not text.strip():
+        return Reject(where, EMPTY, repr(text[:_EXCERPT]))
+    for name, value in (("licence", unit.config.licence), ("origin", unit.config.origin)):
+        if value and not meta.get(name):
+            meta[name] = value
+    return Record(where, text, kind, meta, notes)
+
+
+def _jsonable(value: Any) -> Any:
+    """A value that JSON holds: bytes as text, dates in ISO 8601, arrays as lists, numbers that are none as null."""
+    if isinstance(value, str):
+        return value if value.isascii() else encodings.mend_surrogates(value).text
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, bytes):
+        return encodings.decode(value).text or value.hex()
+    if isinstance(value, dict):
+        return {str(_jsonable(key)): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if hasattr(value, "tolist"):  # numpy's arrays and numbers
+        return _jsonable(value.tolist())
+    return str(value)
+
+
+def _read_text(item: Item, unit: Unit) -> Iterator[Record | Reject]:
+    name, config = _name(item, unit), unit.config
+    data, notes = encodings.as_utf8(streams.blocks(item.path))
+    whole = _Until(data)
+    pieces = cut_at_blank_lines(whole, MAX_TEXT_BYTES)
+    first = next(pieces, b"")
+    second = next(pieces, b"")
+    if not first and not whole.damage:
+        yield Reject(name, EMPTY, "")
+    declared = config.encoding or (encodings.likeliest(first) if second else "")
+    number = 0
+    while first:
+        text, mended = encodings.decode(first, declared)
+        last = not second
+        cut = {CUT_OFF: 1} if last and whole.damage else {}
+        yield _document(f"{name}#{number}" if number or second else name, text, "text", unit, {}, notes | mended | cut)
+        first, second, number = second, next(pieces, b""), number + 1
+    whole.check()
+
+
+def _read_html(item: Item, unit: Unit) -> Iterator[Record | Reject]:
+    name = _name(item, unit)
+    whole = _Until(streams.blocks(item.path))
+    parts, size = [], 0
+    for block in whole:
+        parts.append(block)
+        size += len(block)
+        if size > MAX_RECORD:
+            yield Reject(name, f"longer than {MAX_RECORD >> 20} MiB", "")
+            return
+    data = b"".join(parts)
+    if data or not whole.damage:
+        text, notes = encodings.decode(data, encodings.declared_in_page(data) or unit.config.encoding)
+        cut = {CUT_OFF: 1} if whole.damage else {}
+        yield _document(name, text, "html", unit, {}, notes | cut)
+    whole.check()
+
+
+class _Until:
+    """Blocks up to damage, which is kept to be raised by `check` after what precedes it was given."""
+
+    def __init__(self, data: Iterator[bytes]):
+        self._data, self.damage = data, None
+
+    def __iter__(self) -> Iterator[bytes]:
+        try:
+            yield from self._data
+        except Damage as damage:
+            self.damage = damage
+
+    def check(self) -> None:
+        if self.damage:
+            raise self.damage
+
+
+def _lines(item: Item) -> tuple[Iterator[tuple[int, bytes | None]], dict[str, int]]:
+    """((offset, line) for the lines that begin within the item, without blank ones; notes)."""
+    if not item.begin:
+        data, notes = encodings.as_utf8(streams.blocks(item.path))
+        return _within(streams.lines(data), item.end), notes
+    found = streams.lines(streams.blocks(item.path, item.begin - 1), item.begin - 1)
+    next(found, None)  # the line, or its end, that the unit before holds
+    return _within(found, item.end), {}
+
+
+def _within(lines: Iterator[tuple[int, bytes | None]], end: int | None) -> Iterator[tuple[int, bytes | None]]:
+    for offset, line in lines:
+        if end is not None and offset >= end:
+            return
+        if line is None or line.strip():
+            yield offset, line
+
+
+def _read_jsonl(item: Item, unit: Unit) -> Iterator[Record | Reject]:
+    name, codec = _name(item, unit), encodings.codec_of(unit.config.encoding)
+    lines, notes = _lines(item)
+    for offset, line in lines:
+        where = f"{name}@{offset}"
+        if line is None:
+            yield Reject(where, f"longer than {MAX_RECORD >> 20} MiB", "")
+            continue
+        try:
+            text = line.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            try:
+                text = line.decode(codec or "utf-8")
+            except UnicodeDecodeError:
+                yield Reject(where, "not UTF-8", repr(line[:_EXCERPT]))
+                continue
+        try:
+            fields = json.loads(text)
+        except (ValueError, RecursionError):
+            yield Reject(where, "not JSON", text.strip()[:_EXCERPT])
+            continue
+        if not isinstance(fields, dict):
+            yield Reject(where, "not a JSON object", text.strip()[:_EXCERPT])
+            continue
+        yield _record(where, fields, unit, notes)
+
+
+def _read_lines(item: Item, unit: Unit) -> Iterator[Record | Reject]:
+    name = _name(item, unit)
+    lines, notes = _lines(item)
+    for offset, line in lines:
+        where = f"{name}@{offset}"
+        if line is None:
+            yield Reject(where, f"longer than {MAX_RECORD >> 20} MiB", "")
+            continue
+        text, mended = encodings.decode(line.rstrip(b"\r\n"), unit.config.encoding)
+        yield _document(where, text, unit.config.content, unit, {}, notes | mended)
+
+
+def _read_csv(item: Item, unit: Unit) -> Iterator[Record | Reject]:
+    name, config = _name(item, unit), unit.config
+    rows = tables.rows(item.path, unit.kind)
+    row, columns, likely = -1, list(config.columns), tables.Cells(item.path, config.encoding)
+    while True:
+        try:
+            values = next(rows)
+        except StopIteration:
+            break
+        except csv.Error as error:
+            row += 1
+            yield Reject(f"{name}:{row}", "not CSV", str(error)[:_EXCERPT])
+            continue
+        if not columns:
+            columns = [likely.cell(value, {}) for value in values]
+            if config.text_field not in columns:
+                yield Reject(name, f"no column {config.text_field!r}", ",".join(values)[:_EXCERPT])
+                return
+            continue
+        if not values:
+            continue  # a blank line
+        row += 1
+        notes: dict[str, int] = {}
+        cells = [likely.cell(value, notes) for value in values]
+        if len(cells) != len(columns):
+            yield Reject(f"{name}:{row}", "wrong number of columns", ",".join(cells)[:_EXCERPT])
+            continue
+        yield _record(f"{name}:{row}", dict(zip(columns, cells, strict=True)), unit, notes)
+    if row < 0:
+        yield Reject(name, EMPTY, "")
+
+
+def _read_parquet(item: Item, unit: Unit) -> Iterator[Record | Reject]:
+    import pyarrow
+    import pyarrow.parquet
+
+    name, config = _name(item, unit), unit.config
+    row = 0
+    try:
+        with pyarrow.parquet.ParquetFile(item.path) as file:
+            names = file.schema_arrow.names
+            if config.text_field not in names:
+                yield Reject(name, f"no column {config.text_field!r}", ", ".join(names)[:_EXCERPT])
+                return
+            last = file.num_row_groups if item.end is None else item.end
+            row = sum(file.metadata.row_group(group).num_rows for group in range(item.begin))
+            wanted = {config.text_field, config.id_field, *config.fields}
+            columns = None if "*" in config.fields else [column for column in names if column in wanted]
+            for batch in file.iter_batches(_ROWS, list(range(item.begin, last)), columns=columns):
+                values = {column: tables.values(batch.column(column)) for column in batch.schema.names}
+                for at in range(batch.num_rows):
+                    fields = {column: list_[at] for column, list_ in values.items()}
+                    if isinstance(given := fields.get(config.id_field), bytes):
+                        fields[config.id_field] = given.decode("utf-8", "replace")
+                    yield _record(f"{name}:{row}", fields, unit, {})
+                    row += 1
+    except pyarrow.ArrowException as error:
+        yield Reject(f"{name}:{row}#rest", UNREADABLE, f"{type(error).__name__}: {error}"[:_EXCERPT])
+
+
+def _read_tfds(item: Item, unit: Unit) -> Iterator[Record | Reject]:
+    source = sources.open_tfds(item.path, f"curate.inputs.{unit.source}.path={item.path!r}")
+    assert item.end is not None
+    for begin in range(item.begin, item.end, _ROWS):
+        rows = range(begin, min(begin + _ROWS, item.end))
+        for row, fields in zip(rows, source.__getitems__(list(rows)), strict=True):
+            if isinstance(given := fields.get(unit.config.id_field), bytes):
+                fields = {**fields, unit.config.id_field: given.decode("utf-8", "replace")}
+            yield _record(f"{_name(item, unit)}:{row}", fields, unit, {})
+
+
+def _read_warc(item: Item, unit: Unit) -> Iterator[Record | Reject]:
+    name = _name(item, unit)
+    for page in archives.pages(item.path):
+        where = page.id or f"{name}:{page.row}"
+        if isinstance(page, archives.Refused):
+            yield Reject(where, page.reason, page.excerpt)
+            continue
+        declared = encodings.declared_in_header(page.content_type)
+        if not declared and page.kind == "html":
+            declared = encodings.declared_in_page(page.data)
+        text, notes = encodings.decode(page.data, declared)
+        meta = {field: value for field, value in (("url", page.url), ("date", page.date)) if value}
+        yield _document(where, text, page.kind, unit, meta, notes | ({CUT_OFF: 1} if page.cut else {}))
+
+
+_READERS: dict[str, Callable[[Item, Unit], Iterator[Record | Reject]]] = {
+    "text": _read_text,
+    "lines": _read_lines,
+    "jsonl": _read_jsonl,
+    "parquet": _read_parquet,
+    "csv": _read_csv,
+    "tsv": _read_csv,
+    "html": _read_html,
+    "warc": _read_warc,
+    "tfds": _read_tfds,
+}

@@ -1,0 +1,155 @@
+"""The stages by name: what each measures of a document, and which settings that depends on.
+
+A stage's `measure` is a pure function of a document and the config: it returns the document, changed or with more
+scores, or the reason why it is dropped whatever the thresholds are. What thresholds drop is decided later.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llmjax.config import UserError
+from llmjax.curate import classifier, decontaminate, extract, language, normalise, personal, quality, terms
+from llmjax.curate.config import CurateConfig
+from llmjax.curate.document import Document, content_hash
+from llmjax.data import minhash
+
+Measure = Callable[[Document, CurateConfig], Document | str]
+
+
+class Stage(NamedTuple):
+    """`measured`: of a config, what `measure` depends on, besides the text."""
+
+    measure: Measure
+    measured: Callable[[CurateConfig], Any]
+
+
+def _nothing(document: Document, config: CurateConfig) -> Document:
+    return document
+
+
+def _extract(document: Document, config: CurateConfig) -> Document | str:
+    if document.kind != "html":
+        return document
+    found = extract.main_text(document.text, str(document.meta.get("url", "")), config.extract.method)
+    if not found.text.strip():
+        return "no main text"
+    meta = document.meta if "title" in document.meta or not found.title else {**document.meta, "title": found.title}
+    made = dataclasses.replace(document, kind="text", meta=meta).with_text(found.text)
+    return made.with_scores({}, extracted=found.method)
+
+
+def _normalise(document: Document, config: CurateConfig) -> Document | str:
+    text, counts = normalise.normalise(document.text, config.normalise)
+    if not text.strip():
+        return "empty"
+    return document.with_text(text, **{f"mended.{what}": count for what, count in counts.items() if count})
+
+
+def _language(document: Document, config: CurateConfig) -> Document:
+    code, confidence = language.detect(document.text, config.language)
+    return dataclasses.replace(document, language=code).with_scores({"confidence": confidence})
+
+
+def _quality(document: Document, config: CurateConfig) -> Document | str:
+    text, counts = quality.clean_lines(document.text, config.quality)
+    if not text.strip():
+        return "no line left"
+    document = document if text == document.text else document.with_text(text)
+    lines = {f"lines.{what}": count for what, count in counts.items() if count}
+    judged = quality.scores(text)
+    if config.quality.classifier:
+        judged["classifier"] = _classifier(config.quality.classifier).score(text)
+    return document.with_scores({**lines, **judged})
+
+
+_classifier = functools.lru_cache(maxsize=1)(classifier.load)
+
+
+def _duplicates(document: Document, config: CurateConfig) -> Document:
+    data = document.text.encode("utf-8", "surrogatepass")
+    return dataclasses.replace(document, content=content_hash(document.text), signature=minhash.signature(data))
+
+
+def _decontaminate(document: Document, config: CurateConfig) -> Document:
+    hits = decontaminate.hits(document.text, config.decontaminate)
+    return document.with_scores({f"contaminated.{name}": count for name, count in hits.items()})
+
+
+def _personal(document: Document, config: CurateConfig) -> Document:
+    spans = personal.find(document.text, config.personal_data.kinds)
+    if not spans:
+        return document
+    counts: dict[str, int] = {}
+    for span in spans:
+        counts[span.kind] = counts.get(span.kind, 0) + 1
+    masked = [[span.kind, personal.mask(document.text, spans, index)] for index, span in enumerate(spans[:3])]
+    document = document.with_scores({f"personal.{kind}": count for kind, count in counts.items()}, personal=masked)
+    if config.personal_data.action != "replace":
+        return document
+    return document.with_text(personal.replace(document.text, spans))
+
+
+def _sample(document: Document, config: CurateConfig) -> Document:
+    counts = terms.count(document.text, config.sample.terms)
+    return document.with_scores({f"term.{name}": count for name, count in counts.items()})
+
+
+def _contents(field: str, paths: tuple) -> list[str]:
+    """Hashes of files that measuring reads."""
+    found = []
+    for path in filter(None, paths):
+        file = Path(path).expanduser()
+        try:
+            found.append(_hash(file, file.stat().st_mtime_ns))
+        except OSError as error:
+            raise UserError(f"curate.{field} names {path!r}: cannot be read ({error.strerror}); give a file") from None
+    return found
+
+
+@functools.lru_cache(maxsize=256)
+def _hash(path: Path, _changed: int) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _judged(config: CurateConfig) -> list[Any]:
+    """What judging depends on: the rules that change the text, and the classifier. All others read scores."""
+    told = config.quality
+    lines = (
+        "c4_citations",
+        "c4_terminal_punctuation",
+        "c4_min_line_words",
+        "c4_max_word",
+        "c4_javascript",
+        "c4_policy",
+    )
+    return [
+        "c4" in told.rules,
+        [getattr(told, name) for name in lines],
+        _contents("quality.classifier", (told.classifier,)),
+    ]
+
+
+# In the order in which they run unless curate.stages says otherwise.
+STAGES: dict[str, Stage] = {
+    "read": Stage(_nothing, lambda c: None),
+    "extract": Stage(_extract, lambda c: extract.version(c.extract.method)),
+    "normalise": Stage(_normalise, lambda c: repr(c.normalise)),
+    "language": Stage(_language, lambda c: (c.language.characters, c.language.places)),
+    "quality": Stage(_quality, lambda c: _judged(c)),
+    "duplicates": Stage(_duplicates, lambda c: None),
+    "decontaminate": Stage(
+        _decontaminate,
+        lambda c: (
+            _contents("decontaminate.against", c.decontaminate.against),
+            (c.decontaminate.words, c.decontaminate.min_words),
+        ),
+    ),
+    "personal_data": Stage(_personal, lambda c: repr(c.personal_data)),
+    "sample": Stage(_sample, lambda c: _contents("sample.terms", c.sample.terms)),
+    "split": Stage(_nothing, lambda c: None),
+    "augment": Stage(_nothing, lambda c: None),
+}

@@ -1,0 +1,60 @@
+"""Rows of CSV and TSV files, and values of Parquet columns, whatever bytes they hold."""
+
+from collections.abc import Iterator
+import csv
+
+from llmjax.curate import encodings, streams
+from llmjax.curate.streams import MAX_RECORD
+
+_EXCERPT = 120
+
+
+def rows(path: str, kind: str) -> Iterator[list[str]]:
+    """The rows of a CSV or TSV file, header included. Bytes that are not UTF-8 come as surrogates.
+
+    CSV as in RFC 4180; TSV as registered with IANA: a tab or a line end is never part of a field, a quote is a quote.
+    """
+    data, _ = encodings.as_utf8(streams.blocks(path))
+    csv.field_size_limit(MAX_RECORD)
+    lines = (
+        (line or b"").removeprefix(b"\xef\xbb\xbf" if offset == 0 else b"").decode("utf-8", "surrogateescape")
+        for offset, line in streams.lines(data)
+    )
+    if kind == "tsv":
+        return csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+    return csv.reader(lines)
+
+
+class Cells:
+    """Mends cells that are not UTF-8, by an encoding that is chosen once for a file, from its first bytes."""
+
+    def __init__(self, path: str, declared: str):
+        self._path, self._declared = path, declared
+
+    def cell(self, value: str, notes: dict[str, int]) -> str:
+        if value.isascii():
+            return value
+        try:
+            value.encode()
+            return value
+        except UnicodeEncodeError:
+            if not self._declared:
+                self._declared = encodings.likeliest(next(streams.blocks(self._path), b""))
+            text, mended = encodings.decode(value.encode("utf-8", "surrogateescape"), self._declared)
+            for name, count in mended.items():
+                notes[name] = max(notes.get(name, 0), count)
+            return text or ""
+
+
+def values(column) -> list:
+    """The values of a column; strings as bytes, since they may hold bytes that are no UTF-8."""
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+        column = column.cast(pyarrow.large_binary())
+    try:
+        return column.to_pylist()
+    except (UnicodeDecodeError, ValueError):  # inside lists, or dates that Python's calendar lacks
+        return [str(value)[:_EXCERPT] if value.is_valid else None for value in column]

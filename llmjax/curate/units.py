@@ -1,0 +1,176 @@
+"""Inputs listed as units of work that several processes can share, whatever their number."""
+
+from collections.abc import Iterable
+import csv
+import dataclasses
+import glob
+import os
+from pathlib import Path
+import re
+
+from llmjax.config import UserError, suggest
+from llmjax.curate import encodings, streams, tables
+from llmjax.curate.config import InputConfig
+from llmjax.curate.streams import Damage
+from llmjax.data import sources
+from llmjax.data.sources import Item
+
+FORMATS = ("text", "lines", "jsonl", "parquet", "csv", "tsv", "html", "warc")
+_TFDS_RECORDS = 8192  # in a unit
+_BY_NAME = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",  # as published corpora name their JSON lines
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".html": "html",
+    ".htm": "html",
+    ".xhtml": "html",
+    ".warc": "warc",
+    ".wet": "warc",
+    ".arc": "warc",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """Records that one process reads: the shard that they become.
+
+    kind    the reader: a format of InputConfig, or "tfds"
+    config  the input's
+    base    the folder that the names of files in ids are relative to
+    items   files or spans of one file, read in this order
+    size    bytes on disk (of TFDS: records)
+    state   size and time of change of the files: they tell whether finished work still stands
+    """
+
+    source: str
+    index: int
+    kind: str
+    config: InputConfig
+    base: str
+    items: tuple[Item, ...]
+    size: int
+    state: str
+
+
+def list_units(name: str, config: InputConfig) -> list[Unit]:
+    """The units of one input, in an order that depends on the path names alone, whatever the number of processes.
+
+    Plain JSONL is cut by bytes, Parquet by row groups, small files are put together; other files are whole.
+    Raises UserError for a path that does not exist or matches no file, for a value that is not offered, and
+    where the first Parquet, CSV or TSV file lacks the text field.
+    """
+    where = f"curate.inputs.{name}"
+    _check(config, where)
+    place = f"{where}.path={config.path!r}"
+    if config.path.startswith("tfds:"):
+        source = sources.open_tfds(config.path, place)
+        records = len(source)
+        if records:
+            _check_names(source[0], config, f"{where}.text_field={config.text_field!r}: {config.path}")
+        spans = [
+            (
+                "tfds",
+                Item(config.path, begin, min(begin + _TFDS_RECORDS, records)),
+                min(_TFDS_RECORDS, records - begin),
+                str(records),
+            )
+            for begin in range(0, records, _TFDS_RECORDS)
+        ]
+        groups, base = [(kind, [item], state) for kind, item, _, state in spans], ""
+    else:
+        standard = config.path == "stdlib:"
+        files = sources.stdlib_files(place) if standard else sources.matching_files(config.path, place)
+        base = os.path.commonpath(files) if standard else _fixed_folder(config.path, files)
+        spans = _file_spans(files, config)
+        _check_columns(spans, config, where)
+        groups = list(sources.grouped(spans))
+    sizes = {item: size for _, item, size, _ in spans}
+    return [
+        Unit(name, index, kind, config, base, tuple(items), sum(sizes[item] for item in items), state)
+        for index, (kind, items, state) in enumerate(groups)
+    ]
+
+
+def kind_of(path: str) -> str:
+    """The format of a file by its name; "text" where the name says nothing."""
+    return _BY_NAME.get(Path(re.sub(r"\.(gz|zst)$", "", path.lower())).suffix, "text")
+
+
+def _check(config: InputConfig, where: str) -> None:
+    for field, value, known in (
+        ("format", config.format, ("", *FORMATS)),
+        ("content", config.content, ("text", "html")),
+    ):
+        if value not in known:
+            raise UserError(
+                f"{where}.{field}={value!r}: expected one of {', '.join(map(repr, known))}{suggest(value, known)}"
+            )
+    if config.encoding and not encodings.codec_of(config.encoding):
+        raise UserError(f"{where}.encoding={config.encoding!r}: no such encoding; give one such as 'utf-8' or 'cp1252'")
+
+
+def _fixed_folder(path: str, files: list[str]) -> str:
+    """The part of a glob before its first wildcard: ids then stay the same where the folder is moved."""
+    if len(files) == 1 and os.path.expanduser(path) == files[0]:
+        return os.path.dirname(files[0])
+    parts = Path(os.path.expanduser(path)).parts
+    fixed = [
+        part
+        for part, end in zip(parts, range(1, len(parts)), strict=False)
+        if not any(map(glob.has_magic, parts[:end]))
+    ]
+    return str(Path(*fixed)) if fixed else ""
+
+
+def _file_spans(files: list[str], config: InputConfig) -> list[tuple[str, Item, int, str]]:
+    """(kind, item, bytes, state) for every file or span of one."""
+    stats = [os.stat(path) for path in files]
+    limit = sources.unit_bytes(sum(stat.st_size for stat in stats))
+    spans = []
+    for path, stat in zip(files, stats, strict=True):
+        kind, state = config.format or kind_of(path), f"{stat.st_size}:{stat.st_mtime_ns}"
+        if kind in ("jsonl", "lines") and stat.st_size > limit and _is_plain(path):
+            for begin in range(0, stat.st_size, limit):
+                end = min(begin + limit, stat.st_size)
+                spans.append((kind, Item(path, begin, end), end - begin, state))
+        elif kind == "parquet":
+            spans += [(kind, item, size, state) for item, size in sources.row_groups(path, stat.st_size)]
+        else:
+            spans.append((kind, Item(path), stat.st_size, state))
+    return spans
+
+
+def _is_plain(path: str) -> bool:
+    """Whether a line feed byte ends a line wherever it is found."""
+    with open(path, "rb") as file:
+        return not streams.packing_of(path) and not encodings.is_wide(file.read(4))
+
+
+def _check_columns(spans: list[tuple[str, Item, int, str]], config: InputConfig, where: str) -> None:
+    path, kind = next(((item.path, kind) for kind, item, *_ in spans if kind in ("parquet", "csv", "tsv")), ("", ""))
+    names: Iterable[str] = ()
+    if kind == "parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            names = pyarrow.parquet.read_schema(path).names
+        except (pyarrow.ArrowException, OSError):
+            return  # for the reader to refuse
+    elif kind:
+        try:
+            names = config.columns or next(tables.rows(path, kind), ())
+        except (Damage, csv.Error):
+            return
+    more = "" if kind == "parquet" else ", or name the columns of files without a header line in `columns`"
+    _check_names(names, config, f"{where}.text_field={config.text_field!r}: {path}", more)
+
+
+def _check_names(names: Iterable[str], config: InputConfig, where: str, more: str = "") -> None:
+    if names and config.text_field not in names:
+        listed = ", ".join(map(str, names))[:300]
+        raise UserError(f"{where} has the columns {listed}; name the one that holds the text{more}")
