@@ -84,6 +84,8 @@ def nearest_config(parameters: float) -> tuple[str, int] | None:
     found = []
     for path in sorted(folder.glob("*.py")):
         for spec in specs(path):
+            if "curate" in run_config.read_file(spec):  # curation has no model
+                continue
             config = resolve(spec, None)
             if config.model.family == "decoder":
                 found.append((f"configs/{spec.rsplit('/', 1)[-1]}", registry.count_parameters(config.model)))

@@ -352,7 +352,8 @@ def test_every_kept_document_of_public_text_comes_back(shared_data, tmp_path, pa
 def test_ctrl_c_ends_the_pool_quietly():
     """A terminal sends SIGINT to the whole process group; the workers have one of their own."""
     code = (
-        "import time\nfrom llmjax.data.workers import Workers\n"
+        "import signal, time\nfrom llmjax.data.workers import Workers\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job inherits none
         "with Workers(2) as pool:\n"
         "    try:\n"
         "        print('begun', flush=True)\n"
