@@ -265,6 +265,7 @@ class _Preparation:
         }
         prints = {name: {s: item[s]["fingerprint"] for s in split.SPLITS} for name, item in listed.items()}
         manifest["fingerprint"] = store.fingerprint_of({"sources": prints, "tokenizer": made.sha256})
+        store.sweep(self.folder)
         store.write_atomically(self.folder / "manifest.json", json.dumps(manifest, indent=1).encode())
         shutil.rmtree(self.place.folder, ignore_errors=True)
         return manifest

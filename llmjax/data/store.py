@@ -51,6 +51,12 @@ def write_atomically(path: Path, data: bytes) -> None:
     os.replace(partial, path)
 
 
+def sweep(folder: Path) -> None:
+    """Remove what killed writers left in a folder, not in those below it."""
+    for leftover in folder.glob("*.partial-*"):
+        leftover.unlink(missing_ok=True)
+
+
 def write_shard(folder: Path, index: int, documents: Iterable[np.ndarray], *, vocab_size: int, text_bytes: int) -> dict:
     """Write one shard and return its info; its info file appears last, so a shard with one is whole.
 
@@ -144,8 +150,7 @@ def write_manifest(
     manifest["fingerprint"] = fingerprint_of(manifest)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob("*.partial-*"):
-        leftover.unlink(missing_ok=True)
+    sweep(folder)
     write_atomically(folder / "manifest.json", json.dumps(manifest).encode())
     return manifest
 

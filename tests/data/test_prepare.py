@@ -143,8 +143,8 @@ def test_a_killed_preparation_goes_on(corpus, tmp_path):
         assert process.stdout
         for line in process.stdout:
             if line.startswith(wanted) or (wanted == "tokenizing" and line.startswith("training the tokenizer")):
-                # Some way into the stage that follows this line.
-                time.sleep(0.2 if wanted == "tokenizing" else 0)
+                while wanted == "tokenizing" and not list((tmp_path / "killed").glob("*/*/tokens-*.bin*")):
+                    time.sleep(0.001)  # into the stage that follows this line: a first shard is begun
                 process.send_signal(signal.SIGKILL)
                 kills += 1
                 break
@@ -152,6 +152,8 @@ def test_a_killed_preparation_goes_on(corpus, tmp_path):
         process.stdout.close()
         time.sleep(0.2)  # for its workers to see that it is gone
         assert (read_manifest(tmp_path / "killed") is None) == (wanted != "nothing")
+        if wanted == "tokenizing":
+            (tmp_path / "killed/manifest.json.partial-1").touch()  # as a kill at the last moment leaves it
     assert kills == 3
     assert contents(tmp_path / "killed") == contents(tmp_path / "quiet")
 
