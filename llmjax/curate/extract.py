@@ -53,7 +53,6 @@ def main_text(page: str, url: str = "", method: str = "auto") -> Extracted:
     return Extracted(_plainly(page), title, "plain")
 
 
-@functools.cache
 def version(method: str) -> str:
     """What `method` stands for here: another one may extract another text."""
     if method == "plain" or not _installed():
@@ -61,6 +60,7 @@ def version(method: str) -> str:
     return f"trafilatura {importlib.metadata.version('trafilatura')}"
 
 
+@functools.cache
 def _installed() -> bool:
     # trafilatura needs lxml_html_clean, by an extra that lxml 6.1 does not have, so that it may be absent.
     return all(importlib.util.find_spec(name) for name in ("trafilatura", "lxml_html_clean"))

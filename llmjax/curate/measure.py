@@ -8,13 +8,14 @@ import numpy as np
 from llmjax.curate import personal, read, stages
 from llmjax.curate.config import CurateConfig
 from llmjax.curate.document import EXCERPT, Document, count_tokens, hash_of
-from llmjax.curate.measured import Columns, LineWriter, Measured, replacing
+from llmjax.curate.measured import VERSION, Columns, LineWriter, Measured, replacing
 from llmjax.data import minhash, store
 
 
 def key_of(unit: read.Unit, config: CurateConfig) -> str:
     """Names the measurement of a unit: its files, and what measuring is told. Thresholds and its number are no part."""
     told = {name: stages.STAGES[name].measured(config) for name in config.stages}
+    told["version"] = VERSION
     told["unit"] = {"source": unit.source, "kind": unit.kind, "items": repr(unit.items), "state": unit.state}
     told["input"] = repr(unit.config)
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:24]
@@ -27,22 +28,22 @@ def measure(unit: read.Unit, config: CurateConfig, measured: Measured) -> int:
         for record in read.read(unit):
             document, early, sizes = _through(record, unit, config)
             if signs:
-                signature = document.signature if document else None
-                signatures.write((np.zeros(minhash.SIZE, np.uint32) if signature is None else signature).tobytes())
+                signature = np.zeros(minhash.SIZE, np.uint32) if document.signature is None else document.signature
+                signatures.write(signature.tobytes())
             columns.add(
                 id_hash=hash_of(unit.source, record.id),
-                content=document.content if document and document.content else bytes(16),
+                content=document.content or bytes(16),
                 sizes=sizes,
-                scores=dict(document.scores) if document else {},
-                language=document.language if document else "",
+                scores=document.scores,
+                language=document.language,
                 early=early,
             )
-            if document is None or early is not None:
-                stage, reason = early or ("", "")
-                texts.write({"id": record.id, "stage": stage, "reason": reason, "excerpt": _excerpt(record)})
+            told = {"id": document.id, "notes": document.notes}
+            if early:
+                texts.write(told | {"excerpt": _excerpt(record)})
             else:
-                kept = {"id": document.id, "text": document.text, "meta": document.meta, "notes": document.notes}
-                texts.write(kept | ({"language": document.language} if document.language else {}))
+                told |= {"text": document.text, "meta": document.meta}
+                texts.write(told | ({"language": document.language} if document.language else {}))
     with replacing(measured.columns) as file:
         np.savez(file, **columns.arrays())  # type: ignore[arg-type]
     store.write_atomically(measured.marker, json.dumps({"records": len(columns)}).encode())
@@ -51,19 +52,19 @@ def measure(unit: read.Unit, config: CurateConfig, measured: Measured) -> int:
 
 def _through(
     record: read.Record | read.Reject, unit: read.Unit, config: CurateConfig
-) -> tuple[Document | None, tuple[str, str] | None, list[tuple[int, int]]]:
-    """(the measured document, (stage, reason) where it was dropped on the way, bytes and tokens before each stage and
-    after the last: 0 from where it was dropped)."""
+) -> tuple[Document, tuple[str, str] | None, list[tuple[int, int]]]:
+    """(the document as far as it came, (stage, reason) where it was dropped on the way, bytes and tokens before each
+    stage and after the last: 0 from where it was dropped)."""
     sizes = [(0, 0)] * (len(config.stages) + 1)
     if isinstance(record, read.Reject):
-        return None, ("read", record.reason), sizes
+        return Document(record.id, unit.source, ""), ("read", record.reason), sizes
     mended = {f"mended.{what}": count for what, count in record.notes.items()}
     document = Document(record.id, unit.source, record.text, record.kind, record.meta, mended)
     sizes[0] = sizes[1] = size = _size(document.text)
     for place, name in enumerate(config.stages[1:], 1):
         after = stages.STAGES[name].measure(document, config)
         if isinstance(after, str):
-            return None, (name, after), sizes
+            return document, (name, after), sizes
         if after.text is not document.text:
             size = _size(after.text)
         document, sizes[place + 1] = after, size

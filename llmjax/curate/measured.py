@@ -1,12 +1,12 @@
 """What measuring leaves of a unit: texts with their scores, and the same scores as columns that decisions read.
 
-KEY.jsonl.zst        one line a record in the unit's order: a document, or why it was dropped on the way
+KEY.jsonl.zst        one line a record in the unit's order: a document, or an excerpt of what was dropped on the way
 KEY.npz              columns, one row a record
 KEY.signatures       uint32 [records, minhash.SIZE], where duplicates are looked for
 KEY.json             written last: the unit is complete
 
-KEY is a hash of the unit, its files' state and every setting that measuring depends on, so a changed threshold finds
-the measurement there already.
+KEY is a hash of VERSION, the unit, its files' state and every setting that measuring depends on, so a changed threshold
+finds the measurement there already.
 """
 
 import array
@@ -26,6 +26,7 @@ import zstandard
 
 from llmjax.data import minhash
 
+VERSION = 2  # of these files, and of what the stages measure: another one, and all is measured again
 EARLY = -1  # column "early" of a document that was not dropped while it was measured
 _CODE = 8  # bytes of a language's code
 _LEVEL = 3  # of Zstandard: more saves a tenth of the space for three times the work

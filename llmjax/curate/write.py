@@ -51,11 +51,11 @@ def write(task: Task, reasons: list[str], config: CurateConfig, folder: Path) ->
             if row in task.samples:
                 text = personal.shown(record["text"], 3 * EXCERPT) if "text" in record else record["excerpt"]
                 name = personal.shown(record["id"], EXCERPT)
-                samples[str(row)] = {"id": name, "text": text, "notes": record.get("notes", {})}
+                samples[str(row)] = {"id": name, "text": text, "notes": record["notes"]}
             if task.stage[row] != KEPT:
-                reason = record.get("reason") or reasons[task.reason[row]]
-                dropped = {"id": record["id"], "stage": config.stages[task.stage[row]], "reason": reason}
-                files.write(f"dropped/{task.name}.jsonl.zst", {**dropped, "source": task.source})
+                stage, reason = config.stages[task.stage[row]], reasons[task.reason[row]]
+                dropped = {"id": record["id"], "stage": stage, "reason": reason, "source": task.source}
+                files.write(f"dropped/{task.name}.jsonl.zst", dropped)
                 continue
             split = SPLITS[task.split[row]] if task.split[row] < len(SPLITS) else ""
             name = f"curated/{task.name}{f'-{split}' if split else ''}.jsonl.zst"

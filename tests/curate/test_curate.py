@@ -182,6 +182,29 @@ def test_decontamination_drops_what_shares_a_run_of_words(tmp_path):
     assert report["contamination"]["trivia"]["documents"] == 1
 
 
+def test_what_a_later_stage_empties_is_blamed_on_that_stage(tmp_path):
+    """Such a text has a language, and is no copy of others that were emptied, wherever the emptying stage stands."""
+    policies = {
+        f"policy{n}": f"We have updated the privacy policy of our {what} for this year." * 3
+        for n, what in enumerate(("bakery", "library", "observatory"))
+    }
+    texts = dict(enumerate(corpora.documents()[:10])) | policies
+    inputs = {"in": corpora.write(tmp_path / "in.jsonl", {str(name): text for name, text in texts.items()})}
+    for order in ("'language','quality','duplicates'", "'duplicates','language','quality'"):
+        stages = f"('read',{order})"
+        report = curate(
+            tmp_path / order,
+            inputs,
+            stages=stages,
+            language__keep="('en',)",
+            quality__rules="('c4',)",
+            quality__c4_min_sentences=None,
+        )
+        dropped = {r["id"]: (r["stage"], r["reason"]) for r in corpora.records(tmp_path / order, "dropped")}
+        assert {name: dropped[name] for name in policies} == dict.fromkeys(policies, ("quality", "no line left"))
+        assert report["languages"]["en"]["documents"] == len(texts)
+
+
 def test_caps_and_weights_are_in_tokens(tmp_path):
     texts = corpora.documents()[:120]
     inputs = {
