@@ -46,6 +46,10 @@ def _dies_once(number: int, marker: pathlib.Path) -> int:
     return 10 * number
 
 
+def _dies() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _parted(begin: int) -> dict[int, np.ndarray]:
     numbers = np.arange(begin, begin + 100)
     return {part: numbers[numbers % 3 == part] for part in range(3)}
@@ -94,6 +98,11 @@ def test_bad_input_in_a_task_is_the_users_error(ray_runner):
 def test_the_task_of_a_worker_that_dies_runs_again(ray_runner, tmp_path):
     done = dict(ray_runner.map(_dies_once, [(n, tmp_path / "died") for n in range(3)]))
     assert (tmp_path / "died").exists() and done == {0: 0, 1: 10, 2: 20}
+
+
+def test_a_task_that_ends_every_worker_is_told_in_one_line(ray_runner):
+    with pytest.raises(UserError, match="ended again and again"):
+        list(ray_runner.map(_dies, [()]))
 
 
 def test_both_runners_exchange_alike(ray_runner, tmp_path):
