@@ -17,12 +17,10 @@ import numpy as np
 from llmjax.curate.config import DuplicatesConfig
 from llmjax.curate.measured import Measured
 from llmjax.curate.runners import Runner
-from llmjax.data import minhash
+from llmjax.data import minhash, near
 
 _PARTITIONS = 32  # of the band keys: each is sorted by one process at a time
 _ACROSS = np.arange(minhash.SIZE).reshape(minhash.ROWS, minhash.BANDS).T.ravel()  # a band: every 14th value
-_GATHER = 1 << 14  # signatures compared at a time: 7 MB on each side
-_MAX_LEADERS = 64  # rounds, beyond which a band of many unlike texts says nothing
 _ROW = np.dtype([("key", "<u8"), ("rank", "<i8"), ("index", "<i8")])
 
 
@@ -58,16 +56,14 @@ def find(
     """
     count = len(rank)
     pairs = [_exact(content, rank, alive)] if config.exact else []
+    signatures = near.Signatures([unit.read_signatures for unit in units], edges)
     if config.near:
         tasks = []
         for unit, begin, end in zip(units, edges[:-1], edges[1:], strict=True):
             tasks.append((unit, int(begin), alive[begin:end], rank[begin:end]))
-        shared = (list(units), edges, config.similarity)
-        pairs += list(runner.exchange(_bands, tasks, _pairs, shared, folder))
-    joined = np.concatenate([np.zeros((0, 2), np.int64), *pairs])
-    labels = _labels(joined, count)
+        pairs += list(runner.exchange(_bands, tasks, _pairs, (signatures, config.similarity), folder))
+    labels = near.clusters(np.concatenate([np.zeros((0, 2), np.int64), *pairs]), count)
     kept_as, exact = np.arange(count), np.zeros(count, bool)
-    signatures = _Signatures(list(units), edges) if config.near else None
     first = _first(labels, rank, count)
     members = np.flatnonzero(np.bincount(labels, minlength=count)[labels] > 1)
     members = members[np.lexsort((rank[members], labels[members]))]
@@ -91,8 +87,8 @@ def _bands(unit: Measured, begin: int, alive: np.ndarray, rank: np.ndarray) -> d
     """The keys of a unit's documents in every band, by partition."""
     chosen, signatures = np.flatnonzero(alive), unit.read_signatures()
     made = []
-    for start in range(0, len(chosen), _GATHER):
-        rows = chosen[start : start + _GATHER]
+    for start in range(0, len(chosen), near.GATHER):
+        rows = chosen[start : start + near.GATHER]
         block = signatures[rows]
         for cut, values in enumerate((block, block[:, _ACROSS])):
             for band in range(minhash.BANDS):
@@ -107,36 +103,16 @@ def _bands(unit: Measured, begin: int, alive: np.ndarray, rank: np.ndarray) -> d
     return {int(p): rows[partition == p] for p in np.unique(partition)}
 
 
-def _pairs(rows: np.ndarray, units: list[Measured], edges: np.ndarray, similarity: float) -> np.ndarray:
+def _pairs(rows: np.ndarray, signatures: near.Signatures, similarity: float) -> np.ndarray:
     """int64 [pairs, 2] of documents that share a key and are alike: each with the first that it is alike to."""
     _, inverse, counts = np.unique(rows["key"], return_inverse=True, return_counts=True)
     rows = rows[counts[inverse] > 1]
-    rows = rows[np.lexsort((rows["rank"], rows["key"]))]
-    signatures, found = _Signatures(units, edges), [np.zeros((0, 2), np.int64)]
-    for _ in range(_MAX_LEADERS):
-        if not len(rows):
-            break
-        starts = np.flatnonzero(np.concatenate([[True], rows["key"][1:] != rows["key"][:-1]]))
-        leaders = np.repeat(rows["index"][starts], np.diff(np.append(starts, len(rows))))
-        others = rows["index"] != leaders
-        rows, leaders = rows[others], leaders[others]
-        alike = signatures.similarity(rows["index"], leaders) >= similarity
-        found.append(np.stack([rows["index"][alike], leaders[alike]], axis=1))
-        rows = rows[~alike]
-    return np.unique(np.concatenate(found), axis=0)
-
-
-def _labels(pairs: np.ndarray, count: int) -> np.ndarray:
-    """int64 [documents]: documents that pairs connect share a label."""
-    import scipy.sparse
-
-    ones = np.ones(len(pairs), np.int8)
-    graph = scipy.sparse.coo_array((ones, (pairs[:, 0], pairs[:, 1])), shape=(count, count))
-    return scipy.sparse.csgraph.connected_components(graph, directed=False)[1].astype(np.int64)
+    rows = rows[np.argsort(rows["rank"])]
+    return np.unique(near.pairs(rows["index"], rows["key"], signatures, similarity), axis=0)
 
 
 def _first(labels: np.ndarray, rank: np.ndarray, count: int) -> np.ndarray:
-    """int64 [labels]: the document of the lowest rank with each label."""
+    """int64 [count]: the document of the lowest rank with each label; 0 where nothing has it."""
     by_rank = np.empty(count, np.int64)
     by_rank[rank] = np.arange(count)
     first = np.zeros(count, np.int64)
@@ -150,34 +126,8 @@ def _choose(group, content, signatures, config: DuplicatesConfig, kept_as: np.nd
         kept, rest = group[0], group[1:]
         same = (content[rest] == content[kept]).all(axis=1) if config.exact else np.zeros(len(rest), bool)
         alike = same
-        if signatures is not None:
+        if config.near:
             alike = same | (signatures.similarity(rest, np.full(len(rest), kept)) >= config.similarity)
         kept_as[rest[alike]] = kept
         exact[rest[same]] = True
         group = rest[~alike]
-
-
-class _Signatures:
-    """Signatures of documents that are numbered over all units, from memory-mapped files."""
-
-    def __init__(self, units: list[Measured], edges: np.ndarray):
-        self._units, self._edges = units, edges
-        self._open: dict[int, np.ndarray] = {}
-
-    def similarity(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        """float [pairs]: the fraction of equal values, an estimate of the Jaccard similarity of the shingles."""
-        parts = [np.zeros(0)]
-        for start in range(0, len(left), _GATHER):
-            equal = self._gather(left[start : start + _GATHER]) == self._gather(right[start : start + _GATHER])
-            parts.append(equal.mean(axis=1))
-        return np.concatenate(parts)
-
-    def _gather(self, indices: np.ndarray) -> np.ndarray:
-        owners = np.searchsorted(self._edges, indices, "right") - 1
-        rows = np.empty((len(indices), minhash.SIZE), np.uint32)
-        for owner in np.unique(owners):
-            if owner not in self._open:
-                self._open[owner] = self._units[owner].read_signatures()
-            mine = owners == owner
-            rows[mine] = self._open[owner][indices[mine] - self._edges[owner]]
-        return rows

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from llmjax.config import UserError
-from llmjax.data import sources, split, stages, store, tokenizer
+from llmjax.data import near, sources, split, stages, store, tokenizer
 from llmjax.data.config import DataConfig
 from llmjax.data.readers import EMPTY
 from llmjax.data.settings import check_settings, settings_of
@@ -168,7 +169,8 @@ class _Preparation:
         keys = np.concatenate([scan.hashes[:, 0] for scan in scans])
         if self.config.split.near_copies:
             began = time.monotonic()
-            keys = split.near_copies(keys, lambda indices: _gather(scans, edges, indices))
+            parts = [functools.partial(self.place.signatures, unit) for unit in self.units]
+            keys = split.near_copies(keys, near.Signatures(parts, edges))
             copies = len(keys) - len(np.unique(keys))
             self.say(f"{len(keys):,} documents, {copies:,} near copies of others ({time.monotonic() - began:.1f} s)")
         self.keys = keys
@@ -327,16 +329,6 @@ class _Preparation:
             for reason, count in self.place.load_scan(unit).rejects.items():
                 counts[reason] = counts.get(reason, 0) + count
         return dict(sorted(counts.items()))
-
-
-def _gather(scans: list[stages.Scan], edges: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Signatures of documents numbered over all scans."""
-    owners = np.searchsorted(edges, indices, "right") - 1
-    rows = np.empty((len(indices), scans[0].signatures.shape[1]), np.uint32)
-    for owner in np.unique(owners):
-        mine = owners == owner
-        rows[mine] = scans[owner].signatures[indices[mine] - edges[owner]]
-    return rows
 
 
 def _spread(units: list[Unit], count: int) -> list[Unit]:

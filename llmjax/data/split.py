@@ -1,19 +1,15 @@
 """Train, validation and test by content: a hash decides, and near copies follow one another."""
 
-from collections.abc import Callable
-
 import numpy as np
 
 from llmjax.config import UserError
-from llmjax.data import minhash
+from llmjax.data import minhash, near
 from llmjax.data.config import SplitConfig
 
 SPLITS = ("train", "validation", "test")
 TRAIN, VALIDATION, TEST = range(3)
 NONE = 255  # of a document whose record names no split
 SIMILAR = 0.7  # fraction of equal signature values from which two texts are near copies
-_MAX_LEADERS = 64
-_GATHER = 1 << 14  # signatures compared at a time: 7 MB on each side
 
 
 def check(config: SplitConfig) -> None:
@@ -28,66 +24,25 @@ def check(config: SplitConfig) -> None:
         )
 
 
-def near_copies(keys: np.ndarray, gather: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+def near_copies(keys: np.ndarray, signatures: near.Signatures) -> np.ndarray:
     """The key of each document's cluster of near copies: uint64 [documents], the smallest key among its members.
 
-    keys     uint64 [documents], from the content hash; exact copies share theirs, and so their cluster
-    gather   signatures of the documents with the given indices, uint32 [indices, minhash.SIZE]
-
-    Documents that share a band of their signatures are compared with the group's first, and those unlike it again
-    among themselves, up to 64 rounds: beyond that many unlike members a band says nothing.
+    keys    uint64 [documents], from the content hash; exact copies share theirs, and so their cluster
 
     Adding documents moves an old one only when a near copy of it comes in with a smaller key, or one that joins its
     cluster to another; all others keep their cluster's key, and so their split.
     """
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    parent = np.arange(len(first))
+    found = [np.zeros((0, 2), np.int64)]
     for band in range(minhash.BANDS):
-        groups = np.concatenate(
-            [minhash.band_keys(gather(first[i : i + _GATHER]), band) for i in range(0, len(first), _GATHER)]
-        )
-        members = np.arange(len(first))
-        for _ in range(_MAX_LEADERS):
-            members, leaders = _paired(members, groups[members])
-            if not members.size:
-                break
-            similar = _similar(first[members], first[leaders], gather)
-            for a, b in zip(members[similar].tolist(), leaders[similar].tolist(), strict=True):
-                _join(parent, a, b)
-            members = members[~similar]
-    # `unique` sorted the keys, so the smallest index of a cluster is its smallest key.
-    roots = np.array([_root(parent, i) for i in range(len(first))], np.int64)
-    return keys[first[roots]][inverse]
-
-
-def _paired(members: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(members, leaders): each member of a group but its first, and that first."""
-    order = np.argsort(groups, kind="stable")
-    members, groups = members[order], groups[order]
-    starts = np.flatnonzero(np.concatenate([[True], groups[1:] != groups[:-1]])) if groups.size else np.zeros(0, int)
-    leaders = np.repeat(members[starts], np.diff(np.concatenate([starts, [groups.size]])))
-    others = members != leaders
-    return members[others], leaders[others]
-
-
-def _similar(left: np.ndarray, right: np.ndarray, gather: Callable) -> np.ndarray:
-    parts = [np.zeros(0, bool)]
-    for i in range(0, len(left), _GATHER):
-        equal = gather(left[i : i + _GATHER]) == gather(right[i : i + _GATHER])
-        parts.append(equal.mean(axis=1) >= SIMILAR)
-    return np.concatenate(parts)
-
-
-def _root(parent: np.ndarray, index: int) -> int:
-    while parent[index] != index:
-        parent[index] = parent[parent[index]]
-        index = parent[index]
-    return index
-
-
-def _join(parent: np.ndarray, a: int, b: int) -> None:
-    a, b = _root(parent, a), _root(parent, b)
-    parent[max(a, b)] = min(a, b)
+        blocks = [first[i : i + near.GATHER] for i in range(0, len(first), near.GATHER)]
+        groups = np.concatenate([minhash.band_keys(signatures[block], band) for block in blocks])
+        found.append(near.pairs(first, groups, signatures, SIMILAR))
+    place = np.zeros(len(keys), np.int64)
+    place[first] = np.arange(len(first))
+    # `unique` sorted the keys, so the smallest place of a cluster is its smallest key.
+    smallest = near.clusters(place[np.concatenate(found)], len(first))
+    return keys[first[smallest]][inverse]
 
 
 def assign(keys: np.ndarray, config: SplitConfig) -> np.ndarray:

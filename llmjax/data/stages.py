@@ -26,16 +26,14 @@ _BATCH_BYTES = 1 << 20  # text that is tokenized at a time
 class Scan(NamedTuple):
     """What is known of a unit after reading it once; arrays are memory-mapped.
 
-    hashes       uint64 [documents, 2], of the content
-    sizes        int64 [documents], UTF-8 bytes
-    signatures   uint32 [documents, minhash.SIZE], or [documents, 0] where near copies may part
-    given        uint8 [documents], the split that a record names, or 255
-    rejects      reason -> count
+    hashes     uint64 [documents, 2], of the content
+    sizes      int64 [documents], UTF-8 bytes
+    given      uint8 [documents], the split that a record names, or 255
+    rejects    reason -> count
     """
 
     hashes: np.ndarray
     sizes: np.ndarray
-    signatures: np.ndarray
     given: np.ndarray
     rejects: dict[str, int]
 
@@ -64,8 +62,12 @@ class Workplace:
         store.write_atomically(self.path(what, unit).with_suffix(".json"), json.dumps(record).encode())
 
     def load_scan(self, unit: Unit) -> Scan:
-        arrays = [np.load(self.path(name, unit).with_suffix(".npy"), mmap_mode="r") for name in Scan._fields[:4]]
+        arrays = [np.load(self.path(name, unit).with_suffix(".npy"), mmap_mode="r") for name in Scan._fields[:3]]
         return Scan(*arrays, rejects=self.result("scan", unit)["rejects"])
+
+    def signatures(self, unit: Unit) -> np.ndarray:
+        """uint32 [documents, minhash.SIZE], memory-mapped; only of a preparation that looks for near copies."""
+        return np.load(self.path("signatures", unit).with_suffix(".npy"), mmap_mode="r")
 
     def splits(self, unit: Unit) -> np.ndarray:
         """uint8 [documents]: the split of each document."""
@@ -88,14 +90,15 @@ def scan(unit: Unit, place: Workplace, part_bytes: int | None, near_copies: bool
                 hashes.append(hashlib.sha256(record.data).digest()[:16])
                 sizes.append(len(record.data))
                 given.append(SPLITS.index(record.split) if record.split else NONE)
-                signatures.append(minhash.signature(record.data) if near_copies else np.zeros(0, np.uint32))
-    width = minhash.SIZE if near_copies else 0
+                if near_copies:
+                    signatures.append(minhash.signature(record.data))
     arrays = {
         "hashes": np.frombuffer(b"".join(hashes), ">u8").astype(np.uint64).reshape(-1, 2),
         "sizes": np.array(sizes, np.int64),
-        "signatures": np.array(signatures, np.uint32).reshape(len(sizes), width),
         "given": np.array(given, np.uint8),
     }
+    if near_copies:
+        arrays["signatures"] = np.array(signatures, np.uint32).reshape(-1, minhash.SIZE)
     for name, array in arrays.items():
         np.save(place.path(name, unit).with_suffix(".npy"), array)
     place.mark("scan", unit, {"part_bytes": part_bytes, "bytes": sum(sizes), "rejects": rejects})

@@ -11,7 +11,7 @@ from llmjax.curate import duplicates
 from llmjax.curate.config import DuplicatesConfig
 from llmjax.curate.document import content_hash
 from llmjax.curate.measured import Measured
-from llmjax.data import minhash
+from llmjax.data import minhash, near
 from tests.curate import corpora
 
 
@@ -160,7 +160,7 @@ def test_only_rank_says_which_stays(tmp_path, cuts):
 
 def test_a_band_of_many_unlike_texts_ends(tmp_path, monkeypatch):
     """More leaders than are compared: what shares one band with them by chance is left alone, real copies are found."""
-    monkeypatch.setattr(duplicates, "_MAX_LEADERS", 3)
+    monkeypatch.setattr(near, "_MAX_LEADERS", 3)
     draw = np.random.default_rng(0)
     signatures = draw.integers(0, 1 << 32, (40, minhash.SIZE), np.uint32)
     signatures[:, : minhash.ROWS] = 7  # one band that all share

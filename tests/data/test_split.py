@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llmjax.config import UserError
-from llmjax.data import minhash, split
+from llmjax.data import minhash, near, split
 from llmjax.data.config import SplitConfig
 
 
@@ -27,6 +27,10 @@ def shingles(text):
 
 def signatures(texts):
     return np.stack([minhash.signature(" ".join(text).encode()) for text in texts])
+
+
+def numbered(table):
+    return near.Signatures([lambda: table], np.array([0, len(table)]))
 
 
 def keys_of(count, seed=0):
@@ -72,7 +76,7 @@ def test_near_copies_share_a_key_and_others_do_not():
         texts += [original, edited(rng, original, 1), edited(rng, original, 2)]
         family += [number] * 3
     keys, table = keys_of(len(texts)), signatures(texts)
-    clusters = split.near_copies(keys, lambda indices: table[indices])
+    clusters = split.near_copies(keys, numbered(table))
     for number in range(300):
         mine = clusters[np.array(family) == number]
         # 1 and 2 edits in 300 words: similarity 0.93 and more, missed with probability 1e-5 by the band arithmetic
@@ -86,7 +90,7 @@ def test_a_crowded_band_is_searched_to_its_end():
     rng = random.Random(3)
     table = np.concatenate([np.tile(signatures([words(rng, 50)]), (20, 1)) for _ in range(5)])
     table[:, : minhash.ROWS] = 7
-    clusters = split.near_copies(keys_of(100), lambda indices: table[indices])
+    clusters = split.near_copies(keys_of(100), numbered(table))
     assert len(np.unique(clusters)) == 5
 
 
@@ -95,8 +99,8 @@ def test_adding_documents_moves_no_old_one():
     rng = random.Random(4)
     texts = [words(rng, 100) for _ in range(400)]
     keys, table = keys_of(400), signatures(texts)
-    few = split.assign(split.near_copies(keys[:200], lambda i: table[:200][i]), config)
-    many = split.assign(split.near_copies(keys, lambda i: table[i]), config)
+    few = split.assign(split.near_copies(keys[:200], numbered(table[:200])), config)
+    many = split.assign(split.near_copies(keys, numbered(table)), config)
     assert (many[:200] == few).all()
 
 
