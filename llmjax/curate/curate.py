@@ -23,7 +23,7 @@ import llmjax
 from llmjax.config import UserError
 from llmjax.curate import card, decide, decontaminate, extract, language, measure, personal, read, write
 from llmjax.curate.config import CurateConfig
-from llmjax.curate.measured import Measured, replacing
+from llmjax.curate.measured import Measured
 from llmjax.curate.runners import Runner, with_progress
 from llmjax.data import store
 
@@ -69,7 +69,7 @@ def curate(config: CurateConfig, workdir: Path, runner: Runner, *, say: Say) -> 
     report["inputs"] = _inputs(units)
     _hand_over(workdir, out, report)
     contents = table["content"][:, 0]
-    with replacing(splits) as file:
+    with store.replacing(splits) as file:
         np.save(file, decide.Known.read(splits).with_new(contents[made.kept], made.cluster[made.kept]))
     store.write_atomically(workdir / "report.json", (json.dumps(report, indent=1) + "\n").encode())
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -136,8 +136,8 @@ def _write(units, table, made, chosen, config: CurateConfig, runner: Runner, out
     for index, unit in enumerate(units):
         numbers[unit.source] = number = numbers.get(unit.source, -1) + 1
         name, rows = f"{unit.source}-{number:05d}", slice(table.edges[index], table.edges[index + 1])
-        if (marker := write.marker(out, name)).is_file():
-            results[index] = json.loads(marker.read_text())
+        if (result := write.finished(out, name)) is not None:
+            results[index] = result
             continue
         task = write.Task(
             name=name,
@@ -165,8 +165,7 @@ def _hand_over(workdir: Path, out: Path, report: dict[str, Any]) -> None:
     for name in ("curated", "dropped"):
         shutil.rmtree(workdir / name, ignore_errors=True)
         (out / name).mkdir(parents=True, exist_ok=True)
-        for torn in (out / name).glob("*.tmp"):  # of a run that was killed
-            torn.unlink()
+        store.sweep(out / name)
         (out / name).replace(workdir / name)
 
 
@@ -186,9 +185,10 @@ def _inputs(units) -> dict[str, dict[str, Any]]:
 
 def _forget(folder: Path, measured: list[Measured]) -> None:
     """Remove measurements that this corpus does not rest on, and what a killed run left."""
+    store.sweep(folder)
     keys = {one.key for one in measured}
     for path in folder.iterdir():
-        if path.suffix == ".tmp" or path.name.split(".")[0] not in keys:
+        if path.name.split(".")[0] not in keys:
             path.unlink()
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from llmjax.curate import personal, read, stages
 from llmjax.curate.config import CurateConfig
 from llmjax.curate.document import EXCERPT, Document, count_tokens, hash_of
-from llmjax.curate.measured import VERSION, Columns, LineWriter, Measured, replacing
+from llmjax.curate.measured import VERSION, Columns, LineWriter, Measured
 from llmjax.data import minhash, store
 
 
@@ -24,7 +24,11 @@ def key_of(unit: read.Unit, config: CurateConfig) -> str:
 def measure(unit: read.Unit, config: CurateConfig, measured: Measured) -> int:
     """Write the files of one unit, the marker last. Returns the number of records."""
     columns, signs = Columns(config.stages), "duplicates" in config.stages
-    with replacing(measured.signatures) as signatures, replacing(measured.texts) as file, LineWriter(file) as texts:
+    with (
+        store.replacing(measured.signatures) as signatures,
+        store.replacing(measured.texts) as file,
+        LineWriter(file) as texts,
+    ):
         for record in read.read(unit):
             document, early, sizes = _through(record, unit, config)
             if signs:
@@ -44,7 +48,7 @@ def measure(unit: read.Unit, config: CurateConfig, measured: Measured) -> int:
             else:
                 told |= {"text": document.text, "meta": document.meta}
                 texts.write(told | ({"language": document.language} if document.language else {}))
-    with replacing(measured.columns) as file:
+    with store.replacing(measured.columns) as file:
         np.savez(file, **columns.arrays())  # type: ignore[arg-type]
     store.write_atomically(measured.marker, json.dumps({"records": len(columns)}).encode())
     return len(columns)

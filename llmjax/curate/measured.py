@@ -16,10 +16,8 @@ import dataclasses
 import io
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any, BinaryIO
-import uuid
 
 import numpy as np
 import zstandard
@@ -154,18 +152,3 @@ class LineWriter:
 
     def __exit__(self, *_: object) -> None:
         self._writer.close()
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name when it is whole; without the name, it is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with open(part, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from llmjax.curate import augment, personal
 from llmjax.curate.config import CurateConfig
 from llmjax.curate.decide import KEPT
 from llmjax.curate.document import EXCERPT
-from llmjax.curate.measured import LineWriter, Measured, replacing
+from llmjax.curate.measured import LineWriter, Measured
 from llmjax.data import store
 from llmjax.data.split import SPLITS
 
@@ -45,7 +45,6 @@ def write(task: Task, reasons: list[str], config: CurateConfig, folder: Path) ->
     """
     samples: dict[str, Any] = {}
     licences, origins = Counter(), Counter()
-    marker(folder, task.name).parent.mkdir(parents=True, exist_ok=True)
     with _Files(folder) as files:
         for row, record in enumerate(task.measured.records()):
             if row in task.samples:
@@ -70,11 +69,19 @@ def write(task: Task, reasons: list[str], config: CurateConfig, folder: Path) ->
                     text = augment.augment(record["text"], epoch=number, id=record["id"], config=config.augment)
                     files.write(name, {**kept, "id": f"{record['id']}~{number}", "text": text})
     result = {"files": files.summary, "samples": samples, "licences": licences, "origins": origins}
-    store.write_atomically(marker(folder, task.name), json.dumps(result).encode())
+    store.write_atomically(_marker(folder, task.name), json.dumps(result).encode())
     return result
 
 
-def marker(folder: Path, name: str) -> Path:
+def finished(folder: Path, name: str) -> dict[str, Any] | None:
+    """What `write` returned of a unit, else None. Its files must be there: a run may end as it hands them over."""
+    if not (path := _marker(folder, name)).is_file():
+        return None
+    result = json.loads(path.read_text())
+    return result if all((folder / file).is_file() for file in result["files"]) else None
+
+
+def _marker(folder: Path, name: str) -> Path:
     """Written when a unit's files are complete."""
     return folder / "done" / f"{name}.json"
 
@@ -90,7 +97,7 @@ class _Files:
 
     def write(self, name: str, record: dict[str, Any]) -> None:
         if name not in self._writers:
-            file = self._stack.enter_context(replacing(self._folder / name))
+            file = self._stack.enter_context(store.replacing(self._folder / name))
             self._writers[name] = self._stack.enter_context(LineWriter(file))
         self._writers[name].write(record)
         self.documents[name] += 1

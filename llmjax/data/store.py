@@ -2,12 +2,15 @@
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+import contextlib
 import hashlib
 import json
 import mmap
 import os
 from pathlib import Path
 import threading
+from typing import BinaryIO
+import uuid
 import zlib
 
 import numpy as np
@@ -43,12 +46,24 @@ def fingerprint_of(record: dict) -> str:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write, fsync, rename: a reader sees the whole file or none, and the last of several writers wins."""
-    partial = _partial(path)
-    with open(partial, "wb") as file:
+    """A reader sees the whole file or none, and the last of several writers wins."""
+    with replacing(path) as file:
         file.write(data)
-        _sync(file)
-    os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write and read that gets its name when it is whole and on disk; after an error, nothing is left."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:8]}")
+    try:
+        with open(partial, "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def sweep(folder: Path) -> None:
@@ -68,8 +83,7 @@ def write_shard(folder: Path, index: int, documents: Iterable[np.ndarray], *, vo
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     dtype, crc, max_id, lengths = token_dtype(vocab_size), 0, -1, []
-    partial = _partial(tokens_path(folder, index))
-    with open(partial, "wb") as file:
+    with replacing(tokens_path(folder, index)) as file:
         for document in documents:
             document = np.asarray(document)
             if document.ndim != 1 or not document.size:
@@ -81,16 +95,11 @@ def write_shard(folder: Path, index: int, documents: Iterable[np.ndarray], *, vo
             crc = zlib.crc32(data, crc)
             max_id = max(max_id, int(document.max()))
             lengths.append(document.size)
-        _sync(file)
-    with open(partial, "rb") as file:
+        file.seek(0)
         blocks = [zlib.crc32(block) for block in iter(lambda: file.read(BLOCK_BYTES), b"")]
-    os.replace(partial, tokens_path(folder, index))
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype("<i8")
-    partial = _partial(offsets_path(folder, index))
-    with open(partial, "wb") as file:
+    with replacing(offsets_path(folder, index)) as file:
         np.save(file, offsets)
-        _sync(file)
-    os.replace(partial, offsets_path(folder, index))
     info = {
         "index": index,
         "documents": len(lengths),
@@ -346,12 +355,3 @@ class TokenStore:
                     f"token shard {self._path(index)} holds id {tokens[offset]} at offset {local + offset}, "
                     f"outside the vocabulary of {self.vocab_size}; {_MEND}"
                 )
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f"{path.name}.partial-{os.getpid()}")
-
-
-def _sync(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())

@@ -236,7 +236,7 @@ def test_augmented_copies_are_of_training_documents_alone(tmp_path):
 
 
 def test_a_killed_run_goes_on_and_ends_the_same(tmp_path):
-    """kill -9 while measuring and while writing; what was finished is kept, and no half-written file counts."""
+    """kill -9 while measuring, deciding and writing; what was finished is kept, and no half-written file counts."""
     texts = corpora.documents()
     for part in range(3):
         many = {f"{part}-{n}": corpora.changed(texts[n % len(texts)], 30, n + 9999 * part) for n in range(1200)}
@@ -247,7 +247,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(tmp_path):
         str(jobs.LLMJAX),
         *corpora.arguments(tmp_path / "killed", inputs, quality__rules="('gopher',)", workers=1),
     ]
-    for pattern in ("measured/*.json", "unfinished/written-*/*/*"):
+    for pattern in ("measured/*.json", "unfinished/exchange/*/*", "unfinished/written-*/*/*"):
         process = subprocess.Popen(command, env=jobs.environment(), stdout=subprocess.DEVNULL, start_new_session=True)
         deadline = time.monotonic() + 120
         while process.poll() is None and not list((tmp_path / "killed").glob(pattern)):
@@ -262,7 +262,32 @@ def test_a_killed_run_goes_on_and_ends_the_same(tmp_path):
     assert corpora.files(tmp_path / "killed") == corpora.files(tmp_path / "whole")
     left = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "killed" / "measured").glob("*.json")}
     assert measured.items() <= left.items(), "finished units were measured again"
-    assert not list((tmp_path / "killed").rglob("*.tmp"))
+    assert not list((tmp_path / "killed").rglob("*.partial-*"))
+
+
+@pytest.mark.parametrize("moved", ["curated", "dropped", "report.json"])
+def test_a_run_that_ends_as_it_hands_over_loses_nothing(raw, corpus, tmp_path, monkeypatch, moved):
+    """It ends just before the folder or file gets its name; another corpus was there before."""
+    curate(tmp_path, raw, quality__rules="()")
+    replace, told = pathlib.Path.replace, os.replace
+
+    def ends(function):
+        def replacing(source, target):
+            if pathlib.Path(target) == tmp_path / moved:
+                raise KeyboardInterrupt
+            return function(source, target)
+
+        return replacing
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "replace", ends(replace))
+        patch.setattr(os, "replace", ends(told))
+        with pytest.raises(KeyboardInterrupt):
+            curate(tmp_path, raw)
+    assert not (tmp_path / "report.json").exists()
+    report = curate(tmp_path, raw)
+    assert corpora.files(tmp_path) == corpora.files(corpus)
+    assert set(report["outputs"]) == set(corpora.files(corpus))
 
 
 def test_a_full_disk_is_said_in_one_line_and_loses_nothing(raw, tmp_path):
