@@ -10,7 +10,7 @@ import shlex
 from typing import Any
 
 from llmjax.config import UserError, as_tree, bind_overridden, load_file
-from llmjax.flags import CONFIG, Parser, make_parser, parse
+from llmjax.flags import CONFIG, Parser, make_parser, parse, workdir_of
 
 _EXAMPLE = (
     "llmjax curate --config=configs/curate.py --workdir=runs/web --config.curate.inputs.web.path='crawl/*.warc.gz'"
@@ -50,6 +50,7 @@ def curate(arguments: list[str]) -> int:
     flags, overrides = parse(parser, arguments)
     from llmjax import workdir as workdirs
     from llmjax.curate import curate as curating, runners
+    from llmjax.data import workers
     from llmjax.report import card
 
     workdir = _workdir(parser, flags.workdir)
@@ -66,7 +67,7 @@ def curate(arguments: list[str]) -> int:
         if flags.runner == "ray":
             runner = stack.enter_context(runners.RayRunner(flags.ray_address))
         else:
-            runner = stack.enter_context(runners.LocalRunner(config.workers or _cores()))
+            runner = stack.enter_context(runners.LocalRunner(config.workers or workers.cores()))
         try:
             report = curating.curate(config, workdir, runner, say=_say)
         except KeyboardInterrupt:
@@ -176,14 +177,7 @@ def _workdir(parser: Parser, text: str) -> pathlib.Path:
     """A local or shared folder: parts of it are memory-mapped."""
     if "://" in text:
         raise UserError(f"--workdir={text}: {parser.prog} maps files into memory; give a local or shared folder")
-    path = pathlib.Path(text).expanduser()
-    if not text or path.is_file():
-        raise UserError(f"--workdir={text}: {'this is a file' if text else 'empty'}; give a folder for the corpus")
-    return path
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return pathlib.Path(workdir_of(text))
 
 
 def _say(line: str) -> None:

@@ -24,8 +24,9 @@ from llmjax.config import UserError
 from llmjax.curate import card, decide, decontaminate, extract, language, measure, personal, read, write
 from llmjax.curate.config import CurateConfig
 from llmjax.curate.measured import Measured
-from llmjax.curate.runners import Runner, with_progress
+from llmjax.curate.runners import Runner
 from llmjax.data import store
+from llmjax.data.workers import with_progress
 
 Say = Callable[[str], None]
 
@@ -49,23 +50,24 @@ def curate(config: CurateConfig, workdir: Path, runner: Runner, *, say: Say) -> 
     unfinished = workdir / "unfinished"
     splits = workdir / "splits.npy"
     known = splits.read_bytes() if splits.is_file() else b""
-    key = _digest([config_of(config), [m.key for m in measured], [u.source for u in units]])
+    named = [unit.source for unit in units]
+    key = store.fingerprint_of({"config": config_of(config), "measured": [m.key for m in measured], "sources": named})
     if (done := _finished(workdir)) and done["key"] == key:
         say("nothing left to do: the corpus is there, made from these inputs with this configuration")
         return done
     (workdir / "measured").mkdir(parents=True, exist_ok=True)
     _measure(units, measured, config, runner, say)
     _check_rejects(units, measured, config, workdir)
-    table = decide.Table(measured, [unit.source for unit in units])
+    table = decide.Table(measured, named)
     made = decide.decide(table, config, runner, unfinished / "exchange", decide.Known.read(splits))
     say(f"deciding: {int(made.kept.sum()):,} of {len(table):,} records stay")
-    tag = _digest([key, hashlib.sha256(known).hexdigest()])
+    tag = store.fingerprint_of({"key": key, "known": hashlib.sha256(known).hexdigest()})
     out = unfinished / f"written-{tag[:24]}"
     chosen = card.choose_samples(table, made, config)
     results = _write(units, table, made, chosen, config, runner, out, say)
     report = card.summarise(table, made, chosen, results, config)
     report |= {"version": llmjax.__version__, "key": key, "config": config_of(config)}
-    report["config_sha256"] = _digest(report["config"])
+    report["config_sha256"] = store.fingerprint_of(report["config"])
     report["inputs"] = _inputs(units)
     _hand_over(workdir, out, report)
     contents = table["content"][:, 0]
@@ -100,7 +102,8 @@ def _measure(units, measured: list[Measured], config: CurateConfig, runner: Runn
         say(f"{len(units) - len(left)} of {len(units)} parts were measured before")
     if left:
         tasks = [(unit, config, one) for unit, one in left]
-        with_progress(say, "measuring", runner.map(measure.measure, tasks), [unit.size for unit, _ in left])
+        sizes = [unit.size for unit, _ in left]
+        with_progress(say, "measuring", runner.map(measure.measure, tasks), len(tasks), sizes)
 
 
 def _check_rejects(units, measured: list[Measured], config: CurateConfig, workdir: Path) -> None:
@@ -150,12 +153,10 @@ def _write(units, table, made, chosen, config: CurateConfig, runner: Runner, out
         )
         tasks.append((task, table.reasons, config, out))
         places.append(index)
-    weights = [units[index].size for index in places]
-    if tasks:
-        for index, result in zip(
-            places, with_progress(say, "writing", runner.map(write.write, tasks), weights), strict=True
-        ):
-            results[index] = result
+    sizes = [units[index].size for index in places]
+    written = with_progress(say, "writing", runner.map(write.write, tasks), len(tasks), sizes) if tasks else []
+    for index, result in zip(places, written, strict=True):
+        results[index] = result
     return results
 
 
@@ -190,7 +191,3 @@ def _forget(folder: Path, measured: list[Measured]) -> None:
     for path in folder.iterdir():
         if path.name.split(".")[0] not in keys:
             path.unlink()
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

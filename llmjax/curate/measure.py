@@ -1,6 +1,5 @@
 """Measuring a unit: every record is read and goes through the stages in order; no threshold is applied."""
 
-import hashlib
 import json
 
 import numpy as np
@@ -18,7 +17,7 @@ def key_of(unit: read.Unit, config: CurateConfig) -> str:
     told["version"] = VERSION
     told["unit"] = {"source": unit.source, "kind": unit.kind, "items": repr(unit.items), "state": unit.state}
     told["input"] = repr(unit.config)
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:24]
+    return store.fingerprint_of(told)[:24]
 
 
 def measure(unit: read.Unit, config: CurateConfig, measured: Measured) -> int:

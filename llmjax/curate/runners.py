@@ -14,7 +14,6 @@ from pathlib import Path
 import pickle
 import shutil
 import socket
-import time
 from typing import Any, Protocol
 
 import numpy as np
@@ -41,20 +40,11 @@ class Runner(Protocol):
         ...
 
 
-class LocalRunner:
+class LocalRunner(Workers):
     """Processes of this machine. A context manager."""
 
     def __init__(self, num_workers: int):
-        self._workers = Workers(num_workers, hint="set curate.workers to a smaller number")
-
-    def __enter__(self) -> "LocalRunner":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._workers.__exit__(*exception)
-
-    def map(self, function: Callable, tasks: list[tuple]) -> Iterator[tuple[int, Any]]:
-        return self._workers.map(function, tasks)
+        super().__init__(num_workers, hint="set curate.workers to a smaller number")
 
     def exchange(self, mapper, tasks, reducer, shared, folder):
         """Partitions go over the disk: what is held in memory does not grow with the corpus."""
@@ -188,24 +178,3 @@ def _ray_partition(row: dict, mapper: Mapper) -> Iterator[dict]:
 def _ray_reduce(group, reducer: Reducer, shared: tuple) -> dict:
     rows = np.concatenate([pickle.loads(data) for data in group["rows"]])
     return {"result": [pickle.dumps(reducer(rows, *shared))]}
-
-
-def with_progress(
-    say: Callable[[str], None], what: str, done: Iterator[tuple[int, Any]], weights: list[int]
-) -> list[Any]:
-    """The results in the order of their tasks; a line every 5 seconds with rate and time left, and one at the end."""
-    results: list[Any] = [None] * len(weights)
-    began = last = time.monotonic()
-    total, finished = max(sum(weights), 1), 0
-    for index, result in done:
-        results[index] = result
-        finished += weights[index]
-        now = time.monotonic()
-        if now - last > 5 and 0 < finished < total:
-            last, rate = now, finished / (now - began)
-            say(
-                f"{what}: {finished / 1e6:,.0f} of {total / 1e6:,.0f} MB, {rate / 1e6:,.1f} MB/s, "
-                f"{(total - finished) / rate:.0f} s left"
-            )
-    say(f"{what}: {sum(weights) / 1e6:,.1f} MB in {time.monotonic() - began:.1f} s")
-    return results

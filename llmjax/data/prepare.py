@@ -5,7 +5,6 @@ import errno
 import functools
 import hashlib
 import json
-import os
 from pathlib import Path
 import platform
 import shutil
@@ -20,7 +19,7 @@ from llmjax.data.config import DataConfig
 from llmjax.data.readers import EMPTY
 from llmjax.data.settings import check_settings, settings_of
 from llmjax.data.sources import Unit
-from llmjax.data.workers import Workers
+from llmjax.data.workers import Workers, cores, with_progress
 
 VERSION = 1
 _MAX_PART, _MIN_PART = 1 << 14, 1 << 10  # bytes of a part of a document, where documents are too few to be split
@@ -80,7 +79,7 @@ class _Preparation:
 
     def run(self) -> dict:
         self._begin()
-        workers = min(self.config.workers or _cores(), max(len(self.units), 2))
+        workers = min(self.config.workers or cores(), max(len(self.units), 2))
         with Workers(workers) as self.pool:
             self._scan(self.units)
             self._check_rejects()
@@ -296,23 +295,8 @@ class _Preparation:
         return record
 
     def _map(self, what: str, function: Callable, tasks: list[tuple], sizes: list[int] | None) -> list:
-        """The tasks' results in their order; a line every 5 seconds with rate and time left, and one at the end."""
-        results: list[Any] = [None] * len(tasks)
-        began = last = time.monotonic()
-        weights = sizes or [1] * len(tasks)
-        done, unit, scale = 0, ("MB", 1e6) if sizes else ("part" if len(tasks) == 1 else "parts", 1), sum(weights)
-        for index, result in self.pool.map(function, tasks):
-            results[index] = result
-            done += weights[index]
-            now = time.monotonic()
-            if now - last > 5 and done < scale:
-                last, rate = now, done / (now - began)
-                self.say(
-                    f"{what}: {done / unit[1]:,.0f} of {scale / unit[1]:,.0f} {unit[0]}, "
-                    f"{rate / unit[1]:,.1f} {unit[0]}/s, {(scale - done) / rate:.0f} s left"
-                )
-        self.say(f"{what}: {scale / unit[1]:,.0f} {unit[0]} in {time.monotonic() - began:.1f} s")
-        return results
+        """The tasks' results in their order."""
+        return with_progress(self.say, what, self.pool.map(function, tasks), len(tasks), sizes)
 
     def _of(self, name: str) -> list[Unit]:
         return [unit for unit in self.units if unit.source == name]
@@ -334,7 +318,3 @@ class _Preparation:
 def _spread(units: list[Unit], count: int) -> list[Unit]:
     """At most `count` units, evenly spaced."""
     return [units[i * len(units) // min(count, len(units))] for i in range(min(count, len(units)))]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -8,7 +8,8 @@ import queue
 import subprocess
 import sys
 import threading
-from typing import Any, BinaryIO
+import time
+from typing import Any, BinaryIO, Self
 
 from llmjax.config import UserError
 
@@ -37,7 +38,7 @@ class Workers:
             for _ in range(num_workers)
         ]
 
-    def __enter__(self) -> "Workers":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -98,6 +99,37 @@ def _death(process: subprocess.Popen, hint: str) -> UserError:
 def _send(pipe: BinaryIO, message: Any) -> None:
     pipe.write(pickle.dumps(message))
     pipe.flush()
+
+
+def with_progress(
+    say: Callable[[str], None], what: str, done: Iterator[tuple[int, Any]], count: int, sizes: list[int] | None = None
+) -> list[Any]:
+    """The results of `count` tasks in their order; a line every 5 seconds with rate and time left, and one at the end.
+
+    sizes   bytes of each task; without them progress is counted in tasks
+    """
+    results: list[Any] = [None] * count
+    weights = sizes or [1] * count
+    scale, digits, unit = (1e6, 1, "MB") if sizes else (1, 0, "part" if count == 1 else "parts")
+    began = last = time.monotonic()
+    total, finished = sum(weights), 0
+    for index, result in done:
+        results[index] = result
+        finished += weights[index]
+        now = time.monotonic()
+        if now - last > 5 and 0 < finished < total:
+            last, rate = now, finished / (now - began)
+            say(
+                f"{what}: {finished / scale:,.0f} of {total / scale:,.0f} {unit}, {rate / scale:,.1f} {unit}/s, "
+                f"{(total - finished) / rate:.0f} s left"
+            )
+    say(f"{what}: {total / scale:,.{digits}f} {unit} in {time.monotonic() - began:.1f} s")
+    return results
+
+
+def cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def serve() -> None:
