@@ -4,6 +4,7 @@ from collections.abc import Mapping
 import dataclasses
 
 from llmjax.config import UserError, suggest
+from llmjax.data.config import FractionsConfig
 
 RULE_SETS = ("gopher", "repetition", "c4", "fineweb")
 STAGES = (
@@ -301,27 +302,6 @@ class SampleConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CuratedSplitConfig:
-    """Which documents train, validate and test: by hash of the cluster of copies that a document belongs to.
-
-    validation, test   fractions of the documents
-    """
-
-    validation: float = 0.05
-    test: float = 0.05
-
-    def __post_init__(self):
-        for name in ("validation", "test"):
-            if not 0 <= (value := getattr(self, name)) < 1:
-                raise UserError(f"curate.split.{name}={value}: expected a fraction from 0 up to below 1")
-        if self.validation + self.test >= 1:
-            raise UserError(
-                f"curate.split.validation={self.validation} and curate.split.test={self.test} leave nothing to train "
-                "on; their sum must be below 1"
-            )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
     """Changed copies of training documents, for small sets that a model is fine-tuned on.
 
@@ -369,7 +349,7 @@ class CurateConfig:
     decontaminate: DecontaminateConfig = DecontaminateConfig()
     personal_data: PersonalConfig = PersonalConfig()
     sample: SampleConfig = SampleConfig()
-    split: CuratedSplitConfig = CuratedSplitConfig()
+    split: FractionsConfig = FractionsConfig()
     augment: AugmentConfig = AugmentConfig()
     max_bad_fraction: float = 0.01
     workers: int = 0

@@ -25,7 +25,7 @@ from llmjax.curate import card, decide, decontaminate, extract, language, measur
 from llmjax.curate.config import CurateConfig
 from llmjax.curate.measured import Measured
 from llmjax.curate.runners import Runner
-from llmjax.data import store
+from llmjax.data import split, store
 from llmjax.data.workers import with_progress
 
 Say = Callable[[str], None]
@@ -45,11 +45,11 @@ def curate(config: CurateConfig, workdir: Path, runner: Runner, *, say: Say) -> 
     language.check(config.language)
     if "decontaminate" in config.stages:
         decontaminate.check(config.decontaminate)
+    split.check(config.split, "curate.split")
     units = [unit for name, given in config.inputs.items() for unit in read.list_units(name, given)]
     measured = [Measured(workdir / "measured", measure.key_of(unit, config)) for unit in units]
     unfinished = workdir / "unfinished"
     splits = workdir / "splits.npy"
-    known = splits.read_bytes() if splits.is_file() else b""
     named = [unit.source for unit in units]
     key = store.fingerprint_of({"config": config_of(config), "measured": [m.key for m in measured], "sources": named})
     if (done := _finished(workdir)) and done["key"] == key:
@@ -57,11 +57,11 @@ def curate(config: CurateConfig, workdir: Path, runner: Runner, *, say: Say) -> 
         return done
     (workdir / "measured").mkdir(parents=True, exist_ok=True)
     _measure(units, measured, config, runner, say)
-    _check_rejects(units, measured, config, workdir)
-    table = decide.Table(measured, named)
-    made = decide.decide(table, config, runner, unfinished / "exchange", decide.Known.read(splits))
+    table, known = decide.Table(measured, named), decide.Known.read(splits)
+    _check_rejects(table, config)
+    made = decide.decide(table, config, runner, unfinished / "exchange", known)
     say(f"deciding: {int(made.kept.sum()):,} of {len(table):,} records stay")
-    tag = store.fingerprint_of({"key": key, "known": hashlib.sha256(known).hexdigest()})
+    tag = store.fingerprint_of({"key": key, "known": known.digest()})
     out = unfinished / f"written-{tag[:24]}"
     chosen = card.choose_samples(table, made, config)
     results = _write(units, table, made, chosen, config, runner, out, say)
@@ -69,10 +69,10 @@ def curate(config: CurateConfig, workdir: Path, runner: Runner, *, say: Say) -> 
     report |= {"version": llmjax.__version__, "key": key, "config": config_of(config)}
     report["config_sha256"] = store.fingerprint_of(report["config"])
     report["inputs"] = _inputs(units)
-    _hand_over(workdir, out, report)
+    _hand_over(workdir, out)
     contents = table["content"][:, 0]
     with store.replacing(splits) as file:
-        np.save(file, decide.Known.read(splits).with_new(contents[made.kept], made.cluster[made.kept]))
+        np.save(file, known.with_new(contents[made.kept], made.cluster[made.kept]))
     store.write_atomically(workdir / "report.json", (json.dumps(report, indent=1) + "\n").encode())
     shutil.rmtree(unfinished, ignore_errors=True)
     _forget(workdir / "measured", measured)
@@ -106,29 +106,21 @@ def _measure(units, measured: list[Measured], config: CurateConfig, runner: Runn
         with_progress(say, "measuring", runner.map(measure.measure, tasks), len(tasks), sizes)
 
 
-def _check_rejects(units, measured: list[Measured], config: CurateConfig, workdir: Path) -> None:
+def _check_rejects(table: decide.Table, config: CurateConfig) -> None:
     """Raises UserError where an input has more unreadable records than it may."""
-    for name in config.inputs:
-        bad = total = 0
-        reasons: dict[str, int] = {}
-        for unit, one in zip(units, measured, strict=True):
-            if unit.source == name:
-                columns = np.load(one.columns)
-                rejected = columns["early"] == 0
-                texts, counts = np.unique(columns["reason"][rejected], return_counts=True)
-                for index, count in zip(texts.tolist(), counts.tolist(), strict=True):
-                    reason = str(columns["reasons"][index])
-                    if reason != read.EMPTY and not reason.startswith(read.NO_PAGE):
-                        reasons[reason] = reasons.get(reason, 0) + count
-                        bad += count
-                total += len(rejected)
-        listed = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
-        where = f"curate.inputs.{name}.path={config.inputs[name].path!r}"
+    for index, name in enumerate(table.names):
+        total = np.count_nonzero(table.source == index)
+        rejected = (table.source == index) & (table["early"] == 0)
+        numbers, counts = np.unique(table["reason"][rejected], return_counts=True)
+        counted = zip([table.reasons[number] for number in numbers], counts.tolist(), strict=True)
+        reasons = {r: n for r, n in counted if r != read.EMPTY and not r.startswith(read.NO_PAGE)}
+        bad = sum(reasons.values())
         if bad > config.max_bad_fraction * total:
+            listed = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
             raise UserError(
-                f"{where}: {bad} of {total} records cannot be read ({listed}), more than "
-                f"curate.max_bad_fraction={config.max_bad_fraction} allows; mend the input, or allow more with "
-                f"--config.curate.max_bad_fraction={math.ceil(100 * bad / total) / 100}"
+                f"curate.inputs.{name}.path={config.inputs[name].path!r}: {bad} of {total} records cannot be read "
+                f"({listed}), more than curate.max_bad_fraction={config.max_bad_fraction} allows; mend the input, or "
+                f"allow more with --config.curate.max_bad_fraction={math.ceil(100 * bad / total) / 100}"
             )
 
 
@@ -160,7 +152,7 @@ def _write(units, table, made, chosen, config: CurateConfig, runner: Runner, out
     return results
 
 
-def _hand_over(workdir: Path, out: Path, report: dict[str, Any]) -> None:
+def _hand_over(workdir: Path, out: Path) -> None:
     """The new files take the place of the old ones. The report goes first and comes last: without it nothing counts."""
     (workdir / "report.json").unlink(missing_ok=True)
     for name in ("curated", "dropped"):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 import dataclasses
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,8 @@ from llmjax.curate.config import CurateConfig
 from llmjax.curate.measured import Measured
 from llmjax.curate.runners import Runner
 from llmjax.data import split as splits
-from llmjax.data.config import SplitConfig
 
 KEPT = -1  # decision "stage" of a document that stays
-_NO_SPLIT = 255
 # Columns that are held in memory, 140 bytes a record where all stages run.
 _KEPT_COLUMNS = {
     "id_hash": np.uint64,
@@ -86,7 +85,7 @@ class Decisions:
 
     stage    int16 [records]: the stage that drops it, by its place in curate.stages, or KEPT
     reason   int32 [records]: index of Table.reasons
-    split    uint8 [records]: index of splits.SPLITS, or 255
+    split    uint8 [records]: index of splits.SPLITS, or splits.NONE
     copies   of the duplicates stage; None where there was none
     cluster  uint64 [records]: what the split is a function of
     """
@@ -111,7 +110,7 @@ class Decisions:
 def decide(table: Table, config: CurateConfig, runner: Runner, folder: Path, known: "Known") -> Decisions:
     """Stage by stage, in the config's order. `folder` is for what the runner's tasks leave each other."""
     count = len(table)
-    made = Decisions(np.full(count, KEPT, np.int16), np.zeros(count, np.int32), np.full(count, _NO_SPLIT, np.uint8))
+    made = Decisions(np.full(count, KEPT, np.int16), np.zeros(count, np.int32), np.full(count, splits.NONE, np.uint8))
     content = table["content"][:, 0]
     made.cluster = np.where(content == 0, table["id_hash"], content)
     for place, name in enumerate(config.stages):
@@ -122,8 +121,7 @@ def decide(table: Table, config: CurateConfig, runner: Runner, folder: Path, kno
             _duplicates(table, made, place, config, runner, folder, known)
         elif name == "split":
             made.cluster = known.clusters(content, made.cluster)
-            fractions = SplitConfig(validation=config.split.validation, test=config.split.test)
-            made.split[made.kept] = splits.assign(made.cluster, fractions)[made.kept]
+            made.split[made.kept] = splits.assign(made.cluster, config.split)[made.kept]
     return made
 
 
@@ -140,19 +138,10 @@ def _language(table: Table, made: Decisions, place: int, config: CurateConfig) -
 
 
 def _quality(table: Table, made: Decisions, place: int, config: CurateConfig) -> None:
-    """quality.failures, on columns. Where no language was asked, rules for English are asked of all."""
+    """Where no language was asked, rules for English are asked of all."""
     english = np.isin(table["language"], [b"en", b""])
-    for rule in quality.RULES:
-        bound = getattr(config.quality, rule.name)
-        if bound is None or rule.rule_set not in config.quality.rules:
-            continue
-        score = table.score(rule.score)
-        broken = score < bound if rule.least else score > bound
-        broken &= english if rule.english else True
-        broken &= ~(table.score("spaceless") > 0.5) if rule.spaced else True
-        made.drop(place, broken, table.reason(rule.name))
-    if config.quality.min_classifier is not None:
-        made.drop(place, table.score("classifier") < config.quality.min_classifier, table.reason("min_classifier"))
+    for name, broken in quality.broken(table.score, english, config.quality):
+        made.drop(place, broken, table.reason(name))
 
 
 def _duplicates(
@@ -248,6 +237,12 @@ class Known:
             return cls(np.zeros(0, np.uint64), np.zeros(0, np.uint64))
         stored = np.load(path)
         return cls(stored[0], stored[1])
+
+    def digest(self) -> str:
+        """sha256 (hex)"""
+        found = hashlib.sha256(self.contents.data)
+        found.update(self.keys.data)
+        return found.hexdigest()
 
     def has(self, content: np.ndarray) -> np.ndarray:
         """bool [documents]"""

@@ -14,10 +14,11 @@ code of FineWeb, but for words: those are what white space parts, and in scripts
 # ruff: noqa: RUF001  (letters and marks of other scripts are meant)
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import dataclasses
 import itertools
 import re
+from typing import Any
 
 import numpy as np
 
@@ -113,29 +114,32 @@ RULES = (
 )
 
 
+def broken(score: Callable[[str], Any], english: Any, config: QualityConfig) -> Iterator[tuple[str, Any]]:
+    """(name of a rule, whether it is broken), for the rules that apply, in the order of RULES.
+
+    score     of a name, that of one text, or an array of those of many
+    english   whether rules for English are asked: of the text, or of each, bool [texts]
+
+    Rules read scores alone: a changed threshold needs no text. A score that is missing, NaN, breaks none.
+    """
+    spaceless = np.greater(score("spaceless"), 0.5)
+    for rule in RULES:
+        bound = getattr(config, rule.name)
+        if bound is None or rule.rule_set not in config.rules:
+            continue
+        beyond = np.less(score(rule.score), bound) if rule.least else np.greater(score(rule.score), bound)
+        beyond = beyond & english if rule.english else beyond
+        yield rule.name, beyond & ~spaceless if rule.spaced else beyond
+    if config.min_classifier is not None:
+        yield "min_classifier", np.less(score("classifier"), config.min_classifier)
+
+
 def failures(scores: Mapping[str, float], config: QualityConfig = _DEFAULTS, language: str = "en") -> list[str]:
     """Names of the rules that a text with these scores breaks, in the order of RULES.
 
     language   code of the text's; English-only rules are asked where it is "en"
-
-    Rules read scores alone: a changed threshold needs no text.
     """
-    broken = []
-    for rule in RULES:
-        bound = getattr(config, rule.name)
-        if (
-            bound is None
-            or rule.rule_set not in config.rules
-            or (rule.english and language != "en")
-            or (rule.spaced and scores["spaceless"] > 0.5)
-        ):
-            continue
-        value = scores[rule.score]
-        if value < bound if rule.least else value > bound:
-            broken.append(rule.name)
-    if config.min_classifier is not None and scores["classifier"] < config.min_classifier:
-        broken.append("min_classifier")
-    return broken
+    return [name for name, fails in broken(scores.__getitem__, language == "en", config) if fails]
 
 
 def split_words(text: str) -> list[str]:

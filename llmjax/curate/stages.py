@@ -139,7 +139,7 @@ STAGES: dict[str, Stage] = {
     "extract": Stage(_extract, lambda c: extract.version(c.extract.method)),
     "normalise": Stage(_normalise, lambda c: repr(c.normalise)),
     "language": Stage(_language, lambda c: (c.language.characters, c.language.places)),
-    "quality": Stage(_quality, lambda c: _judged(c)),
+    "quality": Stage(_quality, _judged),
     "duplicates": Stage(_duplicates, lambda c: None),
     "decontaminate": Stage(
         _decontaminate,

@@ -53,15 +53,24 @@ class TokenizerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SplitConfig:
+class FractionsConfig:
+    """Which documents train, validate and test: by hash of the content, or of the cluster of copies it is in.
+
+    validation, test   fractions of the documents
+    """
+
+    validation: float = 0.05
+    test: float = 0.05
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SplitConfig(FractionsConfig):
     """Which documents train, validate and test: by hash of the content, so adding data moves no old document.
 
     validation, test   fractions of the documents
     near_copies        keep near copies of a document on its side (MinHash of 5-word shingles)
     """
 
-    validation: float = 0.05
-    test: float = 0.05
     near_copies: bool = True
 
 

@@ -15,7 +15,7 @@ _TAKEN = {"plans", "unfinished"}  # folders that a store has besides its sources
 
 def settings_of(config: DataConfig) -> dict[str, Any]:
     """What decides the content of a store. Raises UserError for settings that cannot be honoured."""
-    split.check(config.split)
+    split.check(config.split, "data.split")
     given = config.tokenizer
     if given.kind not in tokenizer.KINDS:
         tokenizer.read_tokenizer(given.kind, b"")  # raises

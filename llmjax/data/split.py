@@ -4,7 +4,7 @@ import numpy as np
 
 from llmjax.config import UserError
 from llmjax.data import minhash, near
-from llmjax.data.config import SplitConfig
+from llmjax.data.config import FractionsConfig
 
 SPLITS = ("train", "validation", "test")
 TRAIN, VALIDATION, TEST = range(3)
@@ -12,15 +12,15 @@ NONE = 255  # of a document whose record names no split
 SIMILAR = 0.7  # fraction of equal signature values from which two texts are near copies
 
 
-def check(config: SplitConfig) -> None:
+def check(config: FractionsConfig, field: str) -> None:
     """Raises UserError for fractions that are no fractions or leave nothing to train on."""
     for name in ("validation", "test"):
         if not 0 <= (value := getattr(config, name)) < 1:
-            raise UserError(f"data.split.{name}={value}: expected a fraction from 0 up to below 1")
+            raise UserError(f"{field}.{name}={value}: expected a fraction from 0 up to below 1")
     if config.validation + config.test >= 1:
         raise UserError(
-            f"data.split.validation={config.validation} and data.split.test={config.test} leave nothing to train on; "
-            "their sum must be below 1"
+            f"{field}.validation={config.validation} and {field}.test={config.test} leave nothing to train on; their "
+            "sum must be below 1"
         )
 
 
@@ -45,7 +45,7 @@ def near_copies(keys: np.ndarray, signatures: near.Signatures) -> np.ndarray:
     return keys[first[smallest]][inverse]
 
 
-def assign(keys: np.ndarray, config: SplitConfig) -> np.ndarray:
+def assign(keys: np.ndarray, config: FractionsConfig) -> np.ndarray:
     """uint8 [documents]: TRAIN, VALIDATION or TEST, a function of each key alone."""
     place = keys.astype(np.float64) / 2.0**64
     splits = np.full(len(keys), TRAIN, np.uint8)
@@ -54,13 +54,13 @@ def assign(keys: np.ndarray, config: SplitConfig) -> np.ndarray:
     return splits
 
 
-def missing(splits: np.ndarray, config: SplitConfig) -> list[int]:
+def missing(splits: np.ndarray, config: FractionsConfig) -> list[int]:
     """The splits that should hold documents and hold none."""
     wanted = [TRAIN, *([VALIDATION] if config.validation else []), *([TEST] if config.test else [])]
     return [split for split in wanted if not (splits == split).any()]
 
 
-def fill_missing(splits: np.ndarray, keys: np.ndarray, config: SplitConfig) -> np.ndarray:
+def fill_missing(splits: np.ndarray, keys: np.ndarray, config: FractionsConfig) -> np.ndarray:
     """`splits` with every empty one given the first cluster, by key, of the training documents, while two are left."""
     if not (splits == TRAIN).any():
         splits = np.full_like(splits, TRAIN)

@@ -133,4 +133,4 @@ def test_empty_splits_are_filled_as_far_as_clusters_reach():
 )
 def test_fractions_that_are_none(fields, message):
     with pytest.raises(UserError, match=message):
-        split.check(SplitConfig(**fields))
+        split.check(SplitConfig(**fields), "data.split")
