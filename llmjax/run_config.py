@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 import dataclasses
 import json
+import pathlib
 from typing import Any
 
 from etils import epath
@@ -150,6 +151,11 @@ def resolve(file: str, overrides: Sequence[tuple[str, str]]) -> RunConfig:
 def read_file(file: str) -> dict[str, Any]:
     """The nested dict of `FILE[:ARG]`."""
     return as_tree(load_file(file))
+
+
+def files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The config files in a folder that train a model, by name: all but those of curation."""
+    return [path for path in sorted(folder.glob("*.py")) if "curate" not in read_file(str(path))]
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> RunConfig:

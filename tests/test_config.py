@@ -13,10 +13,7 @@ CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 QUICKSTART = str(CONFIGS / "quickstart.py")
 
 
-TRAINING = sorted(set(CONFIGS.glob("*.py")) - {CONFIGS / "curate.py"})
-
-
-@pytest.mark.parametrize("spec", [spec for path in TRAINING for spec in config.specs(path)])
+@pytest.mark.parametrize("spec", [spec for path in run_config.files(CONFIGS) for spec in config.specs(path)])
 def test_every_config_binds(spec):
     bound = resolve(spec, [])
     # What is written to the workdir and to checkpoints gives the same config again.

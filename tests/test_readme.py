@@ -42,7 +42,7 @@ def models() -> str:
     """The table of models: every config file, by family, with the classes of transformers that its sizes become."""
     lines = ["| family | config | what | sizes | objectives | transformers |", "|---|---|---|---|---|---|"]
     for family in registry.FAMILIES:
-        for path in sorted(set((ROOT / "configs").glob("*.py")) - {ROOT / "configs" / "curate.py"}):
+        for path in run_config.files(ROOT / "configs"):
             specs = config.specs(path)
             found = [run_config.with_vocabulary(run_config.resolve(spec, []), 1000).model for spec in specs]
             if found[0].family != family or path.stem == "quickstart":

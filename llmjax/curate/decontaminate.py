@@ -14,10 +14,10 @@ import re
 import numpy as np
 
 from llmjax.config import UserError
-from llmjax.curate import streams
+from llmjax.curate import streams, tables
 from llmjax.curate.config import DecontaminateConfig
+from llmjax.curate.units import kind_of
 from llmjax.data import minhash
-from llmjax.data.sources import kind_of
 
 _VAGUE = ("train", "test", "dev", "valid", "validation", "val", "data", "eval", "examples", "questions")
 _MARK = re.compile(r"[^\w\s]|_")
@@ -62,31 +62,34 @@ def set_names(paths: tuple[str, ...]) -> dict[str, str]:
 
 
 def examples(path: str) -> Iterator[str]:
-    """The texts of an evaluation set: every text in a record of JSONL, CSV or Parquet; paragraphs of a text file."""
+    """The texts of an evaluation set: every text in records of JSON, CSV or Parquet; paragraphs of a text file."""
     file = Path(path).expanduser()
     where = f"curate.decontaminate.against names {path!r}"
     if not file.is_file():
         raise UserError(f"{where}: no such file; give files of the evaluation sets")
-    kind = "csv" if file.suffix.lower() in (".csv", ".tsv") else kind_of(path)
     try:
+        kind = kind_of(path)
         if kind == "parquet":
             import pyarrow.parquet
 
             for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
                 yield from _texts(batch.to_pylist())
-            return
-        data = b"".join(streams.blocks(str(file))).decode("utf-8-sig", "replace")
-        if kind == "jsonl":
-            for line in filter(str.strip, data.splitlines()):
-                yield from _texts(json.loads(line))
-        elif kind == "csv":
-            yield from _texts(list(csv.reader(data.splitlines(), delimiter="\t" if file.suffix == ".tsv" else ",")))
-        elif file.suffix.lower() == ".json":
-            yield from _texts(json.loads(data))
+        elif kind in ("csv", "tsv"):
+            for row in tables.rows(str(file), kind):
+                yield from row
         else:
-            yield from re.split(r"\n\s*\n", data)
-    except (OSError, ValueError, streams.Damage) as error:
+            data = b"".join(streams.blocks(str(file))).decode("utf-8-sig", "replace")
+            yield from _texts(list(_values(data))) if kind == "jsonl" else re.split(r"\n\s*\n", data)
+    except (OSError, ValueError, csv.Error, streams.Damage) as error:
         raise UserError(f"{where}: cannot be read ({error}); give JSONL, JSON, CSV, Parquet or text") from None
+
+
+def _values(data: str) -> Iterator[object]:
+    """The value that the text is in JSON, else one a line."""
+    try:
+        yield json.loads(data)
+    except ValueError:
+        yield from map(json.loads, filter(str.strip, data.split("\n")))
 
 
 def _texts(value: object) -> Iterator[str]:

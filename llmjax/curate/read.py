@@ -62,6 +62,8 @@ def _record(where: str, fields: dict, unit: Unit, notes: dict[str, int]) -> Reco
     """A record of named fields as a document."""
     config = unit.config
     given = fields.get(config.id_field)
+    if isinstance(given, bytes):
+        given = given.decode("utf-8", "replace")
     if isinstance(given, str | int) and not isinstance(given, bool) and str(given).strip():
         where = encodings.mend_surrogates(str(given)).text or where
     if config.text_field not in fields:
@@ -281,8 +283,6 @@ def _read_parquet(item: Item, unit: Unit) -> Iterator[Record | Reject]:
                 values = {column: tables.values(batch.column(column)) for column in batch.schema.names}
                 for at in range(batch.num_rows):
                     fields = {column: list_[at] for column, list_ in values.items()}
-                    if isinstance(given := fields.get(config.id_field), bytes):
-                        fields[config.id_field] = given.decode("utf-8", "replace")
                     yield _record(f"{name}:{row}", fields, unit, {})
                     row += 1
     except pyarrow.ArrowException as error:
@@ -295,8 +295,6 @@ def _read_tfds(item: Item, unit: Unit) -> Iterator[Record | Reject]:
     for begin in range(item.begin, item.end, _ROWS):
         rows = range(begin, min(begin + _ROWS, item.end))
         for row, fields in zip(rows, source.__getitems__(list(rows)), strict=True):
-            if isinstance(given := fields.get(unit.config.id_field), bytes):
-                fields = {**fields, unit.config.id_field: given.decode("utf-8", "replace")}
             yield _record(f"{_name(item, unit)}:{row}", fields, unit, {})
 
 

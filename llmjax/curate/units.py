@@ -16,7 +16,6 @@ from llmjax.data import sources
 from llmjax.data.sources import Item
 
 FORMATS = ("text", "lines", "jsonl", "parquet", "csv", "tsv", "html", "warc")
-_TFDS_RECORDS = 8192  # in a unit
 _BY_NAME = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -71,24 +70,17 @@ def list_units(name: str, config: InputConfig) -> list[Unit]:
         records = len(source)
         if records:
             _check_names(source[0], config, f"{where}.text_field={config.text_field!r}: {config.path}")
-        spans = [
-            (
-                "tfds",
-                Item(config.path, begin, min(begin + _TFDS_RECORDS, records)),
-                min(_TFDS_RECORDS, records - begin),
-                str(records),
-            )
-            for begin in range(0, records, _TFDS_RECORDS)
-        ]
-        groups, base = [(kind, [item], state) for kind, item, _, state in spans], ""
+        groups, base = list(sources.tfds_groups(config.path, records)), ""
+        sizes = {item: (item.end or 0) - item.begin for _, items, _ in groups for item in items}
     else:
         standard = config.path == "stdlib:"
         files = sources.stdlib_files(place) if standard else sources.matching_files(config.path, place)
         base = os.path.commonpath(files) if standard else _fixed_folder(config.path, files)
-        spans = _file_spans(files, config)
+        cuts = lambda path, kind: kind in ("jsonl", "lines") and _is_plain(path)
+        spans = sources.file_spans(files, lambda path: config.format or kind_of(path), cuts)
         _check_columns(spans, config, where)
         groups = list(sources.grouped(spans))
-    sizes = {item: size for _, item, size, _ in spans}
+        sizes = {item: size for _, item, size, _ in spans}
     return [
         Unit(name, index, kind, config, base, tuple(items), sum(sizes[item] for item in items), state)
         for index, (kind, items, state) in enumerate(groups)
@@ -124,24 +116,6 @@ def _fixed_folder(path: str, files: list[str]) -> str:
         if not any(map(glob.has_magic, parts[:end]))
     ]
     return str(Path(*fixed)) if fixed else ""
-
-
-def _file_spans(files: list[str], config: InputConfig) -> list[tuple[str, Item, int, str]]:
-    """(kind, item, bytes, state) for every file or span of one."""
-    stats = [os.stat(path) for path in files]
-    limit = sources.unit_bytes(sum(stat.st_size for stat in stats))
-    spans = []
-    for path, stat in zip(files, stats, strict=True):
-        kind, state = config.format or kind_of(path), f"{stat.st_size}:{stat.st_mtime_ns}"
-        if kind in ("jsonl", "lines") and stat.st_size > limit and _is_plain(path):
-            for begin in range(0, stat.st_size, limit):
-                end = min(begin + limit, stat.st_size)
-                spans.append((kind, Item(path, begin, end), end - begin, state))
-        elif kind == "parquet":
-            spans += [(kind, item, size, state) for item, size in sources.row_groups(path, stat.st_size)]
-        else:
-            spans.append((kind, Item(path), stat.st_size, state))
-    return spans
 
 
 def _is_plain(path: str) -> bool:

@@ -1,6 +1,6 @@
 """Where documents are: sources listed as units of work that several processes can share."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import dataclasses
 import glob
 import os
@@ -55,11 +55,11 @@ def list_units(name: str, source: SourceConfig) -> list[Unit]:
     """
     where = f"data.sources.{name}.path={source.path!r}"
     if source.path.startswith("tfds:"):
-        groups = _tfds_groups(source.path, where)
-    elif source.path == "stdlib:":
-        groups = grouped(_file_spans(stdlib_files(where)))
+        groups = tfds_groups(source.path, len(open_tfds(source.path, where)))
     else:
-        groups = grouped(_file_spans(matching_files(source.path, where)))
+        files = stdlib_files(where) if source.path == "stdlib:" else matching_files(source.path, where)
+        plain = lambda path, kind: kind == "jsonl" and not path.endswith((".gz", ".zst"))
+        groups = grouped(file_spans(files, kind_of, plain))
     units = [
         Unit(name, index, kind, source.text_field, tuple(items), state, source.split_field)
         for index, (kind, items, state) in enumerate(groups)
@@ -104,19 +104,24 @@ def stdlib_files(where: str) -> list[str]:
     return [str(path) for path in sorted(files, key=lambda path: path.relative_to(root).as_posix())]
 
 
-def _file_spans(files: list[str]) -> list[tuple[str, Item, int, str]]:
-    """(kind, item, bytes, state) for every file; plain JSONL and Parquet are cut, so that one file feeds many units."""
+def file_spans(
+    files: list[str], kind_of: Callable[[str], str], cuts: Callable[[str, str], bool]
+) -> list[tuple[str, Item, int, str]]:
+    """(kind, item, bytes, state) for every file; files of lines and Parquet are cut, so that one feeds many units.
+
+    cuts   whether a file of this path and kind may be cut between any two lines
+    """
     stats = [os.stat(path) for path in files]
     limit = unit_bytes(sum(stat.st_size for stat in stats))
     spans = []
     for path, stat in zip(files, stats, strict=True):
         kind, state = kind_of(path), f"{stat.st_size}:{stat.st_mtime_ns}"
-        if kind == "jsonl" and not path.endswith((".gz", ".zst")) and stat.st_size > limit:
+        if kind == "parquet":
+            spans += [(kind, item, size, state) for item, size in row_groups(path, stat.st_size)]
+        elif stat.st_size > limit and cuts(path, kind):
             for begin in range(0, stat.st_size, limit):
                 end = min(begin + limit, stat.st_size)
                 spans.append((kind, Item(path, begin, end), end - begin, state))
-        elif kind == "parquet":
-            spans += [(kind, item, size, state) for item, size in row_groups(path, stat.st_size)]
         else:
             spans.append((kind, Item(path), stat.st_size, state))
     return spans
@@ -136,8 +141,8 @@ def row_groups(path: str, size: int) -> Iterator[tuple[Item, int]]:
         yield Item(path, group, group + 1), metadata.row_group(group).total_byte_size
 
 
-def _tfds_groups(path: str, where: str) -> Iterator[tuple[str, list[Item], str]]:
-    records = len(open_tfds(path, where))
+def tfds_groups(path: str, records: int) -> Iterator[tuple[str, list[Item], str]]:
+    """(kind, items, state) of the units of a TFDS source of so many records."""
     for begin in range(0, records, _TFDS_RECORDS):
         yield "tfds", [Item(path, begin, min(begin + _TFDS_RECORDS, records))], f"{records} records"
 

@@ -82,10 +82,8 @@ def nearest_config(parameters: float) -> tuple[str, int] | None:
     """The decoder in configs/ whose number of parameters is nearest by ratio; None without a configs/ folder."""
     folder = pathlib.Path(llmjax.__file__).resolve().parents[1] / "configs"
     found = []
-    for path in sorted(folder.glob("*.py")):
+    for path in run_config.files(folder):
         for spec in specs(path):
-            if "curate" in run_config.read_file(spec):  # curation has no model
-                continue
             config = resolve(spec, None)
             if config.model.family == "decoder":
                 found.append((f"configs/{spec.rsplit('/', 1)[-1]}", registry.count_parameters(config.model)))

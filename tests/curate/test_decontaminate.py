@@ -14,23 +14,34 @@ from llmjax.curate.config import DecontaminateConfig
 LONG = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron"  # fifteen words: three runs
 
 
+FILES = ("set.jsonl", "set.jsonl.gz", "set.json", "set.csv", "set.csv.gz", "set.tsv", "set.parquet", "set.txt")
+
+
 def write(folder, name: str) -> str:
     path = folder / name
     record = {"id": 7, "question": LONG, "choices": ["yes", "no"]}
     if name.endswith(".parquet"):
         pq.write_table(pa.table({"q": [LONG], "n": [1]}), path)
     elif name.endswith(".csv"):
-        path.write_text(f'id,q\n1,"{LONG}"\n')
+        broken = LONG.replace("kappa ", "kappa\n")  # a quoted field may hold a line end
+        path.write_text(f'id,q\n1,"{broken}"\n')
+    elif name.endswith(".csv.gz"):
+        path.write_bytes(gzip.compress(f'id,q\n1,"Alpha, {LONG}"\n'.encode()))
+    elif name.endswith(".tsv"):
+        path.write_text(f"id\tq\n1\t{LONG}\n")
     elif name.endswith(".json"):
-        path.write_text(json.dumps([record]))
+        path.write_text(json.dumps([record], indent=1))
     elif name.endswith(".gz"):
         path.write_bytes(gzip.compress((json.dumps(record) + "\n").encode()))
     else:
-        path.write_text(json.dumps(record) + "\n" if name.endswith(".jsonl") else f"Other.\n\n{LONG}\n")
+        record["choices"] += ["a line separator\u2028in a text"]
+        path.write_text(
+            json.dumps(record, ensure_ascii=False) + "\n" if name.endswith(".jsonl") else f"Other.\n\n{LONG}\n"
+        )
     return str(path)
 
 
-@pytest.mark.parametrize("name", ["set.jsonl", "set.jsonl.gz", "set.json", "set.csv", "set.parquet", "set.txt"])
+@pytest.mark.parametrize("name", FILES)
 def test_every_format(tmp_path, name):
     config = DecontaminateConfig(against=(write(tmp_path, name),))
     assert decontaminate.hits(f"Before it. {LONG.title()}, and after.", config) == {"set": 3}
