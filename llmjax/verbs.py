@@ -1,17 +1,15 @@
 """The verbs: each reads its flags, then imports what it needs and does it. Returns the exit status."""
 
 from collections.abc import Callable
-import dataclasses
 import itertools
 import json
 import os
 import shlex
 import sys
-import textwrap
-import typing
 
-from llmjax.config import UserError, families_of, suggest
+from llmjax.config import UserError
 from llmjax.curate_verb import curate
+from llmjax.fields_verb import fields
 from llmjax.flags import CONFIG, make_parser, parse, say, whole, workdir_of
 
 
@@ -365,44 +363,6 @@ def size(arguments: list[str]) -> int:
         flops = flags.budget_hours * 3600 * flags.devices * device.peak * flags.mfu
     chosen = budget.choose(flops=flops, tokens=flags.tokens, parameters=flags.parameters)
     print("\n".join(sizes.describe_budget(chosen, device, mfu=flags.mfu, seq_len=flags.seq_len)))
-    return 0
-
-
-def fields(arguments: list[str]) -> int:
-    """Explain the config."""
-    parser = make_parser("fields", "Every config field: its meaning, unit and default.", "llmjax fields optimizer")
-    parser.add_argument("section", nargs="?", metavar="SECTION", help="one section, such as model or data.tokenizer")
-    flags = parser.parse_args(arguments)
-    from llmjax.curate.config import Curation
-    from llmjax.run_config import RunConfig
-
-    shown = []
-
-    def show(cls: type, path: str, family: str = "") -> None:
-        hints = typing.get_type_hints(cls)
-        shown.append(path)
-        if not flags.section or path == flags.section:
-            print(f"[{path or 'top level'}{family}] {textwrap.dedent('    ' + (cls.__doc__ or '')).strip()}\n")
-            for field in dataclasses.fields(cls):
-                if not dataclasses.is_dataclass(hints[field.name]) and field.default is not dataclasses.MISSING:
-                    print(f"  --config.{path}{'.' if path else ''}{field.name}={field.default!r}")
-            print()
-        for name, hint in hints.items():
-            families = families_of(hint)
-            for family, config in families.items():
-                show(config, f"{path}.{name}" if path else name, f", {name}.family={family}")
-            if families:
-                continue
-            inner = next((h for h in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(h)), None)
-            if inner is not None:
-                entry = f"{name}.NAME" if inner is not hint else name
-                show(typing.cast(type, inner), f"{path}.{entry}" if path else entry)
-
-    show(RunConfig, "")
-    show(Curation, "")
-    if flags.section and flags.section not in shown:
-        known = ", ".join(dict.fromkeys(shown[1:]))
-        raise UserError(f"no section {flags.section!r}{suggest(flags.section, shown)}: known are {known}")
     return 0
 
 

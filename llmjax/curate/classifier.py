@@ -12,8 +12,8 @@ import zlib
 import numpy as np
 
 from llmjax.config import UserError
-from llmjax.curate.config import ClassifierConfig
 from llmjax.curate.normalise import normalise
+from llmjax.curate.quality_config import ClassifierConfig
 from llmjax.data.config import SourceConfig
 from llmjax.data.readers import Document, read_unit
 from llmjax.data.sources import list_units

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from llmjax.curate.config import QualityConfig
+from llmjax.curate.quality_config import QualityConfig
 
 _DEFAULTS = QualityConfig()
 _STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")

@@ -10,7 +10,7 @@ import re
 import zstandard
 
 from llmjax.curate import quality
-from llmjax.curate.config import QualityConfig
+from llmjax.curate.quality_config import QualityConfig
 from tests import jobs
 
 ROOT = jobs.ROOT

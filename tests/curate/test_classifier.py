@@ -12,7 +12,7 @@ import pytest
 from llmjax import cli
 from llmjax.config import UserError
 from llmjax.curate.classifier import Classifier, Measured, load, train, train_folders
-from llmjax.curate.config import ClassifierConfig
+from llmjax.curate.quality_config import ClassifierConfig
 
 SMALL = ClassifierConfig(buckets=1 << 12)
 

@@ -16,9 +16,9 @@ import zipfile
 import pytest
 
 from llmjax.config import UserError
-from llmjax.curate.config import RULE_SETS, QualityConfig
 from llmjax.curate.normalise import normalise
 from llmjax.curate.quality import RULES, clean_lines, failures, scores, split_words
+from llmjax.curate.quality_config import RULE_SETS, QualityConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PUBLISHED = QualityConfig(**{rule.name: rule.published for rule in RULES})
