@@ -87,6 +87,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         hint = next(o for o in options if o is not type(None))
         origin = typing.get_origin(hint)
     kind = origin or hint
+    if typing.get_args(hint)[:1] == (str,):  # tuple[str, ...]
+        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+            raise UserError(f"{where}={value!r}: expected a tuple of texts such as ('a',) or ('a', 'b')")
+        return tuple(value)
     if kind is float and isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{where}={value!r}: expected a finite number")
     if kind is Any or (isinstance(value, kind) and not (kind in (int, float) and isinstance(value, bool))):

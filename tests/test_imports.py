@@ -12,6 +12,7 @@ FLOORS = {
     "llmjax.cli": 8,
     "llmjax.verbs": 7,
     "llmjax.curate_verb": 6,
+    "llmjax.fields_verb": 6,
     "llmjax.flags": 1,
     "llmjax.plan": 6,
     "llmjax.train": 5,
@@ -41,12 +42,17 @@ FLOORS = {
     "llmjax.workdir": 1,
     "llmjax.config": 0,
     "llmjax.batch": 0,
-    "llmjax": 0,
 }
 
 
 def floor(module: str) -> int:
-    return next(number for prefix, number in FLOORS.items() if module == prefix or module.startswith(prefix + "."))
+    """Raises KeyError for a module that has none; the package itself is no room."""
+    if module == "llmjax":
+        return 0
+    found = [number for prefix, number in FLOORS.items() if module == prefix or module.startswith(prefix + ".")]
+    if not found:
+        raise KeyError(f"{module} stands on no floor: name it in FLOORS")
+    return found[0]
 
 
 def modules() -> dict[str, pathlib.Path]:

@@ -17,9 +17,9 @@ _HEADER_BYTES = 1 << 16  # a longer header is damage
 _NEXT = re.compile(rb"\n(?=WARC/\d\.\d\r?\n)")
 _HEADER_END = re.compile(rb"\r?\n\r?\n")
 # URL, IP address, date of 14 digits, content type, length; URLs of old crawls hold spaces.
-_ARC_LINE = re.compile(rb"(\S.*) (\S+) (\d{8,14}) (\S+) (\d+)\r?\n")
+_ARC_LINE = re.compile(rb"(\S.*) (\S+) (\d{8,14}) (\S+) (\d{1,18})\r?\n")
 _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\n]*)?\r?\n")
-NO_PAGE = "content type"  # of what a crawl holds beside pages, such as pictures: no fault of the file
+NO_PAGE = ("content type ", "HTTP status ")  # what a crawl holds beside pages, such as pictures: no fault of the file
 _CAPTURED = ("response", "resource", "conversion")
 _KINDS = {"text/html": "html", "application/xhtml+xml": "html", "text/plain": "text"}
 
@@ -101,7 +101,7 @@ def _warc_entries(window: streams.Window) -> Iterator[_Entry | tuple[str, str]]:
             continue
         fields = _fields(bytes(held[: end.start()]))
         length = fields.get("content-length", "")
-        if not length.isascii() or not length.isdigit() or "warc-type" not in fields:
+        if not re.fullmatch(r"[0-9]{1,18}", length) or "warc-type" not in fields:
             yield "damaged record", _excerpt(held)
             _to_next(window)
             continue
@@ -256,7 +256,7 @@ def _page(row: int, entry: _Entry) -> Page | Refused:
     name = content_type.partition(";")[0].strip().lower()
     kind = _KINDS.get(name) if name else ("html" if _looks_like_html(data) else "text")
     if kind is None:
-        return refused(f"{NO_PAGE} {name[:60]}")
+        return refused(f"content type {name[:60]}")
     return Page(row, entry.id, entry.url, entry.date, kind, data, content_type, cut)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
+import re
 
 from llmjax.config import UserError, suggest
 from llmjax.curate.quality_config import QualityConfig
@@ -103,7 +104,7 @@ class LanguageConfig:
     places          number of places
     """
 
-    keep: tuple = ()
+    keep: tuple[str, ...] = ()
     min_confidence: float = 0.5
     characters: int = 1200
     places: int = 4
@@ -145,14 +146,12 @@ class DecontaminateConfig:
     min_hits   runs that a document shares with a set before it is dropped
     """
 
-    against: tuple = ()
+    against: tuple[str, ...] = ()
     words: int = 13
     min_words: int = 8
     min_hits: int = 1
 
     def __post_init__(self):
-        if isinstance(self.against, str):
-            raise UserError(f"curate.decontaminate.against={self.against!r}: expected a tuple of files, such as ('a',)")
         if not 1 <= self.min_words <= self.words:
             raise UserError(
                 f"curate.decontaminate.min_words={self.min_words}: expected 1 up to words={self.words}, its longest run"
@@ -169,7 +168,7 @@ class SampleConfig:
     seed   another seed, another choice of documents where an input gives only some
     """
 
-    terms: tuple = ()
+    terms: tuple[str, ...] = ()
     seed: int = 0
 
 
@@ -212,7 +211,7 @@ class CurateConfig:
     """
 
     inputs: Mapping[str, InputConfig] = dataclasses.field(default_factory=dict)
-    stages: tuple = STAGES[:-1]
+    stages: tuple[str, ...] = STAGES[:-1]
     extract: ExtractConfig = ExtractConfig()
     normalise: NormaliseConfig = NormaliseConfig()
     language: LanguageConfig = LanguageConfig()
@@ -227,7 +226,7 @@ class CurateConfig:
     workers: int = 0
 
     def __post_init__(self):
-        if isinstance(self.stages, str) or not self.stages or self.stages[0] != "read":
+        if not self.stages or self.stages[0] != "read":
             raise UserError(f"curate.stages={self.stages!r}: expected a tuple that begins with 'read'")
         for name in self.stages:
             if name not in STAGES:
@@ -244,10 +243,14 @@ class CurateConfig:
             raise UserError("curate.stages has augment without split: copies of test documents would be trained on")
         numbers = {"workers": self.workers, "sample.seed": self.sample.seed, "augment.seed": self.augment.seed}
         for name, given in self.inputs.items():
+            if not re.fullmatch(r"[\w-]+", name):
+                raise UserError(f"curate.inputs: {name!r} cannot name files; use letters, digits, _ and -")
             numbers |= {f"inputs.{name}.weight": given.weight or 0, f"inputs.{name}.max_tokens": given.max_tokens}
         for name, value in numbers.items():
             if value < 0:
                 raise UserError(f"curate.{name}={value}: must not be negative")
+            if value >= 1 << 63:
+                raise UserError(f"curate.{name}={value}: must be below 2^63")
         if not 0 <= self.max_bad_fraction <= 1:
             raise UserError(f"curate.max_bad_fraction={self.max_bad_fraction}: expected a fraction from 0 to 1")
 

@@ -29,7 +29,7 @@ def hits(text: str, config: DecontaminateConfig) -> dict[str, int]:
     found = {}
     for path in config.against:
         count = 0
-        for size, grams in _grams(path, config.words, config.min_words).items():
+        for size, grams in _grams(path, streams.state_of(path), config.words, config.min_words).items():
             if words.size >= size:
                 runs = minhash.shingles(words, size)
                 # Searched, not `np.isin`: that sorts the set anew for every document.
@@ -43,7 +43,7 @@ def hits(text: str, config: DecontaminateConfig) -> dict[str, int]:
 def check(config: DecontaminateConfig) -> None:
     """Raises UserError for an evaluation set that cannot be read, or that holds nothing to look for."""
     for path in config.against:
-        if not _grams(path, config.words, config.min_words):
+        if not _grams(path, streams.state_of(path), config.words, config.min_words):
             raise UserError(
                 f"curate.decontaminate.against names {path!r}: it holds no text of {config.min_words} words "
                 "(curate.decontaminate.min_words) or more, so nothing of it would be found"
@@ -108,7 +108,7 @@ def _words(text: str) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=64)
-def _grams(path: str, size: int, least: int) -> dict[int, np.ndarray]:
+def _grams(path: str, _state: tuple[int, int] | None, size: int, least: int) -> dict[int, np.ndarray]:
     """Words in a run -> sorted hashes of the set's runs: `size` words, or fewer for examples that have no more."""
     made: dict[int, list[np.ndarray]] = {}
     for example in examples(path):

@@ -57,7 +57,7 @@ def version(method: str) -> str:
     """What `method` stands for here: another one may extract another text."""
     if method == "plain" or not _installed():
         return "plain"
-    return f"trafilatura {importlib.metadata.version('trafilatura')}"
+    return ", ".join(f"{package} {importlib.metadata.version(package)}" for package in ("trafilatura", "lxml"))
 
 
 @functools.cache

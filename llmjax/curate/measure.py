@@ -1,5 +1,6 @@
 """Measuring a unit: every record is read and goes through the stages in order; no threshold is applied."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -13,10 +14,9 @@ from llmjax.data import minhash, store
 
 def key_of(unit: read.Unit, config: CurateConfig) -> str:
     """Names the measurement of a unit: its files, and what measuring is told. Thresholds and its number are no part."""
-    told = {name: stages.STAGES[name].measured(config) for name in config.stages}
-    told["version"] = VERSION
+    told = {"version": VERSION, "stages": [(name, stages.STAGES[name].measured(config)) for name in config.stages]}
     told["unit"] = {"source": unit.source, "kind": unit.kind, "items": repr(unit.items), "state": unit.state}
-    told["input"] = repr(unit.config)
+    told["input"] = repr(dataclasses.replace(unit.config, weight=None, max_tokens=0))
     return store.fingerprint_of(told)[:24]
 
 

@@ -51,7 +51,7 @@ class QualityConfig:
     min_classifier  its probability from 0 to 1 that a text is good, at least; None: only written beside the text
     """
 
-    rules: tuple = RULE_SETS
+    rules: tuple[str, ...] = RULE_SETS
     c4_citations: bool = False
     c4_terminal_punctuation: bool = False
     c4_min_line_words: int = 1
@@ -98,6 +98,9 @@ class QualityConfig:
                     f"curate.quality.rules names {name!r}{suggest(str(name), RULE_SETS)}: known are "
                     f"{', '.join(RULE_SETS)}"
                 )
+        for name in ("c4_min_line_words", "c4_max_word"):
+            if not 1 <= (value := getattr(self, name)) <= 1_000_000:
+                raise UserError(f"curate.quality.{name}={value}: expected 1 up to 1,000,000")
         if self.min_classifier is not None and not self.classifier:
             raise UserError(
                 f"curate.quality.min_classifier={self.min_classifier}: no model given; set curate.quality.classifier"

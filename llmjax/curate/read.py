@@ -8,6 +8,7 @@ import math
 import os
 from typing import Any, NamedTuple
 
+from llmjax.config import UserError
 from llmjax.curate import archives, encodings, streams, tables
 from llmjax.curate.streams import MAX_RECORD, Damage
 from llmjax.curate.units import Unit, kind_of, list_units
@@ -45,11 +46,17 @@ def read(unit: Unit) -> Iterator[Record | Reject]:
     """The unit's records, and a Reject for each that is none, the same ones in the same order at every call.
 
     Never raises for what is in a file. Where a file is damaged, what precedes the damage is given first.
+    Raises UserError for a file that the disk or its permissions do not let it read, or that is gone: it may come back.
     """
     for item in unit.items:
         try:
             yield from _READERS[unit.kind](item, unit)
         except (Damage, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # pyarrow raises OSError for damage too
+                raise UserError(
+                    f"curate.inputs.{unit.source}.path={unit.config.path!r}: {item.path} cannot be read "
+                    f"({error.strerror}); mend that and run again: finished parts are kept"
+                ) from None
             yield Reject(f"{_name(item, unit)}#rest", UNREADABLE, str(error)[:_EXCERPT])
 
 
@@ -64,7 +71,8 @@ def _record(where: str, fields: dict, unit: Unit, notes: dict[str, int]) -> Reco
     given = fields.get(config.id_field)
     if isinstance(given, bytes):
         given = given.decode("utf-8", "replace")
-    if isinstance(given, str | int) and not isinstance(given, bool) and str(given).strip():
+    named = isinstance(given, str | int) and not isinstance(given, bool) and bool(str(given).strip())
+    if named:
         where = encodings.mend_surrogates(str(given)).text or where
     if config.text_field not in fields:
         return Reject(where, f"no field {config.text_field!r}", repr(fields)[:_EXCERPT])
@@ -76,13 +84,17 @@ def _record(where: str, fields: dict, unit: Unit, notes: dict[str, int]) -> Reco
             return Reject(where, "not UTF-8", repr(text[:_EXCERPT]))
     if not isinstance(text, str):
         return Reject(where, f"field {config.text_field!r} is not a text", repr(text)[:_EXCERPT])
-    text, mended = encodings.mend_surrogates(text)
-    others = {
-        name: _jsonable(value)
-        for name, value in fields.items()
-        if name not in (config.text_field, config.id_field) and ("*" in config.fields or name in config.fields)
-    }
-    return _document(where, text, config.content, unit, others, {**notes, **mended})
+    mended = encodings.mend_surrogates(text)
+    taken = (config.text_field, config.id_field) if named or given is None else (config.text_field,)
+    try:
+        others = {
+            name: _jsonable(value)
+            for name, value in fields.items()
+            if name not in taken and ("*" in config.fields or name in config.fields)
+        }
+    except RecursionError:
+        return Reject(where, "fields nested too deeply", repr(text[:_EXCERPT]))
+    return _document(where, mended.text, config.content, unit, others, {**notes, **mended.notes})
 
 
 def _document(
@@ -280,7 +292,9 @@ def _read_parquet(item: Item, unit: Unit) -> Iterator[Record | Reject]:
             wanted = {config.text_field, config.id_field, *config.fields}
             columns = None if "*" in config.fields else [column for column in names if column in wanted]
             for batch in file.iter_batches(_ROWS, list(range(item.begin, last)), columns=columns):
-                values = {column: tables.values(batch.column(column)) for column in batch.schema.names}
+                # Of two columns of one name, the first.
+                places = {column: place for place, column in reversed(list(enumerate(batch.schema.names)))}
+                values = {column: tables.values(batch.column(place)) for column, place in places.items()}
                 for at in range(batch.num_rows):
                     fields = {column: list_[at] for column, list_ in values.items()}
                     yield _record(f"{name}:{row}", fields, unit, {})

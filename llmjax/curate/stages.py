@@ -8,13 +8,15 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import hashlib
+import importlib.metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmjax.config import UserError
-from llmjax.curate import classifier, decontaminate, extract, language, normalise, personal, quality, terms
+from llmjax.curate import classifier, decontaminate, extract, language, normalise, personal, quality, streams, terms
 from llmjax.curate.config import CurateConfig
 from llmjax.curate.document import Document, content_hash
+from llmjax.curate.units import kind_of
 from llmjax.data import minhash
 
 Measure = Callable[[Document, CurateConfig], Document | str]
@@ -62,11 +64,14 @@ def _quality(document: Document, config: CurateConfig) -> Document | str:
     lines = {f"lines.{what}": count for what, count in counts.items() if count}
     judged = quality.scores(text)
     if config.quality.classifier:
-        judged["classifier"] = _classifier(config.quality.classifier).score(text)
+        path = config.quality.classifier
+        judged["classifier"] = _classifier(path, streams.state_of(path)).score(text)
     return document.with_scores({**lines, **judged})
 
 
-_classifier = functools.lru_cache(maxsize=1)(classifier.load)
+@functools.lru_cache(maxsize=1)
+def _classifier(path: str, _state: tuple[int, int] | None) -> classifier.Classifier:
+    return classifier.load(path)
 
 
 def _duplicates(document: Document, config: CurateConfig) -> Document:
@@ -104,15 +109,28 @@ def _contents(field: str, paths: tuple) -> list[str]:
     for path in filter(None, paths):
         file = Path(path).expanduser()
         try:
-            found.append(_hash(file, file.stat().st_mtime_ns))
+            found.append(_hash(file, streams.state_of(path)))
         except OSError as error:
             raise UserError(f"curate.{field} names {path!r}: cannot be read ({error.strerror}); give a file") from None
     return found
 
 
 @functools.lru_cache(maxsize=256)
-def _hash(path: Path, _changed: int) -> str:
+def _hash(path: Path, _state: tuple[int, int] | None) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@functools.cache
+def _version(package: str) -> str:
+    return f"{package} {importlib.metadata.version(package)}"
+
+
+def _sets(config: CurateConfig) -> list[Any]:
+    """Of every evaluation set: what it is called, how it is read, what it holds."""
+    against = config.decontaminate.against
+    names = decontaminate.set_names(against)
+    hashes = _contents("decontaminate.against", against)
+    return [(names[path], kind_of(path), digest) for path, digest in zip(against, hashes, strict=True)]
 
 
 def _judged(config: CurateConfig) -> list[Any]:
@@ -135,18 +153,15 @@ def _judged(config: CurateConfig) -> list[Any]:
 
 # In the order in which they run unless curate.stages says otherwise.
 STAGES: dict[str, Stage] = {
-    "read": Stage(_nothing, lambda c: None),
+    "read": Stage(_nothing, lambda c: _version("charset-normalizer")),
     "extract": Stage(_extract, lambda c: extract.version(c.extract.method)),
-    "normalise": Stage(_normalise, lambda c: repr(c.normalise)),
-    "language": Stage(_language, lambda c: (c.language.characters, c.language.places)),
+    "normalise": Stage(_normalise, lambda c: (repr(c.normalise), _version("ftfy"))),
+    "language": Stage(_language, lambda c: (c.language.characters, c.language.places, _version("py3langid"))),
     "quality": Stage(_quality, _judged),
     "duplicates": Stage(_duplicates, lambda c: None),
     "decontaminate": Stage(
         _decontaminate,
-        lambda c: (
-            _contents("decontaminate.against", c.decontaminate.against),
-            (c.decontaminate.words, c.decontaminate.min_words),
-        ),
+        lambda c: (_sets(c), c.decontaminate.words, c.decontaminate.min_words),
     ),
     "personal_data": Stage(_personal, lambda c: repr(c.personal_data)),
     "sample": Stage(_sample, lambda c: _contents("sample.terms", c.sample.terms)),

@@ -1,6 +1,7 @@
 """The bytes of a file, plain or compressed, up to the last one that can be read, in blocks and in lines."""
 
 from collections.abc import Iterable, Iterator
+import os
 import zlib
 
 BLOCK = 1 << 18
@@ -16,7 +17,8 @@ class Damage(Exception):
 def blocks(path: str, begin: int = 0) -> Iterator[bytes]:
     """The content of a file from byte `begin` on (of a plain file), gzip and zstd unpacked, told by their first bytes.
 
-    Raises Damage after the last block that could be read, where the file is truncated or broken.
+    Raises Damage after the last block that could be read, where the file is truncated or broken, and OSError where the
+    disk or its permissions do not let it be read: that is no property of the file.
     """
     packing = packing_of(path) if not begin else ""
     if packing == "gzip":
@@ -28,6 +30,15 @@ def blocks(path: str, begin: int = 0) -> Iterator[bytes]:
         yield from _zstd_blocks(_raw_blocks(path))
     else:
         yield from _raw_blocks(path, begin)
+
+
+def state_of(path: str) -> tuple[int, int] | None:
+    """Time of change and size of a file, None where there is none: what was read of it holds while they do."""
+    try:
+        stat = os.stat(os.path.expanduser(path))
+    except OSError:
+        return None
+    return stat.st_mtime_ns, stat.st_size
 
 
 def packing_of(path: str) -> str:
@@ -153,13 +164,10 @@ def _zstd_blocks(raw: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _raw_blocks(path: str, begin: int = 0) -> Iterator[bytes]:
-    try:
-        with open(path, "rb") as file:
-            file.seek(begin)
-            while block := file.read(BLOCK):
-                yield block
-    except OSError as error:
-        raise Damage(error.strerror or str(error)) from None
+    with open(path, "rb") as file:
+        file.seek(begin)
+        while block := file.read(BLOCK):
+            yield block
 
 
 def lines(data: Iterator[bytes], offset: int = 0) -> Iterator[tuple[int, bytes | None]]:

@@ -1,6 +1,7 @@
 """Rows of CSV and TSV files, and values of Parquet columns, whatever bytes they hold."""
 
 from collections.abc import Iterator
+import contextlib
 import csv
 
 from llmjax.curate import encodings, streams
@@ -12,17 +13,23 @@ _EXCERPT = 120
 def rows(path: str, kind: str) -> Iterator[list[str]]:
     """The rows of a CSV or TSV file, header included. Bytes that are not UTF-8 come as surrogates.
 
+    Raises csv.Error for a row that is none, or too long, and goes on after it.
+
     CSV as in RFC 4180; TSV as registered with IANA: a tab or a line end is never part of a field, a quote is a quote.
     """
     data, _ = encodings.as_utf8(streams.blocks(path))
     csv.field_size_limit(MAX_RECORD)
-    lines = (
-        (line or b"").removeprefix(b"\xef\xbb\xbf" if offset == 0 else b"").decode("utf-8", "surrogateescape")
-        for offset, line in streams.lines(data)
-    )
+    lines = map(_line, streams.lines(data))
     if kind == "tsv":
         return csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
     return csv.reader(lines)
+
+
+def _line(numbered: tuple[int, bytes | None]) -> str:
+    offset, line = numbered
+    if line is None:
+        raise csv.Error(f"a line longer than {MAX_RECORD >> 20} MiB")
+    return line.removeprefix(b"\xef\xbb\xbf" if offset == 0 else b"").decode("utf-8", "surrogateescape")
 
 
 class Cells:
@@ -56,5 +63,15 @@ def values(column) -> list:
         column = column.cast(pyarrow.large_binary())
     try:
         return column.to_pylist()
-    except (UnicodeDecodeError, ValueError):  # inside lists, or dates that Python's calendar lacks
-        return [str(value)[:_EXCERPT] if value.is_valid else None for value in column]
+    except (
+        Exception
+    ):  # texts inside lists that are not UTF-8, dates that Python's calendar lacks, zones it does not know
+        return [_value(value) for value in column]
+
+
+def _value(value) -> object:
+    """A value as Python has it, else what it looks like, else None."""
+    for form in (lambda: value.as_py(), lambda: str(value)[:_EXCERPT]):
+        with contextlib.suppress(Exception):
+            return form()
+    return None

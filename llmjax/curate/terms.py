@@ -8,6 +8,7 @@ from pathlib import Path
 import re
 
 from llmjax.config import UserError
+from llmjax.curate import streams
 
 # Small and neutral on purpose: groups that many corpora should have in some proportion. A list of one's own says more.
 DEFAULT = """\
@@ -36,7 +37,7 @@ tone/profanity: damn, crap, bastard, bitch, shit, fuck, fucking
 
 def count(text: str, files: tuple) -> dict[str, int]:
     """Topic/group -> how often the text has one of its words; groups that it has nothing of are left out."""
-    pattern, names = _compiled(files)
+    pattern, names = _compiled(files, tuple(map(streams.state_of, files)))
     found: dict[str, int] = {}
     for match in pattern.finditer(text.lower()):
         for name in names[match[0]]:
@@ -45,7 +46,7 @@ def count(text: str, files: tuple) -> dict[str, int]:
 
 
 @functools.lru_cache(maxsize=4)
-def _compiled(files: tuple) -> tuple[re.Pattern, dict[str, list[str]]]:
+def _compiled(files: tuple, _states: tuple) -> tuple[re.Pattern, dict[str, list[str]]]:
     names: dict[str, list[str]] = {}
     for name, words in parse(files).items():
         for word in words:

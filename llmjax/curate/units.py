@@ -74,13 +74,17 @@ def list_units(name: str, config: InputConfig) -> list[Unit]:
         sizes = {item: (item.end or 0) - item.begin for _, items, _ in groups for item in items}
     else:
         standard = config.path == "stdlib:"
-        files = sources.stdlib_files(place) if standard else sources.matching_files(config.path, place)
-        base = os.path.commonpath(files) if standard else _fixed_folder(config.path, files)
+        # Absolute: a process of a cluster may stand in another folder.
+        path = config.path if standard else os.path.abspath(os.path.expanduser(config.path))
+        files = sources.stdlib_files(place) if standard else sources.matching_files(path, place)
+        base = os.path.commonpath(files) if standard else _fixed_folder(path, files)
         cuts = lambda path, kind: kind in ("jsonl", "lines") and _is_plain(path)
         spans = sources.file_spans(files, lambda path: config.format or kind_of(path), cuts)
         _check_columns(spans, config, where)
         groups = list(sources.grouped(spans))
         sizes = {item: size for _, item, size, _ in spans}
+    if not groups:
+        raise UserError(f"{place}: holds no records; give files that do")
     return [
         Unit(name, index, kind, config, base, tuple(items), sum(sizes[item] for item in items), state)
         for index, (kind, items, state) in enumerate(groups)
@@ -107,9 +111,9 @@ def _check(config: InputConfig, where: str) -> None:
 
 def _fixed_folder(path: str, files: list[str]) -> str:
     """The part of a glob before its first wildcard: ids then stay the same where the folder is moved."""
-    if len(files) == 1 and os.path.expanduser(path) == files[0]:
-        return os.path.dirname(files[0])
-    parts = Path(os.path.expanduser(path)).parts
+    if files == [path]:
+        return os.path.dirname(path)
+    parts = Path(path).parts
     fixed = [
         part
         for part, end in zip(parts, range(1, len(parts)), strict=False)
@@ -138,7 +142,7 @@ def _check_columns(spans: list[tuple[str, Item, int, str]], config: InputConfig,
     elif kind:
         try:
             names = config.columns or next(tables.rows(path, kind), ())
-        except (Damage, csv.Error):
+        except (Damage, csv.Error, OSError):
             return
     more = "" if kind == "parquet" else ", or name the columns of files without a header line in `columns`"
     _check_names(names, config, f"{where}.text_field={config.text_field!r}: {path}", more)

@@ -155,7 +155,7 @@ def _listen(requests: queue.SimpleQueue) -> None:
     while True:
         try:
             requests.put(pickle.load(sys.stdin.buffer))
-        except EOFError:
+        except Exception:  # EOFError, or a task that was cut off: the parent is gone
             os._exit(1)
 
 

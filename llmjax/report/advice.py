@@ -2,10 +2,10 @@
 
 from typing import Any
 
+from llmjax.curate.archives import NO_PAGE
 from llmjax.report.markup import count
 
 _JUDGING = ("read", "extract", "normalise", "language", "quality")  # stages that may be wrong about a good text
-_NO_PAGE = ("content type ", "HTTP status ")  # what crawls hold beside pages: no setting makes text of it
 _NOT_GIVEN = "not given"
 # Where a stage has no section of settings of its own.
 _SECTIONS = {"read": "inputs.NAME"}
@@ -24,7 +24,7 @@ def of(report: dict[str, Any]) -> list[str]:
     said, given = [], max(report["records"]["documents"], 1)
     for stage in report["stages"]:
         for one in stage["dropped"]:
-            judged = stage["stage"] in _JUDGING and not one["reason"].startswith(_NO_PAGE)
+            judged = stage["stage"] in _JUDGING and not one["reason"].startswith(NO_PAGE)
             if one["documents"] > 0.05 * given and judged:
                 said.append(
                     f"{one['documents'] / given:.0%} of all documents went in {stage['stage'].replace('_', ' ')} for "

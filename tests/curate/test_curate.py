@@ -140,6 +140,30 @@ def test_a_changed_threshold_measures_nothing_again(raw, tmp_path, capsys):
     assert all(len(record["text"].split()) >= 90 for record in corpora.records(tmp_path))
 
 
+def test_what_measuring_depends_on_is_measured_again(raw, tmp_path, capsys):
+    """The order of the stages, an evaluation set's name and how it is read: all are as in a fresh workdir."""
+    stages = "('read','normalise','personal_data','quality','duplicates','decontaminate')"
+    held = (raw["clean"].read_text().splitlines()[0] + "\n").encode()
+    for name in ("quiz.jsonl", "other.jsonl", "other.txt"):
+        (tmp_path / name).write_bytes(held)
+    sets = {name: f"('{tmp_path / name}',)" for name in ("quiz.jsonl", "other.jsonl", "other.txt")}
+    for number, settings in enumerate(
+        [
+            {"decontaminate__against": sets["quiz.jsonl"]},
+            {"decontaminate__against": sets["quiz.jsonl"], "stages": stages},
+            {"decontaminate__against": sets["other.jsonl"], "stages": stages},
+            {"decontaminate__against": sets["other.txt"], "stages": stages},
+        ]
+    ):
+        report = curate(tmp_path / "one", raw, **settings)
+        (tmp_path / "one" / "splits.npz").unlink()
+        assert report == curate(tmp_path / f"fresh{number}", raw, **settings)
+        assert corpora.files(tmp_path / "one") == corpora.files(tmp_path / f"fresh{number}")
+    capsys.readouterr()
+    curate(tmp_path / "one", raw, **settings, inputs__clean__weight=1, inputs__messy__weight=1)
+    assert "2 of 2 parts were measured before" in capsys.readouterr().out, "a weight is no part of what is measured"
+
+
 def test_the_same_command_again_does_nothing(raw, corpus, capsys):
     before = {path: path.stat().st_mtime_ns for path in (corpus / "curated").iterdir()}
     curate(corpus, raw)
@@ -343,6 +367,11 @@ def test_a_deleted_output_is_made_again(raw, tmp_path):
         ({"quality__classifier": "/no/such.npz"}, "curate.quality.classifier names '/no/such.npz'"),
         ({"max_bad_fraction": 2}, "curate.max_bad_fraction=2.0"),
         ({"personal_data__action": "hide"}, "curate.personal_data.action='hide'"),
+        ({"inputs__a/b__path": "stdlib:"}, "'a/b' cannot name files"),
+        ({"decontaminate__against": "(1,)"}, "curate.decontaminate.against=(1,): expected a tuple of texts"),
+        ({"language__keep": "en"}, "curate.language.keep='en': expected a tuple of texts such as ('a',)"),
+        ({"quality__c4_max_word": 10**12}, "expected 1 up to 1,000,000"),
+        ({"sample__seed": 2**64}, "must be below 2^63"),
         ({"max_bad_fraction": 0.001}, "more than curate.max_bad_fraction=0.001 allows"),
     ],
 )

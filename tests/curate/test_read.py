@@ -316,6 +316,8 @@ def test_a_record_without_end_is_refused_in_bounded_memory(tmp_path, monkeypatch
     assert texts(found) == ["a", "b"] and [reason for _, reason in refused(found)] == ["longer than 0 MiB"]
     (tmp_path / "a.csv").write_text('text\na\n"' + "unclosed\n" * 500 + "\n")
     assert texts(run(tmp_path / "a.csv"))[0] == "a" and refused(run(tmp_path / "a.csv"))[0][1] == "not CSV"
+    (tmp_path / "b.csv").write_text("text\na\n" + "x" * 5000 + "\nb\n")
+    assert texts(run(tmp_path / "b.csv")) == ["a", "b"] and refused(run(tmp_path / "b.csv"))[0][1] == "not CSV"
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl.gz", "a.csv", "a.html", "a.warc", "a.parquet", "a.txt.zst"])
@@ -331,11 +333,13 @@ def test_a_file_that_is_no_text_is_refused(tmp_path):
     assert refused(run(tmp_path / "a.txt")) == [("main:a.txt", "not text")]
 
 
-def test_a_file_that_vanished_is_refused(tmp_path):
+def test_a_file_that_cannot_be_read_now_stops_the_command(tmp_path):
+    """It may come back: a reject would be remembered. The disk's errors and permissions take the same way."""
     (tmp_path / "a.txt").write_text("a")
     units = list_units("main", InputConfig(path=str(tmp_path / "a.txt")))
     (tmp_path / "a.txt").unlink()
-    assert refused(read(units[0])) == [("main:a.txt#rest", "unreadable")]
+    with pytest.raises(UserError, match=r"curate\.inputs\.main\.path=.*a\.txt cannot be read \(No such file"):
+        list(read(units[0]))
 
 
 @pytest.mark.parametrize("suffix", ["gz", "zst"])
@@ -375,6 +379,37 @@ def test_parquet_strings_that_are_not_utf8(tmp_path):
     pq.write_table(pa.table({"text": column, "note": column}), tmp_path / "a.parquet")
     found = run(tmp_path / "a.parquet")
     assert texts(found) == ["good", "fine"] and refused(found) == [("main:a.parquet:1", "not UTF-8")]
+
+
+def test_odd_columns_of_parquet_cost_nothing_else(tmp_path):
+    """Dates beyond the calendar, unknown zones, texts in lists that are not UTF-8, two columns of one name."""
+    days = pa.array([2**31 - 1, 0], pa.date32())
+    moments = pa.array([2**62, 0], pa.timestamp("ms"))
+    zoned = pa.array([0, 0], pa.timestamp("s", tz="Nowhere/Atall"))
+    broken = pa.array([[b"\xff"], [b"b"]], pa.list_(pa.binary())).cast(pa.list_(pa.string()), safe=False)
+    names = ["text", "days", "moments", "zoned", "lists", "text"]
+    first, second = pa.array(["first", "second"]), pa.array(["other", "other"])
+    pq.write_table(pa.table([first, days, moments, zoned, broken, second], names=names), tmp_path / "a.parquet")
+    found = run(tmp_path / "a.parquet")
+    assert texts(found) == ["first", "second"] and found[1].meta["lists"] == ["b"]
+    json.dumps([record.meta for record in found])
+
+
+def test_no_records_at_all(tmp_path):
+    pq.ParquetWriter(tmp_path / "a.parquet", pa.schema([("text", pa.string())])).close()
+    with pytest.raises(UserError, match="holds no records"):
+        run(tmp_path / "a.parquet")
+
+
+def test_fields_nested_deeply_cost_one_record(tmp_path):
+    deep = b'{"text": "deep", "x": ' + b"[" * 700 + b"]" * 700 + b"}\n"
+    found = run(write(tmp_path / "a.jsonl", deep, {"text": "plain"}))
+    assert texts(found)[-1] == "plain" and len(found) == 2
+
+
+def test_an_id_that_names_nothing_is_carried_through(tmp_path):
+    found = run(write(tmp_path / "a.jsonl", {"text": "a", "id": 7.5}, {"text": "b", "id": None}))
+    assert [record.meta for record in found] == [{"id": 7.5}, {}]
 
 
 # Encodings.
@@ -469,7 +504,7 @@ def test_warc(tmp_path, packed):
     ]
 
 
-@pytest.mark.parametrize("length", ["10", "100000", "", "x", "999999999999"])
+@pytest.mark.parametrize("length", ["10", "100000", "", "x", "999999999999", "9" * 5000])
 def test_a_warc_record_of_a_wrong_length_costs_no_other(tmp_path, length):
     pages = [response(b"<p>" + str(i).encode() * 50, f"http://{i}/") for i in range(5)]
     pages[2] = response(b"<p>2", "http://2/", length=length)
