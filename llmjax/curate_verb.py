@@ -54,8 +54,7 @@ def curate(arguments: list[str]) -> int:
     from llmjax.report import card
 
     workdir = _workdir(parser, flags.workdir)
-    begun = workdir / "config.json"
-    tree = _tree(flags, begun)
+    tree = _tree(flags, workdir / "config.json")
     config = _bind(tree, overrides).curate
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -63,7 +62,6 @@ def curate(arguments: list[str]) -> int:
         raise UserError(f"--workdir={flags.workdir}: cannot be made ({error.strerror}); name another place") from None
     with contextlib.ExitStack() as stack:
         stack.enter_context(workdirs.Lock(workdir, primary=True))
-        workdirs.write_json(begun, {"curate": curating.config_of(config)})
         if flags.runner == "ray":
             runner = stack.enter_context(runners.RayRunner(flags.ray_address))
         else:
@@ -73,7 +71,7 @@ def curate(arguments: list[str]) -> int:
         except KeyboardInterrupt:
             _say("stopped: finished parts are kept; the same command goes on from here")
             raise
-    return _show(workdir, report, list(card.lines(report)), flags.workdir)
+    return _show(workdir, report, list(card.lines(report)), card.page_of(report), flags.workdir)
 
 
 def _report(arguments: list[str]) -> int:
@@ -94,10 +92,10 @@ def _report(arguments: list[str]) -> int:
         )
     try:
         report = json.loads(path.read_text())
-        lines = list(card.lines(report))
+        lines, page = list(card.lines(report)), card.page_of(report)
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: not a report of this version of llmjax; run `llmjax curate` again") from None
-    return _show(workdir, report, lines, flags.workdir)
+    return _show(workdir, report, lines, page, flags.workdir)
 
 
 def _classifier(arguments: list[str]) -> int:
@@ -136,16 +134,14 @@ def _classifier(arguments: list[str]) -> int:
     return 0
 
 
-def _show(workdir: pathlib.Path, report: dict[str, Any], lines: list[str], named: str) -> int:
-    from llmjax.report import card
-
+def _show(workdir: pathlib.Path, report: dict[str, Any], lines: list[str], page: str, named: str) -> int:
     for line in lines:
         _say(line)
-    (workdir / "report.html").write_text(card.page_of(report))
-    _say(f"\nreport: {workdir / 'report.html'}")
+    (workdir / "report.html").write_text(page)
+    _say(f"\nreport: {named.rstrip('/')}/report.html")
     if not report["kept"]["documents"]:
         return 0
-    pattern = shlex.quote(f"{named.rstrip('/')}/curated/*.jsonl.zst")
+    pattern = shlex.quote(f"{glob.escape(named.rstrip('/'))}/curated/*.jsonl.zst")
     _say(
         "next: llmjax prepare --config=configs/quickstart.py --workdir=runs/mine "
         f"--config.data.sources.main.path={pattern}"
@@ -155,6 +151,11 @@ def _show(workdir: pathlib.Path, report: dict[str, Any], lines: list[str], named
 
 
 def _tree(flags: Any, begun: pathlib.Path) -> dict[str, Any]:
+    from llmjax import run_config
+
+    held = run_config.read_json(begun) if begun.is_file() else None
+    if held is not None and "curate" not in held:
+        raise UserError(f"--workdir={flags.workdir}: holds a run, no corpus; name another folder for the corpus")
     if flags.config is not None:
         tree = as_tree(load_file(flags.config))
         if "curate" not in tree:
@@ -162,9 +163,9 @@ def _tree(flags: Any, begun: pathlib.Path) -> dict[str, Any]:
         return tree
     if not flags.resume:
         raise UserError("--config is missing: give a Python file with get_config(), such as configs/curate.py")
-    if not begun.is_file():
+    if held is None:
         raise UserError(f"--workdir={flags.workdir} --resume: nothing was begun there; give --config")
-    return json.loads(begun.read_text())
+    return held
 
 
 def _bind(tree: dict[str, Any], overrides: list[tuple[str, str]]) -> Any:
@@ -177,7 +178,7 @@ def _workdir(parser: Parser, text: str) -> pathlib.Path:
     """A local or shared folder: parts of it are memory-mapped."""
     if "://" in text:
         raise UserError(f"--workdir={text}: {parser.prog} maps files into memory; give a local or shared folder")
-    return pathlib.Path(workdir_of(text))
+    return pathlib.Path(workdir_of(text)).absolute()  # a process of a cluster may stand in another folder
 
 
 def _say(line: str) -> None:

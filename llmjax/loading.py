@@ -65,6 +65,8 @@ def resolve(
     Where parameters were imported, the model and the tokenizer are theirs, and without a file the rest is as they were
     imported. Overrides hold over both. Raises UserError where there is neither a file nor an import.
     """
+    if "curate" in (workdirs.read_json(workdir / "config.json") or {}):
+        raise UserError(f"--workdir={workdir}: holds a corpus, no run; name another folder for the run's files")
     imported = workdirs.read_json(workdir / IMPORT)
     if imported is None:
         if file is None:

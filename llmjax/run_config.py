@@ -168,7 +168,7 @@ def to_json(config: RunConfig) -> dict[str, Any]:
     return json.loads(json.dumps(as_dict(config)))
 
 
-def read_json(path: epath.Path) -> dict[str, Any]:
+def read_json(path: epath.PathLike) -> dict[str, Any]:
     """The nested dict of a config.json. Raises UserError where it holds no JSON object."""
     tree = workdirs.read_json(path)
     if not isinstance(tree, dict):

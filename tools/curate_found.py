@@ -145,10 +145,9 @@ def _first_of_each(texts: list[str]) -> list[int]:
         for unit, begin, end in zip(units, edges[:-1], edges[1:], strict=True):
             signatures = [minhash.signature(text.encode("utf-8", "replace")) for text in texts[begin:end]]
             unit.signatures.write_bytes(np.stack(signatures).tobytes())
-        rank, alive = np.arange(len(texts)), np.ones(len(texts), bool)
-        copies = duplicates.find(
-            content, rank, alive, units, edges, DuplicatesConfig(), runner, Path(folder) / "exchange"
-        )
+        rank, alive, stays = np.arange(len(texts)), np.ones(len(texts), bool), np.zeros(len(texts), bool)
+        exchange = Path(folder) / "exchange"
+        copies = duplicates.find(content, rank, alive, stays, units, edges, DuplicatesConfig(), runner, exchange)
     return copies.kept_as.tolist()
 
 

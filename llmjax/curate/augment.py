@@ -13,12 +13,12 @@ from llmjax.curate.document import hash_of
 _WORD = re.compile(r"\S+")
 
 
-def augment(text: str, *, epoch: int, id: str, config: AugmentConfig) -> str:
+def augment(text: str, *, copy: int, id: str, config: AugmentConfig) -> str:
     """The text with some words left out, some swapped with the next one of their line, spacing kept.
 
     At least one word stays, and the same arguments always give the same text.
     """
-    rng = np.random.Generator(np.random.Philox(key=[config.seed & (1 << 64) - 1, hash_of(id, str(epoch))]))
+    rng = np.random.Generator(np.random.Philox(key=[config.seed & (1 << 64) - 1, hash_of(id, str(copy))]))
     lines = []
     for line in text.split("\n"):
         words = _WORD.findall(line)

@@ -58,9 +58,7 @@ def _clusters(made: Decisions, table: Table) -> list[list[int]]:
     return found
 
 
-def summarise(
-    table: Table, made: Decisions, chosen: np.ndarray, results: list[dict[str, Any]], config: CurateConfig
-) -> dict[str, Any]:
+def summarise(table: Table, made: Decisions, results: list[dict[str, Any]], config: CurateConfig) -> dict[str, Any]:
     """All that report.json says of the documents. `results` are those of write.write, by unit."""
     samples = {}
     for begin, result in zip(table.edges.tolist(), results, strict=False):

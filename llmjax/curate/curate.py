@@ -5,7 +5,8 @@ WORKDIR/unfinished/   what a run is about to hand over
 WORKDIR/curated/      NAME-00000-train.jsonl.zst ...: documents that stay
 WORKDIR/dropped/      NAME-00000.jsonl.zst: what does not, with the stage and the reason
 WORKDIR/report.json   what happened, and hashes of inputs, configuration and outputs
-WORKDIR/splits.npy    every document that ever stayed here, and its cluster: more data moves and ousts none of them
+WORKDIR/splits.npz    every document that ever stayed here, and its cluster: more data moves and ousts none of them
+WORKDIR/config.json   the config, which --resume takes up
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 import shutil
 from typing import Any
@@ -29,6 +31,7 @@ from llmjax.data import split, store
 from llmjax.data.workers import with_progress
 
 Say = Callable[[str], None]
+_SPLITS = "splits.npz"
 
 
 def curate(config: CurateConfig, workdir: Path, runner: Runner, *, say: Say) -> dict[str, Any]:
@@ -40,6 +43,8 @@ def curate(config: CurateConfig, workdir: Path, runner: Runner, *, say: Say) -> 
     """
     if not config.inputs:
         raise UserError("curate.inputs is empty: name one, such as --config.curate.inputs.web.path='crawl/*.warc.gz'")
+    told = config_of(config)
+    config = _located(config)
     extract.check(config.extract)
     personal.check(config.personal_data)
     language.check(config.language)
@@ -49,15 +54,19 @@ def curate(config: CurateConfig, workdir: Path, runner: Runner, *, say: Say) -> 
     units = [unit for name, given in config.inputs.items() for unit in read.list_units(name, given)]
     measured = [Measured(workdir / "measured", measure.key_of(unit, config)) for unit in units]
     unfinished = workdir / "unfinished"
-    splits = workdir / "splits.npy"
     named = [unit.source for unit in units]
-    key = store.fingerprint_of({"config": config_of(config), "measured": [m.key for m in measured], "sources": named})
+    key = store.fingerprint_of({"config": told, "measured": [m.key for m in measured], "sources": named})
+    store.write_atomically(workdir / "config.json", (json.dumps({"curate": told}, indent=1) + "\n").encode())
     if (done := _finished(workdir)) and done["key"] == key:
         say("nothing left to do: the corpus is there, made from these inputs with this configuration")
         return done
+    if report := _handed_over(workdir, unfinished, key):
+        say("the interrupted run had finished: its files are handed over")
+        _forget(workdir / "measured", measured)
+        return report
     (workdir / "measured").mkdir(parents=True, exist_ok=True)
     _measure(units, measured, config, runner, say)
-    table, known = decide.Table(measured, named), decide.Known.read(splits)
+    table, known = decide.Table(measured, named), decide.Known.read(workdir / _SPLITS)
     _check_rejects(table, config)
     made = decide.decide(table, config, runner, unfinished / "exchange", known)
     say(f"deciding: {int(made.kept.sum()):,} of {len(table):,} records stay")
@@ -65,18 +74,28 @@ def curate(config: CurateConfig, workdir: Path, runner: Runner, *, say: Say) -> 
     out = unfinished / f"written-{tag[:24]}"
     chosen = card.choose_samples(table, made, config)
     results = _write(units, table, made, chosen, config, runner, out, say)
-    report = card.summarise(table, made, chosen, results, config)
-    report |= {"version": llmjax.__version__, "key": key, "config": config_of(config)}
-    report["config_sha256"] = store.fingerprint_of(report["config"])
+    report = card.summarise(table, made, results, config)
+    report |= {"version": llmjax.__version__, "key": key, "config": told, "config_sha256": store.fingerprint_of(told)}
     report["inputs"] = _inputs(units)
-    _hand_over(workdir, out)
-    contents = table["content"][:, 0]
-    with store.replacing(splits) as file:
-        np.save(file, known.with_new(contents[made.kept], made.cluster[made.kept]))
-    store.write_atomically(workdir / "report.json", (json.dumps(report, indent=1) + "\n").encode())
-    shutil.rmtree(unfinished, ignore_errors=True)
+    known.with_new(table, made, config).save(out / _SPLITS)
+    store.write_atomically(out / "report.json", (json.dumps(report, indent=1) + "\n").encode())
+    _handed_over(workdir, unfinished, key)
     _forget(workdir / "measured", measured)
     return report
+
+
+def _located(config: CurateConfig) -> CurateConfig:
+    """With absolute paths of the files that measuring reads: a process of a cluster may stand in another folder."""
+
+    def located(paths: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(os.path.abspath(os.path.expanduser(path)) if path else "" for path in paths)
+
+    return dataclasses.replace(
+        config,
+        quality=dataclasses.replace(config.quality, classifier=located((config.quality.classifier,))[0]),
+        decontaminate=dataclasses.replace(config.decontaminate, against=located(config.decontaminate.against)),
+        sample=dataclasses.replace(config.sample, terms=located(config.sample.terms)),
+    )
 
 
 def config_of(config: CurateConfig) -> dict[str, Any]:
@@ -91,6 +110,7 @@ def _finished(workdir: Path) -> dict[str, Any] | None:
     try:
         report = json.loads((workdir / "report.json").read_text())
         whole = all((workdir / name).stat().st_size == file["bytes"] for name, file in report["outputs"].items())
+        whole = whole and (workdir / _SPLITS).is_file()
     except (OSError, ValueError, KeyError):
         return None
     return report if whole else None
@@ -149,17 +169,38 @@ def _write(units, table, made, chosen, config: CurateConfig, runner: Runner, out
     written = with_progress(say, "writing", runner.map(write.write, tasks), len(tasks), sizes) if tasks else []
     for index, result in zip(places, written, strict=True):
         results[index] = result
+    for name in ("curated", "dropped"):
+        (out / name).mkdir(parents=True, exist_ok=True)
+        store.sweep(out / name)
     return results
 
 
-def _hand_over(workdir: Path, out: Path) -> None:
-    """The new files take the place of the old ones. The report goes first and comes last: without it nothing counts."""
+def _handed_over(workdir: Path, unfinished: Path, key: str) -> dict[str, Any] | None:
+    """Put what a run has written in the place of what was there; returns its report, None where no such run is ready.
+
+    A run is ready when `unfinished` holds its report. That goes last, and the old one first: without it nothing counts,
+    and a run that ends on the way goes on from here.
+    """
+    ready = None
+    for path in unfinished.glob("written-*/report.json"):
+        report = json.loads(path.read_text())
+        if report["key"] == key:
+            ready = path.parent, report
+        else:  # of another configuration, and perhaps handed over in part
+            shutil.rmtree(path.parent)
+    if ready is None:
+        return None
+    out, report = ready
     (workdir / "report.json").unlink(missing_ok=True)
     for name in ("curated", "dropped"):
-        shutil.rmtree(workdir / name, ignore_errors=True)
-        (out / name).mkdir(parents=True, exist_ok=True)
-        store.sweep(out / name)
-        (out / name).replace(workdir / name)
+        if (out / name).is_dir():
+            shutil.rmtree(workdir / name, ignore_errors=True)
+            (out / name).replace(workdir / name)
+    for name in (_SPLITS, "report.json"):
+        if (out / name).is_file():
+            (out / name).replace(workdir / name)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    return report
 
 
 def _inputs(units) -> dict[str, dict[str, Any]]:
@@ -180,6 +221,6 @@ def _forget(folder: Path, measured: list[Measured]) -> None:
     """Remove measurements that this corpus does not rest on, and what a killed run left."""
     store.sweep(folder)
     keys = {one.key for one in measured}
-    for path in folder.iterdir():
-        if path.name.split(".")[0] not in keys:
-            path.unlink()
+    gone = [path for path in folder.iterdir() if path.name.split(".")[0] not in keys and path.is_file()]
+    for path in sorted(gone, key=lambda path: path.suffix != ".json"):  # what says that a measurement is whole, first
+        path.unlink()

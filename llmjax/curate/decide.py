@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 import dataclasses
+from fractions import Fraction
 import hashlib
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from llmjax.curate import duplicates, quality
 from llmjax.curate.config import CurateConfig
 from llmjax.curate.measured import Measured
 from llmjax.curate.runners import Runner
-from llmjax.data import split as splits
+from llmjax.data import split as splits, store
 
 KEPT = -1  # decision "stage" of a document that stays
 # Columns that are held in memory, 140 bytes a record where all stages run.
@@ -119,6 +120,8 @@ def decide(table: Table, config: CurateConfig, runner: Runner, folder: Path, kno
             function(table, made, place, config)
         elif name == "duplicates":
             _duplicates(table, made, place, config, runner, folder, known)
+        elif name == "sample":
+            _sample(table, made, place, config, known)
         elif name == "split":
             made.cluster = known.clusters(content, made.cluster)
             made.split[made.kept] = splits.assign(made.cluster, config.split)[made.kept]
@@ -147,14 +150,20 @@ def _quality(table: Table, made: Decisions, place: int, config: CurateConfig) ->
 def _duplicates(
     table: Table, made: Decisions, place: int, config: CurateConfig, runner: Runner, folder: Path, known: "Known"
 ) -> None:
-    """Of copies that one stays which stayed before, else the one of the first input, else what a hash of names says."""
+    """Of copies that one stays which stayed before, else the one of the first input, else what a hash of names says.
+
+    What stayed before goes for an exact copy alone: a new document may show two old ones to be alike. Where another
+    similarity is asked, all are judged anew.
+    """
     content = table["content"]
-    keys = (content[:, 1], content[:, 0], table["id_hash"], table.source, ~known.has(content[:, 0]))
-    order = np.lexsort(keys)
+    old = known.has(content[:, 0])
+    stayed = known.stayed(content[:, 0], table["id_hash"])
+    order = np.lexsort((content[:, 1], content[:, 0], table["id_hash"], table.source, ~old, ~stayed))
     rank = np.empty(len(order), np.int64)
     rank[order] = np.arange(len(order))
+    stays = old & (known.similarity == config.duplicates.similarity)
     copies = duplicates.find(
-        table["content"], rank, made.kept, table.units, table.edges, config.duplicates, runner, folder
+        content, rank, made.kept, stays, table.units, table.edges, config.duplicates, runner, folder
     )
     gone = copies.kept_as != np.arange(len(table))
     made.drop(place, gone & copies.exact, table.reason("exact duplicate"))
@@ -178,29 +187,37 @@ def _personal(table: Table, made: Decisions, place: int, config: CurateConfig) -
         made.drop(place, count > 0, table.reason(f"has {kind}"))
 
 
-def _sample(table: Table, made: Decisions, place: int, config: CurateConfig) -> None:
-    """Caps and weights of inputs, in tokens: of each input its documents in the order of a hash, up to its share."""
+def _sample(table: Table, made: Decisions, place: int, config: CurateConfig, known: "Known") -> None:
+    """Caps and weights of inputs, in tokens: of each input its documents in the order of a hash, up to its share.
+
+    Documents that stayed before come first, unless another seed asks for another choice; those that alone are larger
+    than the share are passed over.
+    """
+    stayed = known.stayed(table["content"][:, 0], table["id_hash"]) & (known.seed == config.sample.seed)
     tokens = table["sizes"][:, place, 1]
     held = {i: int(tokens[made.kept & (table.source == i)].sum()) for i in range(len(table.names))}
     limits = dict(held)
     for index, name in enumerate(table.names):
         if cap := config.inputs[name].max_tokens:
             limits[index] = min(limits[index], cap)
-    weights = {i: w for i, name in enumerate(table.names) if (w := config.inputs[name].weight) is not None}
+    given = {i: config.inputs[name].weight for i, name in enumerate(table.names)}
+    weights = {i: Fraction(weight) for i, weight in given.items() if weight is not None}  # exact: nothing rounds down
     if weights:
         if lacking := [name for name in table.names if config.inputs[name].weight is None]:
             raise UserError(
                 f"curate.inputs.{lacking[0]}.weight is not set, but others are: give all inputs one, or none"
             )
-        most = min((limits[i] / w for i, w in weights.items() if w > 0), default=0.0)
+        most = min((limits[i] / w for i, w in weights.items() if w > 0), default=Fraction(0))
         limits = {i: min(limits[i], int(most * w)) for i, w in weights.items()}
     for index, name in enumerate(table.names):
         if limits[index] >= held[index]:
             continue
         chosen = np.flatnonzero(made.kept & (table.source == index))
-        chosen = chosen[np.argsort(_stirred(table["id_hash"][chosen], config.sample.seed), kind="stable")]
+        fits = chosen[tokens[chosen] <= limits[index]]
+        fits = fits[np.lexsort((_stirred(table["id_hash"][fits], config.sample.seed), ~stayed[fits]))]
         beyond = np.zeros(len(table), bool)
-        beyond[chosen[np.cumsum(tokens[chosen]) > limits[index]]] = True
+        beyond[chosen] = True
+        beyond[fits[np.cumsum(tokens[fits], dtype=np.int64) <= limits[index]]] = False
         made.drop(place, beyond, table.reason(f"beyond the share of {name}"))
 
 
@@ -216,7 +233,6 @@ _DECIDING = {
     "quality": _quality,
     "decontaminate": _decontaminate,
     "personal_data": _personal,
-    "sample": _sample,
 }
 
 
@@ -224,36 +240,57 @@ _DECIDING = {
 class Known:
     """What stayed when the workdir was curated before, and its cluster then: what comes later moves and ousts none.
 
-    contents  uint64 [documents], sorted
-    keys      uint64 [documents], of the cluster
+    contents    uint64 [documents], sorted
+    keys        uint64 [documents], of the cluster
+    ids         uint64 [documents], hashes of their ids: of exact copies, which one it was
+    similarity  of curate.duplicates when they stayed
+    seed        of curate.sample when they stayed
     """
 
     contents: np.ndarray
     keys: np.ndarray
+    ids: np.ndarray
+    similarity: float
+    seed: int
 
     @classmethod
     def read(cls, path: Path) -> "Known":
         if not path.is_file():
-            return cls(np.zeros(0, np.uint64), np.zeros(0, np.uint64))
-        stored = np.load(path)
-        return cls(stored[0], stored[1])
+            return cls(*np.zeros((3, 0), np.uint64), similarity=0.0, seed=0)
+        with np.load(path) as stored:
+            return cls(*stored["documents"], similarity=float(stored["similarity"]), seed=int(stored["seed"]))
+
+    def save(self, path: Path) -> None:
+        documents = np.stack([self.contents, self.keys, self.ids])
+        with store.replacing(path) as file:
+            np.savez(file, documents=documents, similarity=self.similarity, seed=self.seed)  # type: ignore[arg-type]
 
     def digest(self) -> str:
         """sha256 (hex)"""
-        found = hashlib.sha256(self.contents.data)
-        found.update(self.keys.data)
+        found = hashlib.sha256(repr((self.similarity, self.seed)).encode())
+        for array in (self.contents, self.keys, self.ids):
+            found.update(np.ascontiguousarray(array).data)
         return found.hexdigest()
 
     def has(self, content: np.ndarray) -> np.ndarray:
-        """bool [documents]"""
+        """bool [documents]: whether one with this content stayed."""
         return np.isin(content, self.contents) & (content != 0)
+
+    def stayed(self, content: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """bool [documents]: whether it is the very one that stayed, by content and id."""
+        if not len(self.contents):
+            return np.zeros(len(content), bool)
+        return self.has(content) & (self.ids[self._place(content)] == ids)
+
+    def _place(self, content: np.ndarray) -> np.ndarray:
+        return np.minimum(np.searchsorted(self.contents, content), len(self.contents) - 1)
 
     def clusters(self, content: np.ndarray, cluster: np.ndarray) -> np.ndarray:
         """uint64 [documents]: the key of old documents is the one they had; a new copy of an old one takes that."""
         if not len(self.contents):
             return cluster
         old = self.has(content)
-        place = np.minimum(np.searchsorted(self.contents, content), len(self.contents) - 1)
+        place = self._place(content)
         unique, inverse = np.unique(cluster, return_inverse=True)
         adopted = np.full(len(unique), np.iinfo(np.uint64).max, np.uint64)
         np.minimum.at(adopted, inverse[old], self.keys[place[old]])
@@ -262,9 +299,13 @@ class Known:
         new = np.where(has_old[inverse], adopted[inverse], cluster)
         return np.where(old, self.keys[place], new)
 
-    def with_new(self, content: np.ndarray, cluster: np.ndarray) -> np.ndarray:
-        """uint64 [2, documents] to be stored: what was known and what came, by content."""
-        contents = np.concatenate([self.contents, content[content != 0]])
-        keys = np.concatenate([self.keys, cluster[content != 0]])
+    def with_new(self, table: Table, made: Decisions, config: CurateConfig) -> "Known":
+        """What was known and what stays now: the cluster that was known, the id that stays now."""
+        content = table["content"][:, 0]
+        here = made.kept & (content != 0)
+        contents = np.concatenate([self.contents, content[here]])
         unique, first = np.unique(contents, return_index=True)  # of what was known and came again, the known
-        return np.stack([unique, keys[first]])
+        _, last = np.unique(contents[::-1], return_index=True)
+        keys = np.concatenate([self.keys, made.cluster[here]])[first]
+        ids = np.concatenate([self.ids, table["id_hash"][here]])[::-1][last]
+        return Known(unique, keys, ids, config.duplicates.similarity, config.sample.seed)

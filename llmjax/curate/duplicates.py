@@ -40,6 +40,7 @@ def find(
     content: np.ndarray,
     rank: np.ndarray,
     alive: np.ndarray,
+    stays: np.ndarray,
     units: Sequence[Measured],
     edges: np.ndarray,
     config: DuplicatesConfig,
@@ -51,6 +52,7 @@ def find(
     content  uint64 [documents, 2], equal for exact copies
     rank     int64 [documents], a permutation: of two copies the lower stays
     alive    bool [documents]
+    stays    bool [documents]: goes for an exact copy alone
     edges    int64 [units + 1]: the documents of units[i] are edges[i] up to edges[i + 1]
     folder   for what goes between the runner's tasks
     """
@@ -69,7 +71,7 @@ def find(
     members = members[np.lexsort((rank[members], labels[members]))]
     starts = np.flatnonzero(np.diff(labels[members], prepend=-1))
     for group in np.split(members, starts[1:]) if members.size else []:
-        _choose(group, content, signatures, config, kept_as, exact)
+        _choose(group, content, stays, signatures, config, kept_as, exact)
     return Copies(kept_as, first[labels], exact)
 
 
@@ -120,14 +122,15 @@ def _first(labels: np.ndarray, rank: np.ndarray, count: int) -> np.ndarray:
     return first
 
 
-def _choose(group, content, signatures, config: DuplicatesConfig, kept_as: np.ndarray, exact: np.ndarray) -> None:
+def _choose(group, content, stays, signatures, config: DuplicatesConfig, kept_as, exact) -> None:
     """Of a cluster, in the order of rank: the first stays, what is alike to it goes, and again with what is left."""
     while len(group) > 1:
         kept, rest = group[0], group[1:]
         same = (content[rest] == content[kept]).all(axis=1) if config.exact else np.zeros(len(rest), bool)
         alike = same
         if config.near:
-            alike = same | (signatures.similarity(rest, np.full(len(rest), kept)) >= config.similarity)
+            near_copies = signatures.similarity(rest, np.full(len(rest), kept)) >= config.similarity
+            alike = same | (near_copies & ~stays[rest])
         kept_as[rest[alike]] = kept
         exact[rest[same]] = True
         group = rest[~alike]

@@ -54,7 +54,7 @@ class Measured:
         return self.folder / f"{self.key}.json"
 
     def complete(self) -> bool:
-        return self.marker.is_file()
+        return all(path.is_file() for path in (self.marker, self.texts, self.columns, self.signatures))
 
     def read_signatures(self) -> np.ndarray:
         """uint32 [records, minhash.SIZE], mapped from the file; rows of dropped records are 0."""

@@ -63,9 +63,7 @@ def values(column) -> list:
         column = column.cast(pyarrow.large_binary())
     try:
         return column.to_pylist()
-    except (
-        Exception
-    ):  # texts inside lists that are not UTF-8, dates that Python's calendar lacks, zones it does not know
+    except Exception:  # texts in lists that are not UTF-8, dates that Python's calendar lacks, unknown time zones
         return [_value(value) for value in column]
 
 

@@ -64,9 +64,9 @@ def write(task: Task, reasons: list[str], config: CurateConfig, folder: Path) ->
             files.write(name, kept)
             for counts, field in ((licences, "licence"), (origins, "origin")):
                 counts[personal.shown(str(record["meta"].get(field) or "not given"), 80)] += 1
-            if "augment" in config.stages and split in ("train", ""):
+            if "augment" in config.stages and split == "train":
                 for number in range(1, config.augment.copies + 1):
-                    text = augment.augment(record["text"], epoch=number, id=record["id"], config=config.augment)
+                    text = augment.augment(record["text"], copy=number, id=record["id"], config=config.augment)
                     files.write(name, {**kept, "id": f"{record['id']}~{number}", "text": text})
     result = {"files": files.summary, "samples": samples, "licences": licences, "origins": origins}
     store.write_atomically(_marker(folder, task.name), json.dumps(result).encode())
@@ -74,11 +74,9 @@ def write(task: Task, reasons: list[str], config: CurateConfig, folder: Path) ->
 
 
 def finished(folder: Path, name: str) -> dict[str, Any] | None:
-    """What `write` returned of a unit, else None. Its files must be there: a run may end as it hands them over."""
-    if not (path := _marker(folder, name)).is_file():
-        return None
-    result = json.loads(path.read_text())
-    return result if all((folder / file).is_file() for file in result["files"]) else None
+    """What `write` returned of a unit that it has written, else None."""
+    marker = _marker(folder, name)
+    return json.loads(marker.read_text()) if marker.is_file() else None
 
 
 def _marker(folder: Path, name: str) -> Path:

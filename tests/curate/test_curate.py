@@ -289,7 +289,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(tmp_path):
     assert not list((tmp_path / "killed").rglob("*.partial-*"))
 
 
-@pytest.mark.parametrize("moved", ["curated", "dropped", "report.json"])
+@pytest.mark.parametrize("moved", ["curated", "dropped", "splits.npz", "report.json"])
 def test_a_run_that_ends_as_it_hands_over_loses_nothing(raw, corpus, tmp_path, monkeypatch, moved):
     """It ends just before the folder or file gets its name; another corpus was there before."""
     curate(tmp_path, raw, quality__rules="()")
@@ -312,6 +312,7 @@ def test_a_run_that_ends_as_it_hands_over_loses_nothing(raw, corpus, tmp_path, m
     report = curate(tmp_path, raw)
     assert corpora.files(tmp_path) == corpora.files(corpus)
     assert set(report["outputs"]) == set(corpora.files(corpus))
+    assert not (tmp_path / "unfinished").exists() and (tmp_path / "splits.npz").exists()
 
 
 def test_a_full_disk_is_said_in_one_line_and_loses_nothing(raw, tmp_path):
@@ -434,6 +435,7 @@ def test_the_corpus_is_what_prepare_reads_with_its_splits(corpus, tmp_path):
 def test_known_clusters_keep_their_key():
     from llmjax.curate.decide import Known
 
-    known = Known(np.array([3, 7], np.uint64), np.array([30, 70], np.uint64))
+    known = Known(*np.array([[3, 7], [30, 70], [1, 2]], np.uint64), similarity=0.6, seed=0)
     content, cluster = np.array([7, 9, 3, 11], np.uint64), np.array([5, 5, 6, 11], np.uint64)
     assert known.clusters(content, cluster).tolist() == [70, 70, 30, 11]
+    assert known.stayed(content, np.array([2, 2, 5, 0], np.uint64)).tolist() == [True, False, False, False]

@@ -30,7 +30,7 @@ class InProcess:
             yield reducer(np.concatenate(parted[part]), *shared)
 
 
-def found(folder, texts, *, rank=None, alive=None, cuts=(), config=None):
+def found(folder, texts, *, rank=None, alive=None, stays=None, cuts=(), config=None):
     """duplicates.find for texts in as many units as the cuts make."""
     folder.mkdir(exist_ok=True)
     edges = np.array([0, *cuts, len(texts)])
@@ -43,6 +43,7 @@ def found(folder, texts, *, rank=None, alive=None, cuts=(), config=None):
         content,
         np.arange(len(texts)) if rank is None else np.asarray(rank),
         np.ones(len(texts), bool) if alive is None else np.asarray(alive, bool),
+        np.zeros(len(texts), bool) if stays is None else np.asarray(stays, bool),
         units,
         edges,
         config or DuplicatesConfig(),
@@ -168,9 +169,17 @@ def test_a_band_of_many_unlike_texts_ends(tmp_path, monkeypatch):
     unit = Measured(tmp_path, "0")
     unit.signatures.write_bytes(signatures.tobytes())
     content = draw.integers(0, 1 << 63, (40, 2), np.uint64)
-    edges, rank, alive = np.array([0, 40]), np.arange(40), np.ones(40, bool)
-    made = duplicates.find(content, rank, alive, [unit], edges, DuplicatesConfig(), InProcess(), tmp_path / "exchange")
+    edges, rank, alive, stays = np.array([0, 40]), np.arange(40), np.ones(40, bool), np.zeros(40, bool)
+    config, folder = DuplicatesConfig(), tmp_path / "exchange"
+    made = duplicates.find(content, rank, alive, stays, [unit], edges, config, InProcess(), folder)
     assert made.kept_as.tolist() == [*range(20), *range(20)]
+
+
+def test_what_stays_goes_for_an_exact_copy_alone(tmp_path):
+    text = " ".join(words(100))
+    texts = [text, " ".join(text.split()[:-2]), text.upper(), " ".join(text.split()[:-3])]
+    assert found(tmp_path, texts).kept_as.tolist() == [0, 0, 0, 0]
+    assert found(tmp_path, texts, stays=[True, True, True, False]).kept_as.tolist() == [0, 1, 0, 0]
 
 
 def test_similarity_is_the_bound(tmp_path):
