@@ -21,7 +21,7 @@ _BUCKET = 32
 class Sampling:
     """How a token is drawn from logits.
 
-    temperature   logits are divided by it; 0: always the most likely token
+    temperature   logits are divided by it, from 1e-6 to 1e6; 0: always the most likely token
     top_k         only the k most likely tokens; 0: all
     top_p         only the fewest most likely tokens whose probabilities, after temperature and top_k, reach p
     """
@@ -31,8 +31,9 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature={self.temperature}: must be at least 0 (0: the most likely token)")
+        # Beyond these, float32 knows no difference between tokens, or between one and those that are left out.
+        if self.temperature and not 1e-6 <= self.temperature <= 1e6:
+            raise UserError(f"temperature={self.temperature}: must be 0 (the most likely token), or from 1e-6 to 1e6")
         if self.top_k < 0:
             raise UserError(f"top_k={self.top_k}: must be at least 0 (0: all tokens)")
         if not 0 < self.top_p <= 1:

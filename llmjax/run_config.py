@@ -102,6 +102,7 @@ class RunConfig:
             "checkpoint.every": self.checkpoint.every,
             "checkpoint.keep": self.checkpoint.keep,
             "checkpoint.timeout_seconds": self.checkpoint.timeout_seconds,
+            "data.seq_len": self.data.seq_len,
             "data.tokenizer.training_bytes": self.data.tokenizer.training_bytes,
         }
         counts = {

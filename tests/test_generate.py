@@ -166,9 +166,14 @@ def test_equal_logits_leave_exactly_k():
 
 def test_a_tiny_temperature_is_greedy():
     keys = jax.random.split(jax.random.key(1), 50)
-    assert set(
-        np.asarray(draw(jnp.broadcast_to(1e4 * LOGITS, (50, 5)), keys, Sampling(temperature=1e-38))).tolist()
-    ) == {1}
+    for sampling in (Sampling(temperature=1e-6), Sampling(temperature=1e-6, top_p=0.5)):
+        assert set(np.asarray(draw(jnp.broadcast_to(1e4 * LOGITS, (50, 5)), keys, sampling)).tolist()) == {1}
+
+
+@pytest.mark.parametrize("temperature", [-1.0, 1e-7, 1e-39, 1e7, 1e300, float("inf"), float("nan")])
+def test_temperatures_at_which_float32_tells_nothing_apart(temperature):
+    with pytest.raises(UserError, match=r"must be 0 .* or from 1e-6 to 1e6"):
+        Sampling(temperature=temperature)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from llmjax.batch import Batch
 from llmjax.config import UserError
 from llmjax.data import prepare
 from llmjax.data.pipeline import EvalData
+from llmjax.data.store import fingerprint_of
 from llmjax.data.tokenizer import load_tokenizer
 from llmjax.parallel import axes, compile as compiling, hosts
 from llmjax.run_config import RunConfig
@@ -77,6 +78,7 @@ class Evaluator:
                 f"objective.name={self.objective.name!r} needs {self.objective.size} ids, but model.vocab_size="
                 f"{config.model.vocab_size}: evaluate with the objective that the model was trained with"
             )
+        self.settings = _settings(config, store)
         self._causal = causal = self.objective.name == "causal"
 
         def score(params: dict, batch: Batch) -> tuple[losses.LossSums, Any]:
@@ -91,7 +93,7 @@ class Evaluator:
         self._score = jax.jit(score)
 
     def split(self, params: dict, split: str, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-        """Scores of one split, in all and by source: {"split", "total": {...}, "sources": {name: {...}}}."""
+        """Scores of a split, in all and by source: {"split", "settings", "total": {...}, "sources": {name: {...}}}."""
         manifest = prepare.read_manifest(self.store)
         assert manifest is not None
         total, sources = Sums(), {}
@@ -105,7 +107,7 @@ class Evaluator:
             raise UserError(
                 f"--split={split}: that split of {self.store} is empty; raise data.split.{split} and prepare again"
             )
-        scores = {"split": split, "total": total.scores(), "sources": sources}
+        scores = {"split": split, "settings": self.settings, "total": total.scores(), "sources": sources}
         if self._causal and not manifest["tokenizer"]["lossless"]:
             scores["note"] = "the tokenizer loses text, so bits per byte are of what it keeps over the original bytes"
         return scores
@@ -133,6 +135,15 @@ class Evaluator:
 
     def _place(self, local: Batch) -> Batch:
         return hosts.global_batch(self.sharding, local, self.rows, self.batch)
+
+
+def _settings(config: RunConfig, store: pathlib.Path) -> str:
+    """A fingerprint of what a score depends on beside the parameters, which may be scored in many ways."""
+    manifest, told = prepare.read_manifest(store), run_config.to_json(config)
+    assert manifest is not None
+    data = {name: told["data"][name] for name in ("seq_len", "packing")}
+    asked = {"seed": config.seed, "model": told["model"], "objective": told["objective"], "data": data}
+    return fingerprint_of({**asked, "store": manifest["fingerprint"]})
 
 
 def write(workdir: epath.Path, step: int, scores: dict[str, Any], *, parameters: str, fingerprint: str) -> epath.Path:

@@ -1,7 +1,6 @@
 """Choosing a size: what a budget of arithmetic should buy, by published scaling laws."""
 
 import dataclasses
-import math
 
 from llmjax.config import UserError
 
@@ -9,6 +8,7 @@ from llmjax.config import UserError
 # coefficients that Besiroglu et al., 2024 (arXiv 2404.10102) found when they fitted the same data again.
 _E, _A, _B, _ALPHA, _BETA = 1.8172, 482.01, 2085.43, 0.3478, 0.3658
 _G = (_ALPHA * _A / (_BETA * _B)) ** (1 / (_ALPHA + _BETA))
+_MOST = 1e40  # of each quantity: no budget of this world is larger
 STUDIED = (44e6, 16e9)  # parameters of the models in that study; beyond them the law is a guess
 LOSS_SOURCE = "Hoffmann et al. 2022, refitted by Besiroglu et al. 2024 (arXiv 2404.10102)"
 STEP_LAW_SOURCE = "Step Law, Li et al. 2025 (arXiv 2503.04715), for AdamW"
@@ -65,8 +65,8 @@ def choose(*, flops: float | None, tokens: float | None, parameters: float | Non
     given = {"--flops (or --budget_hours)": flops, "--tokens": tokens, "--parameters": parameters}
     known = [name for name, value in given.items() if value is not None]
     for name in known:
-        if not (math.isfinite(given[name] or 0) and (given[name] or 0) > 0):
-            raise UserError(f"{name}={given[name]}: must be above 0")
+        if not 1 <= (given[name] or 0) <= _MOST:
+            raise UserError(f"{name}={given[name]}: must be from 1 to {_MOST:g}")
     match flops, tokens, parameters:
         case (None, None, None):
             raise UserError("give --flops, --budget_hours, --tokens or --parameters, or --config to look at a model")

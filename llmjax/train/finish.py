@@ -11,7 +11,10 @@ from llmjax.train.job import Job, Progress
 
 
 def finish(job: Job, progress: Progress) -> None:
-    """Write eval/<step>/validation.json, samples.json and report.html for the state of `progress`, where missing."""
+    """Write eval/<step>/validation.json, samples.json and report.html for the state of `progress`.
+
+    What is there of this state and these settings is taken as it is.
+    """
     state = fingerprint(progress.state.params, progress.state.opt_state)
     scores = _evaluate(job, progress, state)
     samples = _sample(job, progress, state)
@@ -39,7 +42,8 @@ def _evaluate(job: Job, progress: Progress, state: str) -> dict | None:
     if not any(source["validation"]["tokens"] for source in manifest["sources"].values()):
         return None
     old = workdirs.read_json(path)
-    if hosts.agree(old is not None and old["fingerprint"] == state, "evaluated"):
+    wanted = (state, job.evaluator.settings)
+    if hosts.agree(old is not None and (old["fingerprint"], old.get("settings")) == wanted, "evaluated"):
         return old
     job.say(f"evaluating the validation split at step {progress.step} ({job.plan.optimizer.evaluated_name})")
     return job.evaluate(progress.step, progress.state, "validation")
@@ -53,8 +57,18 @@ def _sample(job: Job, progress: Progress, state: str) -> list[dict]:
         job.say(f"no samples: model.family={job.config.model.family!r} continues no text")
         return []
     old = workdirs.read_json(path)
-    known = [(sample["fingerprint"], sample["prompt"]) for sample in old or []]
-    if hosts.agree(known == [(state, prompt) for prompt in settings.prompts], "sampled"):
+    shared = {
+        "step": progress.step,
+        "fingerprint": state,
+        "seed": job.config.seed,
+        "max_tokens": settings.max_tokens,
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "prompt_form": job.config.objective.prompt_form,
+    }
+    wanted = [{**shared, "prompt": prompt} for prompt in settings.prompts]
+    known = [{name: sample.get(name) for name in wanted[0]} for sample in old or []]
+    if hosts.agree(known == wanted, "sampled"):
         return old
     texts = sampling.complete(
         settings.prompts,
@@ -70,18 +84,7 @@ def _sample(job: Job, progress: Progress, state: str) -> list[dict]:
         top_p=settings.top_p,
         seed=job.config.seed,
     )
-    samples = [
-        {
-            "step": progress.step,
-            "fingerprint": state,
-            "prompt": prompt,
-            "text": text,
-            "seed": job.config.seed,
-            "temperature": settings.temperature,
-            "top_p": settings.top_p,
-        }
-        for prompt, text in zip(settings.prompts, texts, strict=True)
-    ]
+    samples = [{**sample, "text": text} for sample, text in zip(wanted, texts, strict=True)]
     if hosts.is_primary():
         workdirs.write_json(path, samples)
     return samples

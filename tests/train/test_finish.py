@@ -1,0 +1,35 @@
+"""What is said at the end of a run is of that run: of its parameters, scored and sampled under its own settings."""
+
+import json
+import pathlib
+
+import pytest
+
+from tests import jobs
+
+pytestmark = pytest.mark.slow
+
+
+def score(workdir: pathlib.Path) -> dict:
+    return json.loads((workdir / "eval" / "2" / "validation.json").read_text())
+
+
+def test_a_score_under_other_settings_is_not_taken_for_the_runs_own(tmp_path):
+    corpus, workdir = jobs.write_corpus(tmp_path / "corpus"), tmp_path / "run"
+    settings = {"train__steps": 2, "sample__prompts": "('import',)", "sample__max_tokens": 5}
+    train = jobs.command("train", workdir, corpus, **settings)
+    jobs.run(train)
+    first, written = score(workdir), (workdir / "eval" / "2" / "validation.json").stat().st_mtime_ns
+    jobs.run(train)
+    assert (workdir / "eval" / "2" / "validation.json").stat().st_mtime_ns == written, "scored once"
+
+    jobs.run([*jobs.command("eval", workdir), "--config.data.seq_len=16"])
+    assert score(workdir)["total"]["loss"] != first["total"]["loss"]
+    printed = jobs.run(train)
+    assert "evaluating the validation split" in printed and score(workdir) == first
+
+    (sample,) = json.loads((workdir / "samples.json").read_text())
+    jobs.run([*train, "--config.sample.temperature=0", "--config.sample.max_tokens=3"])
+    (other,) = json.loads((workdir / "samples.json").read_text())
+    assert (sample["temperature"], sample["max_tokens"]) == (0.8, 5)
+    assert (other["temperature"], other["max_tokens"]) == (0, 3) and other["text"] != sample["text"]
