@@ -171,20 +171,23 @@ def test_the_same_command_again_does_nothing(raw, corpus, capsys):
     assert {path: path.stat().st_mtime_ns for path in (corpus / "curated").iterdir()} == before
 
 
-def test_adding_data_moves_no_old_document(tmp_path):
+@pytest.mark.parametrize("cap", [0, 9000])
+def test_adding_data_moves_and_ousts_no_old_document(tmp_path, cap):
     texts = corpora.documents()[:200]
     corpora.write(tmp_path / "in" / "a.jsonl", {f"a{n}": text for n, text in enumerate(texts[:120])})
-    options = {"stages": PLAIN, "split__validation": 0.3, "split__test": 0.3}
+    options = {"stages": PLAIN, "split__validation": 0.3, "split__test": 0.3, "inputs__in__max_tokens": cap}
     curate(tmp_path / "w", {"in": f"{tmp_path}/in/*.jsonl"}, **options)
     before = {record["id"]: record["split"] for record in corpora.records(tmp_path / "w")}
-    # New texts, and changed copies of old ones, whose hashes may well be smaller.
+    assert len(before) == (72 if cap else 120)
+    # New texts, and exact and changed copies of old ones, whose hashes may well be smaller.
     more = {f"b{n}": text for n, text in enumerate(texts[120:])}
     more |= {f"b-{n}": corpora.changed(text, 4, n) for n, text in enumerate(texts[:120])}
+    more |= {f"c{n}": text for n, text in enumerate(texts[:120])}
     corpora.write(tmp_path / "in" / "b.jsonl", more)
     curate(tmp_path / "w", {"in": f"{tmp_path}/in/*.jsonl"}, **options)
     after = {record["id"]: record["split"] for record in corpora.records(tmp_path / "w")}
     assert {name: after.get(name) for name in before} == before
-    assert len(after) > len(before)
+    assert len(after) > len(before) or cap
 
 
 def test_decontamination_drops_what_shares_a_run_of_words(tmp_path):
@@ -243,6 +246,14 @@ def test_caps_and_weights_are_in_tokens(tmp_path):
     weighed = curate(tmp_path / "weights", inputs, stages=stages, **weights)["sources"]
     assert weighed["a"]["tokens"] / weighed["b"]["tokens"] == pytest.approx(2, rel=0.1)
     assert weighed["b"]["tokens"] / weighed["c"]["tokens"] == pytest.approx(1, rel=0.15)
+    # 0.3 / 0.7 of it is no number of two's powers: what sets the shares keeps its all, in spite of that.
+    one = {"one": corpora.write(tmp_path / "one.jsonl", {"one": texts[0]}), "b": inputs["b"]}
+    shares = curate(tmp_path / "one", one, stages=stages, inputs__one__weight=0.7, inputs__b__weight=0.3)["sources"]
+    assert shares["one"]["documents"] == 1
+    # A document that alone is larger than the share hides no other.
+    many = {"long": " ".join(texts), **{str(n): text for n, text in enumerate(texts)}}
+    long = {"a": corpora.write(tmp_path / "long.jsonl", many)}
+    assert curate(tmp_path / "long", long, stages=stages, inputs__a__max_tokens=1000)["kept"]["tokens"] > 700
     with pytest.raises(UserError, match=r"inputs\.b\.weight is not set"):
         curate(tmp_path / "some", inputs, stages=stages, inputs__a__weight=2)
 
@@ -393,6 +404,36 @@ def test_evaluation_sets_have_names_that_tell_them_apart(raw, tmp_path):
         curate(tmp_path / "w", raw, decontaminate__against=f"('{tmp_path}/empty.txt',)")
 
 
+def test_a_measurement_that_lost_a_file_is_made_again(raw, corpus, tmp_path):
+    curate(tmp_path, raw)
+    next((tmp_path / "measured").glob("*.signatures")).unlink()
+    next((tmp_path / "measured").glob("*.npz")).unlink()
+    (tmp_path / "report.json").unlink()
+    curate(tmp_path, raw)
+    assert corpora.files(tmp_path) == corpora.files(corpus)
+
+
+def test_a_mistaken_run_leaves_the_config_that_resume_takes(raw, tmp_path):
+    curate(tmp_path, raw)
+    with pytest.raises(UserError, match="no such file"):
+        cli.run(["curate", f"--workdir={tmp_path}", "--resume", "--config.curate.inputs.typo.path=/no/such"])
+    assert cli.run(["curate", f"--workdir={tmp_path}", "--resume"]) == 0
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json: not a JSON file"):
+        cli.run(["curate", f"--workdir={tmp_path}", "--resume"])
+
+
+def test_a_corpus_and_a_run_have_folders_of_their_own(raw, tmp_path):
+    curate(tmp_path / "corpus", raw)
+    quickstart = f"--config={jobs.ROOT / 'configs' / 'quickstart.py'}"
+    with pytest.raises(UserError, match="holds a corpus, no run"):
+        cli.run(["train", quickstart, f"--workdir={tmp_path / 'corpus'}"])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"model": {}}')
+    with pytest.raises(UserError, match="holds a run, no corpus"):
+        cli.run(corpora.arguments(tmp_path / "run", raw))
+
+
 def test_a_config_of_another_verb_and_a_workdir_that_cannot_be_are_refused(tmp_path):
     quickstart = f"--config={jobs.ROOT / 'configs' / 'quickstart.py'}"
     with pytest.raises(UserError, match="says nothing of curate"):
@@ -402,19 +443,21 @@ def test_a_config_of_another_verb_and_a_workdir_that_cannot_be_are_refused(tmp_p
         cli.run(corpora.arguments(tmp_path / "file" / "w", {}))
 
 
-def test_pictures_of_a_crawl_are_no_damage(tmp_path):
+def test_pictures_and_dead_links_of_a_crawl_are_no_damage(tmp_path):
     """Set aside with their reason, but not held against the input."""
     pages = b""
-    for number, kind in enumerate(["text/html"] * 5 + ["image/png"] * 5):
+    found = [("text/html", "200 OK")] * 5 + [("image/png", "200 OK")] * 5 + [("text/html", "404 Not Found")] * 4
+    for number, (kind, status) in enumerate(found):
         body = f"<p>{corpora.documents()[number]}</p>".encode()
-        http = f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+        http = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
         head = f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Record-ID: <urn:uuid:{number}>\r\n"
         head += f"WARC-Target-URI: http://a.example/{number}\r\nWARC-Date: 2020-01-01T00:00:00Z\r\n"
         head += f"Content-Type: application/http; msgtype=response\r\nContent-Length: {len(http)}\r\n\r\n"
         pages += head.encode() + http + b"\r\n\r\n"
     (tmp_path / "a.warc").write_bytes(pages)
     report = curate(tmp_path / "w", {"a": tmp_path / "a.warc"}, max_bad_fraction=0.01)
-    assert report["stages"][0]["dropped"][0]["reason"] == "content type image/png"
+    reasons = [one["reason"] for one in report["stages"][0]["dropped"]]
+    assert reasons == ["content type image/png", "HTTP status 404"]
     assert report["stages"][0]["out"]["documents"] == 5
 
 

@@ -1,5 +1,6 @@
 """Processes of this machine and a Ray cluster run the same functions, to the same bytes."""
 
+import json
 import os
 import pathlib
 import signal
@@ -123,18 +124,21 @@ def test_tasks_without_rows_are_exchanged_alike(nothing, counts, ray_runner, tmp
 
 
 def test_both_runners_write_the_same_bytes(cluster, tmp_path):
+    """By paths relative to a folder in which no process of the cluster stands."""
     texts = corpora.documents()
     for part in range(3):
         many = {f"{part}-{n}": corpora.changed(text, 2 + n % 5, n + part) for n, text in enumerate(texts[:300])}
         corpora.write(tmp_path / f"{part}.jsonl", many)
-    inputs = {f"in{part}": tmp_path / f"{part}.jsonl" for part in range(3)}
+    inputs = {f"in{part}": f"{part}.jsonl" for part in range(3)}
+    corpora.write(tmp_path / "quiz.jsonl", {"q": texts[7]})
+    settings = {"quality__rules": "('gopher',)", "decontaminate__against": "('quiz.jsonl',)"}
     for name, flags in (("local", []), ("ray", ["--runner=ray", f"--ray_address={cluster}"])):
-        command = [str(jobs.LLMJAX), *corpora.arguments(tmp_path / name, inputs, quality__rules="('gopher',)"), *flags]
-        subprocess.run(command, env=jobs.environment(), check=True, stdout=subprocess.DEVNULL)
+        command = [str(jobs.LLMJAX), *corpora.arguments(pathlib.Path(name), inputs, **settings), *flags]
+        subprocess.run(command, env=jobs.environment(), check=True, stdout=subprocess.DEVNULL, cwd=tmp_path)
     ours = corpora.files(tmp_path / "local")
     assert corpora.files(tmp_path / "ray") == ours and len(ours) > 6
     reports = [(tmp_path / name / "report.json").read_text() for name in ("local", "ray")]
-    assert reports[0] == reports[1]
+    assert reports[0] == reports[1] and json.loads(reports[0])["contamination"]["quiz"]["dropped"]
 
 
 def test_no_cluster_is_said_in_one_line(tmp_path):
