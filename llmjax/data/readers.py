@@ -226,10 +226,10 @@ def _read_tfds(item: Item, unit: Unit) -> Iterator[Document | Reject]:
 
 
 def _open(path: str) -> BinaryIO:
-    if path.endswith(".gz"):
+    if path.lower().endswith(".gz"):
         return gzip.open(path, "rb")  # type: ignore[return-value]
     file = open(path, "rb")  # noqa: SIM115 (the caller closes it)
-    return io.BufferedReader(_Zstandard(file), 1 << 20) if path.endswith(".zst") else file  # type: ignore[return-value]
+    return io.BufferedReader(_Zstandard(file), 1 << 20) if path.lower().endswith(".zst") else file  # type: ignore[return-value]
 
 
 class _Zstandard(io.RawIOBase):

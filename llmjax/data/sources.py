@@ -58,7 +58,7 @@ def list_units(name: str, source: SourceConfig) -> list[Unit]:
         groups = tfds_groups(source.path, len(open_tfds(source.path, where)))
     else:
         files = stdlib_files(where) if source.path == "stdlib:" else matching_files(source.path, where)
-        plain = lambda path, kind: kind == "jsonl" and not path.endswith((".gz", ".zst"))
+        plain = lambda path, kind: kind == "jsonl" and not path.lower().endswith((".gz", ".zst"))
         groups = grouped(file_spans(files, kind_of, plain))
     units = [
         Unit(name, index, kind, source.text_field, tuple(items), state, source.split_field)
@@ -73,7 +73,7 @@ def list_units(name: str, source: SourceConfig) -> list[Unit]:
 
 def kind_of(path: str) -> str:
     """The reader of a file, by its name: "jsonl", "parquet" or "text", .gz and .zst aside."""
-    suffix = Path(re.sub(r"\.(gz|zst)$", "", path)).suffix.lower()
+    suffix = Path(re.sub(r"\.(gz|zst)$", "", path.lower())).suffix
     return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".pq": "parquet"}.get(suffix, "text")
 
 

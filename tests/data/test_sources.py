@@ -30,10 +30,10 @@ def reasons(records):
     return [record.reason for record in records if isinstance(record, Reject)]
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.py", "a", "a.txt.gz", "a.txt.zst"])
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.py", "a", "a.txt.gz", "A.TXT.GZ", "a.txt.zst"])
 def test_text_comes_back_untouched(tmp_path, name):
     data = ODD.encode()
-    data = gzip.compress(data) if name.endswith(".gz") else data
+    data = gzip.compress(data) if name.lower().endswith(".gz") else data
     data = zstandard.compress(data) if name.endswith(".zst") else data
     (tmp_path / name).write_bytes(data)
     assert texts(read(tmp_path / name)) == [ODD]
@@ -46,10 +46,10 @@ def test_glob_crosses_folders_in_order_of_names(tmp_path):
     assert texts(read(tmp_path / "**/*.txt")) == ["a/1.txt", "b/2.txt", "c.txt"]
 
 
-@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("suffix", ["", ".gz", ".GZ", ".zst"])
 def test_jsonl(tmp_path, suffix):
     lines = "".join(json.dumps({"body": f"{i} {ODD}"}) + "\n\n" for i in range(50)).encode()
-    data = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[suffix](lines)
+    data = {"": bytes, ".gz": gzip.compress, ".GZ": gzip.compress, ".zst": zstandard.compress}[suffix](lines)
     (tmp_path / f"a.jsonl{suffix}").write_bytes(data)
     records = read(tmp_path / f"a.jsonl{suffix}", text_field="body")
     assert texts(records) == [f"{i} {ODD}" for i in range(50)]
