@@ -17,7 +17,7 @@ from llmjax.state import Plan
 from llmjax.train.job import Progress
 
 # Fields of the model that change how it computes, not what it is.
-_FREE_MODEL_FIELDS = {"scan", "remat", "attention", "dtype", "dropout"}
+_FREE_MODEL_FIELDS = {"scan", "remat", "attention", "recurrence", "unroll", "dtype", "dropout"}
 # Fields of the optimizer that make its learning rate; a change is honoured, and said.
 _RATE_FIELDS = {"learning_rate", "schedule", "warmup_steps", "decay_fraction", "end_fraction"}
 
@@ -56,6 +56,8 @@ def start(
         parts = {**parts, "opt_state": init(parts["params"])}
     else:
         _say_rates(config, meta, restored.step - meta["skipped"], say)
+    if not imported and (was := bind(RunConfig, meta["config"]).train.z_loss) != config.train.z_loss:
+        say(f"  changed since the checkpoint: train.z_loss: {was!r} -> {config.train.z_loss!r}")
     state = states.from_parts(plan, parts, step=restored.step, skipped=meta["skipped"])
     if imported:
         say(f"  starting from the parameters that were imported from {meta['imported']}")

@@ -1,0 +1,87 @@
+"""What may change between a checkpoint and the run that goes on from it: without a word, said, or not at all."""
+
+import dataclasses
+
+import jax
+from jax.sharding import AxisType, Mesh
+import numpy as np
+import pytest
+
+from llmjax import run_config, state as states
+from llmjax.checkpoint import Checkpoints
+from llmjax.config import UserError
+from llmjax.data.pipeline import DataState
+from llmjax.models.recurrent_config import RecurrentConfig
+from llmjax.run_config import RunConfig, TrainConfig
+from llmjax.train import resume
+
+MODEL = RecurrentConfig(cell="rglru", vocab_size=64, embed=16, num_layers=1, recurrence="associative")
+
+
+class Data:
+    """Data that any checkpoint goes on with."""
+
+    def start(self) -> DataState:
+        return DataState(fingerprint="text", seed=0, mixture="one", next_sample=0, global_batch=8)
+
+    def check(self, state: DataState) -> None:
+        del state
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    """Resume from one checkpoint with another model or training section: what was said."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    saved = RunConfig(model=MODEL, train=TrainConfig(steps=10))
+    mesh = Mesh(
+        np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3
+    )
+
+    def planned(config: RunConfig) -> states.Plan:
+        rules = config.parallel.rules
+        return states.plan_state(config.model, config.optimizer, horizon=config.train.steps, mesh=mesh, rules=rules)
+
+    plan = planned(saved)
+    checkpoints = Checkpoints(folder)
+    meta = {"config": run_config.to_json(saved), "data_state": Data().start().to_json(), "tokenizer_sha256": "a"}
+    checkpoints.save(1, states.parts(states.init_state(plan, MODEL, 0)), {**meta, "tokens": 5, "skipped": 0})
+    checkpoints.close()
+
+    def run(model: dict | None = None, train: dict | None = None) -> list[str]:
+        config = dataclasses.replace(
+            saved,
+            model=dataclasses.replace(saved.model, **model or {}),
+            train=dataclasses.replace(saved.train, **train or {}),
+        )
+        said: list[str] = []
+        again = Checkpoints(folder)
+        progress = resume.start(config, planned(config), Data(), again, "a", said.append)  # pyright: ignore[reportArgumentType]
+        again.close()
+        assert (progress.step, progress.tokens) == (1, 5)
+        return said
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        dict(recurrence="sequential", unroll=4),
+        dict(scan=False, remat="full", dropout=0.1, dtype="bfloat16"),
+    ],
+    ids=", ".join,
+)
+def test_how_a_model_computes_may_change_without_a_word(resumed, model):
+    (line,) = resumed(model=model)
+    assert "resuming at step 1" in line
+
+
+def test_what_a_model_is_may_not_change(resumed):
+    with pytest.raises(UserError, match=r"model.norm: 'rmsnorm' -> 'layernorm'"):
+        resumed(model=dict(norm="layernorm"))
+
+
+def test_what_training_lowers_is_said_when_it_changes(resumed):
+    changed, line = resumed(train=dict(z_loss=1e-4, loss_chunk=32))
+    assert changed.strip() == "changed since the checkpoint: train.z_loss: 0.0 -> 0.0001"
+    assert "resuming at step 1" in line
