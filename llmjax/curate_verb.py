@@ -79,6 +79,7 @@ def _report(arguments: list[str]) -> int:
         "curate report",
         "Print the data card of a curated corpus, and write report.html.",
         "llmjax curate report --workdir=runs/web",
+        overrides=False,
     )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="a workdir of llmjax curate")
     flags = parser.parse_args(arguments)
@@ -106,6 +107,7 @@ def _classifier(arguments: list[str]) -> int:
         which --config.curate.quality.classifier then reads. A fifth of the texts, drawn by their content,
         measures it.""",
         "llmjax curate classifier --good=/my/good --bad=/my/bad --to=quality.npz",
+        overrides=False,
     )
     parser.add_argument("--good", required=True, metavar="DIR", help="folder, file or glob of texts, JSONL, Parquet")
     parser.add_argument("--bad", required=True, metavar="DIR", help="the same, of what should go")

@@ -10,7 +10,9 @@ from llmjax.flags import make_parser
 
 def fields(arguments: list[str]) -> int:
     """Explain the config."""
-    parser = make_parser("fields", "Every config field: its meaning, unit and default.", "llmjax fields optimizer")
+    parser = make_parser(
+        "fields", "Every config field: its meaning, unit and default.", "llmjax fields optimizer", overrides=False
+    )
     parser.add_argument("section", nargs="?", metavar="SECTION", help="one section, such as model or data.tokenizer")
     flags = parser.parse_args(arguments)
     from llmjax.curate.config import CurateConfig

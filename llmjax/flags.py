@@ -19,13 +19,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message}; see `{self.prog} --help`")
 
 
-def make_parser(verb: str, description: str, example: str) -> Parser:
-    fields = "\n\n--config.FIELD=VALUE sets any config field; `llmjax fields` lists them"
-    overrides = "" if verb in ("inspect", "fields") else fields
+def make_parser(verb: str, description: str, example: str, *, overrides: bool = True) -> Parser:
+    """The parser of a verb; `overrides` says whether it takes config overrides, as `parse` reads them."""
+    fields = "\n\n--config.FIELD=VALUE sets any config field; `llmjax fields` lists them" if overrides else ""
     return Parser(
         prog=f"llmjax {verb}",
         description=textwrap.dedent(description),
-        epilog=f"example:\n  {example}{overrides}",
+        epilog=f"example:\n  {example}{fields}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

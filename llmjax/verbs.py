@@ -307,6 +307,7 @@ def inspect(arguments: list[str]) -> int:
         "inspect",
         "Show a run's checkpoints, their fingerprints and data states, and its config.",
         "llmjax inspect --workdir=runs/mine --json",
+        overrides=False,
     )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="a run")
     parser.add_argument("--json", action="store_true", help="machine-readable, oldest checkpoint first")

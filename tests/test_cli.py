@@ -8,7 +8,7 @@ import typing
 import pytest
 
 import llmjax
-from llmjax import cli, config
+from llmjax import cli, config, flags
 from llmjax.run_config import RunConfig
 
 
@@ -40,6 +40,23 @@ def test_each_verb_has_help_with_an_example(verb, capsys):
     printed = capsys.readouterr().out
     assert stopped.value.code == 0
     assert f"example:\n  llmjax {verb}" in printed
+
+
+@pytest.mark.parametrize("words", [*([verb] for verb in cli.VERBS), ["curate", "report"], ["curate", "classifier"]])
+def test_help_tells_of_config_fields_where_they_are_taken(words, capsys, monkeypatch):
+    with pytest.raises(SystemExit):
+        cli.run([*words, "--help"])
+    told = "--config.FIELD=VALUE sets any config field" in capsys.readouterr().out
+    read: list[str] = []
+
+    def parse_args(parser, arguments):
+        read.extend(arguments)
+        raise SystemExit
+
+    monkeypatch.setattr(flags.Parser, "parse_args", parse_args)
+    with pytest.raises(SystemExit):
+        cli.run([*words, "--config.seed=1"])
+    assert told == (not read), "what is left for the flags to read was not taken as a config field"
 
 
 def sections(cls: type, path: str = "") -> list[tuple[str, type]]:
