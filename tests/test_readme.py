@@ -48,7 +48,7 @@ def models() -> str:
             if found[0].family != family or path.stem == "quickstart":
                 continue
             sizes = ", ".join(spec.rpartition(":")[2] for spec in specs[1:])
-            what = re.split(r"[:;]| \(| in its ", caption(path))[0].strip(" ,.")
+            what = re.split(r"[:;]| in its | from |,? and a tiny", re.sub(r" \([^)]*\)", "", caption(path)))[0]
             classes = dict.fromkeys(f"`{exporting.choose(model)[0]}`" for model in found if expressible(model))
             told = (family, f"`configs/{path.name}`", what, sizes, ", ".join(found[0].objectives), ", ".join(classes))
             lines.append(f"| {' | '.join(told)} |")
