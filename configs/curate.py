@@ -2,7 +2,7 @@
 
 llmjax curate --config=configs/curate.py --workdir=runs/web --config.curate.inputs.web.path='crawl/*.warc.gz'
 llmjax prepare --config=configs/quickstart.py --workdir=runs/mine \
-    --config.data.sources.web.path='runs/web/curated/*.jsonl.zst'
+    --config.data.sources.web.path='runs/web/curated/*.jsonl.zst' --config.data.sources.web.split_field=split
 """
 
 from ml_collections import ConfigDict

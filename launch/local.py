@@ -16,7 +16,7 @@ import time
 from typing import NoReturn
 
 BAD_INPUT, PREEMPTED = 78, 85  # the two exit statuses that decide about a restart
-KNOWN = (75, 76, 77, BAD_INPUT, PREEMPTED)
+KNOWN = (75, 76, BAD_INPUT, PREEMPTED)
 
 HELP = """\
 Runs a command as one job of several processes on this machine:
@@ -27,8 +27,8 @@ Every process gets LLMJAX_COORDINATOR, LLMJAX_NUM_PROCESSES and LLMJAX_PROCESS_I
 With --devices=M each emulates M CPU devices (JAX_PLATFORMS=cpu), so that 2 x 4 acts as a mesh of 8.
 SIGTERM and Ctrl-C go to all processes, which save and end with 85; what still runs after the grace is killed.
 When one process fails, the others are ended too. The exit status is that of the first that failed with a reason
-(75 hang, 76 diverged, 77 hardware suspected, 78 bad input, 85 stopped on request and saved), else of the first that
-crashed; 0 when all are done.
+(75 hang, 76 diverged, 78 bad input, 85 stopped on request and saved), else of the first that crashed; 0 when all are
+done.
 """
 
 

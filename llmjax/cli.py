@@ -33,7 +33,8 @@ Every config field can be set on the command line: --config.train.steps=500
 
 
 def main() -> typing.NoReturn:
-    """Run a verb and exit: 0 done, 75 hang, 78 bad input (no restart helps), 85 saved on request, else a crash."""
+    """Run a verb and exit: 0 done, 75 hang, 76 diverged, 78 bad input (no restart helps), 85 saved on request, 130
+    interrupted before there was anything to save, 141 nobody reads the output, else a crash."""
     try:
         status = run(sys.argv[1:])
     except UserError as error:

@@ -4,6 +4,8 @@ A line of metrics.jsonl is one JSON object. Means and rates cover the steps sinc
 
 step               optimizer steps done
 loss               mean nats per scored token of this step, the float32 value exactly
+z_loss             what train.z_loss adds to it, likewise a mean
+accuracy           share of scored tokens whose target got the highest score
 batch_digest       uint32 hash of the global batch's rows, samples and tokens; the same on any mesh
 tokens             scored target tokens since step 0
 tokens_per_second  scored target tokens, on all devices
@@ -11,6 +13,7 @@ step_seconds       wall time of a step
 data_wait_seconds  the part of it that waited for a batch
 learning_rate, grad_norm
 skipped_steps      steps since step 0 whose update was not finite and was left out
+expert_balance, router_z, busiest_expert, dead_experts  of mixtures of experts, see nn.moe.losses
 mfu                useful FLOPs over the devices' peak, or null where the peak is unknown
 
 NaN and the infinities are written as Python's json spells them: a loss that broke must not read as one that is absent.
@@ -195,10 +198,8 @@ def _line(record: Mapping[str, Any]) -> str:
 
 
 class Console:
-    """One progress line that is redrawn in place on a terminal, and plain lines elsewhere.
-
-    `steps` is where the run ends. `width` is the terminal's, asked for at each line.
-    """
+    """One progress line that is redrawn in place on a terminal, and plain lines elsewhere; `steps` is where the run
+    ends."""
 
     def __init__(self, steps: int, *, primary: bool = True, stream: TextIO | None = None, clock=time.monotonic):
         self._steps = steps
