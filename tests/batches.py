@@ -25,10 +25,10 @@ def packed(rows: int, seq: int, vocab: int, *, first_sample: int = 0, seed: int 
 
 
 def suiting(config, rows: int, seq: int, vocab: int, *, first_sample: int = 0, seed: int = 0) -> Batch:
-    """A packed batch of the kind that a family reads: with hidden tokens for an encoder, with sources for an
+    """A packed batch of the kind that a family reads: with hidden tokens where it learns "masked", with sources for an
     encoder-decoder, whose documents have as many tokens there, in another order."""
     batch = packed(rows, seq, vocab, first_sample=first_sample, seed=seed)
-    if config.family == "encoder":
+    if "masked" in config.objectives:
         rng = np.random.default_rng((seed, first_sample, 1))
         hidden = (rng.random(batch.targets.shape) < 0.3) & (batch.segments > 0)
         inputs = np.where(hidden, 0, batch.targets).astype(np.int32)
