@@ -1,4 +1,4 @@
-"""Eight emulated CPU devices for every test, and the shared paths."""
+"""Eight emulated CPU devices for every test, and the public texts that some of them read (docs/testdata.md)."""
 
 import os
 import pathlib
@@ -35,7 +35,7 @@ def forget_programs():
 
 @pytest.fixture
 def shared_data() -> pathlib.Path:
-    """A folder of public data sets beside the repository; tests that need it are skipped where it is absent."""
+    """The folder of public data sets (docs/testdata.md); tests that need it are skipped where it is absent."""
     folder = pathlib.Path(os.environ.get("LLMJAX_SHARED_DATA", ROOT.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"no shared data at {folder} (set LLMJAX_SHARED_DATA)")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure curation on real text, on one core, beside the tools that others use for it.
 
-python tools/bench_curate.py                           the public texts in ../shared/data, else the standard library
+python tools/bench_curate.py                           the public texts of docs/testdata.md, else the standard library
 python tools/bench_curate.py --text='/my/**/*.txt'     your own
 python tools/bench_curate.py --rows=scaling,memory     some of the rows
 python tools/bench_curate.py --peer_python=PATH        a Python that has the peer, datatrove, installed by
@@ -113,9 +113,10 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    shared = ROOT.parent / "shared" / "data"
+    shared = Path(os.environ.get("LLMJAX_SHARED_DATA", ROOT.parent / "shared" / "data"))
     default = str(shared) if shared.is_dir() else ""
-    parser.add_argument("--shared", default=default, help="folder of public data sets (default: ../shared/data)")
+    where = "folder of the public sets of docs/testdata.md (default: LLMJAX_SHARED_DATA, else ../shared/data)"
+    parser.add_argument("--shared", default=default, help=where)
     parser.add_argument("--text", default="", help="glob of UTF-8 files, a document each, instead")
     parser.add_argument("--megabytes", type=float, default=4, help="text to use at most, drawn evenly (default: 4)")
     parser.add_argument("--repeats", type=int, default=5, help="timings of which the best counts (default: 5)")
