@@ -138,9 +138,10 @@ def windows(fields: Fields, *, default: list[str], window: int = 4096) -> dict[s
     return {"window": size, "pattern": next(letters[:n] for n in range(1, len(letters) + 1) if repeats(n))}
 
 
-def layer_types(config: DecoderConfig) -> dict[str, Any]:
-    """The part of config.json that `windows` reads."""
-    return {"sliding_window": config.window or None, "layer_types": [_LOCAL[local] for local in config.local]}
+def layer_types(config: DecoderConfig, unused: int | None = 4096) -> dict[str, Any]:
+    """The part of config.json that `windows` reads; `unused` is written for a window where no layer slides, as most
+    classes make the mask of sliding layers whether there are any or not."""
+    return {"sliding_window": config.window or unused, "layer_types": [_LOCAL[local] for local in config.local]}
 
 
 def every(count: Any, period: int) -> list[str]:
@@ -207,7 +208,7 @@ def _read_qwen3(hf: dict[str, Any]) -> dict[str, Any]:
 
 def _write_qwen3(config: DecoderConfig) -> dict[str, Any]:
     shared = shared_json(config, "qwen3") | _activation_json(config) | rope.write(config)
-    return shared | layer_types(config) | {"use_sliding_window": bool(config.window)}
+    return shared | layer_types(config, unused=None) | {"use_sliding_window": bool(config.window)}
 
 
 def _read_gemma(hf: dict[str, Any], *, model_type: str) -> dict[str, Any]:

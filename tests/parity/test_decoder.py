@@ -157,6 +157,17 @@ CASES = {
         SIZES | dict(num_hidden_layers=4, sliding_window=5, rope_parameters=OLMO3),
         dict(window=5, pattern="lllg", rope_local_base=5e3, rope_scaling="yarn", rope_attention_factor=1.3),
     ),
+    "gemma2-whole": ("Gemma2", SIZES | dict(head_dim=16, layer_types=[FULL] * 3), dict(window=0)),
+    "gemma3-whole": (
+        "Gemma3",
+        SIZES | dict(head_dim=16, layer_types=[FULL] * 3, rope_parameters=BY_KIND),
+        dict(window=0, rope_local_base=0.0),
+    ),
+    "olmo3-whole": (
+        "Olmo3",
+        SIZES | dict(layer_types=[FULL] * 3, rope_parameters=OLMO3),
+        dict(window=0, rope_local_base=0.0, rope_scaling="yarn"),
+    ),
     "olmo3-tied": (
         "Olmo3",
         SIZES | dict(sliding_window=5, layer_types=[FULL, LOCAL, FULL], tie_word_embeddings=True),

@@ -24,6 +24,7 @@ LLAMA = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "i
 GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, **DECODER}
 BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+FULL = "full_attention"
 EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
 LATENT = {
     "kv_lora_rank": 16,
@@ -44,6 +45,7 @@ CAUSAL = {
     "gpt_oss": ("GptOss", {**LLAMA, **EXPERTS, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8}),
     "deepseek_v3": ("DeepseekV3", {**LLAMA, **LATENT, "n_routed_experts": 16, "num_experts_per_tok": 2}),
     "gemma2": ("Gemma2", {**LLAMA, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8}),
+    "gemma2-whole": ("Gemma2", {**LLAMA, "num_key_value_heads": 2, "head_dim": 8, "layer_types": [FULL] * 3}),
 }
 
 

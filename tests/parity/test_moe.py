@@ -76,6 +76,11 @@ CASES = {
         SIZES | dict(num_local_experts=6, num_experts_per_tok=3, head_dim=16, sliding_window=5),
         dict(window=5, pattern="lg", sinks="learned", rope_scaling="yarn", rope_truncate=False, biases="all"),
     ),
+    "gpt_oss-whole": (
+        "GptOss",
+        SIZES | dict(num_local_experts=6, head_dim=16, layer_types=["full_attention"] * 2),
+        dict(window=0),
+    ),
     "deepseek": (
         "DeepseekV3",
         SIZES
