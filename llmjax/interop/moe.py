@@ -24,6 +24,15 @@ _NEUTRAL = (
 )
 # What training alone knows of, and widths without effect: mlp is written as it is where there are dense layers.
 _FREE = ("balance_loss", "router_z_loss", "rope_dim")
+# What a config.json of gpt-oss stands for that says nothing of its frequencies.
+_GPT_OSS_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
 
 
 def _activation(fields: Fields) -> dict[str, str]:
@@ -84,6 +93,8 @@ def _write_qwen3(config: MoeConfig) -> dict[str, Any]:
 
 
 def _read_gpt_oss(hf: dict[str, Any]) -> dict[str, Any]:
+    if hf.get("rope_parameters") is None and not hf.get("rope_scaling"):
+        hf = hf | {"rope_parameters": _GPT_OSS_ROPE}
     fields = Fields({"head_dim": 64, "attention_bias": True} | hf)
     fields.must("attention_bias", True)
     fields.must("hidden_act", "silu")  # of which its experts have a variant of their own

@@ -245,6 +245,23 @@ def test_greedy_text_is_theirs(name, imported):
         assert tokens == theirs[0, len(prompt) :].tolist()
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        dict(rope_theta=5e4, rope_parameters=None),
+        dict(rope_scaling={}),
+        dict(rope_parameters={}),
+        dict(rope_scaling=dict(rope_type="linear", factor=2.0)),
+    ],
+)
+def test_the_frequencies_of_gpt_oss_where_its_config_says_nothing(given):
+    sizes = SIZES | dict(num_local_experts=6)
+    theirs = transformers.GptOssConfig(**sizes, **copy.deepcopy(given)).to_dict()
+    read = ARCHITECTURES["GptOssForCausalLM"].read_config
+    assert read(sizes | given) == read(theirs)
+
+
 REFUSED = {
     "mlp_only_layers=[1]": ("qwen3", dict(mlp_only_layers=[1])),
     "decoder_sparse_step=2": ("qwen3", dict(decoder_sparse_step=2)),
