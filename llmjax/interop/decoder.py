@@ -4,7 +4,7 @@ from typing import Any
 
 from llmjax.config import UserError
 from llmjax.interop import decoder_rules, rope
-from llmjax.interop.fields import Fields
+from llmjax.interop.fields import FULL, NUMBER, SLIDING, Fields
 from llmjax.interop.mapping import Architecture
 from llmjax.models.decoder_config import DecoderConfig
 
@@ -16,7 +16,7 @@ _ACTIVATIONS = {
     "relu": "relu",
     "silu": "silu",
 }
-_LOCAL = {True: "sliding_attention", False: "full_attention"}
+_LOCAL = {True: SLIDING, False: FULL}
 _GPT2_NEUTRAL = (
     "resid_pdrop",
     "embd_pdrop",
@@ -42,7 +42,7 @@ def _read_gpt2(hf: dict[str, Any]) -> dict[str, Any]:
         "num_layers": fields["n_layer"],
         "embed": fields["n_embd"],
         "num_heads": fields["n_head"],
-        "mlp": fields.get("n_inner", None) or 4 * fields["n_embd"],
+        "mlp": fields.get("n_inner", None, *NUMBER) or 4 * fields["n_embd"],
         "activation": fields.choice("activation_function", _ACTIVATIONS, "gelu_new"),
         "gated": "plain",
         "norm": "layernorm",
@@ -90,8 +90,8 @@ def shared_fields(
         "num_layers": fields["num_hidden_layers"],
         "embed": fields["hidden_size"],
         "num_heads": fields["num_attention_heads"],
-        "num_kv_heads": fields.get("num_key_value_heads", kv_heads or None) or fields["num_attention_heads"],
-        "head_dim": fields.get("head_dim", None) or fields["hidden_size"] // fields["num_attention_heads"],
+        "num_kv_heads": fields.get("num_key_value_heads", kv_heads) or fields["num_attention_heads"],
+        "head_dim": fields.get("head_dim", None, *NUMBER) or fields["hidden_size"] // fields["num_attention_heads"],
         "mlp": fields["intermediate_size"],
         "gated": "gated",
         "norm": "rmsnorm",
@@ -123,11 +123,7 @@ def shared_json(config: DecoderConfig, model_type: str) -> dict[str, Any]:
 
 def windows(fields: Fields, *, default: list[str], window: int = 4096) -> dict[str, Any]:
     """window and pattern of section `model` from layer_types (`default` where there are none) and sliding_window."""
-    types = fields.get("layer_types", None) or default
-    if unknown := set(types) - set(_LOCAL.values()):
-        raise UserError(f"config.json: layer_types holds {min(unknown)!r}; known are {', '.join(_LOCAL.values())}")
-    if len(types) != fields["num_hidden_layers"]:
-        raise UserError(f"config.json: layer_types has {len(types)} entries for {fields['num_hidden_layers']} layers")
+    types = fields.layer_types(fields["num_hidden_layers"]) or default
     size = fields.get("sliding_window", window)
     if _LOCAL[True] not in types:
         return {}
@@ -218,18 +214,19 @@ def _read_gemma(hf: dict[str, Any], *, model_type: str) -> dict[str, Any]:
     # Published files also have hidden_act, which the reference does not read.
     section |= _activation(fields, "hidden_activation", "gelu_pytorch_tanh")
     fields.must("use_bidirectional_attention", False, None)
-    scale = fields.get("query_pre_attn_scalar", 256)
+    scale = fields.positive("query_pre_attn_scalar", 256)
     section |= {
         "norm": "rmsnorm1p",
         "norm_position": "both",
         "embed_multiplier": section["embed"] ** 0.5,
         "score_scale": 0.0 if scale == section["head_dim"] else scale**-0.5,
-        "logit_softcap": fields.get("final_logit_softcapping", None if third else 30.0) or 0.0,
+        "logit_softcap": fields.get("final_logit_softcapping", None if third else 30.0, *NUMBER) or 0.0,
     }
     if third:
         # A field of the class that its attention does not pass on: the reference caps nothing.
         fields.must("attn_logit_softcapping", None)
-        period = fields.get("_sliding_window_pattern", None) or fields.get("sliding_window_pattern", None) or 6
+        given = [fields.get(name, None, *NUMBER) for name in ("_sliding_window_pattern", "sliding_window_pattern")]
+        period = given[0] or given[1] or 6
         section |= {"qk_norm": "head"} | windows(fields, default=every(section["num_layers"], period))
         section |= rope.read_by_kind(fields, base=1e6, local_base=1e4, old_local="rope_local_base_freq")
     else:
@@ -271,7 +268,9 @@ def _write_olmo(config: DecoderConfig, *, model_type: str) -> dict[str, Any]:
 
 def _read_gemma3_text(hf: dict[str, Any]) -> dict[str, Any]:
     """The language model inside a checkpoint that also reads images."""
-    text = dict(Fields(hf)["text_config"])
+    text = Fields(hf).section("text_config")
+    if not text:
+        raise UserError("config.json has no text_config")
     tied = text.get("tie_word_embeddings", hf.get("tie_word_embeddings", True))
     sizes = {"vocab_size": 262_208, "num_attention_heads": 8, "hidden_size": 2304, "intermediate_size": 9216}
     return _read_gemma(sizes | text | {"tie_word_embeddings": tied}, model_type="gemma3_text")

@@ -3,7 +3,7 @@
 from typing import Any
 
 from llmjax.config import UserError
-from llmjax.interop.fields import Fields
+from llmjax.interop.fields import NUMBER, Fields
 from llmjax.interop.layouts import matrix, transposed
 from llmjax.interop.mapping import Architecture, Rule
 from llmjax.models.encdec_config import EncDecConfig
@@ -36,12 +36,12 @@ def _read(hf: dict[str, Any]) -> dict[str, Any]:
     scaled = fields.get("scale_decoder_outputs", tied)
     if scaled and not tied:
         raise UserError("config.json: scale_decoder_outputs=True is not supported with tie_word_embeddings=False")
-    start = fields.get("decoder_start_token_id", None)
+    start = fields.get("decoder_start_token_id", None, *NUMBER)
     section = {
         "vocab_size": fields["vocab_size"],
         "start_id": -1 if start is None else start,
         "num_layers": fields["num_layers"],
-        "num_decoder_layers": fields.get("num_decoder_layers", None) or fields["num_layers"],
+        "num_decoder_layers": fields.get("num_decoder_layers", None, *NUMBER) or fields["num_layers"],
         "embed": fields["d_model"],
         "num_heads": fields["num_heads"],
         "head_dim": fields["d_kv"],

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from llmjax.config import UserError
-from llmjax.interop.fields import Fields
+from llmjax.interop.fields import FULL, NUMBER, SLIDING, Fields
 from llmjax.interop.layouts import matrix, transposed, vector
 from llmjax.interop.mapping import Architecture, Rule
 from llmjax.models.encoder_config import EncoderConfig
@@ -159,9 +159,9 @@ def _read_modernbert(hf: dict[str, Any]) -> dict[str, Any]:
             f"hidden_activation={hf.get('hidden_activation')!r}: head and blocks have one activation"
         )
     layers = fields["num_hidden_layers"]
-    every = _period(fields.get("layer_types", None), layers) or fields.get("global_attn_every_n_layers", 3)
-    fields.get("global_attn_every_n_layers", 3)
-    local = fields.get("local_attention", 128)
+    given = fields.positive("global_attn_every_n_layers", 3)
+    every = _period(fields.layer_types(layers), layers) or given
+    local = fields.positive("local_attention", 128)
     section = {
         "family": "encoder",
         "vocab_size": fields["vocab_size"],
@@ -175,11 +175,11 @@ def _read_modernbert(hf: dict[str, Any]) -> dict[str, Any]:
         "norm_position": "pre",
         "positions": "rotary",
         "max_positions": fields.get("max_position_embeddings", 8192),
-        "rope_base": _rope_base(fields, "full_attention", "global_rope_theta", 160_000.0),
+        "rope_base": _rope_base(fields, FULL, "global_rope_theta", 160_000.0),
         # Theirs counts the places on both sides that a token sees; ours is the distance that it does not see.
         "window": local // 2 + 1 if every > 1 else 0,
         "global_every": every if every > 1 else EncoderConfig.global_every,
-        "local_rope_base": _rope_base(fields, "sliding_attention", "local_rope_theta", 10_000.0),
+        "local_rope_base": _rope_base(fields, SLIDING, "local_rope_theta", 10_000.0),
         "types": 0,
         "biases": "none",
     }
@@ -191,7 +191,7 @@ def _period(layer_types: Sequence[str] | None, layers: int) -> int | None:
     """n where every n-th layer, from the first one on, sees all; UserError for any other pattern."""
     if layer_types is None:
         return None
-    full = [kind == "full_attention" for kind in layer_types]
+    full = [kind == FULL for kind in layer_types]
     every = next((n for n in range(1, layers) if full[n]), max(layers, 2))
     if full != [layer % every == 0 for layer in range(layers)]:
         raise UserError(
@@ -202,19 +202,19 @@ def _period(layer_types: Sequence[str] | None, layers: int) -> int | None:
 
 
 def _rope_base(fields: Fields, kind: str, old_name: str, default: float) -> float:
-    every = fields.get("rope_parameters", None) or {}
-    rope = Fields(every.get(kind) or {}, f"rope_parameters.{kind}.")
+    where = f"rope_parameters.{kind}."
+    rope = Fields(Fields(fields.section("rope_parameters"), "rope_parameters.").section(kind), where)
     rope.must("rope_type", "default")
-    old = fields.get(old_name, None)
-    base = rope.get("rope_theta", None) or old or default
+    old = fields.get(old_name, None, *NUMBER)
+    base = rope.get("rope_theta", None, *NUMBER) or old or default
     rope.done()
     return float(base)
 
 
 def _write_modernbert(config: EncoderConfig) -> dict[str, Any]:
     every = config.global_every if config.window else 1
-    kinds = ["sliding_attention" if local else "full_attention" for local in config.local_layers]
-    bases = {"full_attention": config.rope_base, "sliding_attention": config.local_rope_base}
+    kinds = [SLIDING if local else FULL for local in config.local_layers]
+    bases = {FULL: config.rope_base, SLIDING: config.local_rope_base}
     activation = _THEIR_ACTIVATIONS.get(config.activation, config.activation)
     return {
         "model_type": "modernbert",

@@ -68,8 +68,10 @@ def read(folder: Path) -> Checkpoint:
     """Look at a folder; no tensor is read. Raises UserError for an architecture or a quantisation that is not known."""
     hf = read_json(folder / "config.json")
     names = hf.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"config.json: architectures={names!r}: expected a list of one name")
     if len(names) != 1 or names[0] not in ARCHITECTURES:
-        given = ", ".join(map(str, names)) or "none"
+        given = ", ".join(names) or "none"
         near = suggest(names[0], ARCHITECTURES) if names else ""
         raise UserError(f"{folder}: architecture {given}{near} is not known; known are {', '.join(ARCHITECTURES)}")
     architecture = ARCHITECTURES[names[0]]
@@ -88,8 +90,10 @@ def _quantisation(hf: dict[str, Any]) -> Any:
     given = hf.get("quantization_config")
     if given is None:
         return None
-    method = given.get("quant_method") if isinstance(given, dict) else given
-    if method not in QUANTISATIONS:
+    if not isinstance(given, dict):
+        raise UserError(f"config.json: quantization_config={given!r}: expected a section with quant_method")
+    method = given.get("quant_method")
+    if not isinstance(method, str) or method not in QUANTISATIONS:
         known = ", ".join(QUANTISATIONS) or "none"
         raise UserError(f"config.json: quantization_config.quant_method={method!r} cannot be unpacked; known: {known}")
     make: Callable[[dict[str, Any]], Any] = QUANTISATIONS[method]

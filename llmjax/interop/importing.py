@@ -11,7 +11,7 @@ import jax
 import llmjax
 from llmjax import loading, run_config, workdir as workdirs
 from llmjax.checkpoint import Checkpoints
-from llmjax.config import UserError
+from llmjax.config import UserError, bind
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.interop import folder as folders, place, tokenizers
 from llmjax.interop.mapping import Correspondence
@@ -94,7 +94,7 @@ def _config(
     found: folders.Checkpoint, tokenizer: Tokenizer, workdir: epath.Path, overrides: Sequence[tuple[str, str]]
 ) -> RunConfig:
     tree: dict[str, Any] = {
-        "model": {"family": found.family, **found.architecture.read_config(found.hf)},
+        "model": _model(found),
         "objective": _objective(registry.config_class(found.family)),
         "data": {"tokenizer": loading.tokenizer_section(workdir, tokenizer.kind)},
     }
@@ -105,6 +105,20 @@ def _config(
             f"{config.model.vocab_size}: they do not belong together"
         )
     return config
+
+
+def _model(found: folders.Checkpoint) -> dict[str, Any]:
+    """The config's section. Readers check the kind of most values; what they do not is told here."""
+    try:
+        section = {"family": found.family, **found.architecture.read_config(found.hf)}
+        bind(registry.config_class(found.family), section, "model")  # before what the user wishes otherwise
+    except UserError as error:
+        if str(error).startswith("config.json"):
+            raise
+        raise UserError(f"config.json: {error}") from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"config.json: a field has a value of a wrong kind ({error})") from None
+    return section
 
 
 def _objective(family: Any) -> dict[str, Any]:
@@ -145,7 +159,7 @@ def _notes(hf: dict[str, Any], tokenizer: Tokenizer, config: RunConfig) -> list[
     notes = []
     ends = hf.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends]
-    if None not in ends and tokenizer.eos_id not in ends:
+    if ends and None not in ends and tokenizer.eos_id not in ends:
         notes.append(f"config.json ends texts with token {ends[0]}, we with the tokenizer's {tokenizer.eos_id}")
     if config.objective.prompt_form == "plain":
         notes.append(

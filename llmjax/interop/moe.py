@@ -6,7 +6,7 @@ from typing import Any
 from llmjax.config import UserError
 from llmjax.interop import moe_rules, rope
 from llmjax.interop.decoder import every, layer_types, shared_fields, shared_json, windows
-from llmjax.interop.fields import Fields
+from llmjax.interop.fields import NUMBER, Fields
 from llmjax.interop.mapping import Architecture
 from llmjax.models.moe_config import MoeConfig
 from llmjax.nn.rotary import yarn_attention_factor
@@ -49,7 +49,7 @@ def _read_mixtral(hf: dict[str, Any]) -> dict[str, Any]:
         "experts_per_token": fields.get("num_experts_per_tok", 2),
         "expert_mlp": section["mlp"],
     }
-    window = fields.get("sliding_window", None)
+    window = fields.get("sliding_window", None, *NUMBER)
     fields.done(*_NEUTRAL)
     return section | ({"window": window, "pattern": "l"} if window else {})
 
@@ -66,8 +66,8 @@ def _read_qwen3(hf: dict[str, Any]) -> dict[str, Any]:
     )
     fields.must("use_sliding_window", False)
     fields.must("decoder_sparse_step", 1)
-    dense = fields.get("mlp_only_layers", None) or []
-    if list(dense) != list(range(len(dense))):
+    dense = fields.get("mlp_only_layers", None, list) or []
+    if dense != list(range(len(dense))):
         raise UserError(f"config.json: mlp_only_layers={dense} is not supported, only the first layers, such as [0, 1]")
     section |= {
         "qk_norm": "head",
@@ -151,7 +151,7 @@ def _read_deepseek(hf: dict[str, Any]) -> dict[str, Any]:
         "router": "sigmoid",
         "correction_bias": True,
         "renormalise": fields.get("norm_topk_prob", True),
-        "router_scale": float(fields.get("routed_scaling_factor", 2.5)),
+        "router_scale": float(fields.positive("routed_scaling_factor", 2.5)),
         "router_groups": fields.get("n_group", 8),
         "router_top_groups": fields.get("topk_group", 4),
     }
@@ -195,7 +195,7 @@ def _write_deepseek(config: MoeConfig) -> dict[str, Any]:
 
 def _experts(fields: Fields, default: int) -> int:
     names = ("num_local_experts", "num_experts", "n_routed_experts")
-    given = {found for name in names if (found := fields.get(name, None)) is not None}
+    given = {found for name in names if (found := fields.get(name, None, *NUMBER)) is not None}
     if len(given) > 1:
         raise UserError(f"config.json: {' and '.join(names)} differ: {sorted(given)}")
     return given.pop() if given else default

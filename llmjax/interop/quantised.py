@@ -62,7 +62,7 @@ class Fp8Blocks:
 
     def __init__(self, settings: Mapping[str, Any]):
         block = settings.get("weight_block_size")
-        if not isinstance(block, list | tuple) or len(block) != 2:
+        if not isinstance(block, list | tuple) or [type(size) is int and size > 0 for size in block] != [True, True]:
             raise UserError(
                 f"config.json: quantization_config.weight_block_size={block!r} is not supported, only two numbers "
                 "such as [128, 128]"
@@ -75,8 +75,8 @@ class Fp8Blocks:
         for name, shape in disk.items():
             if name.endswith("_scale_inv"):
                 weight = disk.get(name.removesuffix("_scale_inv"))
-                tiles = weight and tuple(-(-size // step) for size, step in zip(weight, self.block, strict=True))
-                if tiles != shape:
+                tiles = weight and tuple(-(-size // step) for size, step in zip(weight, self.block, strict=False))
+                if tiles != shape or len(shape) != len(self.block):
                     raise UserError(f"tensor {name} has shape {list(shape)}; its weight needs {tiles and list(tiles)}")
             else:
                 found[name] = shape

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmjax.config import UserError
-from llmjax.interop.fields import Fields
+from llmjax.interop.fields import FULL, NUMBER, SLIDING, Fields
 from llmjax.models.decoder_config import DecoderConfig
 from llmjax.nn.rotary import yarn_attention_factor
 
@@ -14,11 +14,8 @@ _KINDS = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "ya
 def read(fields: Fields, *, base: float) -> dict[str, Any]:
     """The rope_* fields of section `model`, for a model whose layers are all turned alike; `base` where none is
     given."""
-    where = "rope_scaling" if fields.get("rope_scaling", None) else "rope_parameters"
-    theta = fields.get("rope_theta", base)
-    given = fields.get(where, None) or {}
-    fields.get("rope_parameters", None)
-    return _read(given, f"{where}.", theta, fields)
+    theta, new, old = fields.get("rope_theta", base), fields.section("rope_parameters"), fields.section("rope_scaling")
+    return _read(old or new, "rope_scaling." if old else "rope_parameters.", theta, fields)
 
 
 def read_by_kind(fields: Fields, *, base: float, local_base: float, old_local: str | None = None) -> dict[str, Any]:
@@ -27,10 +24,9 @@ def read_by_kind(fields: Fields, *, base: float, local_base: float, old_local: s
     The older fields rope_scaling and rope_theta are those of the full layers; `old_local` names the one that holds
     the base of the sliding layers, if there is any.
     """
-    both = fields.get("rope_parameters", None) or {}
-    full, sliding = dict(both.get("full_attention") or {}), dict(both.get("sliding_attention") or {})
-    Fields(both, "rope_parameters.").done("full_attention", "sliding_attention")
-    full |= fields.get("rope_scaling", None) or {}
+    both = Fields(fields.section("rope_parameters"), "rope_parameters.")
+    full, sliding = both.section(FULL) | fields.section("rope_scaling"), both.section(SLIDING)
+    both.done()
     theta, local_theta = fields.get("rope_theta", base), fields.get(old_local, local_base) if old_local else local_base
     section = _read(full, "rope_parameters.full_attention.", theta, fields)
     if not section.get("rope_truncate", True):
@@ -58,7 +54,7 @@ def write_by_kind(config: DecoderConfig) -> dict[str, Any]:
             f"model.rope_local_base=0.0: rope_scaling={config.rope_scaling!r} would be lost in the sliding layers"
         )
     local = {"rope_type": "default", "rope_theta": config.rope_local_base or config.rope_base}
-    return {"rope_parameters": {"full_attention": _write(config), "sliding_attention": local}}
+    return {"rope_parameters": {FULL: _write(config), SLIDING: local}}
 
 
 def _read(given: Mapping[str, Any], where: str, theta: Any, fields: Fields) -> dict[str, Any]:
@@ -67,9 +63,9 @@ def _read(given: Mapping[str, Any], where: str, theta: Any, fields: Fields) -> d
     kind = rope.choice(name, _KINDS, "default")
     rope.get("type", None)
     rope.must("partial_rotary_factor", 1.0, None)
-    section: dict[str, Any] = {"rope_base": float(rope.get("rope_theta", None) or theta)}
+    section: dict[str, Any] = {"rope_base": float(rope.get("rope_theta", None, *NUMBER) or theta or 0)}
     longest = fields.get("max_position_embeddings", 0)
-    original = fields.get("original_max_position_embeddings", None)
+    original = fields.get("original_max_position_embeddings", None, *NUMBER)
     if kind != "none":
         section |= {"rope_scaling": kind}
         original = original or rope.get("original_max_position_embeddings", longest)
@@ -79,17 +75,19 @@ def _read(given: Mapping[str, Any], where: str, theta: Any, fields: Fields) -> d
         section |= {"rope_factor": float(rope["factor"]), "rope_original": original}
         section |= {"rope_low": float(rope["low_freq_factor"]), "rope_high": float(rope["high_freq_factor"])}
     if kind == "yarn":
-        factor = float(rope.get("factor", None) or longest / original)
+        if "factor" not in given:  # null has a meaning: as many times as longer texts are longer
+            raise UserError(f"config.json has no {where}factor")
+        factor = float(rope.get("factor", None, *NUMBER) or longest / original)
         section |= {"rope_factor": factor, "rope_original": original, "rope_truncate": rope.get("truncate", True)}
-        section |= {"rope_low": float(rope.get("beta_slow", None) or 1)}
-        section |= {"rope_high": float(rope.get("beta_fast", None) or 32)}
+        section |= {"rope_low": float(rope.get("beta_slow", None, *NUMBER) or 1)}
+        section |= {"rope_high": float(rope.get("beta_fast", None, *NUMBER) or 32)}
         section |= {"rope_attention_factor": _attention_factor(rope, factor)}
     rope.done()
     return section
 
 
 def _attention_factor(rope: Fields, factor: float) -> float:
-    own, weight, all_dims = (rope.get(name, None) for name in ("attention_factor", "mscale", "mscale_all_dim"))
+    own, weight, all_dims = (rope.get(name, None, *NUMBER) for name in ("attention_factor", "mscale", "mscale_all_dim"))
     if own is not None:
         return float(own)
     if weight and all_dims:

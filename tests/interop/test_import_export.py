@@ -125,6 +125,71 @@ def test_configs_that_cannot_be_honoured_are_refused(tmp_path, case):
         importing.import_checkpoint(source, epath.Path(tmp_path / "run"), say=quiet)
 
 
+MALFORMED = {
+    "num_attention_heads=0": ("Llama", {"num_attention_heads": 0}),
+    "hidden_size='48'": ("Llama", {"hidden_size": "48"}),
+    "vocab_size=True": ("Llama", {"vocab_size": True}),
+    "rms_norm_eps='x'": ("Llama", {"rms_norm_eps": "x"}),
+    "rope_theta='x'": ("Llama", {"rope_theta": "x"}),
+    "hidden_act=['silu']": ("Llama", {"hidden_act": ["silu"]}),
+    "tie_word_embeddings='no'": ("Llama", {"tie_word_embeddings": "no"}),
+    "num_key_value_heads='2'": ("Llama", {"num_key_value_heads": "2"}),
+    "model.num_kv_heads=3": ("Llama", {"num_key_value_heads": 3}),
+    "a wrong kind ('float'": ("Qwen3", {"num_hidden_layers": 2.5}),
+    "rope_scaling='linear'": ("Llama", {"rope_scaling": "linear"}),
+    "has no rope_scaling.factor": ("Llama", {"rope_scaling": {"rope_type": "yarn"}}),
+    "rope_parameters.factor='4'": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": "4"}}),
+    "rope_parameters.full_attention=3": ("Olmo3", {"rope_parameters": {"full_attention": 3}}),
+    "rope_parameters=[]": ("Gemma3", {"rope_parameters": []}),
+    "query_pre_attn_scalar=0": ("Gemma2", {"query_pre_attn_scalar": 0}),
+    "query_pre_attn_scalar=None": ("Gemma2", {"query_pre_attn_scalar": None}),
+    "query_pre_attn_scalar=-4": ("Gemma2", {"query_pre_attn_scalar": -4}),
+    "sliding_window='4'": ("Gemma2", {"sliding_window": "4"}),
+    "sliding_window_pattern='x'": ("Gemma3", {"sliding_window_pattern": "x"}),
+    "layer_types=3": ("Gemma2", {"layer_types": 3}),
+    "layer_types holds ['x']": ("Gemma2", {"layer_types": [["x"]]}),
+    "n_embd='8'": ("GPT2LMHeadModel", {"n_embd": "8"}),
+    "mlp_only_layers=3": ("Qwen3Moe", {"mlp_only_layers": 3}),
+    "num_experts='8'": ("Qwen3Moe", {"num_experts": "8"}),
+    "routed_scaling_factor=None": ("DeepseekV3", {"routed_scaling_factor": None}),
+    "rope_scaling='yarn'": ("GptOss", {"rope_scaling": "yarn"}),
+    "text_config='x'": ("Gemma3ForConditionalGeneration", {"text_config": "x"}),
+    "has no text_config": ("Gemma3ForConditionalGeneration", {}),
+    "layer_types has 2 entries for 3 layers": ("ModernBertForMaskedLM", {"layer_types": ["full_attention"] * 2}),
+    "layer_types holds 'chunked_attention'": ("ModernBertForMaskedLM", {"layer_types": ["chunked_attention"] * 3}),
+    "global_attn_every_n_layers=0": ("ModernBertForMaskedLM", {"global_attn_every_n_layers": 0}),
+    "local_attention='x'": ("ModernBertForMaskedLM", {"local_attention": "x"}),
+    "rope_parameters.full_attention='x'": ("ModernBertForMaskedLM", {"rope_parameters": {"full_attention": "x"}}),
+    "has no num_attention_heads": ("BertForMaskedLM", {"num_attention_heads": None}),
+    "feed_forward_proj=3": ("T5ForConditionalGeneration", {"feed_forward_proj": 3}),
+    "d_kv='x'": ("T5ForConditionalGeneration", {"d_kv": "x"}),
+    "architectures='LlamaForCausalLM'": ("Llama", {"architectures": "LlamaForCausalLM"}),
+    "architectures=[3]": ("Llama", {"architectures": [3]}),
+    "quantization_config='fp8'": ("Llama", {"quantization_config": "fp8"}),
+    "quant_method=['fp8']": ("Llama", {"quantization_config": {"quant_method": ["fp8"]}}),
+    "weight_block_size=[0, 2]": (
+        "DeepseekV3",
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, 2]}},
+    ),
+}
+T5_SIZES = {"num_layers": 3, "d_model": 32, "num_heads": 4, "d_kv": 8, "d_ff": 48}
+
+
+@pytest.mark.parametrize("words", MALFORMED)
+def test_values_of_a_wrong_kind_are_one_line(tmp_path, words):
+    name, change = MALFORMED[words]
+    name = name if "For" in name or name.startswith("GPT2") else f"{name}ForCausalLM"
+    base = {"GPT2": published.GPT2, "T5Fo": {"vocab_size": 300, **T5_SIZES}}.get(name[:4])
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    base = base or {size: published.LLAMA[size] for size in sizes}
+    hf = {**base, "architectures": [name], **change}
+    source = published.write_folder(tmp_path / "in", hf, published.random_tensors({"x": (1,)}))
+    with pytest.raises(UserError) as told:
+        importing.import_checkpoint(source, epath.Path(tmp_path / "run"), say=quiet)
+    said = str(told.value)
+    assert "\n" not in said and "config.json" in said and words in said
+
+
 def test_a_shard_that_is_missing_is_named(tmp_path):
     tensors = published.random_tensors(published.llama_shapes())
     source = published.write_folder(tmp_path / "in", published.LLAMA, tensors, limit=20_000)
