@@ -37,8 +37,13 @@ class Tensors:
         self._shapes = shapes if unpack is None else unpack.shapes(shapes)
         self._last: tuple[str, np.ndarray] | None = None
         for name in self._shapes:
-            if name in entries and entries[name].dtype not in _READ and unpack is None:
-                raise UserError(f"tensor {name} is stored as {entries[name].dtype}; read are {', '.join(_READ)}")
+            lacking = [] if unpack is None else [part for part in unpack.beside(name) if part not in entries]
+            packed = unpack is not None and not lacking
+            if not packed and entries[name].dtype not in _READ:
+                without = f" without {' and '.join(lacking)}" if lacking else ""
+                raise UserError(
+                    f"tensor {name} is stored as {entries[name].dtype}{without}; read are {', '.join(_READ)}"
+                )
 
     @property
     def nbytes(self) -> int:

@@ -1,7 +1,8 @@
 """Checkpoints published in fewer bits: what their packed tensors stand for, in float32.
 
 Each class is made from config.json's quantization_config. `shapes` turns the shapes on disk into those of the tensors
-that are meant; `dequantise` gives one of those, or None where it lies on disk as it is.
+that are meant; `beside` names what lies on disk beside or instead of one of those that is packed; `dequantise` gives
+one, or None where it lies on disk as it is.
 """
 
 from collections.abc import Callable, Mapping
@@ -46,6 +47,10 @@ class Mxfp4:
             found[_stem(name)] = (*lead, blocks * size * 2, outputs)
         return found
 
+    def beside(self, name: str) -> tuple[str, ...]:
+        """The two tensors that X is packed into."""
+        return f"{name}_blocks", f"{name}_scales"
+
     def dequantise(self, name: str, get: GetTensor) -> np.ndarray | None:
         """float32 [experts, inputs, outputs], or None for a tensor that is not packed."""
         try:
@@ -81,6 +86,10 @@ class Fp8Blocks:
             else:
                 found[name] = shape
         return found
+
+    def beside(self, name: str) -> tuple[str, ...]:
+        """The factors of X."""
+        return (f"{name}_scale_inv",)
 
     def dequantise(self, name: str, get: GetTensor) -> np.ndarray | None:
         """float32 [outputs, inputs], or None for a tensor without factors."""

@@ -151,6 +151,24 @@ def test_fp8_on_disk_and_the_layer_that_is_left_out(tmp_path):
         np.testing.assert_array_equal(found[name], tensor, err_msg=name)
 
 
+UNPACKED = {
+    "F8_E4M3": (FP8, ml_dtypes.float8_e4m3fn, "F8_E4M3 without w_scale_inv; read are F32, BF16, F16"),
+    "F8_E5M2": (FP8, ml_dtypes.float8_e5m2, "F8_E5M2 without w_scale_inv"),
+    "I8": (FP8, np.int8, "I8 without w_scale_inv"),
+    "U8": ({"quant_method": "mxfp4"}, np.uint8, "U8 without w_blocks and w_scales"),
+    "F64": ({"quant_method": "mxfp4"}, np.float64, "F64 without w_blocks and w_scales"),
+}
+
+
+@pytest.mark.parametrize("dtype", UNPACKED)
+def test_what_lies_on_disk_unpacked_is_of_a_type_that_is_read(tmp_path, dtype):
+    settings, kind, message = UNPACKED[dtype]
+    tensors = {"w": np.ones((16, 16), kind), "x": np.ones((128, 128), np.float32)}
+    write(tmp_path / "in", tensors, {"architectures": ["DeepseekV3ForCausalLM"], "quantization_config": settings})
+    with pytest.raises(UserError, match=f"tensor w is stored as {message}"):
+        folder.read(tmp_path / "in")
+
+
 def test_what_does_not_fit_is_named():
     with pytest.raises(UserError, match="x_scales is missing"):
         Mxfp4({}).shapes({"x_blocks": (2, 4, 1, 16)})
