@@ -97,7 +97,7 @@ def shared_fields(
         "norm": "rmsnorm",
         "norm_eps": fields.get("rms_norm_eps", eps),
         "positions": "rotary",
-        "max_positions": fields.get("max_position_embeddings", positions),
+        "max_positions": fields.positive("max_position_embeddings", positions),
         "tied": "tied" if fields.get("tie_word_embeddings", tied) else "untied",
         "biases": "attention" if fields.get("attention_bias", False) else "none",
     }
@@ -160,7 +160,8 @@ def _without_local(section: dict[str, Any]) -> dict[str, Any]:
 
 def _read_llama(hf: dict[str, Any]) -> dict[str, Any]:
     fields = Fields(hf)
-    section = shared_fields(fields) | _activation(fields) | rope.read(fields, base=10_000.0)
+    section = shared_fields(fields) | _activation(fields)
+    section |= rope.read(fields, base=10_000.0, longest=section["max_positions"])
     if section["biases"] == "none":
         fields.must("mlp_bias", False)
     elif fields.get("mlp_bias", False):
@@ -178,7 +179,7 @@ def _read_mistral(hf: dict[str, Any]) -> dict[str, Any]:
     fields = Fields(hf)
     fields.must("attention_bias", False)
     section = shared_fields(fields, kv_heads=8, positions=4096 * 32) | _activation(fields)
-    section |= rope.read(fields, base=10_000.0)
+    section |= rope.read(fields, base=10_000.0, longest=section["max_positions"])
     window = fields.get("sliding_window", 4096)
     fields.done()
     return section | ({"window": window, "pattern": "l"} if window else {})
@@ -194,7 +195,7 @@ def _write_mistral(config: DecoderConfig) -> dict[str, Any]:
 def _read_qwen3(hf: dict[str, Any]) -> dict[str, Any]:
     fields = Fields({"head_dim": 128} | hf)
     section = shared_fields(fields, kv_heads=32, positions=32768) | _activation(fields)
-    section |= rope.read(fields, base=10_000.0) | {"qk_norm": "head"}
+    section |= rope.read(fields, base=10_000.0, longest=section["max_positions"]) | {"qk_norm": "head"}
     slides, full = fields.get("use_sliding_window", False), fields.get("max_window_layers", 28)
     types = [_LOCAL[slides and layer >= full] for layer in range(section["num_layers"])]
     section |= windows(fields, default=types)
@@ -214,6 +215,7 @@ def _read_gemma(hf: dict[str, Any], *, model_type: str) -> dict[str, Any]:
     # Published files also have hidden_act, which the reference does not read.
     section |= _activation(fields, "hidden_activation", "gelu_pytorch_tanh")
     fields.must("use_bidirectional_attention", False, None)
+    longest = section["max_positions"]
     scale = fields.positive("query_pre_attn_scalar", 256)
     section |= {
         "norm": "rmsnorm1p",
@@ -228,10 +230,13 @@ def _read_gemma(hf: dict[str, Any], *, model_type: str) -> dict[str, Any]:
         given = [fields.get(name, None, *NUMBER) for name in ("_sliding_window_pattern", "sliding_window_pattern")]
         period = given[0] or given[1] or 6
         section |= {"qk_norm": "head"} | windows(fields, default=every(section["num_layers"], period))
-        section |= rope.read_by_kind(fields, base=1e6, local_base=1e4, old_local="rope_local_base_freq")
+        section |= rope.read_by_kind(
+            fields, base=1e6, longest=longest, local_base=1e4, old_local="rope_local_base_freq"
+        )
     else:
         section |= {"score_softcap": fields.get("attn_logit_softcapping", 50.0) or 0.0}
-        section |= windows(fields, default=every(section["num_layers"], 2)) | rope.read(fields, base=10_000.0)
+        section |= windows(fields, default=every(section["num_layers"], 2))
+        section |= rope.read(fields, base=10_000.0, longest=longest)
     fields.done("hidden_act", "cache_implementation", "sliding_window_pattern", "_sliding_window_pattern")
     return _without_local(section)
 
@@ -251,10 +256,10 @@ def _read_olmo(hf: dict[str, Any], *, model_type: str) -> dict[str, Any]:
     section = shared_fields(fields, eps=1e-5) | _activation(fields)
     section |= {"qk_norm": "all", "norm_position": "inner"}
     if model_type == "olmo2":
-        section |= rope.read(fields, base=10_000.0)
+        section |= rope.read(fields, base=10_000.0, longest=section["max_positions"])
     else:
         section |= windows(fields, default=every(section["num_layers"], 4))
-        section |= rope.read_by_kind(fields, base=5e5, local_base=5e5)
+        section |= rope.read_by_kind(fields, base=5e5, longest=section["max_positions"], local_base=5e5)
     fields.done()
     return _without_local(section)
 

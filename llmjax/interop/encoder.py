@@ -161,7 +161,7 @@ def _read_modernbert(hf: dict[str, Any]) -> dict[str, Any]:
     layers = fields["num_hidden_layers"]
     given = fields.positive("global_attn_every_n_layers", 3)
     every = _period(fields.layer_types(layers), layers) or given
-    local = fields.positive("local_attention", 128)
+    local = fields.get("local_attention", 128)
     section = {
         "family": "encoder",
         "vocab_size": fields["vocab_size"],

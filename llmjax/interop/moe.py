@@ -35,7 +35,7 @@ _GPT_OSS_ROPE = {
 }
 
 
-def _activation(fields: Fields) -> dict[str, str]:
+def _activation(fields: Fields) -> dict[str, Any]:
     return {"activation": fields.choice("hidden_act", {"silu": "silu", "gelu": "gelu", "relu": "relu"}, "silu")}
 
 
@@ -43,7 +43,7 @@ def _read_mixtral(hf: dict[str, Any]) -> dict[str, Any]:
     fields = Fields(hf)
     fields.must("attention_bias", False)
     section = shared_fields(fields, eps=1e-5, kv_heads=8, positions=4096 * 32) | _activation(fields)
-    section |= rope.read(fields, base=1e6)
+    section |= rope.read(fields, base=1e6, longest=section["max_positions"])
     section |= {
         "num_experts": _experts(fields, 8),
         "experts_per_token": fields.get("num_experts_per_tok", 2),
@@ -61,9 +61,8 @@ def _write_mixtral(config: MoeConfig) -> dict[str, Any]:
 
 def _read_qwen3(hf: dict[str, Any]) -> dict[str, Any]:
     fields = Fields(hf)
-    section = (
-        shared_fields(fields, kv_heads=4, positions=32768) | _activation(fields) | rope.read(fields, base=10_000.0)
-    )
+    section = shared_fields(fields, kv_heads=4, positions=32768) | _activation(fields)
+    section |= rope.read(fields, base=10_000.0, longest=section["max_positions"])
     fields.must("use_sliding_window", False)
     fields.must("decoder_sparse_step", 1)
     dense = fields.get("mlp_only_layers", None, list) or []
@@ -101,7 +100,7 @@ def _read_gpt_oss(hf: dict[str, Any]) -> dict[str, Any]:
     fields.must("swiglu_alpha", 1.702)
     fields.must("swiglu_limit", 7.0)
     section = shared_fields(fields, eps=1e-5, kv_heads=8, positions=131072)
-    section |= rope.read(fields, base=150_000.0)
+    section |= rope.read(fields, base=150_000.0, longest=section["max_positions"])
     section |= windows(fields, default=every(fields["num_hidden_layers"], 2), window=128)
     section |= {
         "biases": "all",
@@ -135,7 +134,8 @@ def _read_deepseek(hf: dict[str, Any]) -> dict[str, Any]:
     fields.must("scoring_func", "sigmoid")
     fields.must("topk_method", "noaux_tc")
     fields.must("num_key_value_heads", None, fields["num_attention_heads"])
-    section = shared_fields(fields, positions=4096) | _activation(fields) | rope.read(fields, base=10_000.0)
+    section = shared_fields(fields, positions=4096) | _activation(fields)
+    section |= rope.read(fields, base=10_000.0, longest=section["max_positions"])
     section |= {
         "num_kv_heads": 0,
         "head_dim": fields.get("qk_nope_head_dim", 128),

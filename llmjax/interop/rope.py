@@ -11,14 +11,20 @@ from llmjax.nn.rotary import yarn_attention_factor
 _KINDS = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
 
 
-def read(fields: Fields, *, base: float) -> dict[str, Any]:
+def read(fields: Fields, *, base: float, longest: int) -> dict[str, Any]:
     """The rope_* fields of section `model`, for a model whose layers are all turned alike; `base` where none is
-    given."""
+    given, and `longest` for the length of the texts that it was first trained on.
+
+    Where that length stands both beside the section and in it, the reference takes the one beside it.
+    """
     theta, new, old = fields.get("rope_theta", base), fields.section("rope_parameters"), fields.section("rope_scaling")
-    return _read(old or new, "rope_scaling." if old else "rope_parameters.", theta, fields)
+    original = fields.get("original_max_position_embeddings", None, *NUMBER)
+    return _read(old or new, "rope_scaling." if old else "rope_parameters.", theta, longest, original)
 
 
-def read_by_kind(fields: Fields, *, base: float, local_base: float, old_local: str | None = None) -> dict[str, Any]:
+def read_by_kind(
+    fields: Fields, *, base: float, longest: int, local_base: float, old_local: str | None = None
+) -> dict[str, Any]:
     """The same for a model with frequencies for full_attention and others for sliding_attention.
 
     The older fields rope_scaling and rope_theta are those of the full layers; `old_local` names the one that holds
@@ -28,11 +34,12 @@ def read_by_kind(fields: Fields, *, base: float, local_base: float, old_local: s
     full, sliding = both.section(FULL) | fields.section("rope_scaling"), both.section(SLIDING)
     both.done()
     theta, local_theta = fields.get("rope_theta", base), fields.get(old_local, local_base) if old_local else local_base
-    section = _read(full, "rope_parameters.full_attention.", theta, fields)
+    fields.get("original_max_position_embeddings", None)  # without effect in the reference: the sections have their own
+    section = _read(full, "rope_parameters.full_attention.", theta, longest)
     if not section.get("rope_truncate", True):
         # The reference asks for it where these models do not have it, and always truncates.
         raise UserError("config.json: rope_parameters.full_attention.truncate=False is not supported, only True")
-    local = _read(sliding, "rope_parameters.sliding_attention.", local_theta, fields)
+    local = _read(sliding, "rope_parameters.sliding_attention.", local_theta, longest)
     if "rope_scaling" in local:
         kind = sliding.get("rope_type")
         raise UserError(
@@ -57,28 +64,29 @@ def write_by_kind(config: DecoderConfig) -> dict[str, Any]:
     return {"rope_parameters": {FULL: _write(config), SLIDING: local}}
 
 
-def _read(given: Mapping[str, Any], where: str, theta: Any, fields: Fields) -> dict[str, Any]:
+def _read(
+    given: Mapping[str, Any], where: str, theta: Any, longest: int, original: int | None = None
+) -> dict[str, Any]:
     rope = Fields(given, where)
     name = "rope_type" if rope.get("rope_type", None) else "type"
     kind = rope.choice(name, _KINDS, "default")
     rope.get("type", None)
     rope.must("partial_rotary_factor", 1.0, None)
     section: dict[str, Any] = {"rope_base": float(rope.get("rope_theta", None, *NUMBER) or theta or 0)}
-    longest = fields.get("max_position_embeddings", 0)
-    original = fields.get("original_max_position_embeddings", None, *NUMBER)
+    inner = rope.get("original_max_position_embeddings", None, *NUMBER)
+    start = original or inner or longest
     if kind != "none":
         section |= {"rope_scaling": kind}
-        original = original or rope.get("original_max_position_embeddings", longest)
     if kind == "linear":
         section |= {"rope_factor": float(rope["factor"])}
     if kind == "llama3":
-        section |= {"rope_factor": float(rope["factor"]), "rope_original": original}
+        section |= {"rope_factor": float(rope["factor"]), "rope_original": start}
         section |= {"rope_low": float(rope["low_freq_factor"]), "rope_high": float(rope["high_freq_factor"])}
     if kind == "yarn":
         if "factor" not in given:  # null has a meaning: as many times as longer texts are longer
             raise UserError(f"config.json has no {where}factor")
-        factor = float(rope.get("factor", None, *NUMBER) or longest / original)
-        section |= {"rope_factor": factor, "rope_original": original, "rope_truncate": rope.get("truncate", True)}
+        factor = float(rope.get("factor", None, *NUMBER) or longest / start)
+        section |= {"rope_factor": factor, "rope_original": start, "rope_truncate": rope.get("truncate", True)}
         section |= {"rope_low": float(rope.get("beta_slow", None, *NUMBER) or 1)}
         section |= {"rope_high": float(rope.get("beta_fast", None, *NUMBER) or 32)}
         section |= {"rope_attention_factor": _attention_factor(rope, factor)}

@@ -131,6 +131,7 @@ MALFORMED = {
     "vocab_size=True": ("Llama", {"vocab_size": True}),
     "rms_norm_eps='x'": ("Llama", {"rms_norm_eps": "x"}),
     "rope_theta='x'": ("Llama", {"rope_theta": "x"}),
+    "max_position_embeddings=None": ("Llama", {"max_position_embeddings": None}),
     "hidden_act=['silu']": ("Llama", {"hidden_act": ["silu"]}),
     "tie_word_embeddings='no'": ("Llama", {"tie_word_embeddings": "no"}),
     "num_key_value_heads='2'": ("Llama", {"num_key_value_heads": "2"}),

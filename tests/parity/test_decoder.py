@@ -20,6 +20,7 @@ from llmjax.interop import mapping
 from llmjax.interop.decoder import ARCHITECTURES
 from llmjax.models import registry
 from llmjax.models.decoder_config import DecoderConfig
+from llmjax.nn.rotary import frequencies
 
 VOCAB, SEQ, LENGTHS = 97, 24, (24, 17, 9)
 SIZES = dict(
@@ -334,6 +335,26 @@ def test_what_a_class_cannot_express_is_not_written_otherwise():
         architecture, config, _, _ = imported(name)
         with pytest.raises(ValueError, match=r"rope_local_base=0.0: rope_scaling=.* would be lost"):
             architecture.write_config(dataclasses.replace(config, rope_local_base=0.0))
+
+
+@pytest.mark.parametrize("given", ["nothing", "inner", "beside", "both"])
+@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Olmo3"])
+@pytest.mark.parametrize("scaling", [YARN, LLAMA3], ids=["yarn", "llama3"])
+def test_the_length_that_frequencies_are_scaled_from(kind, scaling, given):
+    """Which of two places wins, and what is taken where neither has it: as in their frequencies."""
+    length = "original_max_position_embeddings"
+    inner = {name: value for name, value in scaling.items() if name != length or given in ("inner", "both")}
+    hf = SIZES | dict(num_hidden_layers=4, rope_scaling=inner)
+    hf |= {length: 64} if given in ("beside", "both") else {}
+    name = f"{kind}ForCausalLM"
+    config = bind(DecoderConfig, ARCHITECTURES[name].read_config(copy.deepcopy(hf)), "model")
+    model = getattr(transformers, name)(getattr(transformers, f"{kind}Config")(**copy.deepcopy(hf)))
+    rotary = model.model.rotary_emb
+    expected = rotary.full_attention_inv_freq if kind == "Olmo3" else rotary.inv_freq
+    found = frequencies(config.head_size, config.rope_base, config.scaling)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    again = ARCHITECTURES[name].read_config(model.config.to_dict())
+    assert bind(DecoderConfig, again, "model").scaling == config.scaling
 
 
 def test_published_files_of_older_releases_are_read():
