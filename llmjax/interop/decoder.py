@@ -311,7 +311,11 @@ def _like_llama(read: Any, write: Any, **fixed: Any) -> Architecture:
 
 ARCHITECTURES = {
     "GPT2LMHeadModel": Architecture(
-        read_config=_read_gpt2, write_config=_write_gpt2, rules=decoder_rules.gpt2, rename=_gpt2_name
+        read_config=_read_gpt2,
+        write_config=_write_gpt2,
+        rules=decoder_rules.gpt2,
+        rename=_gpt2_name,
+        free=("rope_base",),
     ),
     "LlamaForCausalLM": _like_llama(_read_llama, _write_llama),
     "MistralForCausalLM": _like_llama(_read_mistral, _write_mistral),

@@ -286,7 +286,11 @@ ARCHITECTURES = {
         read_config=_refuse_pretraining, write_config=_refuse_pretraining, rules=_bert_rules, rename=_bert_name
     ),
     "BertForMaskedLM": Architecture(
-        read_config=_read_bert, write_config=_write_bert, rules=_bert_rules, rename=_bert_name
+        read_config=_read_bert,
+        write_config=_write_bert,
+        rules=_bert_rules,
+        rename=_bert_name,
+        free=("rope_base", "local_rope_base"),
     ),
     "ModernBertForMaskedLM": Architecture(
         read_config=_read_modernbert, write_config=_write_modernbert, rules=_modernbert_rules

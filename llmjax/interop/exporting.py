@@ -27,6 +27,14 @@ from llmjax.parallel import hosts
 TYPES = {"float32": "F32", "bfloat16": "BF16"}
 # How a model is run, trained and stored, not what it computes: config.json says nothing of it.
 _FREE = {"family", "scan", "remat", "attention", "dtype", "param_dtype", "dropout", "vocab_multiple"}
+# Fields that several values of say the same in: what they make of the config is compared.
+_MEANS = {
+    "pattern": "local",
+    "global_every": "local_layers",
+    "rope_low": "scaling",
+    "rope_high": "scaling",
+    "rope_attention_factor": "scaling",
+}
 _TRIED_DOCUMENTS = 20  # of each source, on which a tokenizer and its other form must agree
 
 
@@ -121,12 +129,22 @@ def _difference(model: Any, section: dict[str, Any], free: tuple[str, ...]) -> s
     back = bind(type(model), {"family": model.family, **section}, "model")
     for field in dataclasses.fields(model):
         was, now = getattr(model, field.name), getattr(back, field.name)
-        if was == now or field.name in _FREE or field.name in free:
+        if was == now or field.name in _FREE or field.name in free or _idle(model, back, field.name):
             continue
         if was == 0 and _is_size(model, field.name, now):
             continue
         return f"it cannot express model.{field.name}={was!r}"
     return ""
+
+
+def _idle(model: Any, back: Any, field: str) -> bool:
+    """Whether a field, though it differs, makes no difference beside the others of both configs."""
+    if field == "base_embed":
+        return model.parametrization == back.parametrization == "standard"
+    if field == "window":
+        return not any(any(getattr(config, name, ())) for config in (model, back) for name in ("local", "local_layers"))
+    meaning = _MEANS.get(field, "")
+    return hasattr(model, meaning) and getattr(model, meaning) == getattr(back, meaning)
 
 
 def _is_size(model: Any, field: str, value: Any) -> bool:

@@ -100,10 +100,48 @@ RECIPES = {
 }
 
 
+def _recipe(name, **changes):
+    model = run_config.resolve(str(jobs.ROOT / "configs" / f"{name}.py"), []).model
+    return dataclasses.replace(model, vocab_size=model.vocab_size or 300, **changes)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_what_a_recipe_trains_can_be_exported(recipe):
-    model = run_config.resolve(str(jobs.ROOT / "configs" / f"{recipe}.py"), []).model
-    assert exporting.choose(dataclasses.replace(model, vocab_size=model.vocab_size or 300))[0] == RECIPES[recipe]
+    assert exporting.choose(_recipe(recipe))[0] == RECIPES[recipe]
+
+
+IDLE = {
+    "a width for another parametrization": ("llama", {"base_embed": 64}),
+    "the same of an encoder": ("bert", {"base_embed": 64}),
+    "the same of an encoder-decoder": ("t5", {"base_embed": 64}),
+    "the same of a mixture": ("mixtral", {"base_embed": 64}),
+    "a pattern without a window": ("llama", {"window": 0, "pattern": "lg"}),
+    "a pattern written out": ("qwen3", {"window": 16, "pattern": "lglg"}),
+    "a window of no layer": ("qwen3", {"window": 16, "pattern": "g"}),
+    "a pattern of gpt-oss without a window": ("gpt_oss", {"window": 0}),
+    "a rotary base with learned positions": ("gpt2", {"rope_base": 5e5}),
+    "rotary bases of a BERT": ("bert", {"rope_base": 5e5, "local_rope_base": 5e5, "global_every": 5}),
+    "a period without a window": ("modernbert", {"window": 0, "global_every": 5}),
+    "bounds of YaRN that 0 leaves to the paper": (
+        "llama",
+        {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original": 64},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", IDLE)
+def test_fields_without_effect_keep_nothing_from_export(case):
+    recipe, changes = IDLE[case]
+    assert exporting.choose(_recipe(recipe, **changes), RECIPES[recipe])[0] == RECIPES[recipe]
+
+
+def test_fields_with_effect_still_do():
+    with pytest.raises(UserError, match=r"model\.parametrization='mup'"):
+        exporting.choose(_recipe("llama", parametrization="mup", base_embed=64))
+    for changes in ({"pattern": "gl"}, {"window": 8}, {"window": 0}, {"pattern": "g"}):
+        model = _recipe("qwen3", window=16, pattern="lg")
+        other = dataclasses.asdict(dataclasses.replace(model, **changes))
+        assert "cannot express" in exporting._difference(model, other, ())
 
 
 def test_a_field_that_is_off_is_no_size():
