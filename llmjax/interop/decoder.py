@@ -197,7 +197,7 @@ def _read_qwen3(hf: dict[str, Any]) -> dict[str, Any]:
     section = shared_fields(fields, kv_heads=32, positions=32768) | _activation(fields)
     section |= rope.read(fields, base=10_000.0, longest=section["max_positions"]) | {"qk_norm": "head"}
     slides, full = fields.get("use_sliding_window", False), fields.get("max_window_layers", 28)
-    types = [_LOCAL[slides and layer >= full] for layer in range(section["num_layers"])]
+    types = [_LOCAL[bool(slides and layer >= full)] for layer in range(section["num_layers"])]
     section |= windows(fields, default=types)
     fields.done()
     return section

@@ -159,3 +159,9 @@ def test_fields_that_0_leaves_open_are_compared_by_shape():
     """num_kv_heads=0 is num_heads, mlp=0 a size of its own: what they stand for is written and read back."""
     name, _, hf = exporting.choose(dataclasses.replace(CONFIG, num_kv_heads=0, mlp=0))
     assert name == "LlamaForCausalLM" and hf["num_key_value_heads"] == 4 and hf["intermediate_size"] == 128
+
+
+def test_null_turns_the_window_of_qwen3_off():
+    read = ARCHITECTURES["Qwen3ForCausalLM"].read_config
+    sizes = {name: published.LLAMA[name] for name in published.LLAMA if name != "rope_theta"}
+    assert read({**sizes, "use_sliding_window": None}) == read({**sizes, "use_sliding_window": False})
