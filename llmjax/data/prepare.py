@@ -30,11 +30,19 @@ Say = Callable[[str], None]
 
 
 def read_manifest(folder: Path | str) -> dict | None:
-    """The top-level manifest of a complete store, else None."""
+    """The top-level manifest of a complete store, else None. Raises UserError for one of another version's format."""
     try:
-        return json.loads((Path(folder) / "manifest.json").read_text())
+        manifest = json.loads((Path(folder) / "manifest.json").read_text())
     except (OSError, ValueError):
         return None
+    if not isinstance(manifest, dict):
+        return None
+    if manifest.get("version") != VERSION:
+        raise UserError(
+            f"token store {folder}: format version {manifest.get('version')}, this llmjax reads {VERSION}; use the "
+            "llmjax that made it, or delete that folder to prepare it again"
+        )
+    return manifest
 
 
 def prepare(config: DataConfig, folder: Path | str, *, say: Say) -> dict:
@@ -106,8 +114,8 @@ class _Preparation:
         store.write_atomically(path, json.dumps(state).encode())
 
     def _scan(self, units: list[Unit]) -> None:
-        near = self.config.split.near_copies
-        tasks = [(unit, self.place, self.part_bytes[unit.source], near) for unit in units]
+        signed = self.config.split.near_copies
+        tasks = [(unit, self.place, self.part_bytes[unit.source], signed) for unit in units]
         sizes = self._map("reading", stages.scan, tasks, None)
         for name in {unit.source for unit in units}:
             self.text_bytes[name] = sum(size for u, size in zip(units, sizes, strict=True) if u.source == name)

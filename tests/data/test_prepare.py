@@ -396,3 +396,12 @@ def test_splits_that_records_cannot_give(tmp_path, name, content, message):
     source = SourceConfig(path=str(tmp_path / name), split_field="split")
     with pytest.raises(UserError, match=message):
         make(DataConfig(sources={"main": source}, tokenizer=BYTES, workers=1), tmp_path / "store")
+
+
+def test_a_store_of_another_format_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("one line\n\n" * 500)
+    make(config(tmp_path / "a.txt"), tmp_path / "s")
+    path = tmp_path / "s" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 7}))
+    with pytest.raises(UserError, match=r"format version 7, this llmjax reads 1; .*prepare it again"):
+        make(config(tmp_path / "a.txt"), tmp_path / "s")
