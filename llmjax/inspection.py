@@ -1,12 +1,16 @@
 """What `llmjax inspect` shows: a run's checkpoints and config, from the files beside the arrays. No device work."""
 
+from collections.abc import Iterator
 import json
+import time
 from typing import Any
 
 from etils import epath
 
 from llmjax.checkpoint import Checkpoints
 from llmjax.config import UserError, differences
+from llmjax.data.store import TokenStore
+from llmjax.data.tokenizer import load_tokenizer
 from llmjax.metrics import read_metrics
 
 
@@ -63,6 +67,28 @@ def describe(found: dict[str, Any]) -> str:
     if (store := found["store"]) is not None:
         lines.append(f"store: {store['path']}, {store['tokens']:,} tokens of {', '.join(store['sources'])}")
     return "\n".join([*lines, "", f"next: {_next(found)}"])
+
+
+def verify(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Read all of the token store of what `inspect` found, one split of a source after the other: each as source,
+    split, bytes and seconds, once its checksums were compared.
+
+    Raises UserError for the first damage, a tokenizer that is not the store's, and a run without a store.
+    """
+    if (store := found["store"]) is None:
+        raise UserError(f"--workdir={found['workdir']}: no token store to verify; `llmjax prepare` makes it")
+    load_tokenizer(store["path"])  # compares its hash
+    for source, splits in store["sources"].items():
+        for split in splits:
+            began = time.monotonic()
+            nbytes = TokenStore(epath.Path(store["path"]) / source / split).verify()
+            yield {"source": source, "split": split, "bytes": nbytes, "seconds": time.monotonic() - began}
+
+
+def describe_verified(part: dict[str, Any]) -> str:
+    """One of what `verify` gives, for people."""
+    rate = part["bytes"] / 1e6 / max(part["seconds"], 1e-6)
+    return f"verified {part['source']}/{part['split']}: {part['bytes']:,} bytes, {rate:,.0f} MB/s"
 
 
 def _checkpoints(folder: epath.Path, config: dict | None) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 import itertools
 import json
 import os
+import pathlib
 import shlex
 import sys
 
@@ -243,8 +244,6 @@ def import_(arguments: list[str]) -> int:
     from llmjax.parallel import hosts
 
     hosts.initialize()
-    import pathlib
-
     from llmjax.interop import importing
 
     source = pathlib.Path(os.path.expanduser(flags.source))
@@ -281,8 +280,6 @@ def export(arguments: list[str]) -> int:
     from llmjax.parallel import hosts
 
     hosts.initialize()
-    import pathlib
-
     from llmjax.interop import exporting
 
     made = exporting.export(
@@ -305,17 +302,26 @@ def inspect(arguments: list[str]) -> int:
     """Look at a run."""
     parser = make_parser(
         "inspect",
-        "Show a run's checkpoints, their fingerprints and data states, and its config.",
+        """\
+        Show a run's checkpoints, their fingerprints and data states, and its config. --verify also reads the whole
+        token store and compares every checksum: damage ends it with one line and status 78.""",
         "llmjax inspect --workdir=runs/mine --json",
         overrides=False,
     )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="a run")
     parser.add_argument("--json", action="store_true", help="machine-readable, oldest checkpoint first")
+    parser.add_argument("--verify", action="store_true", help="read all of the token store and compare its checksums")
     flags = parser.parse_args(arguments)
     from llmjax import inspection
 
     found = inspection.inspect(workdir_of(flags.workdir))
-    print(json.dumps(found, indent=2) if flags.json else inspection.describe(found))
+    if flags.json:
+        verified = {"verified": list(inspection.verify(found))} if flags.verify else {}
+        print(json.dumps({**found, **verified}, indent=2))
+        return 0
+    print(inspection.describe(found))
+    for part in inspection.verify(found) if flags.verify else ():
+        print(inspection.describe_verified(part), flush=True)
     return 0
 
 

@@ -6,9 +6,11 @@ import shutil
 import jax.numpy as jnp
 import pytest
 
-from llmjax import inspection
+from llmjax import cli, inspection
 from llmjax.checkpoint import Checkpoints
 from llmjax.config import UserError
+from llmjax.data.config import DataConfig, SourceConfig, TokenizerConfig
+from llmjax.data.prepare import prepare
 
 CONFIG = {"seed": 0, "data": {"store": "", "seq_len": 64}, "train": {"steps": 30, "global_batch": 8}}
 STATE = {"version": 1, "fingerprint": "ab", "seed": 0, "mixture": "cd", "global_batch": 8}
@@ -102,3 +104,48 @@ def test_a_torn_config_is_named(run):
     (run / "config.json").write_text('{"seed": ')
     with pytest.raises(UserError, match=r"config\.json: not JSON"):
         inspection.inspect(run)
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    """A workdir with a token store of two sources."""
+    for name in ("books", "code"):
+        (tmp_path / name).mkdir()
+        for number in range(40):
+            (tmp_path / name / f"{number}.txt").write_text(f"{name} {number} " * 50)
+    sources = {name: SourceConfig(path=f"{tmp_path / name}/*.txt") for name in ("books", "code")}
+    config = DataConfig(sources=sources, tokenizer=TokenizerConfig(kind="bytes"), workers=1)
+    prepare(config, tmp_path / "run" / "store", say=lambda line: None)
+    return tmp_path / "run"
+
+
+def test_every_byte_of_the_token_store_is_verified(prepared, capsys):
+    assert cli.run(["inspect", f"--workdir={prepared}", "--verify"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("verified ")]
+    splits = [f"{name}/{split}" for name in ("books", "code") for split in ("train", "validation", "test")]
+    assert [line[1] for line in lines] == [f"{part}:" for part in splits]
+    for part, line in zip(splits, lines, strict=True):
+        manifest = json.loads((prepared / "store" / part / "manifest.json").read_text())
+        edges = manifest["documents"] + len(manifest["shards"])
+        assert int(line[2].replace(",", "")) == 2 * manifest["tokens"] + 8 * edges
+        assert line[-1] == "MB/s"
+    assert cli.run(["inspect", f"--workdir={prepared}", "--verify", "--json"]) == 0
+    verified = json.loads(capsys.readouterr().out)["verified"]
+    assert [f"{part['source']}/{part['split']}" for part in verified] == splits
+
+
+@pytest.mark.parametrize("file", ["tokens-00000.bin", "offsets-00000.npy"])
+def test_a_flipped_bit_anywhere_in_the_token_store_is_named(prepared, file, capsys):
+    path = prepared / "store" / "code" / "train" / file
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=rf"code/train/{file}.* damaged.*llmjax prepare"):
+        cli.run(["inspect", f"--workdir={prepared}", "--verify"])
+    assert "verified books/test" in capsys.readouterr().out
+
+
+def test_nothing_to_verify_is_said(run):
+    shutil.rmtree(run / "store")
+    with pytest.raises(UserError, match=r"no token store to verify; `llmjax prepare`"):
+        cli.run(["inspect", f"--workdir={run}", "--verify"])

@@ -254,14 +254,19 @@ class TokenStore:
             self._blame(starts, ends)
         return tokens.astype(np.int32)
 
-    def verify(self) -> None:
-        """Read every byte and compare every checksum; raises UserError naming the first damaged shard."""
+    def verify(self) -> int:
+        """Read every byte and compare every checksum; returns how many bytes that were.
+
+        Raises UserError naming the first damaged shard.
+        """
+        nbytes = 0
         for index, info in enumerate(self.shards):
-            self._offsets(index)
+            nbytes += self._offsets(index).nbytes + info["bytes"]
             if zlib.crc32(self._shard(index).data) != info["crc32"]:
                 raise UserError(
                     f"token shard {self._path(index)} is damaged: checksum differs from the manifest; {_MEND}"
                 )
+        return nbytes
 
     def _path(self, index: int) -> Path:
         return tokens_path(self.folder, self.shards[index]["index"])

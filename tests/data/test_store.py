@@ -23,7 +23,7 @@ def test_reads_what_was_written_across_shards(tmp_path, vocab_size):
     starts, lengths = np.array([7, 0, flat.size - 5, 100]), np.array([flat.size // 2, 3, 5, 0])
     expected = np.concatenate([flat[a : a + n] for a, n in zip(starts, lengths, strict=True)])
     np.testing.assert_array_equal(store.gather(starts, lengths), expected)
-    store.verify()
+    assert store.verify() == sum(path.stat().st_size for path in tmp_path.glob("tokens-*")) + 8 * (50 + 4)
     with pytest.raises(IndexError):
         store.read(flat.size - 1, 2)
 
