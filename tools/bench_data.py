@@ -23,7 +23,7 @@ import numpy as np
 from llmjax.data import stages
 from llmjax.data.config import OBJECTIVES, DataConfig, ObjectiveConfig, SourceConfig
 from llmjax.data.draws import Draws
-from llmjax.data.objectives import causal, open_objective
+from llmjax.data.objectives import causal, causal_objective, open_objective
 from llmjax.data.packing import best_fit, cut
 from llmjax.data.pipeline import PackedSource, TrainData
 from llmjax.data.sources import list_units
@@ -73,6 +73,10 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def open_data(folder: Path, config: DataConfig) -> TrainData:
+    return TrainData(folder, config, seed=0, global_batch=BATCH, objective=causal_objective(SEQ_LEN))
+
+
 def assembling(folder: Path, repeats: int) -> None:
     """Tokens a second: rows to batch, batches through Grain, beside Grain's packer and bare reads."""
     for packing in ("best_fit", "concat"):
@@ -85,7 +89,7 @@ def assembling(folder: Path, repeats: int) -> None:
         limit = rate(lambda b=bare: [None for _ in b()], source.rows // BATCH, repeats)
         row(f"assemble, {packing}, M tokens/s", ours, limit, "limit: memory-mapped windows, ids only")
         for prefetch in (0, 3):
-            data = TrainData(folder, dataclasses.replace(config, prefetch=prefetch), seed=0, global_batch=BATCH)
+            data = open_data(folder, dataclasses.replace(config, prefetch=prefetch))
             stream = data.batches(data.start(), np.arange(BATCH))
             through = rate(lambda s=stream: [next(s) for _ in range(200)], 200, repeats)
             data.close()
@@ -167,10 +171,10 @@ def planning(folder: Path, repeats: int) -> None:
 def starting(folder: Path) -> None:
     """From opening to the first batch; resuming far away."""
     config = DataConfig(sources={"thousand": SourceConfig()}, seq_len=SEQ_LEN)
-    TrainData(folder, config, seed=0, global_batch=BATCH)  # makes the plan
+    open_data(folder, config)  # makes the plan
 
     def open_and_read() -> None:
-        data = TrainData(folder, config, seed=0, global_batch=BATCH)
+        data = open_data(folder, config)
         next(data.batches(data.start(), np.arange(BATCH)))
         data.close()
 
@@ -179,7 +183,7 @@ def starting(folder: Path) -> None:
     mixed = {"main": SourceConfig(weight=0.7), "thousand": SourceConfig(weight=0.3)}
 
     def resume() -> float:
-        data = TrainData(folder, DataConfig(sources=mixed, seq_len=SEQ_LEN), seed=0, global_batch=BATCH)
+        data = open_data(folder, DataConfig(sources=mixed, seq_len=SEQ_LEN))
         seconds = wall_seconds(lambda: next(data.batches(data.at(10**9), np.arange(BATCH))))
         data.close()
         return seconds

@@ -18,7 +18,7 @@ from llmjax.config import UserError
 from llmjax.data.config import DataConfig
 from llmjax.data.draws import Draws
 from llmjax.data.mixture import Mixture
-from llmjax.data.objectives import Objective, causal_objective
+from llmjax.data.objectives import Objective
 from llmjax.data.order import Permutation, Skips
 from llmjax.data.packing import Room, Rows, fill, open_packing
 from llmjax.data.store import TokenStore
@@ -90,7 +90,7 @@ class TrainData:
     folder        the store
     seed          of the order of samples, and of the objective's draws
     global_batch  samples in a batch of the whole job
-    objective     what is made of the rows; None: causal
+    objective     what is made of the rows
     Opening raises UserError for a damaged store, sources without text, and settings that mean nothing.
     """
 
@@ -101,7 +101,7 @@ class TrainData:
         *,
         seed: int,
         global_batch: int,
-        objective: Objective | None = None,
+        objective: Objective,
     ):
         if global_batch < 1:
             raise UserError(f"train.global_batch={global_batch}: a batch has at least one sequence")
@@ -110,7 +110,7 @@ class TrainData:
         if not config.sources:
             raise UserError("data.sources is empty: name at least one, such as data.sources.main.path")
         self._config, self._seed, self._global_batch = config, seed, global_batch
-        self._objective, self._draws = objective or causal_objective(config.seq_len), Draws("objective", seed)
+        self._objective, self._draws = objective, Draws("objective", seed)
         self._sources = [
             PackedSource(Path(folder), name, "train", config, self._objective.room) for name in sorted(config.sources)
         ]
@@ -270,9 +270,9 @@ class EvalData:
         split: str,
         source: str,
         batch: int,
-        objective: Objective | None = None,
+        objective: Objective,
     ):
-        self._objective, self._draws = objective or causal_objective(config.seq_len), Draws("evaluation", split, source)
+        self._objective, self._draws = objective, Draws("evaluation", split, source)
         self._source = PackedSource(Path(folder), source, split, config, self._objective.room)
         self._batch, self._prefetch = batch, config.prefetch
         store = self._source.store

@@ -57,9 +57,14 @@ def init(config: ModelConfig, key: jax.Array) -> dict:
     return nnx.to_pure_dict(nnx.state(build(config, key)))
 
 
+def parameters_by_part(shapes: dict) -> dict[str, int]:
+    """Number of parameters under each top-level name of the shapes of a model, padding of the vocabulary included."""
+    return {name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(part)) for name, part in shapes.items()}
+
+
 def count_parameters(config: ModelConfig) -> int:
     """Number of parameters, embedding and its padding included; nothing is allocated."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(config)[1]))
+    return sum(parameters_by_part(abstract(config)[1]).values())
 
 
 def _axes(param: nnx.Param) -> tuple[str, ...]:

@@ -171,9 +171,9 @@ def barrier(name: str, timeout_seconds: float = 300) -> None:
     exchange(f"barrier/{name}", "", timeout_seconds)
 
 
-def agree(value: bool, name: str = "agree", timeout_seconds: float = 300) -> bool:
+def agree(value: bool, name: str = "agree") -> bool:
     """True on all processes when it is true on all of them, else False on all of them."""
-    return all(text == "1" for text in exchange(name, "1" if value else "0", timeout_seconds))
+    return all(text == "1" for text in exchange(name, "1" if value else "0"))
 
 
 def broadcast(name: str, text: str, timeout_seconds: float = 300) -> str:
@@ -181,9 +181,9 @@ def broadcast(name: str, text: str, timeout_seconds: float = 300) -> str:
     return exchange(name, text if is_primary() else "", timeout_seconds)[0]
 
 
-def all_equal(name: str, text: str, timeout_seconds: float = 300) -> None:
+def all_equal(name: str, text: str) -> None:
     """Check that every process brought the same `text`. Raises UserError naming the ones that differ from process 0."""
-    texts = exchange(name, text, timeout_seconds)
+    texts = exchange(name, text)
     different = [process for process, other in enumerate(texts) if other != texts[0]]
     if different:
         raise UserError(

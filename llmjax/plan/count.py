@@ -20,12 +20,6 @@ from llmjax.run_config import RunConfig
 from llmjax.train.step import make_loss
 
 
-def parameters_by_part(model: ModelConfig) -> dict[str, int]:
-    """Parameters under each top-level name, padding of the vocabulary included; nothing is allocated."""
-    shapes = registry.abstract(model)[1]
-    return {name: _size(tree) for name, tree in shapes.items()}
-
-
 def state_bytes_per_parameter(model: ModelConfig, optimizer: OptimizerConfig) -> float:
     """Bytes a parameter of all that a step holds of it: the parameter, its gradient, the optimizer's state."""
     _, shapes, axes = registry.abstract(model)
@@ -33,16 +27,16 @@ def state_bytes_per_parameter(model: ModelConfig, optimizer: OptimizerConfig) ->
     return (2 * _bytes(shapes) + _bytes(state)) / _size(shapes)
 
 
-def kept_bytes(config: RunConfig, rows: int = 1) -> dict[str, int]:
-    """Bytes that the forward pass of `rows` rows keeps for the backward pass, by remat policy; nothing is allocated.
+def kept_bytes(config: RunConfig) -> dict[str, int]:
+    """Bytes that the forward pass of a row keeps for the backward pass, by remat policy; nothing is allocated.
 
     Read from the program that JAX differentiates, before the compiler: what it fuses away is still counted, what it
     needs for a moment is not. Parameters themselves are left out.
     """
-    return {name: _kept(config, name, rows) for name in REMAT}
+    return {name: _kept(config, name) for name in REMAT}
 
 
-def _kept(config: RunConfig, remat: str, rows: int) -> int:
+def _kept(config: RunConfig, remat: str) -> int:
     model = dataclasses.replace(config.model, remat=remat)
     graph, shapes, _ = registry.abstract(model)
     loss = make_loss(graph, seed=0, chunk=config.train.loss_chunk, z_loss=config.train.z_loss)
@@ -50,17 +44,17 @@ def _kept(config: RunConfig, remat: str, rows: int) -> int:
     def forward(params: dict, batch: Batch) -> Any:
         return jax.vjp(lambda params: loss(params, batch)[0], params)
 
-    program = jax.make_jaxpr(forward)(shapes, abstract_batch(config, rows)).jaxpr
+    program = jax.make_jaxpr(forward)(shapes, abstract_batch(config)).jaxpr
     given = {id(variable) for variable in program.invars}
     kept = {id(out): out.aval for out in program.outvars if id(out) not in given and hasattr(out, "aval")}
     return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in kept.values())
 
 
-def abstract_batch(config: RunConfig, rows: int) -> Batch:
-    """Shapes of a batch of `rows` rows, as the run's objective makes them."""
-    ids = jax.ShapeDtypeStruct((rows, target_len(config)), jnp.int32)
+def abstract_batch(config: RunConfig) -> Batch:
+    """Shapes of a batch of one row, as the run's objective makes it."""
+    ids = jax.ShapeDtypeStruct((1, target_len(config)), jnp.int32)
     source = (
-        jax.ShapeDtypeStruct((rows, config.data.seq_len), jnp.int32) if isinstance(config.model, EncDecConfig) else None
+        jax.ShapeDtypeStruct((1, config.data.seq_len), jnp.int32) if isinstance(config.model, EncDecConfig) else None
     )
     return Batch(
         inputs=ids,
@@ -68,7 +62,7 @@ def abstract_batch(config: RunConfig, rows: int) -> Batch:
         weights=jax.ShapeDtypeStruct(ids.shape, jnp.float32),
         segments=ids,
         positions=ids,
-        sample=jax.ShapeDtypeStruct((rows, 2), jnp.uint32),
+        sample=jax.ShapeDtypeStruct((1, 2), jnp.uint32),
         source=source,
         source_segments=source,
         source_positions=source,

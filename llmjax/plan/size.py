@@ -54,7 +54,7 @@ def describe_budget(budget: budgets.Budget, device: Device, *, mfu: float, seq_l
 def describe_config(config: RunConfig, spec: str, device: Device) -> list[str]:
     """Parameters by part, FLOPs per token, and memory by remat policy of one config's model."""
     model, seq = config.model, count.target_len(config)
-    parts = count.parameters_by_part(model)
+    parts = registry.parameters_by_part(registry.abstract(model)[1])
     total = sum(parts.values())
     state = count.state_bytes_per_parameter(model, config.optimizer)
     flops, batch = run_config.flops_per_token(config, seq), config.train.global_batch

@@ -8,6 +8,7 @@ from llmjax.report.markup import clean, figure, figures
 
 LOG_FROM = 3  # times the lowest value: from there on a linear axis would press most of a curve flat
 POINTS_SHOWN = 500  # a curve keeps the lowest and the highest point of each of half as many intervals
+BAR_WIDTH = 480
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 14, 34
 
 
@@ -68,7 +69,6 @@ def bars(
     *,
     label: str,
     unit: str,
-    width: int = 480,
     names: int = 170,
     show: Callable[[float], str] = "{:.3f}".format,
 ) -> str:
@@ -78,7 +78,7 @@ def bars(
     parts = []
     for index, row in enumerate(rows):
         y = index * row_height
-        scale = (width - names - (64 if all(row.of is None for row in rows) else 110)) / longest
+        scale = (BAR_WIDTH - names - (64 if all(row.of is None for row in rows) else 110)) / longest
         length = max(scale * row.value, 1.0) if row.value else 0.0
         ours = " ours" if row.ours else ""
         whole, end, value = "", length, show(row.value)
@@ -91,7 +91,7 @@ def bars(
             f'<rect class="bar{ours}" x="{names}" y="{y + 6}" width="{length:.1f}" height="18" rx="3"/>'
             f'<text class="value{ours}" x="{names + end + 8:.1f}" y="{y + 19}">{clean(value)}</text>'
         )
-    return _svg(parts, width, len(rows) * row_height + 4, f"{label}, {unit}")
+    return _svg(parts, BAR_WIDTH, len(rows) * row_height + 4, f"{label}, {unit}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,11 +167,11 @@ def log_ticks(low: float, high: float) -> list[float]:
     return [m * 10.0**d for d in decades for m in steps if low <= m * 10.0**d <= high]
 
 
-def thin(points: Sequence[tuple[float, float]], limit: int = POINTS_SHOWN) -> list[tuple[float, float]]:
-    """At most about `limit` points that keep every spike: the lowest and highest of each interval, in order."""
-    if len(points) <= limit:
+def thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most about POINTS_SHOWN points that keep every spike: the lowest and highest of each interval, in order."""
+    if len(points) <= POINTS_SHOWN:
         return list(points)
-    size = math.ceil(len(points) / (limit / 2))
+    size = math.ceil(len(points) / (POINTS_SHOWN / 2))
     kept = []
     for start in range(0, len(points), size):
         interval = points[start : start + size]

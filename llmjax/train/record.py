@@ -6,12 +6,12 @@ import uuid
 import flax
 import grain
 import jax
-import numpy as np
 import optax
 import orbax.checkpoint as ocp
 
 import llmjax
 from llmjax import run_config, workdir as workdirs
+from llmjax.models import registry
 from llmjax.parallel import hosts
 from llmjax.train.job import Job, Progress
 
@@ -30,7 +30,7 @@ def write(job: Job, progress: Progress, unsharded: list[str]) -> None:
     goes_on = path.exists() and progress.step < (train.stop_at or train.steps)  # else there is nothing left to train
     restarts = old["restarts"] + ([{"step": progress.step, "time": time.time()}] if goes_on else [])
     device = jax.devices()[0]
-    by_part = parameters_by_part(job)
+    by_part = registry.parameters_by_part(job.plan.shapes.params)
     workdirs.write_json(job.workdir / "config.json", run_config.to_json(job.config))
     workdirs.write_json(job.workdir / "data.json", job.data.summary(progress.data_state))
     workdirs.write_json(
@@ -61,20 +61,13 @@ def write(job: Job, progress: Progress, unsharded: list[str]) -> None:
     )
 
 
-def parameters_by_part(job: Job) -> dict[str, int]:
-    """Parameters under each top-level name of the model."""
-    return {
-        name: sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
-        for name, tree in job.plan.shapes.params.items()
-    }
-
-
 def headline(job: Job) -> str:
     """The run in one line: parameters, devices, rows, tokens a step."""
     train, data = job.config.train, job.config.data
     mesh = " x ".join(f"{name} {size}" for name, size in job.mesh.shape.items() if size > 1) or "1 device"
+    parameters = sum(registry.parameters_by_part(job.plan.shapes.params).values())
     return (
-        f"{sum(parameters_by_part(job).values()):,} parameters, {jax.devices()[0].device_kind} ({mesh}), "
+        f"{parameters:,} parameters, {jax.devices()[0].device_kind} ({mesh}), "
         f"{train.global_batch} x {data.seq_len} = {train.global_batch * data.seq_len:,} tokens a step, "
         f"{job.config.parallel.how}"
     )

@@ -10,6 +10,7 @@ import pytest
 
 from llmjax.config import UserError
 from llmjax.data.config import DataConfig, SourceConfig
+from llmjax.data.objectives import causal_objective
 from llmjax.data.pipeline import DataState, EvalData, TrainData
 from tests.data.stores import BOS, EOS, random_documents, write_store
 
@@ -32,7 +33,13 @@ def settings(sources=None, **fields) -> DataConfig:
 
 
 def train(folder, sources=None, *, seed=0, global_batch=BATCH, **fields) -> TrainData:
-    return TrainData(folder, settings(sources, **fields), seed=seed, global_batch=global_batch)
+    objective = causal_objective(SEQ_LEN)
+    return TrainData(folder, settings(sources, **fields), seed=seed, global_batch=global_batch, objective=objective)
+
+
+def evaluation(folder, source, *, batch, **fields) -> EvalData:
+    objective = causal_objective(SEQ_LEN)
+    return EvalData(folder, settings(**fields), split="validation", source=source, batch=batch, objective=objective)
 
 
 def take(data, number, state=None, rows=None):
@@ -181,7 +188,9 @@ class TestCheck:
             ("mixture_block", 64, "the mixture"),
             ("seq_len", 8, r"data\.seq_len.*16 then, 8 now"),
         ):
-            data = TrainData(folder, dataclasses.replace(config, **{name: value}), seed=0, global_batch=2)
+            changed = dataclasses.replace(config, **{name: value})
+            objective = causal_objective(changed.seq_len)
+            data = TrainData(folder, changed, seed=0, global_batch=2, objective=objective)
             with pytest.raises(UserError, match=message):
                 data.check(state)
 
@@ -249,7 +258,7 @@ class TestEnds:
 
     def test_no_sources(self, folder):
         with pytest.raises(UserError, match=r"data\.sources is empty"):
-            TrainData(folder, DataConfig(), seed=0, global_batch=1)
+            TrainData(folder, DataConfig(), seed=0, global_batch=1, objective=causal_objective(SEQ_LEN))
 
 
 def test_damage_reaches_the_loop_as_a_user_error_through_the_thread(folder, tmp_path):
@@ -281,7 +290,7 @@ class TestEval:
     @pytest.mark.parametrize("packing", ["best_fit", "concat"])
     @pytest.mark.parametrize("batch", [1, 4, 7, 1000])
     def test_every_token_once(self, folder, packing, batch):
-        data = EvalData(folder, settings(packing=packing), split="validation", source="code", batch=batch)
+        data = evaluation(folder, "code", batch=batch, packing=packing)
         batches = list(data.batches(np.arange(batch)))
         assert len(batches) == data.num_batches
         scored = np.concatenate([b.targets[b.weights > 0] for b in batches])
@@ -295,7 +304,7 @@ class TestEval:
         assert not padded.any() and not batches[-1].weights[(data.rows - 1) % batch + 1 :].any()
 
     def test_hosts_change_nothing(self, folder):
-        data = EvalData(folder, settings(), split="validation", source="code", batch=8)
+        data = evaluation(folder, "code", batch=8)
         whole = list(data.batches(np.arange(8)))
         for rows in (np.arange(3), np.arange(3, 8)):
             for batch, local in zip(whole, data.batches(rows), strict=True):
@@ -303,6 +312,6 @@ class TestEval:
                     np.testing.assert_array_equal(value[rows], getattr(local, name), err_msg=name)
 
     def test_an_empty_split_has_no_batches(self, folder):
-        data = EvalData(folder, settings(), split="validation", source="empty", batch=4)
+        data = evaluation(folder, "empty", batch=4)
         assert data.num_batches == data.documents == data.tokens == 0
         assert list(data.batches(np.arange(4))) == []

@@ -40,7 +40,7 @@ def test_parameters_are_those_of_the_real_model(spec):
     config = size.resolve(str(CONFIGS / spec), 500)
     params = jax.jit(lambda key: registry.init(config.model, key))(jax.random.key(0))
     real = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in params.items()}
-    assert count.parameters_by_part(config.model) == real
+    assert registry.parameters_by_part(registry.abstract(config.model)[1]) == real
 
 
 def test_flops_are_those_that_the_compiler_counts():
@@ -48,7 +48,7 @@ def test_flops_are_those_that_the_compiler_counts():
     config = size.resolve(str(CONFIGS / "quickstart.py"), 4096, (("model.vocab_multiple", "1"),))
     model, seq = config.model, config.data.seq_len
     graph, shapes, _ = registry.abstract(model)
-    batch = count.abstract_batch(config, 1)
+    batch = count.abstract_batch(config)
 
     def logits(params, batch):
         module = nnx.merge(graph, params)
@@ -71,7 +71,6 @@ def test_remat_keeps_less_and_less():
     heads = 2 * config.model.num_heads + 2 * config.model.kv_heads
     widths = config.model.head_size * heads // 2 + config.model.embed + 2 * config.model.mlp_size
     assert kept["dots"] - kept["full"] <= config.model.num_layers * config.data.seq_len * (widths + 512) * 4
-    assert count.kept_bytes(config, rows=2)["none"] > 1.5 * kept["none"]
 
 
 def test_adamw_holds_sixteen_bytes():
