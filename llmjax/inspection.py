@@ -7,6 +7,7 @@ from typing import Any
 
 from etils import epath
 
+from llmjax import workdir as workdirs
 from llmjax.checkpoint import Checkpoints
 from llmjax.config import UserError, differences
 from llmjax.data.store import TokenStore
@@ -24,10 +25,10 @@ def inspect(workdir: epath.PathLike) -> dict[str, Any]:
     root = epath.Path(workdir)
     if not root.exists():
         raise UserError(f"--workdir={root}: no such folder; `llmjax train --workdir={root}` makes it")
-    config = _json(root / "config.json")
+    config = workdirs.read_json(root / "config.json")
     good, damaged = _checkpoints(root / "checkpoints", config)
     store = epath.Path((config or {}).get("data", {}).get("store") or root / "store").expanduser()
-    manifest = _json(store / "manifest.json")
+    manifest = workdirs.read_json(store / "manifest.json")
     if config is None and manifest is None and not good and not damaged:
         raise UserError(f"--workdir={root}: no run there (no config.json, store or checkpoints); give a run's folder")
     lines = read_metrics(root)
@@ -150,16 +151,3 @@ def _next(found: dict[str, Any]) -> str:
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def _json(path: epath.Path) -> dict[str, Any] | None:
-    """The object in a file; None where there is no file. Raises UserError where it holds no JSON object."""
-    if not path.exists():
-        return None
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); restore the file or remove it") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: not a JSON object; restore the file or remove it")
-    return value

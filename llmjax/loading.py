@@ -51,10 +51,14 @@ def store_folder(config: RunConfig, workdir: epath.Path) -> pathlib.Path:
 
 def read_config(workdir: epath.Path, overrides: Sequence[tuple[str, str]] = ()) -> RunConfig:
     """The resolved config that training wrote, with command-line overrides. Raises UserError where there is none."""
-    path = workdir / "config.json"
-    if not path.exists():
+    return run_config.apply_overrides(_config_tree(workdir), overrides)
+
+
+def _config_tree(workdir: epath.Path) -> dict[str, Any]:
+    tree = workdirs.read_json(workdir / "config.json")
+    if tree is None:
         raise UserError(f"--workdir={workdir}: no config.json there, so nothing was trained; run `llmjax train` first")
-    return run_config.apply_overrides(run_config.read_json(path), overrides)
+    return tree
 
 
 def resolve(
@@ -72,7 +76,7 @@ def resolve(
         if file is None:
             raise UserError("--config is missing: give a Python file with get_config(), such as configs/quickstart.py")
         return run_config.resolve(file, overrides)
-    tree = run_config.read_json(workdir / "config.json") if file is None else run_config.read_file(file)
+    tree = _config_tree(workdir) if file is None else run_config.read_file(file)
     tree["model"] = dict(imported["model"])
     tree.setdefault("data", {})["tokenizer"] = tokenizer_section(workdir, imported["tokenizer"]["kind"])
     say(f"  model and tokenizer are those that were imported from {imported['from']}")

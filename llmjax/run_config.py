@@ -6,9 +6,6 @@ import json
 import pathlib
 from typing import Any
 
-from etils import epath
-
-from llmjax import workdir as workdirs
 from llmjax.checkpoint import CheckpointConfig
 from llmjax.config import UserError, as_dict, as_tree, bind_overridden, load_file
 from llmjax.data.config import DataConfig, ObjectiveConfig
@@ -167,14 +164,6 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[tuple[str, str]]) 
 def to_json(config: RunConfig) -> dict[str, Any]:
     """The resolved config as JSON would hold it (tuples become lists)."""
     return json.loads(json.dumps(as_dict(config)))
-
-
-def read_json(path: epath.PathLike) -> dict[str, Any]:
-    """The nested dict of a config.json. Raises UserError where it holds no JSON object."""
-    tree = workdirs.read_json(path)
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: not a JSON object; restore the file, for example from another run of this config")
-    return tree
 
 
 def objective(config: RunConfig, tokenizer: Tokenizer) -> Objective:

@@ -39,14 +39,17 @@ def write_json(path: epath.PathLike, value: Any) -> None:
         part.unlink(missing_ok=True)
 
 
-def read_json(path: epath.PathLike) -> Any:
-    """The value in a JSON file, None where there is no file. Raises UserError where it is no JSON."""
+def read_json(path: epath.PathLike, kind: type = dict) -> Any:
+    """The value in a JSON file, None where there is no file. Raises UserError where it is no JSON of that kind."""
     try:
-        return json.loads(epath.Path(path).read_text())
+        value = json.loads(epath.Path(path).read_text())
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise UserError(f"{path}: not a JSON file ({error}); remove it or put it right") from error
+        raise UserError(f"{path}: not JSON ({error}); restore the file or remove it") from error
+    if not isinstance(value, kind):
+        raise UserError(f"{path}: not a JSON {'object' if kind is dict else 'list'}; restore the file or remove it")
+    return value
 
 
 class Lock:
@@ -117,7 +120,7 @@ class Lock:
         except UserError:
             return None
         fields = {*self._me, "refreshed"}
-        return holder if isinstance(holder, dict) and fields <= holder.keys() else None
+        return holder if holder is not None and fields <= holder.keys() else None
 
     def _read(self) -> str | None:
         holder = self._holder()

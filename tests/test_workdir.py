@@ -151,5 +151,5 @@ def test_json_is_written_whole(tmp_path):
 def test_json_that_is_missing_or_broken(tmp_path):
     assert read_json(tmp_path / "none.json") is None
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(UserError, match=r"bad\.json: not a JSON file"):
+    with pytest.raises(UserError, match=r"bad\.json: not JSON"):
         read_json(tmp_path / "bad.json")

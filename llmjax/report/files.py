@@ -1,12 +1,12 @@
 """What a run left in its workdir, read for a report; what is absent or cannot be read is None or empty."""
 
 import dataclasses
-import json
 from typing import Any
 
 from etils import epath
 
-from llmjax import metrics
+from llmjax import metrics, workdir as workdirs
+from llmjax.config import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,16 +45,11 @@ def read(workdir: epath.PathLike) -> RunFiles:
     unreadable: list[str] = []
 
     def load(path: epath.Path, kind: type) -> Any:
-        if not path.exists():
-            return None
         try:
-            value = json.loads(path.read_text())
-        except ValueError:
-            value = None
-        if not isinstance(value, kind):
+            return workdirs.read_json(path, kind)
+        except UserError:
             unreadable.append(str(path))
             return None
-        return value
 
     config = load(root / "config.json", dict)
     store = (config or {}).get("data", {}).get("store") or root / "store"

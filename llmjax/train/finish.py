@@ -56,7 +56,7 @@ def _sample(job: Job, progress: Progress, state: str) -> list[dict]:
     if not job.config.model.generates:
         job.say(f"no samples: model.family={job.config.model.family!r} continues no text")
         return []
-    old = workdirs.read_json(path)
+    old = workdirs.read_json(path, list)
     shared = {
         "step": progress.step,
         "fingerprint": state,

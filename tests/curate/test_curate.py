@@ -419,7 +419,7 @@ def test_a_mistaken_run_leaves_the_config_that_resume_takes(raw, tmp_path):
         cli.run(["curate", f"--workdir={tmp_path}", "--resume", "--config.curate.inputs.typo.path=/no/such"])
     assert cli.run(["curate", f"--workdir={tmp_path}", "--resume"]) == 0
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json: not a JSON file"):
+    with pytest.raises(UserError, match=r"config\.json: not JSON"):
         cli.run(["curate", f"--workdir={tmp_path}", "--resume"])
 
 
