@@ -14,9 +14,11 @@ import numpy as np
 from llmjax.config import UserError
 from llmjax.curate.normalise import normalise
 from llmjax.curate.quality_config import ClassifierConfig
+from llmjax.data.bits import mixed
 from llmjax.data.config import SourceConfig
 from llmjax.data.readers import Document, read_unit
 from llmjax.data.sources import list_units
+from llmjax.data.store import replacing
 
 _FORMAT = 1
 _DEFAULTS = ClassifierConfig()
@@ -53,12 +55,9 @@ class Classifier:
         path = Path(path).expanduser()
         if path.suffix != ".npz":
             raise UserError(f"{path}: the classifier's file has to end in .npz")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".unfinished")
         settings = np.array([_FORMAT, self.characters, self.seed], np.int64)
-        with open(unfinished, "wb") as file:
+        with replacing(path) as file:
             np.savez(file, weights=self.weights, settings=settings)
-        os.replace(unfinished, path)
 
 
 def load(path: str | os.PathLike) -> Classifier:
@@ -68,7 +67,9 @@ def load(path: str | os.PathLike) -> Classifier:
         with np.load(path, allow_pickle=False) as file:
             weights, settings = file["weights"], file["settings"].tolist()
     except FileNotFoundError:
-        raise UserError(f"curate.quality.classifier={str(path)!r}: no such file") from None
+        raise UserError(
+            f"curate.quality.classifier={str(path)!r}: no such file; `llmjax curate classifier` makes one"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
         raise UserError(
             f"curate.quality.classifier={str(path)!r}: not a classifier's file; `llmjax curate classifier` makes one"
@@ -140,22 +141,18 @@ def _features(text: str, buckets: int, characters: int, seed: int) -> _Features:
     data = text[:characters].lower().encode("utf-8", "replace")
     words = data.split()
     hashes = np.fromiter((zlib.crc32(word) for word in words), np.uint64, len(words))
-    pairs = _mixed(hashes[:-1] * np.uint64(0x9E3779B97F4A7C15) + hashes[1:], seed + 1)
+    pairs = _stirred(hashes[:-1] * np.uint64(0x9E3779B97F4A7C15) + hashes[1:], seed + 1)
     byte = np.frombuffer(b" " + b" ".join(words) + b" ", np.uint8).astype(np.uint64)
     pieces = byte[:-3] | byte[1:-2] << np.uint64(8) | byte[2:-1] << np.uint64(16) | byte[3:] << np.uint64(24)
-    groups = [_mixed(hashes, seed), pairs, _mixed(pieces, seed + 2)]
+    groups = [_stirred(hashes, seed), pairs, _stirred(pieces, seed + 2)]
     found = [np.unique(group & np.uint64(buckets - 1)).astype(np.int32) for group in groups]
     found.append(np.array([buckets], np.int32))  # the bias
     values = [np.full(len(part), 1 / np.sqrt(len(found) * max(1, len(part))), np.float32) for part in found]
     return _Features(np.concatenate(found), np.concatenate(values))
 
 
-def _mixed(values: np.ndarray, seed: int) -> np.ndarray:
-    """uint64: every input bit stirred into every output bit (the finalizer of SplitMix64)."""
-    values = values + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+def _stirred(values: np.ndarray, seed: int) -> np.ndarray:
+    return mixed(values + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF))
 
 
 def _sum(weights: np.ndarray, features: _Features) -> float:

@@ -4,6 +4,8 @@ import string
 
 import numpy as np
 
+from llmjax.data.bits import mixed
+
 BANDS, ROWS = 14, 8  # texts of Jaccard similarity 0.75 share a band with probability 0.77, of 0.85 with 0.99
 SIZE = BANDS * ROWS
 SHINGLE_WORDS = 5
@@ -52,14 +54,14 @@ def shingles(words: np.ndarray, size: int) -> np.ndarray:
     for offset in range(1, size):
         hashes *= np.uint64(_BASE)
         hashes += words[offset : offset + hashes.size]
-    return _mixed(hashes)
+    return mixed(hashes)
 
 
 def band_keys(signatures: np.ndarray, band: int) -> np.ndarray:
     """uint64 [documents]: documents that agree in all rows of the band have the same key."""
     keys = np.zeros(len(signatures), np.uint64)
     for row in range(band * ROWS, (band + 1) * ROWS):
-        keys = _mixed(keys * np.uint64(_BASE) + signatures[:, row])
+        keys = mixed(keys * np.uint64(_BASE) + signatures[:, row])
     return keys
 
 
@@ -89,7 +91,7 @@ def _word_hashes(block: bytes) -> np.ndarray:
     powers, inverses = _powers(values.size)
     sums = np.zeros(values.size + 1, np.uint64)
     np.cumsum((values.astype(np.uint64) + np.uint64(1)) * powers, out=sums[1:])
-    return _mixed((sums[end] - sums[begin]) * inverses[begin])
+    return mixed((sums[end] - sums[begin]) * inverses[begin])
 
 
 _tables: list[np.ndarray] = []
@@ -107,12 +109,3 @@ def _cumulative_powers(base: int, count: int) -> np.ndarray:
     factors = np.full(count, base, np.uint64)
     factors[0] = 1
     return np.cumprod(factors, dtype=np.uint64)
-
-
-def _mixed(values: np.ndarray) -> np.ndarray:
-    """Every input bit stirred into every output bit (the finalizer of SplitMix64)."""
-    values = values ^ (values >> np.uint64(30))
-    values = values * np.uint64(0xBF58476D1CE4E5B9)
-    values ^= values >> np.uint64(27)
-    values *= np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))

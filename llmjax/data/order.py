@@ -10,6 +10,7 @@ import math
 import numpy as np
 
 from llmjax.config import UserError
+from llmjax.data.bits import mixed
 
 _NUM_ROUNDS = 6
 
@@ -98,8 +99,5 @@ def _valid_span(span: tuple) -> tuple[int, int]:
 
 
 def stir(x: np.ndarray, key: np.uint64 | np.ndarray) -> np.ndarray:
-    """64 well-stirred bits: the finaliser of SplitMix64 (Steele, Lea and Flood, 2014) of x + key. Arithmetic wraps."""
-    x = x * np.uint64(0x9E3779B97F4A7C15) + key
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    """64 well-stirred bits of x and the key: what SplitMix64 that began at the key gives as its x-th."""
+    return mixed(x * np.uint64(0x9E3779B97F4A7C15) + key)
