@@ -3,14 +3,13 @@
 import dataclasses
 from typing import ClassVar
 
-from llmjax.config import UserError, suggest
-from llmjax.models import parametrization
+from llmjax.config import UserError
+from llmjax.models import checks, parametrization
 from llmjax.nn import rotary
 from llmjax.nn.attention import KERNELS
 from llmjax.nn.mlp import ACTIVATIONS
 from llmjax.nn.norm import NORMS
 from llmjax.nn.rotary import SCALINGS
-from llmjax.nn.stack import REMAT
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,7 +140,7 @@ class DecoderConfig:
     @property
     def mlp_size(self) -> int:
         """Width of the feed-forward layer."""
-        return self.mlp or (4 * self.embed if self.gated == "plain" else _round_up(-(-8 * self.embed // 3), 128))
+        return self.mlp or (4 * self.embed if self.gated == "plain" else checks.round_up(-(-8 * self.embed // 3), 128))
 
     @property
     def branch_scale(self) -> float:
@@ -177,7 +176,7 @@ class DecoderConfig:
     @property
     def padded_vocab(self) -> int:
         """Number of rows of the embedding."""
-        return _round_up(self.vocab_size, self.vocab_multiple)
+        return checks.round_up(self.vocab_size, self.vocab_multiple)
 
     @property
     def longest(self) -> int | None:
@@ -234,16 +233,9 @@ _NAMES = {
     "rope_scaling": ("none", *SCALINGS),
     "tied": ("tied", "untied"),
     "biases": ("none", "attention", "all"),
-    "remat": tuple(REMAT),
     "attention": tuple(KERNELS),
-    "dtype": ("float32", "bfloat16"),
-    "param_dtype": ("float32", "bfloat16"),
 }
 _AT_LEAST = {
-    "vocab_size": 0,
-    "vocab_multiple": 1,
-    "num_layers": 1,
-    "embed": 1,
     "num_heads": 1,
     "num_kv_heads": 0,
     "head_dim": 0,
@@ -262,28 +254,14 @@ _AT_LEAST = {
 }
 
 
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
-
-
 def _check_names(config: DecoderConfig) -> None:
-    for field, allowed in {"family": (type(config).family,), **_NAMES}.items():
-        value = getattr(config, field)
-        if value not in allowed:
-            raise UserError(f"model.{field}={value!r}: choose one of {', '.join(allowed)}{suggest(value, allowed)}")
+    checks.names(config, _NAMES)
     if not config.pattern or set(config.pattern) - set("lg"):
         raise UserError(f"model.pattern={config.pattern!r}: one letter a layer, l (local) or g (global), such as 'lg'")
 
 
 def _check_numbers(config: DecoderConfig) -> None:
-    for field, least in _AT_LEAST.items():
-        if not getattr(config, field) >= least:
-            raise UserError(f"model.{field}={getattr(config, field)}: must be at least {least}")
-    if not 0 <= config.dropout < 1:
-        raise UserError(f"model.dropout={config.dropout}: must be at least 0 and below 1")
-    for field in ("norm_eps", "rope_base", "embed_multiplier"):
-        if not getattr(config, field) > 0:
-            raise UserError(f"model.{field}={getattr(config, field)}: must be above 0")
+    checks.numbers(config, _AT_LEAST, ("norm_eps", "rope_base", "embed_multiplier"))
     if config.num_heads % config.kv_heads:
         raise UserError(f"model.num_kv_heads={config.kv_heads}: must divide model.num_heads={config.num_heads}")
     if not config.head_dim and config.embed % config.num_heads:

@@ -3,10 +3,9 @@
 import dataclasses
 from typing import ClassVar
 
-from llmjax.config import UserError, suggest
-from llmjax.models import parametrization
+from llmjax.config import UserError
+from llmjax.models import checks, parametrization
 from llmjax.nn.mlp import ACTIVATIONS
-from llmjax.nn.stack import REMAT
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +79,7 @@ class EncDecConfig:
 
     def __post_init__(self):
         parametrization.check(self)
-        _check_names(self)
+        checks.names(self, _NAMES)
         _check_numbers(self)
 
     @property
@@ -96,12 +95,12 @@ class EncDecConfig:
     @property
     def mlp_size(self) -> int:
         """Width of the feed-forward layers."""
-        return self.mlp or (4 * self.embed if self.gated == "plain" else _round_up(-(-8 * self.embed // 3), 128))
+        return self.mlp or (4 * self.embed if self.gated == "plain" else checks.round_up(-(-8 * self.embed // 3), 128))
 
     @property
     def padded_vocab(self) -> int:
         """Number of rows of the embedding."""
-        return _round_up(self.vocab_size, self.vocab_multiple)
+        return checks.round_up(self.vocab_size, self.vocab_multiple)
 
     @property
     def longest(self) -> None:
@@ -140,21 +139,13 @@ class EncDecConfig:
 
 
 _NAMES = {
-    "family": ("encdec",),
     "activation": tuple(ACTIVATIONS),
     "gated": ("gated", "plain"),
     "tied": ("tied", "untied"),
-    "remat": tuple(REMAT),
-    "dtype": ("float32", "bfloat16"),
-    "param_dtype": ("float32", "bfloat16"),
 }
 _AT_LEAST = {
-    "vocab_size": 0,
-    "vocab_multiple": 1,
     "start_id": -1,
-    "num_layers": 1,
     "num_decoder_layers": 0,
-    "embed": 1,
     "num_heads": 1,
     "head_dim": 0,
     "mlp": 0,
@@ -162,25 +153,8 @@ _AT_LEAST = {
 }
 
 
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
-
-
-def _check_names(config: EncDecConfig) -> None:
-    for field, allowed in _NAMES.items():
-        value = getattr(config, field)
-        if value not in allowed:
-            raise UserError(f"model.{field}={value!r}: choose one of {', '.join(allowed)}{suggest(value, allowed)}")
-
-
 def _check_numbers(config: EncDecConfig) -> None:
-    for field, least in _AT_LEAST.items():
-        if getattr(config, field) < least:
-            raise UserError(f"model.{field}={getattr(config, field)}: must be at least {least}")
-    if not 0 <= config.dropout < 1:
-        raise UserError(f"model.dropout={config.dropout}: must be at least 0 and below 1")
-    if not config.norm_eps > 0:
-        raise UserError(f"model.norm_eps={config.norm_eps}: must be above 0")
+    checks.numbers(config, _AT_LEAST, ("norm_eps",))
     if config.relative_distance <= config.relative_buckets // 2:
         raise UserError(
             f"model.relative_distance={config.relative_distance}: must be above half of "

@@ -3,10 +3,9 @@
 import dataclasses
 from typing import ClassVar
 
-from llmjax.config import UserError, suggest
-from llmjax.models import parametrization
+from llmjax.config import UserError
+from llmjax.models import checks, parametrization
 from llmjax.nn.mlp import ACTIVATIONS
-from llmjax.nn.stack import REMAT
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +84,7 @@ class EncoderConfig:
 
     def __post_init__(self):
         parametrization.check(self)
-        _check_names(self)
+        checks.names(self, _NAMES)
         _check_numbers(self)
 
     @property
@@ -96,12 +95,12 @@ class EncoderConfig:
     @property
     def mlp_size(self) -> int:
         """Width of the feed-forward layer."""
-        return self.mlp or (4 * self.embed if self.gated == "plain" else _round_up(-(-8 * self.embed // 3), 128))
+        return self.mlp or (4 * self.embed if self.gated == "plain" else checks.round_up(-(-8 * self.embed // 3), 128))
 
     @property
     def padded_vocab(self) -> int:
         """Number of rows of the embedding."""
-        return _round_up(self.vocab_size, self.vocab_multiple)
+        return checks.round_up(self.vocab_size, self.vocab_multiple)
 
     @property
     def longest(self) -> int | None:
@@ -144,22 +143,14 @@ class EncoderConfig:
 
 
 _NAMES = {
-    "family": ("encoder",),
     "activation": tuple(ACTIVATIONS),
     "gated": ("plain", "gated"),
     "norm_position": ("post", "pre"),
     "positions": ("learned", "rotary"),
     "pooler": ("none", "tanh"),
     "biases": ("all", "none"),
-    "remat": tuple(REMAT),
-    "dtype": ("float32", "bfloat16"),
-    "param_dtype": ("float32", "bfloat16"),
 }
 _AT_LEAST = {
-    "vocab_size": 0,
-    "vocab_multiple": 1,
-    "num_layers": 1,
-    "embed": 1,
     "num_heads": 1,
     "mlp": 0,
     "max_positions": 1,
@@ -168,26 +159,8 @@ _AT_LEAST = {
 }
 
 
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
-
-
-def _check_names(config: EncoderConfig) -> None:
-    for field, allowed in _NAMES.items():
-        value = getattr(config, field)
-        if value not in allowed:
-            raise UserError(f"model.{field}={value!r}: choose one of {', '.join(allowed)}{suggest(value, allowed)}")
-
-
 def _check_numbers(config: EncoderConfig) -> None:
-    for field, least in _AT_LEAST.items():
-        if getattr(config, field) < least:
-            raise UserError(f"model.{field}={getattr(config, field)}: must be at least {least}")
-    if not 0 <= config.dropout < 1:
-        raise UserError(f"model.dropout={config.dropout}: must be at least 0 and below 1")
-    for field in ("norm_eps", "rope_base", "local_rope_base"):
-        if not getattr(config, field) > 0:
-            raise UserError(f"model.{field}={getattr(config, field)}: must be above 0")
+    checks.numbers(config, _AT_LEAST, ("norm_eps", "rope_base", "local_rope_base"))
     if config.embed % config.num_heads:
         raise UserError(f"model.num_heads={config.num_heads}: must divide model.embed={config.embed}")
     if config.positions == "rotary" and config.head_size % 2:

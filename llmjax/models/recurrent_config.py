@@ -3,12 +3,11 @@
 import dataclasses
 from typing import ClassVar
 
-from llmjax.config import UserError, suggest
-from llmjax.models import parametrization
+from llmjax.config import UserError
+from llmjax.models import checks, parametrization
 from llmjax.nn.norm import NORMS
 from llmjax.nn.recurrent import CELLS
 from llmjax.nn.rglru import RECURRENCES
-from llmjax.nn.stack import REMAT
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +84,7 @@ class RecurrentConfig:
     @property
     def padded_vocab(self) -> int:
         """Number of rows of the embedding."""
-        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+        return checks.round_up(self.vocab_size, self.vocab_multiple)
 
     @property
     def longest(self) -> None:
@@ -119,21 +118,13 @@ class RecurrentConfig:
 
 
 _NAMES = {
-    "family": ("recurrent",),
     "cell": (*CELLS, "rglru"),
     "norm": ("none", *NORMS),
     "residual": ("add", "none"),
     "tied": ("tied", "untied"),
     "recurrence": RECURRENCES,
-    "remat": tuple(REMAT),
-    "dtype": ("float32", "bfloat16"),
-    "param_dtype": ("float32", "bfloat16"),
 }
 _AT_LEAST = {
-    "vocab_size": 0,
-    "vocab_multiple": 1,
-    "num_layers": 1,
-    "embed": 1,
     "hidden": 0,
     "mlp": 0,
     "gate_blocks": 1,
@@ -142,10 +133,7 @@ _AT_LEAST = {
 
 
 def _check_names(config: RecurrentConfig) -> None:
-    for field, allowed in _NAMES.items():
-        value = getattr(config, field)
-        if value not in allowed:
-            raise UserError(f"model.{field}={value!r}: choose one of {', '.join(allowed)}{suggest(value, allowed)}")
+    checks.names(config, _NAMES)
     if config.recurrence == "associative" and config.cell != "rglru":
         raise UserError(
             f"model.recurrence='associative': the state of model.cell={config.cell!r} passes through a nonlinearity "
@@ -154,13 +142,7 @@ def _check_names(config: RecurrentConfig) -> None:
 
 
 def _check_numbers(config: RecurrentConfig) -> None:
-    for field, least in _AT_LEAST.items():
-        if getattr(config, field) < least:
-            raise UserError(f"model.{field}={getattr(config, field)}: must be at least {least}")
-    if not 0 <= config.dropout < 1:
-        raise UserError(f"model.dropout={config.dropout}: must be at least 0 and below 1")
-    if not config.norm_eps > 0:
-        raise UserError(f"model.norm_eps={config.norm_eps}: must be above 0")
+    checks.numbers(config, _AT_LEAST, ("norm_eps",))
     if config.cell != "rglru" and config.gate_blocks != 1:
         raise UserError(f"model.gate_blocks={config.gate_blocks}: only model.cell='rglru' has them; leave it at 1")
     if config.state_size % config.gate_blocks:
