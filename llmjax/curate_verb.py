@@ -155,7 +155,7 @@ def _show(workdir: pathlib.Path, report: dict[str, Any], lines: list[str], page:
 def _tree(flags: Any, begun: pathlib.Path) -> dict[str, Any]:
     from llmjax import workdir as workdirs
 
-    held = workdirs.read_json(begun)
+    held = workdirs.read_json(begun) if begun.is_file() else None
     if held is not None and "curate" not in held:
         raise UserError(f"--workdir={flags.workdir}: holds a run, no corpus; name another folder for the corpus")
     if flags.config is not None:
