@@ -51,13 +51,20 @@ def store_folder(config: RunConfig, workdir: epath.Path) -> pathlib.Path:
 
 def read_config(workdir: epath.Path, overrides: Sequence[tuple[str, str]] = ()) -> RunConfig:
     """The resolved config that training wrote, with command-line overrides. Raises UserError where there is none."""
-    return run_config.apply_overrides(_config_tree(workdir), overrides)
+    return run_config.apply_overrides(_trained(workdir, _config_tree(workdir)), overrides)
 
 
-def _config_tree(workdir: epath.Path) -> dict[str, Any]:
-    tree = workdirs.read_json(workdir / "config.json")
+def _trained(workdir: epath.Path, tree: dict[str, Any] | None) -> dict[str, Any]:
     if tree is None:
         raise UserError(f"--workdir={workdir}: no config.json there, so nothing was trained; run `llmjax train` first")
+    return tree
+
+
+def _config_tree(workdir: epath.Path) -> dict[str, Any] | None:
+    """A workdir's config.json, None where there is none. Raises UserError for that of a corpus."""
+    tree = workdirs.read_json(workdir / "config.json")
+    if tree is not None and "curate" in tree:
+        raise UserError(f"--workdir={workdir}: holds a corpus, no run; name another folder for the run's files")
     return tree
 
 
@@ -69,14 +76,13 @@ def resolve(
     Where parameters were imported, the model and the tokenizer are theirs, and without a file the rest is as they were
     imported. Overrides hold over both. Raises UserError where there is neither a file nor an import.
     """
-    if "curate" in (workdirs.read_json(workdir / "config.json") or {}):
-        raise UserError(f"--workdir={workdir}: holds a corpus, no run; name another folder for the run's files")
+    kept = _config_tree(workdir)
     imported = workdirs.read_json(workdir / IMPORT)
     if imported is None:
         if file is None:
             raise UserError("--config is missing: give a Python file with get_config(), such as configs/quickstart.py")
         return run_config.resolve(file, overrides)
-    tree = _config_tree(workdir) if file is None else run_config.read_file(file)
+    tree = _trained(workdir, kept) if file is None else run_config.read_file(file)
     tree["model"] = dict(imported["model"])
     tree.setdefault("data", {})["tokenizer"] = tokenizer_section(workdir, imported["tokenizer"]["kind"])
     say(f"  model and tokenizer are those that were imported from {imported['from']}")
