@@ -52,7 +52,8 @@ def curate(config: CurateConfig, workdir: Path, runner: Runner, *, say: Say) -> 
         decontaminate.check(config.decontaminate)
     split.check(config.split, "curate.split")
     units = [unit for name, given in config.inputs.items() for unit in read.list_units(name, given)]
-    measured = [Measured(workdir / "measured", measure.key_of(unit, config)) for unit in units]
+    asked = measure.settings_of(config)
+    measured = [Measured(workdir / "measured", measure.key_of(unit, asked)) for unit in units]
     unfinished = workdir / "unfinished"
     named = [unit.source for unit in units]
     key = store.fingerprint_of({"config": told, "measured": [m.key for m in measured], "sources": named})
@@ -60,18 +61,27 @@ def curate(config: CurateConfig, workdir: Path, runner: Runner, *, say: Say) -> 
     if (done := _finished(workdir)) and done["key"] == key:
         say("nothing left to do: the corpus is there, made from these inputs with this configuration")
         return done
-    if report := _handed_over(workdir, unfinished, key):
+    out = _ready(unfinished, key)
+    if out is None:
+        out = _make(units, measured, config, told, key, workdir, runner, say)
+    else:
         say("the interrupted run had finished: its files are handed over")
-        _forget(workdir / "measured", measured)
-        return report
-    (workdir / "measured").mkdir(parents=True, exist_ok=True)
+    report = _hand_over(workdir, out)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    _forget(workdir / "measured", measured)
+    return report
+
+
+def _make(units, measured: list[Measured], config, told, key: str, workdir: Path, runner: Runner, say: Say) -> Path:
+    """The folder with all that is to be handed over, the report last."""
     _measure(units, measured, config, runner, say)
-    table, known = decide.Table(measured, named), decide.Known.read(workdir / _SPLITS)
+    table = decide.Table(measured, [unit.source for unit in units])
+    known = decide.Known.read(workdir / _SPLITS)
     _check_rejects(table, config)
-    made = decide.decide(table, config, runner, unfinished / "exchange", known)
+    made = decide.decide(table, config, runner, workdir / "unfinished" / "exchange", known)
     say(f"deciding: {int(made.kept.sum()):,} of {len(table):,} records stay")
     tag = store.fingerprint_of({"key": key, "known": known.digest()})
-    out = unfinished / f"written-{tag[:24]}"
+    out = workdir / "unfinished" / f"written-{tag[:24]}"
     chosen = card.choose_samples(table, made, config)
     results = _write(units, table, made, chosen, config, runner, out, say)
     report = card.summarise(table, made, results, config)
@@ -79,22 +89,21 @@ def curate(config: CurateConfig, workdir: Path, runner: Runner, *, say: Say) -> 
     report["inputs"] = _inputs(units)
     known.with_new(table, made, config).save(out / _SPLITS)
     store.write_atomically(out / "report.json", (json.dumps(report, indent=1) + "\n").encode())
-    _handed_over(workdir, unfinished, key)
-    _forget(workdir / "measured", measured)
-    return report
+    return out
 
 
 def _located(config: CurateConfig) -> CurateConfig:
     """With absolute paths of the files that measuring reads: a process of a cluster may stand in another folder."""
 
-    def located(paths: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(os.path.abspath(os.path.expanduser(path)) if path else "" for path in paths)
+    def located(path: str) -> str:
+        return os.path.abspath(os.path.expanduser(path)) if path else ""
 
+    quality, against, terms = config.quality, config.decontaminate.against, config.sample.terms
     return dataclasses.replace(
         config,
-        quality=dataclasses.replace(config.quality, classifier=located((config.quality.classifier,))[0]),
-        decontaminate=dataclasses.replace(config.decontaminate, against=located(config.decontaminate.against)),
-        sample=dataclasses.replace(config.sample, terms=located(config.sample.terms)),
+        quality=dataclasses.replace(quality, classifier=located(quality.classifier)),
+        decontaminate=dataclasses.replace(config.decontaminate, against=tuple(map(located, against))),
+        sample=dataclasses.replace(config.sample, terms=tuple(map(located, terms))),
     )
 
 
@@ -129,9 +138,9 @@ def _measure(units, measured: list[Measured], config: CurateConfig, runner: Runn
 def _check_rejects(table: decide.Table, config: CurateConfig) -> None:
     """Raises UserError where an input has more unreadable records than it may."""
     for index, name in enumerate(table.names):
-        total = np.count_nonzero(table.source == index)
-        rejected = (table.source == index) & (table["early"] == 0)
-        numbers, counts = np.unique(table["reason"][rejected], return_counts=True)
+        mine = table.source == index
+        total = np.count_nonzero(mine)
+        numbers, counts = np.unique(table["reason"][mine & (table["early"] == 0)], return_counts=True)
         counted = zip([table.reasons[number] for number in numbers], counts.tolist(), strict=True)
         reasons = {r: n for r, n in counted if r != read.EMPTY and not r.startswith(read.NO_PAGE)}
         bad = sum(reasons.values())
@@ -175,22 +184,23 @@ def _write(units, table, made, chosen, config: CurateConfig, runner: Runner, out
     return results
 
 
-def _handed_over(workdir: Path, unfinished: Path, key: str) -> dict[str, Any] | None:
-    """Put what a run has written in the place of what was there; returns its report, None where no such run is ready.
-
-    A run is ready when `unfinished` holds its report. That goes last, and the old one first: without it nothing counts,
-    and a run that ends on the way goes on from here.
-    """
+def _ready(unfinished: Path, key: str) -> Path | None:
+    """The folder of a run that had written everything, its report last, and ended before all was handed over."""
     ready = None
     for path in unfinished.glob("written-*/report.json"):
-        report = json.loads(path.read_text())
-        if report["key"] == key:
-            ready = path.parent, report
+        if json.loads(path.read_text())["key"] == key:
+            ready = path.parent
         else:  # of another configuration, and perhaps handed over in part
             shutil.rmtree(path.parent)
-    if ready is None:
-        return None
-    out, report = ready
+    return ready
+
+
+def _hand_over(workdir: Path, out: Path) -> dict[str, Any]:
+    """Put what a run has written in the place of what was there, as far as that is not done; returns its report.
+
+    The old report goes first and the new one comes last: without it nothing counts.
+    """
+    report = json.loads((out / "report.json").read_text())
     (workdir / "report.json").unlink(missing_ok=True)
     for name in ("curated", "dropped"):
         if (out / name).is_dir():
@@ -199,7 +209,6 @@ def _handed_over(workdir: Path, unfinished: Path, key: str) -> dict[str, Any] | 
     for name in (_SPLITS, "report.json"):
         if (out / name).is_file():
             (out / name).replace(workdir / name)
-    shutil.rmtree(unfinished, ignore_errors=True)
     return report
 
 
@@ -221,6 +230,6 @@ def _forget(folder: Path, measured: list[Measured]) -> None:
     """Remove measurements that this corpus does not rest on, and what a killed run left."""
     store.sweep(folder)
     keys = {one.key for one in measured}
-    gone = [path for path in folder.iterdir() if path.name.split(".")[0] not in keys and path.is_file()]
-    for path in sorted(gone, key=lambda path: path.suffix != ".json"):  # what says that a measurement is whole, first
-        path.unlink()
+    for path in folder.iterdir():
+        if path.name.split(".")[0] not in keys and path.is_file():
+            path.unlink()

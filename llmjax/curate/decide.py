@@ -193,7 +193,6 @@ def _sample(table: Table, made: Decisions, place: int, config: CurateConfig, kno
     Documents that stayed before come first, unless another seed asks for another choice; those that alone are larger
     than the share are passed over.
     """
-    stayed = known.stayed(table["content"][:, 0], table["id_hash"]) & (known.seed == config.sample.seed)
     tokens = table["sizes"][:, place, 1]
     held = {i: int(tokens[made.kept & (table.source == i)].sum()) for i in range(len(table.names))}
     limits = dict(held)
@@ -214,7 +213,9 @@ def _sample(table: Table, made: Decisions, place: int, config: CurateConfig, kno
             continue
         chosen = np.flatnonzero(made.kept & (table.source == index))
         fits = chosen[tokens[chosen] <= limits[index]]
-        fits = fits[np.lexsort((_stirred(table["id_hash"][fits], config.sample.seed), ~stayed[fits]))]
+        ids = table["id_hash"][fits]
+        stayed = known.stayed(table["content"][fits, 0], ids) & (known.seed == config.sample.seed)
+        fits = fits[np.lexsort((_stirred(ids, config.sample.seed), ~stayed))]
         beyond = np.zeros(len(table), bool)
         beyond[chosen] = True
         beyond[fits[np.cumsum(tokens[fits], dtype=np.int64) <= limits[index]]] = False

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import numpy as np
 
@@ -12,12 +13,16 @@ from llmjax.curate.measured import VERSION, Columns, LineWriter, Measured
 from llmjax.data import minhash, store
 
 
-def key_of(unit: read.Unit, config: CurateConfig) -> str:
-    """Names the measurement of a unit: its files, and what measuring is told. Thresholds and its number are no part."""
-    told = {"version": VERSION, "stages": [(name, stages.STAGES[name].measured(config)) for name in config.stages]}
-    told["unit"] = {"source": unit.source, "kind": unit.kind, "items": repr(unit.items), "state": unit.state}
-    told["input"] = repr(dataclasses.replace(unit.config, weight=None, max_tokens=0))
-    return store.fingerprint_of(told)[:24]
+def settings_of(config: CurateConfig) -> dict[str, Any]:
+    """What measuring any unit depends on, thresholds being no part. Files that it names are read."""
+    return {"version": VERSION, "stages": [(name, stages.STAGES[name].measured(config)) for name in config.stages]}
+
+
+def key_of(unit: read.Unit, settings: dict[str, Any]) -> str:
+    """Names the measurement of a unit: its files, and what measuring is told. Its number is no part."""
+    told = {"source": unit.source, "kind": unit.kind, "items": repr(unit.items), "state": unit.state}
+    given = repr(dataclasses.replace(unit.config, weight=None, max_tokens=0))
+    return store.fingerprint_of({**settings, "unit": told, "input": given})[:24]
 
 
 def measure(unit: read.Unit, config: CurateConfig, measured: Measured) -> int:

@@ -47,7 +47,7 @@ class QualityConfig:
                                                   lines, and long texts repeat more)
     fineweb_max_newlines                          newlines per word
 
-    classifier      a model that `classifier.train` saved; empty: none
+    classifier      a model that `llmjax curate classifier` saved; empty: none
     min_classifier  its probability from 0 to 1 that a text is good, at least; None: only written beside the text
     """
 

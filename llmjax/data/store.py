@@ -81,7 +81,6 @@ def write_shard(folder: Path, index: int, documents: Iterable[np.ndarray], *, vo
     write any of them, in any order.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     dtype, crc, max_id, lengths = token_dtype(vocab_size), 0, -1, []
     with replacing(tokens_path(folder, index)) as file:
         for document in documents:

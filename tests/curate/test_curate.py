@@ -426,8 +426,9 @@ def test_a_mistaken_run_leaves_the_config_that_resume_takes(raw, tmp_path):
 def test_a_corpus_and_a_run_have_folders_of_their_own(raw, tmp_path):
     curate(tmp_path / "corpus", raw)
     quickstart = f"--config={jobs.ROOT / 'configs' / 'quickstart.py'}"
-    with pytest.raises(UserError, match="holds a corpus, no run"):
-        cli.run(["train", quickstart, f"--workdir={tmp_path / 'corpus'}"])
+    for command in (["train", quickstart], ["eval"]):
+        with pytest.raises(UserError, match="holds a corpus, no run"):
+            cli.run([*command, f"--workdir={tmp_path / 'corpus'}"])
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text('{"model": {}}')
     with pytest.raises(UserError, match="holds a run, no corpus"):
