@@ -11,6 +11,7 @@ import zlib
 
 import numpy as np
 
+from llmjax.atomic import atomic_write
 from llmjax.config import UserError
 from llmjax.curate.normalise import normalise
 from llmjax.curate.quality_config import ClassifierConfig
@@ -18,7 +19,6 @@ from llmjax.data.bits import mixed
 from llmjax.data.config import SourceConfig
 from llmjax.data.readers import Document, read_unit
 from llmjax.data.sources import list_units
-from llmjax.data.store import replacing
 
 _FORMAT = 1
 _DEFAULTS = ClassifierConfig()
@@ -56,7 +56,7 @@ class Classifier:
         if path.suffix != ".npz":
             raise UserError(f"{path}: the classifier's file has to end in .npz")
         settings = np.array([_FORMAT, self.characters, self.seed], np.int64)
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             np.savez(file, weights=self.weights, settings=settings)
 
 

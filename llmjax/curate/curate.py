@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 import llmjax
+from llmjax.atomic import remove_partial, write_bytes
 from llmjax.config import UserError
 from llmjax.curate import card, decide, decontaminate, extract, language, measure, personal, read, write
 from llmjax.curate.config import CurateConfig
@@ -57,7 +58,7 @@ def curate(config: CurateConfig, workdir: Path, runner: Runner, *, say: Say) -> 
     unfinished = workdir / "unfinished"
     named = [unit.source for unit in units]
     key = store.fingerprint_of({"config": told, "measured": [m.key for m in measured], "sources": named})
-    store.write_atomically(workdir / "config.json", (json.dumps({"curate": told}, indent=1) + "\n").encode())
+    write_bytes(workdir / "config.json", (json.dumps({"curate": told}, indent=1) + "\n").encode())
     if (done := _finished(workdir)) and done["key"] == key:
         say("nothing left to do: the corpus is there, made from these inputs with this configuration")
         return done
@@ -88,7 +89,7 @@ def _make(units, measured: list[Measured], config, told, key: str, workdir: Path
     report |= {"version": llmjax.__version__, "key": key, "config": told, "config_sha256": store.fingerprint_of(told)}
     report["inputs"] = _inputs(units)
     known.with_new(table, made, config).save(out / _SPLITS)
-    store.write_atomically(out / "report.json", (json.dumps(report, indent=1) + "\n").encode())
+    write_bytes(out / "report.json", (json.dumps(report, indent=1) + "\n").encode())
     return out
 
 
@@ -180,7 +181,7 @@ def _write(units, table, made, chosen, config: CurateConfig, runner: Runner, out
         results[index] = result
     for name in ("curated", "dropped"):
         (out / name).mkdir(parents=True, exist_ok=True)
-        store.sweep(out / name)
+        remove_partial(out / name)
     return results
 
 
@@ -228,7 +229,7 @@ def _inputs(units) -> dict[str, dict[str, Any]]:
 
 def _forget(folder: Path, measured: list[Measured]) -> None:
     """Remove measurements that this corpus does not rest on, and what a killed run left."""
-    store.sweep(folder)
+    remove_partial(folder)
     keys = {one.key for one in measured}
     for path in folder.iterdir():
         if path.name.split(".")[0] not in keys and path.is_file():

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from llmjax.atomic import atomic_write
 from llmjax.config import UserError
 from llmjax.curate import duplicates, quality
 from llmjax.curate.config import CurateConfig
 from llmjax.curate.measured import Measured
 from llmjax.curate.runners import Runner
-from llmjax.data import split as splits, store
+from llmjax.data import split as splits
 
 KEPT = -1  # decision "stage" of a document that stays
 # Columns that are held in memory, 140 bytes a record where all stages run.
@@ -263,7 +264,7 @@ class Known:
 
     def save(self, path: Path) -> None:
         documents = np.stack([self.contents, self.keys, self.ids])
-        with store.replacing(path) as file:
+        with atomic_write(path) as file:
             np.savez(file, documents=documents, similarity=self.similarity, seed=self.seed)  # type: ignore[arg-type]
 
     def digest(self) -> str:

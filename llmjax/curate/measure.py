@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from llmjax.atomic import atomic_write, write_bytes
 from llmjax.curate import personal, read, stages
 from llmjax.curate.config import CurateConfig
 from llmjax.curate.document import EXCERPT, Document, count_tokens, hash_of
@@ -29,8 +30,8 @@ def measure(unit: read.Unit, config: CurateConfig, measured: Measured) -> int:
     """Write the files of one unit, the marker last. Returns the number of records."""
     columns, signs = Columns(config.stages), "duplicates" in config.stages
     with (
-        store.replacing(measured.signatures) as signatures,
-        store.replacing(measured.texts) as file,
+        atomic_write(measured.signatures) as signatures,
+        atomic_write(measured.texts) as file,
         LineWriter(file) as texts,
     ):
         for record in read.read(unit):
@@ -52,9 +53,9 @@ def measure(unit: read.Unit, config: CurateConfig, measured: Measured) -> int:
             else:
                 told |= {"text": document.text, "meta": document.meta}
                 texts.write(told | ({"language": document.language} if document.language else {}))
-    with store.replacing(measured.columns) as file:
+    with atomic_write(measured.columns) as file:
         np.savez(file, **columns.arrays())  # type: ignore[arg-type]
-    store.write_atomically(measured.marker, json.dumps({"records": len(columns)}).encode())
+    write_bytes(measured.marker, json.dumps({"records": len(columns)}).encode())
     return len(columns)
 
 

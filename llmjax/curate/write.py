@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from llmjax.atomic import atomic_write, write_bytes
 from llmjax.curate import augment, personal
 from llmjax.curate.config import CurateConfig
 from llmjax.curate.decide import KEPT
 from llmjax.curate.document import EXCERPT
 from llmjax.curate.measured import LineWriter, Measured
-from llmjax.data import store
 from llmjax.data.split import SPLITS
 
 
@@ -69,7 +69,7 @@ def write(task: Task, reasons: list[str], config: CurateConfig, folder: Path) ->
                     text = augment.augment(record["text"], copy=number, id=record["id"], config=config.augment)
                     files.write(name, {**kept, "id": f"{record['id']}~{number}", "text": text})
     result = {"files": files.summary, "samples": samples, "licences": licences, "origins": origins}
-    store.write_atomically(_marker(folder, task.name), json.dumps(result).encode())
+    write_bytes(_marker(folder, task.name), json.dumps(result).encode())
     return result
 
 
@@ -95,7 +95,7 @@ class _Files:
 
     def write(self, name: str, record: dict[str, Any]) -> None:
         if name not in self._writers:
-            file = self._stack.enter_context(store.replacing(self._folder / name))
+            file = self._stack.enter_context(atomic_write(self._folder / name))
             self._writers[name] = self._stack.enter_context(LineWriter(file))
         self._writers[name].write(record)
         self.documents[name] += 1

@@ -14,8 +14,9 @@ from typing import Protocol
 
 import numpy as np
 
+from llmjax.atomic import write_bytes
 from llmjax.config import UserError
-from llmjax.data.store import TokenStore, write_atomically
+from llmjax.data.store import TokenStore
 
 ALGORITHMS = ("best_fit", "concat")
 _VERSION = 1
@@ -274,7 +275,7 @@ def _write_plan(store: TokenStore, room: Room, folder: Path) -> None:
             os.fsync(file.fileno())
             file.close()
         sizes = {"chunks": num_chunks, "rows": num_rows} | ({} if room.costs is None else {"room": used})
-        write_atomically(partial / "plan.json", json.dumps(sizes).encode())
+        write_bytes(partial / "plan.json", json.dumps(sizes).encode())
     except OSError as error:
         raise UserError(
             f"packing plan {folder} cannot be written ({error}); make it writable, or set data.packing='concat'"

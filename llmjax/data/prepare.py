@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from llmjax.atomic import remove_partial, write_bytes
 from llmjax.config import UserError
 from llmjax.data import near, sources, split, stages, store, tokenizer
 from llmjax.data.config import DataConfig
@@ -111,7 +112,7 @@ class _Preparation:
         for name in self.settings["sources"]:
             shutil.rmtree(self.folder / name, ignore_errors=True)
         self.place.folder.mkdir()
-        store.write_atomically(path, json.dumps(state).encode())
+        write_bytes(path, json.dumps(state).encode())
 
     def _scan(self, units: list[Unit]) -> None:
         signed = self.config.split.near_copies
@@ -214,7 +215,7 @@ class _Preparation:
             tokenizer.read_tokenizer(given.kind, content)  # raises for what is no model
         else:
             content = self._train()
-        store.write_atomically(model, content)
+        write_bytes(model, content)
         done.touch()
         return given.kind, model
 
@@ -274,8 +275,8 @@ class _Preparation:
         }
         prints = {name: {s: item[s]["fingerprint"] for s in split.SPLITS} for name, item in listed.items()}
         manifest["fingerprint"] = store.fingerprint_of({"sources": prints, "tokenizer": made.sha256})
-        store.sweep(self.folder)
-        store.write_atomically(self.folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+        remove_partial(self.folder)
+        write_bytes(self.folder / "manifest.json", json.dumps(manifest, indent=1).encode())
         shutil.rmtree(self.place.folder, ignore_errors=True)
         return manifest
 

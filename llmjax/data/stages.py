@@ -13,6 +13,7 @@ import zlib
 
 import numpy as np
 
+from llmjax.atomic import write_bytes
 from llmjax.config import UserError
 from llmjax.data import minhash, store
 from llmjax.data.readers import Document, Reject, read_unit
@@ -59,7 +60,7 @@ class Workplace:
         return json.loads(self.path(what, unit).with_suffix(".json").read_text())
 
     def mark(self, what: str, unit: Unit, record: dict) -> None:
-        store.write_atomically(self.path(what, unit).with_suffix(".json"), json.dumps(record).encode())
+        write_bytes(self.path(what, unit).with_suffix(".json"), json.dumps(record).encode())
 
     def load_scan(self, unit: Unit) -> Scan:
         arrays = [np.load(self.path(name, unit).with_suffix(".npy"), mmap_mode="r") for name in Scan._fields[:3]]

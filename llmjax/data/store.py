@@ -2,19 +2,17 @@
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-import contextlib
 import hashlib
 import json
 import mmap
 import os
 from pathlib import Path
 import threading
-from typing import BinaryIO
-import uuid
 import zlib
 
 import numpy as np
 
+from llmjax.atomic import atomic_write, remove_partial, write_bytes
 from llmjax.config import UserError
 
 VERSION = 1
@@ -45,33 +43,6 @@ def fingerprint_of(record: dict) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """A reader sees the whole file or none, and the last of several writers wins."""
-    with replacing(path) as file:
-        file.write(data)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write and read that gets its name when it is whole and on disk; after an error, nothing is left."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:8]}")
-    try:
-        with open(partial, "w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def sweep(folder: Path) -> None:
-    """Remove what killed writers left in a folder, not in those below it."""
-    for leftover in folder.glob("*.partial-*"):
-        leftover.unlink(missing_ok=True)
-
-
 def write_shard(folder: Path, index: int, documents: Iterable[np.ndarray], *, vocab_size: int, text_bytes: int) -> dict:
     """Write one shard and return its info; its info file appears last, so a shard with one is whole.
 
@@ -82,7 +53,7 @@ def write_shard(folder: Path, index: int, documents: Iterable[np.ndarray], *, vo
     """
     folder = Path(folder)
     dtype, crc, max_id, lengths = token_dtype(vocab_size), 0, -1, []
-    with replacing(tokens_path(folder, index)) as file:
+    with atomic_write(tokens_path(folder, index)) as file:
         for document in documents:
             document = np.asarray(document)
             if document.ndim != 1 or not document.size:
@@ -97,7 +68,7 @@ def write_shard(folder: Path, index: int, documents: Iterable[np.ndarray], *, vo
         file.seek(0)
         blocks = [zlib.crc32(block) for block in iter(lambda: file.read(BLOCK_BYTES), b"")]
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype("<i8")
-    with replacing(offsets_path(folder, index)) as file:
+    with atomic_write(offsets_path(folder, index)) as file:
         np.save(file, offsets)
     info = {
         "index": index,
@@ -110,7 +81,7 @@ def write_shard(folder: Path, index: int, documents: Iterable[np.ndarray], *, vo
         "offsets_crc32": zlib.crc32(offsets.tobytes()),
         "max_id": max_id,
     }
-    write_atomically(info_path(folder, index), json.dumps(info).encode())
+    write_bytes(info_path(folder, index), json.dumps(info).encode())
     return info
 
 
@@ -158,8 +129,8 @@ def write_manifest(
     manifest["fingerprint"] = fingerprint_of(manifest)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    sweep(folder)
-    write_atomically(folder / "manifest.json", json.dumps(manifest).encode())
+    remove_partial(folder)
+    write_bytes(folder / "manifest.json", json.dumps(manifest).encode())
     return manifest
 
 

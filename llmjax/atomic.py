@@ -1,0 +1,57 @@
+"""Files that appear whole or not at all: a reader sees the old content or the new one, never a part."""
+
+from collections.abc import Iterator
+import contextlib
+import errno
+import os
+import pathlib
+from typing import BinaryIO
+import uuid
+
+from etils import epath
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a limit on the size of a file
+
+
+def is_remote(path: epath.PathLike) -> bool:
+    """Whether the path is in an object store, where files are written whole and never appended to."""
+    return "://" in os.fspath(path)
+
+
+@contextlib.contextmanager
+def atomic_write(path: epath.PathLike) -> Iterator[BinaryIO]:
+    """A local file to write and read, which gets its name when it is complete and on disk.
+
+    The folder is created. After an error nothing is left. An OSError, such as that of a full disk, names `path`.
+    """
+    path = pathlib.Path(path)
+    partial = path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:8]}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        if error.filename == str(partial) or (error.filename is None and error.errno in NO_SPACE):
+            error.filename, error.filename2 = str(path), None
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write_bytes(path: epath.PathLike, data: bytes) -> None:
+    """Write a whole file, on disk or in an object store. The last of several writers wins."""
+    if is_remote(path):
+        epath.Path(path).write_bytes(data)  # an object appears when its upload is complete
+        return
+    with atomic_write(path) as file:
+        file.write(data)
+
+
+def remove_partial(folder: pathlib.Path) -> None:
+    """Remove what killed writers left in a folder, not in those below it."""
+    for leftover in folder.glob("*.partial-*"):
+        leftover.unlink(missing_ok=True)
