@@ -10,6 +10,7 @@ from etils import epath
 from llmjax import workdir as workdirs
 from llmjax.checkpoint import Checkpoints
 from llmjax.config import UserError, differences
+from llmjax.data import prepare
 from llmjax.data.store import TokenStore
 from llmjax.data.tokenizer import load_tokenizer
 from llmjax.metrics import read_metrics
@@ -78,6 +79,8 @@ def verify(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """
     if (store := found["store"]) is None:
         raise UserError(f"--workdir={found['workdir']}: no token store to verify; `llmjax prepare` makes it")
+    if (manifest := prepare.read_manifest(store["path"])) is not None:
+        prepare.check_store(store["path"], manifest)
     load_tokenizer(store["path"])  # compares its hash
     for source, splits in store["sources"].items():
         for split in splits:

@@ -97,7 +97,8 @@ def tokenizer_section(workdir: epath.Path, kind: str) -> dict[str, str]:
 
 def _tokenizer(workdir: epath.Path, store: pathlib.Path) -> Tokenizer:
     """The token store's tokenizer, or the one that was imported where there is no store yet."""
-    if prepare.read_manifest(store) is not None:
+    if (manifest := prepare.read_manifest(store)) is not None:
+        prepare.check_store(store, manifest)
         return load_tokenizer(store)
     imported = workdirs.read_json(workdir / IMPORT)
     if imported is None:

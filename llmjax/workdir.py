@@ -215,7 +215,9 @@ def _is_lock(holder: dict[str, Any]) -> bool:
     texts = all(isinstance(holder.get(field, ""), str) for field in ("run", "host", "machine", "born"))
     texts = texts and {"run", "host", "born"} <= holder.keys()
     pid, refreshed = holder.get("pid"), holder.get("refreshed")
-    return texts and type(pid) is int and 0 < pid < 1 << 31 and type(refreshed) in (int, float) and abs(refreshed) < 1e15
+    return (
+        texts and type(pid) is int and 0 < pid < 1 << 31 and type(refreshed) in (int, float) and abs(refreshed) < 1e15
+    )
 
 
 @contextlib.contextmanager
@@ -242,7 +244,7 @@ def _exclusive(folder: epath.Path) -> Iterator[None]:
 
 
 def _inode(folder: epath.Path) -> tuple[int, int] | None:
-    """What tells a folder from a later one of the same name; None where there is none, and for all of a remote store."""
+    """What tells a folder from a later one of the same name; None where there is none, and in an object store."""
     try:
         found = None if atomic.is_remote(folder) else os.stat(folder)
     except FileNotFoundError:

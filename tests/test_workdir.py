@@ -224,7 +224,11 @@ with Lock(sys.argv[1], primary=True, wait=lambda line: None):
 
 def test_of_many_that_start_together_one_at_a_time_is_in(tmp_path):
     foreign(tmp_path, host=socket.gethostname(), machine=workdir._machine(), pid=2**22 + 1)  # of one that died
-    command = [sys.executable, "-c", RACE.replace("time\n", "time; import llmjax.workdir as w; w._POLL_SECONDS = 0.01\n", 1)]
+    command = [
+        sys.executable,
+        "-c",
+        RACE.replace("time\n", "time; import llmjax.workdir as w; w._POLL_SECONDS = 0.01\n", 1),
+    ]
     processes = [subprocess.Popen([*command, str(tmp_path)], stdin=subprocess.PIPE, text=True) for _ in range(5)]
     for process in processes:
         process.stdin.write("\n")

@@ -256,7 +256,14 @@ def read_texts(pattern: str, megabytes: float) -> list[str]:
 
 def write_store(folder: Path, documents: list[np.ndarray], tokenizer: Tokenizer, *, shards: int) -> None:
     infos = [
-        write_shard(folder, index, documents[index::shards], vocab_size=tokenizer.vocab_size, text_bytes=1)
+        write_shard(
+            folder,
+            index,
+            documents[index::shards],
+            vocab_size=tokenizer.vocab_size,
+            text_bytes=1,
+            tokenizer_sha256=tokenizer.sha256,
+        )
         for index in range(shards)
     ]
     write_manifest(

@@ -1,7 +1,6 @@
 """From text on disk to the token store: scan, split, train a tokenizer, tokenize; resumable at every step."""
 
 from collections.abc import Callable
-import errno
 import functools
 import hashlib
 import json
@@ -13,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from llmjax.atomic import remove_partial, write_bytes
+from llmjax import workdir
+from llmjax.atomic import NO_SPACE, remove_partial, write_bytes
 from llmjax.config import UserError
 from llmjax.data import near, sources, split, stages, store, tokenizer
 from llmjax.data.config import DataConfig
@@ -22,7 +22,8 @@ from llmjax.data.settings import check_settings, settings_of
 from llmjax.data.sources import Unit
 from llmjax.data.workers import Workers, cores, with_progress
 
-VERSION = 1
+VERSION = 2
+_LOCK = "prepare.lock"  # in the store's folder; a name of its own, as a store may lie in a workdir itself
 _MAX_PART, _MIN_PART = 1 << 14, 1 << 10  # bytes of a part of a document, where documents are too few to be split
 _SAMPLED_UNITS = 64  # of a source, that the tokenizer's training text is taken from
 _MAX_COMPRESSED = 1 << 25  # bytes of validation text up to which it is compressed for comparison
@@ -31,14 +32,12 @@ Say = Callable[[str], None]
 
 
 def read_manifest(folder: Path | str) -> dict | None:
-    """The top-level manifest of a complete store, else None. Raises UserError for one of another version's format."""
-    try:
-        manifest = json.loads((Path(folder) / "manifest.json").read_text())
-    except (OSError, ValueError):
-        return None
-    if not isinstance(manifest, dict):
-        return None
-    if manifest.get("version") != VERSION:
+    """The top-level manifest of a complete store, None where there is no store.
+
+    Raises UserError for a manifest that cannot be read, and for one of another version's format.
+    """
+    manifest = workdir.read_json(Path(folder) / "manifest.json")
+    if manifest is not None and manifest.get("version") != VERSION:
         raise UserError(
             f"token store {folder}: format version {manifest.get('version')}, this llmjax reads {VERSION}; use the "
             "llmjax that made it, or delete that folder to prepare it again"
@@ -46,39 +45,83 @@ def read_manifest(folder: Path | str) -> dict | None:
     return manifest
 
 
+def check_store(folder: Path | str, manifest: dict) -> None:
+    """Raise UserError where the parts of a store are not those that its manifest was written for.
+
+    Every split must have the tokenizer and the fingerprint that `manifest` names; a split binds its shards likewise.
+    """
+    folder = Path(folder)
+    try:
+        sha256, records = manifest["tokenizer"]["sha256"], manifest["sources"]
+        prints = {name: {s: record[s]["fingerprint"] for s in split.SPLITS} for name, record in records.items()}
+        seal = store.fingerprint_of({"sources": prints, "tokenizer": sha256})
+    except (KeyError, TypeError, AttributeError):
+        seal = None
+    if seal is None or manifest.get("fingerprint") != seal:
+        raise UserError(
+            f"token store {folder}: manifest.json is not what was written (fingerprint); restore it from a copy, or "
+            "delete the store and run `llmjax prepare` again"
+        )
+    for name, by_split in prints.items():
+        for part, expected in by_split.items():
+            opened = store.TokenStore(folder / name / part)
+            if (opened.fingerprint, opened.tokenizer_sha256) != (expected, sha256):
+                raise UserError(
+                    f"token store {folder}: {name}/{part} belongs to another store (tokenizer "
+                    f"{opened.tokenizer_sha256[:12]}, expected {sha256[:12]}; fingerprint {opened.fingerprint[:12]}, "
+                    f"expected {expected[:12]}); restore the store from a copy, or delete it and run `llmjax prepare`"
+                )
+
+
 def prepare(config: DataConfig, folder: Path | str, *, say: Say) -> dict:
     """The manifest of the store in `folder`, which is made first where it is missing.
 
-    An interrupted preparation goes on where it stopped, if neither settings nor files changed since. The store depends
-    on the text and the settings alone, on no number of workers. Raises UserError for input that cannot be honoured, for
-    a store that was made with other settings, and when the disk is full.
+    A store that is there is never replaced. One that another process is preparing is waited for, and taken if its
+    settings are the same. An interrupted preparation goes on where it stopped, if neither settings nor files changed
+    since. The store depends on the text and the settings alone, on no number of workers. Raises UserError for input
+    that cannot be honoured, for a store that was made with other settings or is damaged, and when the disk is full.
     """
     folder = Path(folder)
     settings = settings_of(config)
-    if manifest := read_manifest(folder):
-        check_settings(manifest["settings"], settings, folder)
-        shutil.rmtree(folder / "unfinished", ignore_errors=True)
+    if manifest := _take(folder, settings):
         return manifest
+    lock = workdir.Lock(folder, primary=True, wait=say, name=_LOCK)
     try:
-        return _Preparation(config, settings, folder, say).run()
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock:
+            return _take(folder, settings) or _Preparation(config, settings, folder, lock, say).run()
     except OSError as error:
         if isinstance(error, PermissionError):
             raise UserError(
                 f"{error.filename}: permission denied; set data.store to a folder that you may write"
             ) from None
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(
-            f"no space left for the token store at {folder}; free some, or set data.store to a larger disk, "
-            "and run again: finished shards are kept"
-        ) from None
+        if error.errno in NO_SPACE:
+            raise UserError(
+                f"no space left for the token store at {error.filename or folder}; free some, or set data.store to a "
+                "larger disk, and run again: finished shards are kept"
+            ) from None
+        if isinstance(error, FileNotFoundError) and str(error.filename).startswith(str(folder)):
+            raise UserError(
+                f"{folder} was removed or renamed while it was being prepared; run the same command again"
+            ) from None
+        raise
+
+
+def _take(folder: Path, settings: dict) -> dict | None:
+    """The manifest of a store that is there, None where there is none. Raises UserError for one of other settings."""
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        check_store(folder, manifest)
+        check_settings(manifest["settings"], settings, folder)
+        shutil.rmtree(folder / "unfinished", ignore_errors=True)
+    return manifest
 
 
 class _Preparation:
     """One run of `prepare`: the stages in order, each a pass of the workers over all units."""
 
-    def __init__(self, config: DataConfig, settings: dict, folder: Path, say: Say):
-        self.config, self.settings, self.folder, self.say = config, settings, folder, say
+    def __init__(self, config: DataConfig, settings: dict, folder: Path, lock: workdir.Lock, say: Say):
+        self.config, self.settings, self.folder, self.lock, self.say = config, settings, folder, lock, say
         self.units = [u for name in settings["sources"] for u in sources.list_units(name, config.sources[name])]
         self.place = stages.Workplace(folder / "unfinished")
         self.part_bytes: dict[str, int | None] = dict.fromkeys(settings["sources"])
@@ -100,18 +143,26 @@ class _Preparation:
 
     def _begin(self) -> None:
         """Take up what an interrupted run left, if it was the same preparation; else remove it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         state = {"settings": self.settings, "units": hashlib.sha256(repr(self.units).encode()).hexdigest()}
         path = self.place.folder / "state.json"
-        if path.is_file():
-            if json.loads(path.read_text()) == state:
-                self.say("going on with the interrupted preparation")
-                return
+        begun = workdir.read_json(path)
+        if begun == state:
+            self.say("going on with the interrupted preparation")
+            return
+        sources = [self.folder / name for name in self.settings["sources"]]
+        if begun is not None:
             self.say("settings or files changed since the interrupted preparation: starting over")
+            for source in sources:
+                shutil.rmtree(source, ignore_errors=True)
+        for source in sources:
+            if source.is_dir() and any(source.iterdir()):
+                raise UserError(
+                    f"{source} exists, but {self.folder} holds neither a finished token store nor an interrupted one; "
+                    "remove that folder, or set data.store to another one"
+                )
         shutil.rmtree(self.place.folder, ignore_errors=True)
-        for name in self.settings["sources"]:
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-        self.place.folder.mkdir()
+        for folder in (self.place.folder, *sources):
+            folder.mkdir(exist_ok=True)
         write_bytes(path, json.dumps(state).encode())
 
     def _scan(self, units: list[Unit]) -> None:
@@ -273,6 +324,7 @@ class _Preparation:
             "python": platform.python_version(),
             "corpus_sha256": digest.hexdigest(),
         }
+        self.lock.check()
         prints = {name: {s: item[s]["fingerprint"] for s in split.SPLITS} for name, item in listed.items()}
         manifest["fingerprint"] = store.fingerprint_of({"sources": prints, "tokenizer": made.sha256})
         remove_partial(self.folder)
@@ -305,6 +357,7 @@ class _Preparation:
 
     def _map(self, what: str, function: Callable, tasks: list[tuple], sizes: list[int] | None) -> list:
         """The tasks' results in their order."""
+        self.lock.check()
         return with_progress(self.say, what, self.pool.map(function, tasks), len(tasks), sizes)
 
     def _of(self, name: str) -> list[Unit]:

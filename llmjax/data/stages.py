@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 import dataclasses
+import errno
 import functools
 import gzip
 import hashlib
 import json
 import lzma
+import os
 from pathlib import Path
 from typing import NamedTuple
 import zlib
@@ -20,6 +22,7 @@ from llmjax.data.readers import Document, Reject, read_unit
 from llmjax.data.sources import Unit
 from llmjax.data.split import NONE, SPLITS, TRAIN, VALIDATION
 from llmjax.data.tokenizer import Tokenizer, pieces_of, read_tokenizer, train_sentencepiece
+from llmjax.workdir import read_json
 
 _BATCH_BYTES = 1 << 20  # text that is tokenized at a time
 
@@ -51,15 +54,18 @@ class Workplace:
     def marker(self, what: str, unit: Unit) -> dict | None:
         """What a finished task left behind, else None."""
         try:
-            return self.result(what, unit)
-        except (OSError, ValueError):
+            return read_json(self.path(what, unit).with_suffix(".json"))
+        except UserError:
             return None
 
     def result(self, what: str, unit: Unit) -> dict:
         """What a task that is known to have finished left behind."""
-        return json.loads(self.path(what, unit).with_suffix(".json").read_text())
+        if (record := read_json(path := self.path(what, unit).with_suffix(".json"))) is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        return record
 
     def mark(self, what: str, unit: Unit, record: dict) -> None:
+        _require_folder(self.folder)
         write_bytes(self.path(what, unit).with_suffix(".json"), json.dumps(record).encode())
 
     def load_scan(self, unit: Unit) -> Scan:
@@ -73,6 +79,12 @@ class Workplace:
     def splits(self, unit: Unit) -> np.ndarray:
         """uint8 [documents]: the split of each document."""
         return np.load(self.path("splits", unit).with_suffix(".npy"))
+
+
+def _require_folder(folder: Path) -> None:
+    """Raise FileNotFoundError where a folder of the store is gone: writing a file would make it again, empty."""
+    if not folder.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
 
 
 def scan(unit: Unit, place: Workplace, part_bytes: int | None, near_copies: bool) -> int:
@@ -142,10 +154,12 @@ def _tokenizer(kind: str, path: Path) -> Tokenizer:
 
 def tokenize(unit: Unit, place: Workplace, part_bytes: int | None, kind: str, model: Path, folder: Path) -> None:
     """Write the unit's shard of every split; the marker holds the shards' infos and what the tokenizer lost."""
-    done = place.marker("tokens", unit)
-    if done and all(store.read_shard_info(folder / s, unit.index) == info for s, info in done["shards"].items()):
+    done, tokenizer = place.marker("tokens", unit), _tokenizer(kind, model)
+    same = done is not None and done["tokenizer_sha256"] == tokenizer.sha256
+    if same and all(store.read_shard_info(folder / s, unit.index) == info for s, info in done["shards"].items()):
         return
-    tokenizer, splits, sizes = _tokenizer(kind, model), place.splits(unit), place.load_scan(unit).sizes
+    _require_folder(folder)
+    splits, sizes = place.splits(unit), place.load_scan(unit).sizes
     shards, lossy = {}, []
     for number, split in enumerate(SPLITS):
         if (splits == number).any():
@@ -156,8 +170,10 @@ def tokenize(unit: Unit, place: Workplace, part_bytes: int | None, kind: str, mo
                 _encoded(chosen, tokenizer, lossy),
                 vocab_size=tokenizer.vocab_size,
                 text_bytes=int(sizes[splits == number].sum()),
+                tokenizer_sha256=tokenizer.sha256,
             )
-    place.mark("tokens", unit, {"shards": shards, "lossy": len(lossy), "first_lossy": lossy[:1]})
+    record = {"tokenizer_sha256": tokenizer.sha256, "shards": shards, "lossy": len(lossy), "first_lossy": lossy[:1]}
+    place.mark("tokens", unit, record)
 
 
 def _encoded(chosen: Iterator[Document], tokenizer: Tokenizer, lossy: list[str]) -> Iterator[np.ndarray]:

@@ -4,7 +4,6 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 import hashlib
 import json
-import mmap
 import os
 from pathlib import Path
 import threading
@@ -14,9 +13,12 @@ import numpy as np
 
 from llmjax.atomic import atomic_write, remove_partial, write_bytes
 from llmjax.config import UserError
+from llmjax.workdir import read_json
 
-VERSION = 1
+VERSION = 2
 BLOCK_BYTES = 1 << 20  # tokens are checksummed by block, so that the first touch of a shard need not read all of it
+_READ_BYTES = 1 << 24  # at a time, where a whole shard is verified
+_MAX_OFFSET_BYTES = 1 << 28  # of document offsets that are kept in memory
 _MEND = "restore it from a copy, or delete the store and run `llmjax prepare` again"
 
 
@@ -43,11 +45,20 @@ def fingerprint_of(record: dict) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def write_shard(folder: Path, index: int, documents: Iterable[np.ndarray], *, vocab_size: int, text_bytes: int) -> dict:
+def write_shard(
+    folder: Path,
+    index: int,
+    documents: Iterable[np.ndarray],
+    *,
+    vocab_size: int,
+    text_bytes: int,
+    tokenizer_sha256: str,
+) -> dict:
     """Write one shard and return its info; its info file appears last, so a shard with one is whole.
 
-    documents   token ids of each document, 1-D, at least one token, EOS at the end included
-    text_bytes  UTF-8 bytes of the documents' original text
+    documents          token ids of each document, 1-D, at least one token, EOS at the end included
+    text_bytes         UTF-8 bytes of the documents' original text
+    tokenizer_sha256   of the tokenizer that gave the ids
     Raises ValueError for an empty document or an id outside the vocabulary. Shards are independent: any process may
     write any of them, in any order.
     """
@@ -80,6 +91,7 @@ def write_shard(folder: Path, index: int, documents: Iterable[np.ndarray], *, vo
         "block_crc32": "".join(f"{block:08x}" for block in blocks),
         "offsets_crc32": zlib.crc32(offsets.tobytes()),
         "max_id": max_id,
+        "tokenizer_sha256": tokenizer_sha256,
     }
     write_bytes(info_path(folder, index), json.dumps(info).encode())
     return info
@@ -88,11 +100,11 @@ def write_shard(folder: Path, index: int, documents: Iterable[np.ndarray], *, vo
 def read_shard_info(folder: Path, index: int) -> dict | None:
     """The info of a finished shard whose files have the right sizes, else None: a killed writer resumes by it."""
     try:
-        info = json.loads(info_path(folder, index).read_text())
+        info = read_json(info_path(folder, index)) or {}
         if offsets_path(folder, index).stat().st_size < 8 * (info["documents"] + 1):
             return None
         return info if tokens_path(folder, index).stat().st_size == info["bytes"] else None
-    except (OSError, ValueError, KeyError):
+    except (OSError, KeyError, TypeError, UserError):
         return None
 
 
@@ -110,9 +122,15 @@ def write_manifest(
     """Declare the shards (infos from write_shard) one store, in order of index; returns the manifest.
 
     Its fingerprint covers every token (by checksum), document edge and special id, and no path. Leftovers of killed
-    writers are removed.
+    writers are removed. Raises UserError where a shard on disk is another one, or has the ids of another tokenizer.
     """
     shards = sorted(shards, key=lambda info: info["index"])
+    for info in shards:
+        if read_shard_info(folder, info["index"]) != info:
+            raise UserError(
+                f"token shard {tokens_path(folder, info['index'])} is not the one that was written; {_MEND}"
+            )
+    _check_tokenizer(folder, shards, tokenizer_sha256)
     manifest = {
         "version": VERSION,
         "source": source,
@@ -134,24 +152,64 @@ def write_manifest(
     return manifest
 
 
+def _check_tokenizer(folder: Path, shards: list[dict], tokenizer_sha256: str) -> None:
+    for info in shards:
+        if info["tokenizer_sha256"] != tokenizer_sha256:
+            raise UserError(
+                f"token shard {tokens_path(folder, info['index'])} holds ids of another tokenizer (sha256 "
+                f"{info['tokenizer_sha256'][:12]}, the store's is {tokenizer_sha256[:12]}); {_MEND}"
+            )
+
+
+class _ShardFile:
+    """An open shard. It is read, not mapped: touching a mapping of a truncated file kills the process (SIGBUS)."""
+
+    def __init__(self, path: Path):
+        self._descriptor = -1
+        self._descriptor = os.open(path, os.O_RDONLY)
+
+    def read(self, start: int, end: int) -> bytes:
+        """Bytes [start, end); fewer where the file ends."""
+        data = os.pread(self._descriptor, end - start, start)
+        while len(data) < end - start and (
+            more := os.pread(self._descriptor, end - start - len(data), start + len(data))
+        ):
+            data += more
+        return data
+
+    def state(self) -> tuple[int, ...]:
+        """What changes when somebody writes to the file in place: (device, inode, bytes, time of the last write)."""
+        found = os.fstat(self._descriptor)
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+    def __del__(self):
+        if self._descriptor >= 0:  # closed with its last reader, which may be in another thread
+            os.close(self._descriptor)
+
+
 class TokenStore:
     """Random access to the flat stream of all shards' tokens.
 
-    Opening reads the manifest and compares file sizes; shards are memory-mapped at first touch, at most `max_open` at
-    once. The first touch of each block compares its checksum. Damage raises UserError naming the shard and the mend.
+    Opening reads the manifest and compares file sizes; shards are opened at first touch, at most `max_open` at once.
+    The first touch of each block compares its checksum, and so does the next touch after the file was written to, so
+    that no token of a shard that was changed during a run is ever returned (a write through a memory map that some
+    other process held before the first touch is not seen, as the kernel then leaves the time of the last write alone).
+    Damage raises UserError naming the shard and the fix.
     """
 
     def __init__(self, folder: Path | str, *, max_open: int = 128):
         self.folder = Path(folder)
-        try:
-            manifest = json.loads((self.folder / "manifest.json").read_text())
-            self.fingerprint: str = manifest["fingerprint"]
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"token store {self.folder}: no readable manifest.json ({error}); {_MEND}") from None
-        if manifest["version"] != VERSION:
+        manifest = read_json(self.folder / "manifest.json")
+        if manifest is None:
+            raise UserError(f"token store {self.folder}: no manifest.json; {_MEND}")
+        if manifest.get("version") != VERSION:
             raise UserError(
-                f"token store {self.folder}: format version {manifest['version']}, this llmjax reads {VERSION}; {_MEND}"
+                f"token store {self.folder}: format version {manifest.get('version')}, this llmjax reads {VERSION}; "
+                f"{_MEND}"
             )
+        if manifest.get("fingerprint") != fingerprint_of(manifest):
+            raise UserError(f"token store {self.folder}: manifest.json is not what was written (fingerprint); {_MEND}")
+        self.fingerprint: str = manifest["fingerprint"]
         self.documents: int = manifest["documents"]
         self.tokens: int = manifest["tokens"]
         self.text_bytes: int = manifest["text_bytes"]
@@ -160,13 +218,16 @@ class TokenStore:
         self.bos_id: int | None = manifest["bos_id"]
         self.tokenizer_sha256: str = manifest["tokenizer_sha256"]
         self.shards: list[dict] = manifest["shards"]
+        _check_tokenizer(self.folder, self.shards, self.tokenizer_sha256)
         self.dtype = token_dtype(self.vocab_size)
         counts = np.array([info["tokens"] for info in self.shards], np.int64)
         self._edges = np.concatenate([[0], np.cumsum(counts)])  # flat offset of each shard's first token, and the end
         self._max_open = max_open
-        self._open: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._open: OrderedDict[int, _ShardFile] = OrderedDict()
         self._open_offsets: OrderedDict[int, np.ndarray] = OrderedDict()
-        self._verified: dict[int, np.ndarray] = {}  # by shard: which blocks were compared; outlives the mapping
+        self._offset_bytes = 0
+        # By shard: the state of its file, and which of its blocks were compared since; outlives the open file.
+        self._verified: dict[int, tuple[tuple[int, ...], np.ndarray]] = {}
         self._lock = threading.Lock()
         self._check_sizes()
 
@@ -232,7 +293,10 @@ class TokenStore:
         nbytes = 0
         for index, info in enumerate(self.shards):
             nbytes += self._offsets(index).nbytes + info["bytes"]
-            if zlib.crc32(self._shard(index).data) != info["crc32"]:
+            file, crc = self._shard(index), 0
+            for start in range(0, info["bytes"], _READ_BYTES):
+                crc = zlib.crc32(file.read(start, min(start + _READ_BYTES, info["bytes"])), crc)
+            if crc != info["crc32"]:
                 raise UserError(
                     f"token shard {self._path(index)} is damaged: checksum differs from the manifest; {_MEND}"
                 )
@@ -257,57 +321,77 @@ class TokenStore:
             raise UserError(f"token store {self.folder}: damaged shards: {'; '.join(wrong)}; {_MEND}")
 
     def _offsets(self, index: int) -> np.ndarray:
-        """Where the shard's documents begin, and its end: int64 [documents + 1], memory-mapped, checksum compared."""
+        """Where the shard's documents begin, and its end: int64 [documents + 1], checksum compared."""
         with self._lock:
             if (offsets := self._open_offsets.get(index)) is not None:
                 return offsets
             info = self.shards[index]
             path = offsets_path(self.folder, info["index"])
             try:
-                offsets = np.load(path, mmap_mode="r").view(np.ndarray)
+                offsets = np.load(path)
                 if zlib.crc32(offsets) != info["offsets_crc32"]:
                     raise ValueError("checksum differs from the manifest")
             except (OSError, ValueError) as error:
                 raise UserError(f"document offsets {path} are damaged ({error}); {_MEND}") from None
             self._open_offsets[index] = offsets
-            if len(self._open_offsets) > self._max_open:
+            while (
+                len(self._open_offsets) > 1 and sum(o.nbytes for o in self._open_offsets.values()) > _MAX_OFFSET_BYTES
+            ):
                 self._open_offsets.popitem(last=False)
             return offsets
 
-    def _shard(self, index: int) -> np.ndarray:
-        """The shard's tokens, memory-mapped."""
+    def _shard(self, index: int) -> _ShardFile:
         with self._lock:
-            if (tokens := self._open.get(index)) is not None:
+            if (file := self._open.get(index)) is not None:
                 self._open.move_to_end(index)
-                return tokens
-            with open(self._path(index), "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
-            tokens = self._open[index] = np.frombuffer(mapped, self.dtype)
+                return file
+            try:
+                file = self._open[index] = _ShardFile(self._path(index))
+            except OSError as error:
+                raise UserError(f"token shard {self._path(index)} cannot be read ({error.strerror}); {_MEND}") from None
             if index not in self._verified:
-                self._verified[index] = np.zeros(-(-size // BLOCK_BYTES), bool)
+                self._start_verifying(index, file)
             if len(self._open) > self._max_open:
                 self._open.popitem(last=False)
-            return tokens
+            return file
+
+    def _start_verifying(self, index: int, file: _ShardFile) -> None:
+        """Take note of the file's state, with no block compared yet. Raises UserError for another size."""
+        state, expected = file.state(), self.shards[index]["bytes"]
+        if state[2] != expected:
+            raise UserError(
+                f"token shard {self._path(index)} has {state[2]} bytes, expected {expected}: it was truncated or "
+                f"written to while it was in use; {_MEND}"
+            )
+        self._verified[index] = state, np.zeros(-(-expected // BLOCK_BYTES), bool)
 
     def _span(self, index: int, start: int, end: int) -> np.ndarray:
-        """A view of tokens [start, end) of one shard, its blocks compared with their checksums at first touch."""
-        tokens = self._open.get(index)
-        if tokens is None or len(self.shards) > self._max_open:
-            tokens = self._shard(index)
-        verified = self._verified[index]
+        """Tokens [start, end) of one shard, its blocks compared with their checksums at first touch."""
+        file = self._open.get(index)
+        if file is None or len(self.shards) > self._max_open:
+            file = self._shard(index)
         item = self.dtype.itemsize
-        for block in range(start * item // BLOCK_BYTES, (end * item - 1) // BLOCK_BYTES + 1):
-            if not verified[block]:
-                a, b = block * BLOCK_BYTES // item, (block + 1) * BLOCK_BYTES // item
-                expected = int(self.shards[index]["block_crc32"][8 * block : 8 * block + 8], 16)
-                if zlib.crc32(tokens[a:b].data) != expected:
-                    raise UserError(
-                        f"token shard {self._path(index)} is damaged between tokens {a} and {b}: "
-                        f"checksum differs from the manifest; {_MEND}"
-                    )
-                verified[block] = True
-        return tokens[start:end]
+        while True:
+            state, verified = self._verified[index]
+            for block in range(start * item // BLOCK_BYTES, (end * item - 1) // BLOCK_BYTES + 1):
+                if not verified[block]:
+                    self._verify_block(index, file, block)
+                    verified[block] = True
+            data = file.read(start * item, end * item)
+            # Looked at after reading: whoever wrote to the file before it was read has changed its state by now.
+            if file.state() == state:
+                return np.frombuffer(data, self.dtype)
+            self._start_verifying(index, file)
+
+    def _verify_block(self, index: int, file: _ShardFile, block: int) -> None:
+        start, end = block * BLOCK_BYTES, min((block + 1) * BLOCK_BYTES, self.shards[index]["bytes"])
+        expected = int(self.shards[index]["block_crc32"][8 * block : 8 * block + 8], 16)
+        if zlib.crc32(file.read(start, end)) != expected:
+            item = self.dtype.itemsize
+            raise UserError(
+                f"token shard {self._path(index)} is damaged between tokens {start // item} and {end // item}: "
+                f"checksum differs from the manifest; {_MEND}"
+            )
 
     def _cut_at_edges(self, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The same spans, those that cross shards cut in one piece a shard: (starts, ends, shard of each)."""
@@ -323,7 +407,7 @@ class TokenStore:
         for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
             index = int(np.searchsorted(self._edges, start, "right")) - 1
             local = start - int(self._edges[index])
-            tokens = self._shard(index)[local : local + end - start]
+            tokens = self._span(index, local, local + end - start)
             if tokens.size and tokens.max() >= self.vocab_size:
                 offset = int(np.argmax(tokens >= self.vocab_size))
                 raise UserError(

@@ -37,6 +37,7 @@ def prepare_once(config: RunConfig, folder: pathlib.Path, say: Callable[[str], N
     seen = manifest["fingerprint"] if manifest else f"nothing at {folder}"
     hosts.all_equal("token store", seen)
     assert manifest is not None
+    prepare.check_store(folder, manifest)  # a host may have a copy of its own
     return manifest
 
 

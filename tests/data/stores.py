@@ -9,6 +9,7 @@ import numpy as np
 from llmjax.data.store import TokenStore, write_manifest, write_shard
 
 EOS, BOS, VOCAB = 1, 2, 500
+SHARD = {"vocab_size": VOCAB, "text_bytes": 1, "tokenizer_sha256": "x"}  # what write_shard is told of a small shard
 
 
 def random_documents(seed: int, number: int, longest: int) -> list[np.ndarray]:
@@ -31,7 +32,14 @@ def write_store(
     """A store of these documents, cut in shards in order, opened."""
     edges = np.linspace(0, len(documents), shards + 1).astype(int)
     infos = [
-        write_shard(folder, i, documents[a:b], vocab_size=vocab_size, text_bytes=4 * sum(map(len, documents[a:b])))
+        write_shard(
+            folder,
+            i,
+            documents[a:b],
+            vocab_size=vocab_size,
+            text_bytes=4 * sum(map(len, documents[a:b])),
+            tokenizer_sha256="0" * 64,
+        )
         for i, (a, b) in enumerate(itertools.pairwise(edges))
     ]
     write_manifest(
