@@ -16,7 +16,8 @@ import time
 from typing import NoReturn
 
 BAD_INPUT, PREEMPTED = 78, 85  # the two exit statuses that decide about a restart
-KNOWN = (75, 76, BAD_INPUT, PREEMPTED)
+STOPPED = (129, 130, 143)  # by SIGHUP, Ctrl-C or SIGTERM outside the steps of training
+KNOWN = (75, 76, BAD_INPUT, PREEMPTED, *STOPPED)
 
 HELP = """\
 Runs a command as one job of several processes on this machine:
@@ -25,10 +26,11 @@ Runs a command as one job of several processes on this machine:
 
 Every process gets LLMJAX_COORDINATOR, LLMJAX_NUM_PROCESSES and LLMJAX_PROCESS_ID; its lines are marked [p0], [p1], ...
 With --devices=M each emulates M CPU devices (JAX_PLATFORMS=cpu), so that 2 x 4 acts as a mesh of 8.
-SIGTERM and Ctrl-C go to all processes, which save and end with 85; what still runs after the grace is killed.
+SIGTERM, SIGHUP and Ctrl-C go to all processes as SIGTERM, and they save and end with 85; what still runs after the
+grace is killed. A second one kills them at once, and what was not saved is lost.
 When one process fails, the others are ended too. The exit status is that of the first that failed with a reason
-(75 hang, 76 diverged, 78 bad input, 85 stopped on request and saved), else of the first that crashed; 0 when all are
-done.
+(75 hang, 76 diverged, 78 bad input, 85 stopped on request and saved, 143 stopped with nothing to save), else of the
+first that crashed; 0 when all are done.
 """
 
 
@@ -120,7 +122,8 @@ def resolve(command: str) -> str:
 
 
 def say(line: str) -> None:
-    print(f"[local] {line}", flush=True)
+    with contextlib.suppress(OSError):  # the terminal is gone
+        print(f"[local] {line}", flush=True)
 
 
 def free_port() -> int:
@@ -139,8 +142,9 @@ class Job:
 
     def run(self) -> int:
         """Start, wait, end. Returns 0 or the status that tells most: a known one rather than the crashes it caused."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._forward)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                signal.signal(number, self._forward)
         coordinator = f"127.0.0.1:{free_port()}"
         readers, failed = [], []
         try:
@@ -197,11 +201,14 @@ class Job:
         stream = self.processes[index].stdout
         assert stream is not None
         for line in stream:
-            sys.stdout.write(f"[p{index}] {line.decode(errors='replace').rstrip()}\n")
-            sys.stdout.flush()
+            with contextlib.suppress(OSError):  # the terminal may be gone; what is not read would block the process
+                sys.stdout.write(f"[p{index}] {line.decode(errors='replace').rstrip()}\n")
+                sys.stdout.flush()
 
     def _forward(self, number: int, frame) -> None:
-        if self.stop.is_set():  # asked twice: now
+        if self.stop.is_set():
+            with contextlib.suppress(OSError):
+                os.write(1, b"[local] asked twice: killing all processes; steps since the last checkpoint are lost\n")
             self._signal(signal.SIGKILL)
         self.stop.set()
         self._signal(signal.SIGTERM)

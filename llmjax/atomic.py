@@ -42,6 +42,39 @@ def atomic_write(path: epath.PathLike) -> Iterator[BinaryIO]:
             partial.unlink(missing_ok=True)
 
 
+class AppendFile:
+    """A local file that is appended to without a buffer, so that nothing is left to be written when a write fails.
+
+    Raises OSError naming the file, such as that of a full disk.
+    """
+
+    def __init__(self, path: epath.PathLike):
+        self._path = os.fspath(path)
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (open until `close`)
+
+    def write(self, data: bytes) -> None:
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            error.filename = self._path
+            raise
+
+    def sync(self) -> None:
+        """Have the data on disk."""
+        os.fsync(self._file.fileno())
+
+    def is_in_place(self) -> bool:
+        """Whether the file still has its name: it was neither removed, renamed nor replaced."""
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            return False
+
+    def close(self) -> None:
+        self._file.close()
+
+
 def write_bytes(path: epath.PathLike, data: bytes) -> None:
     """Write a whole file, on disk or in an object store. The last of several writers wins."""
     if is_remote(path):

@@ -96,7 +96,13 @@ class Checkpoints:
         self.wait()
         prints = digests(parts)
         leaves = {name: describe(tree) for name, tree in parts.items()}
-        body = {"meta": meta, "digests": prints, "leaves": leaves, "fingerprint": "".join(prints.values())}
+        body = {
+            "step": step,
+            "meta": meta,
+            "digests": prints,
+            "leaves": leaves,
+            "fingerprint": "".join(prints.values()),
+        }
         items: dict[str, Any] = {name: ocp.args.StandardSave(_nested(tree)) for name, tree in parts.items()}
         items["meta"] = ocp.args.JsonSave({"crc32": _crc32(body), **body})
         self._saving = step
@@ -210,10 +216,13 @@ class Checkpoints:
         try:
             body = json.loads((self.folder / str(step) / "meta" / "metadata").read_text())
             stored = body.pop("crc32")
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            if stored != _crc32(body):
+                raise Damaged("its meta is not what was saved (checksum)")
+            saved_as = body["step"]
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise Damaged(f"its meta cannot be read ({type(error).__name__})") from error
-        if stored != _crc32(body):
-            raise Damaged("its meta is not what was saved (checksum)")
+        if saved_as != step:
+            raise Damaged(f"it was saved as step {saved_as}, and copied or renamed since")
         return body
 
     def _read_part(self, step: int, name: str, tree: Any) -> Any:

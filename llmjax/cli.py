@@ -2,15 +2,19 @@
 
 import errno
 import os
+import signal
 import sys
 import traceback
 import typing
 
 import llmjax
+from llmjax import interrupts
+from llmjax.atomic import NO_SPACE
 from llmjax.config import UserError, suggest
 from llmjax.verbs import VERBS
 
 BAD_INPUT, HANG = 78, 75
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 OVERVIEW = """\
 llmjax: pretrain language models, from a laptop to a pod
@@ -33,9 +37,10 @@ Every config field can be set on the command line: --config.train.steps=500
 
 
 def main() -> typing.NoReturn:
-    """Run a verb and exit: 0 done, 75 hang, 76 diverged, 78 bad input (no restart helps), 85 saved on request, 130
-    interrupted before there was anything to save, 141 nobody reads the output, else a crash."""
+    """Run a verb and exit: 0 done, 75 hang, 76 diverged, 78 bad input (no restart helps), 85 saved on request, 129, 130
+    or 143 stopped by SIGHUP, Ctrl-C or SIGTERM, 141 nobody reads the output, else a crash."""
     try:
+        interrupts.install()
         status = run(sys.argv[1:])
     except UserError as error:
         status = _fail(str(error))
@@ -45,8 +50,8 @@ def main() -> typing.NoReturn:
     except BrokenPipeError:  # `llmjax inspect ... | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
-    except KeyboardInterrupt:
-        status = 130
+    except KeyboardInterrupt as error:
+        interrupts.exit_now(error if isinstance(error, interrupts.Stopped) else interrupts.Stopped(signal.SIGINT))
     except Exception as error:
         if mend := _mend(error):
             status = _fail(mend)
@@ -60,9 +65,11 @@ def _mend(error: Exception) -> str:
     """One line for what the system refuses and only the user can mend; '' for any other error."""
     if not isinstance(error, OSError):
         return ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno in NO_SPACE:
         return f"no space left{f' for {error.filename}' if error.filename else ''}: free some and start again"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR) and error.filename:
+    if error.errno in (errno.EISDIR, errno.ENOTEMPTY) and error.filename:
+        return f"{error.filename}: is a folder, and a file is expected there; remove it or rename it"
+    if error.errno in _REFUSED and error.filename:
         return f"{error.filename}: {os.strerror(error.errno).lower()}; make it accessible, or name another place"
     return ""
 

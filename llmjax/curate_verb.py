@@ -66,11 +66,7 @@ def curate(arguments: list[str]) -> int:
             runner = stack.enter_context(runners.RayRunner(flags.ray_address))
         else:
             runner = stack.enter_context(runners.LocalRunner(config.workers or workers.cores()))
-        try:
-            report = curating.curate(config, workdir, runner, say=_say)
-        except KeyboardInterrupt:
-            _say("stopped: finished parts are kept; the same command goes on from here")
-            raise
+        report = curating.curate(config, workdir, runner, say=_say)
     return _show(workdir, report, list(card.lines(report)), card.page_of(report), flags.workdir)
 
 

@@ -26,9 +26,9 @@ def inspect(workdir: epath.PathLike) -> dict[str, Any]:
     root = epath.Path(workdir)
     if not root.exists():
         raise UserError(f"--workdir={root}: no such folder; `llmjax train --workdir={root}` makes it")
-    config = workdirs.read_json(root / "config.json")
-    good, damaged = _checkpoints(root / "checkpoints", config)
-    store = epath.Path((config or {}).get("data", {}).get("store") or root / "store").expanduser()
+    config = workdirs.read_json(root / workdirs.CONFIG)
+    good, damaged = _checkpoints(root / workdirs.CHECKPOINTS, config)
+    store = epath.Path((config or {}).get("data", {}).get("store") or root / workdirs.STORE).expanduser()
     manifest = workdirs.read_json(store / "manifest.json")
     if config is None and manifest is None and not good and not damaged:
         raise UserError(f"--workdir={root}: no run there (no config.json, store or checkpoints); give a run's folder")

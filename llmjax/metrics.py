@@ -22,7 +22,7 @@ NaN and the infinities are written as Python's json spells them: a loss that bro
 from collections.abc import Mapping
 import json
 import math
-import os
+import pathlib
 import shutil
 import sys
 import time
@@ -30,7 +30,8 @@ from typing import Any, TextIO
 
 from etils import epath
 
-FILE = "metrics.jsonl"
+from llmjax import atomic, workdir as workdirs
+from llmjax.config import UserError
 
 PEAK_FLOPS = {
     "TPU v4": 275e12,
@@ -75,28 +76,27 @@ def read_metrics(workdir: epath.PathLike, *, last_step: int | None = None) -> li
     """The lines of a run in order of steps, up to `last_step`; [] where there is no file.
 
     A torn line is dropped. A line whose step is not above its predecessors' replaces them from that step on: it was
-    written after a restart.
+    written after a restart. Raises UserError where the file cannot be read.
     """
-    path = epath.Path(workdir) / FILE
+    path = epath.Path(workdir) / workdirs.METRICS
     kept: list[dict[str, Any]] = []
-    if not path.exists():
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
         return kept
-    for line in path.read_bytes().splitlines():
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); restore or remove it") from error
+    for line in content.splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
             continue
         while kept and kept[-1]["step"] >= record["step"]:
             kept.pop()
         kept.append(record)
     return [record for record in kept if last_step is None or record["step"] <= last_step]
-
-
-def is_remote(path: epath.PathLike) -> bool:
-    """Whether the path is in an object store, where files are written whole and never appended to."""
-    return "://" in os.fspath(path)
 
 
 class MetricsLog:
@@ -108,9 +108,9 @@ class MetricsLog:
     """
 
     def __init__(self, workdir: epath.PathLike, *, primary: bool, resume_step: int = 0, rewrite_seconds: float = 30.0):
-        self._path = epath.Path(workdir) / FILE
+        self._path = epath.Path(workdir) / workdirs.METRICS
         self._primary = primary
-        self._remote = is_remote(workdir)
+        self._remote = atomic.is_remote(workdir)
         self._rewrite_seconds = rewrite_seconds
         self._lines: list[str] = []
         self._last_step = -1
@@ -126,11 +126,10 @@ class MetricsLog:
         self._rewrite()
         if not self._remote:
             self._lines = []
-            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (open for the run's length)
-            from tensorboardX import SummaryWriter  # here, so that readers of metrics don't wait for it
+            self._file = atomic.AppendFile(self._path)
+            from llmjax.tensorboard import EventFile  # here, so that readers of metrics don't wait for it
 
-            # TensorBoard hides what earlier event files hold from purge_step on
-            self._events = SummaryWriter(os.fspath(workdir / "events"), purge_step=resume_step + 1)
+            self._events = EventFile(pathlib.Path(workdir) / workdirs.EVENTS, purge_step=resume_step + 1)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Log one step. Values are numbers, texts, None, or arrays of one element; "step" must exceed the last one."""
@@ -141,8 +140,12 @@ class MetricsLog:
         assert step > self._last_step, f"step {step} is logged after step {self._last_step}"
         self._last_step = step
         if self._file:
-            self._file.write(_line(plain))
-            self._file.flush()
+            if not self._file.is_in_place():
+                raise UserError(
+                    f"{self._path} was removed, renamed or replaced while this run was writing to it; stopped. Put it "
+                    "back and rerun the same command to resume"
+                )
+            self._file.write(_line(plain).encode())
         else:
             self._lines.append(_line(plain))
             if time.monotonic() - self._rewritten >= self._rewrite_seconds:
@@ -159,9 +162,7 @@ class MetricsLog:
     def flush(self) -> None:
         """Put every line written so far where a resumed run will find it."""
         if self._file:
-            os.fsync(self._file.fileno())
-            assert self._events
-            self._events.flush()
+            self._file.sync()
         elif self._primary:
             self._rewrite()
 
@@ -169,12 +170,14 @@ class MetricsLog:
         """Flush and close; a second call does nothing."""
         if not self._primary:
             return
-        self.flush()
-        if self._file and self._events:
-            self._file.close()
-            self._events.close()
-        self._file = self._events = None
-        self._primary = False
+        try:
+            self.flush()
+        finally:
+            for file in (self._file, self._events):
+                if file:
+                    file.close()
+            self._file = self._events = None
+            self._primary = False
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -184,13 +187,7 @@ class MetricsLog:
 
     def _rewrite(self) -> None:
         self._rewritten = time.monotonic()
-        text = "".join(self._lines)
-        if self._remote:
-            self._path.write_text(text)  # an object appears whole or not at all
-            return
-        new = self._path.with_name(f"{FILE}.tmp")
-        new.write_text(text)
-        new.replace(self._path)
+        atomic.write_bytes(self._path, "".join(self._lines).encode())
 
 
 def _line(record: Mapping[str, Any]) -> str:

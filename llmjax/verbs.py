@@ -109,11 +109,9 @@ def evaluate(arguments: list[str]) -> int:
     from llmjax import loading, report
     from llmjax.evals import harness
 
-    path, scores = harness.evaluate(
+    path, _ = harness.evaluate(
         workdir_of(flags.workdir), step=flags.step, split=flags.split, overrides=overrides, say=say
     )
-    for line in harness.describe(scores):
-        say(line)
     if hosts.is_primary():
         print(f"written to {path}\nreport: {report.write_report(workdir_of(flags.workdir))}")
     if loading.read_config(workdir_of(flags.workdir)).model.generates:

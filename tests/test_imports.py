@@ -39,8 +39,11 @@ FLOORS = {
     "llmjax.checkpoint": 1,
     "llmjax.fingerprint": 1,
     "llmjax.metrics": 1,
+    "llmjax.tensorboard": 1,
     "llmjax.workdir": 1,
     "llmjax.config": 0,
+    "llmjax.atomic": 0,
+    "llmjax.interrupts": 0,
     "llmjax.batch": 0,
 }
 

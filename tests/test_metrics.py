@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 
-from llmjax import metrics
+from llmjax import atomic
 from llmjax.metrics import Console, MetricsLog, progress_line, read_metrics
 
 
@@ -110,7 +110,7 @@ def test_only_the_primary_process_writes(tmp_path):
 
 
 def test_an_object_store_gets_whole_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics, "is_remote", lambda path: True)
+    monkeypatch.setattr(atomic, "is_remote", lambda path: True)
     write_steps(tmp_path, [1, 2, 3])
     log = MetricsLog(tmp_path, primary=True, resume_step=2, rewrite_seconds=3600)
     log.write(record(3))
@@ -126,14 +126,14 @@ def test_an_object_store_gets_whole_files(tmp_path, monkeypatch):
 
 
 def test_an_object_store_is_written_at_intervals(tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics, "is_remote", lambda path: True)
+    monkeypatch.setattr(atomic, "is_remote", lambda path: True)
     log = MetricsLog(tmp_path, primary=True, rewrite_seconds=0.0)
     log.write(record(1))
     assert raw_steps(tmp_path) == [1]
 
 
 def test_remote_paths_are_told_by_their_scheme(tmp_path):
-    assert metrics.is_remote("gs://bucket/run") and not metrics.is_remote(tmp_path) and not metrics.is_remote("runs/a")
+    assert atomic.is_remote("gs://bucket/run") and not atomic.is_remote(tmp_path) and not atomic.is_remote("runs/a")
 
 
 def test_tensorboard_holds_the_scalars(tmp_path):
@@ -249,7 +249,7 @@ def test_console_of_other_processes_is_silent():
     ],
 )
 def test_peak_flops_is_known_or_none_never_guessed(kind, peak):
-    assert metrics.peak_flops(kind) == peak
+    assert peak_flops(kind) == peak
 
 
 def test_mfu_of_a_known_case():

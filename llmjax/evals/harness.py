@@ -167,6 +167,8 @@ def evaluate(
     loaded = loading.load(workdir, step=step, overrides=overrides, say=say)
     say(f"step {loaded.step} ({loaded.parameters}), {split} split, {jax.device_count()} device(s)")
     scores = Evaluator(loaded.graph, loaded.config, loaded.mesh, loaded.store).split(loaded.params, split, say)
+    for line in describe(scores):  # before they are written: the disk may be full or read-only
+        say(line)
     path = write(workdir, loaded.step, scores, parameters=loaded.parameters, fingerprint=loaded.fingerprint)
     return path, scores
 

@@ -15,6 +15,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 
+from llmjax import interrupts
 from llmjax.batch import Batch
 from llmjax.config import UserError
 
@@ -67,6 +68,8 @@ def initialize() -> None:
             raise UserError(
                 f"LLMJAX_DISTRIBUTED=auto, but JAX finds no Slurm, GKE or TPU job here ({error})"
             ) from error
+    if jax.distributed.is_initialized():
+        interrupts.take_over_sigterm()
     _check_platform(jax.config.jax_platforms)  # type: ignore[attr-defined]
 
 

@@ -20,7 +20,8 @@ def finish(job: Job, progress: Progress) -> None:
     samples = _sample(job, progress, state)
     if not hosts.is_primary():
         return
-    workdirs.write_json(job.workdir / "data.json", job.data.summary(progress.data_state))
+    job.lock.check()
+    workdirs.write_json(job.workdir / workdirs.DATA, job.data.summary(progress.data_state))
     path = report.write_report(job.workdir)
     for line in _summary(job, progress, scores, samples):
         job.say(line)
@@ -36,7 +37,7 @@ def finish(job: Job, progress: Progress) -> None:
 
 
 def _evaluate(job: Job, progress: Progress, state: str) -> dict | None:
-    path = job.workdir / "eval" / str(progress.step) / "validation.json"
+    path = job.workdir / workdirs.EVAL / str(progress.step) / "validation.json"
     manifest = prepare.read_manifest(job.store)
     assert manifest is not None
     if not any(source["validation"]["tokens"] for source in manifest["sources"].values()):
@@ -50,7 +51,7 @@ def _evaluate(job: Job, progress: Progress, state: str) -> dict | None:
 
 
 def _sample(job: Job, progress: Progress, state: str) -> list[dict]:
-    path, settings = job.workdir / "samples.json", job.config.sample
+    path, settings = job.workdir / workdirs.SAMPLES, job.config.sample
     if not settings.prompts:
         return []
     if not job.config.model.generates:
@@ -86,6 +87,7 @@ def _sample(job: Job, progress: Progress, state: str) -> list[dict]:
     )
     samples = [{**sample, "text": text} for sample, text in zip(wanted, texts, strict=True)]
     if hosts.is_primary():
+        job.lock.check()
         workdirs.write_json(path, samples)
     return samples
 

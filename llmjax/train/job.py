@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 import numpy as np
 
 import llmjax
-from llmjax import run_config, state as states
+from llmjax import run_config, state as states, workdir as workdirs
 from llmjax.checkpoint import Checkpoints
 from llmjax.data.pipeline import DataState, TrainData
 from llmjax.data.tokenizer import Tokenizer
@@ -46,6 +46,7 @@ class Job:
     checkpoints: Checkpoints
     evaluator: harness.Evaluator
     log: MetricsLog
+    lock: workdirs.Lock
     say: Callable[[str], None]
 
     def save(self, progress: Progress) -> None:
@@ -58,6 +59,7 @@ class Job:
             "skipped": int(np.asarray(progress.state.skipped)),
             "versions": {"llmjax": llmjax.__version__, "jax": jax.__version__},
         }
+        self.lock.check()
         self.log.flush()
         self.checkpoints.save(progress.step, states.parts(progress.state), meta)
 
@@ -68,6 +70,7 @@ class Job:
     def evaluate(self, step: int, state: TrainState, split: str) -> dict[str, Any]:
         """Score one split and write eval/<step>/<split>.json."""
         scores = self.evaluator.split(self.evaluated(state), split, self.say)
+        self.lock.check()
         harness.write(
             self.workdir,
             step,

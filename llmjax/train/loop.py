@@ -35,7 +35,7 @@ def train(config: RunConfig, workdir: epath.Path, say: Callable[[str], None]) ->
     config.model.check(seq_len=config.data.seq_len, tensor=mesh.shape["tensor"])
     schedules.make_schedule(config.optimizer, config.train.steps)
     workdir.mkdir(parents=True, exist_ok=True)
-    with workdirs.Lock(workdir, primary=hosts.is_primary()):
+    with workdirs.Lock(workdir, primary=hosts.is_primary()) as lock:
         _use_compilation_cache(config, workdir)
 
         # data
@@ -61,7 +61,7 @@ def train(config: RunConfig, workdir: epath.Path, say: Callable[[str], None]) ->
         # start
         kept = config.checkpoint
         checkpoints = Checkpoints(
-            workdir / "checkpoints",
+            workdir / workdirs.CHECKPOINTS,
             keep=kept.keep,
             keep_every=kept.keep_every,
             timeout_seconds=kept.timeout_seconds,
@@ -69,7 +69,7 @@ def train(config: RunConfig, workdir: epath.Path, say: Callable[[str], None]) ->
         progress = resume.start(config, plan, data, checkpoints, tokenizer.sha256, say)
         evaluator = Evaluator(plan.graph, config, mesh, store)
         log = MetricsLog(workdir, primary=hosts.is_primary(), resume_step=progress.step)
-        job = Job(config, workdir, store, mesh, plan, data, tokenizer, checkpoints, evaluator, log, say)
+        job = Job(config, workdir, store, mesh, plan, data, tokenizer, checkpoints, evaluator, log, lock, say)
         record.write(job, progress, unsharded)
 
         # steps
@@ -92,6 +92,7 @@ def train(config: RunConfig, workdir: epath.Path, say: Callable[[str], None]) ->
 
         # finish
         if status == DONE:
+            lock.check()
             finish.finish(job, progress)
         log.close()
     return status
@@ -109,7 +110,8 @@ def run_steps(job: Job, progress: Progress, stop: int) -> int:
         step_function, config.parallel, job.mesh, job.plan.shardings, rows, config.train.global_batch
     )
     meter = Meter(job, stop, progress)
-    preemption = Preemption()
+    step = progress.step
+    preemption = Preemption(lambda: _describe_loss(step, job.checkpoints.latest()))
     state, batches, status = compiled.place(progress.state), job.data.batches(progress.data_state, rows), DONE
     try:
         for step in range(progress.step + 1, stop + 1):
@@ -129,9 +131,14 @@ def run_steps(job: Job, progress: Progress, stop: int) -> int:
                     job.save(progress)
                 if evaluate:
                     meter.close()  # a long evaluation has lines of its own
-                    meter.evaluated(job.evaluate(step, progress.state, "validation"))
+                    with preemption.interruptible():
+                        meter.evaluated(job.evaluate(step, progress.state, "validation"))
+                    if preemption.interrupted and not (due or asked):
+                        job.save(progress)
+                    asked |= preemption.interrupted
             if meter.diverged or asked:
                 status = DIVERGED if meter.diverged else PREEMPTED
+                job.checkpoints.wait()  # a second signal meanwhile says what is lost
                 break
     finally:
         preemption.close()
@@ -139,8 +146,15 @@ def run_steps(job: Job, progress: Progress, stop: int) -> int:
     if status == DIVERGED:
         job.say(f"stopping: {config.train.max_skipped} steps in a row were not finite; the newest checkpoint is kept")
     if status == PREEMPTED:
-        job.say(f"asked to stop: step {progress.step} is saved; the same command goes on from there")
+        job.say(f"asked to stop: step {progress.step} is saved; rerun the same command to resume")
     return status
+
+
+def _describe_loss(step: int, newest: int | None) -> str:
+    """What ending now loses, after `step` was run and `newest` is the newest complete checkpoint."""
+    if newest is not None and newest >= step:
+        return "nothing is lost"
+    return f"steps {(newest or 0) + 1} to {step} are lost" if step else "no step was finished"
 
 
 def _use_compilation_cache(config: RunConfig, workdir: epath.Path) -> None:

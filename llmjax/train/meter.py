@@ -17,7 +17,7 @@ class Meter:
     """Collects what each step gave and what it cost; every `train.log_every` steps a line goes to the log.
 
     tokens     scored targets since step 0
-    diverged   `train.max_skipped` steps in a row were not finite
+    diverged   `train.max_skipped` steps in a row were not finite; stays so, as a step is read one step late
     """
 
     def __init__(self, job: Job, stop: int, progress: Progress):
@@ -53,7 +53,7 @@ class Meter:
         (step, arrays), self._pending = self._pending, None
         finite, tokens, read = jax.device_get((arrays["finite"], arrays["tokens"], arrays["read"]))
         self._bad_in_a_row = 0 if finite else self._bad_in_a_row + 1
-        self.diverged = self._bad_in_a_row >= self._job.config.train.max_skipped
+        self.diverged |= self._bad_in_a_row >= self._job.config.train.max_skipped
         self.tokens += int(tokens)
         self._window_tokens += int(tokens)
         self._window_read += int(read)
@@ -86,6 +86,7 @@ class Meter:
             ),
         }
         if logged:
+            self._job.lock.check()
             self._job.log.write(record)
         self._console.update(record)
         self._restart_window()

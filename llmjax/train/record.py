@@ -20,7 +20,7 @@ def write(job: Job, progress: Progress, unsharded: list[str]) -> None:
     """Write the run's files at a start or restart; process 0 alone."""
     if not hosts.is_primary():
         return
-    path = job.workdir / "run.json"
+    path = job.workdir / workdirs.RUN
     old = (
         workdirs.read_json(path)
         if path.exists()
@@ -31,8 +31,8 @@ def write(job: Job, progress: Progress, unsharded: list[str]) -> None:
     restarts = old["restarts"] + ([{"step": progress.step, "time": time.time()}] if goes_on else [])
     device = jax.devices()[0]
     by_part = registry.parameters_by_part(job.plan.shapes.params)
-    workdirs.write_json(job.workdir / "config.json", run_config.to_json(job.config))
-    workdirs.write_json(job.workdir / "data.json", job.data.summary(progress.data_state))
+    workdirs.write_json(job.workdir / workdirs.CONFIG, run_config.to_json(job.config))
+    workdirs.write_json(job.workdir / workdirs.DATA, job.data.summary(progress.data_state))
     workdirs.write_json(
         path,
         {

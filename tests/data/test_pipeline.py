@@ -244,7 +244,7 @@ class TestEnds:
         ("change", "message"),
         [
             ({"sources": {"empty": SourceConfig()}}, "no training tokens in empty"),
-            ({"sources": {"absent": SourceConfig()}}, r"absent/train: no readable manifest\.json"),
+            ({"sources": {"absent": SourceConfig()}}, r"absent/train: no manifest\.json"),
             ({"sources": {"books": SourceConfig(weight=1), "code": SourceConfig()}}, r"code\.weight is not set"),
             ({"global_batch": 0}, r"train\.global_batch=0"),
             ({"prefetch": -1}, r"data\.prefetch=-1"),

@@ -403,5 +403,5 @@ def test_a_store_of_another_format_is_refused(tmp_path):
     make(config(tmp_path / "a.txt"), tmp_path / "s")
     path = tmp_path / "s" / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 7}))
-    with pytest.raises(UserError, match=r"format version 7, this llmjax reads 1; .*prepare it again"):
+    with pytest.raises(UserError, match=r"format version 7, this llmjax reads 2; .*prepare it again"):
         make(config(tmp_path / "a.txt"), tmp_path / "s")
