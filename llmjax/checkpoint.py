@@ -8,6 +8,7 @@ fingerprints of its parts, which are computed again after each restore.
 from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import logging
@@ -31,6 +32,12 @@ def _is_news(record: logging.LogRecord) -> bool:
     """False for the pages that Orbax's threads log of a full disk: the error they also raise is told in one line."""
     error = record.exc_info[1] if record.exc_info else None
     return not any(sign in f"{record.getMessage()} {error}" for sign in _NO_SPACE)
+
+
+def _report_unraisable(hook: Callable[[Any], None], unraisable: Any) -> None:
+    """Drop what TensorStore's threads print of each write that ends after its save has failed."""
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        hook(unraisable)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -258,7 +265,9 @@ class Checkpoints:
                 cleanup_tmp_directories=True,
                 async_options=ocp.options.AsyncOptions(timeout_secs=self._timeout),
             )
-            logging.getLogger("absl").addFilter(_is_news)
+            for name in ("absl", "asyncio"):
+                logging.getLogger(name).addFilter(_is_news)
+            sys.unraisablehook = functools.partial(_report_unraisable, sys.unraisablehook)
             self._manager = ocp.CheckpointManager(self.folder, options=options)
         return self._manager
 

@@ -3,9 +3,10 @@
 Training handles them itself while it steps (train.preemption): it saves and ends with 85.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import ctypes
+import functools
 import os
 import signal
 import sys
@@ -62,6 +63,7 @@ def install() -> None:
             reader, writer = os.pipe()
             os.set_blocking(writer, False)
             signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+            sys.unraisablehook = functools.partial(_raise_again, sys.unraisablehook)
             threading.Thread(target=_watch, args=(reader,), name="signals", daemon=True).start()
             _watching = True
 
@@ -117,6 +119,15 @@ def exit_now(stopped: Stopped) -> NoReturn:
 
 def _stop(number: int, frame: Any) -> None:
     raise Stopped(number)
+
+
+def _raise_again(hook: Callable[[Any], None], unraisable: Any) -> None:
+    """Python drops an exception that is raised in a destructor or a callback; the signal is then sent once more."""
+    if isinstance(unraisable.exc_value, Stopped):
+        number = unraisable.exc_value.number
+        threading.Timer(0.1, lambda: os.kill(os.getpid(), number)).start()
+    else:
+        hook(unraisable)
 
 
 def _watch(reader: int) -> None:

@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 
-from llmjax import atomic
+from llmjax import atomic, metrics
 from llmjax.metrics import Console, MetricsLog, progress_line, read_metrics
 
 
@@ -249,7 +249,7 @@ def test_console_of_other_processes_is_silent():
     ],
 )
 def test_peak_flops_is_known_or_none_never_guessed(kind, peak):
-    assert peak_flops(kind) == peak
+    assert metrics.peak_flops(kind) == peak
 
 
 def test_mfu_of_a_known_case():
