@@ -182,6 +182,22 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(folder):
     assert restore(folder).step == 2
 
 
+@pytest.mark.parametrize("how", ["copied", "linked", "renamed"])
+def test_a_checkpoint_under_another_steps_name_is_noticed(folder, how):
+    """Its fingerprint fits, but the run would go on from other steps' data and end with too few updates."""
+    if how == "copied":
+        shutil.copytree(folder / "2", folder / "7")
+    elif how == "linked":
+        (folder / "7").symlink_to("2")
+    else:
+        (folder / "2").rename(folder / "7")
+    with pytest.raises(UserError, match=r"7 is damaged: it was saved as step 2, and copied or renamed since"):
+        Checkpoints(folder).read_meta(7)
+    said = []
+    assert restore(folder, say=said.append).step == (1 if how == "renamed" else 2)
+    assert len(said) == 1 and "checkpoint 7 is damaged and was moved" in said[0]
+
+
 def test_a_reader_passes_damaged_ones_over(folder):
     (folder / "2" / "meta" / "metadata").unlink()
     said = []

@@ -1,6 +1,7 @@
 """The token store gives back what was written, opens fast and lazily, and notices every kind of damage."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -122,6 +123,14 @@ def test_an_empty_split_is_a_store(tmp_path):
     assert TokenStore(tmp_path / "none").read(0, 0).size == 0
 
 
+def overwrite(path, content):
+    """Write into the file itself, at a later time than before even where the clock is coarse."""
+    before = path.stat().st_mtime_ns
+    with open(path, "r+b") as file:
+        file.write(content)
+    os.utime(path, ns=(before, max(before + 1, path.stat().st_mtime_ns)))
+
+
 class TestDamage:
     """Each kind raises UserError that names the shard; nothing damaged is ever handed out."""
 
@@ -142,14 +151,13 @@ class TestDamage:
             store.verify()
 
     def test_id_outside_the_vocabulary(self, tmp_path):
-        store = write_store(tmp_path, random_documents(4, 100, 20), shards=2)
-        store._span(1, 0, 1)  # the block has been compared before the page goes bad
-        path = tmp_path / "tokens-00001.bin"
-        with open(path, "r+b") as file:
-            file.seek(20)
-            file.write(np.array([VOCAB], "<u2").tobytes())
-        with pytest.raises(UserError, match=rf"tokens-00001\.bin holds id {VOCAB} at offset 10"):
-            store.read(0, store.tokens)
+        """Written by another program, checksums and all."""
+        write_shard(tmp_path, 0, [np.array([3, VOCAB, EOS])], **SHARD | {"vocab_size": VOCAB + 1})
+        info = read_shard_info(tmp_path, 0)
+        identity = {"vocab_size": VOCAB, "eos_id": EOS, "bos_id": None, "source": "s", "split": "train"}
+        write_manifest(tmp_path, [info], **identity, tokenizer_sha256="x")
+        with pytest.raises(UserError, match=rf"tokens-00000\.bin holds id {VOCAB} at offset 1,"):
+            TokenStore(tmp_path).read(0, 3)
 
     def test_truncated_shard(self, tmp_path):
         write_store(tmp_path, random_documents(4, 100, 20), shards=2)
@@ -157,6 +165,90 @@ class TestDamage:
         size = path.stat().st_size
         path.write_bytes(path.read_bytes()[:-3])
         with pytest.raises(UserError, match=rf"tokens-00001\.bin has {size - 3} bytes, expected {size}"):
+            TokenStore(tmp_path)
+
+    @pytest.mark.parametrize("size", [0, 1, 20, -1], ids="{} bytes left".format)
+    def test_shard_truncated_while_it_is_open(self, tmp_path, size):
+        """A mapping of it would kill the process with SIGBUS."""
+        store = write_store(tmp_path, random_documents(4, 5000, 20))
+        store.read(0, store.tokens)
+        path = tmp_path / "tokens-00000.bin"
+        os.truncate(path, size % path.stat().st_size)
+        for start in (0, store.tokens - 1):
+            with pytest.raises(UserError, match=r"tokens-00000\.bin has \d+ bytes, expected \d+: it was truncated"):
+                store.read(start, 1)
+
+    def test_shard_overwritten_while_it_is_open(self, tmp_path):
+        store = write_store(tmp_path, random_documents(4, 100, 20), shards=2)
+        expected = store.read(0, store.tokens)
+        path = tmp_path / "tokens-00001.bin"
+        content = path.read_bytes()
+        overwrite(path, content)
+        np.testing.assert_array_equal(store.read(0, store.tokens), expected)  # the same bytes are no damage
+        overwrite(path, content[2:] + content[:2])
+        with pytest.raises(UserError, match=r"tokens-00001\.bin is damaged between tokens 0 and"):
+            store.read(store.tokens - 1, 1)
+        np.testing.assert_array_equal(store.read(0, 5), expected[:5])  # the other shard is good
+
+    def test_shard_written_to_while_it_is_read(self, tmp_path, monkeypatch):
+        """What is read after a write is never returned, even where its block had been compared before."""
+        store = write_store(tmp_path, random_documents(4, 100, 20))
+        store.read(0, store.tokens)
+        path, read = tmp_path / "tokens-00000.bin", store_module._ShardFile.read
+        content = path.read_bytes()
+
+        def late(file, start, end):
+            overwrite(path, content[2:] + content[:2])
+            return read(file, start, end)
+
+        monkeypatch.setattr(store_module._ShardFile, "read", late)
+        with pytest.raises(UserError, match=r"tokens-00000\.bin is damaged"):
+            store.read(0, 5)
+
+    @pytest.mark.parametrize("harm", ["removed", "replaced"])
+    def test_an_open_shard_outlives_its_name(self, tmp_path, harm):
+        store = write_store(tmp_path, random_documents(4, 100, 20))
+        expected = store.read(0, store.tokens)
+        path = tmp_path / "tokens-00000.bin"
+        path.unlink()
+        if harm == "replaced":
+            path.write_bytes(b"other")
+        np.testing.assert_array_equal(store.read(0, store.tokens), expected)
+        with pytest.raises(UserError, match=r"tokens-00000\.bin"):
+            TokenStore(tmp_path).read(0, 1)
+
+    def test_a_shard_of_another_tokenizer(self, tmp_path):
+        """Same sizes and valid checksums, as two preparations at once once left behind."""
+        infos = [
+            write_shard(tmp_path, i, [np.array([3, EOS])], **SHARD | {"tokenizer_sha256": sha})
+            for i, sha in enumerate("xy")
+        ]
+        identity = {"vocab_size": VOCAB, "eos_id": EOS, "bos_id": None, "source": "s", "split": "train"}
+        with pytest.raises(UserError, match=r"tokens-00001\.bin holds ids of another tokenizer \(sha256 y, .* is x\)"):
+            write_manifest(tmp_path, infos, **identity, tokenizer_sha256="x")
+        write_manifest(tmp_path, infos[:1], **identity, tokenizer_sha256="x")
+        manifest = json.loads((tmp_path / "manifest.json").read_text())
+        forged = manifest | {"tokenizer_sha256": "y"}
+        (tmp_path / "manifest.json").write_text(json.dumps(forged))
+        with pytest.raises(UserError, match=r"manifest\.json is not what was written"):
+            TokenStore(tmp_path)
+        forged["fingerprint"] = store_module.fingerprint_of(forged)
+        (tmp_path / "manifest.json").write_text(json.dumps(forged))
+        with pytest.raises(UserError, match=r"tokens-00000\.bin holds ids of another tokenizer"):
+            TokenStore(tmp_path)
+
+    def test_a_shard_that_another_writer_replaced(self, tmp_path):
+        info = write_shard(tmp_path, 0, [np.array([3, EOS])], **SHARD)
+        write_shard(tmp_path, 0, [np.array([4, EOS])], **SHARD)
+        identity = {"vocab_size": VOCAB, "eos_id": EOS, "bos_id": None, "source": "s", "split": "train"}
+        with pytest.raises(UserError, match=r"tokens-00000\.bin is not the one that was written"):
+            write_manifest(tmp_path, [info], **identity, tokenizer_sha256="x")
+
+    @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"[" * 100_000, b"{}"])
+    def test_a_manifest_that_is_none(self, tmp_path, content):
+        write_store(tmp_path, random_documents(4, 3, 20))
+        (tmp_path / "manifest.json").write_bytes(content)
+        with pytest.raises(UserError, match=r"manifest\.json|format version None"):
             TokenStore(tmp_path)
 
     def test_missing_shards_are_all_listed(self, tmp_path):
