@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from llmjax import atomic, metrics
+from llmjax.config import UserError
 from llmjax.metrics import Console, MetricsLog, progress_line, read_metrics
 
 
@@ -72,6 +73,56 @@ def test_a_torn_last_line_is_dropped_and_nothing_is_glued_to_it(tmp_path, torn):
     assert [line["step"] for line in read_metrics(tmp_path)] == [10, 20]
     write_steps(tmp_path, [30], resume_step=20)
     assert raw_steps(tmp_path) == [10, 20, 30]
+
+
+@pytest.mark.parametrize("line", [b"[" * 100_000, b'{"step": true}', b'{"step": "1"}', b'"step"', b"1" * 5000])
+def test_odd_lines_are_dropped(tmp_path, line):
+    write_steps(tmp_path, [1])
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(line + b"\n")
+    assert [found["step"] for found in read_metrics(tmp_path)] == [1]
+
+
+def test_a_folder_in_its_place_is_one_line(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    for read in (lambda: read_metrics(tmp_path), lambda: MetricsLog(tmp_path, primary=True)):
+        with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be read \(Is a directory\)"):
+            read()
+
+
+@pytest.mark.parametrize("harm", ["removed", "renamed", "replaced"])
+def test_a_log_that_goes_away_is_told(tmp_path, harm):
+    with MetricsLog(tmp_path, primary=True) as log:
+        log.write(record(1))
+        path = tmp_path / "metrics.jsonl"
+        path.unlink() if harm == "removed" else path.rename(tmp_path / "other")
+        if harm == "replaced":
+            path.touch()
+        with pytest.raises(UserError, match=r"metrics\.jsonl was removed, renamed or replaced"):
+            log.write(record(2))
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "events"])
+def test_a_full_disk_is_told_with_the_files_name_and_leaves_nothing_behind(tmp_path, file):
+    """A limit on file size stands for the full disk. Nothing is printed, then or at the end of the process."""
+    code = f"""
+import resource, signal, sys
+from llmjax.metrics import MetricsLog
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, 1 << 12))
+log = MetricsLog(sys.argv[1], primary=True)
+try:
+    for step in range(1000):
+        if {file == "events"}:
+            log.scalars(step, {{"validation/loss": 1.0}})
+        else:
+            log._events = None
+            log.write({{"step": step, "loss": 1.0}})
+except OSError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
+    assert done.stderr == "" and done.stdout.startswith(f"[Errno 27] File too large: '{tmp_path / file}")
 
 
 def test_readers_take_the_later_of_two_runs_over_the_same_steps(tmp_path):

@@ -21,7 +21,7 @@ import pytest
 from llmjax.config import UserError
 from llmjax.data import prepare as preparing, sources, stages
 from llmjax.data.config import DataConfig, SourceConfig, SplitConfig, TokenizerConfig
-from llmjax.data.prepare import prepare, read_manifest
+from llmjax.data.prepare import check_store, prepare, read_manifest
 from llmjax.data.store import TokenStore
 from llmjax.data.tokenizer import load_tokenizer
 from llmjax.data.workers import Workers
@@ -405,3 +405,106 @@ def test_a_store_of_another_format_is_refused(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 7}))
     with pytest.raises(UserError, match=r"format version 7, this llmjax reads 2; .*prepare it again"):
         make(config(tmp_path / "a.txt"), tmp_path / "s")
+
+
+PREPARE = """
+import sys
+from llmjax import workdir
+from llmjax.config import UserError
+from llmjax.data import prepare
+from llmjax.data.config import *
+workdir.REFRESH_SECONDS = 0.1
+if sys.argv[3] == "hold":  # with the tokenizer written, until a line comes
+    tokenize = prepare._Preparation._tokenize
+    def held(self, *arguments):
+        print("held", flush=True)
+        sys.stdin.readline()
+        tokenize(self, *arguments)
+    prepare._Preparation._tokenize = held
+source = SourceConfig(path=sys.argv[1])
+given = TokenizerConfig(vocab_size=int(sys.argv[4]))
+config = DataConfig(sources={"main": source}, tokenizer=given, workers=1)
+try:
+    manifest = prepare.prepare(config, sys.argv[2], say=lambda line: print(line, flush=True))
+    print("done", manifest["fingerprint"])
+except UserError as error:
+    print(error)
+    sys.exit(78)
+"""
+
+
+@pytest.mark.multiprocess
+def test_of_two_that_prepare_one_store_the_second_waits(corpus, tmp_path):
+    """Then it takes the store, if it was made with its settings, and never changes it."""
+
+    def begin(mode: str, vocab_size: int) -> subprocess.Popen:
+        command = [sys.executable, "-c", PREPARE, str(corpus[0]), str(tmp_path / "s"), mode, str(vocab_size)]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    first = begin("hold", 300)
+    assert first.stdout and "held\n" in iter(first.stdout.readline, "")
+    same, other = begin("go", 300), begin("go", 310)
+    for process in (same, other):
+        assert process.stdout
+        line = process.stdout.readline()
+        assert line.startswith(f"waiting for process {first.pid} on ") and str(tmp_path / "s") in line
+    told, _ = first.communicate("go\n", timeout=120)
+    fingerprint = told.split()[-1]
+    before = contents(tmp_path / "s/main")
+    assert same.communicate(timeout=120)[0].split() == ["done", fingerprint] and same.returncode == 0
+    refused = other.communicate(timeout=120)[0]
+    assert other.returncode == 78 and "data.tokenizer.vocab_size: 300 -> 310" in refused
+    assert contents(tmp_path / "s/main") == before and not (tmp_path / "s/prepare.lock").exists()
+    check_store(tmp_path / "s", read_manifest(tmp_path / "s") or {})
+
+
+def test_parts_of_two_stores_are_no_store(corpus, tmp_path):
+    """Each part is whole in itself; the manifest binds them."""
+    for name, vocab_size in (("a", 300), ("b", 310)):
+        make(config(corpus[0], tokenizer=TokenizerConfig(vocab_size=vocab_size)), tmp_path / name)
+    shutil.copytree(tmp_path / "a", tmp_path / "mixed")
+    shutil.copytree(tmp_path / "b/main/test", tmp_path / "mixed/main/test", dirs_exist_ok=True)
+    with pytest.raises(UserError, match=r"main/test belongs to another store \(tokenizer"):
+        make(config(corpus[0], tokenizer=SMALL), tmp_path / "mixed")
+    shutil.rmtree(tmp_path / "mixed/main")
+    shutil.copytree(tmp_path / "b/main", tmp_path / "mixed/main")
+    with pytest.raises(UserError, match=r"main/train belongs to another store"):
+        check_store(tmp_path / "mixed", read_manifest(tmp_path / "mixed") or {})
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"version": ', b"[" * 100_000, None])
+def test_a_store_whose_manifest_is_damaged_is_not_prepared_again(tmp_path, content):
+    (tmp_path / "a.txt").write_text("one line\n\n" * 500)
+    make(config(tmp_path / "a.txt"), tmp_path / "s")
+    path = tmp_path / "s/manifest.json"
+    path.unlink()
+    path.mkdir() if content is None else path.write_bytes(content)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "s").rglob("*")}
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        make(config(tmp_path / "a.txt"), tmp_path / "s")
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "s").rglob("*")}
+
+
+def test_a_folder_of_other_files_is_left_alone(tmp_path):
+    (tmp_path / "a.txt").write_text("one line\n\n" * 500)
+    (tmp_path / "s/main").mkdir(parents=True)
+    (tmp_path / "s/main/thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match=r"s/main exists, but .* neither a finished token store nor an interrupted one"):
+        make(config(tmp_path / "a.txt"), tmp_path / "s")
+    assert (tmp_path / "s/main/thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("stage", ["_check_rejects", "_tokenize", "_compress"])
+def test_a_store_that_goes_away_while_it_is_prepared(tmp_path, monkeypatch, stage):
+    (tmp_path / "a.txt").write_text("one line\n\n" * 500)
+    with monkeypatch.context() as patch:
+        original = getattr(preparing._Preparation, stage)
+
+        def gone(self, *arguments):
+            (tmp_path / "s").rename(tmp_path / "away")
+            return original(self, *arguments)
+
+        patch.setattr(preparing._Preparation, stage, gone)
+        with pytest.raises(UserError, match="was removed or renamed while"):
+            make(config(tmp_path / "a.txt"), tmp_path / "s")
+    make(config(tmp_path / "a.txt"), tmp_path / "s")  # nothing is in the way of the next run

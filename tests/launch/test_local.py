@@ -80,7 +80,7 @@ time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_request_to_stop_reaches_every_process(number):
     process = start("--processes=2", "--restarts=3", code=POLITE)
     seen = [process.stdout.readline() for _ in range(2)]
@@ -89,6 +89,24 @@ def test_a_request_to_stop_reaches_every_process(number):
     out, _ = process.communicate(timeout=30)
     assert process.returncode == 85  # and no restart: it was the launcher that was asked to stop
     assert sorted(out.splitlines()) == ["[p0] saved", "[p1] saved"]
+
+
+def test_a_second_request_says_what_is_lost_and_kills():
+    code = "import signal, time; signal.signal(15, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
+    process = start("--processes=1", "--grace=50", code=code)
+    process.stdout.readline()
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)  # two signals at once may be delivered in either order
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 128 + 9
+    assert out == "[local] asked twice: killing all processes; steps since the last checkpoint are lost\n"
+
+
+@pytest.mark.parametrize("status", [129, 143])
+def test_stopped_with_nothing_to_save_is_kept_though_another_process_crashed_first(status):
+    code = INDEX + f"import sys, time; time.sleep(0.3 * index); sys.exit({status} if index else 134)"
+    assert run("--processes=2", code=code)[0] == status
 
 
 def test_what_ignores_the_request_is_killed_after_the_grace():
