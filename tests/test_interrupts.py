@@ -21,9 +21,12 @@ BODIES = {
     "python": "time.sleep(60)",
     # Long C code that lets other threads run but no signal handler, as the compiler does.
     "native code": "import ctypes; libc = ctypes.CDLL(None)\n    while True: libc.usleep(50_000_000)",
-    "a destructor": (
-        "\n    class Slow:\n        def __del__(self): time.sleep(60)\n    value = Slow()\n    del value\n    time.sleep(60)"
-    ),
+    "a destructor": """
+    class Slow:
+        def __del__(self): time.sleep(60)
+    value = Slow()
+    del value
+    time.sleep(60)""",
 }
 STOPS = [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGHUP, 129, "SIGHUP"), (signal.SIGINT, 130, "Ctrl-C")]
 

@@ -155,9 +155,10 @@ def _tokenizer(kind: str, path: Path) -> Tokenizer:
 def tokenize(unit: Unit, place: Workplace, part_bytes: int | None, kind: str, model: Path, folder: Path) -> None:
     """Write the unit's shard of every split; the marker holds the shards' infos and what the tokenizer lost."""
     done, tokenizer = place.marker("tokens", unit), _tokenizer(kind, model)
-    same = done is not None and done["tokenizer_sha256"] == tokenizer.sha256
-    if same and all(store.read_shard_info(folder / s, unit.index) == info for s, info in done["shards"].items()):
-        return
+    if done is not None and done["tokenizer_sha256"] == tokenizer.sha256:
+        found = {split: store.read_shard_info(folder / split, unit.index) for split in done["shards"]}
+        if found == done["shards"]:
+            return
     _require_folder(folder)
     splits, sizes = place.splits(unit), place.load_scan(unit).sizes
     shards, lossy = {}, []
