@@ -14,7 +14,7 @@ from llmjax.checkpoint import Checkpoints
 from llmjax.config import UserError
 from llmjax.data import prepare
 from llmjax.data.tokenizer import FILE_NAMES, Tokenizer, load_tokenizer, read_tokenizer
-from llmjax.parallel import mesh as meshes
+from llmjax.parallel import hosts, mesh as meshes
 from llmjax.run_config import RunConfig
 
 IMPORT, TOKENIZER = "import.json", "tokenizer"  # what `llmjax import` leaves in a workdir beside a run's own files
@@ -52,6 +52,11 @@ def store_folder(config: RunConfig, workdir: epath.Path) -> pathlib.Path:
 def read_config(workdir: epath.Path, overrides: Sequence[tuple[str, str]] = ()) -> RunConfig:
     """The resolved config that training wrote, with command-line overrides. Raises UserError where there is none."""
     return run_config.apply_overrides(_trained(workdir, _config_tree(workdir)), overrides)
+
+
+def initialize(workdir: epath.Path, overrides: Sequence[tuple[str, str]] = ()) -> None:
+    """Join the job, with the CPU threads of the run in `workdir`; must run before anything touches a device."""
+    hosts.initialize(read_config(workdir, overrides).parallel.cpu_threads)
 
 
 def _trained(workdir: epath.Path, tree: dict[str, Any] | None) -> dict[str, Any]:

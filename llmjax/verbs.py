@@ -80,7 +80,7 @@ def train(arguments: list[str]) -> int:
 
     said: list[str] = []
     config = loading.resolve(flags.config, workdir_of(flags.workdir), overrides, said.append)
-    hosts.initialize()
+    hosts.initialize(config.parallel.cpu_threads)
     for line in said:  # who is primary is known from here on
         say(line)
     from llmjax.train import loop
@@ -103,10 +103,11 @@ def evaluate(arguments: list[str]) -> int:
     splits = ("train", "validation", "test")
     parser.add_argument("--split", default="validation", choices=splits, help="which documents (default validation)")
     flags, overrides = parse(parser, arguments)
+    from llmjax import loading
     from llmjax.parallel import hosts
 
-    hosts.initialize()
-    from llmjax import loading, report
+    loading.initialize(workdir_of(flags.workdir), overrides)
+    from llmjax import report
     from llmjax.evals import harness
 
     path, _ = harness.evaluate(
@@ -149,10 +150,11 @@ def generate(arguments: list[str]) -> int:
     flags, overrides = parse(parser, arguments)
     if flags.prompt_form:
         overrides.append(("objective.prompt_form", flags.prompt_form))
+    from llmjax import loading
     from llmjax.parallel import hosts
 
-    hosts.initialize()
-    from llmjax import loading, run_config, sampling
+    loading.initialize(workdir_of(flags.workdir), overrides)
+    from llmjax import run_config, sampling
 
     loaded = loading.load(workdir_of(flags.workdir), step=flags.step, overrides=overrides, say=say)
     texts = sampling.complete(
@@ -198,10 +200,10 @@ def fill(arguments: list[str]) -> int:
     parser.add_argument("--step", type=whole(0), help="the checkpoint (default: the newest)")
     parser.add_argument("--count", type=whole(1), default=5, help="tokens to name for each mask (default 5)")
     flags, overrides = parse(parser, arguments)
-    from llmjax.parallel import hosts
+    from llmjax import loading
 
-    hosts.initialize()
-    from llmjax import fill as filling, loading
+    loading.initialize(workdir_of(flags.workdir), overrides)
+    from llmjax import fill as filling
 
     loaded = loading.load(workdir_of(flags.workdir), step=flags.step, overrides=overrides, say=say)
     filled = filling.fill(
@@ -239,9 +241,14 @@ def import_(arguments: list[str]) -> int:
     parser.add_argument("--from", dest="source", required=True, metavar="DIR", help="a folder with config.json")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="a new folder for the run")
     flags, overrides = parse(parser, arguments)
+    from llmjax import run_config
     from llmjax.parallel import hosts
 
-    hosts.initialize()
+    # The model is known once the source is read; what the backend needs of the config is in the overrides alone.
+    parallel = run_config.apply_overrides(
+        {}, [(name, text) for name, text in overrides if name.startswith("parallel.")]
+    )
+    hosts.initialize(parallel.parallel.cpu_threads)
     from llmjax.interop import importing
 
     source = pathlib.Path(os.path.expanduser(flags.source))
@@ -275,9 +282,9 @@ def export(arguments: list[str]) -> int:
         "--max_shard_bytes", type=whole(1), default=5_000_000_000, help="of a file (default 5,000,000,000)"
     )
     flags, overrides = parse(parser, arguments)
-    from llmjax.parallel import hosts
+    from llmjax import loading
 
-    hosts.initialize()
+    loading.initialize(workdir_of(flags.workdir), overrides)
     from llmjax.interop import exporting
 
     made = exporting.export(

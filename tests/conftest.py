@@ -14,7 +14,10 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 import jax
 
+from llmjax.parallel import hosts
+
 jax.config.update("jax_num_cpu_devices", 8)
+hosts.set_cpu_threads(hosts.CPU_THREADS)
 
 from jax.experimental.compilation_cache import compilation_cache
 import pytest

@@ -19,20 +19,34 @@ from llmjax import interrupts
 from llmjax.batch import Batch
 from llmjax.config import UserError
 
+CPU_THREADS = 8  # default of parallel.cpu_threads
 _calls: collections.Counter[str] = collections.Counter()  # how often each name was exchanged; equal on all processes
 
 
-def initialize() -> None:
+def set_cpu_threads(count: int) -> None:
+    """Give XLA's CPU backend `count` threads; must run before anything touches a device.
+
+    XLA splits matrix products by the size of its thread pool, and where a product is split, its sums are rounded. Left
+    alone, the size is max(cores, local devices): it would differ between machines and between process layouts. The
+    variable wins over NPROC, which XLA reads as well.
+    """
+    os.environ["PJRT_NPROC"] = str(count)
+
+
+def initialize(cpu_threads: int = CPU_THREADS) -> None:
     """Join the job that the environment describes; must run before anything touches a device.
+
+    cpu_threads     size of XLA's thread pool on CPU (parallel.cpu_threads)
 
     LLMJAX_COORDINATOR (host:port), LLMJAX_NUM_PROCESSES and LLMJAX_PROCESS_ID name a job explicitly.
     LLMJAX_DISTRIBUTED=auto lets JAX find Slurm, GKE or TPU pods itself. With neither, this process is the whole job.
     LLMJAX_CPU_DEVICES emulates that many devices in this process. LLMJAX_INIT_SECONDS (60) bounds the wait for the
     others to arrive, LLMJAX_HEARTBEAT_SECONDS (100) the silence after which a process counts as dead.
     LLMJAX_LAUNCHER_PID is the process that started this one; on Linux this one ends with it, however it ends.
-    Raises UserError for incomplete or malformed variables and where JAX_PLATFORMS names a platform that is not here,
-    TimeoutError where process 0 is not there in time.
+    Raises UserError for incomplete or malformed variables, where JAX_PLATFORMS names a platform that is not here, and
+    where this process has more CPU devices than threads; TimeoutError where process 0 is not there in time.
     """
+    set_cpu_threads(cpu_threads)
     if (devices := _number("LLMJAX_CPU_DEVICES")) is not None:
         jax.config.update("jax_num_cpu_devices", devices)
     _end_with(_number("LLMJAX_LAUNCHER_PID"))
@@ -71,6 +85,11 @@ def initialize() -> None:
     if jax.distributed.is_initialized():
         interrupts.take_over_sigterm()
     _check_platform(jax.config.jax_platforms)  # type: ignore[attr-defined]
+    if jax.default_backend() == "cpu" and cpu_threads < jax.local_device_count():
+        raise UserError(
+            f"parallel.cpu_threads={cpu_threads}: XLA takes a thread for each of the {jax.local_device_count()} CPU "
+            f"devices of a process; set it to {jax.local_device_count()} or more, or emulate fewer devices"
+        )
 
 
 def _check_platform(asked: str | None) -> None:

@@ -1,14 +1,16 @@
 """The device mesh: named axes over all devices of all processes."""
 
 import dataclasses
+import itertools
 import math
 
 import jax
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+import numpy as np
 
 from llmjax.config import UserError
-from llmjax.parallel import axes
+from llmjax.parallel import axes, hosts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,12 +33,18 @@ class ParallelConfig:
 
     how     "jit" shards by the rules; "pmap" maps the step over replicas (data axis only)
     rules   (logical axis, mesh axis | tuple of mesh axes | None), ...; an axis that is left out keeps its default
+    cpu_threads   size of XLA's thread pool on CPU, in each process. XLA splits matrix products by it, so it is part of
+                  the result: never derived from cores or devices, at least the CPU devices of a process. Accelerators
+                  ignore it
     """
 
     how: str = "jit"
     rules: tuple = axes.DEFAULT_RULES
+    cpu_threads: int = hosts.CPU_THREADS
 
     def __post_init__(self):
+        if self.cpu_threads < 1:
+            raise UserError(f"parallel.cpu_threads={self.cpu_threads}: must be 1 or more")
         object.__setattr__(self, "rules", axes.complete_rules(self.rules))
 
 
@@ -61,7 +69,36 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-    """A mesh over all devices of all processes, neighbours kept together where the hardware has a topology."""
+    """A mesh over all devices of all processes, neighbours kept together where the hardware has a topology.
+
+    A collective in a job of several processes: all of them call it, and are connected when it returns.
+    """
     sizes = mesh_shape(config, jax.device_count())
     devices = mesh_utils.create_device_mesh(tuple(sizes.values()), jax.devices())
-    return Mesh(devices, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    mesh = Mesh(devices, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        _connect(mesh)
+    return mesh
+
+
+def _connect(mesh: Mesh) -> None:
+    """Let gloo connect the processes along every set of mesh axes, before anything that takes long is compiled.
+
+    Gloo connects the devices of a group when the first program that sums over the group runs, and a process that
+    waits there for another one ends after 30 s. That other one may still be compiling the program, so the connections
+    are made by a program that compiles in no time, and only when all processes have compiled it. Later programs use
+    these connections; a process may wait in them as long as the heartbeat allows.
+    """
+    names = [name for name, size in mesh.shape.items() if size > 1]
+    groups = [group for count in range(1, len(names) + 1) for group in itertools.combinations(names, count)]
+
+    def add_over_all_groups(x: jax.Array) -> jax.Array:
+        for group in groups:  # each sum needs the one before, so that all processes make them in the same order
+            x = jax.lax.psum(x, group)
+        return x
+
+    program = jax.jit(jax.shard_map(add_over_all_groups, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False))
+    one = jax.make_array_from_callback((), NamedSharding(mesh, P()), lambda index: np.float32(1))
+    compiled = program.lower(one).compile()
+    hosts.barrier("connect")
+    jax.block_until_ready(compiled(one))

@@ -4,7 +4,6 @@ from collections.abc import Callable
 import functools
 
 from etils import epath
-import jax
 
 from llmjax import loading, run_config, sampling, state as states, workdir as workdirs
 from llmjax.checkpoint import Checkpoints
@@ -14,7 +13,7 @@ from llmjax.data.tokenizer import load_tokenizer
 from llmjax.evals.harness import Evaluator
 from llmjax.metrics import MetricsLog
 from llmjax.optim import schedules
-from llmjax.parallel import compile as compiling, hosts, mesh as meshes
+from llmjax.parallel import compilation_cache, compile as compiling, hosts, mesh as meshes
 from llmjax.run_config import RunConfig
 from llmjax.train import finish, record, resume
 from llmjax.train.job import Job, Progress
@@ -36,7 +35,8 @@ def train(config: RunConfig, workdir: epath.Path, say: Callable[[str], None]) ->
     schedules.make_schedule(config.optimizer, config.train.steps)
     workdir.mkdir(parents=True, exist_ok=True)
     with workdirs.Lock(workdir, primary=hosts.is_primary()) as lock:
-        _use_compilation_cache(config, workdir)
+        folder = config.train.compilation_cache or str(workdir / "compilation_cache")
+        compilation_cache.enable(folder, config.parallel.cpu_threads)
 
         # data
         store = loading.store_folder(config, workdir)
@@ -155,11 +155,3 @@ def _describe_loss(step: int, newest: int | None) -> str:
     if newest is not None and newest >= step:
         return "nothing is lost"
     return f"steps {(newest or 0) + 1} to {step} are lost" if step else "no step was finished"
-
-
-def _use_compilation_cache(config: RunConfig, workdir: epath.Path) -> None:
-    """Keep compiled programs on disk, so that the next start of the same run needs no compiler."""
-    folder = config.train.compilation_cache or str(workdir / "compilation_cache")
-    if folder != "off":
-        jax.config.update("jax_compilation_cache_dir", folder)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -44,6 +44,7 @@ def write(job: Job, progress: Progress, unsharded: list[str]) -> None:
             "processes": jax.process_count(),
             "mesh": dict(job.mesh.shape),
             "parallel": job.config.parallel.how,
+            "cpu_threads": job.config.parallel.cpu_threads,
             "versions": {
                 "llmjax": llmjax.__version__,
                 "jax": jax.__version__,

@@ -56,8 +56,8 @@ def start(
         parts = {**parts, "opt_state": init(parts["params"])}
     else:
         _say_rates(config, meta, restored.step - meta["skipped"], say)
-    if not imported and (was := bind(RunConfig, meta["config"]).train.z_loss) != config.train.z_loss:
-        say(f"  changed since the checkpoint: train.z_loss: {was!r} -> {config.train.z_loss!r}")
+    if not imported:
+        _say_computation(config, meta, say)
     state = states.from_parts(plan, parts, step=restored.step, skipped=meta["skipped"])
     if imported:
         say(f"  starting from the parameters that were imported from {meta['imported']}")
@@ -123,6 +123,18 @@ def _say_rates(config: RunConfig, meta: dict[str, Any], count: int, say: Callabl
         say("  " + schedules.describe_change(config.optimizer, old.train.steps, config.train.steps, count))
     for line in _lines("optimizer", config, meta, set(dataclasses.asdict(config.optimizer)) - _RATE_FIELDS):
         say(f"  changed since the checkpoint: {line}")
+
+
+def _say_computation(config: RunConfig, meta: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Tell changes of what is trained for, and of what decides the last bits on CPU."""
+    old = bind(RunConfig, meta["config"])
+    fields = (
+        ("train.z_loss", old.train.z_loss, config.train.z_loss),
+        ("parallel.cpu_threads", old.parallel.cpu_threads, config.parallel.cpu_threads),
+    )
+    for field, was, now in fields:
+        if was != now:
+            say(f"  changed since the checkpoint: {field}: {was!r} -> {now!r}")
 
 
 def _data_state(config: RunConfig, data: TrainData, meta: dict[str, Any], say: Callable[[str], None]) -> DataState:
