@@ -61,10 +61,10 @@ def environment(**more: str) -> dict[str, str]:
     return {**kept, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", **more}
 
 
-def launch(arguments: list[str], processes: int = 1, devices: int = 8) -> list[str]:
-    """The command as a job of several processes with emulated devices."""
+def launch(arguments: list[str], processes: int = 1, devices: int = 8, *options: str) -> list[str]:
+    """The command as a job of several processes with emulated devices, with further options of the launcher."""
     launcher = [sys.executable, str(ROOT / "launch" / "local.py"), f"--processes={processes}", f"--devices={devices}"]
-    return [*launcher, "--", *arguments]
+    return [*launcher, *options, "--", *arguments]
 
 
 def run(arguments: list[str], *, status: int = 0, timeout: float = 240, **env: str) -> str:

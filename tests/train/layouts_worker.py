@@ -1,0 +1,49 @@
+"""One process of the jobs in test_exactness.py: layouts_worker.py OUT CORPUS STORE trains on each mesh of LAYOUTS.
+
+One job for all meshes, as what costs time is starting processes.
+"""
+
+import sys
+
+from etils import epath
+
+from tests import jobs
+
+# Every mesh shape of README.md and docs/, for 8 devices.
+LAYOUTS = {
+    "data8": {},
+    "fsdp8": {"mesh.data": 1, "mesh.fsdp": 8},
+    "data2_fsdp4": {"mesh.data": 2, "mesh.fsdp": 4},
+    "data2_fsdp2_tensor2": {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2},
+    "data2_tensor4": {"mesh.data": 2, "mesh.tensor": 4},
+    "pmap": {"parallel.how": "pmap"},
+}
+SETTINGS = {
+    **jobs.TINY,
+    "model.num_layers": 1,
+    "train.steps": 4,
+    "train.loss_chunk": 64,
+    "train.compilation_cache": "off",
+    "data.split.validation": 0.0,  # no evaluation: it is another program to compile
+}
+
+
+def main(out: str, corpus: str, store: str) -> None:
+    from llmjax import run_config
+    from llmjax.parallel import hosts
+
+    hosts.initialize()
+    from llmjax.train import loop
+
+    shared = {"data.store": store, "data.sources.main.path": f"{corpus}/*.txt"}
+    for name, mesh in LAYOUTS.items():
+        settings = {**SETTINGS, **shared, **mesh}
+        config = run_config.resolve(
+            str(jobs.ROOT / "configs" / "quickstart.py"), [(field, str(value)) for field, value in settings.items()]
+        )
+        status = loop.train(config, epath.Path(out) / name, print)
+        assert status == loop.DONE
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
