@@ -14,7 +14,8 @@ import numpy as np
 from llmjax.batch import Batch
 from llmjax.config import UserError
 from llmjax.data import vocabulary
-from llmjax.data.tokenizer import Tokenizer, encode_prompt
+from llmjax.data.prompts import encode_prompt, frame_prompt
+from llmjax.data.tokenizer import Tokenizer
 from llmjax.models.registry import ModelConfig
 from llmjax.parallel import axes
 
@@ -75,16 +76,22 @@ def fill(
 
 
 def _tokens(text: str, tokenizer: Tokenizer, known: vocabulary.Vocabulary) -> np.ndarray:
-    """The id that starts documents, then the text with each mask as one id."""
+    """The ids of a text with each mask as one id: behind the id that starts documents, or as an imported tokenizer
+    frames it."""
     mask = known.ids[0]
     marks = dict.fromkeys((known.names[mask], vocabulary.MASK[0][0]))
-    # Ids are whole words with their space; but a byte is a byte, and its space one of its own.
-    space = "" if tokenizer.kind == "bytes" else " ?"
+    imported = tokenizer.prompt_frame is not None and known.names[mask] in tokenizer.special_tokens
+    # Ids are whole words with their space; but a byte is a byte, and its space one of its own. An imported tokenizer
+    # has its own rule for the space before its mask.
+    space = "" if imported or tokenizer.kind == "bytes" else " ?"
     parts = re.split(f"{space}(?:{'|'.join(map(re.escape, marks))})", text)
     if len(parts) == 1:
         raise UserError(f"text {text[:40]!r} has no mask: write {' or '.join(marks)} where a token is to be found")
+    if imported:
+        return frame_prompt(tokenizer, encode_prompt(tokenizer, known.names[mask].join(parts)), known.begin)
     first, *others = [encode_prompt(tokenizer, part) for part in parts]
-    return np.concatenate([[known.begin], first, *(np.append(mask, ids) for ids in others)]).astype(np.int32)
+    ids = np.concatenate([first, *(np.append(mask, ids) for ids in others)])
+    return frame_prompt(tokenizer, ids, known.begin)
 
 
 def _batch(rows: Sequence[np.ndarray]) -> Batch:

@@ -72,9 +72,9 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
-    eos_id: int,
+    stop_ids: Sequence[int],
 ) -> list[list[int]]:
-    """New token ids for each prompt: up to `eos_id`, which is not returned, or `max_tokens` of them.
+    """New token ids for each prompt: up to one of `stop_ids`, which is not returned, or `max_tokens` of them.
 
     `nnx.merge(graph, params)` is the model of `config`; a prompt starts with the id that starts documents. Draws are
     keyed by (seed, row, position), so a row's tokens do not depend on the other rows. UserError for settings out of
@@ -90,7 +90,9 @@ def generate(
     model = nnx.merge(graph, params)
     logits, cache, first = _prefill(model, tokens, lengths, max_tokens=max_tokens)
     root = jax.random.key(seed)
-    found = _decode(model, logits, cache, first, root, max_tokens=max_tokens, sampling=sampling, eos_id=eos_id)
+    found = _decode(
+        model, logits, cache, first, root, max_tokens=max_tokens, sampling=sampling, stop_ids=tuple(stop_ids)
+    )
     new, counts = jax.device_get(found)
     return [row[:count].tolist() for row, count in zip(new, counts, strict=True)]
 
@@ -102,10 +104,10 @@ def _prefill(model, tokens: jax.Array, lengths: jax.Array, *, max_tokens: int):
     return model.unembed(hidden), cache, positions
 
 
-@functools.partial(jax.jit, static_argnames=("max_tokens", "sampling", "eos_id"))
-def _decode(model, logits, cache, first, root, *, max_tokens: int, sampling: Sampling, eos_id: int):
+@functools.partial(jax.jit, static_argnames=("max_tokens", "sampling", "stop_ids"))
+def _decode(model, logits, cache, first, root, *, max_tokens: int, sampling: Sampling, stop_ids: tuple[int, ...]):
     """New tokens [batch, max_tokens] and how many of them count in each row."""
-    batch = logits.shape[0]
+    batch, ends = logits.shape[0], jnp.array(stop_ids, jnp.int32)
     rows = jax.vmap(lambda row: jax.random.fold_in(root, row))(jnp.arange(batch))
 
     def unfinished(state):
@@ -116,7 +118,7 @@ def _decode(model, logits, cache, first, root, *, max_tokens: int, sampling: Sam
         i, logits, cache, new, counts, done = state
         positions = first + i
         token = draw(logits, jax.vmap(jax.random.fold_in)(rows, positions), sampling)
-        done |= token == eos_id
+        done |= jnp.isin(token, ends)
         new = new.at[:, i].set(token)
         hidden, cache = model.cached(token[:, None], positions[:, None], cache)
         return i + 1, model.unembed(hidden[:, 0]), cache, new, counts + ~done, done

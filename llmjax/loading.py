@@ -13,7 +13,7 @@ from llmjax import run_config, state as states, workdir as workdirs
 from llmjax.checkpoint import Checkpoints
 from llmjax.config import UserError
 from llmjax.data import prepare
-from llmjax.data.tokenizer import FILE_NAMES, Tokenizer, load_tokenizer, read_tokenizer
+from llmjax.data.tokenizer import FILE_NAMES, Tokenizer, load_tokenizer, read_tokenizer_file
 from llmjax.parallel import hosts, mesh as meshes
 from llmjax.run_config import RunConfig
 
@@ -109,7 +109,7 @@ def _tokenizer(workdir: epath.Path, store: pathlib.Path) -> Tokenizer:
     if imported is None:
         raise UserError(f"{store}: no token store there; run `llmjax prepare` or set --config.data.store")
     kind = imported["tokenizer"]["kind"]
-    return read_tokenizer(kind, (workdir / TOKENIZER / FILE_NAMES[kind]).read_bytes())
+    return read_tokenizer_file(kind, workdir / TOKENIZER / FILE_NAMES[kind])
 
 
 def load(

@@ -9,7 +9,8 @@ import numpy as np
 
 from llmjax.config import UserError
 from llmjax.data.objectives import Objective
-from llmjax.data.tokenizer import Tokenizer, encode_prompt
+from llmjax.data.prompts import decode_continuation, encode_prompt
+from llmjax.data.tokenizer import Tokenizer
 from llmjax.generate import Sampling, check, generate
 from llmjax.models.registry import ModelConfig
 from llmjax.parallel import axes
@@ -34,7 +35,8 @@ def complete(
 ) -> list[str]:
     """A continuation of each prompt, of `max_tokens` tokens at most; it ends where the model ends the document.
 
-    Prompts are put to the model as its objective has it: behind BOS, or as a source with a gap at its end.
+    Prompts are put to the model as its objective has it: behind BOS, or as a source with a gap at its end; those of an
+    imported model as its tokenizer frames them.
     Raises UserError for settings out of range, for a prompt with special tokens that the tokenizer does not know, and
     where a prompt and its continuation exceed a model's learned positions or the memory.
     """
@@ -51,7 +53,7 @@ def complete(
                 top_k=top_k,
                 top_p=top_p,
                 seed=seed,
-                eos_id=tokenizer.eos_id,
+                stop_ids=tokenizer.stop_ids,
             )
     except jax.errors.JaxRuntimeError as error:
         if not any(sign in str(error) for sign in ("Out of memory", "RESOURCE_EXHAUSTED")):
@@ -60,7 +62,10 @@ def complete(
             f"max_tokens={max_tokens}: out of memory with {len(tokens)} prompt(s) of up to {max(map(len, tokens))} "
             "tokens; lower it, or give fewer prompts at a time"
         ) from error
-    return [tokenizer.decode(ids) for ids in continuations]
+    if objective.answers:
+        return [tokenizer.decode(ids) for ids in continuations]
+    pairs = zip(tokens, continuations, strict=True)
+    return [decode_continuation(tokenizer, prompt, new) for prompt, new in pairs]
 
 
 def check_samples(sample: SampleConfig, *, model: ModelConfig, tokenizer: Tokenizer, objective: Objective) -> None:

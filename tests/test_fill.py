@@ -11,7 +11,8 @@ import pytest
 
 from llmjax.batch import Batch
 from llmjax.config import UserError
-from llmjax.data.tokenizer import Bytes, SentencePiece, train_sentencepiece
+from llmjax.data.tokenizer import Bytes, SentencePiece
+from llmjax.data.tokenizer_training import train_sentencepiece
 from llmjax.fill import fill
 from llmjax.models import registry
 from llmjax.models.decoder_config import DecoderConfig

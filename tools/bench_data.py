@@ -29,7 +29,8 @@ from llmjax.data.pipeline import PackedSource, TrainData
 from llmjax.data.sources import list_units
 from llmjax.data.split import TRAIN
 from llmjax.data.store import TokenStore, write_manifest, write_shard
-from llmjax.data.tokenizer import Tokenizer, read_tokenizer, train_sentencepiece
+from llmjax.data.tokenizer import Tokenizer, read_tokenizer
+from llmjax.data.tokenizer_training import train_sentencepiece
 from llmjax.data.workers import Workers
 
 SEQ_LEN, BATCH = 2048, 8

@@ -11,6 +11,7 @@ from llmjax.data.config import ObjectiveConfig
 from llmjax.data.draws import Draws, below, pick
 from llmjax.data.packing import Room, Rows
 from llmjax.data.pieces import halves, take_apart
+from llmjax.data.prompts import frame_prompt
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.data.vocabulary import Vocabulary
 
@@ -27,6 +28,7 @@ class Objective:
     make        (rows, int64 sample indices [rows], draws) -> Batch; a row's places depend on nothing but the row, its
                 sample index and the key of the draws
     prompt      ids of a text -> what a model is given so that it continues the text
+    answers     what the model writes is a text of its own, no continuation of the prompt
     """
 
     name: str
@@ -36,6 +38,7 @@ class Objective:
     vocabulary: Vocabulary | None
     make: Callable[[Rows, np.ndarray, Draws], Batch]
     prompt: Callable[[np.ndarray], np.ndarray]
+    answers: bool = False
 
     @property
     def start(self) -> int:
@@ -72,13 +75,17 @@ def open_objective(
     """
     made = _open(config, tokenizer, seq_len, start_id)
     if config.prompt_form == "plain":
-        return dataclasses.replace(made, prompt=lambda ids: np.append(ids, tokenizer.eos_id).astype(np.int32))
+        before, after = tokenizer.prompt_frame or ((), (tokenizer.eos_id,))
+        prompt = lambda ids: np.concatenate([before, ids, after]).astype(np.int32)
+        return dataclasses.replace(made, prompt=prompt, answers=True)
     return made
 
 
 def _open(config: ObjectiveConfig, tokenizer: Tokenizer, seq_len: int, start_id: int | None) -> Objective:
     """The objective with prompts as it trains them."""
-    plain = causal_objective(seq_len, vocabulary.of(tokenizer))
+    text_ids = vocabulary.of(tokenizer)
+    prompt = lambda ids: frame_prompt(tokenizer, ids, text_ids.begin)
+    plain = dataclasses.replace(causal_objective(seq_len, text_ids), prompt=prompt)
     if config.name == "causal":
         return plain
     if config.name == "masked":

@@ -15,7 +15,7 @@ import numpy as np
 from llmjax import workdir
 from llmjax.atomic import NO_SPACE, remove_partial, write_bytes
 from llmjax.config import UserError
-from llmjax.data import near, sources, split, stages, store, tokenizer
+from llmjax.data import near, sources, split, stages, store, tokenizer, tokenizer_settings
 from llmjax.data.config import DataConfig
 from llmjax.data.readers import EMPTY
 from llmjax.data.settings import check_settings, settings_of
@@ -263,7 +263,9 @@ class _Preparation:
             if not path.is_file():
                 raise UserError(f"data.tokenizer.path={given.path!r}: no such file; give one, or none to train one")
             content = path.read_bytes()
-            tokenizer.read_tokenizer(given.kind, content)  # raises for what is no model
+            tokenizer.read_tokenizer_file(given.kind, path)  # raises for what is no model
+            if settings := tokenizer_settings.read_settings(path):  # of an import
+                store.write_atomically(self.folder / tokenizer_settings.FILE, settings.to_bytes())
         else:
             content = self._train()
         write_bytes(model, content)
@@ -301,8 +303,7 @@ class _Preparation:
         """The manifests: of every source and split, then the store's own."""
         lossy = [self.place.result("tokens", unit) for unit in self.units]
         count, first = sum(m["lossy"] for m in lossy), next((m["first_lossy"][0] for m in lossy if m["lossy"]), "")
-        content = model.read_bytes() if kind != "bytes" else b""
-        made = tokenizer.read_tokenizer(kind, content, lossless=not count)
+        made = tokenizer.read_tokenizer_file(kind, model, lossless=not count)
         if count:
             self.say(f"the tokenizer loses text: {count:,} documents do not come back as they were, such as {first}")
         listed = {name: self._manifests(name, made) for name in self.settings["sources"]}

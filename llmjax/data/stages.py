@@ -21,7 +21,8 @@ from llmjax.data import minhash, store
 from llmjax.data.readers import Document, Reject, read_unit
 from llmjax.data.sources import Unit
 from llmjax.data.split import NONE, SPLITS, TRAIN, VALIDATION
-from llmjax.data.tokenizer import Tokenizer, pieces_of, read_tokenizer, train_sentencepiece
+from llmjax.data.tokenizer import Tokenizer, pieces_of, read_tokenizer_file
+from llmjax.data.tokenizer_training import train_sentencepiece
 from llmjax.workdir import read_json
 
 _BATCH_BYTES = 1 << 20  # text that is tokenized at a time
@@ -149,7 +150,7 @@ def train_tokenizer(units: list[Unit], place: Workplace, algorithm: str, vocab_s
 
 @functools.cache
 def _tokenizer(kind: str, path: Path) -> Tokenizer:
-    return read_tokenizer(kind, path.read_bytes() if kind != "bytes" else b"")
+    return read_tokenizer_file(kind, path)
 
 
 def tokenize(unit: Unit, place: Workplace, part_bytes: int | None, kind: str, model: Path, folder: Path) -> None:

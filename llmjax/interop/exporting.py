@@ -11,10 +11,11 @@ from typing import Any
 from etils import epath
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from llmjax import loading, workdir as workdirs
+from llmjax import loading, run_config, workdir as workdirs
 from llmjax.config import UserError, bind
-from llmjax.data import prepare
+from llmjax.data import prepare, vocabulary
 from llmjax.data.store import TokenStore
 from llmjax.data.tokenizer import FILE_NAMES, Tokenizer
 from llmjax.interop import files, place, tokenizers
@@ -92,9 +93,13 @@ def export(
         )
     said = ""
     if hosts.is_primary():
-        config = _config(hf, name, loaded, dtype)
+        begin = _begin(loaded)
+        token_ids = _token_ids(loaded, imported, begin)
+        config = _config(hf, name, loaded, dtype, token_ids)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        said = _write_tokenizer(workdir, loaded, partial, imported)
+        said = _write_tokenizer(workdir, loaded, partial, imported, begin)
+        if model.generates:
+            _write_generation_config(partial, hf, token_ids)
         partial.rename(to)
     hosts.barrier("exported")
     return Exported(name, loaded.step, loaded.parameters, [path.name for path in paths], total, said)
@@ -163,23 +168,56 @@ def _is_size(model: Any, field: str, value: Any) -> bool:
     return any(shapes(number) not in (None, shapes(0)) for number in (1, 2 * value))
 
 
-def _config(hf: dict[str, Any], name: str, loaded: Loaded, dtype: str) -> dict[str, Any]:
+def _config(hf: dict[str, Any], name: str, loaded: Loaded, dtype: str, token_ids: dict[str, Any]) -> dict[str, Any]:
     """config.json, with what it needs to know of the tokenizer and of the rows that were trained on."""
-    tokenizer, longest = loaded.tokenizer, "max_position_embeddings"
+    longest = "max_position_embeddings"
     if loaded.config.model.longest is None and longest in hf:  # a hint there: nothing limits the length
         hf = {**hf, longest: max(hf[longest], loaded.config.data.seq_len)}
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-    return {"architectures": [name], **hf, **ids, "dtype": dtype, "torch_dtype": dtype}
+    return {"architectures": [name], **hf, **token_ids, "dtype": dtype, "torch_dtype": dtype}
 
 
-def _write_tokenizer(workdir: epath.Path, loaded: Loaded, to: Path, imported: dict[str, Any]) -> str:
+def _token_ids(loaded: Loaded, imported: dict[str, Any], begin: int | None) -> dict[str, Any]:
+    """Special ids for config.json and generation_config.json: those of an import come back as they were."""
+    tokenizer = loaded.tokenizer
+    stop_ids = list(tokenizer.stop_ids)
+    ids = {
+        "bos_token_id": tokenizer.bos_id if begin is None else begin,
+        "eos_token_id": stop_ids[0] if len(stop_ids) == 1 else stop_ids,
+        "pad_token_id": tokenizer.pad_id,
+    }
+    return ids | imported.get("token_ids", {}) if _is_imported(tokenizer, imported) else ids
+
+
+def _is_imported(tokenizer: Tokenizer, imported: dict[str, Any]) -> bool:
+    return imported.get("tokenizer", {}).get("sha256") == tokenizer.sha256
+
+
+def _begin(loaded: Loaded) -> int | None:
+    """The id that every document was trained behind; None where the objective has none."""
+    objective = run_config.objective(loaded.config, loaded.tokenizer)
+    framed, begin = objective.prompt(np.array([], np.int32)).tolist(), vocabulary.of(loaded.tokenizer).begin
+    return begin if framed == [begin] else None
+
+
+def _write_generation_config(to: Path, hf: dict[str, Any], token_ids: dict[str, Any]) -> None:
+    """What transformers stops generation by: the file of an import, completed, or a new one."""
+    path = to / "generation_config.json"
+    start = {"decoder_start_token_id": hf["decoder_start_token_id"]} if "decoder_start_token_id" in hf else {}
+    told = {name: value for name, value in {**token_ids, **start}.items() if value is not None}
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    if kept and kept.get("eos_token_id") is not None:
+        return
+    path.write_text(json.dumps({**told, **kept, "eos_token_id": told["eos_token_id"]}, indent=2) + "\n")
+
+
+def _write_tokenizer(workdir: epath.Path, loaded: Loaded, to: Path, imported: dict[str, Any], begin: int | None) -> str:
     tokenizer, folder = loaded.tokenizer, epath.Path(to)
-    if (old := imported.get("tokenizer", {})).get("sha256") == tokenizer.sha256:
+    if _is_imported(tokenizer, imported):
         content = (workdir / loading.TOKENIZER / FILE_NAMES[tokenizer.kind]).read_bytes()
-        return tokenizers.give_back(content, old["name"], workdir, folder)
+        return tokenizers.give_back(content, imported["tokenizer"]["name"], workdir, folder)
     content = b"" if tokenizer.kind == "bytes" else (loaded.store / FILE_NAMES[tokenizer.kind]).read_bytes()
     texts = _some_texts(loaded.store, tokenizer)
-    return tokenizers.write(tokenizer, content, folder, texts=texts, longest=loaded.config.model.longest)
+    return tokenizers.write(tokenizer, content, folder, texts=texts, longest=loaded.config.model.longest, begin=begin)
 
 
 def _some_texts(store: Path, tokenizer: Tokenizer) -> Iterator[str]:

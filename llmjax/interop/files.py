@@ -84,15 +84,17 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def read_folder(folder: Path) -> dict[str, Entry]:
-    """All tensors of model.safetensors, or of the shards that model.safetensors.index.json names.
+    """All tensors of model.safetensors, else of the shards that model.safetensors.index.json names.
 
-    Raises UserError where neither is there, a shard is missing, or the index and the shards do not agree.
+    A whole file goes before an index, which an earlier version of the checkpoint may have left. A tensor that the index
+    names and no shard holds is absent from the result: it may be a tied head, which only the architecture knows.
+    Raises UserError where neither file is there, or a shard is missing.
     """
     single, index = folder / "model.safetensors", folder / _INDEX
-    if not index.is_file():
-        if not single.is_file():
-            raise UserError(f"{folder}: neither model.safetensors nor {_INDEX} there; other formats are not read")
+    if single.is_file():
         return read_header(single)
+    if not index.is_file():
+        raise UserError(f"{folder}: neither model.safetensors nor {_INDEX} there; other formats are not read")
     try:
         named: dict[str, str] = json.loads(index.read_text())["weight_map"]
         shards = sorted(set(named.values()))
@@ -103,9 +105,6 @@ def read_folder(folder: Path) -> dict[str, Entry]:
         if Path(shard).name != shard or not (folder / shard).is_file():
             raise UserError(f"{folder}: the shard {shard} that {_INDEX} names is missing; fetch it")
         found |= {name: entry for name, entry in read_header(folder / shard).items() if named.get(name) == shard}
-    for name, shard in named.items():
-        if name not in found:
-            raise UserError(f"{folder / shard}: tensor {name} is missing, which {_INDEX} puts there; fetch it again")
     return found
 
 

@@ -13,12 +13,15 @@ from llmjax import loading, run_config, workdir as workdirs
 from llmjax.checkpoint import Checkpoints
 from llmjax.config import UserError, bind
 from llmjax.data.tokenizer import Tokenizer
+from llmjax.data.tokenizer_settings import TokenizerSettings
 from llmjax.interop import folder as folders, place, tokenizers
 from llmjax.interop.mapping import Correspondence
 from llmjax.models import registry
 from llmjax.models.encdec_config import EncDecConfig
 from llmjax.parallel import axes, hosts
 from llmjax.run_config import RunConfig
+
+TOKEN_IDS = ("bos_token_id", "pad_token_id")  # of config.json, which only other readers use
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +52,14 @@ def import_checkpoint(
     if (workdir / "config.json").exists():
         raise UserError(f"--workdir={workdir}: holds a run already; give a new folder")
     found = folders.read(source)
-    name, content, tokenizer = tokenizers.find(epath.Path(source))
-    config = _config(found, tokenizer, workdir, overrides)
+    section = _model(found)
+    name, content, settings, tokenizer = tokenizers.find(epath.Path(source), found.hf, num_rows=section["vocab_size"])
+    config = _config(section, tokenizer, workdir, overrides)
     table = Correspondence(found.architecture.rules(config.model), config.model)
     table.check(found.tensors)
     _check_copies(table, found)
     say(f"{found.name}: {len(found.tensors.shapes())} tensors of {', '.join(found.tensors.types)}, {_size(found)}")
-    for note in _notes(found.hf, tokenizer, config):
+    for note in _notes(settings, tokenizer, config):
         say(f"  note: {note}")
 
     mesh = loading.fitting_mesh(config, say)
@@ -65,7 +69,7 @@ def import_checkpoint(
     workdir.mkdir(parents=True, exist_ok=True)
     with workdirs.Lock(workdir, primary=hosts.is_primary()):
         if hosts.is_primary():
-            tokenizers.keep(epath.Path(source), content, tokenizer, workdir)
+            tokenizers.keep(epath.Path(source), content, settings, tokenizer, workdir)
         say("writing checkpoint 0")
         fingerprint = _save(workdir, config, params, tokenizer, source)
         if hosts.is_primary():
@@ -76,6 +80,7 @@ def import_checkpoint(
                 "fingerprint": fingerprint,
                 "model": run_config.to_json(config)["model"],
                 "tokenizer": {"kind": tokenizer.kind, "name": name, "sha256": tokenizer.sha256},
+                "token_ids": {field: found.hf[field] for field in TOKEN_IDS if field in found.hf},
             }
             workdirs.write_json(workdir / loading.IMPORT, record)
             workdirs.write_json(workdir / "config.json", run_config.to_json(config))  # last: now it is a run
@@ -91,20 +96,14 @@ def import_checkpoint(
 
 
 def _config(
-    found: folders.Checkpoint, tokenizer: Tokenizer, workdir: epath.Path, overrides: Sequence[tuple[str, str]]
+    section: dict[str, Any], tokenizer: Tokenizer, workdir: epath.Path, overrides: Sequence[tuple[str, str]]
 ) -> RunConfig:
     tree: dict[str, Any] = {
-        "model": _model(found),
-        "objective": _objective(registry.config_class(found.family)),
+        "model": section,
+        "objective": _objective(registry.config_class(section["family"])),
         "data": {"tokenizer": loading.tokenizer_section(workdir, tokenizer.kind)},
     }
-    config = run_config.apply_overrides(tree, overrides)
-    if config.model.vocab_size < tokenizer.vocab_size:
-        raise UserError(
-            f"{found.folder}: the tokenizer has {tokenizer.vocab_size} ids and the model only "
-            f"{config.model.vocab_size}: they do not belong together"
-        )
-    return config
+    return run_config.apply_overrides(tree, overrides)
 
 
 def _model(found: folders.Checkpoint) -> dict[str, Any]:
@@ -155,12 +154,12 @@ def _save(workdir: epath.Path, config: RunConfig, params: dict, tokenizer: Token
     return fingerprint
 
 
-def _notes(hf: dict[str, Any], tokenizer: Tokenizer, config: RunConfig) -> list[str]:
+def _notes(settings: TokenizerSettings, tokenizer: Tokenizer, config: RunConfig) -> list[str]:
     notes = []
-    ends = hf.get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [ends]
-    if ends and None not in ends and tokenizer.eos_id not in ends:
-        notes.append(f"config.json ends texts with token {ends[0]}, we with the tokenizer's {tokenizer.eos_id}")
+    if config.model.generates:
+        ends = ", ".join(_shown(i, tokenizer) for i in settings.stop_ids)
+        begin = " ".join(_shown(i, tokenizer) for i in settings.prefix) or "nothing"
+        notes.append(f"generation stops at {ends}; the tokenizer puts {begin} before a prompt")
     if config.objective.prompt_form == "plain":
         notes.append(
             "objective.prompt_form='plain': prompts are text and EOS, as instruction-tuned models read them; for one "
@@ -172,6 +171,11 @@ def _notes(hf: dict[str, Any], tokenizer: Tokenizer, config: RunConfig) -> list[
             "the tokenizer lacks its marks"
         )
     return notes
+
+
+def _shown(number: int, tokenizer: Tokenizer) -> str:
+    name = tokenizer.piece(number).decode(errors="replace") if number < tokenizer.vocab_size else ""
+    return f"{name or 'id'} ({number})"
 
 
 def _size(found: folders.Checkpoint) -> str:

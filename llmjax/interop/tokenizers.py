@@ -8,10 +8,20 @@ from etils import epath
 
 from llmjax.config import UserError
 from llmjax.data.tokenizer import FILE_NAMES, PIECE_CHARACTERS, Tokenizer, read_tokenizer
+from llmjax.data.tokenizer_settings import FILE as SETTINGS_FILE, TokenizerSettings
+from llmjax.interop import special_tokens
 from llmjax.loading import TOKENIZER
 
 # Beside the model itself: read by others, kept as they are.
-_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
+_BESIDE = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_TEMPLATES = "additional_chat_templates"  # a folder of them
 # (kind, file in a published folder), in the order in which they are looked for
 _PUBLISHED = (
     ("huggingface", "tokenizer.json"),
@@ -28,9 +38,10 @@ _PROBES = (
 )
 
 
-def find(folder: epath.Path) -> tuple[str, bytes, Tokenizer]:
-    """The tokenizer of a published folder: its file's name, its content, and itself.
+def find(folder: epath.Path, hf: dict[str, Any], *, num_rows: int) -> tuple[str, bytes, TokenizerSettings, Tokenizer]:
+    """The tokenizer of a published folder: its file's name, its content, what the other files say of it, and itself.
 
+    hf, num_rows   the folder's config.json, and the ids that its model has
     Raises UserError where there is none that can be read.
     """
     kind, name = next(((kind, name) for kind, name in _PUBLISHED if (folder / name).exists()), ("", ""))
@@ -39,19 +50,29 @@ def find(folder: epath.Path) -> tuple[str, bytes, Tokenizer]:
         raise UserError(f"{folder}: no tokenizer there; one of {names} is needed")
     content = (folder / name).read_bytes()
     try:
-        return name, content, read_tokenizer(kind, content)
+        settings = special_tokens.read(folder, kind, content, hf, num_rows=num_rows)
+        return name, content, settings, read_tokenizer(kind, content, settings=settings)
     except UserError as error:
         raise UserError(f"{folder / name}: {error}") from None
 
 
-def keep(folder: epath.Path, content: bytes, made: Tokenizer, workdir: epath.Path) -> None:
+def keep(folder: epath.Path, content: bytes, settings: TokenizerSettings, made: Tokenizer, workdir: epath.Path) -> None:
     """Put the tokenizer that `find` found into a workdir, with what lies beside it for other readers."""
     to = workdir / TOKENIZER
     to.mkdir(parents=True, exist_ok=True)
     (to / FILE_NAMES[made.kind]).write_bytes(content)
-    for beside in _BESIDE:
-        if (folder / beside).exists():
-            (to / beside).write_bytes((folder / beside).read_bytes())
+    (to / SETTINGS_FILE).write_bytes(settings.to_bytes())
+    _copy_beside(folder, to)
+
+
+def _copy_beside(folder: epath.Path, to: epath.Path) -> None:
+    for name in _BESIDE:
+        if (folder / name).exists():
+            (to / name).write_bytes((folder / name).read_bytes())
+    if (folder / _TEMPLATES).is_dir():
+        (to / _TEMPLATES).mkdir(parents=True, exist_ok=True)
+        for template in (folder / _TEMPLATES).glob("*.jinja"):
+            (to / _TEMPLATES / template.name).write_bytes(template.read_bytes())
 
 
 def write(
@@ -61,44 +82,66 @@ def write(
     *,
     texts: Iterable[str] = (),
     longest: int | None = None,
+    begin: int | None = None,
 ) -> str:
     """Write a tokenizer so that AutoTokenizer reads it; returns a line that says what was written.
 
     content   of the tokenizer's own file
     texts     on which a SentencePiece model and its tokenizer.json must agree, beside some that are hard
     longest   sequence that the model reads; None: no limit
+    begin     the id that documents were trained behind, which the tokenizer is to put before a text; None: none
     """
     if made.kind == "bytes":
         return "no tokenizer: no published class expresses bytes with BOS 256, EOS 257 and padding 258"
     if made.kind == "huggingface":
-        (folder / "tokenizer.json").write_bytes(content)
-        said = "tokenizer.json as it was given"
+        framed = _begin_texts(content.decode(), begin, made)
+        (folder / "tokenizer.json").write_text(framed)
+        said = "tokenizer.json as it was given" + (
+            f", but texts begin with id {begin}" if framed != content.decode() else ""
+        )
     else:
         (folder / "tokenizer.model").write_bytes(content)
         tried, converted = [*_PROBES, *texts], _as_json(content)
         if converted is None or not _agree(made, converted, tried):
             return "tokenizer.model alone, to be read with sentencepiece: no tokenizer.json gives the same ids"
-        (folder / "tokenizer.json").write_text(converted)
+        (folder / "tokenizer.json").write_text(_begin_texts(converted, begin, made))
         said = f"tokenizer.json, which gives the same ids as tokenizer.model on all of {len(tried)} texts tried"
-    (folder / "tokenizer_config.json").write_text(json.dumps(_config(made, longest), indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(_config(made, longest, begin), indent=2) + "\n")
     return said
 
 
 def give_back(content: bytes, name: str, workdir: epath.Path, folder: epath.Path) -> str:
     """Write a tokenizer that `keep` put into `workdir`, and what lay beside it, under its old names."""
     (folder / name).write_bytes(content)
-    for beside in _BESIDE:
-        if (workdir / TOKENIZER / beside).exists():
-            (folder / beside).write_bytes((workdir / TOKENIZER / beside).read_bytes())
+    _copy_beside(workdir / TOKENIZER, folder)
     return f"{name} as it was imported"
 
 
-def _config(made: Tokenizer, longest: int | None) -> dict[str, Any]:
+def _config(made: Tokenizer, longest: int | None, begin: int | None) -> dict[str, Any]:
     names = {i: name for name, i in made.special_tokens.items()}
-    special = {"bos": made.bos_id, "eos": made.eos_id, "pad": made.pad_id, "unk": made.unk_id}
+    first = made.bos_id if begin is None else begin
+    special = {"bos": first, "eos": made.eos_id, "pad": made.pad_id, "unk": made.unk_id}
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config |= {f"{role}_token": names[i] for role, i in special.items() if i in names}
     return config | ({} if longest is None else {"model_max_length": longest})
+
+
+def _begin_texts(content: str, begin: int | None, made: Tokenizer) -> str:
+    """A tokenizer.json that puts `begin` before a text, and nothing else around it; as it is where it does so."""
+    from tokenizers import Tokenizer as Json, processors
+
+    converted = Json.from_str(content)
+    frame = special_tokens.read_frame(converted) or ((), ())
+    if frame == (() if begin is None else (begin,), ()):
+        return content
+    if begin is None:
+        converted.post_processor = processors.Sequence([])  # type: ignore[assignment]
+        return converted.to_str()
+    name = next(name for name, i in made.special_tokens.items() if i == begin)
+    converted.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+        single=[name, "$A"], pair=[name, "$A", "$B:1"], special_tokens=[(name, begin)]
+    )
+    return converted.to_str()
 
 
 def _as_json(content: bytes) -> str | None:

@@ -12,7 +12,9 @@ import tokenizers
 
 from llmjax.config import UserError
 from llmjax.data import tokenizer, vocabulary
-from llmjax.data.tokenizer import encode_prompt, read_tokenizer, train_sentencepiece
+from llmjax.data.prompts import encode_prompt
+from llmjax.data.tokenizer import read_tokenizer
+from llmjax.data.tokenizer_training import train_sentencepiece
 
 CODE = "def f(x):\n    if x:\n\treturn {'a': [1, 22, 333]}  # two\r\n\r\n\n\n"
 HARD = [

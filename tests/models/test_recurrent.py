@@ -207,7 +207,7 @@ def test_generation_of_unequal_prompts_is_that_of_each_alone():
         graph, params = parts(config)
         prompts = [[5], list(range(1, 40)), [8, 8, 3]]
         go = lambda some, graph=graph, params=params, config=config: generate(
-            graph, params, config, some, max_tokens=9, temperature=0, eos_id=-1
+            graph, params, config, some, max_tokens=9, temperature=0, stop_ids=[-1]
         )
         assert go(prompts) == [go([prompt])[0] for prompt in prompts]
 

@@ -298,7 +298,7 @@ def test_greedy_text_is_theirs(name):
     _, config, _, params = imported(name)
     prompts = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3, 2]]
     found = generate(
-        registry.abstract(config)[0], params, config, prompts, max_tokens=12, temperature=0, eos_id=VOCAB + 1
+        registry.abstract(config)[0], params, config, prompts, max_tokens=12, temperature=0, stop_ids=[VOCAB + 1]
     )
     for prompt, tokens in zip(prompts, found, strict=True):
         theirs = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None)

@@ -148,7 +148,7 @@ def test_greedy_text(variant):
         eos_token_id=VOCAB + 1,
         use_cache=False,  # transformers sizes its cache by the encoder's layers, and here the decoder has more
     ).numpy()
-    found = generate(graph, params, config, prompts, max_tokens=15, temperature=0, eos_id=-1)
+    found = generate(graph, params, config, prompts, max_tokens=15, temperature=0, stop_ids=[-1])
     assert found == expected[:, 1:].tolist()
     assert len({tuple(row) for row in found}) == 3 and max(len(set(row)) for row in found) > 2
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from llmjax import cli, loading, run_config, sampling
 from llmjax.batch import Batch
-from llmjax.data.tokenizer import train_sentencepiece
+from llmjax.data.tokenizer_training import train_sentencepiece
 from llmjax.interop import exporting, importing, tokenizers
 from tests import jobs
 from tests.interop import published
