@@ -93,7 +93,7 @@ def export(
         )
     said = ""
     if hosts.is_primary():
-        begin = _begin(loaded)
+        begin = None if _is_imported(loaded.tokenizer, imported) else _begin(loaded)
         token_ids = _token_ids(loaded, imported, begin)
         config = _config(hf, name, loaded, dtype, token_ids)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
