@@ -240,6 +240,13 @@ def import_(arguments: list[str]) -> int:
     )
     parser.add_argument("--from", dest="source", required=True, metavar="DIR", help="a folder with config.json")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="a new folder for the run")
+    parser.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="accept this unknown field of config.json, which changes no number of the model; may be repeated",
+    )
     flags, overrides = parse(parser, arguments)
     from llmjax import run_config
     from llmjax.parallel import hosts
@@ -252,7 +259,9 @@ def import_(arguments: list[str]) -> int:
     from llmjax.interop import importing
 
     source = pathlib.Path(os.path.expanduser(flags.source))
-    found = importing.import_checkpoint(source, workdir_of(flags.workdir), overrides=overrides, say=say)
+    found = importing.import_checkpoint(
+        source, workdir_of(flags.workdir), overrides=overrides, ignore=flags.ignore, say=say
+    )
     model, workdir = found.config.model, flags.workdir
     say(
         f"{found.architecture} is now {workdir}: model.family={model.family!r}, {found.parameters:,} parameters stored "

@@ -4,7 +4,7 @@ from typing import Any
 
 from llmjax.config import UserError
 from llmjax.interop import decoder_rules, rope
-from llmjax.interop.fields import FULL, NUMBER, SLIDING, Fields
+from llmjax.interop.fields import FULL, MAX_LAYERS, NUMBER, SLIDING, Fields
 from llmjax.interop.mapping import Architecture
 from llmjax.models.decoder_config import DecoderConfig
 
@@ -17,11 +17,26 @@ _ACTIVATIONS = {
     "silu": "silu",
 }
 _LOCAL = {True: SLIDING, False: FULL}
+_GEMMA3_IMAGES = (
+    "boi_token_index",
+    "eoi_token_index",
+    "image_token_index",
+    "boi_token_id",
+    "eoi_token_id",
+    "image_token_id",
+    "mm_tokens_per_image",
+    "vision_config",
+)
+_GPT2_ALIASES = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+}
 _GPT2_NEUTRAL = (
-    "resid_pdrop",
-    "embd_pdrop",
-    "attn_pdrop",
     "n_ctx",
+    "n_special",
+    "predict_special_tokens",
     "summary_type",
     "summary_use_proj",
     "summary_activation",
@@ -32,17 +47,19 @@ _GPT2_NEUTRAL = (
 
 def _read_gpt2(hf: dict[str, Any]) -> dict[str, Any]:
     fields = Fields(hf)
-    fields.must("scale_attn_weights", True)
-    fields.must("scale_attn_by_inverse_layer_idx", False)
+    fields.require("scale_attn_weights", True)
+    fields.require("scale_attn_by_inverse_layer_idx", False)
     # The same formula in another order, for half precision.
-    fields.must("reorder_and_upcast_attn", False)
-    fields.must("add_cross_attention", False)
+    fields.require("reorder_and_upcast_attn", False)
+    fields.require("add_cross_attention", False)
+    for alias, name in _GPT2_ALIASES.items():
+        fields.require(alias, fields[name], None)
     section = {
         "vocab_size": fields["vocab_size"],
-        "num_layers": fields["n_layer"],
+        "num_layers": fields.size("n_layer", most=MAX_LAYERS),
         "embed": fields["n_embd"],
         "num_heads": fields["n_head"],
-        "mlp": fields.get("n_inner", None, *NUMBER) or 4 * fields["n_embd"],
+        "mlp": fields.optional_size("n_inner") or 4 * fields["n_embd"],
         "activation": fields.choice("activation_function", _ACTIVATIONS, "gelu_new"),
         "gated": "plain",
         "norm": "layernorm",
@@ -52,7 +69,7 @@ def _read_gpt2(hf: dict[str, Any]) -> dict[str, Any]:
         "tied": "tied" if fields.get("tie_word_embeddings", True) else "untied",
         "biases": "all",
     }
-    fields.done(*_GPT2_NEUTRAL)
+    fields.reject_unread(*_GPT2_NEUTRAL)
     return section
 
 
@@ -84,20 +101,19 @@ def shared_fields(
 
     kv_heads 0: as many as query heads.
     """
-    fields.get("attention_dropout", 0.0)
     return {
         "vocab_size": fields["vocab_size"],
-        "num_layers": fields["num_hidden_layers"],
+        "num_layers": fields.size("num_hidden_layers", most=MAX_LAYERS),
         "embed": fields["hidden_size"],
         "num_heads": fields["num_attention_heads"],
-        "num_kv_heads": fields.get("num_key_value_heads", kv_heads) or fields["num_attention_heads"],
-        "head_dim": fields.get("head_dim", None, *NUMBER) or fields["hidden_size"] // fields["num_attention_heads"],
+        "num_kv_heads": fields.optional_size("num_key_value_heads", kv_heads) or fields["num_attention_heads"],
+        "head_dim": fields.optional_size("head_dim") or fields["hidden_size"] // fields["num_attention_heads"],
         "mlp": fields["intermediate_size"],
         "gated": "gated",
         "norm": "rmsnorm",
         "norm_eps": fields.get("rms_norm_eps", eps),
         "positions": "rotary",
-        "max_positions": fields.positive("max_position_embeddings", positions),
+        "max_positions": fields.size("max_position_embeddings", positions),
         "tied": "tied" if fields.get("tie_word_embeddings", tied) else "untied",
         "biases": "attention" if fields.get("attention_bias", False) else "none",
     }
@@ -124,7 +140,7 @@ def shared_json(config: DecoderConfig, model_type: str) -> dict[str, Any]:
 def windows(fields: Fields, *, default: list[str], window: int = 4096) -> dict[str, Any]:
     """window and pattern of section `model` from layer_types (`default` where there are none) and sliding_window."""
     types = fields.layer_types(fields["num_hidden_layers"]) or default
-    size = fields.get("sliding_window", window)
+    size = fields.optional_size("sliding_window", window)
     if _LOCAL[True] not in types:
         return {}
     if not size:
@@ -163,10 +179,13 @@ def _read_llama(hf: dict[str, Any]) -> dict[str, Any]:
     section = shared_fields(fields) | _activation(fields)
     section |= rope.read(fields, base=10_000.0, longest=section["max_positions"])
     if section["biases"] == "none":
-        fields.must("mlp_bias", False)
+        fields.require("mlp_bias", False)
     elif fields.get("mlp_bias", False):
         section["biases"] = "all"
-    fields.done()
+    # Fields of SmolLM2 and of the first Llama, which the reference does not read.
+    fields.require("is_llama_config", True)
+    fields.require("rope_interleaved", False)
+    fields.reject_unread("max_sequence_length", "model_max_length")
     return section
 
 
@@ -177,11 +196,11 @@ def _write_llama(config: DecoderConfig) -> dict[str, Any]:
 
 def _read_mistral(hf: dict[str, Any]) -> dict[str, Any]:
     fields = Fields(hf)
-    fields.must("attention_bias", False)
+    fields.require("attention_bias", False)
     section = shared_fields(fields, kv_heads=8, positions=4096 * 32) | _activation(fields)
     section |= rope.read(fields, base=10_000.0, longest=section["max_positions"])
-    window = fields.get("sliding_window", 4096)
-    fields.done()
+    window = fields.optional_size("sliding_window", 4096)
+    fields.reject_unread()
     return section | ({"window": window, "pattern": "l"} if window else {})
 
 
@@ -196,10 +215,10 @@ def _read_qwen3(hf: dict[str, Any]) -> dict[str, Any]:
     fields = Fields({"head_dim": 128} | hf)
     section = shared_fields(fields, kv_heads=32, positions=32768) | _activation(fields)
     section |= rope.read(fields, base=10_000.0, longest=section["max_positions"]) | {"qk_norm": "head"}
-    slides, full = fields.get("use_sliding_window", False), fields.get("max_window_layers", 28)
+    slides, full = fields.get("use_sliding_window", False), fields.optional_size("max_window_layers", 28)
     types = [_LOCAL[bool(slides and layer >= full)] for layer in range(section["num_layers"])]
     section |= windows(fields, default=types)
-    fields.done()
+    fields.reject_unread()
     return section
 
 
@@ -214,7 +233,7 @@ def _read_gemma(hf: dict[str, Any], *, model_type: str) -> dict[str, Any]:
     section = shared_fields(fields, kv_heads=4, positions=131_072 if third else 8192, tied=True)
     # Published files also have hidden_act, which the reference does not read.
     section |= _activation(fields, "hidden_activation", "gelu_pytorch_tanh")
-    fields.must("use_bidirectional_attention", False, None)
+    fields.require("use_bidirectional_attention", False, None)
     longest = section["max_positions"]
     scale = fields.positive("query_pre_attn_scalar", 256)
     section |= {
@@ -226,18 +245,19 @@ def _read_gemma(hf: dict[str, Any], *, model_type: str) -> dict[str, Any]:
     }
     if third:
         # A field of the class that its attention does not pass on: the reference caps nothing.
-        fields.must("attn_logit_softcapping", None)
-        given = [fields.get(name, None, *NUMBER) for name in ("_sliding_window_pattern", "sliding_window_pattern")]
-        period = given[0] or given[1] or 6
+        fields.require("attn_logit_softcapping", None)
+        new, old = (fields.optional_size(name) for name in ("_sliding_window_pattern", "sliding_window_pattern"))
+        period = new or old or 6
         section |= {"qk_norm": "head"} | windows(fields, default=every(section["num_layers"], period))
         section |= rope.read_by_kind(
             fields, base=1e6, longest=longest, local_base=1e4, old_local="rope_local_base_freq"
         )
     else:
         section |= {"score_softcap": fields.get("attn_logit_softcapping", 50.0) or 0.0}
+        fields.require("sliding_window_size", fields.optional_size("sliding_window", 4096), None)
         section |= windows(fields, default=every(section["num_layers"], 2))
         section |= rope.read(fields, base=10_000.0, longest=longest)
-    fields.done("hidden_act", "cache_implementation", "sliding_window_pattern", "_sliding_window_pattern")
+    fields.reject_unread("hidden_act", "sliding_window_pattern")
     return _without_local(section)
 
 
@@ -260,7 +280,7 @@ def _read_olmo(hf: dict[str, Any], *, model_type: str) -> dict[str, Any]:
     else:
         section |= windows(fields, default=every(section["num_layers"], 4))
         section |= rope.read_by_kind(fields, base=5e5, longest=section["max_positions"], local_base=5e5)
-    fields.done()
+    fields.reject_unread()
     return _without_local(section)
 
 
@@ -273,9 +293,11 @@ def _write_olmo(config: DecoderConfig, *, model_type: str) -> dict[str, Any]:
 
 def _read_gemma3_text(hf: dict[str, Any]) -> dict[str, Any]:
     """The language model inside a checkpoint that also reads images."""
-    text = Fields(hf).section("text_config")
+    fields = Fields(hf)
+    text = fields.section("text_config")
     if not text:
         raise UserError("config.json has no text_config")
+    fields.reject_unread(*_GEMMA3_IMAGES, "tie_word_embeddings")
     tied = text.get("tie_word_embeddings", hf.get("tie_word_embeddings", True))
     sizes = {"vocab_size": 262_208, "num_attention_heads": 8, "hidden_size": 2304, "intermediate_size": 9216}
     return _read_gemma(sizes | text | {"tie_word_embeddings": tied}, model_type="gemma3_text")

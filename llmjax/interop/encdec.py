@@ -3,7 +3,7 @@
 from typing import Any
 
 from llmjax.config import UserError
-from llmjax.interop.fields import NUMBER, Fields
+from llmjax.interop.fields import MAX_LAYERS, Fields
 from llmjax.interop.layouts import matrix, transposed
 from llmjax.interop.mapping import Architecture, Rule
 from llmjax.models.encdec_config import EncDecConfig
@@ -19,29 +19,37 @@ _FEED_FORWARD = {
     "gelu_new": ("gelu_tanh", "plain"),
     "silu": ("silu", "plain"),
 }
+_ALIASES = {
+    "hidden_size": "d_model",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "head_dim": "d_kv",
+}
 _ACTIVATIONS = {"relu": ("relu",), "gelu": ("gelu",), "gelu_tanh": ("gelu_new",), "silu": ("silu", "swish")}
-_NEUTRAL = ("dropout_rate", "classifier_dropout", "initializer_factor", "n_positions", "output_past")
 
 
 def _read(hf: dict[str, Any]) -> dict[str, Any]:
     fields = Fields(hf)
-    fields.must("is_decoder", False)
+    fields.require("is_decoder", False)
     word = fields.choice("feed_forward_proj", {name: name for name in _FEED_FORWARD}, "relu")
     activation, gated = _FEED_FORWARD[word]
-    fields.must("is_gated_act", gated == "gated")
-    fields.must("dense_act_fn", *_ACTIVATIONS[activation])
+    fields.require("is_gated_act", gated == "gated")
+    fields.require("dense_act_fn", *_ACTIVATIONS[activation])
     # A head of its own and unscaled hidden states go together in all published checkpoints; transformers 5 writes the
     # second down, and says that the head is tied even where the file holds another.
     tied = fields.get("tie_word_embeddings", True)
     scaled = fields.get("scale_decoder_outputs", tied)
     if scaled and not tied:
         raise UserError("config.json: scale_decoder_outputs=True is not supported with tie_word_embeddings=False")
-    start = fields.get("decoder_start_token_id", None, *NUMBER)
+    start = fields.get("decoder_start_token_id", None, int)
+    layers = fields.size("num_layers", most=MAX_LAYERS)
+    for alias, name in _ALIASES.items():
+        fields.require(alias, fields[name], None)
     section = {
         "vocab_size": fields["vocab_size"],
         "start_id": -1 if start is None else start,
-        "num_layers": fields["num_layers"],
-        "num_decoder_layers": fields.get("num_decoder_layers", None, *NUMBER) or fields["num_layers"],
+        "num_layers": layers,
+        "num_decoder_layers": fields.optional_size("num_decoder_layers", most=MAX_LAYERS) or layers,
         "embed": fields["d_model"],
         "num_heads": fields["num_heads"],
         "head_dim": fields["d_kv"],
@@ -49,11 +57,11 @@ def _read(hf: dict[str, Any]) -> dict[str, Any]:
         "activation": activation,
         "gated": gated,
         "norm_eps": fields.get("layer_norm_epsilon", 1e-6),
-        "relative_buckets": fields.get("relative_attention_num_buckets", 32),
-        "relative_distance": fields.get("relative_attention_max_distance", 128),
+        "relative_buckets": fields.size("relative_attention_num_buckets", 32),
+        "relative_distance": fields.size("relative_attention_max_distance", 128),
         "tied": "tied" if scaled else "untied",
     }
-    fields.done(*_NEUTRAL)
+    fields.reject_unread("n_positions")
     return section
 
 

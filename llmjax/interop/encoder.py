@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from llmjax.config import UserError
-from llmjax.interop.fields import FULL, NUMBER, SLIDING, Fields
+from llmjax.interop.fields import FULL, MAX_LAYERS, NUMBER, SLIDING, Fields, shown
 from llmjax.interop.layouts import matrix, transposed, vector
 from llmjax.interop.mapping import Architecture, Rule
 from llmjax.models.encoder_config import EncoderConfig
@@ -25,10 +25,6 @@ _ACTIVATIONS = {
 }
 _THEIR_ACTIVATIONS = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
 _BERT_NEUTRAL = (
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "classifier_dropout",
-    "gradient_checkpointing",
     "directionality",
     "pooler_fc_size",
     "pooler_num_attention_heads",
@@ -37,14 +33,8 @@ _BERT_NEUTRAL = (
     "pooler_type",
 )
 _MODERNBERT_NEUTRAL = (
-    "attention_dropout",
-    "embedding_dropout",
-    "mlp_dropout",
-    "classifier_dropout",
     "classifier_pooling",
     "deterministic_flash_attn",
-    "gradient_checkpointing",
-    "initializer_cutoff_factor",
     "layer_norm_eps",
     "position_embedding_type",
     "reference_compile",
@@ -56,14 +46,14 @@ _MODERNBERT_NEUTRAL = (
 
 def _read_bert(hf: dict[str, Any]) -> dict[str, Any]:
     fields = Fields(hf)
-    fields.must("is_decoder", False)
-    fields.must("add_cross_attention", False)
-    fields.must("position_embedding_type", "absolute")
-    fields.must("tie_word_embeddings", True)
+    fields.require("is_decoder", False)
+    fields.require("add_cross_attention", False)
+    fields.require("position_embedding_type", "absolute")
+    fields.require("tie_word_embeddings", True)
     section = {
         "family": "encoder",
         "vocab_size": fields["vocab_size"],
-        "num_layers": fields["num_hidden_layers"],
+        "num_layers": fields.size("num_hidden_layers", most=MAX_LAYERS),
         "embed": fields["hidden_size"],
         "num_heads": fields["num_attention_heads"],
         "mlp": fields["intermediate_size"],
@@ -72,11 +62,11 @@ def _read_bert(hf: dict[str, Any]) -> dict[str, Any]:
         "norm_eps": fields.get("layer_norm_eps", 1e-12),
         "norm_position": "post",
         "positions": "learned",
-        "max_positions": fields.get("max_position_embeddings", 512),
-        "types": fields.get("type_vocab_size", 2),
+        "max_positions": fields.size("max_position_embeddings", 512),
+        "types": fields.optional_size("type_vocab_size", 2),
         "biases": "all",
     }
-    fields.done(*_BERT_NEUTRAL)
+    fields.reject_unread(*_BERT_NEUTRAL)
     return section
 
 
@@ -149,19 +139,19 @@ def _refuse_pretraining(_: Any) -> dict[str, Any]:
 def _read_modernbert(hf: dict[str, Any]) -> dict[str, Any]:
     fields = Fields(hf)
     for name in ("norm_bias", "attention_bias", "mlp_bias", "classifier_bias"):
-        fields.must(name, False)
-    fields.must("decoder_bias", True)
-    fields.must("tie_word_embeddings", True)
+        fields.require(name, False)
+    fields.require("decoder_bias", True)
+    fields.require("tie_word_embeddings", True)
     activation = fields.choice("hidden_activation", _ACTIVATIONS, "gelu")
     if fields.choice("classifier_activation", _ACTIVATIONS, "gelu") != activation:
         raise UserError(
             f"config.json: classifier_activation={hf.get('classifier_activation')!r} is not supported beside "
             f"hidden_activation={hf.get('hidden_activation')!r}: head and blocks have one activation"
         )
-    layers = fields["num_hidden_layers"]
-    given = fields.positive("global_attn_every_n_layers", 3)
+    layers = fields.size("num_hidden_layers", most=MAX_LAYERS)
+    given = fields.size("global_attn_every_n_layers", 3)
     every = _period(fields.layer_types(layers), layers) or given
-    local = fields.get("local_attention", 128)
+    local = fields.size("local_attention", 128)
     section = {
         "family": "encoder",
         "vocab_size": fields["vocab_size"],
@@ -174,7 +164,7 @@ def _read_modernbert(hf: dict[str, Any]) -> dict[str, Any]:
         "norm_eps": fields.get("norm_eps", 1e-5),
         "norm_position": "pre",
         "positions": "rotary",
-        "max_positions": fields.get("max_position_embeddings", 8192),
+        "max_positions": fields.size("max_position_embeddings", 8192),
         "rope_base": _rope_base(fields, FULL, "global_rope_theta", 160_000.0),
         # Theirs counts the places on both sides that a token sees; ours is the distance that it does not see.
         "window": local // 2 + 1 if every > 1 else 0,
@@ -183,7 +173,7 @@ def _read_modernbert(hf: dict[str, Any]) -> dict[str, Any]:
         "types": 0,
         "biases": "none",
     }
-    fields.done(*_MODERNBERT_NEUTRAL)
+    fields.reject_unread(*_MODERNBERT_NEUTRAL)
     return section
 
 
@@ -195,7 +185,7 @@ def _period(layer_types: Sequence[str] | None, layers: int) -> int | None:
     every = next((n for n in range(1, layers) if full[n]), max(layers, 2))
     if full != [layer % every == 0 for layer in range(layers)]:
         raise UserError(
-            f"config.json: layer_types={list(layer_types)} is not supported, only full_attention in every n-th layer "
+            f"config.json: layer_types={shown(layer_types)} is not supported, only full_attention in every n-th layer "
             "from the first one on"
         )
     return every
@@ -204,10 +194,10 @@ def _period(layer_types: Sequence[str] | None, layers: int) -> int | None:
 def _rope_base(fields: Fields, kind: str, old_name: str, default: float) -> float:
     where = f"rope_parameters.{kind}."
     rope = Fields(Fields(fields.section("rope_parameters"), "rope_parameters.").section(kind), where)
-    rope.must("rope_type", "default")
+    rope.require("rope_type", "default")
     old = fields.get(old_name, None, *NUMBER)
     base = rope.get("rope_theta", None, *NUMBER) or old or default
-    rope.done()
+    rope.reject_unread()
     return float(base)
 
 

@@ -1,17 +1,20 @@
 """A published checkpoint on disk: its config.json, and its tensors under the names that rules know."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 import dataclasses
-import json
+import math
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from llmjax.config import UserError, suggest
+from llmjax.config import UserError, bind, suggest
 from llmjax.interop import files
-from llmjax.interop.architectures import ARCHITECTURES, FAMILIES, QUANTISATIONS
+from llmjax.interop.architectures import ARCHITECTURES, FAMILIES, OLD_NAMES, QUANTISATIONS
+from llmjax.interop.fields import UnknownField, shown
 from llmjax.interop.mapping import Architecture
+from llmjax.models import registry
 
 _READ = ("F32", "BF16", "F16")
 
@@ -27,6 +30,54 @@ class Checkpoint:
     architecture: Architecture
     tensors: "Tensors"
 
+    def read_model(self, ignore: Collection[str] = ()) -> dict[str, Any]:
+        """The config's section `model` from config.json, accepting the unknown fields named in `ignore`.
+
+        Raises UserError for a field that cannot be honoured, for one that is unknown and not in `ignore`, for a name in
+        `ignore` that is no unknown field, and for sizes that need more numbers than the files hold.
+        """
+        hf, unused = self.hf, list(dict.fromkeys(ignore))
+        while True:
+            try:
+                section = {"family": self.family, **self.architecture.read_config(hf)}
+                model = bind(registry.config_class(self.family), section, "model")  # before the user's overrides
+                break
+            except UnknownField as error:
+                if error.name not in unused:
+                    raise
+                unused.remove(error.name)
+                hf = _without(hf, error.name)
+            except UserError as error:
+                if str(error).startswith("config.json"):
+                    raise
+                raise UserError(f"config.json: {error}") from None
+            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+                raise UserError(f"config.json: a field has a value of a wrong type ({error})") from None
+        if unused:
+            name = shown(unused[0], quote=False)
+            raise UserError(f"--ignore={name}: config.json has no unknown field of this name; remove the flag")
+        self._check_size(model)
+        return section
+
+    def _check_size(self, model: Any) -> None:
+        """Refuse sizes that need far more memory than the files do, before rules are expanded for every layer. Where a
+        few tensors are missing, `ParamMapping.check` names the first."""
+        try:
+            _, shapes, _ = registry.abstract(dataclasses.replace(model, scan=True, vocab_multiple=1))
+            needed = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+        except (ArithmeticError, TypeError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"config.json: its sizes make no model ({reason})") from None
+        stored = sum(math.prod(shape) for shape in self.tensors.shapes().values())
+        if needed > 2 * stored + (1 << 20):
+            text = self.hf.get("text_config", self.hf)
+            numbers = {name: value for name, value in text.items() if type(value) is int and value > 1}
+            sizes = ", ".join(f"{name}={value}" for name, value in numbers.items() if not name.endswith("_id"))
+            raise UserError(
+                f"config.json: its sizes ({sizes}) make {needed} parameters and the files hold {stored} numbers; "
+                "fetch the folder again"
+            )
+
 
 class Tensors:
     """A Source over the files of a folder: standard names, quantised tensors unpacked as they are read."""
@@ -37,13 +88,7 @@ class Tensors:
         self._shapes = shapes if unpack is None else unpack.shapes(shapes)
         self._last: tuple[str, np.ndarray] | None = None
         for name in self._shapes:
-            lacking = [] if unpack is None else [part for part in unpack.beside(name) if part not in entries]
-            packed = unpack is not None and not lacking
-            if not packed and entries[name].dtype not in _READ:
-                without = f" without {' and '.join(lacking)}" if lacking else ""
-                raise UserError(
-                    f"tensor {name} is stored as {entries[name].dtype}{without}; read are {', '.join(_READ)}"
-                )
+            self._check_types(name)
 
     @property
     def nbytes(self) -> int:
@@ -58,6 +103,19 @@ class Tensors:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self._shapes
 
+    def _check_types(self, name: str) -> None:
+        parts = {} if self._unpack is None else self._unpack.parts(name)
+        missing = [part for part in parts if part not in self._entries]
+        without = ""
+        if not parts or missing:
+            parts = {name: _READ}
+            without = f" without {' and '.join(missing)}" if missing else ""
+        for part, types in parts.items():
+            if self._entries[part].dtype not in types:
+                raise UserError(
+                    f"tensor {part} is stored as {self._entries[part].dtype}{without}; read are {', '.join(types)}"
+                )
+
     def read(self, name: str, box: tuple[slice, ...]) -> np.ndarray:
         if self._unpack is None:
             return self._entries[name].read(box)
@@ -71,12 +129,13 @@ class Tensors:
 
 def read(folder: Path) -> Checkpoint:
     """Look at a folder; no tensor is read. Raises UserError for an architecture or a quantisation that is not known."""
-    hf = read_json(folder / "config.json")
+    hf = files.read_json(folder / "config.json")
     names = hf.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"config.json: architectures={names!r}: expected a list of one name")
+        raise UserError(f"config.json: architectures={shown(names)}: expected a list of one name")
+    names = [OLD_NAMES.get(name, name) for name in names]
     if len(names) != 1 or names[0] not in ARCHITECTURES:
-        given = ", ".join(names) or "none"
+        given = shown(", ".join(names), quote=False) or "none"
         near = suggest(names[0], ARCHITECTURES) if names else ""
         raise UserError(f"{folder}: architecture {given}{near} is not known; known are {', '.join(ARCHITECTURES)}")
     architecture = ARCHITECTURES[names[0]]
@@ -91,28 +150,26 @@ def read(folder: Path) -> Checkpoint:
     return Checkpoint(folder, hf, names[0], family, architecture, Tensors(entries, _quantisation(hf)))
 
 
+def _without(hf: dict[str, Any], path: str) -> dict[str, Any]:
+    """config.json without the field of a dotted path, which may lie in text_config."""
+    if path in hf:
+        return {name: value for name, value in hf.items() if name != path}
+    head, _, rest = path.partition(".")
+    head, rest = (head, rest) if isinstance(hf.get(head), dict) else ("text_config", path)
+    return {**hf, head: _without(hf[head], rest)}
+
+
 def _quantisation(hf: dict[str, Any]) -> Any:
     given = hf.get("quantization_config")
     if given is None:
         return None
     if not isinstance(given, dict):
-        raise UserError(f"config.json: quantization_config={given!r}: expected a section with quant_method")
+        raise UserError(f"config.json: quantization_config={shown(given)}: expected a section with quant_method")
     method = given.get("quant_method")
     if not isinstance(method, str) or method not in QUANTISATIONS:
-        known = ", ".join(QUANTISATIONS) or "none"
-        raise UserError(f"config.json: quantization_config.quant_method={method!r} cannot be unpacked; known: {known}")
+        known = ", ".join(QUANTISATIONS)
+        raise UserError(
+            f"config.json: quantization_config.quant_method={shown(method)} cannot be unpacked; known: {known}"
+        )
     make: Callable[[dict[str, Any]], Any] = QUANTISATIONS[method]
     return make(given)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError where there is none."""
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give the folder of a checkpoint with config.json") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); fetch it again") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: not a JSON object; fetch it again")
-    return found

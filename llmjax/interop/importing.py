@@ -11,7 +11,7 @@ import jax
 import llmjax
 from llmjax import loading, run_config, workdir as workdirs
 from llmjax.checkpoint import Checkpoints
-from llmjax.config import UserError, bind
+from llmjax.config import UserError
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.data.tokenizer_settings import TokenizerSettings
 from llmjax.interop import folder as folders, place, tokenizers
@@ -41,10 +41,11 @@ def import_checkpoint(
     workdir: epath.Path,
     *,
     overrides: Sequence[tuple[str, str]] = (),
+    ignore: Sequence[str] = (),
     say: Callable[[str], None] = print,
 ) -> Imported:
     """Read the folder `source` into a checkpoint of step 0 in `workdir`: parameters alone, so that any optimizer can go
-    on with them.
+    on with them. `ignore` names unknown fields of config.json that are accepted.
 
     Raises UserError where the folder is not what we know, and where the workdir holds a run. A collective: all
     processes call it, and each reads what its devices hold.
@@ -52,7 +53,7 @@ def import_checkpoint(
     if (workdir / "config.json").exists():
         raise UserError(f"--workdir={workdir}: holds a run already; give a new folder")
     found = folders.read(source)
-    section = _model(found)
+    section = found.read_model(ignore)
     name, content, settings, tokenizer = tokenizers.find(epath.Path(source), found.hf, num_rows=section["vocab_size"])
     config = _config(section, tokenizer, workdir, overrides)
     table = Correspondence(found.architecture.rules(config.model), config.model)
@@ -77,6 +78,7 @@ def import_checkpoint(
                 "from": str(source.resolve()),
                 "architecture": found.name,
                 "types": found.tensors.types,
+                "ignored": list(ignore),
                 "fingerprint": fingerprint,
                 "model": run_config.to_json(config)["model"],
                 "tokenizer": {"kind": tokenizer.kind, "name": name, "sha256": tokenizer.sha256},
@@ -104,20 +106,6 @@ def _config(
         "data": {"tokenizer": loading.tokenizer_section(workdir, tokenizer.kind)},
     }
     return run_config.apply_overrides(tree, overrides)
-
-
-def _model(found: folders.Checkpoint) -> dict[str, Any]:
-    """The config's section. Readers check the kind of most values; what they do not is told here."""
-    try:
-        section = {"family": found.family, **found.architecture.read_config(found.hf)}
-        bind(registry.config_class(found.family), section, "model")  # before what the user wishes otherwise
-    except UserError as error:
-        if str(error).startswith("config.json"):
-            raise
-        raise UserError(f"config.json: {error}") from None
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise UserError(f"config.json: a field has a value of a wrong kind ({error})") from None
-    return section
 
 
 def _objective(family: Any) -> dict[str, Any]:

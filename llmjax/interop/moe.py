@@ -6,7 +6,7 @@ from typing import Any
 from llmjax.config import UserError
 from llmjax.interop import moe_rules, rope
 from llmjax.interop.decoder import every, layer_types, shared_fields, shared_json, windows
-from llmjax.interop.fields import NUMBER, Fields
+from llmjax.interop.fields import MAX_EXPERTS, MAX_LAYERS, Fields, shown
 from llmjax.interop.mapping import Architecture
 from llmjax.models.moe_config import MoeConfig
 from llmjax.nn.rotary import yarn_attention_factor
@@ -41,16 +41,16 @@ def _activation(fields: Fields) -> dict[str, Any]:
 
 def _read_mixtral(hf: dict[str, Any]) -> dict[str, Any]:
     fields = Fields(hf)
-    fields.must("attention_bias", False)
+    fields.require("attention_bias", False)
     section = shared_fields(fields, eps=1e-5, kv_heads=8, positions=4096 * 32) | _activation(fields)
     section |= rope.read(fields, base=1e6, longest=section["max_positions"])
     section |= {
         "num_experts": _experts(fields, 8),
-        "experts_per_token": fields.get("num_experts_per_tok", 2),
+        "experts_per_token": fields.size("num_experts_per_tok", 2),
         "expert_mlp": section["mlp"],
     }
-    window = fields.get("sliding_window", None, *NUMBER)
-    fields.done(*_NEUTRAL)
+    window = fields.optional_size("sliding_window")
+    fields.reject_unread(*_NEUTRAL)
     return section | ({"window": window, "pattern": "l"} if window else {})
 
 
@@ -63,20 +63,26 @@ def _read_qwen3(hf: dict[str, Any]) -> dict[str, Any]:
     fields = Fields(hf)
     section = shared_fields(fields, kv_heads=4, positions=32768) | _activation(fields)
     section |= rope.read(fields, base=10_000.0, longest=section["max_positions"])
-    fields.must("use_sliding_window", False)
-    fields.must("decoder_sparse_step", 1)
+    fields.require("use_sliding_window", False)
+    fields.require("decoder_sparse_step", 1)
     dense = fields.get("mlp_only_layers", None, list) or []
     if dense != list(range(len(dense))):
-        raise UserError(f"config.json: mlp_only_layers={dense} is not supported, only the first layers, such as [0, 1]")
+        raise UserError(
+            f"config.json: mlp_only_layers={shown(dense)} is not supported, only the first layers, such as [0, 1]"
+        )
+    # Fields of the classes that it descends from, which the reference does not read.
+    fields.require("qkv_bias", False)
+    fields.require("use_qk_norm", True)
+    fields.require("shared_expert_intermediate_size", 0, None)
     section |= {
         "qk_norm": "head",
         "num_experts": _experts(fields, 128),
-        "experts_per_token": fields.get("num_experts_per_tok", 8),
-        "expert_mlp": fields.get("moe_intermediate_size", 768),
+        "experts_per_token": fields.size("num_experts_per_tok", 8),
+        "expert_mlp": fields.size("moe_intermediate_size", 768),
         "renormalise": fields.get("norm_topk_prob", False),
         "dense_layers": len(dense),
     }
-    fields.done(*_NEUTRAL, "sliding_window", "max_window_layers")
+    fields.reject_unread(*_NEUTRAL, "sliding_window", "max_window_layers")
     return section
 
 
@@ -95,10 +101,10 @@ def _read_gpt_oss(hf: dict[str, Any]) -> dict[str, Any]:
     if hf.get("rope_parameters") is None and not hf.get("rope_scaling"):
         hf = hf | {"rope_parameters": _GPT_OSS_ROPE}
     fields = Fields({"head_dim": 64, "attention_bias": True} | hf)
-    fields.must("attention_bias", True)
-    fields.must("hidden_act", "silu")  # of which its experts have a variant of their own
-    fields.must("swiglu_alpha", 1.702)
-    fields.must("swiglu_limit", 7.0)
+    fields.require("attention_bias", True)
+    fields.require("hidden_act", "silu")  # of which its experts have a variant of their own
+    fields.require("swiglu_alpha", 1.702)
+    fields.require("swiglu_limit", 7.0)
     section = shared_fields(fields, eps=1e-5, kv_heads=8, positions=131072)
     section |= rope.read(fields, base=150_000.0, longest=section["max_positions"])
     section |= windows(fields, default=every(fields["num_hidden_layers"], 2), window=128)
@@ -107,10 +113,10 @@ def _read_gpt_oss(hf: dict[str, Any]) -> dict[str, Any]:
         "sinks": "learned",
         "expert_activation": "clamped_swiglu",
         "num_experts": _experts(fields, 128),
-        "experts_per_token": fields.get("num_experts_per_tok", 4),
+        "experts_per_token": fields.size("num_experts_per_tok", 4),
         "expert_mlp": section["mlp"],
     }
-    fields.done(*_NEUTRAL, "experts_per_token", "initial_context_length")
+    fields.reject_unread(*_NEUTRAL, "experts_per_token", "initial_context_length")
     return section
 
 
@@ -128,34 +134,34 @@ def _write_gpt_oss(config: MoeConfig) -> dict[str, Any]:
 
 def _read_deepseek(hf: dict[str, Any]) -> dict[str, Any]:
     fields = Fields(hf)
-    fields.must("attention_bias", False)
-    fields.must("rope_interleave", True)
-    fields.must("moe_layer_freq", 1)
-    fields.must("scoring_func", "sigmoid")
-    fields.must("topk_method", "noaux_tc")
-    fields.must("num_key_value_heads", None, fields["num_attention_heads"])
+    fields.require("attention_bias", False)
+    fields.require("rope_interleave", True)
+    fields.require("moe_layer_freq", 1)
+    fields.require("scoring_func", "sigmoid")
+    fields.require("topk_method", "noaux_tc")
+    fields.require("num_key_value_heads", None, fields["num_attention_heads"])
     section = shared_fields(fields, positions=4096) | _activation(fields)
     section |= rope.read(fields, base=10_000.0, longest=section["max_positions"])
     section |= {
         "num_kv_heads": 0,
-        "head_dim": fields.get("qk_nope_head_dim", 128),
-        "rope_dim": fields.get("qk_rope_head_dim", 64),
-        "value_dim": fields.get("v_head_dim", 128),
-        "latent": fields.get("kv_lora_rank", 512),
-        "query_latent": fields.get("q_lora_rank", 1536) or 0,
+        "head_dim": fields.size("qk_nope_head_dim", 128),
+        "rope_dim": fields.size("qk_rope_head_dim", 64),
+        "value_dim": fields.size("v_head_dim", 128),
+        "latent": fields.size("kv_lora_rank", 512),
+        "query_latent": fields.optional_size("q_lora_rank", 1536),
         "num_experts": _experts(fields, 256),
-        "experts_per_token": fields.get("num_experts_per_tok", 8),
-        "expert_mlp": fields.get("moe_intermediate_size", 2048),
-        "shared_experts": fields.get("n_shared_experts", 1),
-        "dense_layers": fields.get("first_k_dense_replace", 3),
+        "experts_per_token": fields.size("num_experts_per_tok", 8),
+        "expert_mlp": fields.size("moe_intermediate_size", 2048),
+        "shared_experts": fields.optional_size("n_shared_experts", 1, MAX_EXPERTS),
+        "dense_layers": fields.optional_size("first_k_dense_replace", 3, MAX_LAYERS),
         "router": "sigmoid",
         "correction_bias": True,
         "renormalise": fields.get("norm_topk_prob", True),
         "router_scale": float(fields.positive("routed_scaling_factor", 2.5)),
-        "router_groups": fields.get("n_group", 8),
-        "router_top_groups": fields.get("topk_group", 4),
+        "router_groups": fields.size("n_group", 8),
+        "router_top_groups": fields.size("topk_group", 4),
     }
-    fields.done(*_NEUTRAL, "qk_head_dim")
+    fields.reject_unread(*_NEUTRAL, "qk_head_dim")
     return section | _read_score_scale(hf, section)
 
 
@@ -195,7 +201,7 @@ def _write_deepseek(config: MoeConfig) -> dict[str, Any]:
 
 def _experts(fields: Fields, default: int) -> int:
     names = ("num_local_experts", "num_experts", "n_routed_experts")
-    given = {found for name in names if (found := fields.get(name, None, *NUMBER)) is not None}
+    given = {fields.size(name, most=MAX_EXPERTS) for name in names if fields.get(name, None) is not None}
     if len(given) > 1:
         raise UserError(f"config.json: {' and '.join(names)} differ: {sorted(given)}")
     return given.pop() if given else default

@@ -1,7 +1,7 @@
 """Checkpoints published in fewer bits: what their packed tensors stand for, in float32.
 
-Each class is made from config.json's quantization_config. `shapes` turns the shapes on disk into those of the tensors
-that are meant; `beside` names what lies on disk beside or instead of one of those that is packed; `dequantise` gives
+Each class is made from config.json's quantization_config. `shapes` turns the shapes on disk into those of the unpacked
+tensors; `parts` names what one of them is packed into, with the types that each may have on disk; `dequantise` gives
 one, or None where it lies on disk as it is.
 """
 
@@ -41,15 +41,15 @@ class Mxfp4:
             if not name.endswith("_blocks"):
                 found[name] = shape
                 continue
-            if disk.get(_stem(name) + "_scales") != shape[:-1]:
+            if len(shape) < 3 or disk.get(_stem(name) + "_scales") != shape[:-1]:
                 raise UserError(f"tensor {_stem(name)}_scales is missing or not of shape {list(shape[:-1])}")
             *lead, outputs, blocks, size = shape
             found[_stem(name)] = (*lead, blocks * size * 2, outputs)
         return found
 
-    def beside(self, name: str) -> tuple[str, ...]:
-        """The two tensors that X is packed into."""
-        return f"{name}_blocks", f"{name}_scales"
+    def parts(self, name: str) -> dict[str, tuple[str, ...]]:
+        """The two tensors that X is packed into, and their types."""
+        return {f"{name}_blocks": ("U8",), f"{name}_scales": ("U8",)}
 
     def dequantise(self, name: str, get: GetTensor) -> np.ndarray | None:
         """float32 [experts, inputs, outputs], or None for a tensor that is not packed."""
@@ -87,9 +87,9 @@ class Fp8Blocks:
                 found[name] = shape
         return found
 
-    def beside(self, name: str) -> tuple[str, ...]:
-        """The factors of X."""
-        return (f"{name}_scale_inv",)
+    def parts(self, name: str) -> dict[str, tuple[str, ...]]:
+        """X and its factors, and their types."""
+        return {name: ("F8_E4M3",), f"{name}_scale_inv": ("F32", "BF16", "F16", "F8_E8M0")}
 
     def dequantise(self, name: str, get: GetTensor) -> np.ndarray | None:
         """float32 [outputs, inputs], or None for a tensor without factors."""

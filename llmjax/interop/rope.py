@@ -18,7 +18,7 @@ def read(fields: Fields, *, base: float, longest: int) -> dict[str, Any]:
     Where that length stands both beside the section and in it, the reference takes the one beside it.
     """
     theta, new, old = fields.get("rope_theta", base), fields.section("rope_parameters"), fields.section("rope_scaling")
-    original = fields.get("original_max_position_embeddings", None, *NUMBER)
+    original = fields.optional_size("original_max_position_embeddings") or None
     return _read(old or new, "rope_scaling." if old else "rope_parameters.", theta, longest, original)
 
 
@@ -31,11 +31,12 @@ def read_by_kind(
     the base of the sliding layers, if there is any.
     """
     both = Fields(fields.section("rope_parameters"), "rope_parameters.")
-    full, sliding = both.section(FULL) | fields.section("rope_scaling"), both.section(SLIDING)
-    both.done()
+    old = fields.section("rope_scaling")
+    full, sliding = both.section(FULL) | old, both.section(SLIDING)
+    both.reject_unread()
     theta, local_theta = fields.get("rope_theta", base), fields.get(old_local, local_base) if old_local else local_base
     fields.get("original_max_position_embeddings", None)  # without effect in the reference: the sections have their own
-    section = _read(full, "rope_parameters.full_attention.", theta, longest)
+    section = _read(full, "rope_scaling." if old else "rope_parameters.full_attention.", theta, longest)
     if not section.get("rope_truncate", True):
         # The reference asks for it where these models do not have it, and always truncates.
         raise UserError("config.json: rope_parameters.full_attention.truncate=False is not supported, only True")
@@ -71,17 +72,20 @@ def _read(
     name = "rope_type" if rope.get("rope_type", None) else "type"
     kind = rope.choice(name, _KINDS, "default")
     rope.get("type", None)
-    rope.must("partial_rotary_factor", 1.0, None)
+    rope.require("partial_rotary_factor", 1.0, None)
     section: dict[str, Any] = {"rope_base": float(rope.get("rope_theta", None, *NUMBER) or theta or 0)}
-    inner = rope.get("original_max_position_embeddings", None, *NUMBER)
+    inner = rope.optional_size("original_max_position_embeddings")
     start = original or inner or longest
     if kind != "none":
         section |= {"rope_scaling": kind}
     if kind == "linear":
-        section |= {"rope_factor": float(rope["factor"])}
+        section |= {"rope_factor": float(rope.positive("factor"))}
     if kind == "llama3":
-        section |= {"rope_factor": float(rope["factor"]), "rope_original": start}
-        section |= {"rope_low": float(rope["low_freq_factor"]), "rope_high": float(rope["high_freq_factor"])}
+        section |= {"rope_factor": float(rope.positive("factor")), "rope_original": start}
+        section |= {
+            "rope_low": float(rope.positive("low_freq_factor")),
+            "rope_high": float(rope.positive("high_freq_factor")),
+        }
     if kind == "yarn":
         if "factor" not in given:  # null has a meaning: as many times as longer texts are longer
             raise UserError(f"config.json has no {where}factor")
@@ -90,7 +94,7 @@ def _read(
         section |= {"rope_low": float(rope.get("beta_slow", None, *NUMBER) or 1)}
         section |= {"rope_high": float(rope.get("beta_fast", None, *NUMBER) or 32)}
         section |= {"rope_attention_factor": _attention_factor(rope, factor)}
-    rope.done()
+    rope.reject_unread()
     return section
 
 

@@ -111,7 +111,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, case):
 BAD_CONFIG = {
     "architecture": ({"architectures": ["LlamaForCausalLn"]}, r"LlamaForCausalLn \(did you mean 'LlamaForCausalLM'"),
     "field": ({"mlp_bias": True}, r"mlp_bias=True is not supported"),
-    "unknown field": ({"wild_new_thing": 3}, r"wild_new_thing=3 is not known"),
+    "unknown field": ({"wild_new_thing": 3}, r"wild_new_thing=3 is not a known field"),
     "quantised": ({"quantization_config": {"quant_method": "gguf"}}, r"quant_method='gguf' cannot be unpacked"),
 }
 
@@ -136,7 +136,7 @@ MALFORMED = {
     "tie_word_embeddings='no'": ("Llama", {"tie_word_embeddings": "no"}),
     "num_key_value_heads='2'": ("Llama", {"num_key_value_heads": "2"}),
     "model.num_kv_heads=3": ("Llama", {"num_key_value_heads": 3}),
-    "a wrong kind ('float'": ("Qwen3", {"num_hidden_layers": 2.5}),
+    "num_hidden_layers=2.5": ("Qwen3", {"num_hidden_layers": 2.5}),
     "rope_scaling='linear'": ("Llama", {"rope_scaling": "linear"}),
     "has no rope_scaling.factor": ("Llama", {"rope_scaling": {"rope_type": "yarn"}}),
     "rope_parameters.factor='4'": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": "4"}}),
