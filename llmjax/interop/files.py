@@ -67,12 +67,16 @@ def read_header(path: Path) -> dict[str, Entry]:
     Raises UserError where it is no safetensors file, or where its tensors do not fill it: each must have as many bytes
     as its type and shape need, and they must follow each other without gaps or overlaps up to the end of the file.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(_LONGEST_HEADER, size - 8):
-            raise _not_safetensors(path, f"its header would have {length} bytes")
-        header = parse_json(file.read(length), f"{path}: not a safetensors file: its header")
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(_LONGEST_HEADER, size - 8):
+                raise _not_safetensors(path, f"its header would have {length} bytes")
+            content = file.read(length)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    header = parse_json(content, f"{path}: not a safetensors file: its header")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _not_safetensors(path, "__metadata__ is no map of strings")

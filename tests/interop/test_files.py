@@ -46,29 +46,126 @@ def test_shards_hold_no_more_than_their_limit(tmp_path):
     assert all(published.same_bits(back[name], tensor) for name, tensor in tensors.items())
 
 
+F32 = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+NEXT = {**F32, "data_offsets": [16, 32]}
+
+
+def file_of(header, data: int = 0) -> bytes:
+    """A safetensors file of a header, as JSON text or as an object, and `data` zero bytes."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(data)
+
+
+DEEP = b"[" * 100_000
 BROKEN = {
     "no file": (None, "neither model.safetensors"),
     "empty": (b"", "not a safetensors file"),
     "text": (b"a page of HTML, say, that stands in a file's place", "not a safetensors file"),
-    "no JSON": ((8).to_bytes(8, "little") + b"abcdefgh", "not a safetensors file"),
-    "unknown type": (
-        lambda: json.dumps({"x": {"dtype": "F4", "shape": [1], "data_offsets": [0, 1]}}).encode(),
-        "tensor x is of type F4",
+    "no JSON": (file_of(b"abcdefgh"), "not a safetensors file"),
+    "no object": (file_of([1, 2]), "not a safetensors file"),
+    "no UTF-8": (file_of(b'{"\xff":1}'), "not a safetensors file"),
+    "nested list": (file_of(DEEP), "nested too deeply"),
+    "nested object": (file_of(b'{"a":' * 100_000), "nested too deeply"),
+    "header longer than the file": ((1 << 63).to_bytes(8, "little") + b"{}", "header would have 9223372036854775808"),
+    "header cut short": (file_of({"x": F32}, 16)[:30], "header would have"),
+    "unknown type": (file_of({"x": {**F32, "dtype": "F4"}}, 16), "tensor x is of type F4"),
+    "type of another kind": (file_of({"x": {**F32, "dtype": ["F32"]}}, 16), r"tensor x is of type \['F32'\]"),
+    "too short": (file_of({"x": F32}, 15), "ends before tensor x"),
+    "too long": (file_of({"x": F32}, 17), "1 bytes follow its last tensor"),
+    "overlap": (file_of({"x": F32, "y": {**F32, "data_offsets": [8, 24]}}, 24), "tensor y overlaps"),
+    "twice the same bytes": (file_of({"x": F32, "y": F32}, 16), "tensor y overlaps"),
+    "gap": (file_of({"x": F32, "y": {**F32, "data_offsets": [20, 36]}}, 36), "tensor y leaves a gap of 4 bytes"),
+    "gap at the start": (file_of({"x": NEXT}, 32), "tensor x leaves a gap of 16 bytes"),
+    "negative offset": (file_of({"x": {**F32, "data_offsets": [-16, 0]}}, 16), r"data_offsets=\[-16, 0\]"),
+    "end before begin": (file_of({"x": {**F32, "data_offsets": [16, 0]}}, 16), "tensor x has -16 bytes"),
+    "one offset": (file_of({"x": {**F32, "data_offsets": [0]}}, 16), r"data_offsets=\[0\]"),
+    "three offsets": (file_of({"x": {**F32, "data_offsets": [0, 16, 16]}}, 16), "data_offsets="),
+    "offset that is no integer": (file_of({"x": {**F32, "data_offsets": [0, 16.0]}}, 16), "data_offsets="),
+    "bytes that do not fit the shape": (file_of({"x": {**F32, "shape": [5]}}, 16), r"has 16 bytes; F32 \[5\] needs 20"),
+    "bytes that do not fit the type": (file_of({"x": {**F32, "dtype": "F64"}}, 16), "has 16 bytes; F64"),
+    "negative shape": (file_of({"x": {**F32, "shape": [-2, -2]}}, 16), r"shape=\[-2, -2\]"),
+    "true for 1": (file_of({"x": {**F32, "shape": [4, True]}}, 16), "shape="),
+    "shape that is no list": (file_of({"x": {**F32, "shape": 4}}, 16), "shape=4"),
+    "huge shape": (file_of({"x": {**F32, "shape": [1 << 62, 1 << 62, 1 << 62]}}, 16), "has 16 bytes"),
+    "huge number": (file_of(b'{"x":{"dtype":"F32","shape":[' + b"9" * 5000 + b"]}}"), "not a safetensors file"),
+    "no offsets": (file_of({"x": {"dtype": "F32", "shape": [4]}}, 16), "data_offsets=None"),
+    "tensor that is no object": (file_of({"x": [0, 16]}, 16), "tensor x has no type"),
+    "one name twice": (
+        file_of(f'{{"x":{json.dumps(F32)},"x":{json.dumps(NEXT)}}}'.encode(), 32),
+        "the key 'x' is repeated",
     ),
-    "too short": (
-        lambda: json.dumps({"x": {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}}).encode(),
-        "ends before tensor x",
+    "one field twice": (
+        file_of(b'{"x":{"dtype":"F32","shape":[4],"shape":[2],"data_offsets":[0,16]}}', 16),
+        "repeated",
     ),
+    "metadata of another kind": (file_of({"__metadata__": {"a": 1}}), "__metadata__"),
+    "a name of two lines": (file_of({"x\ny": F32}, 16), r"a tensor is named 'x\\ny'"),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_what_is_no_such_file_is_refused(tmp_path, case):
     content, message = BROKEN[case]
-    if callable(content):
-        header = content()
-        content = len(header).to_bytes(8, "little") + header
     if content is not None:
         (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as error:
         files.read_folder(tmp_path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_the_order_in_a_header_is_free(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(
+        file_of({"y": NEXT, "x": F32, "none": {**NEXT, "shape": [0], "data_offsets": [16, 16]}}, 32)
+    )
+    assert {name: entry.shape for name, entry in files.read_folder(tmp_path).items()} == {
+        "y": (4,),
+        "x": (4,),
+        "none": (0,),
+    }
+
+
+BAD_INDEX = {
+    "cut short": (b'{"weight_map": {"x": "mo', "not JSON"),
+    "nested": (DEEP, "nested too deeply"),
+    "no object": (b"[]", "not a JSON object"),
+    "no map": (b"{}", "weight_map=None"),
+    "a list": (b'{"weight_map": ["x"]}', "weight_map="),
+    "no file name": (b'{"weight_map": {"x": 3}}', "weight_map="),
+    "a file elsewhere": (b'{"weight_map": {"x": "../model.safetensors"}}', "is missing"),
+    "NUL in a name": (b'{"weight_map": {"x": "a\\u0000b"}}', "is missing"),
+    "no such file": (b'{"weight_map": {"x": "model-00001-of-00001.safetensors"}}', "is missing"),
+    "one tensor twice": (b'{"weight_map": {"x": "model.safetensors", "x": "model.safetensors"}}', "repeated"),
+    "a tensor that is not there": (b'{"weight_map": {"y": "model.safetensors"}}', "tensor y is missing"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INDEX)
+def test_an_index_that_is_wrong_is_refused(tmp_path, case):
+    content, message = BAD_INDEX[case]
+    (tmp_path / "model.safetensors").write_bytes(file_of({"x": F32}, 16))
+    (tmp_path / "model.safetensors.index.json").write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        files.read_folder(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b'{"vocab_size": 3', b"[]", b"3", b"\xff\xfe", DEEP, b'{"a":1,"a":2}', b"9" * 5000]
+)
+def test_a_json_file_that_is_wrong_is_one_line(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"config\.json: not (JSON|a JSON object)") as error:
+        files.read_json(tmp_path / "config.json")
+    assert "\n" not in str(error.value)
+
+
+def test_a_json_file_that_cannot_be_read_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        files.read_json(tmp_path / "config.json")
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(UserError, match="cannot be read"):
+        files.read_json(tmp_path / "config.json")
+    with (tmp_path / "large.json").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(UserError, match="too many"):
+        files.read_json(tmp_path / "large.json")
