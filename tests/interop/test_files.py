@@ -131,22 +131,31 @@ BAD_INDEX = {
     "no map": (b"{}", "weight_map=None"),
     "a list": (b'{"weight_map": ["x"]}', "weight_map="),
     "no file name": (b'{"weight_map": {"x": 3}}', "weight_map="),
-    "a file elsewhere": (b'{"weight_map": {"x": "../model.safetensors"}}', "is missing"),
+    "a file elsewhere": (b'{"weight_map": {"x": "../shard.safetensors"}}', "is missing"),
     "NUL in a name": (b'{"weight_map": {"x": "a\\u0000b"}}', "is missing"),
     "no such file": (b'{"weight_map": {"x": "model-00001-of-00001.safetensors"}}', "is missing"),
-    "one tensor twice": (b'{"weight_map": {"x": "model.safetensors", "x": "model.safetensors"}}', "repeated"),
-    "a tensor that is not there": (b'{"weight_map": {"y": "model.safetensors"}}', "tensor y is missing"),
+    "one tensor twice": (b'{"weight_map": {"x": "shard.safetensors", "x": "shard.safetensors"}}', "repeated"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_INDEX)
 def test_an_index_that_is_wrong_is_refused(tmp_path, case):
     content, message = BAD_INDEX[case]
-    (tmp_path / "model.safetensors").write_bytes(file_of({"x": F32}, 16))
+    (tmp_path / "shard.safetensors").write_bytes(file_of({"x": F32}, 16))
     (tmp_path / "model.safetensors.index.json").write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
         files.read_folder(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_a_single_file_is_preferred_to_an_index(tmp_path):
+    """As transformers does; and the index alone gives the tensors that its shards hold."""
+    (tmp_path / "shard.safetensors").write_bytes(file_of({"x": F32}, 16))
+    named = {"x": "shard.safetensors", "lm_head.weight": "shard.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": named}))
+    assert set(files.read_folder(tmp_path)) == {"x"}
+    (tmp_path / "model.safetensors").write_bytes(file_of({"y": F32}, 16))
+    assert set(files.read_folder(tmp_path)) == {"y"}
 
 
 @pytest.mark.parametrize(
