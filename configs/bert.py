@@ -1,8 +1,8 @@
 """BERT (Devlin et al., 2018, arXiv 1810.04805) in its two published sizes, and a tiny one of the same make.
 
-llmjax train --config=configs/bert.py --workdir=runs/bert
+llmjax train --config=bert --workdir=runs/bert
 llmjax fill --workdir=runs/bert --text='import [MASK] as np'
-llmjax train --config=configs/bert.py:base --workdir=runs/base --config.data.sources.main.path='/my/texts/**/*.txt'
+llmjax train --config=bert:base --workdir=runs/base --config.data.sources.main.path='/my/texts/**/*.txt'
 """
 
 from ml_collections import ConfigDict
@@ -26,7 +26,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     only begins to find out what its learned positions are good for; configs/modernbert.py, with rotary ones, is past
     that."""
     if size not in SIZES:
-        raise UserError(f"--config=configs/bert.py:{size}: no such size; choose one of {', '.join(SIZES)}")
+        raise UserError(f"--config=bert:{size}: no such size; choose one of {', '.join(SIZES)}")
     layers, embed, heads, dropout = SIZES[size]
     tiny = size == "tiny"
     c = ConfigDict()

@@ -1,7 +1,7 @@
 """From raw text to a corpus: clean, judge, deduplicate, decontaminate, remove personal data, split.
 
-llmjax curate --config=configs/curate.py --workdir=runs/web --config.curate.inputs.web.path='crawl/*.warc.gz'
-llmjax prepare --config=configs/quickstart.py --workdir=runs/mine \
+llmjax curate --config=curate --workdir=runs/web --config.curate.inputs.web.path='crawl/*.warc.gz'
+llmjax prepare --config=quickstart --workdir=runs/mine \
     --config.data.sources.web.path='runs/web/curated/*.jsonl.zst' --config.data.sources.web.split_field=split
 """
 

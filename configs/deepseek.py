@@ -1,7 +1,7 @@
 r"""DeepSeek-V3 (DeepSeek-AI, 2024, arXiv 2412.19437), Moonlight (Liu et al., 2025, arXiv 2502.16982) and a tiny one.
 
-llmjax train --config=configs/deepseek.py --workdir=runs/deepseek
-llmjax train --config=configs/deepseek.py:16B --workdir=runs/deepseek \
+llmjax train --config=deepseek --workdir=runs/deepseek
+llmjax train --config=deepseek:16B --workdir=runs/deepseek \
     --config.data.sources.main.path='/my/texts/**/*.txt'
 """
 
@@ -24,7 +24,7 @@ REACHES = {"tiny": ("bits_per_byte", 1.99)}
 def get_config(size: str = "tiny") -> ConfigDict:
     """The shapes as published, with the paper's balance: by a bias, and a loss of rows that is all but nothing."""
     if size not in SIZES:
-        raise UserError(f"--config=configs/deepseek.py:{size}: no such size; choose one of {', '.join(SIZES)}")
+        raise UserError(f"--config=deepseek:{size}: no such size; choose one of {', '.join(SIZES)}")
     layers, dense, embed, heads, head_dim, rope_dim, latent, query, mlp, *rest = SIZES[size]
     experts, shared, chosen, expert_mlp, groups, top_groups, scale, base = rest
     c = ConfigDict()

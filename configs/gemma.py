@@ -1,7 +1,7 @@
 """Gemma 2 (Gemma Team, 2024, arXiv 2408.00118) and Gemma 3 (2025, arXiv 2503.19786), and a tiny Gemma 3.
 
-llmjax train --config=configs/gemma.py --workdir=runs/gemma
-llmjax train --config=configs/gemma.py:3-1B --workdir=runs/gemma --config.data.sources.main.path='/my/texts/**/*.txt'
+llmjax train --config=gemma --workdir=runs/gemma
+llmjax train --config=gemma:3-1B --workdir=runs/gemma --config.data.sources.main.path='/my/texts/**/*.txt'
 """
 
 from ml_collections import ConfigDict
@@ -29,7 +29,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     """The language models' shapes as published, without the later stretching of the rotary frequencies to longer
     contexts. Recipes were not published; this is Llama's."""
     if size not in SIZES:
-        raise UserError(f"--config=configs/gemma.py:{size}: no such size; choose one of {', '.join(SIZES)}")
+        raise UserError(f"--config=gemma:{size}: no such size; choose one of {', '.join(SIZES)}")
     generation, layers, embed, heads, kv_heads, head_dim, mlp, window, scalar, tensor, seq_len = SIZES[size]
     c = ConfigDict()
     c.model = dict(

@@ -1,7 +1,7 @@
 """GPT-2 (Radford et al., 2019) in its four published sizes, and a tiny one of the same make.
 
-llmjax train --config=configs/gpt2.py --workdir=runs/gpt2
-llmjax train --config=configs/gpt2.py:124M --workdir=runs/gpt2 --config.data.sources.main.path='/my/texts/**/*.txt'
+llmjax train --config=gpt2 --workdir=runs/gpt2
+llmjax train --config=gpt2:124M --workdir=runs/gpt2 --config.data.sources.main.path='/my/texts/**/*.txt'
 """
 
 from ml_collections import ConfigDict
@@ -24,7 +24,7 @@ REACHES = {"tiny": ("bits_per_byte", 2.11)}
 def get_config(size: str = "tiny") -> ConfigDict:
     """The model as published; the recipe (AdamW, cosine, half a million tokens a step) is GPT-3's for its size."""
     if size not in SIZES:
-        raise UserError(f"--config=configs/gpt2.py:{size}: no such size; choose one of {', '.join(SIZES)}")
+        raise UserError(f"--config=gpt2:{size}: no such size; choose one of {', '.join(SIZES)}")
     layers, embed, heads, learning_rate = SIZES[size]
     seq_len = 256 if size == "tiny" else 1024
     c = ConfigDict()

@@ -1,7 +1,7 @@
 """Llama 3 (Llama Team, 2024, arXiv 2407.21783) from 1B to 405B, and a tiny one of the same make.
 
-llmjax train --config=configs/llama.py --workdir=runs/llama
-llmjax train --config=configs/llama.py:1B --workdir=runs/llama --config.data.sources.main.path='/my/texts/**/*.txt'
+llmjax train --config=llama --workdir=runs/llama
+llmjax train --config=llama:1B --workdir=runs/llama --config.data.sources.main.path='/my/texts/**/*.txt'
 """
 
 from ml_collections import ConfigDict
@@ -24,7 +24,7 @@ REACHES = {"tiny": ("bits_per_byte", 1.97)}
 def get_config(size: str = "tiny") -> ConfigDict:
     """The shapes as published, without the later stretching of the rotary frequencies to longer contexts."""
     if size not in SIZES:
-        raise UserError(f"--config=configs/llama.py:{size}: no such size; choose one of {', '.join(SIZES)}")
+        raise UserError(f"--config=llama:{size}: no such size; choose one of {', '.join(SIZES)}")
     layers, embed, heads, kv_heads, mlp, tied, tensor, seq_len, batch, learning_rate = SIZES[size]
     c = ConfigDict()
     c.model = dict(

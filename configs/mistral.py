@@ -1,7 +1,7 @@
 """Mistral 7B (Jiang et al., 2023, arXiv 2310.06825) and NeMo 12B, and a tiny one of the same make.
 
-llmjax train --config=configs/mistral.py --workdir=runs/mistral
-llmjax train --config=configs/mistral.py:7B --workdir=runs/mistral --config.data.sources.main.path='/my/texts/**/*.txt'
+llmjax train --config=mistral --workdir=runs/mistral
+llmjax train --config=mistral:7B --workdir=runs/mistral --config.data.sources.main.path='/my/texts/**/*.txt'
 """
 
 from ml_collections import ConfigDict
@@ -21,7 +21,7 @@ REACHES = {"tiny": ("bits_per_byte", 1.93)}
 def get_config(size: str = "tiny") -> ConfigDict:
     """The shapes as published: Llama's, with a window in every layer of the 7B. Recipes were not; this is Llama's."""
     if size not in SIZES:
-        raise UserError(f"--config=configs/mistral.py:{size}: no such size; choose one of {', '.join(SIZES)}")
+        raise UserError(f"--config=mistral:{size}: no such size; choose one of {', '.join(SIZES)}")
     layers, embed, heads, kv_heads, head_dim, mlp, window, base, seq_len = SIZES[size]
     c = ConfigDict()
     c.model = dict(

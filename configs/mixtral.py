@@ -1,7 +1,7 @@
 r"""Mixtral 8x7B and 8x22B (Jiang et al., 2024, arXiv 2401.04088), and a tiny one of the same make.
 
-llmjax train --config=configs/mixtral.py --workdir=runs/mixtral
-llmjax train --config=configs/mixtral.py:8x7B --workdir=runs/mixtral \
+llmjax train --config=mixtral --workdir=runs/mixtral
+llmjax train --config=mixtral:8x7B --workdir=runs/mixtral \
     --config.data.sources.main.path='/my/texts/**/*.txt'
 """
 
@@ -22,7 +22,7 @@ REACHES = {"tiny": ("bits_per_byte", 1.96)}
 def get_config(size: str = "tiny") -> ConfigDict:
     """The shapes as published: 8 experts a layer, 2 for each token. Recipes were not; this is Llama's."""
     if size not in SIZES:
-        raise UserError(f"--config=configs/mixtral.py:{size}: no such size; choose one of {', '.join(SIZES)}")
+        raise UserError(f"--config=mixtral:{size}: no such size; choose one of {', '.join(SIZES)}")
     layers, embed, heads, kv_heads, head_dim, mlp, seq_len = SIZES[size]
     c = ConfigDict()
     c.model = dict(

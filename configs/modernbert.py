@@ -1,8 +1,8 @@
 """ModernBERT (Warner et al., 2024, arXiv 2412.13663) in its two published sizes, and a tiny one of the same make.
 
-llmjax train --config=configs/modernbert.py --workdir=runs/modernbert
+llmjax train --config=modernbert --workdir=runs/modernbert
 llmjax fill --workdir=runs/modernbert --text='import [MASK] as np'
-llmjax train --config=configs/modernbert.py:base --workdir=runs/b --config.data.sources.main.path='/my/texts/**/*.txt'
+llmjax train --config=modernbert:base --workdir=runs/b --config.data.sources.main.path='/my/texts/**/*.txt'
 """
 
 from ml_collections import ConfigDict
@@ -24,7 +24,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     """The first phase of training as published: 1.7 trillion tokens in rows of 1,024, the rate constant after its
     warmup, 30% of the tokens hidden. Tiny reads the standard library in a few minutes."""
     if size not in SIZES:
-        raise UserError(f"--config=configs/modernbert.py:{size}: no such size; choose one of {', '.join(SIZES)}")
+        raise UserError(f"--config=modernbert:{size}: no such size; choose one of {', '.join(SIZES)}")
     layers, embed, heads, mlp, window, batch, learning_rate, warmup = SIZES[size]
     tiny = size == "tiny"
     c = ConfigDict()

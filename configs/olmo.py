@@ -1,7 +1,7 @@
 """OLMo 2 (OLMo Team, 2024, arXiv 2501.00656) and OLMo 3 (2025, arXiv 2512.13961), and a tiny OLMo 3.
 
-llmjax train --config=configs/olmo.py --workdir=runs/olmo
-llmjax train --config=configs/olmo.py:2-1B --workdir=runs/olmo --config.data.sources.main.path='/my/texts/**/*.txt'
+llmjax train --config=olmo --workdir=runs/olmo
+llmjax train --config=olmo:2-1B --workdir=runs/olmo --config.data.sources.main.path='/my/texts/**/*.txt'
 """
 
 from ml_collections import ConfigDict
@@ -26,7 +26,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     """Shapes and pretraining recipes as published, without the later stretching of the rotary frequencies to longer
     contexts; norms inside the residual, one norm over all queries and one over all keys of a layer."""
     if size not in SIZES:
-        raise UserError(f"--config=configs/olmo.py:{size}: no such size; choose one of {', '.join(SIZES)}")
+        raise UserError(f"--config=olmo:{size}: no such size; choose one of {', '.join(SIZES)}")
     generation, layers, embed, heads, kv_heads, mlp, tensor, seq_len, batch, learning_rate = SIZES[size]
     c = ConfigDict()
     c.model = dict(

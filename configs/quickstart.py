@@ -1,7 +1,7 @@
 """A small decoder on the text that every Python carries: minutes on a laptop, no download.
 
-llmjax train --config=configs/quickstart.py --workdir=runs/quickstart
-llmjax train --config=configs/quickstart.py --workdir=runs/mine --config.data.sources.main.path='texts/**/*.txt'
+llmjax train --config=quickstart --workdir=runs/quickstart
+llmjax train --config=quickstart --workdir=runs/mine --config.data.sources.main.path='texts/**/*.txt'
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
 """Qwen3 (Qwen Team, 2025, arXiv 2505.09388), the dense ones from 0.6B to 32B, and a tiny one of the same make.
 
-llmjax train --config=configs/qwen3.py --workdir=runs/qwen3
-llmjax train --config=configs/qwen3.py:0.6B --workdir=runs/qwen3 --config.data.sources.main.path='/my/texts/**/*.txt'
+llmjax train --config=qwen3 --workdir=runs/qwen3
+llmjax train --config=qwen3:0.6B --workdir=runs/qwen3 --config.data.sources.main.path='/my/texts/**/*.txt'
 """
 
 from ml_collections import ConfigDict
@@ -25,7 +25,7 @@ REACHES = {"tiny": ("bits_per_byte", 1.95)}
 def get_config(size: str = "tiny") -> ConfigDict:
     """The shapes as published: queries and keys normed head by head. Recipes were not; this is Llama's."""
     if size not in SIZES:
-        raise UserError(f"--config=configs/qwen3.py:{size}: no such size; choose one of {', '.join(SIZES)}")
+        raise UserError(f"--config=qwen3:{size}: no such size; choose one of {', '.join(SIZES)}")
     layers, embed, heads, kv_heads, head_dim, mlp, tied, tensor, seq_len = SIZES[size]
     c = ConfigDict()
     c.model = dict(

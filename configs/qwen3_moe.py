@@ -1,7 +1,7 @@
 r"""Qwen3 with experts (Qwen Team, 2025, arXiv 2505.09388), 30B and 235B, and a tiny one of the same make.
 
-llmjax train --config=configs/qwen3_moe.py --workdir=runs/qwen3_moe
-llmjax train --config=configs/qwen3_moe.py:30B --workdir=runs/qwen3_moe \
+llmjax train --config=qwen3_moe --workdir=runs/qwen3_moe
+llmjax train --config=qwen3_moe:30B --workdir=runs/qwen3_moe \
     --config.data.sources.main.path='/my/texts/**/*.txt'
 """
 
@@ -22,7 +22,7 @@ REACHES = {"tiny": ("bits_per_byte", 1.94)}
 def get_config(size: str = "tiny") -> ConfigDict:
     """The shapes as published. The paper balances over the global batch; here, each row is balanced."""
     if size not in SIZES:
-        raise UserError(f"--config=configs/qwen3_moe.py:{size}: no such size; choose one of {', '.join(SIZES)}")
+        raise UserError(f"--config=qwen3_moe:{size}: no such size; choose one of {', '.join(SIZES)}")
     layers, embed, heads, kv_heads, head_dim, experts, chosen, mlp, seq_len = SIZES[size]
     c = ConfigDict()
     c.model = dict(

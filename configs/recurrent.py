@@ -1,8 +1,8 @@
 """Recurrent language models: four cells that train on the text that every Python carries, and two published shapes.
 
-llmjax train --config=configs/recurrent.py --workdir=runs/lstm
-llmjax train --config=configs/recurrent.py:rglru --workdir=runs/rglru
-llmjax train --config=configs/recurrent.py:zaremba --workdir=runs/large --config.data.sources.main.path='/my/*.txt'
+llmjax train --config=recurrent --workdir=runs/lstm
+llmjax train --config=recurrent:rglru --workdir=runs/rglru
+llmjax train --config=recurrent:zaremba --workdir=runs/large --config.data.sources.main.path='/my/*.txt'
 """
 
 from typing import Any
@@ -59,7 +59,7 @@ def get_config(size: str = "lstm") -> ConfigDict:
     """lstm, gru, rnn and rglru read the standard library for 600 steps, a few minutes on two cores, to the bits per
     byte of its validation documents that REACHES bounds. The published shapes want a text of their own."""
     if size not in SIZES:
-        raise UserError(f"--config=configs/recurrent.py:{size}: no such size; choose one of {', '.join(SIZES)}")
+        raise UserError(f"--config=recurrent:{size}: no such size; choose one of {', '.join(SIZES)}")
     model, seq_len, batch, learning_rate = SIZES[size]
     c = ConfigDict()
     c.model = dict(family="recurrent") | model

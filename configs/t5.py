@@ -1,7 +1,7 @@
 """T5 v1.1 (Raffel et al., 2020, arXiv 1910.10683) in its published sizes, and one that learns spans in a few minutes.
 
-llmjax train --config=configs/t5.py --workdir=runs/t5
-llmjax train --config=configs/t5.py:base --workdir=runs/t5 --config.data.sources.main.path='/my/texts/**/*.txt'
+llmjax train --config=t5 --workdir=runs/t5
+llmjax train --config=t5:base --workdir=runs/t5 --config.data.sources.main.path='/my/texts/**/*.txt'
 """
 
 from ml_collections import ConfigDict
@@ -26,7 +26,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     """The published models and the paper's baseline recipe (Adafactor, 2^19 steps of 128 rows), or "tiny": half of its
     text is hidden, where T5 hides 15%, as so few tokens then hold four times as many to learn from."""
     if size not in SIZES:
-        raise UserError(f"--config=configs/t5.py:{size}: no such size; choose one of {', '.join(SIZES)}")
+        raise UserError(f"--config=t5:{size}: no such size; choose one of {', '.join(SIZES)}")
     layers, embed, heads, head_dim, mlp = SIZES[size]
     c = ConfigDict()
     c.model = dict(

@@ -30,9 +30,10 @@ llmjax: pretrain language models, from a laptop to a pod
   llmjax inspect   --workdir=DIR                 checkpoints, their fingerprints, the config
   llmjax size      --flops=1e21 | --config=FILE  what to train for a budget; what a model is made of and costs
   llmjax fields    [SECTION]                     every config field, its meaning and its default
+  llmjax configs   [NAME]                        the configs that ship with llmjax, and their sizes
 
 Every config field can be set on the command line: --config.train.steps=500
-`llmjax VERB --help` says more. To begin: llmjax train --config=configs/quickstart.py --workdir=runs/quickstart
+`llmjax VERB --help` says more. To begin: llmjax train --config=quickstart --workdir=runs/quickstart
 """
 
 

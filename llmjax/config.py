@@ -124,13 +124,44 @@ def as_dict(config: Any) -> Any:
     return dataclasses.asdict(config)
 
 
-def load_file(spec: str) -> ml_collections.ConfigDict:
-    """`FILE.py[:ARG]` -> the locked ConfigDict that its get_config(ARG) returns."""
+def shipped_folder() -> pathlib.Path:
+    """The folder of the shipped configs: llmjax/configs in an installed wheel, configs/ in a checkout."""
+    package = pathlib.Path(__file__).resolve().parent
+    return next(folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir())
+
+
+def shipped_files() -> dict[str, pathlib.Path]:
+    """Name -> file of every config that ships with llmjax."""
+    return {path.stem: path for path in sorted(shipped_folder().glob("*.py")) if path.stem != "__init__"}
+
+
+def find_file(spec: str) -> pathlib.Path:
+    """The file of `FILE.py[:ARG]`, or of `NAME[:ARG]` for a config that ships with llmjax.
+
+    Raises UserError where there is none, with the nearest name.
+    """
     file, _, argument = spec.partition(":")
-    path = pathlib.Path(file)
+    path, shipped = pathlib.Path(file).expanduser(), shipped_files()
+    if path.suffix != ".py" and "/" not in file and not path.is_file():
+        if file not in shipped:
+            near = suggest(file.lower(), shipped)
+            raise UserError(
+                f"--config={spec}: no config of the name {file!r}{near}; known are {', '.join(shipped)}; "
+                "or give a Python file with get_config()"
+            )
+        return shipped[file]
     if not path.is_file() or path.suffix != ".py":
         what = "not a Python file" if path.is_file() else "no such file"
-        raise UserError(f"--config={spec}: {what}; give a Python file with get_config(), such as configs/quickstart.py")
+        if names := difflib.get_close_matches(path.stem.lower(), shipped, n=1):
+            what += f" (did you mean --config={names[0]}{argument and ':' + argument}, which ships with llmjax?)"
+        raise UserError(f"--config={spec}: {what}; give a Python file with get_config(), or a name of `llmjax configs`")
+    return path
+
+
+def load_file(spec: str) -> ml_collections.ConfigDict:
+    """`FILE.py[:ARG]` or `NAME[:ARG]` -> the locked ConfigDict that its get_config(ARG) returns."""
+    file, _, argument = spec.partition(":")
+    path = find_file(spec)
     with _told(spec, path):
         module = load_module(path)
     if not callable(getattr(module, "get_config", None)):

@@ -12,9 +12,7 @@ from typing import Any
 from llmjax.config import UserError, as_tree, bind_overridden, load_file
 from llmjax.flags import CONFIG, Parser, make_parser, parse, workdir_of
 
-_EXAMPLE = (
-    "llmjax curate --config=configs/curate.py --workdir=runs/web --config.curate.inputs.web.path='crawl/*.warc.gz'"
-)
+_EXAMPLE = "llmjax curate --config=curate --workdir=runs/web --config.curate.inputs.web.path='crawl/*.warc.gz'"
 
 
 def curate(arguments: list[str]) -> int:
@@ -141,7 +139,7 @@ def _show(workdir: pathlib.Path, report: dict[str, Any], lines: list[str], page:
         return 0
     pattern = shlex.quote(f"{glob.escape(named.rstrip('/'))}/curated/*.jsonl.zst")
     _say(
-        "next: llmjax prepare --config=configs/quickstart.py --workdir=runs/mine "
+        "next: llmjax prepare --config=quickstart --workdir=runs/mine "
         f"--config.data.sources.main.path={pattern}"
         + (" --config.data.sources.main.split_field=split" if report["splits"] else "")
     )
@@ -157,10 +155,10 @@ def _tree(flags: Any, begun: pathlib.Path) -> dict[str, Any]:
     if flags.config is not None:
         tree = as_tree(load_file(flags.config))
         if "curate" not in tree:
-            raise UserError(f"--config={flags.config}: says nothing of curate; give a file such as configs/curate.py")
+            raise UserError(f"--config={flags.config}: says nothing of curate; give a config such as --config=curate")
         return tree
     if not flags.resume:
-        raise UserError("--config is missing: give a Python file with get_config(), such as configs/curate.py")
+        raise UserError("--config is missing: give a Python file with get_config(), or a name, such as --config=curate")
     if held is None:
         raise UserError(f"--workdir={flags.workdir} --resume: nothing was begun there; give --config")
     return held

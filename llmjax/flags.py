@@ -9,7 +9,7 @@ import typing
 
 from llmjax.config import UserError
 
-CONFIG = "a Python file with get_config(); may be left out where a checkpoint was imported"
+CONFIG = "a name of `llmjax configs`, or a Python file with get_config(); may be left out where a workdir has a config"
 
 
 class Parser(argparse.ArgumentParser):

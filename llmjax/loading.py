@@ -85,7 +85,10 @@ def resolve(
     imported = workdirs.read_json(workdir / IMPORT)
     if imported is None:
         if file is None:
-            raise UserError("--config is missing: give a Python file with get_config(), such as configs/quickstart.py")
+            raise UserError(
+                "--config is missing: give a Python file with get_config(), or a name of `llmjax configs`, such as "
+                "--config=quickstart"
+            )
         return run_config.resolve(file, overrides)
     tree = _trained(workdir, kept) if file is None else run_config.read_file(file)
     tree["model"] = dict(imported["model"])

@@ -153,7 +153,8 @@ def read_file(file: str) -> dict[str, Any]:
 
 def files(folder: pathlib.Path) -> list[pathlib.Path]:
     """The config files in a folder that train a model, by name: all but those of curation."""
-    return [path for path in sorted(folder.glob("*.py")) if "curate" not in read_file(str(path))]
+    paths = (path for path in sorted(folder.glob("*.py")) if path.stem != "__init__")
+    return [path for path in paths if "curate" not in read_file(str(path))]
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> RunConfig:

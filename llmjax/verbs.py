@@ -9,6 +9,7 @@ import shlex
 import sys
 
 from llmjax.config import UserError
+from llmjax.configs_verb import configs
 from llmjax.curate_verb import curate
 from llmjax.fields_verb import fields
 from llmjax.flags import CONFIG, make_parser, parse, say, whole, workdir_of
@@ -22,7 +23,7 @@ def prepare(arguments: list[str]) -> int:
         Read the text, split it into train, validation and test, train a tokenizer (or take a given one), write the
         token store. Finished parts are kept: started again, it goes on where it was. Nothing is trained.
         --preview shows what the model will see of the first samples.""",
-        "llmjax prepare --config=configs/quickstart.py --workdir=runs/a --config.data.sources.main.path='texts/*.txt'",
+        "llmjax prepare --config=quickstart --workdir=runs/a --config.data.sources.main.path='texts/*.txt'",
     )
     parser.add_argument("--config", metavar="FILE[:SIZE]", help=CONFIG)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run's files go")
@@ -70,7 +71,7 @@ def train(arguments: list[str]) -> int:
         Train a model: the token store is prepared first where it is missing, and a workdir that holds a checkpoint is
         resumed from its newest good one. Ends with an evaluation, samples and report.html.
         For several processes on one machine: launch/local.py --processes=2 --devices=4 -- llmjax train ...""",
-        "llmjax train --config=configs/quickstart.py --workdir=runs/mine --config.train.steps=500",
+        "llmjax train --config=quickstart --workdir=runs/mine --config.train.steps=500",
     )
     parser.add_argument("--config", metavar="FILE[:SIZE]", help=CONFIG)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run's files go")
@@ -348,7 +349,7 @@ def size(arguments: list[str]) -> int:
         --tokens or of --parameters, or two of them; what is left open follows from published scaling laws, each named.
         Or, with --config, what a config's model is made of: parameters by part, FLOPs per token, memory by remat
         policy. Nothing is trained.""",
-        "llmjax size --budget_hours=24 --device=v5e --devices=8\n  llmjax size --config=configs/llama.py:8B",
+        "llmjax size --budget_hours=24 --device=v5e --devices=8\n  llmjax size --config=llama:8B",
     )
     from llmjax.plan.devices import NAMES
 
@@ -399,4 +400,5 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "inspect": inspect,
     "size": size,
     "fields": fields,
+    "configs": configs,
 }

@@ -13,6 +13,7 @@ FLOORS = {
     "llmjax.verbs": 7,
     "llmjax.curate_verb": 6,
     "llmjax.fields_verb": 6,
+    "llmjax.configs_verb": 6,
     "llmjax.flags": 1,
     "llmjax.plan": 6,
     "llmjax.train": 5,

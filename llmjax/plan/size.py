@@ -4,9 +4,8 @@ import dataclasses
 import math
 import pathlib
 
-import llmjax
 from llmjax import run_config
-from llmjax.config import UserError, specs
+from llmjax.config import UserError, shipped_folder, specs
 from llmjax.models import registry
 from llmjax.models.encdec_config import EncDecConfig
 from llmjax.plan import budget as budgets, count
@@ -44,10 +43,9 @@ def describe_budget(budget: budgets.Budget, device: Device, *, mfu: float, seq_l
     for devices in _counts(budget, device):
         seconds = budget.flops / (devices * device.peak * mfu)
         lines.append(f"  {devices:7,}   {16 * budget.parameters / devices / 2**30:15.2f}   {_time(seconds)}")
-    if (near := nearest_config(budget.parameters)) is not None:
-        spec, parameters = near
-        lines += ["", f"nearest config: {spec}, {_short(parameters)} parameters with its own tokenizer's vocabulary"]
-        lines += [f"next: llmjax size --config={spec}"]
+    spec, parameters = nearest_config(budget.parameters)
+    lines += ["", f"nearest config: {spec}, {_short(parameters)} parameters with its own tokenizer's vocabulary"]
+    lines += [f"next: llmjax size --config={spec}"]
     return lines
 
 
@@ -78,16 +76,18 @@ def describe_config(config: RunConfig, spec: str, device: Device) -> list[str]:
     return lines + [f"  {name:<14} {_gib(kept):>12}{mark(name)}" for name, kept in count.kept_bytes(config).items()]
 
 
-def nearest_config(parameters: float) -> tuple[str, int] | None:
-    """The decoder in configs/ whose number of parameters is nearest by ratio; None without a configs/ folder."""
-    folder = pathlib.Path(llmjax.__file__).resolve().parents[1] / "configs"
+def nearest_config(parameters: float) -> tuple[str, int]:
+    """(`NAME:SIZE`, parameters) of the shipped decoder config whose number of parameters is nearest by ratio."""
     found = []
-    for path in run_config.files(folder):
+    for path in run_config.files(shipped_folder()):
         for spec in specs(path):
             config = resolve(spec, None)
             if config.model.family == "decoder":
-                found.append((f"configs/{spec.rsplit('/', 1)[-1]}", registry.count_parameters(config.model)))
-    return min(found, key=lambda item: abs(math.log(item[1] / parameters)), default=None)
+                name, _, size = pathlib.Path(spec).name.partition(":")
+                found.append(
+                    (f"{name.removesuffix('.py')}:{size}".rstrip(":"), registry.count_parameters(config.model))
+                )
+    return min(found, key=lambda item: abs(math.log(item[1] / parameters)))
 
 
 def resolve(spec: str, vocab_size: int | None, overrides: tuple[tuple[str, str], ...] = ()) -> RunConfig:

@@ -80,7 +80,7 @@ def test_adamw_holds_sixteen_bytes():
 
 def test_the_nearest_config():
     spec, parameters = size.nearest_config(7e9)
-    assert spec == "configs/llama.py:8B" and 7e9 < parameters < 8.1e9
+    assert spec == "llama:8B" and 7e9 < parameters < 8.1e9
 
 
 def test_this_machine_is_measured():
@@ -112,7 +112,7 @@ def test_what_is_printed(capsys, monkeypatch):
     assert cli.run(["size", "--budget_hours=24", "--device=h100", "--devices=8"]) == 0
     printed = capsys.readouterr().out
     flops = 24 * 3600 * 8 * 989e12 * 0.4
-    assert f"{flops:.3g} FLOPs" in printed and "24.0 hours" in printed and "nearest config: configs/" in printed
+    assert f"{flops:.3g} FLOPs" in printed and "24.0 hours" in printed and "nearest config: qwen3:1.7B," in printed
     assert cli.run(["size", "--config=configs/llama.py:8B", "--vocab_size=128256"]) == 0
     printed = capsys.readouterr().out
     assert "8,030,261,248 parameters" in printed and "<- this config" in printed
