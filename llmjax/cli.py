@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """The door: `llmjax VERB ...` finds the verb, and turns every bad input into one line and status 78."""
 
 import errno
@@ -19,21 +20,32 @@ _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP, 
 OVERVIEW = """\
 llmjax: pretrain language models, from a laptop to a pod
 
-  llmjax curate    --config=FILE --workdir=DIR   raw text -> cleaned, deduplicated corpus with a data card
-  llmjax prepare   --config=FILE --workdir=DIR   text -> tokenizer, token store, packing plan
-  llmjax train     --config=FILE --workdir=DIR   prepares if needed, trains, resumes, evaluates, writes report.html
+data
+  llmjax curate    --config=NAME --workdir=DIR   raw text -> cleaned, deduplicated corpus with a data card
+  llmjax prepare   --config=NAME --workdir=DIR   text -> tokenizer, token store, packing plan
+
+train
+  llmjax train     --config=NAME --workdir=DIR   prepares if needed, trains, resumes, evaluates, writes report.html
+  llmjax inspect   --workdir=DIR                 checkpoints, their fingerprints, the config
+
+evaluate
   llmjax eval      --workdir=DIR                 scores a checkpoint on a split
   llmjax generate  --workdir=DIR --prompt=TEXT   writes text with a checkpoint
   llmjax fill      --workdir=DIR --text=TEXT     fills the masks of a text with a masked-LM checkpoint
+
+interop
   llmjax import    --from=DIR --workdir=DIR      a Hugging Face checkpoint on disk -> a workdir
   llmjax export    --workdir=DIR --to=DIR        a checkpoint -> a folder that transformers loads
-  llmjax inspect   --workdir=DIR                 checkpoints, their fingerprints, the config
-  llmjax size      --flops=1e21 | --config=FILE  what to train for a budget; what a model is made of and costs
+
+tools
+  llmjax size      --flops=1e21 | --config=NAME  what to train for a budget; what a model is made of and costs
   llmjax fields    [SECTION]                     every config field, its meaning and its default
   llmjax configs   [NAME]                        the configs that ship with llmjax, and their sizes
 
 Every config field can be set on the command line: --config.train.steps=500
-`llmjax VERB --help` says more. To begin: llmjax train --config=quickstart --workdir=runs/quickstart
+--config takes a name that `llmjax configs` lists, or a Python file. `llmjax COMMAND --help` says more.
+To begin: llmjax train --config=quickstart --workdir=runs/quickstart
+Completion in bash and zsh: eval "$(register-python-argcomplete llmjax)"
 """
 
 
@@ -94,6 +106,10 @@ def _exit(status: int) -> typing.NoReturn:
 
 def run(arguments: list[str]) -> int:
     """Run one command line (without the program's name) and return its exit status."""
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what may follow, in COMP_LINE
+        from llmjax import completion
+
+        completion.complete(VERBS)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(OVERVIEW, end="")
         return 0

@@ -13,7 +13,18 @@ CONFIG = "a name of `llmjax configs`, or a Python file with get_config(); may be
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a bad flag is a UserError: one line, like every other bad input."""
+    """argparse, but a bad flag is a UserError: one line, like every other bad input.
+
+    completer   answers a shell that asks what may follow, in place of parsing; see llmjax.completion
+    """
+
+    completer: typing.ClassVar[Callable[["Parser"], None] | None] = None
+    takes_overrides = False
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+        if Parser.completer:
+            Parser.completer(self)
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{self.prog}: {message}; see `{self.prog} --help`")
@@ -22,13 +33,15 @@ class Parser(argparse.ArgumentParser):
 def make_parser(verb: str, description: str, example: str, *, overrides: bool = True) -> Parser:
     """The parser of a verb; `overrides` says whether it takes config overrides, as `parse` reads them."""
     fields = "\n\n--config.FIELD=VALUE sets any config field; `llmjax fields` lists them" if overrides else ""
-    return Parser(
+    parser = Parser(
         prog=f"llmjax {verb}",
         description=textwrap.dedent(description),
         epilog=f"example:\n  {example}{fields}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.takes_overrides = overrides
+    return parser
 
 
 def parse(parser: Parser, arguments: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:

@@ -76,14 +76,20 @@ def _config_tree(workdir: epath.Path) -> dict[str, Any] | None:
 def resolve(
     file: str | None, workdir: epath.Path, overrides: Sequence[tuple[str, str]], say: Callable[[str], None] = print
 ) -> RunConfig:
-    """The config of `--config=FILE[:ARG]`, for a run in `workdir`.
+    """The config of `--config=FILE[:ARG]`, for a run in `workdir`; without a file, that of the workdir's config.json.
 
-    Where parameters were imported, the model and the tokenizer are theirs, and without a file the rest is as they were
-    imported. Overrides hold over both. Raises UserError where there is neither a file nor an import.
+    Where parameters were imported, the model and the tokenizer are theirs. Overrides hold over both. Raises UserError
+    where there is neither a file nor a config.json.
     """
     kept = _config_tree(workdir)
     imported = workdirs.read_json(workdir / IMPORT)
+    if file is None and kept is not None:
+        # What was accepted once holds for that start alone.
+        kept.get("checkpoint", {}).pop("accept_changes", None)
     if imported is None:
+        if file is None and kept is not None:
+            say(f"  config: {workdir / 'config.json'}")
+            return run_config.apply_overrides(kept, overrides)
         if file is None:
             raise UserError(
                 "--config is missing: give a Python file with get_config(), or a name of `llmjax configs`, such as "

@@ -57,7 +57,8 @@ def prepare(arguments: list[str]) -> int:
         for batch, _ in itertools.islice(data.batches(data.start(), np.arange(1)), count):
             print("", *preview.lines(batch, objective, tokenizer), sep="\n")
         data.close()
-    again = [f"--config={flags.config}", f"--workdir={flags.workdir}"]
+    again = [f"--config={flags.config}"] if flags.config else []
+    again += [f"--workdir={flags.workdir}"]
     again += [f"--config.{field}={value}" for field, value in overrides]
     print(f"next: {shlex.join(['llmjax', 'train', *again])}")
     return 0
@@ -69,7 +70,8 @@ def train(arguments: list[str]) -> int:
         "train",
         """\
         Train a model: the token store is prepared first where it is missing, and a workdir that holds a checkpoint is
-        resumed from its newest good one. Ends with an evaluation, samples and report.html.
+        resumed from its newest good one; --config and overrides need not be repeated then. Ends with an evaluation,
+        samples and report.html.
         For several processes on one machine: launch/local.py --processes=2 --devices=4 -- llmjax train ...""",
         "llmjax train --config=quickstart --workdir=runs/mine --config.train.steps=500",
     )

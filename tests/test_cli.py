@@ -1,6 +1,7 @@
 """The door teaches: an overview, help for each verb, and every config field with its meaning."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 import typing
@@ -89,3 +90,29 @@ def test_one_section(capsys):
     assert cli.run(["fields", "mesh"]) == 0
     printed = capsys.readouterr().out
     assert "--config.mesh.fsdp=1" in printed and "train.steps" not in printed
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "llmjax", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"llmjax {llmjax.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("llmjax ge", {"generate"}),
+        ("llmjax train --wor", {"--workdir"}),
+        ("llmjax train --config=qu", {"--config=quickstart"}),
+        ("llmjax eval --split=te", {"--split=test"}),
+        ("llmjax curate report --w", {"--workdir"}),
+        ("llmjax train --config.train.st", {"--config.train.steps", "--config.train.stop_at"}),
+        ("llmjax curate --config.curate.personal_data.a", {"--config.curate.personal_data.action"}),
+        ("llmjax inspect --config.tr", set()),
+    ],
+)
+def test_a_shell_is_told_what_may_follow(line, expected, tmp_path):
+    answer = tmp_path / "answer"
+    asked = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_STDOUT_FILENAME": str(answer), "_ARGCOMPLETE_IFS": "\n"}
+    asked |= {"COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9"}
+    subprocess.run([sys.executable, "-m", "llmjax"], env={**os.environ, **asked}, check=True, cwd=tmp_path)
+    assert {word.strip() for word in answer.read_text().split("\n") if word} == expected

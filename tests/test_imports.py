@@ -9,7 +9,9 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "llmjax"
 
 # The first prefix that matches names a module's floor.
 FLOORS = {
+    "llmjax.__main__": 9,
     "llmjax.cli": 8,
+    "llmjax.completion": 7,
     "llmjax.verbs": 7,
     "llmjax.curate_verb": 6,
     "llmjax.fields_verb": 6,

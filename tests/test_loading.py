@@ -4,9 +4,11 @@ import json
 import pathlib
 import shutil
 
+from etils import epath
 import pytest
 
-from llmjax import checkpoint
+from llmjax import checkpoint, loading
+from llmjax.config import UserError
 from tests import jobs
 
 
@@ -46,3 +48,25 @@ def test_a_run_from_before_an_axis_had_a_rule_is_used_and_resumed(trained, tmp_p
     resumed = jobs.command("train", old, corpus, train__steps=3, mesh__tensor=2)
     assert "resuming at step 2" in jobs.run(resumed, LLMJAX_CPU_DEVICES="2")
     assert "mlp" in dict(json.loads(path.read_text())["parallel"]["rules"]), "what is kept now is whole"
+
+
+@pytest.mark.slow
+def test_training_resumes_from_the_config_of_the_workdir(trained, tmp_path):
+    """Neither --config nor the overrides of the first start are repeated; new ones are applied, or refused."""
+    workdir = shutil.copytree(trained[1], tmp_path / "run")
+    command = [str(jobs.LLMJAX), "train", f"--workdir={workdir}"]
+    assert "nothing left to train" in jobs.run(command, LLMJAX_CPU_DEVICES="2")
+    resumed = jobs.run([*command, "--config.train.steps=4", "--config.train.stop_at=3"], LLMJAX_CPU_DEVICES="2")
+    assert "resuming at step 2" in resumed and f"config: {workdir / 'config.json'}" in resumed
+    assert "set --config.train.stop_at=0 to train to step 4" in jobs.run(command, LLMJAX_CPU_DEVICES="2")
+
+
+def test_what_was_accepted_once_is_not_accepted_again(tmp_path):
+    path = epath.Path(tmp_path)
+    kept = {"train": {"steps": 7}, "checkpoint": {"accept_changes": True, "every": 3}}
+    (tmp_path / "config.json").write_text(json.dumps(kept))
+    config = loading.resolve(None, path, [("train.log_every", "2")], lambda line: None)
+    assert (config.train.steps, config.train.log_every, config.checkpoint.every) == (7, 2, 3)
+    assert not config.checkpoint.accept_changes
+    with pytest.raises(UserError, match="--config is missing"):
+        loading.resolve(None, path / "empty", [])

@@ -309,5 +309,5 @@ def _moment(seconds: float) -> str:
 
 
 def _verb(verb: str, run: RunFiles) -> str:
-    config_file = "" if verb == "eval" else "--config=FILE "  # eval takes the config that training wrote
+    config_file = "" if verb == "eval" or run.config else "--config=NAME "  # else it is in config.json
     return f"llmjax {verb} {config_file}--workdir={run.workdir}"

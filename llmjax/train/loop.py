@@ -87,6 +87,8 @@ def train(config: RunConfig, workdir: epath.Path, say: Callable[[str], None]) ->
             status = run_steps(job, progress, stop)
         else:
             say(f"step {progress.step} of {stop} is done: nothing left to train")
+            if config.train.stop_at and stop < config.train.steps:
+                say(f"  train.stop_at={stop}: set --config.train.stop_at=0 to train to step {config.train.steps}")
         checkpoints.close()
         data.close()
 

@@ -1,0 +1,6 @@
+"""`python -m llmjax`."""
+
+from llmjax.cli import main
+
+if __name__ == "__main__":
+    main()
