@@ -112,6 +112,13 @@ def test_a_platform_that_is_not_there_is_told(platform):
     assert f"UserError: JAX_PLATFORMS='{platform}': this installation has no such devices" in done.stderr
 
 
+def test_fewer_threads_than_devices_are_refused():
+    code = "from llmjax.parallel import hosts; hosts.initialize(cpu_threads=2)"
+    environment = {**os.environ, "LLMJAX_CPU_DEVICES": "4", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
+    assert "UserError: parallel.cpu_threads=2: XLA takes a thread for each of the 4 CPU devices" in done.stderr
+
+
 def test_one_process_agrees_with_itself():
     hosts.initialize()
     assert hosts.exchange("name", "text") == ["text"]

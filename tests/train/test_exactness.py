@@ -95,13 +95,14 @@ def layouts(corpus, tmp_path_factory):
             out = tmp_path_factory.mktemp("layout")
             command = [sys.executable, "-m", "tests.train.layouts_worker", str(out), str(corpus), str(store)]
             flags = {"XLA_FLAGS": os.environ["XLA_FLAGS"], "PYTHONPATH": str(jobs.ROOT)}
-            jobs.run(jobs.launch(command, processes, devices), **flags)
+            jobs.run(jobs.launch(command, processes, devices), timeout=600, **flags)
             done[processes, devices] = out
         return done[processes, devices]
 
     return run
 
 
+@pytest.mark.timeout(1800)  # the first one starts three jobs
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_process_layouts_agree(layouts, name):
     """2 processes x 4 devices and 4 x 2: the same bits on every mesh. One process x 8: the same batches, losses within

@@ -47,11 +47,12 @@ def resumed(tmp_path_factory):
     checkpoints.save(1, states.parts(states.init_state(plan, MODEL, 0)), {**meta, "tokens": 5, "skipped": 0})
     checkpoints.close()
 
-    def run(model: dict | None = None, train: dict | None = None) -> list[str]:
+    def run(model: dict | None = None, train: dict | None = None, parallel: dict | None = None) -> list[str]:
         config = dataclasses.replace(
             saved,
             model=dataclasses.replace(saved.model, **model or {}),
             train=dataclasses.replace(saved.train, **train or {}),
+            parallel=dataclasses.replace(saved.parallel, **parallel or {}),
         )
         said: list[str] = []
         again = Checkpoints(folder)
@@ -84,4 +85,10 @@ def test_what_a_model_is_may_not_change(resumed):
 def test_what_training_lowers_is_said_when_it_changes(resumed):
     changed, line = resumed(train=dict(z_loss=1e-4, loss_chunk=32))
     assert changed.strip() == "changed since the checkpoint: train.z_loss: 0.0 -> 0.0001"
+    assert "resuming at step 1" in line
+
+
+def test_another_number_of_cpu_threads_is_said(resumed):
+    changed, line = resumed(parallel=dict(cpu_threads=4))
+    assert changed.strip() == "changed since the checkpoint: parallel.cpu_threads: 8 -> 4"
     assert "resuming at step 1" in line
