@@ -94,8 +94,8 @@ def layouts(corpus, tmp_path_factory):
         if (processes, devices) not in done:
             out = tmp_path_factory.mktemp("layout")
             command = [sys.executable, "-m", "tests.train.layouts_worker", str(out), str(corpus), str(store)]
-            flags = {"XLA_FLAGS": os.environ["XLA_FLAGS"], "PYTHONPATH": str(jobs.ROOT)}
-            jobs.run(jobs.launch(command, processes, devices), timeout=600, **flags)
+            flags, root = os.environ["XLA_FLAGS"], str(jobs.ROOT)
+            jobs.run(jobs.launch(command, processes, devices), timeout=600, XLA_FLAGS=flags, PYTHONPATH=root)
             done[processes, devices] = out
         return done[processes, devices]
 
