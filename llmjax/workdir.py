@@ -212,12 +212,13 @@ class Lock:
 
 def _is_lock(holder: dict[str, Any]) -> bool:
     """Whether a JSON object has a lock's fields, each of its type."""
-    texts = all(isinstance(holder.get(field, ""), str) for field in ("run", "host", "machine", "born"))
-    texts = texts and {"run", "host", "born"} <= holder.keys()
+    texts = (holder.get("run"), holder.get("host"), holder.get("born"), holder.get("machine", ""))
     pid, refreshed = holder.get("pid"), holder.get("refreshed")
-    return (
-        texts and type(pid) is int and 0 < pid < 1 << 31 and type(refreshed) in (int, float) and abs(refreshed) < 1e15
-    )
+    if not all(isinstance(text, str) for text in texts) or type(pid) is not int:
+        return False
+    if not isinstance(refreshed, int | float) or isinstance(refreshed, bool):
+        return False
+    return 0 < pid < 1 << 31 and abs(refreshed) < 1e15
 
 
 @contextlib.contextmanager
