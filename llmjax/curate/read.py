@@ -324,7 +324,7 @@ def _read_warc(item: Item, unit: Unit) -> Iterator[Record | Reject]:
             declared = encodings.declared_in_page(page.data)
         text, notes = encodings.decode(page.data, declared)
         meta = {field: value for field, value in (("url", page.url), ("date", page.date)) if value}
-        yield _document(where, text, page.kind, unit, meta, notes | ({CUT_OFF: 1} if page.cut else {}))
+        yield _document(where, text, page.kind, unit, meta, notes)
 
 
 _READERS: dict[str, Callable[[Item, Unit], Iterator[Record | Reject]]] = {

@@ -523,26 +523,6 @@ def test_a_broken_gzip_member_costs_one_warc_record(tmp_path):
     assert "unreadable" in [reason for _, reason in refused(found)]
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_truncated_warc_gives_the_part_of_its_last_page(tmp_path, packed):
-    members = [response(noise(3000, i).hex().encode(), f"http://{i}/") for i in range(3)]
-    data = b"".join(gzip.compress(member) if packed else member for member in members)
-    found = run(write(tmp_path / "a.warc", data[:-1000]))
-    kept = [record for record in found if isinstance(record, Record)]
-    assert [bool(r.notes) for r in kept] == [False, False, True]
-    assert len(kept[2].text) > 3000 and noise(3000, 2).hex().startswith(kept[2].text)
-    assert [reason for _, reason in refused(found)] == (["unreadable"] if packed else [])
-
-
-@pytest.mark.parametrize("end", [b"", b"\xff" * 20])
-def test_a_page_whose_packing_breaks_off_gives_what_precedes(tmp_path, end):
-    text = "<p>" + noise(3000).hex()
-    body = gzip.compress(text.encode())[:-1000] + end
-    record = response(body, head=b"Content-Encoding: gzip\r\nContent-Type: text/html")
-    (found,) = run(write(tmp_path / "a.warc", record))
-    assert found.notes == {"cut off": 1} and text.startswith(found.text[:3000]) and len(found.text) > 3000
-
-
 def test_no_damage_to_a_warc_raises(tmp_path):
     data = b"".join(response(noise(300, i).hex().encode(), f"http://{i}/") for i in range(8))
     packed = b"".join(gzip.compress(response(noise(300, i).hex().encode(), f"http://{i}/")) for i in range(8))
