@@ -36,7 +36,7 @@ def test_nothing_is_said_where_all_is_well():
     ("stage", "reason", "field"),
     [
         ("read", "no field 'text'", "curate.inputs.NAME"),
-        ("extract", "no main text", "curate.extract.method"),
+        ("extract", "no main text", "curate.inputs.NAME.content"),
         ("language", "language de", "curate.language.keep"),
         ("language", "language uncertain", "curate.language.min_confidence"),
         ("quality", "gopher_min_words", "curate.quality.gopher_min_words"),

@@ -184,12 +184,8 @@ def extraction_rows(bench: Bench) -> Iterator[Row]:
     if not bench.shared:
         return
     pages = read_jsonl(bench.shared / "web-articles" / "articles.jsonl.gz")
-    for method, peer, target in (("trafilatura", ".963", "0.95"), ("plain", "", "0.83")):
-        if extract.version(method) == "plain" != method:
-            yield Row("main text with trafilatura, word F1", "not installed", peer, target)
-            continue
-        each = [word_f1(extract.main_text(page["html"], page["url"], method).text, page["text"]) for page in pages]
-        yield Row(f"main text, {method}, word F1 of {len(pages)} pages", f"{sum(each) / len(each):.3f}", peer, target)
+    each = [word_f1(extract.main_text(page["html"], page["url"]).text, page["text"]) for page in pages]
+    yield Row(f"main text, word F1 of {len(pages)} pages", f"{sum(each) / len(each):.3f}", ".963", "0.95")
 
 
 def word_f1(text: str, true: str) -> float:

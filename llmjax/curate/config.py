@@ -32,7 +32,8 @@ class InputConfig:
                 empty: by the file's name, .gz and .zst aside
     text_field  the field or column that holds the text in JSONL, Parquet, CSV, TSV and TFDS records
     id_field    the field that holds a record's id; a record without one is named after its file and place
-    content     "text" or "html": what text_field holds
+    content     what text_field holds: "text", "html", or "auto": HTML where a text is a page or a part of one, such as
+                `<div class=a><p>...</div>`; code, XML, Markdown and prose in which tags occur stay as they are
     encoding    of text, CSV, TSV and JSONL files that are not UTF-8; empty: it is detected (in JSONL, refused)
     columns     names of the columns of CSV and TSV files that have no header line
     fields      other fields of a record that are carried through, beside its text; ("*",): all
@@ -46,7 +47,7 @@ class InputConfig:
     format: str = ""
     text_field: str = "text"
     id_field: str = "id"
-    content: str = "text"
+    content: str = "auto"
     encoding: str = ""
     columns: tuple[str, ...] = ()
     fields: tuple[str, ...] = ("*",)
@@ -54,17 +55,6 @@ class InputConfig:
     max_tokens: int = 0
     licence: str = ""
     origin: str = ""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExtractConfig:
-    """The main text of HTML pages.
-
-    method  "trafilatura" (needs `pip install llmjax[web]`), "plain" (needs nothing), or "auto": the first where it is
-            installed, else the second
-    """
-
-    method: str = "auto"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -212,7 +202,6 @@ class CurateConfig:
 
     inputs: Mapping[str, InputConfig] = dataclasses.field(default_factory=dict)
     stages: tuple[str, ...] = STAGES[:-1]
-    extract: ExtractConfig = ExtractConfig()
     normalise: NormaliseConfig = NormaliseConfig()
     language: LanguageConfig = LanguageConfig()
     quality: QualityConfig = QualityConfig()

@@ -24,7 +24,7 @@ import numpy as np
 import llmjax
 from llmjax.atomic import remove_partial, write_bytes
 from llmjax.config import UserError
-from llmjax.curate import card, decide, decontaminate, extract, language, measure, personal, read, write
+from llmjax.curate import card, decide, decontaminate, language, measure, personal, read, write
 from llmjax.curate.config import CurateConfig
 from llmjax.curate.measured import Measured
 from llmjax.curate.runners import Runner
@@ -46,7 +46,6 @@ def curate(config: CurateConfig, workdir: Path, runner: Runner, *, say: Say) -> 
         raise UserError("curate.inputs is empty: name one, such as --config.curate.inputs.web.path='crawl/*.warc.gz'")
     told = config_of(config)
     config = _located(config)
-    extract.check(config.extract)
     personal.check(config.personal_data)
     language.check(config.language)
     if "decontaminate" in config.stages:

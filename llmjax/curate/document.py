@@ -17,7 +17,7 @@ class Document:
     """One document between two stages.
 
     id, source  as the input names it, and which input that is
-    text        what the stages before made of it; of kind "html" where it is still a page
+    text        what the stages before made of it; of kind "html" or "auto" until pages are extracted
     meta        the record's other fields, carried through to the output
     scores      what stages measured: numbers, the columns that thresholds are applied to
     notes       what stages found that is no number, kept beside the text and shown on the card

@@ -1,207 +1,93 @@
-"""HTML read as blocks of text, in linear time whatever the page: a tag is taken as it comes, as browsers do."""
+"""Whether a text is HTML: a page, or a part of one, rather than prose, code or XML in which tags occur."""
 
-from collections.abc import Iterator
-import html
+from html import unescape
 import re
-from typing import NamedTuple
 
-HEADINGS = frozenset(["h1", "h2", "h3", "h4", "h5", "h6"])
-# Elements that begin and end a block of text.
-_BREAKING = """
-    address article aside blockquote body caption center dd details dialog dir div dl dt fieldset figcaption figure
-    footer form header hr html legend li main menu nav ol p pre section summary table tbody td tfoot th thead tr ul
+_SAMPLE = 1 << 17  # characters that decide
+_MAX_OUTSIDE = 0.25  # of the visible characters, beside the elements
+_MAX_UNKNOWN = 0.1  # of the tags
+_NAMES = """
+    a abbr acronym address applet area article aside audio b base basefont bdi bdo big blink blockquote body br button
+    canvas caption center cite code col colgroup data datalist dd del details dfn dialog dir div dl dt em embed fieldset
+    figcaption figure font footer form frame frameset h1 h2 h3 h4 h5 h6 head header hgroup hr html i iframe img input
+    ins kbd label legend li link main map mark marquee menu meta meter nav nobr noframes noscript object ol optgroup option
+    output p param picture pre progress q rp rt ruby s samp script search section select slot small source span strike
+    strong style sub summary sup table tbody td textarea tfoot th thead time title tr track tt u ul var video wbr
 """
-_BLOCK = HEADINGS | frozenset(_BREAKING.split())
-_EMPTY = "area base br col embed hr img input link meta param source track wbr"
-_VOID = frozenset(_EMPTY.split())
-_RAW = ("script", "style", "textarea", "noscript", "iframe", "title", "template", "svg", "math", "select", "object")
-_AROUND_TAGS = "nav footer aside form header button figcaption dialog menu label"
-_FURNITURE = frozenset(_AROUND_TAGS.split())
-# An element of the same kind, and these, end an open one that lacks its end tag.
-_ENDED_BY = {"p": _BLOCK, "li": {"li"}, "dt": {"dt", "dd"}, "dd": {"dt", "dd"}, "td": {"td", "th", "tr"}}
-_ENDED_BY |= {"th": {"td", "th", "tr"}, "tr": {"tr", "tbody"}, "option": {"option"}}
-# Names of classes and ids of what stands around the main text.
-_AROUND = re.compile(
-    r"comment|footer|foot-|sidebar|side-bar|\bnav|navbar|navigation|breadcrumb|\bmenu|\bshar(?:e|ing)|social|related"
-    r"|recommend|promo|newsletter|subscri|sign-?up|cookie|consent|banner|popup|modal|widget|advert|\bads?\b|\bad-|-ad\b"
-    r"|sponsor|outbrain|taboola|disqus|byline|author-|\btags?\b|\bmeta\b|toolbar|pagination|pager|caption|credit|login"
-    r"|more-|read-?next|trending|popular|disclaimer|copyright|skip-|screen-reader|visually-hidden|hidden|print-only",
-    re.I,
+_HTML = frozenset(_NAMES.split())
+_BLOCK_NAMES = """
+    address article aside blockquote body center dd div dl dt fieldset figure footer form h1 h2 h3 h4 h5 h6 header html
+    li main nav ol p pre section table tbody td th tr ul
+"""
+_VOID_NAMES = "area base basefont br col embed frame hr img input link meta param source track wbr"
+_UNCLOSED_NAMES = "html head body p li dt dd td th tr tbody thead tfoot option colgroup"  # may lack an end
+_BLOCKS, _VOID = frozenset(_BLOCK_NAMES.split()), frozenset(_VOID_NAMES.split())
+_UNCLOSED = frozenset(_UNCLOSED_NAMES.split())
+_TAG = re.compile(r"<(/?)([a-zA-Z][\w:.-]*)((?:\s[^<>]*)?)>")
+_PROLOG = re.compile(r"\ufeff?\s*(<\?xml\b[^<>]*>\s*)?((?:<!--(?s:.*?)-->\s*|<!doctype html\b[^<>]*>\s*)*)", re.I)
+# What a reader of the page does not see.
+_UNSEEN = re.compile(r"<!--.*?(?:-->|\Z)|<(script|style|svg)\b[^<>]*>.*?(?:</\1\s*>|\Z)|<![^<>]*>", re.I | re.S)
+# Templates of servers, and formulas, which extraction would lose.
+_TEMPLATE = re.compile(r"<\?(?:php|=)|<%|\{%|<math\b")
+# Components: JSX, Vue, Svelte, Angular.
+_COMPONENT = re.compile(
+    r"\{\{|<template\b"
+    r"|<[a-zA-Z][^<>]*\s(?:className=|[\w:@.-]+=\{|\{\.\.\.|v-[a-z]+[=:]|\*ng[A-Z]|@[a-z]+=|:[a-z-]+=)"
 )
-_WITHIN = re.compile(r"article|body|content|main|story|post\b|entry|page|text|column|hentry", re.I)
-_NAMED = re.compile(
-    r"""\b(class|id|role|itemprop|style|hidden|aria-hidden)\b(?:\s*=\s*("[^"]*"|'[^']*'|[^\s"'>]+))?""", re.I
-)
-_TAG = re.compile(r"</?([a-zA-Z][a-zA-Z0-9:-]{0,40})")
-_TAG_END = re.compile(r"""(?:[^"'>]++|"[^"]*+"|'[^']*+')*+>""")
-_TAG_BYTES = 1 << 12  # an end of a tag is sought with regard to quotes in so many characters
-_RAW_ENDS = {name: re.compile(rf"</{name}\b[^>]*>", re.I) for name in _RAW}
-_RUNNING = 80  # characters of a block of running text
-# The share of a page's running text that furniture holds at most, and that its comments do.
-_MOST, _MOST_COMMENTS = 0.4, 0.9
-_SPACES = re.compile(r"\s+")
+# What code and Markdown hold between tags, and what hardly begins or ends a page.
+_CODE = re.compile(r"""[{};=`\\]|\]\(|^\s{0,3}(?:\#{1,6}\s|[-*+]\s|>|\d+\.\s|import\b|from\b|def\b)""", re.M)
 
 
-class Block(NamedTuple):
-    """A stretch of text between two tags that break lines.
+def html_of(text: str) -> str | None:
+    """The HTML that a text holds, None where it holds another text.
 
-    tag        the innermost element that breaks lines
-    linked     characters of it that are within links
-    furniture  whether it stands in an element such as nav, or in one whose class or id says so
+    HTML is a text whose tags are HTML's, with blocks that are closed, and nearly all of it within them. A text that is
+    escaped as a whole, `&lt;p&gt;` for `<p>`, is unescaped. Time is linear in the text.
     """
-
-    text: str
-    tag: str
-    linked: int
-    furniture: bool
+    if "<" not in text and text.lstrip()[:4] == "&lt;":
+        text = unescape(text)
+    return text if "<" in text and _is_html(text[:_SAMPLE]) else None
 
 
-def blocks(page: str) -> list[Block]:
-    """The blocks of a page, in order."""
-    found: list[Block] = []
-    roots: list[tuple[int, ...]] = []  # of each block: the pieces of furniture that it stands in, by number
-    comments: set[int] = set()
-    open_tags: list[str] = []
-    around: list[tuple[int, ...]] = []  # of each open tag, likewise
-    number = 0
-    parts: list[str] = []
-    linked, links = 0, 0
-
-    def flush() -> None:
-        nonlocal linked
-        if not parts:
-            return
-        text = html.unescape("".join(parts))
-        tag = next((tag for tag in reversed(open_tags) if tag in _BLOCK), "body")
-        text = text.strip("\n").rstrip() if tag == "pre" else _SPACES.sub(" ", text).strip()
-        if text:
-            found.append(Block(text, tag, min(linked, len(text)), False))
-            roots.append(around[-1] if around else ())
-        parts.clear()
-        linked = 0
-
-    def close(index: int) -> None:
-        nonlocal links
-        links -= open_tags[index:].count("a")
-        del open_tags[index:], around[index:]
-
-    for text, name, ending, attributes in _tokens(page):
-        if text:
-            parts.append(text)
-            linked += len(text) if links else 0
-        if not name:
+def _is_html(text: str) -> bool:
+    prolog = _PROLOG.match(text)
+    begin = prolog.end() if prolog else 0
+    root = _TAG.match(text, begin)
+    if prolog and prolog[1] and not (root and root[2].lower() == "html"):
+        return False  # XML of another kind
+    first = root or _TAG.search(text, begin)
+    if not first or first[2].lower() not in _HTML:
+        return False
+    seen = _UNSEEN.sub(" ", text[begin:])
+    if _TEMPLATE.search(seen):
+        return False
+    if first[2].lower() == "html" and root:
+        return True
+    if _COMPONENT.search(seen):
+        return False
+    outside, visible, depth, last = [], 0, 0, 0
+    tags = unknown = opened = closed = blocks = 0
+    for tag in _TAG.finditer(seen):
+        gap, last = seen[last : tag.start()].strip(), tag.end()
+        visible += len(gap)
+        if depth == 0 and gap:
+            outside.append(gap)
+        name, is_end = tag[2].lower(), bool(tag[1])
+        tags += 1
+        unknown += name not in _HTML and "-" not in name  # a name with a hyphen is a custom element
+        if name in _VOID or tag[3].endswith("/"):
             continue
-        breaks = name in _BLOCK
-        if breaks or name == "br":
-            if name == "br" and "pre" not in open_tags[-3:]:
-                parts.append(" ")
-                continue
-            if name == "br":
-                parts.append("\n")
-                continue
-            flush()
-        if ending:
-            if name in open_tags[-64:]:
-                close(len(open_tags) - 1 - open_tags[::-1].index(name))
-            continue
-        if name in _VOID or (attributes.endswith("/") and not breaks):
-            continue
-        for index in range(len(open_tags) - 1, max(len(open_tags) - 8, -1), -1):
-            if name in _ENDED_BY.get(open_tags[index], ()):
-                close(index)
-                break
-            if open_tags[index] in _BLOCK:
-                break
-        if len(open_tags) < 2000:
-            open_tags.append(name)
-            within = around[-1] if around else ()
-            if kind := _furniture(name, attributes):
-                number += 1
-                within = (*within[-30:], number)
-                if kind == "comments":
-                    comments.add(number)
-            around.append(within)
-            links += name == "a"
-    flush()
-    true = _true_furniture(found, roots, comments)
-    return [
-        block._replace(furniture=not true.isdisjoint(within)) if within else block
-        for block, within in zip(found, roots, strict=True)
-    ]
-
-
-def _true_furniture(found: list[Block], roots: list[tuple[int, ...]], comments: set[int]) -> set[int]:
-    """The pieces of furniture that hold little of the page's running text: what holds much of it is misnamed."""
-    total, held = 0, dict.fromkeys((root for within in roots for root in within), 0)
-    for block, within in zip(found, roots, strict=True):
-        if len(block.text) >= _RUNNING and block.linked * 2 <= len(block.text):
-            total += len(block.text)
-            for root in within:
-                held[root] += len(block.text)
-    return {root for root, size in held.items() if size <= (_MOST_COMMENTS if root in comments else _MOST) * total}
-
-
-def _furniture(name: str, attributes: str) -> str:
-    """ "comments", "furniture", or "" for what may hold the main text."""
-    if name in _FURNITURE:
-        return "furniture"
-    if name in ("body", "html", "main", "article") or not attributes:
-        return ""
-    names = []
-    for found in _NAMED.finditer(attributes[:_TAG_BYTES]):
-        key, value = found[1].lower(), (found[2] or "").strip("\"'")
-        if key in ("hidden", "aria-hidden"):
-            if value.lower() in ("", "true", "hidden"):
-                return "furniture"
-        elif key == "style":
-            if "display:none" in value.replace(" ", "").lower():
-                return "furniture"
-        else:
-            names.append(value)
-    said = " ".join(names)
-    if not _AROUND.search(said) or _WITHIN.search(said):
-        return ""
-    return "comments" if "comment" in said.lower() else "furniture"
-
-
-def _tokens(page: str) -> Iterator[tuple[str, str, bool, str]]:
-    """(text before a tag, tag name or "", whether it is an end tag, its attributes); scripts and comments left out."""
-    at, text_from = 0, 0
-    endless: set[str] = set()  # raw elements that nothing ends from here on
-    while (begin := page.find("<", at)) >= 0:
-        if page.startswith("<!--", begin):
-            yield page[text_from:begin], "", False, ""
-            end = page.find("-->", begin + 4)
-            if end < 0:
-                return
-            at = text_from = end + 3
-            continue
-        tag = _TAG.match(page, begin)
-        if not tag:
-            if page.startswith(("<!", "<?", "</"), begin):
-                yield page[text_from:begin], "", False, ""
-                end = page.find(">", begin)
-                if end < 0:
-                    return
-                at = text_from = end + 1
-            else:
-                at = begin + 1  # a bare <
-            continue
-        end = _TAG_END.match(page, tag.end(), tag.end() + _TAG_BYTES)
-        stop = end.end() if end else page.find(">", tag.end()) + 1
-        if not stop:
-            yield page[text_from:begin], "", False, ""
-            return
-        name, ending = tag[1].lower(), page[begin + 1] == "/"
-        if name in _RAW_ENDS and not ending:
-            yield page[text_from:begin], "", False, ""
-            close = None if name in endless else _RAW_ENDS[name].search(page, stop)
-            if close is None:
-                endless.add(name)
-            if close is None and name in ("script", "style", "textarea", "title"):
-                return
-            at = text_from = close.end() if close else stop
-            continue
-        yield page[text_from:begin], name, ending, page[tag.end() : stop - 1]
-        at = text_from = stop
-    yield page[text_from:], "", False, ""
+        depth = max(depth - 1, 0) if is_end else depth + 1
+        blocks += is_end and name in _BLOCKS
+        if name not in _UNCLOSED:
+            opened, closed = opened + (not is_end), closed + is_end
+    rest = seen[last:].strip()
+    outside += [rest] if rest and depth == 0 else []
+    around = "\n".join(outside)
+    return (
+        blocks > 0
+        and unknown <= _MAX_UNKNOWN * tags
+        and 2 * closed >= opened
+        and len(around) <= _MAX_OUTSIDE * (visible + len(rest))
+        and not _CODE.search(around)
+    )

@@ -24,7 +24,7 @@ import zstandard
 
 from llmjax.data import minhash
 
-VERSION = 2  # of these files, and of what the stages measure: another one, and all is measured again
+VERSION = 3  # of these files, and of what the stages measure: another one, and all is measured again
 EARLY = -1  # column "early" of a document that was not dropped while it was measured
 _CODE = 8  # bytes of a language's code
 _LEVEL = 3  # of Zstandard: more saves a tenth of the space for three times the work

@@ -37,6 +37,8 @@ def find(text: str, kinds: Iterable[str] = KINDS) -> list[Span]:
     found: list[Span] = []
     if "secret" in wanted:
         found += _secrets(text)
+    if not text.isascii():
+        text = _folded(text)
     if "@" in text and wanted & {"email", "secret"}:
         found += (span for span in _at_signs(text) if span.kind in wanted)
     if "iban" in wanted:
@@ -87,6 +89,20 @@ def check(config: PersonalConfig, where: str = "curate.personal_data") -> None:
         raise UserError(f"{where}.action={config.action!r}: expected one of {', '.join(ACTIONS)}")
 
 
+# Characters that stand for ASCII ones in addresses and numbers, each for one.
+_WIDE = {chr(code + 0xFEE0): chr(code) for code in (*range(0x30, 0x3B), *range(0x40, 0x5B), *range(0x61, 0x7B))}
+_WIDE |= dict(zip("\uff0b\uff08\uff09\uff0d\uff0e\uff0f\uff3f\uff61\ufe6b", "+()-./_\u3002@", strict=True))
+_WIDE |= dict.fromkeys("\u00a0\u2002\u2003\u2005\u2007\u2008\u2009\u200a\u202f\u3000", " ")
+_WIDE |= {chr(zero + digit): str(digit) for zero in (0x660, 0x6F0, 0x966) for digit in range(10)}
+_DASHES = "\u2010-\u2015\u2212\ufe58\ufe63\uff0d"
+_TO_FOLD = re.compile(f"[{''.join(_WIDE)}]|(?<=[0-9)\uff10-\uff19 ])[{_DASHES}](?=[0-9(\uff10-\uff19 ])")
+
+
+def _folded(text: str) -> str:
+    """The text with full-width letters and digits, other digits, dashes and spaces as in ASCII; no place changes."""
+    return _TO_FOLD.sub(lambda match: _WIDE.get(match[0], "-"), text)
+
+
 def _apart(found: list[Span]) -> list[Span]:
     """Findings without overlaps, in order."""
     found.sort(key=lambda span: (span.begin, span.end))
@@ -105,10 +121,28 @@ def _apart(found: list[Span]) -> list[Span]:
 
 # E-mail addresses, and passwords in addresses of the web.
 
-_LOCAL = re.compile(r"(?<![A-Za-z0-9._%+'-])[A-Za-z0-9_%+'-](?:[A-Za-z0-9._%+'-]{0,62}[A-Za-z0-9_%+-])?\Z")
-_DOMAIN = re.compile(
-    r"@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}([A-Za-z]{2,24}|xn--[a-z0-9-]{2,59})(?![A-Za-z0-9-])"
+# Letters of scripts that put no spaces between words, and all others with their marks. Without spaces, an address and
+# the words beside it are told apart by their scripts.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1100-\u11ff"
+_UNSPACED += "\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
+_UNSPACED += "\U00020000-\U0003ffff"
+_MARKS = "\u0300-\u036f\u0483-\u0487\u0591-\u05c7\u064b-\u065f\u0670\u0900-\u0963\u0966-\u0dff\u200c\u200d"
+_WORD = rf"\w{_MARKS}\u0e00-\u0e4e"
+_SPACED = rf"(?:(?![{_UNSPACED}])[{_WORD}.%+&'\u2019-])"
+_LOCAL = re.compile(rf"(?<![{_WORD}.%+&'\u2019-])[{_WORD}.%+&'\u2019-]{{1,64}}\Z")
+_LOCAL_SPACED = re.compile(rf"{_SPACED}*[A-Za-z0-9]{_SPACED}*\Z")
+_LABEL = rf"[{_WORD}](?:[{_WORD}-]{{0,61}}[{_WORD}])?"
+# Top-level domains in scripts without spaces, where a word may follow at once.
+_UNSPACED_TLD = "\u516c\u53f8|\u4e2d\u56fd|\u4e2d\u570b|\u7f51\u7edc|\u7f51\u5740|\u7f51\u7ad9"
+_UNSPACED_TLD += "|\u5728\u7ebf|\u9999\u6e2f|\u53f0\u6e7e|\u53f0\u7063|\ud55c\uad6d|\ub2f7\ucef4|\u307f\u3093\u306a"
+_TLD = (
+    r"xn--[A-Za-z0-9-]{2,59}|[A-Za-z\u00c0-\u024f]{2,24}(?![A-Za-z0-9_\u00c0-\u024f])"
+    rf"|{_UNSPACED_TLD}|[{_UNSPACED}]{{1,24}}|(?:(?![A-Za-z0-9_\u00c0-\u024f{_UNSPACED}])[{_WORD}]){{2,24}}"
 )
+_DOMAIN = re.compile(
+    rf"@(?:(?:{_LABEL}\.){{1,8}}({_TLD})|(?:{_LABEL}\u3002){{1,8}}([A-Za-z]{{2,24}}(?![A-Za-z0-9])|{_UNSPACED_TLD}))"
+)
+_GLUED = re.compile(r"(?:\.[A-Za-z0-9-]*[A-Za-z][0-9]+)(?![\w.])", re.ASCII)
 _IN_URL = re.compile(r"://[^\s/:@]{0,64}:([^\s/:@]{1,128})\Z")
 # Ends of file names such as icon@2x.png, and of decorators in code.
 _FILES = "png jpg jpeg gif svg webp ico css js jsx ts tsx py rb html htm json xml md txt"
@@ -121,13 +155,26 @@ def _at_signs(text: str) -> Iterator[Span]:
         if password := _IN_URL.search(text, max(at - 200, 0), at):
             if not _NO_SECRET.search(password[1]):
                 yield Span("secret", password.start(1), at)
-        elif domain := _DOMAIN.match(text, at):
-            local = _LOCAL.search(text, max(at - 65, 0), at)
-            if local and domain[1].lower() not in _NO_DOMAIN and local[0] != "git" and ".." not in local[0]:
-                begin = local.start() + (local[0][0] == "'")
-                if begin < at:
-                    yield Span("email", begin, domain.end())
+        elif (domain := _DOMAIN.match(text, at)) and (local := _LOCAL.search(text, max(at - 65, 0), at)):
+            begin, end = _local_begin(local, domain[0].isascii()), domain.end()
+            # Half an address left is worse than a letter too many: what continues the domain is hidden too.
+            if rest := _GLUED.match(text, end):
+                end = rest.end()
+            if begin < at and (domain[1] or domain[2]).lower() not in _NO_DOMAIN and text[begin:at] != "git":
+                yield Span("email", begin, end)
         at = text.find("@", at + 1)
+
+
+def _local_begin(local: re.Match, is_ascii_domain: bool) -> int:
+    """Where the part before the @ begins: behind quotes, dots of an ellipsis, and words of a script without spaces."""
+    begin, end = local.span()
+    if is_ascii_domain and (spaced := _LOCAL_SPACED.search(local.string, begin, end)):
+        begin = spaced.start()
+    if (dots := local.string.rfind("...", begin, end)) >= 0:
+        begin = dots + 3
+    while begin < end and local.string[begin] in ".'\u2019&":
+        begin += 1
+    return begin
 
 
 # IBAN: ISO 13616; length by country from the SWIFT registry; check digits by ISO 7064, mod 97.
@@ -164,7 +211,7 @@ def _mod_97(iban: str) -> int:
 
 # Numbers: a run of digits and what may stand between them is looked at once, for every kind.
 
-_RUN = re.compile(r"[0-9][0-9 .()/\-\u00a0\u2011]{5,}[0-9]")
+_RUN = re.compile(r"[0-9][0-9 .()/-]{5,}[0-9]")
 _IPV4 = re.compile(r"(?<![\w.])([0-9]{1,3})\.([0-9]{1,3})\.([0-9]{1,3})\.([0-9]{1,3})(?![\w]|\.[0-9])", re.ASCII)
 _SSN = re.compile(r"(?<![\w-])(?!000|666|9)[0-9]{3}([- ])(?!00)[0-9]{2}\1(?!0000)[0-9]{4}(?![\w]|-[0-9])", re.ASCII)
 _CARD = re.compile(
@@ -190,7 +237,7 @@ _NETWORKS = {
 }
 _PHONE = re.compile(
     r"""(?<![\w.,/$€£+=-])(?:
-        \+[1-9][0-9]{0,2}[ .-]?(?:\(0?[0-9]{0,4}\)[ .-]?)?[0-9]{1,5}(?:[ .-]?[0-9]{2,5}){1,4}      # international
+        \+[1-9][0-9]{0,2}[ ./-]?(?:\(0?[0-9]{0,4}\)[ ./-]?)?[0-9]{1,5}(?:(?:[ ]?[./-][ ]?|[ ])?[0-9]{2,5}){1,4}
       | (?:(?:\+?1|001)[ .-]?)?(?:\([2-9][0-9]{2}\)[ ]?|[2-9][0-9]{2}[ .-])[2-9][0-9]{2}[.-][0-9]{4}  # North America
       | \(0[0-9]{1,4}\)[ .-]?[0-9]{3,4}[ .-]?[0-9]{3,4}                                       # with an area code
       | 0[1-9][0-9]{0,3}(?:[ ][0-9]{2,4}){2,4} | 0[1-9](?:[.-][0-9]{2}){4}                         # national, trunk 0
@@ -199,12 +246,15 @@ _PHONE = re.compile(
 )
 # Any other way to write 7 to 12 digits counts where the words beside it speak of telephones.
 _LOOSE = re.compile(
-    r"(?<![\w.,/$+=-])(?:\([0-9]{2,5}\)[ .-]?)?[0-9]{2,}(?:[ .-][0-9]{2,})*(?:[ ]?x[0-9]{1,5})?(?!\w|[.,/-][0-9])",
+    r"(?<![\w.,/$+=-])(?:\([0-9]{2,5}\)[ ./-]{0,3}|[78][ -])?"
+    r"[0-9]{2,}(?:(?: ?[./-] ?| )[0-9]{2,})*(?:[ ]?x[0-9]{1,5})?(?!\w|[.,/-][0-9])",
     re.ASCII,
 )
 _BEFORE = re.compile(
-    r"\b(?:(?:tele)?phone|tel|mobile|cell(?:ular)?|fax|call(?:ed|ing)?|desk|office|dial|whatsapp|hotline|sms|ring|reach"
-    r"|contact|answering|messages|telefono?|téléphone|móvil|handy)\b[^0-9\n]{0,24}\n?[^0-9\n]{0,4}\Z",
+    r"(?:\b(?:(?:tele)?phone|tel|mobile|cell(?:ular)?|fax|call(?:ed|ing)?|desk|office|dial|whatsapp|hotline|sms|ring|reach"
+    r"|contact|answering|messages|telefono?|téléphone|tél|móvil|handy|mobil|portable|appele[rz]|celular|telefone|telefoon"
+    r"|rufnummer|erreichen|cellulare|teléfono|тел|телефон|моб|факс|звоните|τηλ|τηλέφωνο|κινητό|טלפון|נייד|هاتف|جوال|تلفن"
+    r"|फ़ोन|फोन)\b|电话|電話|手机|手機|热线|熱線|传真|傳真|携帯|联系方式|전화|휴대폰|연락처|โทร)[^0-9\n]{0,24}\n?[^0-9\n]{0,4}\Z",
     re.I,
 )
 _AFTER = re.compile(r"[\s,-]{0,3}[(]?(?:office|fax|mobile|cell|home|work)\b", re.I)

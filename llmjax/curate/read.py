@@ -30,7 +30,7 @@ class Record(NamedTuple):
 
     id     the input's own, else INPUT:FILE with the place in the file; not trusted to be unique
     text   the text, or the whole page; it can be encoded as UTF-8
-    kind   "text" or "html"
+    kind   "text", "html", or "auto" where the input does not say which
     meta   the record's other fields, fit for JSON; `url` and `date` of a captured page
     notes  what was mended in reading, by name: count
     """

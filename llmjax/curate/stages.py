@@ -13,7 +13,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmjax.config import UserError
-from llmjax.curate import classifier, decontaminate, extract, language, normalise, personal, quality, streams, terms
+from llmjax.curate import (
+    classifier,
+    decontaminate,
+    extract,
+    language,
+    markup,
+    normalise,
+    personal,
+    quality,
+    streams,
+    terms,
+)
 from llmjax.curate.config import CurateConfig
 from llmjax.curate.document import Document, content_hash
 from llmjax.curate.units import kind_of
@@ -34,14 +45,18 @@ def _nothing(document: Document, config: CurateConfig) -> Document:
 
 
 def _extract(document: Document, config: CurateConfig) -> Document | str:
-    if document.kind != "html":
+    page, scores = document.text, {}
+    if document.kind == "text":
         return document
-    found = extract.main_text(document.text, str(document.meta.get("url", "")), config.extract.method)
+    if document.kind == "auto":
+        page, scores = markup.html_of(document.text), {"mended.text extracted from HTML in a field": 1}
+        if page is None:
+            return dataclasses.replace(document, kind="text")
+    found = extract.main_text(page, str(document.meta.get("url", "")))
     if not found.text.strip():
         return "no main text"
     meta = document.meta if "title" in document.meta or not found.title else {**document.meta, "title": found.title}
-    made = dataclasses.replace(document, kind="text", meta=meta).with_text(found.text)
-    return made.with_scores({}, extracted=found.method)
+    return dataclasses.replace(document, kind="text", meta=meta).with_text(found.text, **scores)
 
 
 def _normalise(document: Document, config: CurateConfig) -> Document | str:
@@ -154,7 +169,7 @@ def _judged(config: CurateConfig) -> list[Any]:
 # In the order in which they run unless curate.stages says otherwise.
 STAGES: dict[str, Stage] = {
     "read": Stage(_nothing, lambda c: _version("charset-normalizer")),
-    "extract": Stage(_extract, lambda c: extract.version(c.extract.method)),
+    "extract": Stage(_extract, lambda c: extract.version()),
     "normalise": Stage(_normalise, lambda c: (repr(c.normalise), _version("ftfy"))),
     "language": Stage(_language, lambda c: (c.language.characters, c.language.places, _version("py3langid"))),
     "quality": Stage(_quality, _judged),

@@ -99,7 +99,7 @@ def kind_of(path: str) -> str:
 def _check(config: InputConfig, where: str) -> None:
     for field, value, known in (
         ("format", config.format, ("", *FORMATS)),
-        ("content", config.content, ("text", "html")),
+        ("content", config.content, ("auto", "text", "html")),
     ):
         if value not in known:
             raise UserError(

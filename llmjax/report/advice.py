@@ -15,7 +15,7 @@ _FIELDS = {
     "near duplicate": "duplicates.similarity",
     "language uncertain": "language.min_confidence",
     "no line left": "quality.c4_policy",
-    "no main text": "extract.method",
+    "no main text": "inputs.NAME.content",
 }
 
 

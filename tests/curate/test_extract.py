@@ -1,20 +1,21 @@
-"""Extraction: the main text of a page without what stands around it, by either method, in linear time."""
+"""Extraction: the main text of a page without what stands around it, and which texts are HTML at all."""
 
 from collections import Counter
 import gzip
 import json
 import re
-import subprocess
-import sys
+import sysconfig
 import time
 
 import pytest
 
-from llmjax.config import UserError
-from llmjax.curate import extract, markup
-from llmjax.curate.config import ExtractConfig, InputConfig
+from llmjax.curate import extract
+from llmjax.curate.config import CurateConfig, InputConfig
+from llmjax.curate.document import Document
 from llmjax.curate.extract import main_text
+from llmjax.curate.markup import html_of
 from llmjax.curate.read import Record, list_units, read
+from llmjax.curate.stages import STAGES
 
 STORY = [
     "The river had risen overnight, and by morning the lower meadow was a lake that reached the first fence.",
@@ -48,9 +49,6 @@ AROUND = (
     "nobody",
 )
 
-needs_trafilatura = pytest.mark.skipif(not extract._installed(), reason="trafilatura is not installed (llmjax[web])")
-METHODS = [pytest.param("trafilatura", marks=needs_trafilatura), "plain"]
-
 
 def word_f1(text, true):
     """F1 of the two bags of words."""
@@ -58,149 +56,117 @@ def word_f1(text, true):
     return 2 * (ours & theirs).total() / (ours.total() + theirs.total())
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_story_is_kept_and_what_is_around_it_left(method):
-    found = main_text(PAGE.format(story=PARAGRAPHS), "http://news.org/flood", method)
-    assert found.method == method and found.title == "The flood & after | News"
+def test_the_story_is_kept_and_what_is_around_it_left():
+    found = main_text(PAGE.format(story=PARAGRAPHS), "http://news.org/flood")
+    assert found.title == "The flood & after | News"
     for line in STORY:
         assert line in found.text
     assert not [word for word in AROUND if word in found.text]
-    assert found == main_text(PAGE.format(story=PARAGRAPHS), "http://news.org/flood", method)
+    assert found == main_text(PAGE.format(story=PARAGRAPHS), "http://news.org/flood")
 
 
-@pytest.mark.parametrize(
-    "story",
-    [
-        "<p>" + "<p>".join(STORY),  # no end tags
-        "<P CLASS='x>y'>" + "</P><P>".join(STORY),
-        "<div class=sidebar-wrap><form>" + PARAGRAPHS + "</form></div>",  # misnamed by its author
-        "<ul><li>" + "<li>".join(STORY) + "</ul>",
-        "<br><br>".join(STORY),
-        "<table><tr><td>" + "<tr><td>".join(STORY) + "</table>",
-        "<article><section>" + PARAGRAPHS + "</article></section></b></i>",
-        PARAGRAPHS.replace("the", "<b>the</b>").replace("and", "<a href='#'>and</a>"),
-    ],
-)
-def test_plain_takes_markup_as_it_comes(story):
-    text = " ".join(main_text(PAGE.format(story=story), method="plain").text.split())
-    assert word_f1(text, " ".join(STORY)) > 0.94
-    assert not [word for word in AROUND if word in text]
+@pytest.mark.parametrize("page", ["", "<html>", "<script>x</script>", "\0", "<p></p>"])
+def test_a_page_without_text_gives_none(page):
+    assert main_text(page).text == ""
 
 
-def test_plain_reads_languages_without_spaces():
-    lines = [
-        "川は夜のうちに増水し、朝には低い牧草地が最初の柵まで届く湖になっていた。",
-        "村の誰もこのような春を覚えていなかった。",
-    ] * 3
-    story = "".join(f"<p>{line}</p>" for line in lines)
-    assert main_text(f"<nav>家</nav><div>{story}</div>", method="plain").text == "\n".join(lines)
-
-
-def test_lines_of_code_stay_lines():
-    code = "def flood(meadow):\n    while meadow.is_dry:\n        meadow.fill(1 &lt; 2)  # until it is at the fence"
-    text = main_text(f"<p>{STORY[0]}</p><pre>{code}</pre><p>{STORY[1]}</p>", method="plain").text
-    assert code.replace("&lt;", "<") in text
-
-
-def test_a_page_without_text_gives_none():
-    for page in ("", "<html>", "<script>x</script>", "\0", "<nav>a</nav>", "<p></p>"):
-        assert main_text(page, method="plain").text == ""
-        assert main_text(page).method == "plain"
-
-
-def test_auto_takes_what_is_installed_and_a_demand_is_honoured_or_refused(monkeypatch):
-    page = PAGE.format(story=PARAGRAPHS)
-    assert main_text(page).method == ("trafilatura" if extract._installed() else "plain")
-    monkeypatch.setattr(extract, "_installed", lambda: False)
-    assert main_text(page).method == "plain"
-    with pytest.raises(UserError, match=r"method='trafilatura': it is not installed; run `pip install llmjax\[web\]`"):
-        main_text(page, method="trafilatura")
-    extract.check(ExtractConfig())
-    with pytest.raises(UserError, match=r"method='plane'.*did you mean 'plain'"):
-        extract.check(ExtractConfig(method="plane"))
-
-
-@needs_trafilatura
-def test_a_failure_of_trafilatura_costs_no_page(monkeypatch):
+def test_a_failure_of_the_parser_costs_one_page(monkeypatch):
     import trafilatura
 
     def fail(*args, **options):
         raise ValueError("broken page")
 
     monkeypatch.setattr(trafilatura, "extract", fail)
-    found = main_text(PAGE.format(story=PARAGRAPHS))
-    assert found.method == "plain" and STORY[0] in found.text
+    assert main_text("<p>x</p>").text == ""
 
 
-def test_plain_imports_no_package():
-    code = "import sys; from llmjax.curate import extract; extract.main_text('<p>x', method='plain')"
-    check = f"{code}; print([m for m in ('lxml', 'trafilatura', 'bs4', 'jax') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout == "[]\n"
+@pytest.mark.parametrize("piece", ["<div>", "<!--", "<", "<a b='", "<script>", "<p>", "<svg>", "<b ", "</p>", "&lt;p"])
+def test_whether_a_text_is_html_takes_linear_time(piece):
+    began = time.process_time()
+    html_of("<p>" + piece * ((1 << 20) // len(piece)))
+    assert time.process_time() - began < 5
 
 
-@pytest.mark.parametrize(
-    "piece",
-    [
-        "<div>",
-        "<!--",
-        "<",
-        "<a ",
-        "<a b='",
-        '<p class="',
-        "</",
-        "<!",
-        "<script>",
-        "<p>",
-        "</div>",
-        "<li><a>x",
-        "&lt",
-        "<svg>",
-    ],
-)
-def test_no_page_takes_quadratic_time(piece):
-    """Eight times the length takes far less than 64 times the time."""
-    seconds = []
-    for size in (1 << 15, 1 << 18):
-        page = "<p>" + piece * (size // len(piece))
-        began = time.process_time()
-        main_text(page, method="plain")
-        seconds.append(time.process_time() - began)
-    assert seconds[1] < 25 * max(seconds[0], 0.01), seconds
+HTML = [
+    '<div class="post"><script>var a = 1; document.write("x")</script><p>The river had risen.</p></div>',
+    "<p>One short sentence.</p>",
+    "<P>ONE</P>\n<P>TWO</P>",
+    "Breaking news\n<div class=a><p>The river had risen overnight, and the meadow was a lake.</p></div>",
+    "<ul><li>one<li>two</ul><my-widget></my-widget><style>p { color: red }</style>",
+    "<!DOCTYPE html><html><body>{{ text }}</body></html>",
+    '<?xml version="1.0"?><html><body><p>x</p></body></html>',
+    "&lt;p&gt;One &amp;amp; two.&lt;/p&gt;",
+    "<!-- made by hand --><table><tr><td>one</td></tr></table>",
+]
+TEXT = [
+    "plain words, 1 < 2 and 3 > 2, a<b and c>d",
+    "# Title\n\nSome *words* with <b>bold</b>, H<sub>2</sub>O<br>and a\n\n- list\n- of two\n",
+    '<p align="center"><img src="a.png"></p>\n\n# Project\n\nRead [this](a.md) and run `make`. It is short.',
+    "<div> is a block; use <p> for paragraphs, and end each <div> by its end tag.",
+    "function App() { return (<div className='x'><p>Hi</p></div>); }",
+    "<div className={styles.a}><p>Hi {name}</p></div>",
+    '<template><div><p v-if="x">Hi</p></div></template><script>export default {}</script>',
+    "{% extends 'a.html' %}<div><p>Hi</p></div>",
+    "<?php echo 1; ?><div><p>Hi</p></div>",
+    'page = """<div><p>Hello</p></div>"""',
+    "```html\n<div><p>Hi</p></div>\n```",
+    "#include <map>\n#include <b>\nstd::map<a, b> x; vector<p> y;",
+    '<?xml version="1.0"?><rss><channel><title>a</title><item><title>b</title></item></channel></rss>',
+    "<TEI><teiHeader><title>a</title></teiHeader><text><body><p>b</p></body></text></TEI>",
+    "<p>Let <math><mi>x</mi><mo>=</mo><mn>2</mn></math> be even.</p>",
+    "<svg><title>a</title><path d='M0 0'/></svg>",
+    "<s>[INST] Hello [/INST] Hi </s>",
+    "<alice> hi\n<bob> hello\n<alice> how are you?",
+    "I loved it.<br /><br />It was <i>good</i>.",
+    "On Monday <jane@example.org> wrote:\n> see <https://example.org/>",
+]
 
 
-def test_blocks_tell_links_and_furniture():
-    page = '<nav>a</nav><p>one <a href="/">two</a> three<p>four<div class="ad-box">five</div><h2>six</h2>'
-    long = f"<p>{STORY[0]}</p>"
-    found = [(block.text, block.tag, block.linked, block.furniture) for block in markup.blocks(page + long)]
-    assert found[:5] == [
-        ("a", "nav", 0, True),
-        ("one two three", "p", 3, False),
-        ("four", "p", 0, False),
-        ("five", "div", 0, True),
-        ("six", "h2", 0, False),
-    ]
+@pytest.mark.parametrize("text", HTML)
+def test_html_is_told(text):
+    assert html_of(text) is not None
 
 
-def test_a_published_example(shared_data):
-    folder = shared_data / "cleaning-fixtures"
-    text = main_text((folder / "moby.html").read_text(), method="plain").text
-    assert word_f1(text, (folder / "moby_extracted.txt").read_text()) > 0.95
+@pytest.mark.parametrize("text", TEXT)
+def test_what_only_holds_tags_is_no_html(text):
+    assert html_of(text) is None
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_captured_pages_give_their_text(shared_data, method):
+def test_html_in_a_field_is_extracted_and_counted_unless_the_input_says_otherwise():
+    page = HTML[0]
+    measured = STAGES["extract"].measure(Document("a", "main", page, "auto"), CurateConfig())
+    assert isinstance(measured, Document) and (measured.text, measured.kind) == ("The river had risen.", "text")
+    assert measured.scores == {"mended.text extracted from HTML in a field": 1}
+    for text, kind in ((page, "text"), (TEXT[1], "auto")):
+        measured = STAGES["extract"].measure(Document("a", "main", text, kind), CurateConfig())
+        assert isinstance(measured, Document) and (measured.text, measured.kind, measured.scores) == (text, "text", {})
+
+
+def test_no_source_of_python_is_html():
+    path = sysconfig.get_path("stdlib")
+    for name in ("pydoc.py", "cgitb.py", "html/parser.py", "xml/sax/saxutils.py"):
+        try:
+            with open(f"{path}/{name}") as file:
+                assert html_of(file.read()) is None
+        except FileNotFoundError:
+            continue
+
+
+def test_captured_pages_give_their_text(shared_data):
     path = shared_data / "warc" / "dolma-sample-0000.warc.gz"
     records = [record for unit in list_units("web", InputConfig(path=str(path))) for record in read(unit)]
-    found = [main_text(record.text, record.meta["url"], method) for record in records if isinstance(record, Record)]
+    found = [main_text(record.text, record.meta["url"]) for record in records if isinstance(record, Record)]
     assert len(found) == 24 and sum(bool(page.text) for page in found) >= 20
 
 
-@pytest.mark.parametrize(
-    ("method", "least"), [pytest.param("trafilatura", 0.95, marks=needs_trafilatura), ("plain", 0.83)]
-)
-def test_word_f1_against_what_people_marked(shared_data, method, least):
-    """.978 and .954 were measured, on the pages that the plain extractor's constants were chosen on."""
+def test_word_f1_against_what_people_marked(shared_data):
+    """.978 was measured."""
     with gzip.open(shared_data / "web-articles" / "articles.jsonl.gz", "rt") as file:
-        pages = [json.loads(line) for line in file]
-    scores = [word_f1(main_text(page["html"], page["url"], method).text, page["text"]) for page in pages]
-    assert sum(scores) / len(scores) >= least
+        pages = [json.loads(line) for line in file][:30]
+    assert all(html_of(page["html"]) for page in pages)
+    scores = [word_f1(main_text(page["html"], page["url"]).text, page["text"]) for page in pages]
+    assert sum(scores) / len(scores) >= 0.95
+
+
+def test_the_version_names_the_packages():
+    assert re.fullmatch(r"trafilatura \S+, lxml \S+", extract.version())

@@ -104,6 +104,35 @@ def test_what_only_looks_like_it_is_left(text):
     assert found(text) == []
 
 
+# ruff: noqa: RUF001 (letters of other alphabets are meant)
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("mail: jürgen@example.de please", "mail: <EMAIL> please"),
+        ("info@bücher.de now", "<EMAIL> now"),
+        ("Dörte@Sörensen.example.com, χρήστης@παράδειγμα.ελ", "<EMAIL>, <EMAIL>"),
+        ("квіточка@пошта.укр अजय@डाटा.भारत 用户@例子.广告", "<EMAIL> <EMAIL> <EMAIL>"),
+        ("ｊａｎｅ＠ｅｘａｍｐｌｅ．ｃｏｍ jane@example。com", "<EMAIL> <EMAIL>"),
+        ("邮箱jane@example.com。谢谢", "邮箱<EMAIL>。谢谢"),
+        ("jane@example.com으로", "<EMAIL>으로"),
+        ("see...jane@mail.example.com2, r&d@example.com", "see...<EMAIL>, <EMAIL>"),
+        ("电话：13800138000", "电话：<PHONE>"),
+        ("Tel.: 030/901820, Tel 030 / 90 18 20", "Tel.: <PHONE>, Tel <PHONE>"),
+        ("Tel: 212\u2011555\u20110199 +49\u00a030/901820", "Tel: <PHONE> <PHONE>"),
+        ("電話：０３−１２３４−５６７８", "電話：<PHONE>"),
+        ("тел. 8 495 123-45-67", "тел. <PHONE>"),
+    ],
+)
+def test_other_alphabets_leave_no_half(text, right):
+    assert personal.replace(text, personal.find(text)) == right
+
+
+def test_published_cases(shared_data):
+    for line in (shared_data / "cases" / "personal.jsonl").read_text().splitlines():
+        case = json.loads(line)
+        assert personal.replace(case["text"], personal.find(case["text"])) == case["right"]
+
+
 def test_findings_are_in_order_and_apart():
     text = "a@b.io 203.0.113.77 GB82 WEST 1234 5698 7654 32, tel 212-555-0199; 4111 1111 1111 1111; SSN 219-09-9999"
     spans = personal.find(text)
