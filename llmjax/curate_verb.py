@@ -46,6 +46,9 @@ def curate(arguments: list[str]) -> int:
         help="of the cluster (default auto: the one this machine is in)",
     )
     flags, overrides = parse(parser, arguments)
+    from llmjax.curate import packages
+
+    packages.check_installed()
     from llmjax import workdir as workdirs
     from llmjax.curate import curate as curating, runners
     from llmjax.data import workers
@@ -107,6 +110,9 @@ def _classifier(arguments: list[str]) -> int:
     parser.add_argument("--bad", required=True, metavar="DIR", help="the same, of what should go")
     parser.add_argument("--to", required=True, metavar="FILE", help="file of the model, ending in .npz")
     flags = parser.parse_args(arguments)
+    from llmjax.curate import packages
+
+    packages.check_installed()
     from llmjax.curate import classifier
 
     if not flags.to.endswith(".npz"):

@@ -95,12 +95,22 @@ _WIDE |= dict(zip("\uff0b\uff08\uff09\uff0d\uff0e\uff0f\uff3f\uff61\ufe6b", "+()
 _WIDE |= dict.fromkeys("\u00a0\u2002\u2003\u2005\u2007\u2008\u2009\u200a\u202f\u3000", " ")
 _WIDE |= {chr(zero + digit): str(digit) for zero in (0x660, 0x6F0, 0x966) for digit in range(10)}
 _DASHES = "\u2010-\u2015\u2212\ufe58\ufe63\uff0d"
-_TO_FOLD = re.compile(f"[{''.join(_WIDE)}]|(?<=[0-9)\uff10-\uff19 ])[{_DASHES}](?=[0-9(\uff10-\uff19 ])")
+_TO_FOLD = re.compile(f"[{''.join(_WIDE)}{_DASHES}]")
+_BESIDE_DASH = frozenset("0123456789() ")
 
 
 def _folded(text: str) -> str:
     """The text with full-width letters and digits, other digits, dashes and spaces as in ASCII; no place changes."""
-    return _TO_FOLD.sub(lambda match: _WIDE.get(match[0], "-"), text)
+    return _TO_FOLD.sub(_ascii, text)
+
+
+def _ascii(match: re.Match) -> str:
+    character = match[0]
+    if plain := _WIDE.get(character):
+        return plain
+    # A dash in a number, not one between words.
+    around = match.string[match.start() - 1 : match.start()] + match.string[match.end() : match.end() + 1]
+    return "-" if {_WIDE.get(c, c) for c in around} <= _BESIDE_DASH else character
 
 
 def _apart(found: list[Span]) -> list[Span]:

@@ -1,0 +1,20 @@
+"""The packages of the extra `curate`, which only `llmjax curate` needs."""
+
+import importlib.util
+
+from llmjax.config import UserError
+
+_PACKAGES = {
+    "trafilatura": "trafilatura",
+    "lxml_html_clean": "lxml_html_clean",
+    "brotli": "brotli",
+    "charset_normalizer": "charset-normalizer",
+    "ftfy": "ftfy",
+    "py3langid": "py3langid",
+}
+
+
+def check_installed() -> None:
+    """Raises UserError that names what is missing and the command that installs it."""
+    if missing := [name for module, name in _PACKAGES.items() if importlib.util.find_spec(module) is None]:
+        raise UserError(f"llmjax curate needs {', '.join(missing)}: run `pip install 'llmjax[curate]'`")

@@ -1,0 +1,16 @@
+"""A missing package of the extra `curate` is named with the command that installs it."""
+
+import importlib.util
+
+import pytest
+
+from llmjax.config import UserError
+from llmjax.curate import packages
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    packages.check_installed()
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ftfy" else find(name))
+    with pytest.raises(UserError, match=r"needs ftfy: run `pip install 'llmjax\[curate\]'`"):
+        packages.check_installed()
