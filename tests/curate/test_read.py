@@ -77,7 +77,7 @@ def test_jsonl_gives_text_id_and_the_other_fields(tmp_path, suffix, ending):
     pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[suffix]
     (tmp_path / f"a.{ending}{suffix}").write_bytes(pack(data))
     found = run(tmp_path / f"a.{ending}{suffix}", text_field="body", id_field="key")
-    assert found == [Record(str(i), f"text {i}", "text", {"url": f"u{i}", "n": {"a": [1, None]}}, {}) for i in range(3)]
+    assert found == [Record(str(i), f"text {i}", "auto", {"url": f"u{i}", "n": {"a": [1, None]}}, {}) for i in range(3)]
 
 
 def test_fields_licence_and_origin_are_carried_through(tmp_path):
@@ -97,7 +97,7 @@ def test_lines_are_documents_on_demand(tmp_path):
 def test_csv(tmp_path):
     path = write(tmp_path / "a.csv", b'id,text,label\nx,"two\nlines, ""quoted""",1\n\ny,b\nz,\xc3\xa9,2\n')
     found = run(path)
-    assert found[0] == Record("x", 'two\nlines, "quoted"', "text", {"label": "1"}, {})
+    assert found[0] == Record("x", 'two\nlines, "quoted"', "auto", {"label": "1"}, {})
     assert refused(found) == [("main:a.csv:1", "wrong number of columns")]
     assert texts(found)[1:] == ["é"]
 
