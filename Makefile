@@ -1,5 +1,5 @@
-# Few verbs: venv (install), quickstart (the whole job), test, parity (beside transformers), recipes (every family), check
-# (style and types), bench.
+# Targets: venv (install), quickstart (train a small model), test, parity (compare with transformers), recipes (train every
+# family), check (lint and types), docs (build the documentation site), bench.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ WORKDIR ?= runs/quickstart
 # further flags for `make quickstart`, such as ARGS='--config.train.steps=50'
 ARGS ?=
 
-.PHONY: venv quickstart test parity recipes check bench
+.PHONY: venv quickstart test parity recipes check docs bench
 
 venv: $(VENV)/.installed
 
@@ -18,8 +18,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]' -c constraints.txt
 	@touch $@
 
-# On Linux, huge pages spare a CPU step the page faults of its temporary memory (about a fifth of its time); elsewhere
-# the variable means nothing.
+# On Linux, huge pages avoid the page faults of a CPU step's temporary memory (about a fifth of its time). Other systems
+# ignore the variable.
 quickstart: venv
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/llmjax train --config=configs/quickstart.py --workdir=$(WORKDIR) $(ARGS)
 
@@ -30,7 +30,7 @@ parity: $(VENV)/.parity
 	$(BIN)/pytest tests/parity
 
 $(VENV)/.parity: $(VENV)/.installed
-	@echo "installing torch and transformers; for torch's CPU build, install it first as README.md says"
+	@echo "installing torch and transformers; for torch's CPU build, install it first: docs/installation.md"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,parity]' -c constraints.txt
 	@touch $@
 
@@ -41,6 +41,13 @@ check: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]' -c constraints.txt
+	@touch $@
 
 bench: venv
 	$(BIN)/python tools/bench_data.py

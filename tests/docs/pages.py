@@ -1,0 +1,27 @@
+"""The pages that the tests of the documentation read, and what they contain."""
+
+import pathlib
+import re
+import shlex
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+DOCS = ROOT / "docs"
+PAGES = [README, *sorted(DOCS.glob("*.md")), *sorted((ROOT / "launch").glob("*.md"))]
+SOURCE_FOLDERS = ("llmjax", "configs", "launch", "tools")
+
+
+def fenced_blocks(page: pathlib.Path) -> list[str]:
+    """The contents of a page's fenced code blocks."""
+    return re.findall(r"^```\w*\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(page: pathlib.Path) -> list[list[str]]:
+    """The arguments of every `llmjax ...` line in a page's fenced code blocks, with continued lines joined."""
+    found = []
+    for block in fenced_blocks(page):
+        for line in block.replace("\\\n", " ").splitlines():
+            if re.match(r"(\w+=\S* )?(srun )?(llmjax|launch/local.py) ", line):
+                words = shlex.split(line, comments=True)
+                found.append(words[words.index("llmjax") + 1 :])
+    return found
