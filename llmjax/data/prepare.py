@@ -265,7 +265,7 @@ class _Preparation:
             content = path.read_bytes()
             tokenizer.read_tokenizer_file(given.kind, path)  # raises for what is no model
             if settings := tokenizer_settings.read_settings(path):  # of an import
-                store.write_atomically(self.folder / tokenizer_settings.FILE, settings.to_bytes())
+                write_bytes(self.folder / tokenizer_settings.FILE, settings.to_bytes())
         else:
             content = self._train()
         write_bytes(model, content)

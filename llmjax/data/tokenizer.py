@@ -106,6 +106,8 @@ class SentencePiece:
     """A SentencePiece model. Models that keep every space (as those trained here) take U+2581 by its bytes."""
 
     kind, joiner = "sentencepiece", ""
+    stop_ids: tuple[int, ...]
+    prompt_frame: tuple[tuple[int, ...], tuple[int, ...]] | None
     check_special = check_special
 
     def __init__(self, model: bytes, *, lossless: bool = True, settings: TokenizerSettings | None = None):
@@ -207,6 +209,8 @@ class HuggingFace:
     """A tokenizer.json. Special tokens are never read out of text."""
 
     kind = "huggingface"
+    stop_ids: tuple[int, ...]
+    prompt_frame: tuple[tuple[int, ...], tuple[int, ...]] | None
     check_special = check_special
 
     def __init__(self, model: bytes, *, lossless: bool = True, settings: TokenizerSettings | None = None):
@@ -282,7 +286,7 @@ class Bytes:
     eos_id = 257
     pad_id: int | None = 258
     unk_id: int | None = None
-    stop_ids = (257,)
+    stop_ids: tuple[int, ...] = (257,)
     prompt_frame: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     sha256 = hashlib.sha256(b"llmjax bytes 1").hexdigest()
     check_special = check_special
@@ -395,7 +399,8 @@ def _without_dummy_prefix(model: bytes) -> Any:
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    message: Any = sentencepiece_model_pb2  # its classes are made at import
+    proto = message.ModelProto.FromString(model)
     proto.normalizer_spec.add_dummy_prefix = False
     return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
 
