@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import re
 from typing import NamedTuple
 
-from llmjax.curate import bodies, streams
-from llmjax.curate.streams import MAX_RECORD
+from llmjax.curate import bodies
+from llmjax.data.readers import streams
+from llmjax.data.readers.streams import MAX_RECORD
 
 _HEADER_BYTES = 1 << 16  # a longer header is damage
 _NEXT = re.compile(rb"\n(?=WARC/\d\.\d\r?\n)")

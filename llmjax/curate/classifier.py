@@ -17,7 +17,7 @@ from llmjax.curate.normalise import normalise
 from llmjax.curate.quality_config import ClassifierConfig
 from llmjax.data.bits import mixed
 from llmjax.data.config import SourceConfig
-from llmjax.data.readers import Document, read_unit
+from llmjax.data.readers.documents import Document, read_unit
 from llmjax.data.sources import list_units
 
 _FORMAT = 1

@@ -140,17 +140,21 @@ def _check_rejects(table: decide.Table, config: CurateConfig) -> None:
     for index, name in enumerate(table.names):
         mine = table.source == index
         total = np.count_nonzero(mine)
+        sizes = table["sizes"][mine, 0, 0]
+        lost, size = int(sizes[table["early"][mine] == 0].sum()), int(sizes.sum())
         numbers, counts = np.unique(table["reason"][mine & (table["early"] == 0)], return_counts=True)
         counted = zip([table.reasons[number] for number in numbers], counts.tolist(), strict=True)
         reasons = {r: n for r, n in counted if r != read.EMPTY and not r.startswith(read.NO_PAGE)}
         bad = sum(reasons.values())
-        if bad > config.max_bad_fraction * total:
-            listed = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
-            raise UserError(
-                f"curate.inputs.{name}.path={config.inputs[name].path!r}: {bad} of {total} records cannot be read "
-                f"({listed}), more than curate.max_bad_fraction={config.max_bad_fraction} allows; mend the input, or "
-                f"allow more with --config.curate.max_bad_fraction={math.ceil(100 * bad / total) / 100}"
-            )
+        # By records, and by bytes: what a damaged file lost is one record.
+        for count, of, what in ((bad, total, "records"), (lost, size, "bytes")):
+            if count > config.max_bad_fraction * of:
+                listed = ", ".join(f"{number} {reason}" for reason, number in sorted(reasons.items()))
+                raise UserError(
+                    f"curate.inputs.{name}.path={config.inputs[name].path!r}: {count} of {of} {what} cannot be read "
+                    f"({listed}), more than curate.max_bad_fraction={config.max_bad_fraction} allows; fix the input, "
+                    f"or allow more with --config.curate.max_bad_fraction={math.ceil(100 * count / of) / 100}"
+                )
 
 
 def _write(units, table, made, chosen, config: CurateConfig, runner: Runner, out: Path, say: Say) -> list[dict]:

@@ -14,10 +14,12 @@ import re
 import numpy as np
 
 from llmjax.config import UserError
-from llmjax.curate import streams, tables
+from llmjax.curate import tables
 from llmjax.curate.config import DecontaminateConfig
 from llmjax.curate.units import kind_of
 from llmjax.data import minhash
+from llmjax.data.readers import formats, records, streams
+from llmjax.data.readers.streams import MAX_RECORD
 
 _VAGUE = ("train", "test", "dev", "valid", "validation", "val", "data", "eval", "examples", "questions")
 _MARK = re.compile(r"[^\w\s]|_")
@@ -77,19 +79,19 @@ def examples(path: str) -> Iterator[str]:
         elif kind in ("csv", "tsv"):
             for row in tables.rows(str(file), kind):
                 yield from row
+        elif kind in ("jsonl", "json"):
+            data = formats.without_mark(streams.blocks(str(file)))
+            found = records.json_elements(data, MAX_RECORD) if kind == "json" else streams.lines(data)
+            for _, value in found:
+                if isinstance(value, int):
+                    raise ValueError(f"a record of {value:,} bytes")
+                if value.strip():
+                    yield from _texts(json.loads(value))
         else:
             data = b"".join(streams.blocks(str(file))).decode("utf-8-sig", "replace")
-            yield from _texts(list(_values(data))) if kind == "jsonl" else re.split(r"\n\s*\n", data)
+            yield from re.split(r"\n\s*\n", data)
     except (OSError, ValueError, csv.Error, streams.Damage) as error:
         raise UserError(f"{where}: cannot be read ({error}); give JSONL, JSON, CSV, Parquet or text") from None
-
-
-def _values(data: str) -> Iterator[object]:
-    """The value that the text is in JSON, else one a line."""
-    try:
-        yield json.loads(data)
-    except ValueError:
-        yield from map(json.loads, filter(str.strip, data.split("\n")))
 
 
 def _texts(value: object) -> Iterator[str]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import re
 from typing import NamedTuple
 
-from llmjax.curate import streams
+from llmjax.data.readers import streams
 
 # The longest first: UTF-32's mark begins with UTF-16's.
 _MARKS = (

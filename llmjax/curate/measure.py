@@ -66,6 +66,7 @@ def _through(
     stage and after the last: 0 from where it was dropped)."""
     sizes = [(0, 0)] * (len(config.stages) + 1)
     if isinstance(record, read.Reject):
+        sizes[0] = (record.size, 0)  # what is lost
         return Document(record.id, unit.source, ""), ("read", record.reason), sizes
     mended = {f"mended.{what}": count for what, count in record.notes.items()}
     document = Document(record.id, unit.source, record.text, record.kind, record.meta, mended)

@@ -9,11 +9,12 @@ import os
 from typing import Any, NamedTuple
 
 from llmjax.config import UserError
-from llmjax.curate import archives, encodings, streams, tables
-from llmjax.curate.streams import MAX_RECORD, Damage
+from llmjax.curate import archives, encodings, tables
 from llmjax.curate.units import Unit, kind_of, list_units
 from llmjax.data import sources
-from llmjax.data.readers import EMPTY, MAX_TEXT_BYTES, Reject, cut_at_blank_lines
+from llmjax.data.readers import formats, records, streams
+from llmjax.data.readers.documents import EMPTY, MAX_TEXT_BYTES, Reject, cut_at_blank_lines
+from llmjax.data.readers.streams import MAX_RECORD, Damage
 from llmjax.data.sources import Item
 
 __all__ = ["Record", "Reject", "Unit", "kind_of", "list_units", "read"]
@@ -57,7 +58,8 @@ def read(unit: Unit) -> Iterator[Record | Reject]:
                     f"curate.inputs.{unit.source}.path={unit.config.path!r}: {item.path} cannot be read "
                     f"({error.strerror}); mend that and run again: finished parts are kept"
                 ) from None
-            yield Reject(f"{_name(item, unit)}#rest", UNREADABLE, str(error)[:_EXCERPT])
+            lost = error.lost if isinstance(error, Damage) else 1
+            yield Reject(f"{_name(item, unit)}#rest", UNREADABLE, str(error)[:_EXCERPT], lost)
 
 
 def _name(item: Item, unit: Unit) -> str:
@@ -134,7 +136,7 @@ def _jsonable(value: Any) -> Any:
 def _read_text(item: Item, unit: Unit) -> Iterator[Record | Reject]:
     name, config = _name(item, unit), unit.config
     data, notes = encodings.as_utf8(streams.blocks(item.path))
-    whole = _Until(data)
+    whole = streams.UntilDamage(data)
     pieces = cut_at_blank_lines(whole, MAX_TEXT_BYTES)
     first = next(pieces, b"")
     second = next(pieces, b"")
@@ -153,7 +155,7 @@ def _read_text(item: Item, unit: Unit) -> Iterator[Record | Reject]:
 
 def _read_html(item: Item, unit: Unit) -> Iterator[Record | Reject]:
     name = _name(item, unit)
-    whole = _Until(streams.blocks(item.path))
+    whole = streams.UntilDamage(streams.blocks(item.path))
     parts, size = [], 0
     for block in whole:
         parts.append(block)
@@ -169,64 +171,59 @@ def _read_html(item: Item, unit: Unit) -> Iterator[Record | Reject]:
     whole.check()
 
 
-class _Until:
-    """Blocks up to damage, which is kept to be raised by `check` after what precedes it was given."""
-
-    def __init__(self, data: Iterator[bytes]):
-        self._data, self.damage = data, None
-
-    def __iter__(self) -> Iterator[bytes]:
-        try:
-            yield from self._data
-        except Damage as damage:
-            self.damage = damage
-
-    def check(self) -> None:
-        if self.damage:
-            raise self.damage
-
-
-def _lines(item: Item) -> tuple[Iterator[tuple[int, bytes | None]], dict[str, int]]:
+def _lines(item: Item) -> tuple[Iterator[tuple[int, bytes | int]], dict[str, int]]:
     """((offset, line) for the lines that begin within the item, without blank ones; notes)."""
     if not item.begin:
         data, notes = encodings.as_utf8(streams.blocks(item.path))
-        return _within(streams.lines(data), item.end), notes
-    found = streams.lines(streams.blocks(item.path, item.begin - 1), item.begin - 1)
+        return _within(streams.lines(data, limit=MAX_RECORD), item.end), notes
+    found = streams.lines(streams.blocks(item.path, item.begin - 1), item.begin - 1, MAX_RECORD)
     next(found, None)  # the line, or its end, that the unit before holds
     return _within(found, item.end), {}
 
 
-def _within(lines: Iterator[tuple[int, bytes | None]], end: int | None) -> Iterator[tuple[int, bytes | None]]:
+def _within(lines: Iterator[tuple[int, bytes | int]], end: int | None) -> Iterator[tuple[int, bytes | int]]:
     for offset, line in lines:
         if end is not None and offset >= end:
             return
-        if line is None or line.strip():
+        if isinstance(line, int) or line.strip():
             yield offset, line
 
 
 def _read_jsonl(item: Item, unit: Unit) -> Iterator[Record | Reject]:
-    name, codec = _name(item, unit), encodings.codec_of(unit.config.encoding)
     lines, notes = _lines(item)
-    for offset, line in lines:
+    yield from _of_json(lines, notes, item, unit)
+
+
+def _read_json(item: Item, unit: Unit) -> Iterator[Record | Reject]:
+    data, notes = encodings.as_utf8(streams.blocks(item.path))
+    yield from _of_json(records.json_elements(formats.without_mark(data), MAX_RECORD), notes, item, unit)
+
+
+def _of_json(
+    found: Iterator[tuple[int, bytes | int]], notes: dict[str, int], item: Item, unit: Unit
+) -> Iterator[Record | Reject]:
+    """Records of (offset, JSON), or of (offset, size) for one that is too long."""
+    name, codec = _name(item, unit), encodings.codec_of(unit.config.encoding)
+    for offset, data in found:
         where = f"{name}@{offset}"
-        if line is None:
-            yield Reject(where, f"longer than {MAX_RECORD >> 20} MiB", "")
+        if isinstance(data, int):
+            yield Reject(where, f"longer than {MAX_RECORD >> 20} MiB", "", data)
             continue
         try:
-            text = line.decode("utf-8-sig")
+            text = data.decode("utf-8-sig")
         except UnicodeDecodeError:
             try:
-                text = line.decode(codec or "utf-8")
+                text = data.decode(codec or "utf-8")
             except UnicodeDecodeError:
-                yield Reject(where, "not UTF-8", repr(line[:_EXCERPT]))
+                yield Reject(where, "not UTF-8", repr(data[:_EXCERPT]), len(data))
                 continue
         try:
             fields = json.loads(text)
         except (ValueError, RecursionError):
-            yield Reject(where, "not JSON", text.strip()[:_EXCERPT])
+            yield Reject(where, "not JSON", text.strip()[:_EXCERPT], len(data))
             continue
         if not isinstance(fields, dict):
-            yield Reject(where, "not a JSON object", text.strip()[:_EXCERPT])
+            yield Reject(where, "not a JSON object", text.strip()[:_EXCERPT], len(data))
             continue
         yield _record(where, fields, unit, notes)
 
@@ -236,7 +233,7 @@ def _read_lines(item: Item, unit: Unit) -> Iterator[Record | Reject]:
     lines, notes = _lines(item)
     for offset, line in lines:
         where = f"{name}@{offset}"
-        if line is None:
+        if isinstance(line, int):
             yield Reject(where, f"longer than {MAX_RECORD >> 20} MiB", "")
             continue
         text, mended = encodings.decode(line.rstrip(b"\r\n"), unit.config.encoding)
@@ -331,6 +328,7 @@ _READERS: dict[str, Callable[[Item, Unit], Iterator[Record | Reject]]] = {
     "text": _read_text,
     "lines": _read_lines,
     "jsonl": _read_jsonl,
+    "json": _read_json,
     "parquet": _read_parquet,
     "csv": _read_csv,
     "tsv": _read_csv,

@@ -22,13 +22,13 @@ from llmjax.curate import (
     normalise,
     personal,
     quality,
-    streams,
     terms,
 )
 from llmjax.curate.config import CurateConfig
 from llmjax.curate.document import Document, content_hash
 from llmjax.curate.units import kind_of
 from llmjax.data import minhash
+from llmjax.data.readers import streams
 
 Measure = Callable[[Document, CurateConfig], Document | str]
 

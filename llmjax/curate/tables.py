@@ -4,8 +4,9 @@ from collections.abc import Iterator
 import contextlib
 import csv
 
-from llmjax.curate import encodings, streams
-from llmjax.curate.streams import MAX_RECORD
+from llmjax.curate import encodings
+from llmjax.data.readers import records, streams
+from llmjax.data.readers.streams import MAX_RECORD
 
 _EXCERPT = 120
 
@@ -19,15 +20,15 @@ def rows(path: str, kind: str) -> Iterator[list[str]]:
     """
     data, _ = encodings.as_utf8(streams.blocks(path))
     csv.field_size_limit(MAX_RECORD)
-    lines = map(_line, streams.lines(data))
+    lines = map(_line, streams.lines(data, limit=MAX_RECORD, lone_cr=True))
     if kind == "tsv":
         return csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
     return csv.reader(lines)
 
 
-def _line(numbered: tuple[int, bytes | None]) -> str:
+def _line(numbered: tuple[int, bytes | int]) -> str:
     offset, line = numbered
-    if line is None:
+    if isinstance(line, int):
         raise csv.Error(f"a line longer than {MAX_RECORD >> 20} MiB")
     return line.removeprefix(b"\xef\xbb\xbf" if offset == 0 else b"").decode("utf-8", "surrogateescape")
 
@@ -55,14 +56,8 @@ class Cells:
 
 def values(column) -> list:
     """The values of a column; strings as bytes, since they may hold bytes that are no UTF-8."""
-    import pyarrow
-
-    if pyarrow.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
-        column = column.cast(pyarrow.large_binary())
     try:
-        return column.to_pylist()
+        return records.as_bytes(column).to_pylist()
     except Exception:  # texts in lists that are not UTF-8, dates that Python's calendar lacks, unknown time zones
         return [_value(value) for value in column]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import re
 
 from llmjax.config import UserError
-from llmjax.curate import streams
+from llmjax.data.readers import streams
 
 # Small and neutral on purpose: groups that many corpora should have in some proportion. A list of one's own says more.
 DEFAULT = """\

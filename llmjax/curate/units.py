@@ -6,16 +6,16 @@ import dataclasses
 import glob
 import os
 from pathlib import Path
-import re
 
 from llmjax.config import UserError, suggest
-from llmjax.curate import encodings, streams, tables
+from llmjax.curate import encodings, tables
 from llmjax.curate.config import InputConfig
-from llmjax.curate.streams import Damage
 from llmjax.data import sources
+from llmjax.data.readers import formats, streams
+from llmjax.data.readers.streams import Damage
 from llmjax.data.sources import Item
 
-FORMATS = ("text", "lines", "jsonl", "parquet", "csv", "tsv", "html", "warc")
+FORMATS = ("text", "lines", "jsonl", "json", "parquet", "csv", "tsv", "html", "warc")
 _BY_NAME = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -92,8 +92,11 @@ def list_units(name: str, config: InputConfig) -> list[Unit]:
 
 
 def kind_of(path: str) -> str:
-    """The format of a file by its name; "text" where the name says nothing."""
-    return _BY_NAME.get(Path(re.sub(r"\.(gz|zst)$", "", path.lower())).suffix, "text")
+    """The format of a file: JSON by its content, others by the name; "text" where the name says nothing."""
+    named = _BY_NAME.get(formats.ending_of(path), "text")
+    if named not in ("text", "jsonl"):
+        return named
+    return formats.json_format(formats.head_of(path), named == "jsonl") or named
 
 
 def _check(config: InputConfig, where: str) -> None:

@@ -26,12 +26,19 @@ class SourceConfig:
     text_field   the field that holds the text in JSONL, Parquet and TFDS records
     split_field  the field of JSONL records that names their split (train, validation, test), as `llmjax curate` writes
                  it; empty: data.split decides
+    format       "text", "jsonl", "json" (arrays, or objects over several lines), "csv", "tsv" or "parquet"; empty: by
+                 each file's content, its ending a hint
+    max_record_bytes  a longer record is left out and counted; text files are no records
+    accept_truncated  use what precedes the damage of a file that ends early or is broken, instead of an error
     """
 
     path: str = "stdlib:"
     weight: float | None = None
     text_field: str = "text"
     split_field: str = ""
+    format: str = ""
+    max_record_bytes: int = 1 << 26
+    accept_truncated: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from llmjax.atomic import NO_SPACE, remove_partial, write_bytes
 from llmjax.config import UserError
 from llmjax.data import near, sources, split, stages, store, tokenizer, tokenizer_settings
 from llmjax.data.config import DataConfig
-from llmjax.data.readers import EMPTY
+from llmjax.data.readers.documents import NO_FAULT
 from llmjax.data.settings import check_settings, settings_of
 from llmjax.data.sources import Unit
 from llmjax.data.workers import Workers, cores, with_progress
@@ -131,6 +131,8 @@ class _Preparation:
 
     def run(self) -> dict:
         self._begin()
+        for name in self.settings["sources"]:
+            self.say(f"{name}: {sources.recognised(self._of(name))}")
         workers = min(self.config.workers or cores(), max(len(self.units), 2))
         with Workers(workers) as self.pool:
             self._scan(self.units)
@@ -180,12 +182,19 @@ class _Preparation:
         for name, source in self.settings["sources"].items():
             counts = self._rejects(name)
             documents = sum(len(self.place.load_scan(unit).sizes) for unit in self._of(name))
-            bad = sum(count for reason, count in counts.items() if reason != EMPTY)
+            bad = sum(count for reason, count in counts.items() if reason not in NO_FAULT)
             listed = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
             where = f"data.sources.{name}.path={source['path']!r}"
             if bad > self.config.max_bad_fraction * (bad + documents):
                 raise UserError(
                     f"{where}: {bad} of {bad + documents} records cannot be used ({listed}), more than "
+                    f"data.max_bad_fraction={self.config.max_bad_fraction} allows; see {self.folder / 'rejects.jsonl'}"
+                )
+            lost = sum(self.place.result("scan", unit)["bad_bytes"] for unit in self._of(name))
+            total = lost + self.text_bytes[name]
+            if lost > self.config.max_bad_fraction * total:
+                raise UserError(
+                    f"{where}: {lost:,} of {total:,} bytes cannot be used ({listed}), more than "
                     f"data.max_bad_fraction={self.config.max_bad_fraction} allows; see {self.folder / 'rejects.jsonl'}"
                 )
             if not documents:

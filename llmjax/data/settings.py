@@ -42,9 +42,10 @@ def settings_of(config: DataConfig) -> dict[str, Any]:
     }
 
 
-def _source(config: SourceConfig) -> dict[str, str]:
-    told = {"path": config.path, "text_field": config.text_field}
-    return told | ({"split_field": config.split_field} if config.split_field else {})
+def _source(config: SourceConfig) -> dict[str, Any]:
+    default, told = SourceConfig(), {"path": config.path, "text_field": config.text_field}
+    others = ("split_field", "format", "max_record_bytes", "accept_truncated")
+    return told | {name: value for name in others if (value := getattr(config, name)) != getattr(default, name)}
 
 
 def check_settings(made: dict, asked: dict, folder: Path) -> None:

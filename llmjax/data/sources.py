@@ -8,8 +8,9 @@ from pathlib import Path
 import re
 import sysconfig
 
-from llmjax.config import UserError
+from llmjax.config import UserError, suggest
 from llmjax.data.config import SourceConfig
+from llmjax.data.readers import formats, streams
 
 MIN_UNIT_BYTES, MAX_UNIT_BYTES = 1 << 20, 1 << 28
 _TARGET_UNITS = 64  # of a source: enough for the cores of a large machine, few enough for a store that opens at once
@@ -32,7 +33,7 @@ class Item:
 class Unit:
     """Documents that one process reads, splits and tokenizes: the shard of the token store that they become.
 
-    kind         "text", "jsonl", "parquet" or "tfds"
+    kind         a format of SourceConfig, or "tfds"
     text_field   of a record
     split_field  of a record; empty: none
     items        files or spans of one file, read in this order
@@ -46,6 +47,8 @@ class Unit:
     items: tuple[Item, ...]
     state: str
     split_field: str = ""
+    max_record_bytes: int = 1 << 26
+    accept_truncated: bool = False
 
 
 def list_units(name: str, source: SourceConfig) -> list[Unit]:
@@ -54,27 +57,48 @@ def list_units(name: str, source: SourceConfig) -> list[Unit]:
     Raises UserError for a path that does not exist, that matches no file, or whose Parquet files lack the text field.
     """
     where = f"data.sources.{name}.path={source.path!r}"
+    if source.format not in ("", *formats.FORMATS):
+        raise UserError(
+            f"data.sources.{name}.format={source.format!r}{suggest(source.format, formats.FORMATS)}: expected one of "
+            f"{', '.join(formats.FORMATS)}"
+        )
+    if source.max_record_bytes < 1:
+        raise UserError(f"data.sources.{name}.max_record_bytes={source.max_record_bytes}: must be at least 1")
     if source.path.startswith("tfds:"):
         groups = tfds_groups(source.path, len(open_tfds(source.path, where)))
     else:
         files = stdlib_files(where) if source.path == "stdlib:" else matching_files(source.path, where)
-        plain = lambda path, kind: kind == "jsonl" and not path.lower().endswith((".gz", ".zst"))
-        groups = grouped(file_spans(files, kind_of, plain))
+        given = source.format or ("text" if source.path == "stdlib:" else "")
+        plain = lambda path, kind: kind == "jsonl" and not streams.compression_of(path)
+        groups = grouped(file_spans(files, lambda path: given or formats.detect(path), plain))
     units = [
-        Unit(name, index, kind, source.text_field, tuple(items), state, source.split_field)
+        Unit(
+            name,
+            index,
+            kind,
+            source.text_field,
+            tuple(items),
+            state,
+            source.split_field,
+            source.max_record_bytes,
+            source.accept_truncated,
+        )
         for index, (kind, items, state) in enumerate(groups)
     ]
-    if source.split_field and (other := next((unit for unit in units if unit.kind != "jsonl"), None)):
+    if source.split_field and (other := next((unit for unit in units if unit.kind not in ("jsonl", "json")), None)):
         raise UserError(
             f"data.sources.{name}.split_field={source.split_field!r}: {other.items[0].path} is no JSONL; leave it unset"
         )
     return units
 
 
-def kind_of(path: str) -> str:
-    """The reader of a file, by its name: "jsonl", "parquet" or "text", .gz and .zst aside."""
-    suffix = Path(re.sub(r"\.(gz|zst)$", "", path.lower())).suffix
-    return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".pq": "parquet"}.get(suffix, "text")
+def recognised(units: list[Unit]) -> str:
+    """How the files of a source are read, such as "3 files as JSON lines, 1 as text"."""
+    files: dict[str, set[str]] = {}
+    for unit in units:
+        files.setdefault(unit.kind, set()).update(item.path for item in unit.items)
+    counts = [f"{len(paths):,} as {formats.NAMES.get(kind, kind)}" for kind, paths in sorted(files.items())]
+    return f"reads files: {', '.join(counts)}"
 
 
 def matching_files(path: str, where: str) -> list[str]:

@@ -18,7 +18,7 @@ import numpy as np
 from llmjax.atomic import write_bytes
 from llmjax.config import UserError
 from llmjax.data import minhash, store
-from llmjax.data.readers import Document, Reject, read_unit
+from llmjax.data.readers.documents import NO_FAULT, Document, Reject, read_unit
 from llmjax.data.sources import Unit
 from llmjax.data.split import NONE, SPLITS, TRAIN, VALIDATION
 from llmjax.data.tokenizer import Tokenizer, pieces_of, read_tokenizer_file
@@ -93,11 +93,12 @@ def scan(unit: Unit, place: Workplace, part_bytes: int | None, near_copies: bool
     done = place.marker("scan", unit)
     if done and done["part_bytes"] == part_bytes:
         return done["bytes"]
-    hashes, sizes, signatures, given, rejects = [], [], [], [], {}
+    hashes, sizes, signatures, given, rejects, bad_bytes = [], [], [], [], {}, 0
     with open(place.path("rejects", unit).with_suffix(".jsonl"), "w") as file:
         for record in read_unit(unit, part_bytes):
             if isinstance(record, Reject):
                 rejects[record.reason] = rejects.get(record.reason, 0) + 1
+                bad_bytes += record.size if record.reason not in NO_FAULT else 0
                 line = {"source": unit.source, "where": record.id, "reason": record.reason, "excerpt": record.excerpt}
                 file.write(json.dumps(line) + "\n")
             else:
@@ -115,7 +116,8 @@ def scan(unit: Unit, place: Workplace, part_bytes: int | None, near_copies: bool
         arrays["signatures"] = np.array(signatures, np.uint32).reshape(-1, minhash.SIZE)
     for name, array in arrays.items():
         np.save(place.path(name, unit).with_suffix(".npy"), array)
-    place.mark("scan", unit, {"part_bytes": part_bytes, "bytes": sum(sizes), "rejects": rejects})
+    record = {"part_bytes": part_bytes, "bytes": sum(sizes), "rejects": rejects, "bad_bytes": bad_bytes}
+    place.mark("scan", unit, record)
     return sum(sizes)
 
 

@@ -1,6 +1,7 @@
 """The whole way from raw text to a corpus, by the command that users give."""
 
 import collections
+import gzip
 import json
 import os
 import pathlib
@@ -483,3 +484,14 @@ def test_known_clusters_keep_their_key():
     content, cluster = np.array([7, 9, 3, 11], np.uint64), np.array([5, 5, 6, 11], np.uint64)
     assert known.clusters(content, cluster).tolist() == [70, 70, 30, 11]
     assert known.stayed(content, np.array([2, 2, 5, 0], np.uint64)).tolist() == [True, False, False, False]
+
+
+def test_what_a_damaged_file_lost_counts_by_bytes(tmp_path):
+    texts = corpora.documents()
+    path = corpora.write(tmp_path / "a.jsonl", {str(i): texts[i % len(texts)] for i in range(150)})
+    data = gzip.compress(corpora.write(tmp_path / "b", {str(i): text for i, text in enumerate(texts)}).read_bytes())
+    (tmp_path / "b.jsonl.gz").write_bytes(data[: len(data) // 2])
+    with pytest.raises(
+        UserError, match=r"bytes cannot be read \(1 unreadable\), more than curate.max_bad_fraction=0.02"
+    ):
+        curate(tmp_path / "w", {"a": f"{path.parent}/*.*"}, stages="('read',)", max_bad_fraction=0.02)

@@ -1,7 +1,10 @@
 """Sources: every kind of file gives its documents untouched, by units that are the whole; the rest is counted."""
 
+import bz2
 import gzip
 import json
+import lzma
+import random
 from typing import ClassVar
 
 import pyarrow as pa
@@ -10,9 +13,10 @@ import pytest
 import zstandard
 
 from llmjax.config import UserError
-from llmjax.data import readers, sources
+from llmjax.data import sources
 from llmjax.data.config import SourceConfig
-from llmjax.data.readers import Document, Reject
+from llmjax.data.readers import documents as readers
+from llmjax.data.readers.documents import Document, Reject
 
 ODD = "\ttab\r\nCRLF\r\n\n  two spaces  \n\u2581 \0 \u2585 é 😀"
 
@@ -110,13 +114,60 @@ def test_a_text_file_that_is_not_utf8_is_one_reject(tmp_path):
     assert reasons(records) == ["not UTF-8"] and texts(records) == ["good"] and "caf" in records[0].excerpt
 
 
-@pytest.mark.parametrize("suffix", ["gz", "zst"])
-def test_a_truncated_archive_is_a_reject(tmp_path, suffix):
-    whole = b"".join(json.dumps({"text": f"{i:x}" * 50}).encode() + b"\n" for i in range(9999))
-    data = gzip.compress(whole) if suffix == "gz" else zstandard.compress(whole)
-    (tmp_path / f"a.jsonl.{suffix}").write_bytes(data[: len(data) // 2])
-    records = read(tmp_path / f"a.jsonl.{suffix}")
-    assert reasons(records) == ["unreadable"]
+PACKERS = {"gz": gzip.compress, "zst": zstandard.compress, "xz": lzma.compress, "bz2": bz2.compress}
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_a_truncated_file_is_an_error_unless_accepted(tmp_path, suffix):
+    whole = b"".join(json.dumps({"text": random.Random(i).randbytes(40).hex()}).encode() + b"\n" for i in range(20000))
+    path, data = tmp_path / f"a.jsonl.{suffix}", PACKERS[suffix](whole)
+    path.write_bytes(data)
+    assert len(texts(read(path))) == 20000
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=r"a\.jsonl.*ends inside.*at byte.*accept_truncated=true"):
+        read(path)
+    records = read(path, accept_truncated=True)
+    assert reasons(records) == ["truncated"] and 2000 < len(texts(records)) < 20000
+
+
+def test_a_bomb_is_read_in_bounded_memory(tmp_path):
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(b" " * 200_000_000 + b'\n{"text": "x"}\n'))
+    found = read(tmp_path / "a.jsonl.zst")
+    assert texts(found) == ["x"] and found[0].reason.startswith("longer than") and found[0].size == 200_000_001
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.jsonl.zst", "a.json.zstd", "a", "a.txt.xz"])
+@pytest.mark.parametrize("form", ["lines", "array", "indented"])
+def test_json_is_recognised_by_its_content(tmp_path, name, form):
+    records = [{"text": f'{i} ]}}"\\ é'} for i in range(100)]
+    data = json.dumps(records, indent=1 if form == "indented" else None).encode()
+    if form == "lines":
+        data = b"".join(json.dumps(record).encode() + b"\n" for record in records)
+    pack = {"gz": gzip.compress, "zst": zstandard.compress, "zstd": zstandard.compress, "xz": lzma.compress}
+    (tmp_path / name).write_bytes(pack.get(name.rpartition(".")[2], bytes)(b"\xef\xbb\xbf" + data))
+    assert texts(read(tmp_path / name)) == [record["text"] for record in records]
+    assert read(tmp_path / name, format="text")[0].text.startswith(data[:5].decode())
+
+
+def test_csv(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b'\xef\xbb\xbfid,text\r1,one\r2,"two ""2"""\r3,"open\r4,four\r')
+    found = read(tmp_path / "a.csv")
+    assert texts(found) == ["one", 'two "2"', "four"] and reasons(found) == ["not CSV: the file ends inside a quote"]
+    with pytest.raises(UserError, match="has the columns id, text; name the one"):
+        read(tmp_path / "a.csv", text_field="body")
+
+
+@pytest.mark.parametrize("kind", [pa.string_view(), pa.binary_view(), pa.large_string(), pa.json_()])
+def test_parquet_types_of_text(tmp_path, kind):
+    pq.write_table(pa.table({"text": pa.array(["a", "é"], pa.string()).cast(kind)}), tmp_path / "a.parquet")
+    assert texts(read(tmp_path / "a.parquet")) == ["a", "é"]
+
+
+def test_small_inputs_that_went_wrong(shared_data):
+    folder = shared_data / "cases" / "corpora"
+    assert len(texts(read(folder / "lines.json"))) == len(texts(read(folder / "string_view.parquet"))) == 100
+    with pytest.raises(UserError, match=r"b\.jsonl\.gz is damaged"):
+        read(folder / "half-lost" / "*")
 
 
 def test_parquet(tmp_path):
@@ -129,7 +180,8 @@ def test_parquet(tmp_path):
     pq.write_table(pa.table({"text": pa.array(["x", "y", "x"]).dictionary_encode()}), tmp_path / "c.parquet")
     assert texts(read(tmp_path / "c.parquet")) == ["x", "y", "x"]
     (tmp_path / "d.parquet").write_bytes(b"PAR1 no")
-    assert reasons(read(tmp_path / "d.parquet")) == ["unreadable"]
+    with pytest.raises(UserError, match="is damaged"):
+        read(tmp_path / "d.parquet")
 
 
 @pytest.mark.parametrize(("field", "message"), [("body", "has the columns text, n"), ("n", "holds int64")])
