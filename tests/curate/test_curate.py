@@ -491,7 +491,5 @@ def test_what_a_damaged_file_lost_counts_by_bytes(tmp_path):
     path = corpora.write(tmp_path / "a.jsonl", {str(i): texts[i % len(texts)] for i in range(150)})
     data = gzip.compress(corpora.write(tmp_path / "b", {str(i): text for i, text in enumerate(texts)}).read_bytes())
     (tmp_path / "b.jsonl.gz").write_bytes(data[: len(data) // 2])
-    with pytest.raises(
-        UserError, match=r"bytes cannot be read \(1 unreadable\), more than curate.max_bad_fraction=0.02"
-    ):
+    with pytest.raises(UserError, match=r"bytes cannot be read \(1 unreadable\), more than"):
         curate(tmp_path / "w", {"a": f"{path.parent}/*.*"}, stages="('read',)", max_bad_fraction=0.02)

@@ -247,8 +247,10 @@ def _read_parquet(item: Item, unit: Unit) -> Iterator[Document | Reject]:
             for batch in file.iter_batches(batch_size=256, row_groups=list(groups), columns=[unit.text_field]):
                 for value in records.as_bytes(batch.column(0)).to_pylist():
                     where = f"{item.path}:{row}"
-                    long = value is not None and len(value) > unit.max_record_bytes
-                    yield _too_long(where, len(value), unit) if long else _of_value(where, value, unit.text_field)
+                    if value is not None and len(value) > unit.max_record_bytes:
+                        yield _too_long(where, len(value), unit)
+                    else:
+                        yield _of_value(where, value, unit.text_field)
                     row += 1
         except (pyarrow.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:

@@ -17,8 +17,8 @@ _MAGIC = (
     ("xz", re.compile(rb"\xfd7zXZ\0")),
     ("bzip2", re.compile(rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)")),
 )
-# A block of zstd has at least 4 bytes and gives at most 128 KiB, so that a step of this size gives at most 16 MiB.
-_ZSTD_STEP = 512
+# A block of zstd has at least 4 bytes and gives at most 128 KiB, so that a step of this size gives at most 64 MiB.
+_ZSTD_STEP = 2048
 _ZSTD_WINDOW = 1 << 31  # what `zstd --long=31` needs
 
 
@@ -264,9 +264,13 @@ def lines(
             pieces.append(b"")
         end = b"" if lone_cr else b"\n"
         for piece in pieces[:-1]:
-            held.append(piece)
             size += len(piece) + len(end)
-            yield offset, b"".join(held) + end if size <= limit else size
+            if size > limit:
+                yield offset, size
+            elif held:
+                yield offset, b"".join((*held, piece, end))
+            else:
+                yield offset, piece + end
             offset, held, size = offset + size, [], 0
         size += len(pieces[-1])
         if size <= limit:
