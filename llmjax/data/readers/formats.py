@@ -60,7 +60,7 @@ def json_format(head: bytes, expected: bool) -> str:
     complete = lines if whole else lines[:-1]
     objects = sum(isinstance(_value(line), dict) for line in complete)
     if expected:
-        if objects:
+        if objects and not (head[:1] == b"[" and _value(lines[0]) is None):
             return "jsonl"
         if not complete and head[:1] == b"{":
             return "jsonl"  # a line longer than the head
