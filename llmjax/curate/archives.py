@@ -74,7 +74,7 @@ def pages(path: str) -> Iterator[Page | Refused]:
     Records that hold no captured document (requests, metadata, revisits) are passed over.
     """
     row = 0
-    stretches = streams.gzip_stretches(path) if streams.packing_of(path) == "gzip" else iter([streams.blocks(path)])
+    stretches = streams.gzip_stretches(path) if streams.compression_of(path) == "gzip" else iter([streams.blocks(path)])
     arc = False
     for stretch in stretches:
         window = streams.Window(stretch)

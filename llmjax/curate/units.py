@@ -128,7 +128,7 @@ def _fixed_folder(path: str, files: list[str]) -> str:
 def _is_plain(path: str) -> bool:
     """Whether a line feed byte ends a line wherever it is found."""
     with open(path, "rb") as file:
-        return not streams.packing_of(path) and not encodings.is_wide(file.read(4))
+        return not streams.compression_of(path) and not encodings.is_wide(file.read(4))
 
 
 def _check_columns(spans: list[tuple[str, Item, int, str]], config: InputConfig, where: str) -> None:

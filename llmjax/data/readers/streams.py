@@ -77,7 +77,6 @@ def compression_of(path: str) -> str:
     return next((name for name, magic in _MAGIC if magic.match(head)), "")
 
 
-packing_of = compression_of  # as the WARC reader calls it
 
 
 def gzip_stretches(path: str) -> Iterator[Iterator[bytes]]:
