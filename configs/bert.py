@@ -7,7 +7,7 @@ llmjax train --config=bert:base --workdir=runs/base --config.data.sources.main.p
 
 from ml_collections import ConfigDict
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 
 # layers, embed, heads, dropout (section 3 of the paper)
 SIZES = {

@@ -7,7 +7,7 @@ llmjax train --config=deepseek:16B --workdir=runs/deepseek \
 
 from ml_collections import ConfigDict
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 
 # layers, dense layers, embed, heads, head width without and with position, latents of keys and of queries, mlp;
 # experts, shared experts, experts for each token, width of an expert, groups of experts and how many of them, scale,

@@ -6,7 +6,7 @@ llmjax train --config=gemma:3-1B --workdir=runs/gemma --config.data.sources.main
 
 from ml_collections import ConfigDict
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 
 # generation, layers, embed, heads, kv heads, head width, mlp, window, number that scores are divided by the root of,
 # tensor axis, sequence length

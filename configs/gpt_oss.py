@@ -6,7 +6,7 @@ llmjax train --config=gpt_oss:20B --workdir=runs/gpt_oss --config.data.sources.m
 
 from ml_collections import ConfigDict
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 
 # layers, embed, heads, kv heads, head width, window, experts, width of an expert, sequence length
 SIZES = {

@@ -6,7 +6,7 @@ llmjax train --config=llama:1B --workdir=runs/llama --config.data.sources.main.p
 
 from ml_collections import ConfigDict
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 
 # layers, embed, heads, kv heads, mlp, head, tensor axis, sequence length, sequences a step, peak learning rate
 # (table 3 of the paper)

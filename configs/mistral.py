@@ -6,7 +6,7 @@ llmjax train --config=mistral:7B --workdir=runs/mistral --config.data.sources.ma
 
 from ml_collections import ConfigDict
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 
 # layers, embed, heads, kv heads, head width, mlp, window, rotary base, sequence length
 SIZES = {

@@ -7,7 +7,7 @@ llmjax train --config=mixtral:8x7B --workdir=runs/mixtral \
 
 from ml_collections import ConfigDict
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 
 # layers, embed, heads, kv heads, head width, width of an expert, sequence length
 SIZES = {

@@ -7,7 +7,7 @@ llmjax train --config=modernbert:base --workdir=runs/b --config.data.sources.mai
 
 from ml_collections import ConfigDict
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 
 # layers, embed, heads, mlp, window, sequences a step, peak learning rate, warmup steps (tables 3 and 4 of the paper)
 SIZES = {

@@ -6,7 +6,7 @@ llmjax train --config=olmo:2-1B --workdir=runs/olmo --config.data.sources.main.p
 
 from ml_collections import ConfigDict
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 
 # generation, layers, embed, heads, kv heads, mlp, tensor axis, sequence length, sequences a step, peak learning rate
 SIZES = {

@@ -6,7 +6,7 @@ llmjax train --config=qwen3:0.6B --workdir=runs/qwen3 --config.data.sources.main
 
 from ml_collections import ConfigDict
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 
 # layers, embed, heads, kv heads, head width, mlp, head, tensor axis, sequence length
 SIZES = {

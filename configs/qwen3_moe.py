@@ -7,7 +7,7 @@ llmjax train --config=qwen3_moe:30B --workdir=runs/qwen3_moe \
 
 from ml_collections import ConfigDict
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 
 # layers, embed, heads, kv heads, head width, experts, experts for each token, width of an expert, sequence length
 SIZES = {

@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 
 # what differs in the model, sequence length, sequences a step, peak learning rate
 SIZES: dict[str, tuple[dict[str, Any], int, int, float]] = {

@@ -6,7 +6,7 @@ llmjax train --config=t5:base --workdir=runs/t5 --config.data.sources.main.path=
 
 from ml_collections import ConfigDict
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 
 # layers of each stack, embed, heads, head width, feed-forward width
 SIZES = {

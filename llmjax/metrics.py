@@ -30,8 +30,9 @@ from typing import Any, TextIO
 
 from etils import epath
 
-from llmjax import atomic, workdir as workdirs
-from llmjax.config import UserError
+from llmjax import atomic
+from llmjax.errors import UserError
+from llmjax.run import workdir as workdirs
 
 PEAK_FLOPS = {
     "TPU v4": 275e12,
@@ -127,7 +128,7 @@ class MetricsLog:
         if not self._remote:
             self._lines = []
             self._file = atomic.AppendFile(self._path)
-            from llmjax.tensorboard import EventFile  # here, so that readers of metrics don't wait for it
+            from llmjax.run.tensorboard import EventFile
 
             self._events = EventFile(pathlib.Path(workdir) / workdirs.EVENTS, purge_step=resume_step + 1)
 

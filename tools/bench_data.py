@@ -20,18 +20,18 @@ import time
 import grain
 import numpy as np
 
-from llmjax.data import stages
+from llmjax.data.batches.packing import best_fit, cut
+from llmjax.data.batches.pipeline import PackedSource, TrainData
+from llmjax.data.batches.rng import Draws
 from llmjax.data.config import OBJECTIVES, DataConfig, ObjectiveConfig, SourceConfig
-from llmjax.data.draws import Draws
-from llmjax.data.objectives import causal, causal_objective, open_objective
-from llmjax.data.packing import best_fit, cut
-from llmjax.data.pipeline import PackedSource, TrainData
-from llmjax.data.sources import list_units
-from llmjax.data.split import TRAIN
-from llmjax.data.store import TokenStore, write_manifest, write_shard
-from llmjax.data.tokenizer import Tokenizer, read_tokenizer
-from llmjax.data.tokenizer_training import train_sentencepiece
-from llmjax.data.workers import Workers
+from llmjax.data.objectives.objective import causal, causal_objective, open_objective
+from llmjax.data.readers.sources import list_units
+from llmjax.data.store import stages
+from llmjax.data.store.split import TRAIN
+from llmjax.data.store.token_store import TokenStore, write_manifest, write_shard
+from llmjax.data.store.tokenizer import Tokenizer, read_tokenizer
+from llmjax.data.store.tokenizer_training import train_sentencepiece
+from llmjax.data.store.workers import Workers
 
 SEQ_LEN, BATCH = 2048, 8
 

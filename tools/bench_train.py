@@ -37,8 +37,8 @@ import jax
 import numpy as np
 from peers import INSTALL_TORCH, environment, load, race, resolved
 
-from llmjax.data.pipeline import TrainData
-from llmjax.parallel import compile as compiling
+from llmjax.data.batches.pipeline import TrainData
+from llmjax.parallel import backends as compiling
 from llmjax.train import loop
 
 CONFIG = str(Path(__file__).resolve().parent.parent / "configs" / "quickstart.py")
@@ -115,7 +115,7 @@ def start(folder: Path, store: str, repeats: int) -> None:
 
 def llmjax(verb: str, workdir: Path, overrides: dict[str, Any]) -> subprocess.Popen:
     """Start a verb on the quickstart's config as a user would, its progress unseen."""
-    command = [sys.executable, "-c", "from llmjax.cli import main; main()", verb]
+    command = [sys.executable, "-c", "from llmjax.cli.main import main; main()", verb]
     command += [f"--config={CONFIG}", f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in overrides.items())]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL)
 

@@ -16,9 +16,9 @@ import sys
 
 import jax
 
-from llmjax import run_config
 from llmjax.metrics import read_metrics
 from llmjax.plan import count
+from llmjax.run import config as run_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LLMJAX = pathlib.Path(sys.executable).with_name("llmjax")

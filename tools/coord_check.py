@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh
 import numpy as np
 
-from llmjax import state as states
 from llmjax.batch import Batch
 from llmjax.models.decoder_config import DecoderConfig
 from llmjax.models.encdec_config import EncDecConfig
@@ -27,6 +26,7 @@ from llmjax.models.encoder_config import EncoderConfig
 from llmjax.models.recurrent_config import RecurrentConfig
 from llmjax.optim.config import OptimizerConfig
 from llmjax.parallel.mesh import ParallelConfig
+from llmjax.run import state as states
 from llmjax.train.step import make_loss, train_step
 
 BASE, WIDTHS, DEPTHS = 64, (64, 128, 256, 512), (2, 4, 8)

@@ -23,9 +23,9 @@ def llmjax_step(tree: dict[str, Any], inputs: np.ndarray, targets: np.ndarray) -
     """(step, number of parameters): the very program that `llmjax train` compiles for this config."""
     import jax
 
-    from llmjax import run_config, state as states
     from llmjax.batch import Batch
-    from llmjax.parallel import compile as compiling, hosts, mesh as meshes
+    from llmjax.parallel import backends as compiling, hosts, mesh as meshes
+    from llmjax.run import config as run_config, state as states
     from llmjax.train.step import make_loss, train_step
 
     config = run_config.apply_overrides(tree, [])

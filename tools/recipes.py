@@ -13,7 +13,8 @@ import subprocess
 import sys
 import time
 
-from llmjax.config import load_module, suggest
+from llmjax.binding import load_module
+from llmjax.errors import suggest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 

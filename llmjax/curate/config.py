@@ -4,9 +4,9 @@ from collections.abc import Mapping
 import dataclasses
 import re
 
-from llmjax.config import UserError, suggest
-from llmjax.curate.quality_config import QualityConfig
+from llmjax.curate.filters.quality_config import QualityConfig
 from llmjax.data.config import FractionsConfig
+from llmjax.errors import UserError, suggest
 
 STAGES = (
     "read",

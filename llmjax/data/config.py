@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 import dataclasses
 
-from llmjax.config import UserError, suggest
+from llmjax.errors import UserError, suggest
 
 # The fields of ObjectiveConfig that each objective has a use for.
 OBJECTIVES: dict[str, tuple[str, ...]] = {

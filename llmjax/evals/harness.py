@@ -14,15 +14,16 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
-from llmjax import loading, losses, run_config, workdir as workdirs
 from llmjax.batch import Batch
-from llmjax.config import UserError
-from llmjax.data import prepare
-from llmjax.data.pipeline import EvalData
-from llmjax.data.store import fingerprint_of
-from llmjax.data.tokenizer import load_tokenizer
-from llmjax.parallel import axes, compile as compiling, hosts
-from llmjax.run_config import RunConfig
+from llmjax.data.batches.pipeline import EvalData
+from llmjax.data.store import prepare
+from llmjax.data.store.token_store import fingerprint_of
+from llmjax.data.store.tokenizer import load_tokenizer
+from llmjax.errors import UserError
+from llmjax.nn import losses
+from llmjax.parallel import axes, backends as compiling, hosts
+from llmjax.run import config as run_config, loading, workdir as workdirs
+from llmjax.run.config import RunConfig
 
 
 @dataclasses.dataclass

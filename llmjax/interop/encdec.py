@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 from llmjax.interop.fields import MAX_LAYERS, Fields
 from llmjax.interop.layouts import matrix, transposed
 from llmjax.interop.mapping import Architecture, Rule

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 from llmjax.interop.fields import FULL, MAX_LAYERS, NUMBER, SLIDING, Fields, shown
 from llmjax.interop.layouts import matrix, transposed, vector
 from llmjax.interop.mapping import Architecture, Rule

@@ -13,17 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmjax import loading, run_config, workdir as workdirs
-from llmjax.config import UserError, bind
-from llmjax.data import prepare, vocabulary
-from llmjax.data.store import TokenStore
-from llmjax.data.tokenizer import FILE_NAMES, Tokenizer
+from llmjax.binding import bind
+from llmjax.data.objectives import vocabulary
+from llmjax.data.store import prepare
+from llmjax.data.store.token_store import TokenStore
+from llmjax.data.store.tokenizer import FILE_NAMES, Tokenizer
+from llmjax.errors import UserError
 from llmjax.interop import files, place, tokenizers
 from llmjax.interop.architectures import FAMILIES
 from llmjax.interop.mapping import Architecture, Correspondence
-from llmjax.loading import Loaded
 from llmjax.models import registry
 from llmjax.parallel import hosts
+from llmjax.run import config as run_config, loading, workdir as workdirs
+from llmjax.run.loading import Loaded
 
 TYPES = {"float32": "F32", "bfloat16": "BF16"}
 # How a model is run, trained and stored, not what it computes: config.json says nothing of it.

@@ -16,7 +16,7 @@ from typing import Any, TypeGuard
 import ml_dtypes
 import numpy as np
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 from llmjax.interop.fields import shown
 
 TYPES: dict[str, Any] = {

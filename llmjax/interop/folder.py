@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from llmjax.config import UserError, bind, suggest
+from llmjax.binding import bind
+from llmjax.errors import UserError, suggest
 from llmjax.interop import files
 from llmjax.interop.architectures import ARCHITECTURES, FAMILIES, OLD_NAMES, QUANTISATIONS
 from llmjax.interop.fields import UnknownField, shown

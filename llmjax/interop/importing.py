@@ -9,17 +9,17 @@ from etils import epath
 import jax
 
 import llmjax
-from llmjax import loading, run_config, workdir as workdirs
-from llmjax.checkpoint import Checkpoints
-from llmjax.config import UserError
-from llmjax.data.tokenizer import Tokenizer
-from llmjax.data.tokenizer_settings import TokenizerSettings
+from llmjax.checkpoint.manager import Checkpoints
+from llmjax.data.store.tokenizer import Tokenizer
+from llmjax.data.store.tokenizer_settings import TokenizerSettings
+from llmjax.errors import UserError
 from llmjax.interop import folder as folders, place, tokenizers
 from llmjax.interop.mapping import Correspondence
 from llmjax.models import registry
 from llmjax.models.encdec_config import EncDecConfig
 from llmjax.parallel import axes, hosts
-from llmjax.run_config import RunConfig
+from llmjax.run import config as run_config, loading, workdir as workdirs
+from llmjax.run.config import RunConfig
 
 TOKEN_IDS = ("bos_token_id", "pad_token_id")  # of config.json, which only other readers use
 

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 from llmjax.interop import moe_rules, rope
 from llmjax.interop.decoder import every, layer_types, shared_fields, shared_json, windows
 from llmjax.interop.fields import MAX_EXPERTS, MAX_LAYERS, Fields, shown

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmjax.config import UserError, suggest
+from llmjax.errors import UserError, suggest
 from llmjax.nn.stack import REMAT
 
 _NAMES = {"remat": tuple(REMAT), "dtype": ("float32", "bfloat16"), "param_dtype": ("float32", "bfloat16")}

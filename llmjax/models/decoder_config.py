@@ -3,7 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 from llmjax.models import checks, parametrization
 from llmjax.nn import rotary
 from llmjax.nn.attention import KERNELS

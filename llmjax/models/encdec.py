@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from llmjax.batch import Batch, Output
-from llmjax.config import UserError
+from llmjax.errors import UserError
 from llmjax.models import parametrization
 from llmjax.models.encdec_config import EncDecConfig
 from llmjax.nn import attention, dropout, embedding, stack, weights

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
-from llmjax.config import UserError, suggest
+from llmjax.errors import UserError, suggest
 from llmjax.models.decoder_config import DecoderConfig
 from llmjax.nn.moe import JOINS, Routing
 

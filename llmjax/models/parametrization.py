@@ -8,7 +8,7 @@ the standard divides by its root (`score_scale`). All widths are taken to grow w
 
 from typing import Any
 
-from llmjax.config import UserError, suggest
+from llmjax.errors import UserError, suggest
 
 NAMES = ("standard", "mup")
 _HEAD_DIM = 64  # at which muP's scores are scaled as the standard ones

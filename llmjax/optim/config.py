@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from llmjax.config import UserError, suggest
+from llmjax.errors import UserError, suggest
 
 # Each optimizer's own values for the fields that are left at None. A name that is missing here has no such quantity.
 DEFAULTS: dict[str, dict[str, float | str]] = {

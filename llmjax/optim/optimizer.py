@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 from llmjax.optim.config import OptimizerConfig
 from llmjax.optim.layerwise import kind, matrix_dims, matrix_view, per_layer, stack_depth
 from llmjax.optim.schedules import make_schedule

@@ -13,7 +13,7 @@ import math
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from llmjax.config import UserError, suggest
+from llmjax.errors import UserError, suggest
 
 type_of_rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 

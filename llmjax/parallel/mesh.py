@@ -9,7 +9,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 from llmjax.parallel import axes, hosts
 
 

@@ -2,12 +2,14 @@
 
 import shlex
 
-from llmjax import report, sampling, workdir as workdirs
-from llmjax.data import prepare
-from llmjax.fingerprint import fingerprint
+from llmjax import report
+from llmjax.checkpoint.fingerprint import fingerprint
+from llmjax.data.store import prepare
+from llmjax.inference import sampling
 from llmjax.parallel import hosts
 from llmjax.report.files import compressors
-from llmjax.train.job import Job, Progress
+from llmjax.run import workdir as workdirs
+from llmjax.train.context import Job, Progress
 
 
 def finish(job: Job, progress: Progress) -> None:

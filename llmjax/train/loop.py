@@ -5,19 +5,20 @@ import functools
 
 from etils import epath
 
-from llmjax import loading, run_config, sampling, state as states, workdir as workdirs
-from llmjax.checkpoint import Checkpoints
-from llmjax.config import UserError
-from llmjax.data.pipeline import TrainData
-from llmjax.data.tokenizer import load_tokenizer
+from llmjax.checkpoint.manager import Checkpoints
+from llmjax.data.batches.pipeline import TrainData
+from llmjax.data.store.tokenizer import load_tokenizer
+from llmjax.errors import UserError
 from llmjax.evals.harness import Evaluator
+from llmjax.inference import sampling
 from llmjax.metrics import MetricsLog
 from llmjax.optim import schedules
-from llmjax.parallel import compilation_cache, compile as compiling, hosts, mesh as meshes
-from llmjax.run_config import RunConfig
+from llmjax.parallel import backends as compiling, compilation_cache, hosts, mesh as meshes
+from llmjax.run import config as run_config, loading, state as states, workdir as workdirs
+from llmjax.run.config import RunConfig
 from llmjax.train import finish, record, resume
-from llmjax.train.job import Job, Progress
-from llmjax.train.meter import Meter
+from llmjax.train.context import Job, Progress
+from llmjax.train.logger import Meter
 from llmjax.train.preemption import Preemption
 from llmjax.train.step import make_loss, train_step
 from llmjax.train.store import prepare_once

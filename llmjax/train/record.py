@@ -10,10 +10,10 @@ import optax
 import orbax.checkpoint as ocp
 
 import llmjax
-from llmjax import run_config, workdir as workdirs
 from llmjax.models import registry
 from llmjax.parallel import hosts
-from llmjax.train.job import Job, Progress
+from llmjax.run import config as run_config, workdir as workdirs
+from llmjax.train.context import Job, Progress
 
 
 def write(job: Job, progress: Progress, unsharded: list[str]) -> None:

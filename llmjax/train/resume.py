@@ -6,15 +6,16 @@ from typing import Any
 
 import jax
 
-from llmjax import run_config, state as states
-from llmjax.checkpoint import Checkpoints
-from llmjax.config import UserError, bind, differences
-from llmjax.data.pipeline import DataState, TrainData
+from llmjax.binding import bind, differences
+from llmjax.checkpoint.manager import Checkpoints
+from llmjax.data.batches.pipeline import DataState, TrainData
+from llmjax.errors import UserError
 from llmjax.optim import schedules
 from llmjax.optim.optimizer import make_optimizer
-from llmjax.run_config import RunConfig
-from llmjax.state import Plan
-from llmjax.train.job import Progress
+from llmjax.run import config as run_config, state as states
+from llmjax.run.config import RunConfig
+from llmjax.run.state import Plan
+from llmjax.train.context import Progress
 
 # Fields of the model that change how it computes, not what it is.
 _FREE_MODEL_FIELDS = {"scan", "remat", "attention", "recurrence", "unroll", "dtype", "dropout"}

@@ -8,12 +8,12 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from llmjax import losses
 from llmjax.batch import Batch
+from llmjax.nn import losses
 from llmjax.optim.optimizer import Optimizer
 from llmjax.parallel import axes
-from llmjax.parallel.compile import WHOLE, Shards
-from llmjax.state import TrainState
+from llmjax.parallel.backends import WHOLE, Shards
+from llmjax.run.state import TrainState
 
 
 class Sums(NamedTuple):

@@ -7,7 +7,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from llmjax.config import UserError, bind
+from llmjax.binding import bind
+from llmjax.errors import UserError
 from llmjax.interop import files, folder, mapping
 from llmjax.interop.moe import ARCHITECTURES
 from llmjax.interop.quantised import Fp8Blocks, Mxfp4

@@ -7,11 +7,12 @@ from etils import epath
 import numpy as np
 import pytest
 
-from llmjax import cli, loading
-from llmjax.config import UserError
-from llmjax.data.prompts import decode_continuation, encode_prompt
-from llmjax.data.tokenizer import read_tokenizer
+from llmjax.cli import main
+from llmjax.data.objectives.prompts import decode_continuation, encode_prompt
+from llmjax.data.store.tokenizer import read_tokenizer
+from llmjax.errors import UserError
 from llmjax.interop import exporting, importing, special_tokens
+from llmjax.run import loading
 from tests.interop import published
 
 WORDS = ["<unk>", "<s>", "</s>", "<|eot|>", "\u2581hello", "\u2581world", "\u2581user", ",", "\u2581", "hello", "world"]
@@ -82,7 +83,7 @@ def _chain_shapes(vocab: int) -> dict[str, tuple[int, ...]]:
 def generate(workdir, prompt: str, capsys) -> str:
     capsys.readouterr()
     flags = ["--temperature=0", "--max_tokens=12"]
-    assert cli.run(["generate", f"--workdir={workdir}", f"--prompt={prompt}", *flags]) == 0
+    assert main.run(["generate", f"--workdir={workdir}", f"--prompt={prompt}", *flags]) == 0
     return capsys.readouterr().out.removesuffix("\n")
 
 

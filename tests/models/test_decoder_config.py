@@ -6,11 +6,12 @@ import pathlib
 
 import pytest
 
-from llmjax.config import UserError, bind
+from llmjax.binding import bind
+from llmjax.errors import UserError
 from llmjax.models import registry
 from llmjax.models.decoder_config import DecoderConfig
 from llmjax.nn import attention
-from llmjax.run_config import resolve
+from llmjax.run.config import resolve
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 

@@ -6,10 +6,11 @@ import pathlib
 
 import pytest
 
-from llmjax.config import UserError, bind
+from llmjax.binding import bind
+from llmjax.errors import UserError
 from llmjax.models import registry
 from llmjax.models.moe_config import MoeConfig
-from llmjax.run_config import resolve
+from llmjax.run.config import resolve
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 RECIPES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek")

@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 from llmjax.models import parametrization
 from llmjax.models.decoder_config import DecoderConfig
 from llmjax.optim.config import OptimizerConfig

@@ -10,10 +10,12 @@ from flax import nnx
 import jax
 import numpy as np
 
-from llmjax import cli, loading, run_config, sampling
 from llmjax.batch import Batch
-from llmjax.data.tokenizer_training import train_sentencepiece
+from llmjax.cli import main
+from llmjax.data.store.tokenizer_training import train_sentencepiece
+from llmjax.inference import sampling
 from llmjax.interop import exporting, importing, tokenizers
+from llmjax.run import config as run_config, loading
 from tests import jobs
 from tests.interop import published
 
@@ -188,7 +190,7 @@ def test_sequence_to_sequence(kind, tmp_path, capsys):
     command = ["generate", f"--workdir={workdir}", f"--prompt={PROMPT}", "--temperature=0", "--max_tokens=12"]
     for flags, expected in (([], plain), (["--prompt_form=trained"], PROMPT + trained)):
         capsys.readouterr()
-        cli.run([*command, *flags])
+        main.run([*command, *flags])
         assert expected + "\n" in capsys.readouterr().out
 
 

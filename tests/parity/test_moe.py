@@ -12,13 +12,13 @@ transformers = pytest.importorskip("transformers", reason="parity needs `make pa
 from flax import nnx
 import jax
 
-from llmjax import losses
 from llmjax.batch import Batch
-from llmjax.config import bind
+from llmjax.binding import bind
 from llmjax.interop import files, mapping
 from llmjax.interop.moe import ARCHITECTURES
 from llmjax.models import registry
 from llmjax.models.moe_config import MoeConfig
+from llmjax.nn import losses
 
 VOCAB, SEQ, LENGTHS = 97, 24, (24, 17, 9)
 SIZES = dict(
@@ -232,7 +232,7 @@ def test_configs_come_back(name, imported):
 @pytest.mark.parametrize("name", ["gpt_oss", "deepseek"])
 def test_greedy_text_is_theirs(name, imported):
     """Token by token from our cache, of latents for deepseek, against their own generation."""
-    from llmjax.generate import generate
+    from llmjax.inference.generate import generate
 
     model = reference(name)
     _, config, _, params = imported(name)

@@ -29,8 +29,8 @@ SETTINGS = {
 
 
 def main(out: str, corpus: str, store: str) -> None:
-    from llmjax import run_config
     from llmjax.parallel import hosts
+    from llmjax.run import config as run_config
 
     hosts.initialize()
     from llmjax.train import loop

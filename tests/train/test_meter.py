@@ -5,14 +5,14 @@ import types
 import numpy as np
 import pytest
 
-from llmjax.train.meter import Meter
+from llmjax.train.logger import Meter
 
 
 @pytest.mark.parametrize("max_skipped", [1, 3])
 @pytest.mark.parametrize("bad", [1, 2, 3, 4])
 def test_max_skipped_steps_in_a_row_are_told_though_a_good_one_follows(monkeypatch, max_skipped, bad):
     """A step is read when the next one was started, so a good one is always read before anybody asks."""
-    monkeypatch.setattr("llmjax.train.meter.run_config.flops_per_token", lambda *_: 1.0)
+    monkeypatch.setattr("llmjax.train.logger.run_config.flops_per_token", lambda *_: 1.0)
     monkeypatch.setattr(Meter, "_line", lambda *_: None)
     train = types.SimpleNamespace(max_skipped=max_skipped, log_every=1)
     job = types.SimpleNamespace(

@@ -7,12 +7,12 @@ from jax.sharding import AxisType, Mesh
 import numpy as np
 import pytest
 
-from llmjax import run_config, state as states
-from llmjax.checkpoint import Checkpoints
-from llmjax.config import UserError
-from llmjax.data.pipeline import DataState
+from llmjax.checkpoint.manager import Checkpoints
+from llmjax.data.batches.pipeline import DataState
+from llmjax.errors import UserError
 from llmjax.models.recurrent_config import RecurrentConfig
-from llmjax.run_config import RunConfig, TrainConfig
+from llmjax.run import config as run_config, state as states
+from llmjax.run.config import RunConfig, TrainConfig
 from llmjax.train import resume
 
 MODEL = RecurrentConfig(cell="rglru", vocab_size=64, embed=16, num_layers=1, recurrence="associative")

@@ -8,13 +8,13 @@ from jax.sharding import AxisType, Mesh
 import numpy as np
 import pytest
 
-from llmjax import state as states
-from llmjax.config import UserError
-from llmjax.fingerprint import fingerprint
+from llmjax.checkpoint.fingerprint import fingerprint
+from llmjax.errors import UserError
 from llmjax.models.decoder_config import DecoderConfig
 from llmjax.optim.config import OptimizerConfig
-from llmjax.parallel import compile as compiling, hosts
+from llmjax.parallel import backends as compiling, hosts
 from llmjax.parallel.mesh import MeshConfig, ParallelConfig, make_mesh
+from llmjax.run import state as states
 from llmjax.train.step import make_loss, train_step
 from tests.batches import packed
 

@@ -5,10 +5,10 @@ import json
 import re
 from typing import NamedTuple
 
-from llmjax.config import UserError
 from llmjax.data.readers import formats, records, streams
-from llmjax.data.sources import Item, Unit, open_tfds
-from llmjax.data.split import SPLITS
+from llmjax.data.readers.sources import Item, Unit, open_tfds
+from llmjax.data.store.split import SPLITS
+from llmjax.errors import UserError
 
 # A text file of more than twice this becomes several documents, cut at blank lines, so that memory stays bounded.
 MAX_TEXT_BYTES = 1 << 24

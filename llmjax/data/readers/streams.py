@@ -77,8 +77,6 @@ def compression_of(path: str) -> str:
     return next((name for name, magic in _MAGIC if magic.match(head)), "")
 
 
-
-
 def gzip_stretches(path: str) -> Iterator[Iterator[bytes]]:
     """The unpacked content of a .gz file as iterators of blocks, each one contiguous.
 
