@@ -18,7 +18,7 @@ SIZES = {
 }
 
 # Of the validation documents. Learned positions take longer to be of use than rotary ones, hence more steps.
-REACHES = {"tiny": ("bits_per_byte", 2.11)}
+EXPECTED_SCORE = {"tiny": ("bits_per_byte", 2.11)}
 
 
 def get_config(size: str = "tiny") -> ConfigDict:

@@ -15,7 +15,7 @@ SIZES = {
     "120B": (36, 2880, 64, 8, 64, 128, 128, 2880, 4096),
 }
 
-REACHES = {"tiny": ("bits_per_byte", 1.96)}
+EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.96)}
 
 
 def get_config(size: str = "tiny") -> ConfigDict:

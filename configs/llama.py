@@ -18,7 +18,7 @@ SIZES = {
     "405B": (126, 16384, 128, 8, 53248, "untied", 8, 8192, 2048, 8e-5),
 }
 
-REACHES = {"tiny": ("bits_per_byte", 1.97)}
+EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.97)}
 
 
 def get_config(size: str = "tiny") -> ConfigDict:

@@ -19,7 +19,7 @@ SIZES = {
     "3-32B": (3, 64, 5120, 40, 8, 27648, 8, 8192, 1024, 6e-4),
 }
 
-REACHES = {"tiny": ("bits_per_byte", 1.89)}
+EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.89)}
 
 
 def get_config(size: str = "tiny") -> ConfigDict:

@@ -19,7 +19,7 @@ SIZES = {
     "32B": (64, 5120, 64, 8, 128, 25600, "untied", 8, 4096),
 }
 
-REACHES = {"tiny": ("bits_per_byte", 1.95)}
+EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.95)}
 
 
 def get_config(size: str = "tiny") -> ConfigDict:

@@ -16,7 +16,7 @@ SIZES = {
     "235B": (94, 4096, 64, 4, 128, 128, 8, 1536, 4096),
 }
 
-REACHES = {"tiny": ("bits_per_byte", 1.94)}
+EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.94)}
 
 
 def get_config(size: str = "tiny") -> ConfigDict:

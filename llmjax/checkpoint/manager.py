@@ -67,7 +67,7 @@ class Restored:
     meta: dict[str, Any]
 
 
-class Damaged(Exception):
+class CorruptCheckpoint(Exception):
     """A checkpoint that cannot be read, or whose bits are not the ones that were saved."""
 
 
@@ -135,7 +135,7 @@ class Checkpoints:
         """The JSON object saved with `step`, and its "fingerprint". No array is read. Raises UserError if damaged."""
         try:
             body = self._read_body(step)
-        except Damaged as error:
+        except CorruptCheckpoint as error:
             raise UserError(f"checkpoint {self.folder / str(step)} is damaged: {error}; use another step") from error
         return {**body["meta"], "fingerprint": body["fingerprint"]}
 
@@ -149,7 +149,7 @@ class Checkpoints:
             raise UserError(f"no checkpoint of step {step} in {self.folder}; there are {self.steps() or 'none'}")
         try:
             return self._restore(step, abstract)
-        except Damaged as error:
+        except CorruptCheckpoint as error:
             raise UserError(f"checkpoint {self.folder / str(step)} is damaged: {error}; use another step") from error
 
     def restore_latest_good(
@@ -171,7 +171,7 @@ class Checkpoints:
         for step in reversed(steps):
             try:
                 return self._restore(step, abstract, check)
-            except Damaged as error:
+            except CorruptCheckpoint as error:
                 done = f"was moved to {self._set_aside(step)}" if set_aside else "was passed over"
                 if hosts.is_primary():
                     say(f"checkpoint {step} is damaged and {done}: {error}")
@@ -195,16 +195,18 @@ class Checkpoints:
         found = digests(parts)
         stored = {name: body["digests"][name] for name in found}
         if not hosts.agree(found == stored, f"fingerprint of checkpoint {step}"):
-            raise Damaged(f"its fingerprint is {'-'.join(found.values())}, but {'-'.join(stored.values())} was saved")
+            raise CorruptCheckpoint(
+                f"its fingerprint is {'-'.join(found.values())}, but {'-'.join(stored.values())} was saved"
+            )
         return Restored(step, parts, {**body["meta"], "fingerprint": body["fingerprint"]})
 
     def _agreed(self, name: str, read: Callable[[], Any]) -> Any:
-        """What `read` returns, if it works on all processes; else Damaged on all, naming the first that failed."""
+        """What `read` returns, if it works on all processes; else CorruptCheckpoint on all, naming the first that failed."""
         value, problem = None, ""
         with _quiet():
             try:
                 value = read()
-            except Damaged as error:
+            except CorruptCheckpoint as error:
                 problem = str(error)
             except Exception as error:
                 problem = f"{type(error).__name__}: {error}".splitlines()[0].split(". See full")[0][:200]
@@ -216,7 +218,7 @@ class Checkpoints:
             raise MemoryError(f"{name}: process {failed[0]}: {problems[failed[0]]}")
         if failed:
             where = f"process {failed[0]}: " if len(problems) > 1 else ""
-            raise Damaged(where + problems[failed[0]])
+            raise CorruptCheckpoint(where + problems[failed[0]])
         return value
 
     def _read_body(self, step: int) -> dict[str, Any]:
@@ -224,12 +226,12 @@ class Checkpoints:
             body = json.loads((self.folder / str(step) / "meta" / "metadata").read_text())
             stored = body.pop("crc32")
             if stored != _crc32(body):
-                raise Damaged("its meta is not what was saved (checksum)")
+                raise CorruptCheckpoint("its meta is not what was saved (checksum)")
             saved_as = body["step"]
         except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-            raise Damaged(f"its meta cannot be read ({type(error).__name__})") from error
+            raise CorruptCheckpoint(f"its meta cannot be read ({type(error).__name__})") from error
         if saved_as != step:
-            raise Damaged(f"it was saved as step {saved_as}, and copied or renamed since")
+            raise CorruptCheckpoint(f"it was saved as step {saved_as}, and copied or renamed since")
         return body
 
     def _read_part(self, step: int, name: str, tree: Any) -> Any:

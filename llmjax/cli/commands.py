@@ -11,7 +11,7 @@ import sys
 from llmjax.cli.configs import configs
 from llmjax.cli.curate import curate
 from llmjax.cli.fields import fields
-from llmjax.cli.flags import CONFIG, make_parser, parse, say, whole, workdir_of
+from llmjax.cli.flags import CONFIG, int_range, make_parser, parse, parse_workdir, say
 from llmjax.errors import UserError
 
 
@@ -27,7 +27,7 @@ def prepare(arguments: list[str]) -> int:
     )
     parser.add_argument("--config", metavar="FILE[:SIZE]", help=CONFIG)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run's files go")
-    parser.add_argument("--preview", type=whole(0), default=0, metavar="N", help="print the first N samples")
+    parser.add_argument("--preview", type=int_range(0), default=0, metavar="N", help="print the first N samples")
     flags, overrides = parse(parser, arguments)
     import numpy as np
 
@@ -37,7 +37,7 @@ def prepare(arguments: list[str]) -> int:
     from llmjax.data.store.tokenizer import load_tokenizer
     from llmjax.run import config as run_config, loading, workdir as workdirs
 
-    workdir = workdir_of(flags.workdir)
+    workdir = parse_workdir(flags.workdir)
     config = loading.resolve(flags.config, workdir, overrides)
     store = loading.store_folder(config, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -83,13 +83,13 @@ def train(arguments: list[str]) -> int:
     from llmjax.run import loading
 
     said: list[str] = []
-    config = loading.resolve(flags.config, workdir_of(flags.workdir), overrides, said.append)
+    config = loading.resolve(flags.config, parse_workdir(flags.workdir), overrides, said.append)
     hosts.initialize(config.parallel.cpu_threads)
     for line in said:  # who is primary is known from here on
         say(line)
     from llmjax.train import loop
 
-    return loop.train(config, workdir_of(flags.workdir), say)
+    return loop.train(config, parse_workdir(flags.workdir), say)
 
 
 def evaluate(arguments: list[str]) -> int:
@@ -103,23 +103,23 @@ def evaluate(arguments: list[str]) -> int:
         "llmjax eval --workdir=runs/mine --split=test",
     )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="a run")
-    parser.add_argument("--step", type=whole(0), help="the checkpoint (default: the newest)")
+    parser.add_argument("--step", type=int_range(0), help="the checkpoint (default: the newest)")
     splits = ("train", "validation", "test")
     parser.add_argument("--split", default="validation", choices=splits, help="which documents (default validation)")
     flags, overrides = parse(parser, arguments)
     from llmjax.parallel import hosts
     from llmjax.run import loading
 
-    loading.initialize(workdir_of(flags.workdir), overrides)
+    loading.initialize(parse_workdir(flags.workdir), overrides)
     from llmjax import report
     from llmjax.evals import harness
 
     path, _ = harness.evaluate(
-        workdir_of(flags.workdir), step=flags.step, split=flags.split, overrides=overrides, say=say
+        parse_workdir(flags.workdir), step=flags.step, split=flags.split, overrides=overrides, say=say
     )
     if hosts.is_primary():
-        print(f"written to {path}\nreport: {report.write_report(workdir_of(flags.workdir))}")
-    if loading.read_config(workdir_of(flags.workdir)).model.generates:
+        print(f"written to {path}\nreport: {report.write_report(parse_workdir(flags.workdir))}")
+    if loading.read_config(parse_workdir(flags.workdir)).model.generates:
         say(f"next: llmjax generate --workdir={flags.workdir} --prompt='Once upon a time'")
     return 0
 
@@ -145,23 +145,27 @@ def generate(arguments: list[str]) -> int:
         choices=PROMPT_FORMS,
         help="of an encoder-decoder (default: the run's objective.prompt_form, plain after an import, else trained)",
     )
-    parser.add_argument("--step", type=whole(0), help="the checkpoint (default: the newest)")
-    parser.add_argument("--max_tokens", type=whole(1, 2**30), default=100, help="tokens to write at most (default 100)")
+    parser.add_argument("--step", type=int_range(0), help="the checkpoint (default: the newest)")
+    parser.add_argument(
+        "--max_tokens", type=int_range(1, 2**30), default=100, help="tokens to write at most (default 100)"
+    )
     parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy (default 0.8)")
-    parser.add_argument("--top_k", type=whole(0), default=0, help="only the k likeliest tokens; 0: all (default)")
+    parser.add_argument("--top_k", type=int_range(0), default=0, help="only the k likeliest tokens; 0: all (default)")
     parser.add_argument("--top_p", type=float, default=1.0, help="only the likeliest tokens that hold this probability")
-    parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="another seed, another text (default 0)")
+    parser.add_argument(
+        "--seed", type=int_range(0, 2**32 - 1), default=0, help="another seed, another text (default 0)"
+    )
     flags, overrides = parse(parser, arguments)
     if flags.prompt_form:
         overrides.append(("objective.prompt_form", flags.prompt_form))
     from llmjax.parallel import hosts
     from llmjax.run import loading
 
-    loading.initialize(workdir_of(flags.workdir), overrides)
+    loading.initialize(parse_workdir(flags.workdir), overrides)
     from llmjax.inference import sampling
     from llmjax.run import config as run_config
 
-    loaded = loading.load(workdir_of(flags.workdir), step=flags.step, overrides=overrides, say=say)
+    loaded = loading.load(parse_workdir(flags.workdir), step=flags.step, overrides=overrides, say=say)
     texts = sampling.complete(
         flags.prompt,
         graph=loaded.graph,
@@ -202,15 +206,15 @@ def fill(arguments: list[str]) -> int:
     )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="a run")
     parser.add_argument("--text", action="append", required=True, help="text with masks; may be given several times")
-    parser.add_argument("--step", type=whole(0), help="the checkpoint (default: the newest)")
-    parser.add_argument("--count", type=whole(1), default=5, help="tokens to name for each mask (default 5)")
+    parser.add_argument("--step", type=int_range(0), help="the checkpoint (default: the newest)")
+    parser.add_argument("--count", type=int_range(1), default=5, help="tokens to name for each mask (default 5)")
     flags, overrides = parse(parser, arguments)
     from llmjax.run import loading
 
-    loading.initialize(workdir_of(flags.workdir), overrides)
+    loading.initialize(parse_workdir(flags.workdir), overrides)
     from llmjax.inference import fill_mask as filling
 
-    loaded = loading.load(workdir_of(flags.workdir), step=flags.step, overrides=overrides, say=say)
+    loaded = loading.load(parse_workdir(flags.workdir), step=flags.step, overrides=overrides, say=say)
     filled = filling.fill(
         flags.text,
         graph=loaded.graph,
@@ -265,7 +269,7 @@ def import_(arguments: list[str]) -> int:
 
     source = pathlib.Path(os.path.expanduser(flags.source))
     found = importing.import_checkpoint(
-        source, workdir_of(flags.workdir), overrides=overrides, ignore=flags.ignore, say=say
+        source, parse_workdir(flags.workdir), overrides=overrides, ignore=flags.ignore, say=say
     )
     model, workdir = found.config.model, flags.workdir
     say(
@@ -290,19 +294,19 @@ def export(arguments: list[str]) -> int:
     )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="a run")
     parser.add_argument("--to", required=True, metavar="DIR", help="a new folder")
-    parser.add_argument("--step", type=whole(0), help="the checkpoint (default: the newest)")
+    parser.add_argument("--step", type=int_range(0), help="the checkpoint (default: the newest)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="on disk (default float32)")
     parser.add_argument(
-        "--max_shard_bytes", type=whole(1), default=5_000_000_000, help="of a file (default 5,000,000,000)"
+        "--max_shard_bytes", type=int_range(1), default=5_000_000_000, help="of a file (default 5,000,000,000)"
     )
     flags, overrides = parse(parser, arguments)
     from llmjax.run import loading
 
-    loading.initialize(workdir_of(flags.workdir), overrides)
+    loading.initialize(parse_workdir(flags.workdir), overrides)
     from llmjax.interop import exporting
 
     made = exporting.export(
-        workdir_of(flags.workdir),
+        parse_workdir(flags.workdir),
         pathlib.Path(os.path.expanduser(flags.to)),
         step=flags.step,
         dtype=flags.dtype,
@@ -322,7 +326,7 @@ def inspect(arguments: list[str]) -> int:
     parser = make_parser(
         "inspect",
         """\
-        Show a run's checkpoints, their fingerprints and data states, and its config. --verify also reads the whole
+        Show a run's checkpoints, their fingerprints and data states, and its config. --verify also reads the int_range
         token store and compares every checksum: damage ends it with one line and status 78.""",
         "llmjax inspect --workdir=runs/mine --json",
         overrides=False,
@@ -333,7 +337,7 @@ def inspect(arguments: list[str]) -> int:
     flags = parser.parse_args(arguments)
     from llmjax.run import inspection
 
-    found = inspection.inspect(workdir_of(flags.workdir))
+    found = inspection.inspect(parse_workdir(flags.workdir))
     if flags.json:
         verified = {"verified": list(inspection.verify(found))} if flags.verify else {}
         print(json.dumps({**found, **verified}, indent=2))
@@ -362,11 +366,11 @@ def size(arguments: list[str]) -> int:
     parser.add_argument("--tokens", type=float, help="tokens to train on, such as 20e9")
     parser.add_argument("--parameters", type=float, help="size of the model, such as 1.3e9")
     parser.add_argument("--device", default="v5e", help=f"one of {', '.join(NAMES)} (default v5e; here: this machine)")
-    parser.add_argument("--devices", type=whole(1), default=8, help="for --budget_hours (default 8)")
+    parser.add_argument("--devices", type=int_range(1), default=8, help="for --budget_hours (default 8)")
     parser.add_argument("--mfu", type=float, default=0.4, help="part of the peak that training reaches (default 0.4)")
-    parser.add_argument("--seq_len", type=whole(1), default=2048, help="tokens in a row (default 2048)")
+    parser.add_argument("--seq_len", type=int_range(1), default=2048, help="tokens in a row (default 2048)")
     parser.add_argument("--config", metavar="FILE[:SIZE]", help="look at this config instead")
-    parser.add_argument("--vocab_size", type=whole(1), help="for --config (default: its tokenizer's)")
+    parser.add_argument("--vocab_size", type=int_range(1), help="for --config (default: its tokenizer's)")
     flags, overrides = parse(parser, arguments)
     from llmjax.plan import budget, devices, size as sizes
 

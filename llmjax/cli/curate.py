@@ -10,7 +10,7 @@ import shlex
 from typing import Any
 
 from llmjax.binding import as_tree, bind_overridden, load_file
-from llmjax.cli.flags import CONFIG, Parser, make_parser, parse, workdir_of
+from llmjax.cli.flags import CONFIG, Parser, make_parser, parse, parse_workdir
 from llmjax.errors import UserError
 
 _EXAMPLE = "llmjax curate --config=curate --workdir=runs/web --config.curate.inputs.web.path='crawl/*.warc.gz'"
@@ -181,7 +181,7 @@ def _workdir(parser: Parser, text: str) -> pathlib.Path:
     """A local or shared folder: parts of it are memory-mapped."""
     if "://" in text:
         raise UserError(f"--workdir={text}: {parser.prog} maps files into memory; give a local or shared folder")
-    return pathlib.Path(workdir_of(text)).absolute()  # a process of a cluster may stand in another folder
+    return pathlib.Path(parse_workdir(text)).absolute()  # a process of a cluster may stand in another folder
 
 
 def _say(line: str) -> None:

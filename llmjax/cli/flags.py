@@ -58,7 +58,7 @@ def parse(parser: Parser, arguments: list[str]) -> tuple[argparse.Namespace, lis
     return parser.parse_args(plain), overrides
 
 
-def workdir_of(text: str):
+def parse_workdir(text: str):
     from etils import epath
 
     if not text or os.path.isfile(os.path.expanduser(text)):
@@ -74,7 +74,7 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def whole(least: int, most: float = math.inf) -> Callable[[str], int]:
+def int_range(least: int, most: float = math.inf) -> Callable[[str], int]:
     def whole_number(text: str) -> int:
         value = int(text)
         if not least <= value <= most:

@@ -118,7 +118,7 @@ class DataConfig:
 class ObjectiveConfig:
     """What a model has to find out about a text. A field that the named objective has no use for must stay unset.
 
-    name         causal (each token from those before it), prefix (a random first part is given, the rest is foretold),
+    name         causal (each token from those before it), prefix (a random first part is given, the rest is predicted),
                  masked (hidden tokens from both sides: BERT), span (hidden spans, written by the decoder: T5),
                  ul2 (spans of seven kinds, told apart by a mode token), fim (causal, and a part moved to the end, to
                  be filled in)

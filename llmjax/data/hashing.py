@@ -3,7 +3,7 @@
 import numpy as np
 
 
-def mixed(values: np.ndarray) -> np.ndarray:
+def splitmix64(values: np.ndarray) -> np.ndarray:
     """uint64 -> same: every input bit stirred into every output bit, and no two values into one (the finalizer of
     SplitMix64: Steele, Lea and Flood, 2014). Arithmetic wraps."""
     values = values ^ (values >> np.uint64(30))

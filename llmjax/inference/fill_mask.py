@@ -38,7 +38,7 @@ def fill(
     params: dict,
     model: ModelConfig,
     mesh: Mesh,
-    rules: axes.type_of_rules,
+    rules: axes.LogicalRules,
     tokenizer: Tokenizer,
     count: int,
 ) -> list[list[list[Filler]]]:
@@ -49,7 +49,7 @@ def fill(
     without a mask or with special tokens that the tokenizer does not know, and one that is too long for learned
     positions.
     """
-    known = vocabulary.of(tokenizer, vocabulary.MASK)
+    known = vocabulary.build_vocab(tokenizer, vocabulary.MASK)
     if "masked" not in model.objectives:
         raise UserError(f"model.family={model.family!r} fills no gaps: take one that learns 'masked', such as encoder")
     if known.size > model.vocab_size:
@@ -59,9 +59,9 @@ def fill(
         )
     rows = [_tokens(text, tokenizer, known) for text in texts]
     for text, row in zip(texts, rows, strict=True):
-        if model.longest is not None and len(row) > model.longest:
+        if model.max_seq_len is not None and len(row) > model.max_seq_len:
             raise UserError(
-                f"text {text[:40]!r} has {len(row)} tokens, its start included, and the model only {model.longest} "
+                f"text {text[:40]!r} has {len(row)} tokens, its start included, and the model only {model.max_seq_len} "
                 "learned positions: shorten it"
             )
     batch = _batch(rows)
@@ -88,10 +88,10 @@ def _tokens(text: str, tokenizer: Tokenizer, known: vocabulary.Vocabulary) -> np
     if len(parts) == 1:
         raise UserError(f"text {text[:40]!r} has no mask: write {' or '.join(marks)} where a token is to be found")
     if imported:
-        return frame_prompt(tokenizer, encode_prompt(tokenizer, known.names[mask].join(parts)), known.begin)
+        return frame_prompt(tokenizer, encode_prompt(tokenizer, known.names[mask].join(parts)), known.bos_id)
     first, *others = [encode_prompt(tokenizer, part) for part in parts]
     ids = np.concatenate([first, *(np.append(mask, ids) for ids in others)])
-    return frame_prompt(tokenizer, ids, known.begin)
+    return frame_prompt(tokenizer, ids, known.bos_id)
 
 
 def _batch(rows: Sequence[np.ndarray]) -> Batch:

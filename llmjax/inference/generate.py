@@ -76,7 +76,7 @@ def generate(
 ) -> list[list[int]]:
     """New token ids for each prompt: up to one of `stop_ids`, which is not returned, or `max_tokens` of them.
 
-    `nnx.merge(graph, params)` is the model of `config`; a prompt starts with the id that starts documents. Draws are
+    `nnx.merge(graph, params)` is the model of `config`; a prompt starts with the id that starts documents. CounterRng are
     keyed by (seed, row, position), so a row's tokens do not depend on the other rows. UserError for settings out of
     range, for a family that continues no text, and where a prompt is empty, holds an id that the model lacks, or is
     too long for learned positions.
@@ -147,8 +147,8 @@ def check(config: Any, prompts: Sequence[Sequence[int] | np.ndarray], max_tokens
             )
         # The last token drawn is never read, so it needs no position.
         needed = len(prompt) + max_tokens - 1
-        if config.longest is not None and needed > config.longest:
+        if config.max_seq_len is not None and needed > config.max_seq_len:
             raise UserError(
                 f"max_tokens={max_tokens}: prompt {number} has {len(prompt)} tokens and the model only "
-                f"{config.longest} learned positions; at most {config.longest - len(prompt) + 1} new tokens fit"
+                f"{config.max_seq_len} learned positions; at most {config.max_seq_len - len(prompt) + 1} new tokens fit"
             )

@@ -24,7 +24,7 @@ def complete(
     params: dict,
     model: ModelConfig,
     mesh: Mesh,
-    rules: axes.type_of_rules,
+    rules: axes.LogicalRules,
     tokenizer: Tokenizer,
     objective: Objective,
     max_tokens: int,

@@ -173,7 +173,7 @@ def _is_size(model: Any, field: str, value: Any) -> bool:
 def _config(hf: dict[str, Any], name: str, loaded: Loaded, dtype: str, token_ids: dict[str, Any]) -> dict[str, Any]:
     """config.json, with what it needs to know of the tokenizer and of the rows that were trained on."""
     longest = "max_position_embeddings"
-    if loaded.config.model.longest is None and longest in hf:  # a hint there: nothing limits the length
+    if loaded.config.model.max_seq_len is None and longest in hf:  # a hint there: nothing limits the length
         hf = {**hf, longest: max(hf[longest], loaded.config.data.seq_len)}
     return {"architectures": [name], **hf, **token_ids, "dtype": dtype, "torch_dtype": dtype}
 
@@ -197,7 +197,7 @@ def _is_imported(tokenizer: Tokenizer, imported: dict[str, Any]) -> bool:
 def _begin(loaded: Loaded) -> int | None:
     """The id that every document was trained behind; None where the objective has none."""
     objective = run_config.objective(loaded.config, loaded.tokenizer)
-    framed, begin = objective.prompt(np.array([], np.int32)).tolist(), vocabulary.of(loaded.tokenizer).begin
+    framed, begin = objective.prompt(np.array([], np.int32)).tolist(), vocabulary.build_vocab(loaded.tokenizer).begin
     return begin if framed == [begin] else None
 
 
@@ -219,7 +219,9 @@ def _write_tokenizer(workdir: epath.Path, loaded: Loaded, to: Path, imported: di
         return tokenizers.give_back(content, imported["tokenizer"]["name"], workdir, folder)
     content = b"" if tokenizer.kind == "bytes" else (loaded.store / FILE_NAMES[tokenizer.kind]).read_bytes()
     texts = _some_texts(loaded.store, tokenizer)
-    return tokenizers.write(tokenizer, content, folder, texts=texts, longest=loaded.config.model.longest, begin=begin)
+    return tokenizers.write(
+        tokenizer, content, folder, texts=texts, longest=loaded.config.model.max_seq_len, begin=begin
+    )
 
 
 def _some_texts(store: Path, tokenizer: Tokenizer) -> Iterator[str]:

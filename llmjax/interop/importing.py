@@ -63,7 +63,7 @@ def import_checkpoint(
     for note in _notes(settings, tokenizer, config):
         say(f"  note: {note}")
 
-    mesh = loading.fitting_mesh(config, say)
+    mesh = loading.mesh_or_default(config, say)
     _, shapes, names = registry.abstract(config.model)
     shardings = table.flat(axes.shardings(mesh, names, shapes, config.parallel.rules))
     params = place.read(table, found.tensors, shardings, say)
@@ -153,7 +153,7 @@ def _notes(settings: TokenizerSettings, tokenizer: Tokenizer, config: RunConfig)
             "objective.prompt_form='plain': prompts are text and EOS, as instruction-tuned models read them; for one "
             "that only fills gaps, `llmjax generate --prompt_form=trained`"
         )
-    if (needed := run_config.objective(config, tokenizer).size) > config.model.vocab_size:
+    if (needed := run_config.objective(config, tokenizer).min_vocab_size) > config.model.vocab_size:
         notes.append(
             f"objective.name={config.objective.name!r} needs {needed} ids and the model has {config.model.vocab_size}: "
             "the tokenizer lacks its marks"

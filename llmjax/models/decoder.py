@@ -60,7 +60,7 @@ class Block(nnx.Module):
             num_kv_heads=config.kv_heads,
             head_dim=config.head_size,
             bias=config.biases != "none",
-            scale=config.branch_scale,
+            scale=config.residual_init_scale,
             kernel=config.attention,
             dtype=config.param_dtype,
             score_scale=parametrization.score_scale(config, config.score_scale or config.head_size**-0.5),
@@ -80,7 +80,7 @@ class Block(nnx.Module):
             activation=config.activation,
             gated=config.gated == "gated",
             bias=config.biases == "all",
-            scale=config.branch_scale,
+            scale=config.residual_init_scale,
             dtype=config.param_dtype,
         )
 
@@ -167,7 +167,7 @@ class Decoder(nnx.Module):
         """Read prompts: tokens [batch, seq], of which `lengths` [batch] count, into a cache with room for them
         and for `max_tokens` new ones.
 
-        Returns the hidden state [batch, embed] that foretells the next token, the cache, and that token's position
+        Returns the hidden state [batch, embed] that predicts the next token, the cache, and that token's position
         [batch]. What padding writes to the cache is overwritten before it is seen.
         """
         batch, seq = tokens.shape

@@ -143,7 +143,7 @@ class DecoderConfig:
         return self.mlp or (4 * self.embed if self.gated == "plain" else checks.round_up(-(-8 * self.embed // 3), 128))
 
     @property
-    def branch_scale(self) -> float:
+    def residual_init_scale(self) -> float:
         """First scale of what each of the 2 num_layers residual branches adds, so that the sum has variance 1."""
         return (2 * self.num_layers) ** -0.5
 
@@ -179,13 +179,13 @@ class DecoderConfig:
         return checks.round_up(self.vocab_size, self.vocab_multiple)
 
     @property
-    def longest(self) -> int | None:
+    def max_seq_len(self) -> int | None:
         """The longest sequence that the model can read; None: no limit."""
         return self.max_positions if self.positions == "learned" else None
 
     def check(self, *, seq_len: int, tensor: int) -> None:
         """UserError where the model cannot read rows of `seq_len` tokens, or cannot be cut over `tensor` devices."""
-        if self.longest is not None and seq_len > self.longest:
+        if self.max_seq_len is not None and seq_len > self.max_seq_len:
             raise UserError(
                 f"data.seq_len={seq_len}: the model has only model.max_positions={self.max_positions} learned positions"
             )
@@ -195,7 +195,7 @@ class DecoderConfig:
                 raise UserError(f"mesh.tensor={tensor}: must divide model.{field}={count}")
 
     @property
-    def multiplied_weights(self) -> int:
+    def matmul_params(self) -> int:
         """Number of weights that one token is multiplied with; the head counts, the embedding lookup does not."""
         heads = 2 * self.num_heads + 2 * self.kv_heads
         matrices = 3 if self.gated == "gated" else 2
@@ -214,7 +214,7 @@ class DecoderConfig:
         for local in self.local:
             reach = min(self.window, seq_len) if local else seq_len
             keys += reach - reach * reach / (2 * seq_len)
-        return 6.0 * self.multiplied_weights + 6.0 * self.num_heads * self.score_width * keys
+        return 6.0 * self.matmul_params + 6.0 * self.num_heads * self.score_width * keys
 
     @property
     def score_width(self) -> int:

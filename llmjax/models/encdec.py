@@ -160,7 +160,7 @@ class EncDec(nnx.Module):
     def prefill(self, tokens: jax.Array, lengths: jax.Array, max_tokens: int) -> tuple[jax.Array, Cache, jax.Array]:
         """Encode prompts as sources: tokens [batch, seq], of which `lengths` [batch] count; then read the start token.
 
-        Returns the hidden state [batch, embed] that foretells the first token of the target, the cache, which has room
+        Returns the hidden state [batch, embed] that predicts the first token of the target, the cache, which has room
         for the start token and `max_tokens` more (the source lies apart), and the position [batch] of that first token:
         1, as the start token is at 0.
         """

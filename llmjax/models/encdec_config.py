@@ -103,7 +103,7 @@ class EncDecConfig:
         return checks.round_up(self.vocab_size, self.vocab_multiple)
 
     @property
-    def longest(self) -> None:
+    def max_seq_len(self) -> None:
         """The longest sequence that the model can read; None: no limit."""
         return None
 

@@ -103,7 +103,7 @@ class EncoderConfig:
         return checks.round_up(self.vocab_size, self.vocab_multiple)
 
     @property
-    def longest(self) -> int | None:
+    def max_seq_len(self) -> int | None:
         """The longest sequence that the model can read; None: no limit."""
         return self.max_positions if self.positions == "learned" else None
 
@@ -119,7 +119,7 @@ class EncoderConfig:
 
     def check(self, *, seq_len: int, tensor: int) -> None:
         """UserError where the model cannot read rows of `seq_len` tokens, or cannot be cut over `tensor` devices."""
-        if self.longest is not None and seq_len > self.longest:
+        if self.max_seq_len is not None and seq_len > self.max_seq_len:
             raise UserError(
                 f"data.seq_len={seq_len}: the model has only model.max_positions={self.max_positions} learned positions"
             )

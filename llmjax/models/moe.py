@@ -30,7 +30,7 @@ class DenseBlock(Block):
             head_dim=config.head_size,
             rope_dim=config.rope_dim,
             value_dim=config.value_size,
-            scale=config.branch_scale,
+            scale=config.residual_init_scale,
             score_scale=parametrization.score_scale(config, config.score_scale or config.latent_scale),
             kernel=config.attention,
             dtype=config.param_dtype,
@@ -51,8 +51,8 @@ class MoeBlock(DenseBlock):
             activation=config.activation,
             expert_activation=config.expert_activation or config.activation,
             bias=config.biases == "all",
-            correction=config.correction_bias,
-            scale=config.branch_scale,
+            expert_bias=config.expert_bias,
+            scale=config.residual_init_scale,
             dtype=config.param_dtype,
         )
 
@@ -86,15 +86,15 @@ class MoeDecoder(Decoder):
         return out, None if batch is None else load
 
     def _output(self, hidden: jax.Array, fed: Any) -> Output:
-        config, correction = self.config, self.blocks.mlp.router.correction
+        config, expert_bias = self.config, self.blocks.mlp.router.expert_bias
         penalty, stats = moe.losses(
             fed,
-            None if correction is None else correction[...],
+            None if expert_bias is None else expert_bias[...],
             config.routing,
             balance_loss=config.balance_loss,
             router_z_loss=config.router_z_loss,
         )
-        return Output(hidden=hidden, penalty=penalty, stats=stats)
+        return Output(hidden=hidden, aux_loss=penalty, aux_metrics=stats)
 
     def _angles(self, positions: jax.Array, local: bool) -> Angles:
         config = self.config

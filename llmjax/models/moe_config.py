@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from llmjax.errors import UserError, suggest
 from llmjax.models.decoder_config import DecoderConfig
-from llmjax.nn.moe import JOINS, Routing
+from llmjax.nn.moe import GLU_ACTIVATIONS, Routing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,8 +32,8 @@ class MoeConfig(DecoderConfig):
     router_groups       experts lie in so many groups of neighbours, and
     router_top_groups   a token's experts come from so many of them: those whose two best scores sum highest. 1 and 1:
                         no groups
-    correction_bias     whether a bias takes part in choosing experts, though not in weighing them, which the optimizer
-                        moves against each expert's load by optimizer.balance_rate an update (DeepSeek-V3)
+    expert_bias     whether a bias takes part in choosing experts, though not in weighing them, which the optimizer
+                        moves against each expert's load by optimizer.expert_bias_update_rate an update (DeepSeek-V3)
     balance_loss        coefficient of the balance loss, which is 1 for an evenly loaded layer; of each row and layer,
                         weighed by the row's tokens, summed over layers
     router_z_loss       coefficient of the squared log of the router's partition function, of each token and layer,
@@ -61,7 +61,7 @@ class MoeConfig(DecoderConfig):
     router_scale: float = 1.0
     router_groups: int = 1
     router_top_groups: int = 1
-    correction_bias: bool = False
+    expert_bias: bool = False
     balance_loss: float = 0.01
     router_z_loss: float = 0.001
     latent: int = 0
@@ -114,7 +114,7 @@ class MoeConfig(DecoderConfig):
                 raise UserError(f"mesh.tensor={tensor}: must divide model.{field}={count}")
 
     @property
-    def multiplied_weights(self) -> int:
+    def matmul_params(self) -> int:
         """Number of weights that one token is multiplied with: of the experts, those that it goes through."""
         if self.latent:
             per_head = self.head_size + self.rope_dim
@@ -137,7 +137,7 @@ class MoeConfig(DecoderConfig):
         return self.head_size + self.rope_dim + self.value_size if self.latent else super().score_width
 
     @property
-    def idle_parameters(self) -> int:
+    def inactive_params(self) -> int:
         """Number of parameters that one token does not meet: those of the experts that it does not go through."""
         one = 3 * self.embed * self.expert_size
         one += 2 * self.expert_size + self.embed if self.biases == "all" else 0
@@ -151,11 +151,11 @@ def _check_experts(config: MoeConfig) -> None:
             raise UserError(f"model.{field}={getattr(config, field)}: must be at least {least}")
     if config.gated != "gated":
         raise UserError(f"model.gated={config.gated!r}: experts are gated; set 'gated'")
-    names = ("", *JOINS)
+    names = ("", *GLU_ACTIVATIONS)
     if config.expert_activation not in names:
         near = suggest(config.expert_activation, names)
         raise UserError(
-            f"model.expert_activation={config.expert_activation!r}: choose one of {', '.join(JOINS)}, or ''{near}"
+            f"model.expert_activation={config.expert_activation!r}: choose one of {', '.join(GLU_ACTIVATIONS)}, or ''{near}"
         )
     if config.dense_layers >= config.num_layers:
         raise UserError(

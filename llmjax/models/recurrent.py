@@ -103,7 +103,7 @@ class Recurrent(nnx.Module):
     def prefill(self, tokens: jax.Array, lengths: jax.Array, max_tokens: int) -> tuple[jax.Array, Cache, jax.Array]:
         """Read prompts: tokens [batch, seq], of which `lengths` [batch] count.
 
-        Returns the hidden state [batch, embed] that foretells the next token, the state after the last token that
+        Returns the hidden state [batch, embed] that predicts the next token, the state after the last token that
         counts (padding behind it has no part in it), and the next token's position [batch]. `max_tokens` is of no
         account: a state has one size, however long the text.
         """

@@ -28,7 +28,7 @@ def _gated(activation: Callable) -> Callable:
 
 
 # How an expert joins its two inner layers, by the name of its activation.
-JOINS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+GLU_ACTIVATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     **{name: _gated(activation) for name, activation in ACTIVATIONS.items()},
     "clamped_swiglu": clamped_swiglu,
 }
@@ -56,7 +56,7 @@ class Routing:
     top_groups: int = 1
 
 
-class Choice(NamedTuple):
+class RouterOutput(NamedTuple):
     """What a router says of each token.
 
     ids            int [..., chosen], different experts
@@ -69,17 +69,17 @@ class Choice(NamedTuple):
     probabilities: jax.Array
 
 
-def choose(logits: jax.Array, correction: jax.Array | None, routing: Routing) -> Choice:
-    """Float32 logits [..., experts] -> Choice. `correction` [experts] counts in choosing, not in weighing."""
+def route(logits: jax.Array, expert_bias: jax.Array | None, routing: Routing) -> RouterOutput:
+    """Float32 logits [..., experts] -> RouterOutput. `correction` [experts] counts in choosing, not in weighing."""
     if routing.score == "softmax":
         scores = probabilities = jax.nn.softmax(logits, axis=-1)
     else:
         scores = jax.nn.sigmoid(logits)
         probabilities = scores / (jnp.sum(scores, axis=-1, keepdims=True) + _SMALL)
     # Without a correction the logits are in the order of the scores, and two of them are not rounded to the same one.
-    ranks = jax.lax.stop_gradient(logits if correction is None and routing.groups == 1 else scores)
-    if correction is not None:
-        ranks += jax.lax.stop_gradient(correction)
+    ranks = jax.lax.stop_gradient(logits if expert_bias is None and routing.groups == 1 else scores)
+    if expert_bias is not None:
+        ranks += jax.lax.stop_gradient(expert_bias)
     if routing.groups > 1:
         ranks = jnp.where(_open_experts(ranks, routing), ranks, -jnp.inf)
     ids = jax.lax.top_k(ranks, routing.chosen)[1]
@@ -89,7 +89,7 @@ def choose(logits: jax.Array, correction: jax.Array | None, routing: Routing) ->
         found = jnp.take_along_axis(scores, ids, axis=-1)
         if routing.renormalise:
             found /= jnp.sum(found, axis=-1, keepdims=True) + _SMALL
-    return Choice(ids, found * routing.scale, probabilities)
+    return RouterOutput(ids, found * routing.scale, probabilities)
 
 
 def _open_experts(ranks: jax.Array, routing: Routing) -> jax.Array:
@@ -101,7 +101,7 @@ def _open_experts(ranks: jax.Array, routing: Routing) -> jax.Array:
     return jnp.repeat(chosen, routing.experts // routing.groups, axis=-1)
 
 
-class Load(NamedTuple):
+class RouterStats(NamedTuple):
     """What a layer's router did with each row, padding left out; float32.
 
     counts         [batch, experts], tokens that each expert got
@@ -122,10 +122,10 @@ class Router(nnx.Module):
                  optimizer moves it against the load of its expert, as it does every parameter of the axes ("experts",)
     """
 
-    def __init__(self, key: jax.Array, embed: int, experts: int, *, bias: bool, correction: bool, dtype: str):
+    def __init__(self, key: jax.Array, embed: int, experts: int, *, bias: bool, expert_bias: bool, dtype: str):
         self.weight = weights.normal(key, {"embed": embed, "router": experts}, std=embed**-0.5, dtype=dtype)
         self.bias = weights.constant(0.0, {"router": experts}, dtype=dtype) if bias else None
-        self.correction = weights.constant(0.0, {"experts": experts}, dtype="float32") if correction else None
+        self.expert_bias = weights.constant(0.0, {"experts": experts}, dtype="float32") if expert_bias else None
 
 
 class Experts(nnx.Module):
@@ -164,13 +164,13 @@ class MoeMlp(nnx.Module):
         activation: str,
         expert_activation: str,
         bias: bool,
-        correction: bool,
+        expert_bias: bool,
         scale: float,
         dtype: str,
     ):
         k_router, k_experts, k_shared = jax.random.split(key, 3)
         count = routing.experts
-        self.router = Router(k_router, embed, count, bias=bias, correction=correction, dtype=dtype)
+        self.router = Router(k_router, embed, count, bias=bias, expert_bias=expert_bias, dtype=dtype)
         self.experts = Experts(k_experts, embed, mlp, count, bias=bias, scale=scale, dtype=dtype)
         self.shared = (
             Mlp(k_shared, embed, shared, activation=activation, gated=True, bias=bias, scale=scale, dtype=dtype)
@@ -179,13 +179,15 @@ class MoeMlp(nnx.Module):
         )
         self.routing, self.activation = routing, expert_activation
 
-    def __call__(self, x: jax.Array, real: jax.Array) -> tuple[jax.Array, Load]:
-        """x [batch, seq, embed], real bool [batch, seq] (False: padding, not counted) -> (same as x, Load)."""
+    def __call__(self, x: jax.Array, real: jax.Array) -> tuple[jax.Array, RouterStats]:
+        """x [batch, seq, embed], real bool [batch, seq] (False: padding, not counted) -> (same as x, RouterStats)."""
         router, experts = (nnx.to_pure_dict(nnx.state(part)) for part in (self.router, self.experts))
         out, load = _on_shards(self._serve, x, real, router, experts)
         return out if self.shared is None else out + self.shared(x), load
 
-    def _serve(self, x: jax.Array, real: jax.Array, router: dict, experts: dict, first: Any) -> tuple[jax.Array, Load]:
+    def _serve(
+        self, x: jax.Array, real: jax.Array, router: dict, experts: dict, first: Any
+    ) -> tuple[jax.Array, RouterStats]:
         """One shard's rows; `experts` may be a shard of the width, of which one is the `first` and adds the bias."""
         batch, _, embed = x.shape
         logits = jnp.matmul(
@@ -193,12 +195,14 @@ class MoeMlp(nnx.Module):
         )
         if "bias" in router:
             logits += router["bias"].astype(jnp.float32)
-        choice = choose(logits, router.get("correction"), self.routing)
+        choice = route(logits, router.get("expert_bias"), self.routing)
         chosen = choice.ids.reshape(-1, self.routing.chosen)
-        out = serve(x.reshape(-1, embed), chosen, choice.weights.reshape(chosen.shape), experts, self.activation, first)
+        out = dispatch_and_combine(
+            x.reshape(-1, embed), chosen, choice.weights.reshape(chosen.shape), experts, self.activation, first
+        )
         counted = jnp.broadcast_to(real[..., None], choice.ids.shape).astype(jnp.float32)
         count = lambda ids, one: jnp.zeros(self.routing.experts).at[ids.reshape(-1)].add(one.reshape(-1))
-        load = Load(
+        load = RouterStats(
             counts=jax.vmap(count)(choice.ids, counted),
             probabilities=jnp.sum(jnp.where(real[..., None], choice.probabilities, 0.0), axis=1),
             z=jnp.sum(jnp.where(real, jax.nn.logsumexp(logits, axis=-1) ** 2, 0.0), axis=1),
@@ -206,7 +210,9 @@ class MoeMlp(nnx.Module):
         return out.reshape(batch, -1, embed), load
 
 
-def serve(x: jax.Array, ids: jax.Array, shares: jax.Array, experts: dict, activation: str, first: Any) -> jax.Array:
+def dispatch_and_combine(
+    x: jax.Array, ids: jax.Array, combine_weights: jax.Array, experts: dict, activation: str, first: Any
+) -> jax.Array:
     """x [tokens, embed] through experts `ids` [tokens, chosen], weighed by `shares` [tokens, chosen] -> like x.
 
     (token, expert) pairs are sorted by expert, so that each expert meets its tokens in one matmul.
@@ -224,9 +230,9 @@ def serve(x: jax.Array, ids: jax.Array, shares: jax.Array, experts: dict, activa
         return product + (bias if name != "down" else jnp.where(first, bias, 0)).astype(rows.dtype)[expert]
 
     rows = _spread(x, order, place)
-    found = linear(JOINS[activation](linear(rows, "gate"), linear(rows, "up")), "down")
+    found = linear(GLU_ACTIVATIONS[activation](linear(rows, "gate"), linear(rows, "up")), "down")
     found = _permute(found, place, order).reshape(*ids.shape, -1)
-    return jnp.einsum("sk,skd->sd", shares, found, preferred_element_type=jnp.float32).astype(x.dtype)
+    return jnp.einsum("sk,skd->sd", combine_weights, found, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
 @jax.custom_vjp
@@ -252,14 +258,16 @@ def _spread_backward(saved, dy):
 _spread.defvjp(lambda x, order, place: (_spread(x, order, place), (place, x[:, :0])), _spread_backward)
 
 
-def _on_shards(serve: Callable, x: jax.Array, real: jax.Array, router: dict, experts: dict) -> tuple[jax.Array, Load]:
+def _on_shards(
+    dispatch_and_combine: Callable, x: jax.Array, real: jax.Array, router: dict, experts: dict
+) -> tuple[jax.Array, RouterStats]:
     """`serve` on every device's own rows, so that sorting moves no token to another device.
 
     Rows are cut as the batch is, the experts' width as "mlp" is: each device gives its part of the sum over the width.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or set(mesh.manual_axes) == set(mesh.axis_names):
-        return serve(x, real, router, experts, True)
+        return dispatch_and_combine(x, real, router, experts, True)
     (rows,) = axes.spec(("batch",), x.shape[:1])
     (width,) = axes.spec(("mlp",), experts["down"].shape[1:2])
     cut = {"gate": P(None, None, width), "up": P(None, None, width), "down": P(None, width), "down_bias": P()}
@@ -267,7 +275,7 @@ def _on_shards(serve: Callable, x: jax.Array, real: jax.Array, router: dict, exp
 
     def local(x, real, router, experts):
         first = True if width is None else jax.lax.axis_index(width) == 0
-        out, load = serve(x, real, router, experts, first)
+        out, load = dispatch_and_combine(x, real, router, experts, first)
         return out[None], load
 
     out, load = jax.shard_map(
@@ -287,7 +295,7 @@ class Losses(NamedTuple):
 
 
 def losses(
-    load: Load, correction: jax.Array | None, routing: Routing, *, balance_loss: float, router_z_loss: float
+    load: RouterStats, expert_bias: jax.Array | None, routing: Routing, *, balance_loss: float, router_z_loss: float
 ) -> Losses:
     """Sums over rows of `load`, whose fields have a leading layers dimension; `correction` [layers, experts] or None.
 
@@ -307,15 +315,15 @@ def losses(
     even = routing.experts * jnp.sum(tokens * jnp.sum(shares * load.probabilities / some, axis=-1))
     z, weight = jnp.sum(load.z), jnp.sum(tokens)
     penalty = balance_loss * even + router_z_loss * z
-    if correction is not None:
+    if expert_bias is not None:
         # Times the number of experts: whole numbers, which add up to the same in any order.
         excess = routing.experts * jnp.sum(load.counts, axis=1) - jnp.sum(chosen, axis=1)[:, None]
-        penalty += jnp.sum(jax.lax.stop_gradient(excess) * (correction - jax.lax.stop_gradient(correction)))
+        penalty += jnp.sum(jax.lax.stop_gradient(excess) * (expert_bias - jax.lax.stop_gradient(expert_bias)))
     mean = lambda of_row: (jnp.sum(tokens * of_row), weight)
     stats = {
-        "expert_balance": (even, weight),
-        "router_z": (z, weight),
-        "busiest_expert": mean(jnp.max(shares, axis=-1)),
-        "dead_experts": mean(jnp.mean(load.counts == 0, axis=-1)),
+        "load_balance_loss": (even, weight),
+        "router_z_loss": (z, weight),
+        "max_expert_load": mean(jnp.max(shares, axis=-1)),
+        "unused_expert_fraction": mean(jnp.mean(load.counts == 0, axis=-1)),
     }
     return Losses(penalty, jax.tree.map(jax.lax.stop_gradient, stats))

@@ -15,20 +15,20 @@ from llmjax.parallel.mesh import ParallelConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Shards:
+class Reduction:
     """What a step must know of how its batch is cut: under jit it sees the whole batch, under pmap one replica's rows.
 
-    total       a tree of sums over this piece -> the same sums over the whole batch
+    all_sum     a tree of sums over this piece -> the same sums over the whole batch
     first_row   rows in this piece -> index of its first row in the global batch
     """
 
-    total: Callable[[Any], Any]
+    all_sum: Callable[[Any], Any]
     first_row: Callable[[int], Any]
 
 
-WHOLE = Shards(total=lambda tree: tree, first_row=lambda rows: 0)
-REPLICA = Shards(
-    total=lambda tree: jax.lax.psum(tree, "replica"),
+JIT = Reduction(all_sum=lambda tree: tree, first_row=lambda rows: 0)
+PMAP = Reduction(
+    all_sum=lambda tree: jax.lax.psum(tree, "replica"),
     first_row=lambda rows: (jax.lax.axis_index("replica") * rows).astype(jnp.uint32),
 )
 
@@ -44,9 +44,9 @@ class Compiled:
     """
 
     step: Callable
-    place: Callable
-    lift: Callable
-    feed: Callable
+    shard_state: Callable
+    unshard_state: Callable
+    shard_batch: Callable
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -65,33 +65,33 @@ def check_batch(name: str, size: int, mesh: Mesh, accumulation: int = 1) -> None
         raise UserError(f"{name}={size} is not divisible by {parts}: take {near}, or change the mesh")
 
 
-def check_how(config: ParallelConfig, mesh: Mesh) -> None:
+def check_backend(config: ParallelConfig, mesh: Mesh) -> None:
     """Raise UserError for an unknown compiler, or one that cannot honour the mesh."""
-    if config.how not in ("jit", "pmap"):
-        raise UserError(f"parallel.how={config.how!r}: known are 'jit' and 'pmap'")
+    if config.backend not in ("jit", "pmap"):
+        raise UserError(f"parallel.backend={config.backend!r}: known are 'jit' and 'pmap'")
     wide = {name: size for name, size in mesh.shape.items() if name != "data" and size > 1}
-    if config.how == "pmap" and wide:
+    if config.backend == "pmap" and wide:
         raise UserError(
-            f"parallel.how='pmap' replicates the state, so it can't honour mesh {wide}: set them to 1 or use 'jit'"
+            f"parallel.backend='pmap' replicates the state, so it can't honour mesh {wide}: set them to 1 or use 'jit'"
         )
 
 
 def compile_step(
     step: Callable, config: ParallelConfig, mesh: Mesh, state_shardings: Any, rows: np.ndarray, batch: int
 ) -> Compiled:
-    """Compile `step(state, batch, shards=...)` as `config.how` says. `rows` are this process's rows of `batch`."""
-    check_how(config, mesh)
-    if config.how == "pmap":
+    """Compile `step(state, batch, shards=...)` as `config.backend` says. `rows` are this process's rows of `batch`."""
+    check_backend(config, mesh)
+    if config.backend == "pmap":
         return _compile_pmap(step, mesh)
     return _compile_jit(step, mesh, config.rules, state_shardings, rows, batch)
 
 
 def _compile_jit(
-    step: Callable, mesh: Mesh, rules: axes.type_of_rules, state_shardings: Any, rows: np.ndarray, batch: int
+    step: Callable, mesh: Mesh, rules: axes.LogicalRules, state_shardings: Any, rows: np.ndarray, batch: int
 ) -> Compiled:
     data, replicated = batch_sharding(mesh), NamedSharding(mesh, P())
     compiled = jax.jit(
-        lambda state, batch: step(state, batch, shards=WHOLE),
+        lambda state, batch: step(state, batch, reduction=JIT),
         in_shardings=(state_shardings, data),
         out_shardings=(state_shardings, replicated),
         donate_argnums=0,
@@ -112,7 +112,7 @@ def _compile_pmap(step: Callable, mesh: Mesh) -> Compiled:
     here = NamedSharding(Mesh(np.array(devices), ("replica",)), P())
     everywhere = NamedSharding(mesh, P())
     mapped = jax.pmap(
-        lambda state, batch: step(state, batch, shards=REPLICA),
+        lambda state, batch: step(state, batch, reduction=PMAP),
         axis_name="replica",
         in_axes=(None, 0),
         out_axes=(None, None),

@@ -177,8 +177,10 @@ def objective(config: RunConfig, tokenizer: Tokenizer) -> Objective:
 def with_objective(config: RunConfig, objective: Objective) -> RunConfig:
     """The config with what the model has to know of ids: how many there are, and which a decoder reads first."""
     if isinstance(config.model, EncDecConfig):
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, start_id=objective.start))
-    return with_vocabulary(config, objective.size)
+        config = dataclasses.replace(
+            config, model=dataclasses.replace(config.model, start_id=objective.decoder_start_id)
+        )
+    return with_vocabulary(config, objective.min_vocab_size)
 
 
 def flops_per_token(config: RunConfig, target_len: int) -> float:

@@ -133,11 +133,11 @@ def load(
     store = store_folder(config, workdir)
     tokenizer = _tokenizer(workdir, store)
     asked = any(field.startswith("mesh.") for field, _ in overrides)
-    mesh = meshes.make_mesh(config.mesh) if asked else fitting_mesh(config, say)
+    mesh = meshes.make_mesh(config.mesh) if asked else mesh_or_default(config, say)
     rules = config.parallel.rules
-    plan = states.plan_state(config.model, config.optimizer, horizon=config.train.steps, mesh=mesh, rules=rules)
+    spec = states.make_state_spec(config.model, config.optimizer, horizon=config.train.steps, mesh=mesh, rules=rules)
     checkpoints = Checkpoints(workdir / "checkpoints")
-    abstract = states.parts(plan.abstract())
+    abstract = states.to_checkpoint(spec.abstract())
     bare = _is_import(checkpoints, step)
     if bare:
         del abstract["opt_state"]
@@ -153,9 +153,9 @@ def load(
         config=config,
         step=restored.step,
         mesh=mesh,
-        graph=plan.graph,
-        params=parts["params"] if bare else plan.optimizer.evaluated(parts["params"], parts["opt_state"]),
-        parameters="imported parameters" if bare else plan.optimizer.evaluated_name,
+        graph=spec.graph,
+        params=parts["params"] if bare else spec.optimizer.eval_params(parts["params"], parts["opt_state"]),
+        parameters="imported parameters" if bare else spec.optimizer.eval_params_name,
         tokenizer=tokenizer,
         store=store,
         fingerprint=restored.meta["fingerprint"],
@@ -177,7 +177,7 @@ def _check_tokenizer(expected: str, tokenizer: Tokenizer, store: pathlib.Path) -
         )
 
 
-def fitting_mesh(config: RunConfig, say: Callable[[str], None]) -> Mesh:
+def mesh_or_default(config: RunConfig, say: Callable[[str], None]) -> Mesh:
     """The run's own mesh where it fits these devices; otherwise all of them become fsdp shards, and that is said."""
     try:
         return meshes.make_mesh(config.mesh)

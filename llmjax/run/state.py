@@ -29,7 +29,7 @@ class TrainState:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class StateSpec:
     """Everything static about a state: the model's graph, the optimizer, logical axes, abstract leaves, shardings."""
 
     graph: Any
@@ -47,21 +47,21 @@ class Plan:
         )
 
 
-def plan_state(
+def make_state_spec(
     model: ModelConfig,
     optimizer: OptimizerConfig,
     *,
     horizon: int,
     mesh: Mesh,
-    rules: axes.type_of_rules,
-) -> Plan:
+    rules: axes.LogicalRules,
+) -> StateSpec:
     """Shapes and shardings of a run's state, from configs alone; nothing is allocated."""
     graph, shapes, names = registry.abstract(model)
     tx = make_optimizer(optimizer, horizon=horizon, axes=names, width=parametrization.width(model))
     opt_shapes = jax.eval_shape(tx.init, shapes)
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
     replicated = NamedSharding(mesh, P())
-    return Plan(
+    return StateSpec(
         graph=graph,
         optimizer=tx,
         axes=names,
@@ -75,35 +75,35 @@ def plan_state(
     )
 
 
-def parts(state: TrainState) -> dict:
+def to_checkpoint(state: TrainState) -> dict:
     """The arrays that a checkpoint saves; its counters travel as JSON beside them."""
     return {"params": state.params, "opt_state": state.opt_state}
 
 
-def from_parts(plan: Plan, parts: dict, *, step: int, skipped: int) -> TrainState:
+def from_checkpoint(spec: StateSpec, parts: dict, *, step: int, skipped: int) -> TrainState:
     """The state from a checkpoint's arrays and counters."""
     place = lambda count, sharding: jax.device_put(jnp.asarray(count, jnp.int32), sharding)
     return TrainState(
-        place(step, plan.shardings.step), place(skipped, plan.shardings.skipped), parts["params"], parts["opt_state"]
+        place(step, spec.shardings.step), place(skipped, spec.shardings.skipped), parts["params"], parts["opt_state"]
     )
 
 
-def init_state(plan: Plan, model: ModelConfig, seed: int) -> TrainState:
+def init_state(spec: StateSpec, model: ModelConfig, seed: int) -> TrainState:
     """A fresh state, created in place on the mesh."""
 
     def create() -> TrainState:
         params = registry.init(model, jax.random.key(seed))
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, zero, params, plan.optimizer.init(params))
+        return TrainState(zero, zero, params, spec.optimizer.init(params))
 
-    return jax.jit(create, out_shardings=plan.shardings)()
+    return jax.jit(create, out_shardings=spec.shardings)()
 
 
-def unsharded_report(plan: Plan, mesh: Mesh, rules: axes.type_of_rules) -> list[str]:
+def unsharded_params(spec: StateSpec, mesh: Mesh, rules: axes.LogicalRules) -> list[str]:
     """One line for each parameter that the rules would shard but whose shape does not let them, with its bytes."""
     lines = []
-    leaves = jax.tree_util.tree_leaves_with_path(plan.shapes.params)
-    names = jax.tree.leaves(plan.axes, is_leaf=lambda x: isinstance(x, tuple))
+    leaves = jax.tree_util.tree_leaves_with_path(spec.shapes.params)
+    names = jax.tree.leaves(spec.axes, is_leaf=lambda x: isinstance(x, tuple))
     for (path, leaf), logical in zip(leaves, names, strict=True):
         wanted, got = (_mesh_axes(axes.spec(logical, shape, mesh, rules), mesh) for shape in (None, leaf.shape))
         if wanted - got:

@@ -19,7 +19,7 @@ from llmjax.evals import harness
 from llmjax.metrics import MetricsLog
 from llmjax.run import config as run_config, state as states, workdir as workdirs
 from llmjax.run.config import RunConfig
-from llmjax.run.state import Plan, TrainState
+from llmjax.run.state import StateSpec, TrainState
 
 
 @dataclasses.dataclass
@@ -33,14 +33,14 @@ class Progress:
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class TrainContext:
     """The fixed parts of a run."""
 
     config: RunConfig
     workdir: epath.Path
     store: pathlib.Path
     mesh: Mesh
-    plan: Plan
+    spec: StateSpec
     data: TrainData
     tokenizer: Tokenizer
     checkpoints: Checkpoints
@@ -61,21 +61,21 @@ class Job:
         }
         self.lock.check()
         self.log.flush()
-        self.checkpoints.save(progress.step, states.parts(progress.state), meta)
+        self.checkpoints.save(progress.step, states.to_checkpoint(progress.state), meta)
 
-    def evaluated(self, state: TrainState) -> dict:
+    def eval_params(self, state: TrainState) -> dict:
         """The parameters that are evaluated, sampled and exported."""
-        return self.plan.optimizer.evaluated(state.params, state.opt_state)
+        return self.spec.optimizer.eval_params(state.params, state.opt_state)
 
     def evaluate(self, step: int, state: TrainState, split: str) -> dict[str, Any]:
         """Score one split and write eval/<step>/<split>.json."""
-        scores = self.evaluator.split(self.evaluated(state), split, self.say)
+        scores = self.evaluator.split(self.eval_params(state), split, self.say)
         self.lock.check()
         harness.write(
             self.workdir,
             step,
             scores,
-            parameters=self.plan.optimizer.evaluated_name,
+            parameters=self.spec.optimizer.eval_params_name,
             fingerprint=fingerprint(state.params, state.opt_state),
         )
         self.log.scalars(step, {f"{split}/{name}": value for name, value in scores["total"].items()})

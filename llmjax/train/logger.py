@@ -1,4 +1,4 @@
-"""Times and metrics of a running job. Step n is read once step n + 1 runs, so the device never waits for the host."""
+"""Times and metrics of a running context. Step n is read once step n + 1 runs, so the device never waits for the host."""
 
 from collections.abc import Iterator
 import contextlib
@@ -10,20 +10,20 @@ import jax
 from llmjax.metrics import Console, mfu
 from llmjax.parallel import hosts
 from llmjax.run import config as run_config
-from llmjax.train.context import Job, Progress
+from llmjax.train.context import Progress, TrainContext
 
 
-class Meter:
+class MetricsLogger:
     """Collects what each step gave and what it cost; every `train.log_every` steps a line goes to the log.
 
     tokens     scored targets since step 0
     diverged   `train.max_skipped` steps in a row were not finite; stays so, as a step is read one step late
     """
 
-    def __init__(self, job: Job, stop: int, progress: Progress):
-        self._job, self._stop = job, stop
+    def __init__(self, context: TrainContext, stop: int, progress: Progress):
+        self._context, self._stop = context, stop
         self._console = Console(stop, primary=hosts.is_primary())
-        self._flops = run_config.flops_per_token(job.config, job.evaluator.objective.target_len)
+        self._flops = run_config.flops_per_token(context.config, context.evaluator.objective.target_len)
         self._pending: tuple[int, dict] | None = None
         self._bad_in_a_row = 0
         self._first = True
@@ -35,30 +35,30 @@ class Meter:
         self._window_tokens = self._window_read = 0
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
+    def data_timer(self) -> Iterator[None]:
         """Time spent inside is time that waited for data."""
         began = time.monotonic()
         yield
         self._wait += time.monotonic() - began
 
-    def dispatched(self, step: int, metrics: dict) -> None:
+    def record(self, step: int, metrics: dict) -> None:
         """Step `step` was started; the one before it is read."""
-        self.drain()
+        self.flush()
         self._pending = step, metrics
 
-    def drain(self) -> None:
+    def flush(self) -> None:
         """Read the step that is under way, which waits for it."""
         if self._pending is None:
             return
         (step, arrays), self._pending = self._pending, None
         finite, tokens, read = jax.device_get((arrays["finite"], arrays["tokens"], arrays["read"]))
         self._bad_in_a_row = 0 if finite else self._bad_in_a_row + 1
-        self.diverged |= self._bad_in_a_row >= self._job.config.train.max_skipped
+        self.diverged |= self._bad_in_a_row >= self._context.config.train.max_skipped
         self.tokens += int(tokens)
         self._window_tokens += int(tokens)
         self._window_read += int(read)
         self._steps += 1
-        logged = step % self._job.config.train.log_every == 0 or step == self._stop
+        logged = step % self._context.config.train.log_every == 0 or step == self._stop
         # The first step is shown at once, and its compilation kept out of the times of those that follow.
         if logged or self._first:
             values = {
@@ -86,12 +86,12 @@ class Meter:
             ),
         }
         if logged:
-            self._job.lock.check()
-            self._job.log.write(record)
+            self._context.lock.check()
+            self._context.log.write(record)
         self._console.update(record)
         self._restart_window()
 
-    def evaluated(self, scores: dict[str, Any]) -> None:
+    def log_eval(self, scores: dict[str, Any]) -> None:
         """Show an evaluation; its time is no step's."""
         total = scores["total"]
         more = f"accuracy {total['accuracy']:.2%}"

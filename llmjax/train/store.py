@@ -1,4 +1,4 @@
-"""The token store of a job: process 0 prepares it, the others wait, and all check that they read the same one."""
+"""The token store of a context: process 0 prepares it, the others wait, and all check that they read the same one."""
 
 from collections.abc import Callable
 import pathlib

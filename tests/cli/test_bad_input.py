@@ -93,8 +93,8 @@ CONFIGS = {
         "data.seq_len=64: the model has only model.max_positions=32 learned positions",
     ),
     "pmap and fsdp": (
-        {"parallel__how": "pmap", "mesh__data": 4, "mesh__fsdp": 2},
-        "parallel.how='pmap' replicates the state, so it can't honour mesh {'fsdp': 2}",
+        {"parallel__backend": "pmap", "mesh__data": 4, "mesh__fsdp": 2},
+        "parallel.backend='pmap' replicates the state, so it can't honour mesh {'fsdp': 2}",
     ),
     "optimizer": ({"optimizer__name": "adam"}, "optimizer.name='adam' (did you mean 'adamw'?)"),
     "warmup": ({"optimizer__warmup_steps": 99}, "optimizer.warmup_steps=99: must be below train.steps=2"),

@@ -43,7 +43,7 @@ def prepared(tmp_path_factory):
 def score(prepared, mesh: Mesh, *, split: str = "validation", zero: bool = False) -> tuple[dict, dict, object]:
     config, store = prepared
     rules = config.parallel.rules
-    plan = states.plan_state(config.model, config.optimizer, horizon=10, mesh=mesh, rules=rules)
+    plan = states.make_state_spec(config.model, config.optimizer, horizon=10, mesh=mesh, rules=rules)
     params = states.init_state(plan, config.model, seed=1).params
     if zero:
         params = jax.tree.map(lambda x: x * 0, params)

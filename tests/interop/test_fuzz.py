@@ -1,4 +1,4 @@
-"""Damaged config.json, index and headers: one line of error, or the same weights as before; never anything else."""
+"""CorruptCheckpoint config.json, index and headers: one line of error, or the same weights as before; never anything else."""
 
 import contextlib
 import json

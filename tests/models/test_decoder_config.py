@@ -152,9 +152,7 @@ def test_patterns_repeat_over_the_layers():
 def test_flops_count_the_keys_inside_a_window():
     """Of 32 queries with a window of 8, the first 8 see 1 to 8 keys and the others 8: halved as the whole is."""
     base = DecoderConfig(vocab_size=64, num_layers=2)
-    attention_flops = lambda **fields: (
-        dataclasses.replace(base, **fields).flops_per_token(32) - 6 * base.multiplied_weights
-    )
+    attention_flops = lambda **fields: dataclasses.replace(base, **fields).flops_per_token(32) - 6 * base.matmul_params
     each = 12 * base.num_heads * base.head_size
     assert attention_flops() == each * 2 * 16
     assert attention_flops(window=8) == each * 2 * (8 * 8 / 2 + 24 * 8) / 32

@@ -110,7 +110,7 @@ def loss_and_grads(graph, params, batch, key=None):
         model = nnx.merge(graph, params)
         out = model(batch, key)
         sums = losses.cross_entropy(out.hidden, model.unembed, batch.targets, batch.weights, chunk=8, z_loss=1e-3)
-        return sums.nats + sums.z + out.penalty
+        return sums.nats + sums.z + out.aux_loss
 
     return jax.value_and_grad(loss)(params)
 

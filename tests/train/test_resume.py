@@ -37,14 +37,16 @@ def resumed(tmp_path_factory):
         np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3
     )
 
-    def planned(config: RunConfig) -> states.Plan:
+    def planned(config: RunConfig) -> states.StateSpec:
         rules = config.parallel.rules
-        return states.plan_state(config.model, config.optimizer, horizon=config.train.steps, mesh=mesh, rules=rules)
+        return states.make_state_spec(
+            config.model, config.optimizer, horizon=config.train.steps, mesh=mesh, rules=rules
+        )
 
-    plan = planned(saved)
+    spec = planned(saved)
     checkpoints = Checkpoints(folder)
     meta = {"config": run_config.to_json(saved), "data_state": Data().start().to_json(), "tokenizer_sha256": "a"}
-    checkpoints.save(1, states.parts(states.init_state(plan, MODEL, 0)), {**meta, "tokens": 5, "skipped": 0})
+    checkpoints.save(1, states.to_checkpoint(states.init_state(spec, MODEL, 0)), {**meta, "tokens": 5, "skipped": 0})
     checkpoints.close()
 
     def run(model: dict | None = None, train: dict | None = None, parallel: dict | None = None) -> list[str]:
@@ -56,7 +58,7 @@ def resumed(tmp_path_factory):
         )
         said: list[str] = []
         again = Checkpoints(folder)
-        progress = resume.start(config, planned(config), Data(), again, "a", said.append)  # pyright: ignore[reportArgumentType]
+        progress = resume.restore_or_init(config, planned(config), Data(), again, "a", said.append)  # pyright: ignore[reportArgumentType]
         again.close()
         assert (progress.step, progress.tokens) == (1, 5)
         return said

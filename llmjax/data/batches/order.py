@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from llmjax.data.hashing import mixed
+from llmjax.data.hashing import splitmix64
 from llmjax.errors import UserError
 
 _NUM_ROUNDS = 6
@@ -49,9 +49,9 @@ class Permutation:
         high, low = np.divmod(x, a)
         for turn, key in enumerate(self._keys):
             if turn % 2:
-                high = (high + stir(low, key) % b) % b
+                high = (high + hash64(low, key) % b) % b
             else:
-                low = (low + stir(high, key) % a) % a
+                low = (low + hash64(high, key) % a) % a
         return high * a + low
 
     def _backward(self, x: np.ndarray) -> np.ndarray:
@@ -59,9 +59,9 @@ class Permutation:
         high, low = np.divmod(x, a)
         for turn, key in reversed(list(enumerate(self._keys))):
             if turn % 2:
-                high = (high + b - stir(low, key) % b) % b
+                high = (high + b - hash64(low, key) % b) % b
             else:
-                low = (low + a - stir(high, key) % a) % a
+                low = (low + a - hash64(high, key) % a) % a
         return high * a + low
 
 
@@ -98,6 +98,6 @@ def _valid_span(span: tuple) -> tuple[int, int]:
     return span
 
 
-def stir(x: np.ndarray, key: np.uint64 | np.ndarray) -> np.ndarray:
+def hash64(x: np.ndarray, key: np.uint64 | np.ndarray) -> np.ndarray:
     """64 well-stirred bits of x and the key: what SplitMix64 that began at the key gives as its x-th."""
-    return mixed(x * np.uint64(0x9E3779B97F4A7C15) + key)
+    return splitmix64(x * np.uint64(0x9E3779B97F4A7C15) + key)

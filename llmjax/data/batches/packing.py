@@ -49,14 +49,14 @@ class Rows:
     positions  counted from 0 in each segment
     """
 
-    tokens: np.ndarray
-    before: np.ndarray
+    targets: np.ndarray
+    inputs: np.ndarray
     segments: np.ndarray
     positions: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Room:
+class RowBudget:
     """How much of a row an objective needs for a chunk.
 
     seq_len  the room of a row
@@ -96,23 +96,25 @@ class Packing(Protocol):
         ...
 
 
-def open_packing(store: TokenStore, seq_len: int, algorithm: str, plans: Path, room: Room | None = None) -> Packing:
+def open_packing(
+    store: TokenStore, seq_len: int, algorithm: str, plans: Path, row_budget: RowBudget | None = None
+) -> Packing:
     """The packing of a store; a best-fit plan is computed at first use and kept in the folder `plans`.
 
     room  what chunks take of a row; None: their tokens
     """
     if seq_len < 1:
         raise UserError(f"data.seq_len={seq_len}: a row has at least one token")
-    room = room or Room(seq_len=seq_len)
+    row_budget = row_budget or RowBudget(seq_len=seq_len)
     if algorithm == "concat":
-        if room.costs is not None:
+        if row_budget.costs is not None:
             raise UserError(
                 f"data.packing='concat': windows of {seq_len} tokens leave no room for what objective.name="
-                f"{room.name.split()[0]!r} makes of them; set data.packing='best_fit'"
+                f"{row_budget.name.split()[0]!r} makes of them; set data.packing='best_fit'"
             )
         return Windows(store, seq_len)
     if algorithm == "best_fit":
-        return BestFitPlan(store, room, plans)
+        return BestFitPlan(store, row_budget, plans)
     raise UserError(f"data.packing={algorithm!r}: known are {', '.join(ALGORITHMS)}")
 
 
@@ -148,12 +150,14 @@ class Windows:
 class BestFitPlan:
     """A plan from lengths alone, memory-mapped: the same bytes whoever makes it, so several processes may."""
 
-    def __init__(self, store: TokenStore, room: Room, plans: Path):
-        made_of = f"{store.fingerprint}/{room.seq_len}/best_fit/{_VERSION}{room.name and '/' + room.name}"
+    def __init__(self, store: TokenStore, row_budget: RowBudget, plans: Path):
+        made_of = (
+            f"{store.fingerprint}/{row_budget.seq_len}/best_fit/{_VERSION}{row_budget.name and '/' + row_budget.name}"
+        )
         key = hashlib.sha256(made_of.encode()).hexdigest()[:24]
-        folder = Path(plans) / f"best_fit-{room.seq_len}-{key}"
+        folder = Path(plans) / f"best_fit-{row_budget.seq_len}-{key}"
         if not folder.is_dir():
-            _write_plan(store, room, folder)
+            _write_plan(store, row_budget, folder)
         try:
             sizes = json.loads((folder / "plan.json").read_text())
             self._starts = _map(folder / "starts.bin", "<i8", sizes["chunks"])
@@ -187,7 +191,7 @@ def best_fit(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, int]:
     """
     order = np.argsort((seq_len - lengths).astype(np.min_scalar_type(seq_len)), kind="stable")
     counts = np.bincount(lengths, minlength=seq_len + 1)
-    room: dict[int, list[tuple[int, int]]] = defaultdict(list)  # room left -> groups of rows (first, number)
+    free_space: dict[int, list[tuple[int, int]]] = defaultdict(list)  # room left -> groups of rows (first, number)
     rooms = np.zeros(seq_len + 1, bool)
     moves = []  # (first row, rows, chunks a row); chunks follow in the order of `order`
     num_rows = 0
@@ -196,16 +200,16 @@ def best_fit(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, int]:
         while left:
             space = length + int(np.argmax(rooms[length:]))
             if rooms[space]:
-                first, number = room[space].pop()
+                first, number = free_space[space].pop()
             else:
                 space, first, number = seq_len, num_rows, -(-left // (seq_len // length))
                 num_rows += number
             each = min(space // length, left)
             taken = min(number, left // each)
             if taken < number:
-                room[space].append((first + taken, number - taken))
-            rooms[space] = bool(room[space])
-            room[space - each * length].append((first, taken))
+                free_space[space].append((first + taken, number - taken))
+            rooms[space] = bool(free_space[space])
+            free_space[space - each * length].append((first, taken))
             rooms[space - each * length] = True
             moves.append((first, taken, each))
             left -= taken * each
@@ -225,7 +229,7 @@ def cut(starts: np.ndarray, lengths: np.ndarray, longest: int) -> tuple[np.ndarr
 
 
 def fill(store: TokenStore, chunks: Chunks, num_rows: int, seq_len: int) -> Rows:
-    """Read the chunks and lay them out, row by row, in rows of seq_len places (an objective's Room.capacity)."""
+    """Read the chunks and lay them out, row by row, in rows of seq_len places (an objective's RowBudget.capacity)."""
     tokens = store.gather(chunks.start, chunks.length)
     before = np.empty_like(tokens)
     before[1:] = tokens[:-1]
@@ -247,10 +251,10 @@ def fill(store: TokenStore, chunks: Chunks, num_rows: int, seq_len: int) -> Rows
         for row, (end, length) in enumerate(zip(np.cumsum(used).tolist(), used.tolist(), strict=True)):
             for out, values in zip(laid, flat, strict=True):
                 out[row, :length] = values[end - length : end]
-    return Rows(tokens=laid[0], before=laid[1], segments=laid[2], positions=laid[3])
+    return Rows(targets=laid[0], inputs=laid[1], segments=laid[2], positions=laid[3])
 
 
-def _write_plan(store: TokenStore, room: Room, folder: Path) -> None:
+def _write_plan(store: TokenStore, row_budget: RowBudget, folder: Path) -> None:
     """Plan and write to a folder of our own, then rename it: whoever comes first wins, with the same bytes."""
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     try:
@@ -260,9 +264,9 @@ def _write_plan(store: TokenStore, room: Room, folder: Path) -> None:
         files = {name: open(partial / f"{name}.bin", "wb") for name in names}  # noqa: SIM115
         files["rows"].write(np.zeros(1, "<i8").tobytes())
         for starts, lengths in store.document_groups(_PART_TOKENS):
-            start, length, continued = cut(starts, lengths, room.longest)
-            costs = room.cost(length)
-            row, rows = best_fit(costs, room.seq_len)
+            start, length, continued = cut(starts, lengths, row_budget.longest)
+            costs = row_budget.cost(length)
+            row, rows = best_fit(costs, row_budget.seq_len)
             order = np.argsort(row, kind="stable")
             files["starts"].write(start[order].astype("<i8").tobytes())
             files["lengths"].write(length[order].astype("<i4").tobytes())
@@ -274,7 +278,7 @@ def _write_plan(store: TokenStore, room: Room, folder: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
             file.close()
-        sizes = {"chunks": num_chunks, "rows": num_rows} | ({} if room.costs is None else {"room": used})
+        sizes = {"chunks": num_chunks, "rows": num_rows} | ({} if row_budget.costs is None else {"room": used})
         write_bytes(partial / "plan.json", json.dumps(sizes).encode())
     except OSError as error:
         raise UserError(

@@ -16,8 +16,8 @@ import numpy as np
 from llmjax.batch import Batch
 from llmjax.data.batches.mixture import Mixture
 from llmjax.data.batches.order import Permutation, Skips
-from llmjax.data.batches.packing import Room, Rows, fill, open_packing
-from llmjax.data.batches.rng import Draws
+from llmjax.data.batches.packing import RowBudget, Rows, fill, open_packing
+from llmjax.data.batches.rng import CounterRng
 from llmjax.data.config import DataConfig
 from llmjax.data.objectives.objective import Objective
 from llmjax.data.store.token_store import TokenStore
@@ -63,16 +63,18 @@ class DataState:
 class PackedSource:
     """One split of one source, packed in rows."""
 
-    def __init__(self, folder: Path, name: str, split: str, config: DataConfig, room: Room | None = None):
+    def __init__(self, folder: Path, name: str, split: str, config: DataConfig, row_budget: RowBudget | None = None):
         self.name = name
         self.store = TokenStore(Path(folder) / name / split)
-        self._room = room or Room(seq_len=config.seq_len)
-        self._packing = open_packing(self.store, config.seq_len, config.packing, Path(folder) / "plans", self._room)
+        self._row_budget = row_budget or RowBudget(seq_len=config.seq_len)
+        self._packing = open_packing(
+            self.store, config.seq_len, config.packing, Path(folder) / "plans", self._row_budget
+        )
         self.rows = self._packing.rows
 
     def fill(self, rows: np.ndarray) -> Rows:
         """These rows, in this order."""
-        return fill(self.store, self._packing.chunks(rows), len(rows), self._room.capacity)
+        return fill(self.store, self._packing.chunks(rows), len(rows), self._row_budget.capacity)
 
     def summary(self) -> dict:
         return {
@@ -80,7 +82,7 @@ class PackedSource:
             "tokens": self.store.tokens,
             "text_bytes": self.store.text_bytes,
             "rows": self.rows,
-            "density": self._packing.used / max(1, self.rows * self._room.seq_len),
+            "density": self._packing.used / max(1, self.rows * self._row_budget.seq_len),
         }
 
 
@@ -110,9 +112,10 @@ class TrainData:
         if not config.sources:
             raise UserError("data.sources is empty: name at least one, such as data.sources.main.path")
         self._config, self._seed, self._global_batch = config, seed, global_batch
-        self._objective, self._draws = objective, Draws("objective", seed)
+        self._objective, self._draws = objective, CounterRng("objective", seed)
         self._sources = [
-            PackedSource(Path(folder), name, "train", config, self._objective.room) for name in sorted(config.sources)
+            PackedSource(Path(folder), name, "train", config, self._objective.row_budget)
+            for name in sorted(config.sources)
         ]
         self._mixture = Mixture(
             [source.name for source in self._sources],
@@ -127,8 +130,8 @@ class TrainData:
         texts = {source.name: source.store.fingerprint for source in self._sources}
         digest = hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()[:32]
         self.fingerprint = f"{digest}:{config.packing}:{config.seq_len}"
-        if self._objective.key != "causal":
-            self.fingerprint += f":{self._objective.key}"
+        if self._objective.fingerprint != "causal":
+            self.fingerprint += f":{self._objective.fingerprint}"
         self._spans: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
         self._orders: OrderedDict[tuple[int, int], Permutation] = OrderedDict()
         self._streams: weakref.WeakSet[Generator] = weakref.WeakSet()
@@ -220,11 +223,11 @@ class TrainData:
         places = [np.flatnonzero(source == index) for index in range(len(self._sources))]
         parts = [(self._sources[i].fill(row[place]), place) for i, place in enumerate(places) if place.size]
         if len(parts) == 1:
-            return self._objective.make(parts[0][0], samples, self._draws)
+            return self._objective.build_batch(parts[0][0], samples, self._draws)
         back = np.argsort(np.concatenate([place for _, place in parts]))
         fields = [field.name for field in dataclasses.fields(Rows)]
         merged = {name: np.concatenate([getattr(part, name) for part, _ in parts])[back] for name in fields}
-        return self._objective.make(Rows(**merged), samples, self._draws)
+        return self._objective.build_batch(Rows(**merged), samples, self._draws)
 
     def _locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(source, row of its packing) of each sample."""
@@ -272,8 +275,8 @@ class EvalData:
         batch: int,
         objective: Objective,
     ):
-        self._objective, self._draws = objective, Draws("evaluation", split, source)
-        self._source = PackedSource(Path(folder), source, split, config, self._objective.room)
+        self._objective, self._draws = objective, CounterRng("evaluation", split, source)
+        self._source = PackedSource(Path(folder), source, split, config, self._objective.row_budget)
         self._batch, self._prefetch = batch, config.prefetch
         store = self._source.store
         self.fingerprint, self.rows = store.fingerprint, self._source.rows
@@ -290,7 +293,7 @@ class EvalData:
             filled = self._source.fill(samples[real])
             if len(real) < len(rows):
                 filled = Rows(**{name: _spread(value, real, len(rows)) for name, value in vars(filled).items()})
-            return self._objective.make(filled, samples, self._draws)
+            return self._objective.build_batch(filled, samples, self._draws)
 
         return _feed(assemble, self.num_batches, self._prefetch)
 

@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 
 from llmjax.data.batches.packing import Rows, ranges
-from llmjax.data.batches.rng import Draws
+from llmjax.data.batches.rng import CounterRng
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pieces:
+class RowChunks:
     """The chunks of rows, one after the other.
 
     tokens, before  int32 [tokens], of all chunks; see Rows
@@ -18,8 +18,8 @@ class Pieces:
     sample, column  int64 [chunks], the row's sample index, and where in the row the chunk begins: they key its draws
     """
 
-    tokens: np.ndarray
-    before: np.ndarray
+    targets: np.ndarray
+    inputs: np.ndarray
     length: np.ndarray
     row: np.ndarray
     sample: np.ndarray
@@ -31,15 +31,15 @@ class Pieces:
         return np.cumsum(self.length) - self.length
 
 
-def take_apart(rows: Rows, samples: np.ndarray) -> Pieces:
+def unpack_rows(rows: Rows, samples: np.ndarray) -> RowChunks:
     """The chunks of rows with these sample indices."""
     real = rows.segments > 0
     row, column = np.nonzero(real & (rows.positions == 0))
     start = np.flatnonzero(rows.positions[real] == 0)
-    tokens = rows.tokens[real]
-    return Pieces(
-        tokens=tokens,
-        before=rows.before[real],
+    tokens = rows.targets[real]
+    return RowChunks(
+        targets=tokens,
+        inputs=rows.inputs[real],
         length=np.diff(start, append=tokens.size),
         row=row,
         sample=samples[row],
@@ -47,15 +47,15 @@ def take_apart(rows: Rows, samples: np.ndarray) -> Pieces:
     )
 
 
-def shifted(tokens: np.ndarray, length: np.ndarray, first: np.ndarray | int) -> np.ndarray:
-    """The token before each in its chunk, `first` at its start: what a decoder reads to foretell `tokens`."""
+def shift_right(tokens: np.ndarray, length: np.ndarray, first: np.ndarray | int) -> np.ndarray:
+    """The token before each in its chunk, `first` at its start: what a decoder reads to predict `tokens`."""
     before = np.empty_like(tokens)
     before[1:] = tokens[:-1]
     before[np.cumsum(length) - length] = first
     return before
 
 
-def lay_out(
+def pack_rows(
     row: np.ndarray, length: np.ndarray, num_rows: int, width: int, *flat: np.ndarray
 ) -> tuple[np.ndarray, ...]:
     """Rows of `width` places from chunks in row order: (segments, positions, *each of `flat`), all [num_rows, width].
@@ -74,7 +74,9 @@ def lay_out(
     return laid
 
 
-def compose(total: np.ndarray, parts: np.ndarray, pieces: Pieces, draws: Draws, purpose: int) -> np.ndarray:
+def random_partition(
+    total: np.ndarray, parts: np.ndarray, chunks: RowChunks, rng: CounterRng, purpose: int
+) -> np.ndarray:
     """Each chunk's total as a sum of so many parts of at least 1, all such sums alike: int64 [sum of parts].
 
     total, parts  int64 [chunks]; 1 <= parts <= total < 2**20
@@ -83,14 +85,14 @@ def compose(total: np.ndarray, parts: np.ndarray, pieces: Pieces, draws: Draws, 
         half, cut = len(total) // 2, lambda values, part: values[part]
         both = []
         for part in (slice(0, half), slice(half, None)):
-            some = dataclasses.replace(pieces, sample=cut(pieces.sample, part), column=cut(pieces.column, part))
-            both.append(compose(total[part], parts[part], some, draws, purpose))
+            some = dataclasses.replace(chunks, sample=cut(chunks.sample, part), column=cut(chunks.column, part))
+            both.append(random_partition(total[part], parts[part], some, rng, purpose))
         return np.concatenate(both)
     # The edges between parts are the parts - 1 of total - 1 places that draw the smallest numbers.
     sizes, chosen = total - 1, parts - 1
     chunk = np.repeat(np.arange(len(total)), sizes)
     place = ranges(np.zeros_like(sizes), sizes)
-    drawn = draws.bits(pieces.sample[chunk], purpose, (pieces.column[chunk] << 20) + place) >> np.uint64(40)
+    drawn = rng.bits(chunks.sample[chunk], purpose, (chunks.column[chunk] << 20) + place) >> np.uint64(40)
     low = np.uint64((1 << 20) - 1)
     keys = np.sort((chunk << 44 | place).astype(np.uint64) | drawn << np.uint64(20))
     keys = keys[ranges(np.cumsum(sizes) - sizes, chosen)]
@@ -105,6 +107,6 @@ def compose(total: np.ndarray, parts: np.ndarray, pieces: Pieces, draws: Draws, 
     return lengths
 
 
-def halves(samples: np.ndarray) -> np.ndarray:
+def split_u64(samples: np.ndarray) -> np.ndarray:
     """The high and the low words of sample indices, as a Batch has them: uint32 [samples, 2]."""
     return np.stack([samples >> 32, samples & 0xFFFFFFFF], axis=-1).astype(np.uint32)

@@ -6,9 +6,16 @@ import dataclasses
 import numpy as np
 
 from llmjax.batch import Batch
-from llmjax.data.batches.packing import Room, Rows, ranges
-from llmjax.data.batches.rng import Draws, pick
-from llmjax.data.objectives.row_chunks import Pieces, compose, halves, lay_out, shifted, take_apart
+from llmjax.data.batches.packing import RowBudget, Rows, ranges
+from llmjax.data.batches.rng import CounterRng, randint
+from llmjax.data.objectives.row_chunks import (
+    RowChunks,
+    pack_rows,
+    random_partition,
+    shift_right,
+    split_u64,
+    unpack_rows,
+)
 from llmjax.data.objectives.vocabulary import Vocabulary
 from llmjax.errors import UserError
 
@@ -51,20 +58,22 @@ UL2 = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sides:
-    """Lengths of both sides, solved beforehand.
+class SpanLengths:
+    """Lengths of both span_lengths, solved beforehand.
 
     room        what a chunk takes of a row: its source, or its target scaled to the encoder's row if that is more
     target_len  places in a row of the decoder
     sentinels   spans of a chunk at most
     """
 
-    room: Room
+    row_budget: RowBudget
     target_len: int
     sentinels: int
 
 
-def solve(name: str, denoisers: Sequence[Denoiser], *, seq_len: int, target_len: int, modes: bool) -> Sides:
+def plan_lengths(
+    name: str, denoisers: Sequence[Denoiser], *, seq_len: int, target_len: int, modes: bool
+) -> SpanLengths:
     """The longest chunk whose source fits seq_len, the target length that its target needs, and every chunk's cost.
 
     A chunk of l tokens with n of them hidden in k spans has a source of l - n + k tokens (and its mode token) and a
@@ -87,44 +96,44 @@ def solve(name: str, denoisers: Sequence[Denoiser], *, seq_len: int, target_len:
             f"objective.name={name!r} makes of it; raise them"
         )
     described = ", ".join(f"{denoiser.rate:g}/{denoiser.mean_span}" for denoiser in denoisers)
-    room = Room(
+    room = RowBudget(
         seq_len=seq_len,
         costs=np.concatenate([[0], costs[:longest]]),
         name=f"{name} {described}, target {target_len}",
     )
-    return Sides(room=room, target_len=target_len, sentinels=int(spans[:, :longest].max()))
+    return SpanLengths(row_budget=room, target_len=target_len, sentinels=int(spans[:, :longest].max()))
 
 
 def corrupt(
     rows: Rows,
     samples: np.ndarray,
-    draws: Draws,
+    rng: CounterRng,
     denoisers: Sequence[Denoiser],
-    sides: Sides,
-    known: Vocabulary,
+    span_lengths: SpanLengths,
+    vocab: Vocabulary,
 ) -> Batch:
     """Span corruption (Raffel et al., 2019, arXiv 1910.10683) by one denoiser, or by a mixture of them drawn for each
     chunk (UL2: Tay et al., 2022, arXiv 2205.05131).
 
     Each hidden span is replaced by a sentinel in the source; the target holds each sentinel and what it hides, then
-    EOS. Unlike T5's, spans may stand at both ends of a chunk. `known.ids` are the sentinels, then the mode tokens (of
+    EOS. Unlike T5's, spans may stand at both ends of a chunk. `vocab.ids` are the sentinels, then the mode tokens (of
     a mixture).
     """
-    pieces = take_apart(rows, samples)
-    which = np.zeros_like(pieces.length)
+    chunks = unpack_rows(rows, samples)
+    which = np.zeros_like(chunks.length)
     if len(denoisers) > 1:
-        which = pick(draws.bits(pieces.sample, 0, pieces.column), len(denoisers))
+        which = randint(rng.bits(chunks.sample, 0, chunks.column), len(denoisers))
     noise, spans = np.zeros_like(which), np.zeros_like(which)
     for number, denoiser in enumerate(denoisers):
         chosen = which == number
-        noise[chosen], spans[chosen] = denoiser.counts(pieces.length[chosen])
+        noise[chosen], spans[chosen] = denoiser.counts(chunks.length[chosen])
     at_end = np.array([denoiser.mean_span is None for denoiser in denoisers])[which]
-    lengths = _interleaved(pieces, noise, spans, at_end, draws)
+    lengths = _interleaved(chunks, noise, spans, at_end, rng)
 
     # Text is numbered by its place, what stands for no text by the places behind it: sentinels, EOS, modes.
-    first_mark, num_sentinels = pieces.tokens.size, sides.sentinels
-    modes = known.ids[num_sentinels:]
-    table = np.concatenate([pieces.tokens, known.ids[:num_sentinels], [known.eos], modes]).astype(np.int32)
+    first_mark, num_sentinels = chunks.targets.size, span_lengths.sentinels
+    modes = vocab.ids[num_sentinels:]
+    table = np.concatenate([chunks.targets, vocab.ids[:num_sentinels], [vocab.eos_id], modes]).astype(np.int32)
     slots = 2 * spans + 1
     slot = ranges(np.zeros_like(slots), slots)
     text = np.cumsum(lengths) - lengths
@@ -138,47 +147,49 @@ def corrupt(
         source_length = np.insert(source_length, heads, 1)
     mark[np.cumsum(slots) - 1] = first_mark + num_sentinels
     target_start, target_length = np.where(hidden, text, mark), np.where(hidden, lengths, 1)
-    return two_sided(
-        pieces,
+    return encdec_batch(
+        chunks,
         samples,
-        source=(table[ranges(source_start, source_length)], pieces.length - noise + spans + bool(modes)),
+        source=(table[ranges(source_start, source_length)], chunks.length - noise + spans + bool(modes)),
         target=(table[ranges(target_start, target_length)], noise + spans + 1),
-        widths=(sides.room.seq_len, sides.target_len),
-        begin=known.begin,
+        widths=(span_lengths.row_budget.seq_len, span_lengths.target_len),
+        begin=vocab.bos_id,
     )
 
 
-def halves_room(seq_len: int, target_len: int) -> Room:
+def split_prefix_budget(seq_len: int, target_len: int) -> RowBudget:
     """What `halve` needs: either side may hold nearly the whole chunk."""
     if target_len >= seq_len:
-        return Room(seq_len=seq_len)
+        return RowBudget(seq_len=seq_len)
     costs = -(-np.arange(target_len + 1) * seq_len // target_len)
-    return Room(seq_len=seq_len, costs=costs, name=f"prefix target={target_len}")
+    return RowBudget(seq_len=seq_len, costs=costs, name=f"prefix target={target_len}")
 
 
-def halve(rows: Rows, samples: np.ndarray, draws: Draws, seq_len: int, target_len: int, known: Vocabulary) -> Batch:
+def split_prefix(
+    rows: Rows, samples: np.ndarray, rng: CounterRng, seq_len: int, target_len: int, vocab: Vocabulary
+) -> Batch:
     """Prefix language modelling for an encoder-decoder: the encoder reads a chunk's begin, the decoder writes the rest.
 
-    Every split is alike: from the first token foretold to the last alone. The source starts as a prompt does, and the
+    Every split is alike: from the first token predicted to the last alone. The source starts as a prompt does, and the
     target ends where the chunk does: with EOS where the document ends.
     """
-    pieces = take_apart(rows, samples)
-    given = 1 + pick(draws.bits(pieces.sample, 0, pieces.column), pieces.length)
-    return two_sided(
-        pieces,
+    chunks = unpack_rows(rows, samples)
+    given = 1 + randint(rng.bits(chunks.sample, 0, chunks.column), chunks.length)
+    return encdec_batch(
+        chunks,
         samples,
-        source=(pieces.before[ranges(pieces.start, given)], given),
+        source=(chunks.inputs[ranges(chunks.start, given)], given),
         target=(
-            pieces.tokens[ranges(pieces.start + given - 1, pieces.length - given + 1)],
-            pieces.length - given + 1,
+            chunks.targets[ranges(chunks.start + given - 1, chunks.length - given + 1)],
+            chunks.length - given + 1,
         ),
         widths=(seq_len, target_len),
-        begin=known.begin,
+        begin=vocab.bos_id,
     )
 
 
-def two_sided(
-    pieces: Pieces,
+def encdec_batch(
+    chunks: RowChunks,
     samples: np.ndarray,
     *,
     source: tuple[np.ndarray, np.ndarray],
@@ -187,31 +198,33 @@ def two_sided(
     begin: int,
 ) -> Batch:
     """The Batch of sources and targets (tokens of all chunks, length of each chunk's) in rows of two widths."""
-    read = lay_out(pieces.row, source[1], len(samples), widths[0], source[0])
-    before = shifted(*target, begin)
-    segments, positions, targets, inputs = lay_out(pieces.row, target[1], len(samples), widths[1], target[0], before)
+    read = pack_rows(chunks.row, source[1], len(samples), widths[0], source[0])
+    before = shift_right(*target, begin)
+    segments, positions, targets, inputs = pack_rows(chunks.row, target[1], len(samples), widths[1], target[0], before)
     return Batch(
         inputs=inputs,
         targets=targets,
         weights=(segments > 0).astype(np.float32),
         segments=segments,
         positions=positions,
-        sample=halves(samples),
+        sample=split_u64(samples),
         source=read[2],
         source_segments=read[0],
         source_positions=read[1],
     )
 
 
-def _interleaved(pieces: Pieces, noise: np.ndarray, spans: np.ndarray, at_end: np.ndarray, draws: Draws) -> np.ndarray:
+def _interleaved(
+    chunks: RowChunks, noise: np.ndarray, spans: np.ndarray, at_end: np.ndarray, rng: CounterRng
+) -> np.ndarray:
     """Lengths of what stays and what is hidden in turn, 2 spans + 1 a chunk, first and last staying and maybe empty."""
-    hidden = compose(noise, spans, pieces, draws, 1)
-    stays = compose(pieces.length - noise + 2, spans + 1, pieces, draws, 2)
+    hidden = random_partition(noise, spans, chunks, rng, 1)
+    stays = random_partition(chunks.length - noise + 2, spans + 1, chunks, rng, 2)
     last = np.cumsum(spans + 1) - 1
     first = last - spans
     stays[first] -= 1
     stays[last] -= 1
-    stays[first[at_end]], stays[last[at_end]] = (pieces.length - noise)[at_end], 0
+    stays[first[at_end]], stays[last[at_end]] = (chunks.length - noise)[at_end], 0
     lengths = np.empty(int((2 * spans + 1).sum()), np.int64)
     slot = ranges(np.zeros_like(spans), 2 * spans + 1)
     lengths[slot % 2 == 0], lengths[slot % 2 == 1] = stays, hidden

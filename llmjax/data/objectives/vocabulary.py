@@ -28,23 +28,23 @@ def sentinels(count: int) -> tuple[tuple[str, ...], ...]:
 class Vocabulary:
     """What an objective knows of ids.
 
-    begin     the id that is read first: BOS, or EOS where the tokenizer has none, or what a decoder was given
-    eos       the id that ends documents
+    bos_id     the id that is read first: BOS, or EOS where the tokenizer has none, or what a decoder was given
+    eos_id       the id that ends documents
     text_size ids of the tokenizer, special ones included
     size      all ids, those appended included: the least vocabulary that a model of this objective has
     names     name of every id that stands for no text
     ids       those that the objective asked for, in the order in which it did
     """
 
-    begin: int
-    eos: int
+    bos_id: int
+    eos_id: int
     text_size: int
     size: int
     names: dict[int, str]
     ids: tuple[int, ...] = ()
 
 
-def of(tokenizer: Tokenizer, *wanted: tuple[Sequence[str], ...]) -> Vocabulary:
+def build_vocab(tokenizer: Tokenizer, *wanted: tuple[Sequence[str], ...]) -> Vocabulary:
     """The tokenizer's ids and what is wanted: for each group the first spelling that it has, else new ids."""
     names = {number: name for name, number in tokenizer.special_tokens.items()}
     size, ids = tokenizer.vocab_size, []
@@ -57,22 +57,22 @@ def of(tokenizer: Tokenizer, *wanted: tuple[Sequence[str], ...]) -> Vocabulary:
             ids.append(found)
     begin = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     return Vocabulary(
-        begin=begin, eos=tokenizer.eos_id, text_size=tokenizer.vocab_size, size=size, names=names, ids=tuple(ids)
+        bos_id=begin, eos_id=tokenizer.eos_id, text_size=tokenizer.vocab_size, size=size, names=names, ids=tuple(ids)
     )
 
 
 def word_edges(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """(goes on, is gone on with) of every id: bool each. Two neighbours are of one word where the second goes on and
     the first is gone on with: letters, digits and underscores on both sides of the edge, or WordPiece's own mark."""
-    goes_on, gone_on_with = np.zeros(tokenizer.vocab_size, bool), np.zeros(tokenizer.vocab_size, bool)
+    continues_word, can_be_continued = np.zeros(tokenizer.vocab_size, bool), np.zeros(tokenizer.vocab_size, bool)
     special = set(tokenizer.special_tokens.values())
     for number in range(tokenizer.vocab_size):
         text = tokenizer.piece(number).decode(errors="replace")
         if number in special or not text:
             continue
-        goes_on[number] = text.startswith(tokenizer.joiner) if tokenizer.joiner else _joins(text[0])
-        gone_on_with[number] = bool(tokenizer.joiner) or _joins(text[-1])
-    return goes_on, gone_on_with
+        continues_word[number] = text.startswith(tokenizer.joiner) if tokenizer.joiner else _joins(text[0])
+        can_be_continued[number] = bool(tokenizer.joiner) or _joins(text[-1])
+    return continues_word, can_be_continued
 
 
 def _joins(character: str) -> bool:

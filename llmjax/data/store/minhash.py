@@ -4,7 +4,7 @@ import string
 
 import numpy as np
 
-from llmjax.data.hashing import mixed
+from llmjax.data.hashing import splitmix64
 
 BANDS, ROWS = 14, 8  # texts of Jaccard similarity 0.75 share a band with probability 0.77, of 0.85 with 0.99
 SIZE = BANDS * ROWS
@@ -54,14 +54,14 @@ def shingles(words: np.ndarray, size: int) -> np.ndarray:
     for offset in range(1, size):
         hashes *= np.uint64(_BASE)
         hashes += words[offset : offset + hashes.size]
-    return mixed(hashes)
+    return splitmix64(hashes)
 
 
 def band_keys(signatures: np.ndarray, band: int) -> np.ndarray:
     """uint64 [documents]: documents that agree in all rows of the band have the same key."""
     keys = np.zeros(len(signatures), np.uint64)
     for row in range(band * ROWS, (band + 1) * ROWS):
-        keys = mixed(keys * np.uint64(_BASE) + signatures[:, row])
+        keys = splitmix64(keys * np.uint64(_BASE) + signatures[:, row])
     return keys
 
 
@@ -91,7 +91,7 @@ def _word_hashes(block: bytes) -> np.ndarray:
     powers, inverses = _powers(values.size)
     sums = np.zeros(values.size + 1, np.uint64)
     np.cumsum((values.astype(np.uint64) + np.uint64(1)) * powers, out=sums[1:])
-    return mixed((sums[end] - sums[begin]) * inverses[begin])
+    return splitmix64((sums[end] - sums[begin]) * inverses[begin])
 
 
 _tables: list[np.ndarray] = []

@@ -26,7 +26,7 @@ def unpack(rows):
     """The segments of packed rows as (tokens, tokens before), checking their layout on the way."""
     pieces = []
     for tokens, before, segments, positions in zip(
-        rows.tokens, rows.before, rows.segments, rows.positions, strict=True
+        rows.targets, rows.inputs, rows.segments, rows.positions, strict=True
     ):
         used = int((segments > 0).sum())
         assert (segments[used:] == 0).all() and (np.diff(segments[:used]) >= 0).all()
@@ -168,7 +168,7 @@ def test_a_lost_race_takes_the_winners_plan(tmp_path):
     open_packing(store, SEQ_LEN, "best_fit", tmp_path / "plans")
     (folder,) = (tmp_path / "plans").iterdir()
     before = (folder / "plan.json").stat().st_ino
-    packing._write_plan(store, packing.Room(seq_len=SEQ_LEN), folder)
+    packing._write_plan(store, packing.RowBudget(seq_len=SEQ_LEN), folder)
     assert (folder / "plan.json").stat().st_ino == before
     assert [path.name for path in (tmp_path / "plans").iterdir()] == [folder.name]
 

@@ -7,7 +7,7 @@ import pytest
 
 from llmjax.data.batches.packing import Rows
 from llmjax.data.batches.pipeline import PackedSource
-from llmjax.data.batches.rng import Draws
+from llmjax.data.batches.rng import CounterRng
 from llmjax.data.config import DataConfig, ObjectiveConfig
 from llmjax.data.objectives.objective import open_objective
 from llmjax.data.store.tokenizer import Bytes
@@ -43,7 +43,9 @@ def documents(seed: int = 0, number: int = 300, longest: int = 300) -> list[np.n
 
 
 def rows_of(folder, objective, split="train") -> tuple[Rows, np.ndarray]:
-    source = PackedSource(folder, "books", split, DataConfig(seq_len=objective.room.seq_len), objective.room)
+    source = PackedSource(
+        folder, "books", split, DataConfig(seq_len=objective.row_budget.seq_len), objective.row_budget
+    )
     return source.fill(np.arange(source.rows)), np.arange(source.rows) + (7 << 32) - 5
 
 
@@ -55,7 +57,7 @@ def segments_of(values: np.ndarray, segments: np.ndarray) -> list[list[int]]:
 def made(folder, case: str, **fields):
     objective = make(case, **fields)
     rows, samples = rows_of(folder, objective)
-    return objective, rows, objective.make(rows, samples, Draws("t", 3))
+    return objective, rows, objective.build_batch(rows, samples, CounterRng("t", 3))
 
 
 def write_folder(folder):

@@ -8,7 +8,7 @@ import pytest
 
 from llmjax.data.batches.packing import Rows, fill, open_packing
 from llmjax.data.batches.pipeline import EvalData, TrainData
-from llmjax.data.batches.rng import Draws
+from llmjax.data.batches.rng import CounterRng
 from llmjax.data.config import DataConfig, SourceConfig
 from llmjax.data.objectives.objective import causal
 from llmjax.errors import UserError
@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 
 
 class TestCausal:
-    """What is foretold, from what, and what counts."""
+    """What is predicted, from what, and what counts."""
 
     def test_first_tokens_and_ends_are_targets_and_padding_is_not(self, tmp_path):
         store = write_store(tmp_path / "s", [np.array([10, 11, STORE_EOS]), np.array([20, STORE_EOS])])
@@ -82,11 +82,11 @@ class TestEveryObjective:
             width = objective.target_len if "inputs" in names else SEQ_LEN
             segments, positions = fields[names[-2]], fields[names[-1]]
             for name, value in fields.items():
-                assert value.shape == (len(rows.tokens), width)
+                assert value.shape == (len(rows.targets), width)
                 assert value.dtype == (np.float32 if name == "weights" else np.int32)
                 assert not value[segments == 0].any()
                 if name in ("inputs", "targets", "source"):
-                    assert value.min() >= 0 and value.max() < objective.size
+                    assert value.min() >= 0 and value.max() < objective.min_vocab_size
             for numbers in segments_of(positions, segments):
                 assert numbers == list(range(len(numbers))) and numbers
             used = (segments > 0).sum(axis=1)
@@ -102,7 +102,7 @@ class TestEveryObjective:
         for size in (1, 3, len(samples)):
             chosen = rng.permutation(len(samples))[:size]
             some = Rows(**{name: value[chosen] for name, value in vars(rows).items()})
-            part = objective.make(some, samples[chosen], Draws("t", 3))
+            part = objective.build_batch(some, samples[chosen], CounterRng("t", 3))
             for name, value in vars(batch).items():
                 if value is not None:
                     np.testing.assert_array_equal(value[chosen], getattr(part, name), err_msg=name)
@@ -112,8 +112,8 @@ class TestEveryObjective:
         objective, rows, batch = made(folder, case)
         _, samples = rows_of(folder, objective)
         for other in (
-            objective.make(rows, samples, Draws("t", 4)),
-            objective.make(rows, samples + len(samples), Draws("t", 3)),
+            objective.build_batch(rows, samples, CounterRng("t", 4)),
+            objective.build_batch(rows, samples + len(samples), CounterRng("t", 3)),
         ):
             assert (other.inputs != batch.inputs).any() or (other.weights != batch.weights).any()
 
@@ -122,7 +122,7 @@ class TestEveryObjective:
     def test_every_row_fits(self, folder, case, seq_len):
         objective = make(case, seq_len)
         rows, samples = rows_of(folder, objective)
-        batch = objective.make(rows, samples, Draws(0))  # asserts that no row is too full
+        batch = objective.build_batch(rows, samples, CounterRng(0))  # asserts that no row is too full
         total = sum(map(len, documents(0)))
         assert (rows.segments > 0).sum() == total
         assert batch.targets.shape == (len(samples), objective.target_len)
@@ -176,8 +176,8 @@ class TestPrefix:
 
     def test_marks_and_weights(self, folder):
         _, rows, batch = made(folder, "prefix")
-        np.testing.assert_array_equal(batch.inputs, rows.before)
-        np.testing.assert_array_equal(batch.targets, rows.tokens)
+        np.testing.assert_array_equal(batch.inputs, rows.inputs)
+        np.testing.assert_array_equal(batch.targets, rows.targets)
         lengths, given = [], []
         for marks, weights in zip(
             segments_of(batch.prefix, batch.segments), segments_of(batch.weights, batch.segments), strict=True
@@ -198,8 +198,8 @@ class TestPrefix:
             segments_of(batch.source, batch.source_segments),
             segments_of(batch.targets, batch.segments),
             segments_of(batch.inputs, batch.segments),
-            segments_of(rows.before, rows.segments),
-            segments_of(rows.tokens, rows.segments),
+            segments_of(rows.inputs, rows.segments),
+            segments_of(rows.targets, rows.segments),
             strict=True,
         )
         for source, target, inputs, before, tokens in chunks:
@@ -215,11 +215,11 @@ class TestMasked:
     def test_what_is_hidden(self, folder, rate, words):
         objective, rows, batch = made(folder, "masked", rate=rate, whole_words=words)
         (mask,) = objective.vocabulary.ids
-        assert (mask, objective.size, objective.vocabulary.names[mask]) == (259, 260, "[MASK]")
+        assert (mask, objective.min_vocab_size, objective.vocabulary.names[mask]) == (259, 260, "[MASK]")
         hidden = batch.weights > 0
-        np.testing.assert_array_equal(batch.targets, rows.before)
+        np.testing.assert_array_equal(batch.targets, rows.inputs)
         np.testing.assert_array_equal(batch.inputs[~hidden], batch.targets[~hidden])
-        text = (rows.segments > 0) & ~((rows.positions == 0) & (rows.before == BYTES.bos_id))
+        text = (rows.segments > 0) & ~((rows.positions == 0) & (rows.inputs == BYTES.bos_id))
         assert not hidden[~text].any()
         if not words:
             assert_share(hidden[text], rate)
@@ -231,7 +231,7 @@ class TestMasked:
     def test_every_token_but_the_ends_can_be_hidden_once(self, folder):
         """Each chunk begins with the token before it, so no token of a cut document is left out or seen twice."""
         _, rows, batch = made(folder, "masked")
-        text = (rows.segments > 0) & ~((rows.positions == 0) & (rows.before == BYTES.bos_id))
+        text = (rows.segments > 0) & ~((rows.positions == 0) & (rows.inputs == BYTES.bos_id))
         expected = np.sort(np.concatenate([document[:-1] for document in documents(0)]))
         np.testing.assert_array_equal(np.sort(batch.targets[text]), expected)
 
@@ -242,7 +242,7 @@ class TestMasked:
         objective = make("masked", 200, whole_words=True)
         plan = open_packing(store, 200, "best_fit", folder / "plans")
         rows = fill(store, plan.chunks(np.arange(plan.rows)), plan.rows, 200)
-        batch = objective.make(rows, np.arange(plan.rows), Draws(1))
+        batch = objective.build_batch(rows, np.arange(plan.rows), CounterRng(1))
         seen = set()
         for ids, weights in zip(
             segments_of(batch.targets, batch.segments), segments_of(batch.weights, batch.segments), strict=True

@@ -7,7 +7,7 @@ import pytest
 
 from llmjax.cli import main
 from llmjax.data.batches.packing import fill, open_packing
-from llmjax.data.batches.rng import Draws
+from llmjax.data.batches.rng import CounterRng
 from llmjax.data.config import ObjectiveConfig
 from llmjax.data.objectives import preview
 from llmjax.data.objectives.objective import open_objective
@@ -99,9 +99,9 @@ def test_a_tiny_store(tmp_path, name):
     config = ObjectiveConfig(name=name, rate=0.3 if name in ("masked", "span") else None)
     start = -1 if name in ("span", "ul2") else None
     objective = open_objective(config, tokenizer, seq_len=40, start_id=start)
-    plan = open_packing(store, 40, "best_fit", tmp_path / "plans", objective.room)
-    rows = fill(store, plan.chunks(np.arange(1)), 1, objective.room.capacity)
-    batch = objective.make(rows, np.array([5]), Draws(1))
+    plan = open_packing(store, 40, "best_fit", tmp_path / "plans", objective.row_budget)
+    rows = fill(store, plan.chunks(np.arange(1)), 1, objective.row_budget.capacity)
+    batch = objective.build_batch(rows, np.array([5]), CounterRng(1))
     assert "\n".join(preview.lines(batch, objective, tokenizer, width=90)) + "\n" == GOLDEN[name]
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from llmjax.data.batches.packing import Rows
 from llmjax.data.batches.pipeline import TrainData
-from llmjax.data.batches.rng import Draws
+from llmjax.data.batches.rng import CounterRng
 from llmjax.data.config import DataConfig, SourceConfig
 from llmjax.data.objectives import spans
 from llmjax.errors import UserError
@@ -43,8 +43,8 @@ class TestInfill:
         for got, inputs, tokens, before in zip(
             segments_of(batch.targets, batch.segments),
             segments_of(batch.inputs, batch.segments),
-            segments_of(rows.tokens, rows.segments),
-            segments_of(rows.before, rows.segments),
+            segments_of(rows.targets, rows.segments),
+            segments_of(rows.inputs, rows.segments),
             strict=True,
         ):
             assert inputs[1:] == got[:-1]
@@ -80,7 +80,7 @@ class TestSpans:
             segments_of(batch.source, batch.source_segments),
             segments_of(batch.targets, batch.segments),
             segments_of(batch.inputs, batch.segments),
-            segments_of(rows.tokens, rows.segments),
+            segments_of(rows.targets, rows.segments),
             strict=True,
         ):
             assert inputs == [BYTES.bos_id, *target[:-1]]
@@ -95,7 +95,7 @@ class TestSpans:
                     parts[token] = []
                 else:
                     parts[list(parts)[-1]].append(token)
-            # Sentinels rise, each once on both sides, and hide at least a token.
+            # Sentinels rise, each once on both span_lengths, and hide at least a token.
             assert list(parts) == sentinels[: len(parts)] == [token for token in source if token in sentinels]
             assert all(parts.values())
             assert [t for token in source for t in parts.get(token, [token])] == tokens
@@ -115,7 +115,7 @@ class TestSpans:
         count, tokens = 4000, np.arange(65, 65 + size, dtype=np.int32)
         ones = np.ones((count, size), np.int32)
         rows = Rows(tokens=ones * tokens, before=ones, segments=ones, positions=ones * np.arange(size, dtype=np.int32))
-        batch = objective.make(rows, np.arange(count), Draws(2))
+        batch = objective.build_batch(rows, np.arange(count), CounterRng(2))
         kept = np.bincount(batch.source.ravel(), minlength=128)[65 : 65 + size] / count
         assert 1 - kept.mean() == pytest.approx(6 / size)
         assert (abs(1 - kept[3:-3] - 0.16) < 0.03).all() and (1 - kept > 0.04).all()
@@ -130,19 +130,19 @@ class TestSpans:
     @pytest.mark.parametrize("seq_len", [4, 31, 512])
     def test_solved_lengths_hold_on_both_sides(self, rate, mean, seq_len):
         one = spans.Denoiser(rate=rate, mean_span=mean)
-        sides = spans.solve("span", [one], seq_len=seq_len, target_len=0, modes=False)
-        lengths = np.arange(1, sides.room.longest + 1)
+        span_lengths = spans.plan_lengths("span", [one], seq_len=seq_len, target_len=0, modes=False)
+        lengths = np.arange(1, span_lengths.row_budget.longest + 1)
         noise, count = one.counts(lengths)
-        costs = sides.room.cost(lengths)
+        costs = span_lengths.row_budget.cost(lengths)
         assert (lengths - noise + count <= costs).all() and (costs <= seq_len).all()
-        assert ((noise + count + 1) * seq_len <= costs * sides.target_len).all()
-        assert sides.target_len % 8 == 0 and sides.sentinels == count.max()
-        assert sides.room.capacity >= sides.room.longest
+        assert ((noise + count + 1) * seq_len <= costs * span_lengths.target_len).all()
+        assert span_lengths.target_len % 8 == 0 and span_lengths.sentinels == count.max()
+        assert span_lengths.row_budget.capacity >= span_lengths.row_budget.longest
 
     def test_a_given_target_length_is_kept(self, folder):
         objective = make("span", target_len=17)
         rows, samples = rows_of(folder, objective)
-        assert objective.make(rows, samples, Draws(0)).targets.shape[1] == objective.target_len == 17
+        assert objective.build_batch(rows, samples, CounterRng(0)).targets.shape[1] == objective.target_len == 17
         with pytest.raises(UserError, match=r"data\.seq_len=96 with objective\.target_len=2: not even one token"):
             make("span", target_len=2)
 

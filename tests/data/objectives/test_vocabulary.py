@@ -18,9 +18,9 @@ class TestVocabulary:
     def test_the_models_vocabulary_covers_what_is_added(self):
         for case, added in {"causal": 0, "prefix": 0, "masked": 1, "fim": 3, "span": 5, "ul2": 21}.items():
             objective = make(case)
-            assert objective.size == 259 + added, case
-            config = with_vocabulary(RunConfig(), objective.size)
-            assert config.model.vocab_size == objective.size
+            assert objective.min_vocab_size == 259 + added, case
+            config = with_vocabulary(RunConfig(), objective.min_vocab_size)
+            assert config.model.vocab_size == objective.min_vocab_size
         small = dataclasses.replace(RunConfig(), model=dataclasses.replace(RunConfig().model, vocab_size=259))
         with pytest.raises(UserError, match=r"model\.vocab_size=259 is smaller than the 260 ids"):
             with_vocabulary(small, make("masked").size)

@@ -13,7 +13,7 @@ def by_definition(text: str) -> list[int]:
     """Word by word, in Python's integers."""
     limit = (1 << 64) - 1
 
-    def mixed(value: int) -> int:
+    def splitmix64(value: int) -> int:
         value ^= value >> 30
         value = value * 0xBF58476D1CE4E5B9 & limit
         value ^= value >> 27
@@ -23,7 +23,7 @@ def by_definition(text: str) -> list[int]:
     words = []
     for word in re.findall(r"[a-zA-Z0-9_]+", text):
         words.append(
-            mixed(
+            splitmix64(
                 sum((byte + 1) * pow(minhash._BASE, place, 1 << 64) for place, byte in enumerate(word.encode())) & limit
             )
         )
@@ -33,7 +33,7 @@ def by_definition(text: str) -> list[int]:
         value = 0
         for word in words[begin : begin + size]:
             value = (value * minhash._BASE + word) & limit
-        hashes.append(mixed(value) >> 32)
+        hashes.append(splitmix64(value) >> 32)
     pairs = zip(minhash._FACTORS.tolist(), minhash._OFFSETS.tolist(), strict=True)
     return [min((value * factor + offset) & 0xFFFFFFFF for value in hashes) for factor, offset in pairs]
 

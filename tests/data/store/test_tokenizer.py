@@ -82,8 +82,13 @@ def test_pieces_of_byte_level_and_wordpiece_vocabularies():
         tokenizers.decoders.WordPiece(),
     )
     assert [wordpiece.piece(i) for i in range(4)] == [b"un", b"##able", b"?", b"</s>"]
-    goes_on, gone_on_with = vocabulary.word_edges(wordpiece)
-    assert goes_on.tolist() == [False, True, False, False] and gone_on_with.tolist() == [True, True, True, False]
+    continues_word, can_be_continued = vocabulary.word_edges(wordpiece)
+    assert continues_word.tolist() == [False, True, False, False] and can_be_continued.tolist() == [
+        True,
+        True,
+        True,
+        False,
+    ]
 
 
 def huggingface(model, decoder) -> tokenizer.Tokenizer:
