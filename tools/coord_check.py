@@ -21,9 +21,9 @@ import numpy as np
 
 from llmjax.batch import Batch
 from llmjax.models.decoder_config import DecoderConfig
-from llmjax.models.encdec_config import EncDecConfig
-from llmjax.models.encoder_config import EncoderConfig
-from llmjax.models.recurrent_config import RecurrentConfig
+from llmjax.models.encdec import EncDecConfig
+from llmjax.models.encoder import EncoderConfig
+from llmjax.models.recurrent import RecurrentConfig
 from llmjax.optim.config import OptimizerConfig
 from llmjax.parallel.mesh import ParallelConfig
 from llmjax.run import state as states

@@ -76,8 +76,8 @@ class Evaluator:
         self.objective = run_config.objective(config, load_tokenizer(store))
         if self.objective.min_vocab_size > config.model.vocab_size:
             raise UserError(
-                f"objective.name={self.objective.name!r} needs {self.objective.min_vocab_size} ids, but model.vocab_size="
-                f"{config.model.vocab_size}: evaluate with the objective that the model was trained with"
+                f"objective.name={self.objective.name!r} needs {self.objective.min_vocab_size} ids, but "
+                f"model.vocab_size={config.model.vocab_size}: evaluate with the objective that the model was trained with"
             )
         self.settings = _settings(config, store)
         self._causal = causal = self.objective.name == "causal"

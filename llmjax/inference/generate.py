@@ -76,7 +76,7 @@ def generate(
 ) -> list[list[int]]:
     """New token ids for each prompt: up to one of `stop_ids`, which is not returned, or `max_tokens` of them.
 
-    `nnx.merge(graph, params)` is the model of `config`; a prompt starts with the id that starts documents. CounterRng are
+    `nnx.merge(graph, params)` is the model of `config`; a prompt starts with the id that starts documents. Draws are
     keyed by (seed, row, position), so a row's tokens do not depend on the other rows. UserError for settings out of
     range, for a family that continues no text, and where a prompt is empty, holds an id that the model lacks, or is
     too long for learned positions.

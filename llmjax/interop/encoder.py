@@ -12,7 +12,7 @@ from llmjax.errors import UserError
 from llmjax.interop.fields import FULL, MAX_LAYERS, NUMBER, SLIDING, Fields, shown
 from llmjax.interop.layouts import matrix, transposed, vector
 from llmjax.interop.mapping import Architecture, Rule
-from llmjax.models.encoder_config import EncoderConfig
+from llmjax.models.encoder import EncoderConfig
 
 # Ours is named last where two of theirs mean the same, so that it is the one written.
 _ACTIVATIONS = {

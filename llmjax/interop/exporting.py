@@ -197,7 +197,7 @@ def _is_imported(tokenizer: Tokenizer, imported: dict[str, Any]) -> bool:
 def _begin(loaded: Loaded) -> int | None:
     """The id that every document was trained behind; None where the objective has none."""
     objective = run_config.objective(loaded.config, loaded.tokenizer)
-    framed, begin = objective.prompt(np.array([], np.int32)).tolist(), vocabulary.build_vocab(loaded.tokenizer).begin
+    framed, begin = objective.prompt(np.array([], np.int32)).tolist(), vocabulary.build_vocab(loaded.tokenizer).bos_id
     return begin if framed == [begin] else None
 
 

@@ -16,7 +16,7 @@ from llmjax.errors import UserError
 from llmjax.interop import folder as folders, place, tokenizers
 from llmjax.interop.mapping import Correspondence
 from llmjax.models import registry
-from llmjax.models.encdec_config import EncDecConfig
+from llmjax.models.encdec import EncDecConfig
 from llmjax.parallel import axes, hosts
 from llmjax.run import config as run_config, loading, workdir as workdirs
 from llmjax.run.config import RunConfig

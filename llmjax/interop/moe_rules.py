@@ -10,7 +10,7 @@ from llmjax.interop import decoder_rules
 from llmjax.interop.decoder_rules import LAYER
 from llmjax.interop.layouts import matrix, transposed
 from llmjax.interop.mapping import Rule
-from llmjax.models.moe_config import MoeConfig
+from llmjax.models.moe import MoeConfig
 
 _MTP = "model.layers.61."  # of DeepSeek-V3: a layer that predicts the token after the next, and is not run here
 

@@ -35,8 +35,8 @@ class OptimizerConfig:
     momentum        sgd and muon: decay of the momentum; 0 for plain sgd
     clip_norm       largest global norm of the gradient, over all parameters; 0: no clipping
     ema_decay       decay of an average of the parameters, which is then what is evaluated; 0: no average
-    expert_bias_update_rate    step at which a router's correction bias moves against the load of its expert; nothing else moves
-                    it, and no schedule lowers it; 0: it stays as it is
+    expert_bias_update_rate  step by which a router's expert bias moves against the load of its expert at each update;
+                    no gradient moves it and no schedule lowers the step; 0: it stays as it is
     """
 
     name: str = "adamw"

@@ -41,9 +41,9 @@ def matrix_dims(axes: LogicalAxes) -> tuple[Dims, Dims] | None:
 
 def kind(axes: LogicalAxes) -> str:
     """ "vector" (norm scales, biases), "table" (rows looked up: embedding, learned positions), "head", "matrix", or
-    "balance": a router's correction bias, of the axes ("experts",), whose gradient is the load above the mean."""
+    "expert_bias": a router's expert bias, of the axes ("experts",), whose gradient is the load above the mean."""
     if axes[-1:] == ("experts",):
-        return "balance"
+        return "expert_bias"
     dims = matrix_dims(axes)
     if dims is None:
         return "vector"

@@ -47,15 +47,16 @@ class Optimizer:
     def update(self, grads: dict, state: dict, params: dict) -> tuple[dict, dict, dict[str, jax.Array]]:
         """(params, state, {"learning_rate", "grad_norm"}) after one update; grad_norm is that before clipping.
 
-        A "balance" parameter stands apart from all that: it takes a step of `expert_bias_update_rate` against its gradient's sign.
+        An "expert_bias" parameter is not touched by any of that: it takes a step of `expert_bias_update_rate` against
+        the sign of its gradient.
         """
         loads = grads
-        grads = self._balanced(lambda g: jnp.zeros_like(g), lambda g: g, grads)
+        grads = self._map_expert_bias(lambda g: jnp.zeros_like(g), lambda g: g, grads)
         norm = optax.tree.norm(grads)
         if self.clip_norm:
             grads = optax.tree.scale(jnp.minimum(1.0, self.clip_norm / norm), grads)
         updates, inner = self.inner.update(grads, state["inner"], params)
-        updates = self._balanced(
+        updates = self._map_expert_bias(
             lambda _, load: -self.expert_bias_update_rate * jnp.sign(load), lambda u, _: u, updates, loads
         )
         new_params: Any = optax.apply_updates(params, updates)
@@ -72,12 +73,12 @@ class Optimizer:
             return state["ema"]
         if isinstance(state["inner"], optax.contrib.ScheduleFreeState):
             averages: Any = optax.contrib.schedule_free_eval_params(state["inner"], params)
-            return self._balanced(lambda _, param: param, lambda average, _: average, averages, params)
+            return self._map_expert_bias(lambda _, param: param, lambda average, _: average, averages, params)
         return params
 
-    def _balanced(self, balance: Callable, rest: Callable, *trees: Any) -> dict:
-        """`balance` of the leaves that are "balance" parameters, `rest` of the others."""
-        choose = lambda names, *leaves: (balance if kind(names) == "balance" else rest)(*leaves)
+    def _map_expert_bias(self, expert_bias: Callable, rest: Callable, *trees: Any) -> dict:
+        """`expert_bias` applied to the leaves that are expert biases, `rest` to the others."""
+        choose = lambda names, *leaves: (expert_bias if kind(names) == "expert_bias" else rest)(*leaves)
         return jax.tree.map(choose, self.axes, *trees, is_leaf=lambda node: isinstance(node, tuple))
 
     def state_axes(self, shapes: dict) -> Any:

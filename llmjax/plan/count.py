@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from llmjax.batch import Batch
 from llmjax.data.store.tokenizer import Bytes
 from llmjax.models import registry
-from llmjax.models.encdec_config import EncDecConfig
+from llmjax.models.encdec import EncDecConfig
 from llmjax.models.registry import ModelConfig
 from llmjax.nn.stack import REMAT
 from llmjax.optim.config import OptimizerConfig

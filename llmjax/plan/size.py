@@ -7,7 +7,7 @@ import pathlib
 from llmjax.binding import shipped_folder, specs
 from llmjax.errors import UserError
 from llmjax.models import registry
-from llmjax.models.encdec_config import EncDecConfig
+from llmjax.models.encdec import EncDecConfig
 from llmjax.plan import budget as budgets, count
 from llmjax.plan.devices import Device
 from llmjax.run import config as run_config

@@ -13,7 +13,7 @@ from llmjax.data.objectives.objective import Objective, open_objective
 from llmjax.data.store.tokenizer import Tokenizer
 from llmjax.errors import UserError
 from llmjax.models.decoder_config import DecoderConfig
-from llmjax.models.encdec_config import EncDecConfig
+from llmjax.models.encdec import EncDecConfig
 from llmjax.models.registry import ModelConfig
 from llmjax.optim.config import OptimizerConfig
 from llmjax.parallel.mesh import MeshConfig, ParallelConfig

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from llmjax.models import parametrization, registry
+from llmjax.models import registry
 from llmjax.models.registry import ModelConfig
 from llmjax.optim.config import OptimizerConfig
 from llmjax.optim.optimizer import Optimizer, make_optimizer
@@ -57,7 +57,7 @@ def make_state_spec(
 ) -> StateSpec:
     """Shapes and shardings of a run's state, from configs alone; nothing is allocated."""
     graph, shapes, names = registry.abstract(model)
-    tx = make_optimizer(optimizer, horizon=horizon, axes=names, width=parametrization.width(model))
+    tx = make_optimizer(optimizer, horizon=horizon, axes=names, width=model.width_multiplier)
     opt_shapes = jax.eval_shape(tx.init, shapes)
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
     replicated = NamedSharding(mesh, P())

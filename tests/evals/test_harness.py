@@ -18,7 +18,7 @@ from llmjax.data.store import prepare
 from llmjax.data.store.tokenizer import load_tokenizer
 from llmjax.errors import UserError
 from llmjax.evals import harness
-from llmjax.models.encoder_config import EncoderConfig
+from llmjax.models.encoder import EncoderConfig
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.run import config as run_config, state as states
 from llmjax.run.config import resolve

@@ -16,7 +16,7 @@ from llmjax.errors import UserError
 from llmjax.inference.fill_mask import fill
 from llmjax.models import registry
 from llmjax.models.decoder_config import DecoderConfig
-from llmjax.models.encoder_config import EncoderConfig
+from llmjax.models.encoder import EncoderConfig
 from llmjax.parallel import axes
 
 MASK = 259  # behind the bytes and their three special tokens

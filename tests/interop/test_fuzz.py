@@ -1,4 +1,4 @@
-"""CorruptCheckpoint config.json, index and headers: one line of error, or the same weights as before; never anything else."""
+"""Damaged config.json, index and headers: one line of error, or the same weights as before; never anything else."""
 
 import contextlib
 import json

@@ -13,7 +13,7 @@ from llmjax.interop import files, folder, mapping
 from llmjax.interop.moe import ARCHITECTURES
 from llmjax.interop.quantised import Fp8Blocks, Mxfp4
 from llmjax.models import registry
-from llmjax.models.moe_config import MoeConfig
+from llmjax.models.moe import MoeConfig
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
 GPT_OSS = MoeConfig(

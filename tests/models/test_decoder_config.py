@@ -135,7 +135,7 @@ def test_a_value_out_of_bounds_is_named(fields, words):
 )
 def test_a_kernel_refuses_what_it_cannot_honour(feature, fields, monkeypatch):
     full = attention.KERNELS["dot"]
-    less = dataclasses.replace(full, honours=full.honours - {feature})
+    less = dataclasses.replace(full, supports=full.supports - {feature})
     monkeypatch.setitem(attention.KERNELS, "dot", less)
     DecoderConfig()
     with pytest.raises(UserError, match=r"model\.attention='dot' cannot honour it"):

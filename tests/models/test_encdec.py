@@ -14,7 +14,7 @@ from llmjax.batch import Batch
 from llmjax.errors import UserError
 from llmjax.inference.generate import generate
 from llmjax.models import registry
-from llmjax.models.encdec_config import EncDecConfig
+from llmjax.models.encdec import EncDecConfig
 from llmjax.nn import losses
 from llmjax.parallel import axes
 from tests.batches import packed

@@ -11,7 +11,7 @@ from llmjax.batch import Batch
 from llmjax.binding import bind
 from llmjax.errors import UserError
 from llmjax.models import registry
-from llmjax.models.encdec_config import EncDecConfig
+from llmjax.models.encdec import EncDecConfig
 from llmjax.run.config import resolve
 from tests.models.test_decoder_config import CONFIGS, recipe
 

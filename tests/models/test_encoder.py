@@ -12,7 +12,7 @@ import pytest
 
 from llmjax.batch import Batch
 from llmjax.models import registry
-from llmjax.models.encoder_config import EncoderConfig
+from llmjax.models.encoder import EncoderConfig
 from llmjax.nn import losses
 from llmjax.nn.stack import REMAT
 from llmjax.parallel import axes

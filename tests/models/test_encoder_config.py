@@ -7,7 +7,7 @@ import pytest
 from llmjax.binding import bind
 from llmjax.errors import UserError
 from llmjax.models import registry
-from llmjax.models.encoder_config import EncoderConfig
+from llmjax.models.encoder import EncoderConfig
 from llmjax.run.config import resolve
 from tests.models.test_decoder_config import CONFIGS, recipe
 

@@ -11,10 +11,10 @@ import pytest
 
 from llmjax.models import registry
 from llmjax.models.decoder_config import DecoderConfig
-from llmjax.models.encdec_config import EncDecConfig
-from llmjax.models.encoder_config import EncoderConfig
-from llmjax.models.moe_config import MoeConfig
-from llmjax.models.recurrent_config import RecurrentConfig
+from llmjax.models.encdec import EncDecConfig
+from llmjax.models.encoder import EncoderConfig
+from llmjax.models.moe import MoeConfig
+from llmjax.models.recurrent import RecurrentConfig
 from llmjax.nn import losses
 from llmjax.nn.stack import REMAT
 from llmjax.parallel import axes

@@ -12,7 +12,7 @@ import pytest
 
 from llmjax.errors import UserError
 from llmjax.models import registry
-from llmjax.models.moe_config import MoeConfig
+from llmjax.models.moe import MoeConfig
 from llmjax.nn import losses
 from llmjax.optim.config import OptimizerConfig
 from llmjax.parallel import backends, hosts

@@ -9,7 +9,7 @@ import pytest
 from llmjax.binding import bind
 from llmjax.errors import UserError
 from llmjax.models import registry
-from llmjax.models.moe_config import MoeConfig
+from llmjax.models.moe import MoeConfig
 from llmjax.run.config import resolve
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"

@@ -42,7 +42,7 @@ def test_the_coordinate_check(tool, family):
 def test_at_the_base_width_both_are_the_same():
     config = DecoderConfig(embed=256, head_dim=64, num_heads=4)
     mup = dataclasses.replace(config, parametrization="mup")
-    assert parametrization.width(config) == parametrization.width(mup) == 1
+    assert config.width_multiplier == parametrization.width(mup) == 1
     assert parametrization.score_scale(mup, 0.125) == parametrization.score_scale(config, 0.125) == 0.125
     wide = dataclasses.replace(mup, embed=1024, head_dim=256)
     assert parametrization.width(wide) == 4 and parametrization.score_scale(wide, 1 / 16) == 1 / 32

@@ -15,7 +15,7 @@ from llmjax.binding import bind
 from llmjax.errors import UserError
 from llmjax.inference.generate import generate
 from llmjax.models import registry
-from llmjax.models.recurrent_config import RecurrentConfig
+from llmjax.models.recurrent import RecurrentConfig
 from llmjax.nn import losses
 from llmjax.optim.layerwise import kind, matrix_view
 from llmjax.parallel import axes

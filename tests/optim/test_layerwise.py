@@ -33,8 +33,8 @@ from tests.optim.parameters import AXES, UNSTACKED_AXES, random_tree, run, unsta
         (("layers", "blocks", "head_dim", "embed"), "matrix"),
         (("layers", "embed", "router"), "matrix"),
         (("layers", "router"), "vector"),
-        (("layers", "experts"), "balance"),
-        (("experts",), "balance"),
+        (("layers", "experts"), "expert_bias"),
+        (("experts",), "expert_bias"),
     ],
 )
 def test_kind(axes, expected):

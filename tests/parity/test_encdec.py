@@ -18,7 +18,7 @@ from llmjax.inference.generate import generate
 from llmjax.interop import mapping
 from llmjax.interop.encdec import ARCHITECTURES
 from llmjax.models import registry
-from llmjax.models.encdec_config import EncDecConfig
+from llmjax.models.encdec import EncDecConfig
 from llmjax.nn import losses
 
 VOCAB = 67

@@ -18,7 +18,7 @@ from llmjax.errors import UserError
 from llmjax.interop import mapping
 from llmjax.interop.encoder import ARCHITECTURES
 from llmjax.models import registry
-from llmjax.models.encoder_config import EncoderConfig
+from llmjax.models.encoder import EncoderConfig
 from llmjax.nn import losses
 
 VOCAB, SEQ, LENGTHS = 97, 24, (24, 17, 9)

@@ -17,7 +17,7 @@ from llmjax.binding import bind
 from llmjax.interop import files, mapping
 from llmjax.interop.moe import ARCHITECTURES
 from llmjax.models import registry
-from llmjax.models.moe_config import MoeConfig
+from llmjax.models.moe import MoeConfig
 from llmjax.nn import losses
 
 VOCAB, SEQ, LENGTHS = 97, 24, (24, 17, 9)

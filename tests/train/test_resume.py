@@ -10,7 +10,7 @@ import pytest
 from llmjax.checkpoint.manager import Checkpoints
 from llmjax.data.batches.pipeline import DataState
 from llmjax.errors import UserError
-from llmjax.models.recurrent_config import RecurrentConfig
+from llmjax.models.recurrent import RecurrentConfig
 from llmjax.run import config as run_config, state as states
 from llmjax.run.config import RunConfig, TrainConfig
 from llmjax.train import resume

@@ -20,15 +20,15 @@ from llmjax.data.store.tokenizer import Tokenizer
 class Objective:
     """One objective, ready for rows of one length.
 
-    name        as in the config
-    fingerprint         all that shapes its batches beside text, packing and seed, in words; resuming with another is refused
-    room        what chunks take of a row
-    target_len  places in a row of targets
-    vocabulary  the ids that it knows; None: any, nothing is added to the text
-    build_batch        (rows, int64 sample indices [rows], rng) -> Batch; a row's places depend on nothing but the row, its
-                sample index and the key of the draws
-    prompt      ids of a text -> what a model is given so that it continues the text
-    answers     what the model writes is a text of its own, no continuation of the prompt
+    name         as in the config
+    fingerprint  all that shapes its batches besides text, packing and seed; resuming with another one is refused
+    row_budget   how much of a row a chunk of each length takes
+    target_len   positions in a row of targets
+    vocabulary   the ids that it uses; None: any, nothing is added to the text
+    build_batch  (rows, int64 sample indices [rows], rng) -> Batch; a row of it depends only on the row, its sample
+                 index and the key of the rng
+    prompt       ids of a text -> what a model is given so that it continues the text
+    answers      whether the model writes a text of its own instead of a continuation of the prompt
     """
 
     name: str
