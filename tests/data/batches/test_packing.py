@@ -72,8 +72,8 @@ def test_other_documents_do_not_move(tmp_path, algorithm):
     two = all_rows(write_store(tmp_path / "b", changed), tmp_path, algorithm)
     np.testing.assert_array_equal(one.segments, two.segments)
     np.testing.assert_array_equal(one.positions, two.positions)
-    touched = {(row, segment) for row, segment in zip(*_places(one, two, "tokens"), strict=True)}
-    leaked = {(row, segment) for row, segment in zip(*_places(one, two, "before"), strict=True)}
+    touched = {(row, segment) for row, segment in zip(*_places(one, two, "targets"), strict=True)}
+    leaked = {(row, segment) for row, segment in zip(*_places(one, two, "inputs"), strict=True)}
     assert touched and leaked <= touched
     assert len(touched) <= len(documents[17]) // SEQ_LEN + 2
 

@@ -32,8 +32,8 @@ class TestDraws:
         """All ways to write 6 as a sum of 3 parts come equally often."""
         count = 20_000
         number = np.arange(count)
-        pieces = RowChunks(tokens=number, before=number, length=number, row=number, sample=number, column=number * 0)
-        parts = random_partition(np.full(count, 6), np.full(count, 3), pieces, CounterRng(0), 0).reshape(-1, 3)
+        chunks = RowChunks(targets=number, inputs=number, length=number, row=number, sample=number, column=number * 0)
+        parts = random_partition(np.full(count, 6), np.full(count, 3), chunks, CounterRng(0), 0).reshape(-1, 3)
         assert (parts.sum(axis=1) == 6).all() and (parts >= 1).all()
         _, counts = np.unique(parts, axis=0, return_counts=True)
         assert len(counts) == math.comb(5, 2) and abs(counts - count / 10).max() < 5 * math.sqrt(count / 10)

@@ -23,7 +23,7 @@ class TestVocabulary:
             assert config.model.vocab_size == objective.min_vocab_size
         small = dataclasses.replace(RunConfig(), model=dataclasses.replace(RunConfig().model, vocab_size=259))
         with pytest.raises(UserError, match=r"model\.vocab_size=259 is smaller than the 260 ids"):
-            with_vocabulary(small, make("masked").size)
+            with_vocabulary(small, make("masked").min_vocab_size)
 
     def test_the_tokenizers_own_are_taken(self):
         known = {"<s>": 256, "</s>": 257, "<mask>": 7, "<fim_prefix>": 3, "<fim_middle>": 4, "<fim_suffix>": 5}
