@@ -2,8 +2,8 @@
 
 python tools/recipes.py [NAME ...] [--folder=runs/recipes]      # such as: python tools/recipes.py bert recurrent:gru
 
-A config file states what its sizes reach in EXPECTED_SCORE: size -> (field of the validation scores, bound). Bits per byte
-must come out below the bound, an accuracy above it. Finished runs are not trained again.
+A config file states the scores of its sizes in EXPECTED_SCORE: size -> (field of the validation scores, bound). Bits
+per byte must come out below the bound, an accuracy above it. Finished runs are not trained again.
 """
 
 import argparse

@@ -201,7 +201,7 @@ class Checkpoints:
         return Restored(step, parts, {**body["meta"], "fingerprint": body["fingerprint"]})
 
     def _agreed(self, name: str, read: Callable[[], Any]) -> Any:
-        """What `read` returns, if it works on all processes; else CorruptCheckpoint on all, naming the first that failed."""
+        """What `read` returns if it works on all processes; else CorruptCheckpoint on all, naming the first failure."""
         value, problem = None, ""
         with _quiet():
             try:

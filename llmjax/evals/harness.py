@@ -77,7 +77,7 @@ class Evaluator:
         if self.objective.min_vocab_size > config.model.vocab_size:
             raise UserError(
                 f"objective.name={self.objective.name!r} needs {self.objective.min_vocab_size} ids, but "
-                f"model.vocab_size={config.model.vocab_size}: evaluate with the objective that the model was trained with"
+                f"model.vocab_size={config.model.vocab_size}: evaluate with the objective of training"
             )
         self.settings = _settings(config, store)
         self._causal = causal = self.objective.name == "causal"

@@ -1,4 +1,4 @@
-"""Times and metrics of a running context. Step n is read once step n + 1 runs, so the device never waits for the host."""
+"""Metrics and timings of a running job. Step n is read once step n + 1 runs, so the device never waits."""
 
 from collections.abc import Iterator
 import contextlib
