@@ -1,4 +1,4 @@
-"""What every verb's command line shares: flags that teach, config overrides, and one line for what is wrong."""
+"""What the commands share: argument parsing, config overrides, and errors in one line."""
 
 import argparse
 from collections.abc import Callable
@@ -30,11 +30,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message}; see `{self.prog} --help`")
 
 
-def make_parser(verb: str, description: str, example: str, *, overrides: bool = True) -> Parser:
-    """The parser of a verb; `overrides` says whether it takes config overrides, as `parse` reads them."""
+def make_parser(command: str, description: str, example: str, *, overrides: bool = True) -> Parser:
+    """The parser of a command; `overrides` says whether it takes config overrides, as `parse` reads them."""
     fields = "\n\n--config.FIELD=VALUE sets any config field; `llmjax fields` lists them" if overrides else ""
     parser = Parser(
-        prog=f"llmjax {verb}",
+        prog=f"llmjax {command}",
         description=textwrap.dedent(description),
         epilog=f"example:\n  {example}{fields}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

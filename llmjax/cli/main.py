@@ -1,6 +1,7 @@
 # PYTHON_ARGCOMPLETE_OK
-"""The door: `llmjax VERB ...` finds the verb, and turns every bad input into one line and status 78."""
+"""Entry point: `llmjax COMMAND ...` runs a command and reports every bad input in one line with exit status 78."""
 
+from collections.abc import Callable
 import errno
 import os
 import signal
@@ -10,10 +11,35 @@ import typing
 
 import llmjax
 from llmjax.atomic import NO_SPACE
-from llmjax.cli.commands import VERBS
+from llmjax.cli.configs import configs
+from llmjax.cli.curate import curate
+from llmjax.cli.evaluate import evaluate
+from llmjax.cli.export import export
+from llmjax.cli.fields import fields
+from llmjax.cli.fill import fill
+from llmjax.cli.generate import generate
+from llmjax.cli.import_ import import_
+from llmjax.cli.inspect import inspect
+from llmjax.cli.prepare import prepare
+from llmjax.cli.size import size
+from llmjax.cli.train import train
 from llmjax.errors import UserError, suggest
 from llmjax.parallel import interrupts
 
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "curate": curate,
+    "prepare": prepare,
+    "train": train,
+    "eval": evaluate,
+    "generate": generate,
+    "fill": fill,
+    "import": import_,
+    "export": export,
+    "inspect": inspect,
+    "size": size,
+    "fields": fields,
+    "configs": configs,
+}
 BAD_INPUT, HANG = 78, 75
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
@@ -50,8 +76,8 @@ Completion in bash and zsh: eval "$(register-python-argcomplete llmjax)"
 
 
 def main() -> typing.NoReturn:
-    """Run a verb and exit: 0 done, 75 hang, 76 diverged, 78 bad input (no restart helps), 85 saved on request, 129, 130
-    or 143 stopped by SIGHUP, Ctrl-C or SIGTERM, 141 nobody reads the output, else a crash."""
+    """Run a command and exit: 0 done, 75 hang, 76 diverged, 78 bad input (no restart helps), 85 saved on request, 129,
+    130 or 143 stopped by SIGHUP, Ctrl-C or SIGTERM, 141 nobody reads the output, else a crash."""
     try:
         interrupts.install()
         status = run(sys.argv[1:])
@@ -66,16 +92,16 @@ def main() -> typing.NoReturn:
     except KeyboardInterrupt as error:
         interrupts.exit_now(error if isinstance(error, interrupts.Stopped) else interrupts.Stopped(signal.SIGINT))
     except Exception as error:
-        if mend := _mend(error):
-            status = _fail(mend)
+        if hint := _hint_for(error):
+            status = _fail(hint)
         else:
             traceback.print_exc()
             status = 1
     _exit(status)
 
 
-def _mend(error: Exception) -> str:
-    """One line for what the system refuses and only the user can mend; '' for any other error."""
+def _hint_for(error: Exception) -> str:
+    """One line for what the system refuses and only the user can fix; '' for any other error."""
     if not isinstance(error, OSError):
         return ""
     if error.errno in NO_SPACE:
@@ -109,14 +135,14 @@ def run(arguments: list[str]) -> int:
     if "_ARGCOMPLETE" in os.environ:  # a shell asks what may follow, in COMP_LINE
         from llmjax.cli import completion
 
-        completion.complete(VERBS)
+        completion.complete(COMMANDS)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(OVERVIEW, end="")
         return 0
     if arguments[0] == "--version":
         print(f"llmjax {llmjax.__version__}")
         return 0
-    verb, rest = arguments[0], arguments[1:]
-    if verb not in VERBS:
-        raise UserError(f"unknown verb {verb!r}{suggest(verb, VERBS)}: known are {', '.join(VERBS)}")
-    return VERBS[verb](rest)
+    command, rest = arguments[0], arguments[1:]
+    if command not in COMMANDS:
+        raise UserError(f"unknown command {command!r}{suggest(command, COMMANDS)}: known are {', '.join(COMMANDS)}")
+    return COMMANDS[command](rest)

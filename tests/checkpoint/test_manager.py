@@ -286,7 +286,7 @@ def test_swapped_arrays_are_noticed(folder, template):
 CHILD = """
 import jax, numpy as np, os, pathlib, resource, signal, sys
 from llmjax.checkpoint.manager import Checkpoints
-from llmjax.binding import UserError
+from llmjax.errors import UserError
 folder = pathlib.Path(sys.argv[1])
 parts = {"params": {"a": jax.numpy.asarray(np.random.default_rng(0).random((SIZE,), np.float32))}}
 checkpoints = Checkpoints(folder, timeout_seconds=30)

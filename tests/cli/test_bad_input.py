@@ -58,7 +58,7 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
 
 
 FLAGS = {
-    "unknown verb": (["llmjax", "trian"], "unknown verb 'trian' (did you mean 'train'?)"),
+    "unknown command": (["llmjax", "trian"], "unknown command 'trian' (did you mean 'train'?)"),
     "missing flag": (["llmjax", "eval"], "the following arguments are required: --workdir"),
     "unknown flag": (["llmjax", "inspect", "--workdir=x", "--jsno"], "unrecognized arguments: --jsno"),
     "flag of a wrong type": (["llmjax", "eval", "--workdir=x", "--step=last"], "argument --step: invalid whole number"),

@@ -17,12 +17,12 @@ from llmjax.run.config import RunConfig
 def test_no_arguments_gives_the_overview(capsys):
     assert main.run([]) == 0
     printed = capsys.readouterr().out
-    assert all(f"llmjax {verb}" in printed for verb in main.VERBS)
+    assert all(f"llmjax {verb}" in printed for verb in main.COMMANDS)
 
 
 def test_a_reader_that_leaves_early_is_no_crash():
     """`llmjax fields | head -1`"""
-    code = "import sys; from llmjax import cli; sys.argv = ['llmjax', 'fields']; cli.main()"
+    code = "import sys; from llmjax.cli import main as cli; sys.argv = ['llmjax', 'fields']; cli.main()"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout and process.stderr
     process.stdout.close()
@@ -35,7 +35,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"llmjax {llmjax.__version__}\n"
 
 
-@pytest.mark.parametrize("verb", list(main.VERBS))
+@pytest.mark.parametrize("verb", list(main.COMMANDS))
 def test_each_verb_has_help_with_an_example(verb, capsys):
     with pytest.raises(SystemExit) as stopped:
         main.run([verb, "--help"])
@@ -44,7 +44,7 @@ def test_each_verb_has_help_with_an_example(verb, capsys):
     assert f"example:\n  llmjax {verb}" in printed
 
 
-@pytest.mark.parametrize("words", [*([verb] for verb in main.VERBS), ["curate", "report"], ["curate", "classifier"]])
+@pytest.mark.parametrize("words", [*([verb] for verb in main.COMMANDS), ["curate", "report"], ["curate", "classifier"]])
 def test_help_tells_of_config_fields_where_they_are_taken(words, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main.run([*words, "--help"])

@@ -16,7 +16,7 @@ class Parsed(Exception):
 
 
 def test_every_command_is_documented():
-    assert {words[0] for _, words in COMMANDS} == set(main.VERBS)
+    assert {words[0] for _, words in COMMANDS} == set(main.COMMANDS)
 
 
 @pytest.mark.parametrize("arguments", [c for _, c in COMMANDS], ids=[f"{n}: {' '.join(c)[:60]}" for n, c in COMMANDS])

@@ -8,12 +8,13 @@ import pytest
 
 PRELUDE = """
 import signal, sys, time
-from llmjax import cli, interrupts
+from llmjax.cli import main as cli
+from llmjax.parallel import interrupts
 interrupts._PATIENCE_SECONDS = 0.2
 def verb(arguments):
     print("ready", flush=True)
     BODY
-cli.VERBS["verb"] = verb
+cli.COMMANDS["verb"] = verb
 sys.argv = ["llmjax", "verb"]
 cli.main()
 """

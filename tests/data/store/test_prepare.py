@@ -130,7 +130,7 @@ def test_a_killed_preparation_goes_on(corpus, tmp_path):
     for part in range(6):
         (tmp_path / f"b{part}.txt").write_text("\n\n".join(sentence(rng, 200) for _ in range(300)))
     code = (
-        "import sys; from llmjax.data import sources; sources.MIN_UNIT_BYTES = 100_000\n"
+        "import sys; from llmjax.data.readers import sources; sources.MIN_UNIT_BYTES = 100_000\n"
         "from llmjax.data.config import *; from llmjax.data.store.prepare import prepare\n"
         f"c = DataConfig(sources={{'main': SourceConfig(path={str(tmp_path / 'b*.txt')!r}),"
         f"'more': SourceConfig(path={str(corpus[0])!r})}}, "
@@ -410,9 +410,9 @@ def test_a_store_of_another_format_is_refused(tmp_path):
 
 PREPARE = """
 import sys
-from llmjax import workdir
-from llmjax.binding import UserError
-from llmjax.data import prepare
+from llmjax.data.store import prepare
+from llmjax.errors import UserError
+from llmjax.run import workdir
 from llmjax.data.config import *
 workdir.REFRESH_SECONDS = 0.1
 if sys.argv[3] == "hold":  # with the tokenizer written, until a line comes
