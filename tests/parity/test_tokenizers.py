@@ -10,7 +10,7 @@ from etils import epath
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from llmjax.data.prompts import decode_continuation, encode_prompt
+from llmjax.data.objectives.prompts import decode_continuation, encode_prompt
 from llmjax.interop import tokenizers as published_tokenizers
 from tests.interop.test_special_tokens import sentencepiece_model
 
