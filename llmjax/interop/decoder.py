@@ -3,8 +3,18 @@
 from typing import Any
 
 from llmjax.errors import UserError
-from llmjax.interop import decoder_rules, rope
-from llmjax.interop.fields import FULL, MAX_LAYERS, NUMBER, SLIDING, Fields
+from llmjax.interop import decoder_rules
+from llmjax.interop.hf_config import (
+    FULL,
+    MAX_LAYERS,
+    NUMBER,
+    SLIDING,
+    Fields,
+    read_rope,
+    read_rope_by_kind,
+    write_rope,
+    write_rope_by_kind,
+)
 from llmjax.interop.mapping import Architecture
 from llmjax.models.decoder_config import DecoderConfig
 
@@ -177,7 +187,7 @@ def _without_local(section: dict[str, Any]) -> dict[str, Any]:
 def _read_llama(hf: dict[str, Any]) -> dict[str, Any]:
     fields = Fields(hf)
     section = shared_fields(fields) | _activation(fields)
-    section |= rope.read(fields, base=10_000.0, longest=section["max_positions"])
+    section |= read_rope(fields, base=10_000.0, longest=section["max_positions"])
     if section["biases"] == "none":
         fields.require("mlp_bias", False)
     elif fields.get("mlp_bias", False):
@@ -190,7 +200,7 @@ def _read_llama(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_llama(config: DecoderConfig) -> dict[str, Any]:
-    shared = shared_json(config, "llama") | _activation_json(config) | rope.write(config)
+    shared = shared_json(config, "llama") | _activation_json(config) | write_rope(config)
     return shared | {"mlp_bias": config.biases == "all"}
 
 
@@ -198,14 +208,14 @@ def _read_mistral(hf: dict[str, Any]) -> dict[str, Any]:
     fields = Fields(hf)
     fields.require("attention_bias", False)
     section = shared_fields(fields, kv_heads=8, positions=4096 * 32) | _activation(fields)
-    section |= rope.read(fields, base=10_000.0, longest=section["max_positions"])
+    section |= read_rope(fields, base=10_000.0, longest=section["max_positions"])
     window = fields.optional_size("sliding_window", 4096)
     fields.reject_unread()
     return section | ({"window": window, "pattern": "l"} if window else {})
 
 
 def _write_mistral(config: DecoderConfig) -> dict[str, Any]:
-    shared = shared_json(config, "mistral") | _activation_json(config) | rope.write(config)
+    shared = shared_json(config, "mistral") | _activation_json(config) | write_rope(config)
     if not shared.pop("attention_bias"):
         return shared | {"sliding_window": config.window or None}
     raise UserError(f"model.biases={config.biases!r}: a checkpoint of MistralForCausalLM has none")
@@ -214,7 +224,7 @@ def _write_mistral(config: DecoderConfig) -> dict[str, Any]:
 def _read_qwen3(hf: dict[str, Any]) -> dict[str, Any]:
     fields = Fields({"head_dim": 128} | hf)
     section = shared_fields(fields, kv_heads=32, positions=32768) | _activation(fields)
-    section |= rope.read(fields, base=10_000.0, longest=section["max_positions"]) | {"qk_norm": "head"}
+    section |= read_rope(fields, base=10_000.0, longest=section["max_positions"]) | {"qk_norm": "head"}
     slides, full = fields.get("use_sliding_window", False), fields.optional_size("max_window_layers", 28)
     types = [_LOCAL[bool(slides and layer >= full)] for layer in range(section["num_layers"])]
     section |= windows(fields, default=types)
@@ -223,7 +233,7 @@ def _read_qwen3(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_qwen3(config: DecoderConfig) -> dict[str, Any]:
-    shared = shared_json(config, "qwen3") | _activation_json(config) | rope.write(config)
+    shared = shared_json(config, "qwen3") | _activation_json(config) | write_rope(config)
     return shared | layer_types(config, unused=None) | {"use_sliding_window": bool(config.window)}
 
 
@@ -249,14 +259,14 @@ def _read_gemma(hf: dict[str, Any], *, model_type: str) -> dict[str, Any]:
         new, old = (fields.optional_size(name) for name in ("_sliding_window_pattern", "sliding_window_pattern"))
         period = new or old or 6
         section |= {"qk_norm": "head"} | windows(fields, default=every(section["num_layers"], period))
-        section |= rope.read_by_kind(
+        section |= read_rope_by_kind(
             fields, base=1e6, longest=longest, local_base=1e4, old_local="rope_local_base_freq"
         )
     else:
         section |= {"score_softcap": fields.get("attn_logit_softcapping", 50.0) or 0.0}
         fields.require("sliding_window_size", fields.optional_size("sliding_window", 4096), None)
         section |= windows(fields, default=every(section["num_layers"], 2))
-        section |= rope.read(fields, base=10_000.0, longest=longest)
+        section |= read_rope(fields, base=10_000.0, longest=longest)
     fields.reject_unread("hidden_act", "sliding_window_pattern")
     return _without_local(section)
 
@@ -267,8 +277,8 @@ def _write_gemma(config: DecoderConfig, *, model_type: str) -> dict[str, Any]:
     scale = round(config.score_scale**-2) if config.score_scale else config.head_size
     shared |= {"query_pre_attn_scalar": scale, "final_logit_softcapping": config.logit_softcap or None}
     if third:
-        return shared | rope.write_by_kind(config)
-    return shared | rope.write(config) | {"attn_logit_softcapping": config.score_softcap or None}
+        return shared | write_rope_by_kind(config)
+    return shared | write_rope(config) | {"attn_logit_softcapping": config.score_softcap or None}
 
 
 def _read_olmo(hf: dict[str, Any], *, model_type: str) -> dict[str, Any]:
@@ -276,10 +286,10 @@ def _read_olmo(hf: dict[str, Any], *, model_type: str) -> dict[str, Any]:
     section = shared_fields(fields, eps=1e-5) | _activation(fields)
     section |= {"qk_norm": "all", "norm_position": "inner"}
     if model_type == "olmo2":
-        section |= rope.read(fields, base=10_000.0, longest=section["max_positions"])
+        section |= read_rope(fields, base=10_000.0, longest=section["max_positions"])
     else:
         section |= windows(fields, default=every(section["num_layers"], 4))
-        section |= rope.read_by_kind(fields, base=5e5, longest=section["max_positions"], local_base=5e5)
+        section |= read_rope_by_kind(fields, base=5e5, longest=section["max_positions"], local_base=5e5)
     fields.reject_unread()
     return _without_local(section)
 
@@ -287,8 +297,8 @@ def _read_olmo(hf: dict[str, Any], *, model_type: str) -> dict[str, Any]:
 def _write_olmo(config: DecoderConfig, *, model_type: str) -> dict[str, Any]:
     shared = shared_json(config, model_type) | _activation_json(config)
     if model_type == "olmo2":
-        return shared | rope.write(config)
-    return shared | layer_types(config) | rope.write_by_kind(config)
+        return shared | write_rope(config)
+    return shared | layer_types(config) | write_rope_by_kind(config)
 
 
 def _read_gemma3_text(hf: dict[str, Any]) -> dict[str, Any]:

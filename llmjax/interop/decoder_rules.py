@@ -4,8 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from llmjax.interop.layouts import matrix, straight, transposed, vector
-from llmjax.interop.mapping import Rule
+from llmjax.interop.mapping import Rule, matrix, straight, transposed, vector
 from llmjax.models.decoder_config import DecoderConfig
 
 LAYER = "model.layers.{layer}."
@@ -88,8 +87,8 @@ def gpt2(config: DecoderConfig) -> list[Rule]:
     names = ("query", "key", "value")
     block = "transformer.h.{layer}."
     joined = {
-        "take": lambda tensor: tuple(tensor.reshape(*tensor.shape[:-1], 3, *heads)[..., i, :, :] for i in range(3)),
-        "give": lambda q, k, v: _join((q, k, v), config.num_heads * config.head_size),
+        "from_hf": lambda tensor: tuple(tensor.reshape(*tensor.shape[:-1], 3, *heads)[..., i, :, :] for i in range(3)),
+        "to_hf": lambda q, k, v: _join((q, k, v), config.num_heads * config.head_size),
     }
     rules = [
         Rule("transformer.wte.weight", ("embed.table",), copies=copies(config)),

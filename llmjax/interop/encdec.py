@@ -3,9 +3,8 @@
 from typing import Any
 
 from llmjax.errors import UserError
-from llmjax.interop.fields import MAX_LAYERS, Fields
-from llmjax.interop.layouts import matrix, transposed
-from llmjax.interop.mapping import Architecture, Rule
+from llmjax.interop.hf_config import MAX_LAYERS, Fields
+from llmjax.interop.mapping import Architecture, Rule, matrix, transposed
 from llmjax.models.encdec import EncDecConfig
 
 # Their word for the feed-forward layer -> our activation and form; "gated-gelu" has always meant the tanh form.

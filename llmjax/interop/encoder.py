@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from llmjax.errors import UserError
-from llmjax.interop.fields import FULL, MAX_LAYERS, NUMBER, SLIDING, Fields, shown
-from llmjax.interop.layouts import matrix, transposed, vector
-from llmjax.interop.mapping import Architecture, Rule
+from llmjax.interop.hf_config import FULL, MAX_LAYERS, NUMBER, SLIDING, Fields, shown
+from llmjax.interop.mapping import Architecture, Rule, matrix, transposed, vector
 from llmjax.models.encoder import EncoderConfig
 
 # Ours is named last where two of theirs mean the same, so that it is the one written.
@@ -266,8 +265,8 @@ def _joined(inputs: Sequence[int], outputs: Sequence[int], count: int) -> dict[s
     one = matrix(inputs, outputs)
     size = math.prod(outputs)
     return {
-        "take": lambda tensor: tuple(one["take"](tensor[i * size : (i + 1) * size])[0] for i in range(count)),
-        "give": lambda *arrays: np.concatenate([one["give"](array) for array in arrays]),
+        "from_hf": lambda tensor: tuple(one["from_hf"](tensor[i * size : (i + 1) * size])[0] for i in range(count)),
+        "to_hf": lambda *arrays: np.concatenate([one["to_hf"](array) for array in arrays]),
     }
 
 

@@ -19,9 +19,9 @@ from llmjax.data.store import prepare
 from llmjax.data.store.token_store import TokenStore
 from llmjax.data.store.tokenizer import FILE_NAMES, Tokenizer
 from llmjax.errors import UserError
-from llmjax.interop import files, place, tokenizers
-from llmjax.interop.architectures import FAMILIES
-from llmjax.interop.mapping import Architecture, Correspondence
+from llmjax.interop import files, sharded_io, tokenizers
+from llmjax.interop.hf_checkpoint import FAMILIES
+from llmjax.interop.mapping import Architecture, ParamMapping
 from llmjax.models import registry
 from llmjax.parallel import hosts
 from llmjax.run import config as run_config, loading, workdir as workdirs
@@ -74,16 +74,16 @@ def export(
     model = loaded.config.model
     imported = workdirs.read_json(workdir / loading.IMPORT) or {}
     name, architecture, hf = choose(model, imported.get("architecture"))
-    table = Correspondence(architecture.rules(model), model)
-    tensors = {tensor.names[0]: tensor for tensor in table.tensors}
-    specs = {name: (TYPES[dtype], table.theirs_shape(tensor)) for name, tensor in tensors.items()}
+    table = ParamMapping(architecture.rules(model), model)
+    tensors = {tensor.hf_names[0]: tensor for tensor in table.tensors}
+    specs = {name: (TYPES[dtype], table.hf_shape(tensor)) for name, tensor in tensors.items()}
     total = sum(files.nbytes(spec) for spec in specs.values())
     say(f"{name}: the {loaded.parameters} of step {loaded.step}, {len(tensors)} tensors, {total / 1e9:.2f} GB")
     partial = to.with_name(f"{to.name}.partial")
     if hosts.is_primary():
         shutil.rmtree(partial, ignore_errors=True)  # what an export left that was stopped
         partial.mkdir(parents=True)
-    parameters, progress = place.Parameters(table, loaded.params), place.Progress("writing", total, say)
+    parameters, progress = sharded_io.Parameters(table, loaded.params), sharded_io.Progress("writing", total, say)
     with jax.set_mesh(loaded.mesh):
         paths = files.write_folder(
             partial,

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from llmjax.errors import UserError
-from llmjax.interop.fields import shown
+from llmjax.interop.hf_config import shown
 
 TYPES: dict[str, Any] = {
     "F64": np.dtype("<f8"),

@@ -13,8 +13,8 @@ from llmjax.checkpoint.manager import Checkpoints
 from llmjax.data.store.tokenizer import Tokenizer
 from llmjax.data.store.tokenizer_settings import TokenizerSettings
 from llmjax.errors import UserError
-from llmjax.interop import folder as folders, place, tokenizers
-from llmjax.interop.mapping import Correspondence
+from llmjax.interop import hf_checkpoint, sharded_io, tokenizers
+from llmjax.interop.mapping import ParamMapping
 from llmjax.models import registry
 from llmjax.models.encdec import EncDecConfig
 from llmjax.parallel import axes, hosts
@@ -52,11 +52,11 @@ def import_checkpoint(
     """
     if (workdir / "config.json").exists():
         raise UserError(f"--workdir={workdir}: holds a run already; give a new folder")
-    found = folders.read(source)
+    found = hf_checkpoint.read(source)
     section = found.read_model(ignore)
     name, content, settings, tokenizer = tokenizers.find(epath.Path(source), found.hf, num_rows=section["vocab_size"])
     config = _config(section, tokenizer, workdir, overrides)
-    table = Correspondence(found.architecture.rules(config.model), config.model)
+    table = ParamMapping(found.architecture.rules(config.model), config.model)
     table.check(found.tensors)
     _check_copies(table, found)
     say(f"{found.name}: {len(found.tensors.shapes())} tensors of {', '.join(found.tensors.types)}, {_size(found)}")
@@ -66,7 +66,7 @@ def import_checkpoint(
     mesh = loading.mesh_or_default(config, say)
     _, shapes, names = registry.abstract(config.model)
     shardings = table.flat(axes.shardings(mesh, names, shapes, config.parallel.rules))
-    params = place.read(table, found.tensors, shardings, say)
+    params = sharded_io.read(table, found.tensors, shardings, say)
     workdir.mkdir(parents=True, exist_ok=True)
     with workdirs.Lock(workdir, primary=hosts.is_primary()):
         if hosts.is_primary():
@@ -114,7 +114,7 @@ def _objective(family: Any) -> dict[str, Any]:
     return {"name": family.objectives[0]} | ({"prompt_form": "plain"} if family is EncDecConfig else {})
 
 
-def _check_copies(table: Correspondence, found: folders.Checkpoint) -> None:
+def _check_copies(table: ParamMapping, found: hf_checkpoint.Checkpoint) -> None:
     """Process 0 compares, as this reads tensors as a whole; all of them hear what it found."""
     problem = ""
     if hosts.is_primary():
@@ -166,5 +166,5 @@ def _shown(number: int, tokenizer: Tokenizer) -> str:
     return f"{name or 'id'} ({number})"
 
 
-def _size(found: folders.Checkpoint) -> str:
+def _size(found: hf_checkpoint.Checkpoint) -> str:
     return f"{found.tensors.nbytes / 1e9:.2f} GB"

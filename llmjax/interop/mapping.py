@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import mmap
 from typing import Any, Protocol
 
 import jax
@@ -13,7 +14,6 @@ import numpy as np
 
 from llmjax.checkpoint.fingerprint import leaf_name
 from llmjax.errors import UserError
-from llmjax.interop import windows
 from llmjax.models import registry
 from llmjax.models.registry import ModelConfig
 
@@ -22,20 +22,21 @@ from llmjax.models.registry import ModelConfig
 class Rule:
     """One tensor on disk, or one for each layer and expert, and the parameters that it becomes.
 
-    theirs   name on disk. {layer} in it takes the leading "layers" dimension of ours, {expert} the next one
-    ours     dotted names of our parameters
-    take     tensor -> one array for each name in ours, without the dimensions taken: transposes, reshapes and cuts
-    give     those arrays -> the tensor, to the last bit
+    hf_name  name on disk. {layer} in it stands for the leading "layers" dimension of the parameters, {expert} for the
+             next one
+    names    dotted names of the parameters
+    from_hf  tensor -> one array for each name, without those leading dimensions: transposes, reshapes and slices
+    to_hf    those arrays -> the tensor, bit by bit
     copies   further names under which the same tensor may, or may not, lie on disk again (tied heads). One of all its
              names must be there; where several are, they must be equal
     layers   the number that stands for {layer}, for each of our layers; None there: on disk that layer has no such
              tensor, and ours is `fill`. None: 0, 1, 2, ...
     """
 
-    theirs: str
-    ours: tuple[str, ...]
-    take: Callable[[Any], tuple[Any, ...]] = lambda tensor: (tensor,)
-    give: Callable[..., Any] = lambda array: array
+    hf_name: str
+    names: tuple[str, ...]
+    from_hf: Callable[[Any], tuple[Any, ...]] = lambda tensor: (tensor,)
+    to_hf: Callable[..., Any] = lambda array: array
     copies: tuple[str, ...] = ()
     layers: Sequence[int | None] | None = None
     fill: float = 0.0
@@ -68,7 +69,7 @@ class Tensor:
     """One tensor on disk: its names, the first of which is the one that is written, its rule, and the layer and the
     expert of ours that it holds, as far as the rule has them."""
 
-    names: tuple[str, ...]
+    hf_names: tuple[str, ...]
     rule: Rule
     at: tuple[int, ...]
 
@@ -98,7 +99,7 @@ class InMemory:
         return np.asarray(self._tensors[name])[box]
 
 
-class Correspondence:
+class ParamMapping:
     """Every tensor on disk and every parameter of one model, tied to each other by rules.
 
     `shapes` and `axes` are those of our parameters by dotted name; `tensors` what lies on disk, in the rules' order.
@@ -114,7 +115,7 @@ class Correspondence:
         for rule in rules:
             for tensor in self._expand(rule):
                 self.tensors.append(tensor)
-                for position, name in enumerate(rule.ours):
+                for position, name in enumerate(rule.names):
                     self._owners[name].append((tensor, position))
         self._check_rules()
 
@@ -135,30 +136,28 @@ class Correspondence:
         """Number of parameters, padding left out."""
         return sum(math.prod(self.used_shape(name)) for name in self.shapes)
 
-    def theirs_shape(self, tensor: Tensor) -> tuple[int, ...]:
+    def hf_shape(self, tensor: Tensor) -> tuple[int, ...]:
         """The shape of a tensor on disk."""
-        return self._theirs_shape(tensor.rule, len(tensor.at))
+        return self._hf_shape(tensor.rule, len(tensor.at))
 
     @functools.cache  # noqa: B019  (lives as long as its few rules)
-    def _theirs_shape(self, rule: Rule, taken: int) -> tuple[int, ...]:
-        parts = [windows.reserved(self.used_shape(name)[taken:]) for name in rule.ours]
-        return tuple(rule.give(*parts).shape)
+    def _hf_shape(self, rule: Rule, taken: int) -> tuple[int, ...]:
+        parts = [_reserved(self.used_shape(name)[taken:]) for name in rule.names]
+        return tuple(rule.to_hf(*parts).shape)
 
     def check(self, source: Source) -> None:
         """UserError for the first tensor that is missing, superfluous or of a shape that does not fit."""
         found = source.shapes()
         for tensor in self.tensors:
-            there = [name for name in tensor.names if name in found]
+            there = [name for name in tensor.hf_names if name in found]
             if not there:
-                raise UserError(
-                    f"tensor {tensor.names[0]} is missing; expected shape {list(self.theirs_shape(tensor))}"
-                )
+                raise UserError(f"tensor {tensor.hf_names[0]} is missing; expected shape {list(self.hf_shape(tensor))}")
             for name in there:
-                if found[name] != self.theirs_shape(tensor):
+                if found[name] != self.hf_shape(tensor):
                     raise UserError(
-                        f"tensor {name} has shape {list(found[name])}; expected {list(self.theirs_shape(tensor))}"
+                        f"tensor {name} has shape {list(found[name])}; expected {list(self.hf_shape(tensor))}"
                     )
-        known = {name for tensor in self.tensors for name in tensor.names}
+        known = {name for tensor in self.tensors for name in tensor.hf_names}
         for name, shape in found.items():
             if name not in known:
                 raise UserError(f"tensor {name} of shape {list(shape)} has no place in this model")
@@ -167,7 +166,7 @@ class Correspondence:
         """UserError where a tensor lies on disk twice and the two differ (a head that is not tied after all)."""
         found = source.shapes()
         for tensor in self.tensors:
-            first, *others = [name for name in tensor.names if name in found]
+            first, *others = [name for name in tensor.hf_names if name in found]
             for name in others:
                 for start in range(0, (found[first] or (1,))[0], rows):
                     box = (slice(start, start + rows),) if found[first] else ()
@@ -192,7 +191,7 @@ class Correspondence:
             )
             if any(part.start >= part.stop for part in inner):  # padding alone
                 continue
-            there = next(n for n in tensor.names if n in found)
+            there = next(n for n in tensor.hf_names if n in found)
             place = tuple(i - part.start for i, part in zip(tensor.at, index, strict=False))
             place += tuple(slice(0, part.stop - part.start) for part in inner)
             out[place] = _read_part(
@@ -204,30 +203,30 @@ class Correspondence:
     def write(self, tensor: Tensor, part: Callable[[str, tuple[int, ...]], np.ndarray]) -> np.ndarray:
         """A tensor as it lies on disk; `part(name, at)` is our parameter at a layer and an expert, padding and all."""
         arrays = []
-        for name in tensor.rule.ours:
+        for name in tensor.rule.names:
             cut = tuple(slice(0, size) for size in self.used_shape(name)[len(tensor.at) :])
             arrays.append(np.asarray(part(name, tensor.at))[cut])
-        return np.ascontiguousarray(tensor.rule.give(*arrays)).reshape(self.theirs_shape(tensor))
+        return np.ascontiguousarray(tensor.rule.to_hf(*arrays)).reshape(self.hf_shape(tensor))
 
     def _expand(self, rule: Rule) -> Iterator[Tensor]:
-        for name in rule.ours:
-            assert name in self.shapes, f"rule {rule.theirs}: no parameter {name!r}; there are {list(self.shapes)}"
-        fields = [field for field in ("layer", "expert") if f"{{{field}}}" in rule.theirs]
-        sizes = {self.shapes[name].shape[: len(fields)] for name in rule.ours}
-        assert len(sizes) == 1, f"rule {rule.theirs}: layers or experts of {rule.ours} differ"
+        for name in rule.names:
+            assert name in self.shapes, f"rule {rule.hf_name}: no parameter {name!r}; there are {list(self.shapes)}"
+        fields = [field for field in ("layer", "expert") if f"{{{field}}}" in rule.hf_name]
+        sizes = {self.shapes[name].shape[: len(fields)] for name in rule.names}
+        assert len(sizes) == 1, f"rule {rule.hf_name}: layers or experts of {rule.names} differ"
         for at in itertools.product(*(range(size) for size in sizes.pop())):
             numbers: dict[str, int | None] = dict(zip(fields, at, strict=True))
             if rule.layers is not None:
                 numbers["layer"] = rule.layers[at[0]]
             if None not in numbers.values():
-                yield Tensor(tuple(name.format(**numbers) for name in (rule.theirs, *rule.copies)), rule, at)
+                yield Tensor(tuple(name.format(**numbers) for name in (rule.hf_name, *rule.copies)), rule, at)
 
     def _check_rules(self) -> None:
         for name, owners in self._owners.items():
             assert owners, f"no rule makes parameter {name!r}"
             places = [tensor.at for tensor, _ in owners]
             assert len(set(places)) == len(places), f"several rules make parameter {name!r}"
-        names = [name for tensor in self.tensors for name in tensor.names]
+        names = [name for tensor in self.tensors for name in tensor.hf_names]
         assert len(set(names)) == len(names), "two rules make one tensor"
 
     def _fill(self, name: str, index: tuple[slice, ...], out: np.ndarray) -> None:
@@ -241,7 +240,7 @@ class Correspondence:
 def load(rules: Iterable[Rule], tensors: Mapping[str, np.ndarray], config: ModelConfig) -> dict:
     """Parameters from a state dict of numpy arrays, with the vocabulary's padding at zero. UserError where they do not
     fit each other."""
-    table, source = Correspondence(rules, config), InMemory(tensors)
+    table, source = ParamMapping(rules, config), InMemory(tensors)
     table.check(source)
     table.check_copies(source)
     everything = {name: tuple(slice(0, size) for size in leaf.shape) for name, leaf in table.shapes.items()}
@@ -250,12 +249,12 @@ def load(rules: Iterable[Rule], tensors: Mapping[str, np.ndarray], config: Model
 
 def dump(rules: Iterable[Rule], params: dict, config: ModelConfig) -> dict[str, np.ndarray]:
     """The state dict of parameters, as torch's state_dict() names it: copies included."""
-    table = Correspondence(rules, config)
+    table = ParamMapping(rules, config)
     flat = {name: np.asarray(array) for name, array in table.flat(params).items()}
     found = {}
     for tensor in table.tensors:
         array = table.write(tensor, lambda name, at: flat[name][at])
-        found |= dict.fromkeys(tensor.names, array)
+        found |= dict.fromkeys(tensor.hf_names, array)
     return found
 
 
@@ -264,14 +263,112 @@ def _flat(tree: Any) -> dict[str, Any]:
     return {leaf_name(path): leaf for path, leaf in leaves}
 
 
+# Pairs of `from_hf` and `to_hf` for rules, as keywords of a Rule.
+
+
+def matrix(inputs: Sequence[int], outputs: Sequence[int]) -> dict[str, Any]:
+    """torch's Linear: [product of outputs, product of inputs] on disk, [*inputs, *outputs] here."""
+    out = len(outputs)
+    forward = (*range(out, out + len(inputs)), *range(out))
+    back = (*range(len(inputs), len(inputs) + out), *range(len(inputs)))
+    return {
+        "from_hf": lambda tensor: (tensor.reshape(*outputs, *inputs).transpose(forward),),
+        "to_hf": lambda array: array.transpose(back).reshape(math.prod(outputs), math.prod(inputs)),
+    }
+
+
+def straight(inputs: Sequence[int], outputs: Sequence[int]) -> dict[str, Any]:
+    """GPT-2's Conv1D: [product of inputs, product of outputs] on disk, [*inputs, *outputs] here."""
+    return {
+        "from_hf": lambda tensor: (tensor.reshape(*inputs, *outputs),),
+        "to_hf": lambda array: array.reshape(math.prod(inputs), math.prod(outputs)),
+    }
+
+
+def vector(outputs: Sequence[int]) -> dict[str, Any]:
+    """A bias: [product of outputs] on disk, [*outputs] here."""
+    return {
+        "from_hf": lambda tensor: (tensor.reshape(*outputs),),
+        "to_hf": lambda array: array.reshape(math.prod(outputs)),
+    }
+
+
+def transposed() -> dict[str, Any]:
+    """A plain matrix the other way round, such as an untied head: [vocab, embed] on disk, [embed, vocab] here."""
+    return {"from_hf": lambda tensor: (tensor.T,), "to_hf": lambda array: array.T}
+
+
+# Which part of a tensor on disk a part of a parameter needs, from the strides of a view before any byte is read.
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """The box of a tensor that holds a wanted part, and where the part lies inside that box.
+
+    box       a slice for each dimension of the tensor on disk
+    steps     for each dimension of the part: (dimension of the tensor, step along it)
+    shape     of the part
+    whole     the layout is no view of the tensor (it merges dimensions that do not lie together): read it all, then
+              lay it out and cut it
+    """
+
+    box: tuple[slice, ...]
+    steps: tuple[tuple[int, int], ...]
+    shape: tuple[int, ...]
+    whole: bool = False
+
+    def view(self, read: np.ndarray) -> np.ndarray:
+        """The wanted part of `read`, the content of the box; nothing is copied."""
+        read = np.ascontiguousarray(read)
+        strides = [step * read.strides[dimension] for dimension, step in self.steps]
+        return np.lib.stride_tricks.as_strided(read, self.shape, strides, writeable=False)
+
+
+def find_window(
+    from_hf: Callable[[Any], tuple[Any, ...]], shape: tuple[int, ...], position: int, index: tuple[slice, ...]
+) -> Window:
+    """The window of `from_hf(tensor)[position][index]`, for a tensor of `shape`.
+
+    `from_hf` is tried on a tensor that is reserved and never touched, so this costs no memory where it makes views.
+    """
+    nothing = _reserved(shape)
+    part = from_hf(nothing)[position][index]
+    everything = Window(tuple(slice(0, size) for size in shape), (), part.shape, whole=True)
+    if part.size == 0 or not np.may_share_memory(part, nothing):
+        return everything
+    offset = part.__array_interface__["data"][0] - nothing.__array_interface__["data"][0]
+    start = [int(coordinate) for coordinate in np.unravel_index(offset, shape)] if shape else []
+    strides = [math.prod(shape[dimension + 1 :]) for dimension in range(len(shape))]
+    stop, steps = [coordinate + 1 for coordinate in start], []
+    for size, stride in zip(part.shape, part.strides, strict=True):
+        if size == 1:
+            steps.append((0, 0))
+            continue
+        fits = [d for d in range(len(shape)) if shape[d] > 1 and 0 < strides[d] <= stride]
+        if not fits or stride % strides[fits[0]]:
+            return everything
+        steps.append((fits[0], stride // strides[fits[0]]))
+        stop[fits[0]] += (size - 1) * steps[-1][1]
+    if any(end > size for end, size in zip(stop, shape, strict=True)):  # a dimension that runs over a row's end
+        return everything
+    return Window(tuple(slice(a, b) for a, b in zip(start, stop, strict=True)), tuple(steps), part.shape)
+
+
+def _reserved(shape: tuple[int, ...]) -> np.ndarray:
+    """Zeros, uint8, that take addresses but no memory, however many: the system accounts for no read-only pages."""
+    size = math.prod(shape)
+    pages = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ)
+    return np.frombuffer(pages, np.uint8)[:size].reshape(shape)
+
+
 @functools.lru_cache(maxsize=1024)
-def _window(take: Callable, shape: tuple[int, ...], position: int, index: tuple) -> windows.Window:
-    return windows.find(take, shape, position, tuple(slice(*part) for part in index))
+def _window(from_hf: Callable, shape: tuple[int, ...], position: int, index: tuple) -> Window:
+    return find_window(from_hf, shape, position, tuple(slice(*part) for part in index))
 
 
 def _read_part(
     rule: Rule, shape: tuple[int, ...], position: int, index: tuple[slice, ...], read: Callable
 ) -> np.ndarray:
-    window = _window(rule.take, shape, position, tuple((part.start, part.stop) for part in index))
+    window = _window(rule.from_hf, shape, position, tuple((part.start, part.stop) for part in index))
     tensor = read(window.box)
-    return rule.take(tensor)[position][index] if window.whole else window.view(tensor)
+    return rule.from_hf(tensor)[position][index] if window.whole else window.view(tensor)

@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 
 from llmjax.binding import bind
 from llmjax.errors import UserError
-from llmjax.interop import files, folder, mapping
-from llmjax.interop.architectures import ARCHITECTURES
+from llmjax.interop import files, hf_checkpoint, mapping
+from llmjax.interop.hf_checkpoint import ARCHITECTURES
 from llmjax.models import registry
 from tests.interop import published
 
@@ -116,7 +116,7 @@ def compare_with_reference(path) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_damaged_headers(source, tensors, seed):
     """What is accepted is read as the library of this format reads it, and is what was written."""
-    table = mapping.Correspondence(ARCHITECTURES["LlamaForCausalLM"].rules(CONFIG), CONFIG)
+    table = mapping.ParamMapping(ARCHITECTURES["LlamaForCausalLM"].rules(CONFIG), CONFIG)
     path = sorted(source.glob("model-*.safetensors"))[0]
     whole = path.read_bytes()
     length = int.from_bytes(whole[:8], "little")
@@ -130,7 +130,7 @@ def test_damaged_headers(source, tensors, seed):
             if refused(lambda: files.read_header(path)):
                 continue
             compare_with_reference(path)
-            if not refused(lambda: table.check(folder.read(source).tensors)):
+            if not refused(lambda: table.check(hf_checkpoint.read(source).tensors)):
                 accepted += 1
                 back = published.read_tensors(source)
                 assert all(published.same_bits(back[name], tensor) for name, tensor in tensors.items())
@@ -141,13 +141,13 @@ def test_damaged_headers(source, tensors, seed):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_damaged_indexes(source, tensors, seed):
-    table = mapping.Correspondence(ARCHITECTURES["LlamaForCausalLM"].rules(CONFIG), CONFIG)
+    table = mapping.ParamMapping(ARCHITECTURES["LlamaForCausalLM"].rules(CONFIG), CONFIG)
     path, rng = source / "model.safetensors.index.json", random.Random(seed)
     whole = path.read_bytes()
     try:
         for _ in range(60):
             path.write_bytes(damage(rng, whole))
-            if not refused(lambda: table.check(folder.read(source).tensors)):
+            if not refused(lambda: table.check(hf_checkpoint.read(source).tensors)):
                 back = published.read_tensors(source)
                 assert all(published.same_bits(back[name], tensor) for name, tensor in tensors.items())
     finally:
@@ -156,10 +156,10 @@ def test_damaged_indexes(source, tensors, seed):
 
 def import_tensors(source) -> dict[str, np.ndarray]:
     """The tensors of a folder after one way through our parameters, as an import reads and an export writes them."""
-    found = folder.read(source)
+    found = hf_checkpoint.read(source)
     config = bind(registry.config_class(found.family), found.read_model(), "model")
     rules = found.architecture.rules(config)
-    table = mapping.Correspondence(rules, config)
+    table = mapping.ParamMapping(rules, config)
     table.check(found.tensors)
     table.check_copies(found.tensors)
     whole = {name: tuple(slice(0, size) for size in leaf.shape) for name, leaf in table.shapes.items()}

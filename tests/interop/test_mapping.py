@@ -8,8 +8,8 @@ import pytest
 
 from llmjax.errors import UserError
 from llmjax.interop import exporting, mapping
-from llmjax.interop.architectures import ARCHITECTURES
-from llmjax.interop.mapping import Correspondence, InMemory, Rule
+from llmjax.interop.hf_checkpoint import ARCHITECTURES
+from llmjax.interop.mapping import InMemory, ParamMapping, Rule
 from llmjax.models import registry
 from llmjax.models.decoder_config import DecoderConfig
 from llmjax.run import config as run_config
@@ -22,7 +22,7 @@ RULES = ARCHITECTURES["LlamaForCausalLM"].rules(CONFIG)
 
 def test_parts_of_parameters_equal_parts_of_the_whole():
     """Whatever a shard needs, padding of the vocabulary included."""
-    table, source = Correspondence(RULES, CONFIG), InMemory(published.random_tensors(published.llama_shapes()))
+    table, source = ParamMapping(RULES, CONFIG), InMemory(published.random_tensors(published.llama_shapes()))
     rng = np.random.default_rng(0)
     for name, leaf in table.shapes.items():
         whole = table.read(name, tuple(slice(0, size) for size in leaf.shape), source)
@@ -51,7 +51,7 @@ def test_scan_makes_no_difference():
 def test_layers_may_bear_other_numbers_or_have_no_tensor():
     """Here the first layer has no feed-forward norm on disk, and the others are counted from 10."""
     name = "model.layers.{layer}.post_attention_layernorm.weight"
-    rules = [dataclasses.replace(r, layers=(None, 10, 11), fill=7.0) if r.theirs == name else r for r in RULES]
+    rules = [dataclasses.replace(r, layers=(None, 10, 11), fill=7.0) if r.hf_name == name else r for r in RULES]
     tensors = published.random_tensors(published.llama_shapes())
     moved = {old: tensors.pop(name.format(layer=old)) for old in range(3)}
     tensors |= {name.format(layer=9 + old): moved[old] for old in (1, 2)}
@@ -67,11 +67,11 @@ def test_layers_may_bear_other_numbers_or_have_no_tensor():
 def test_rules_that_are_wrong_are_found(change):
     rules = {
         "unknown": [*RULES, Rule("x", ("blocks.nothing",))],
-        "twice": [*RULES, dataclasses.replace(RULES[0], theirs="x", copies=())],
+        "twice": [*RULES, dataclasses.replace(RULES[0], hf_name="x", copies=())],
         "forgotten": RULES[1:],
     }[change]
     with pytest.raises(AssertionError):
-        Correspondence(rules, CONFIG)
+        ParamMapping(rules, CONFIG)
 
 
 def test_the_first_class_that_expresses_a_model_is_chosen():

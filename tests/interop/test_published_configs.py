@@ -9,8 +9,8 @@ import pytest
 from llmjax.binding import bind
 from llmjax.cli import main
 from llmjax.errors import UserError
-from llmjax.interop import folder
-from llmjax.interop.architectures import ARCHITECTURES, FAMILIES, OLD_NAMES
+from llmjax.interop import hf_checkpoint
+from llmjax.interop.hf_checkpoint import ARCHITECTURES, FAMILIES, OLD_NAMES
 from llmjax.interop.mapping import InMemory
 from llmjax.models import registry
 from tests.interop import published
@@ -498,10 +498,10 @@ class Stored:
         raise NotImplementedError
 
 
-def checkpoint(hf: dict, tensors=None) -> folder.Checkpoint:
+def checkpoint(hf: dict, tensors=None) -> hf_checkpoint.Checkpoint:
     name = OLD_NAMES.get(hf["architectures"][0], hf["architectures"][0])
     family = next(family for family, known in FAMILIES.items() if name in known)
-    return folder.Checkpoint(pathlib.Path("in"), hf, name, family, ARCHITECTURES[name], tensors or Stored())
+    return hf_checkpoint.Checkpoint(pathlib.Path("in"), hf, name, family, ARCHITECTURES[name], tensors or Stored())
 
 
 def read_config(hf: dict):

@@ -5,16 +5,16 @@ import math
 import numpy as np
 import pytest
 
-from llmjax.interop import windows
-from llmjax.interop.layouts import matrix, straight, transposed, vector
+from llmjax.interop import mapping
+from llmjax.interop.mapping import matrix, straight, transposed, vector
 
 EMBED, HEADS, HEAD_DIM = 6, 4, 5
 LAYOUTS = {
-    "matrix": ((HEADS * HEAD_DIM, EMBED), matrix((EMBED,), (HEADS, HEAD_DIM))["take"]),
-    "matrix out": ((EMBED, HEADS * HEAD_DIM), matrix((HEADS, HEAD_DIM), (EMBED,))["take"]),
-    "straight": ((EMBED, HEADS * HEAD_DIM), straight((EMBED,), (HEADS, HEAD_DIM))["take"]),
-    "vector": ((HEADS * HEAD_DIM,), vector((HEADS, HEAD_DIM))["take"]),
-    "transposed": ((7, EMBED), transposed()["take"]),
+    "matrix": ((HEADS * HEAD_DIM, EMBED), matrix((EMBED,), (HEADS, HEAD_DIM))["from_hf"]),
+    "matrix out": ((EMBED, HEADS * HEAD_DIM), matrix((HEADS, HEAD_DIM), (EMBED,))["from_hf"]),
+    "straight": ((EMBED, HEADS * HEAD_DIM), straight((EMBED,), (HEADS, HEAD_DIM))["from_hf"]),
+    "vector": ((HEADS * HEAD_DIM,), vector((HEADS, HEAD_DIM))["from_hf"]),
+    "transposed": ((7, EMBED), transposed()["from_hf"]),
     "joined": (
         (EMBED, 3 * HEADS * HEAD_DIM),
         lambda t: tuple(t.reshape(EMBED, 3, HEADS, HEAD_DIM)[:, i] for i in range(3)),
@@ -39,7 +39,7 @@ def test_parts_equal_parts_of_the_whole(name):
                 slice(start, int(rng.integers(start + 1, size + 1)))
                 for start, size in zip(starts, whole.shape, strict=True)
             )
-            window = windows.find(take, shape, position, index)
+            window = mapping.find_window(take, shape, position, index)
             read = tensor[window.box]
             part = take(read)[position][index] if window.whole else window.view(read)
             np.testing.assert_array_equal(part, whole[index])
@@ -49,14 +49,16 @@ def test_parts_equal_parts_of_the_whole(name):
 def test_no_more_is_read_than_needed():
     """A quarter of the heads are a quarter of the rows; half of the inputs are half of the columns."""
     shape, take = LAYOUTS["matrix"]
-    window = windows.find(take, shape, 0, (slice(0, 3), slice(1, 2), slice(0, 5)))
+    window = mapping.find_window(take, shape, 0, (slice(0, 3), slice(1, 2), slice(0, 5)))
     assert window.box == (slice(5, 10), slice(0, 3)) and not window.whole
     shape, take = LAYOUTS["joined"]
-    window = windows.find(take, shape, 1, (slice(2, 4), slice(0, 4), slice(0, 5)))
+    window = mapping.find_window(take, shape, 1, (slice(2, 4), slice(0, 4), slice(0, 5)))
     assert window.box == (slice(2, 4), slice(20, 40))
 
 
 def test_looking_costs_no_memory():
     """4 TB are reserved and never touched."""
-    window = windows.find(matrix((1 << 20,), (1 << 11, 1 << 11))["take"], (1 << 22, 1 << 20), 0, (slice(3, 5),) * 3)
+    window = mapping.find_window(
+        matrix((1 << 20,), (1 << 11, 1 << 11))["from_hf"], (1 << 22, 1 << 20), 0, (slice(3, 5),) * 3
+    )
     assert window.box == (slice(3 * 2048 + 3, 4 * 2048 + 5), slice(3, 5))

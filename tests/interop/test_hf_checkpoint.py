@@ -9,9 +9,9 @@ import pytest
 
 from llmjax.binding import bind
 from llmjax.errors import UserError
-from llmjax.interop import files, folder, mapping
+from llmjax.interop import files, hf_checkpoint, mapping
+from llmjax.interop.hf_checkpoint import Fp8Blocks, Mxfp4
 from llmjax.interop.moe import ARCHITECTURES
-from llmjax.interop.quantised import Fp8Blocks, Mxfp4
 from llmjax.models import registry
 from llmjax.models.moe import MoeConfig
 
@@ -105,9 +105,9 @@ def state_of(config: MoeConfig, architecture) -> dict[str, np.ndarray]:
 
 def read(to) -> tuple[MoeConfig, dict]:
     """What `llmjax import` reads."""
-    found = folder.read(to)
+    found = hf_checkpoint.read(to)
     config = bind(MoeConfig, found.architecture.read_config(found.hf), "model")
-    table = mapping.Correspondence(found.architecture.rules(config), config)
+    table = mapping.ParamMapping(found.architecture.rules(config), config)
     table.check(found.tensors)
     everything = {name: tuple(slice(0, size) for size in leaf.shape) for name, leaf in table.shapes.items()}
     return config, {name: table.read(name, index, found.tensors) for name, index in everything.items()}
@@ -115,7 +115,7 @@ def read(to) -> tuple[MoeConfig, dict]:
 
 def expected_of(config: MoeConfig, architecture, state) -> dict[str, np.ndarray]:
     rules = architecture.rules(config)
-    return mapping.Correspondence(rules, config).flat(mapping.load(rules, state, config))
+    return mapping.ParamMapping(rules, config).flat(mapping.load(rules, state, config))
 
 
 def test_mxfp4_on_disk(tmp_path):
@@ -167,7 +167,7 @@ def test_what_lies_on_disk_unpacked_is_of_a_type_that_is_read(tmp_path, dtype):
     tensors = {"w": np.ones((16, 16), kind), "x": np.ones((128, 128), np.float32)}
     write(tmp_path / "in", tensors, {"architectures": ["DeepseekV3ForCausalLM"], "quantization_config": settings})
     with pytest.raises(UserError, match=f"tensor w is stored as {message}"):
-        folder.read(tmp_path / "in")
+        hf_checkpoint.read(tmp_path / "in")
 
 
 def test_what_does_not_fit_is_named():

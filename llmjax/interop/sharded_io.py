@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 
-from llmjax.interop.mapping import Correspondence, Source, Tensor
+from llmjax.interop.mapping import ParamMapping, Source, Tensor
 
 EVERY_SECONDS = 5.0
 
@@ -35,7 +35,7 @@ class Progress:
 
 
 def read(
-    table: Correspondence, source: Source, shardings: dict[str, NamedSharding], say: Callable[[str], None]
+    table: ParamMapping, source: Source, shardings: dict[str, NamedSharding], say: Callable[[str], None]
 ) -> dict[str, Any]:
     """The parameters as sharded arrays. Every process reads what its own devices hold, each part of it once."""
     sizes = {name: _local_bytes(leaf, shardings[name]) for name, leaf in table.shapes.items()}
@@ -58,7 +58,7 @@ def _local_bytes(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> int:
 
 
 def _read_array(
-    table: Correspondence, source: Source, name: str, sharding: NamedSharding, progress: Progress
+    table: ParamMapping, source: Source, name: str, sharding: NamedSharding, progress: Progress
 ) -> jax.Array:
     shape, arrays = table.shapes[name].shape, []
     for part, devices in _parts(shape, sharding).items():
@@ -72,7 +72,7 @@ def _read_array(
 class Parameters:
     """Sharded parameters, handed out tensor by tensor as numpy arrays. A collective: all processes ask alike."""
 
-    def __init__(self, table: Correspondence, params: dict):
+    def __init__(self, table: ParamMapping, params: dict):
         self._table, self._arrays = table, table.flat(params)
 
     def tensor(self, tensor: Tensor, dtype: Any) -> np.ndarray:
