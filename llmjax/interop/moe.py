@@ -161,7 +161,7 @@ def _read_deepseek(hf: dict[str, Any]) -> dict[str, Any]:
         "shared_experts": fields.optional_size("n_shared_experts", 1, MAX_EXPERTS),
         "dense_layers": fields.optional_size("first_k_dense_replace", 3, MAX_LAYERS),
         "router": "sigmoid",
-        "correction_bias": True,
+        "expert_bias": True,
         "renormalise": fields.get("norm_topk_prob", True),
         "router_scale": float(fields.positive("routed_scaling_factor", 2.5)),
         "router_groups": fields.size("n_group", 8),

@@ -116,7 +116,7 @@ def reference(name: str):
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
         for buffer_name, buffer in model.named_buffers():
-            if "expert_bias" in buffer_name:
+            if "correction" in buffer_name:
                 buffer += 0.1 * torch.randn(buffer.shape, generator=generator)
     return model.eval()
 
@@ -197,7 +197,7 @@ def test_logits_loss_and_gradients(name, imported, tmp_path):
     twin.save_pretrained(tmp_path)
     found, worst = mapping.dump(architecture.rules(config), grads, config), 0.0
     for key, entry in files.read_folder(tmp_path).items():
-        if "expert_bias" not in key:  # no gradient there, and none of ours is theirs
+        if "correction" not in key:  # no gradient there, and none of ours is theirs
             gradient = entry.read()
             worst = max(worst, np.abs(found[key] - gradient).max() / max(np.abs(gradient).max(), 1e-2))
     print(f", gradients by {worst:.1e} of their largest")
