@@ -10,6 +10,7 @@ from typing import Any
 
 from etils import epath
 
+from llmjax.data.store.tokenizer import EOS_NAMES
 from llmjax.data.store.tokenizer_settings import TokenizerSettings
 from llmjax.errors import UserError
 
@@ -64,6 +65,7 @@ def read(
         or _ids(hf, "config.json")
         or _ids(hf.get("text_config") or {}, "config.json: text_config")
         or _first(roles["eos"], own.eos, roles["sep"], *suffix[:1])
+        or _first(*(own.find(name) for name in EOS_NAMES if name in own.special))
     )
     if not stop_ids:
         raise UserError(f"{folder}: no file names the token that ends a text; set eos_token_id in config.json")

@@ -126,13 +126,19 @@ def test_the_template_says_where_a_text_ends_where_no_file_does(tmp_path):
     assert settings.stop_ids == (EOT,) and (settings.prefix, settings.suffix) == ((BOS,), (EOT,))
 
 
+def test_a_customary_name_says_where_a_text_ends_where_nothing_else_does(tmp_path):
+    settings, _ = read(write(tmp_path, config={}))
+    assert (settings.stop_ids, settings.eos_id) == ((EOS,), EOS)
+    with pytest.raises(UserError, match=r"no file names the token that ends a text; set eos_token_id in config\.json"):
+        read(write(tmp_path, make_tokenizer(special=("<unk>", "<|eot|>")), config={}))
+
+
 BAD = {
     "a name": ({"config": {"eos_token_id": "</s>"}}, r"config\.json: eos_token_id='</s>': expected a token id"),
     "a list of names": (
         {"generation_config": {"eos_token_id": ["</s>"]}},
         r"generation_config\.json: eos_token_id=\['</s>'\]",
     ),
-    "none": ({"config": {}}, r"no file names the token that ends a text; set eos_token_id in config\.json"),
     "a number for a token": ({"tokenizer_config": {"eos_token": 3}}, r"eos_token=3: expected a token's text"),
     "a list": ({"tokenizer_config": []}, r"tokenizer_config\.json: not a JSON object"),
     "an added token's id": (

@@ -17,7 +17,7 @@ KINDS = ("sentencepiece", "huggingface", "bytes")
 FILE_NAMES = {"sentencepiece": "tokenizer.model", "huggingface": "tokenizer.json", "bytes": "tokenizer.bytes"}
 _SPECIAL = re.compile(r"<\|[^|<>\s]{1,60}\|>|</?(?:s|unk|pad|bos|eos|mask|cls|sep)>")
 _DEEPSEEK = "<\uff5c{}\u2581of\u2581sentence\uff5c>"  # full-width bars, and U+2581 for spaces
-_EOS_NAMES = (
+EOS_NAMES = (
     "</s>",
     "<|endoftext|>",
     "<|end_of_text|>",
@@ -244,10 +244,10 @@ class HuggingFace:
 
     def _guess_ids(self) -> None:
         """Special ids of a tokenizer.json alone, which does not say what its tokens are for: by their usual names."""
-        eos = _first(self.special_tokens, _EOS_NAMES)
+        eos = _first(self.special_tokens, EOS_NAMES)
         if eos is None:
             raise UserError(
-                f"data.tokenizer.path: this tokenizer.json has no end-of-text token; one of {', '.join(_EOS_NAMES)} "
+                f"data.tokenizer.path: this tokenizer.json has no end-of-text token; one of {', '.join(EOS_NAMES)} "
                 "must be among its special added_tokens"
             )
         self.eos_id: int = eos
