@@ -6,7 +6,7 @@ llmjax train --config=gemma:3-1B --workdir=runs/gemma --config.data.sources.main
 
 from ml_collections import ConfigDict
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 
 # generation, layers, embed, heads, kv heads, head width, mlp, window, number that scores are divided by the root of,
 # tensor axis, sequence length
@@ -22,7 +22,7 @@ SIZES = {
     "3-27B": (3, 62, 5376, 32, 16, 128, 21504, 1024, 168, 8, 8192),
 }
 
-REACHES = {"tiny": ("bits_per_byte", 1.88)}
+EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.88)}
 
 
 def get_config(size: str = "tiny") -> ConfigDict:

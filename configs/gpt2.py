@@ -6,7 +6,7 @@ llmjax train --config=gpt2:124M --workdir=runs/gpt2 --config.data.sources.main.p
 
 from ml_collections import ConfigDict
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 
 # layers, embed, heads, peak learning rate (after GPT-3's table 2.1, arXiv 2005.14165)
 SIZES = {
@@ -18,7 +18,7 @@ SIZES = {
 }
 
 # Of the validation documents. Learned positions take longer to be of use than rotary ones, hence more steps.
-REACHES = {"tiny": ("bits_per_byte", 2.11)}
+EXPECTED_SCORE = {"tiny": ("bits_per_byte", 2.11)}
 
 
 def get_config(size: str = "tiny") -> ConfigDict:

@@ -6,7 +6,7 @@ llmjax train --config=gpt_oss:20B --workdir=runs/gpt_oss --config.data.sources.m
 
 from ml_collections import ConfigDict
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 
 # layers, embed, heads, kv heads, head width, window, experts, width of an expert, sequence length
 SIZES = {
@@ -15,7 +15,7 @@ SIZES = {
     "120B": (36, 2880, 64, 8, 64, 128, 128, 2880, 4096),
 }
 
-REACHES = {"tiny": ("bits_per_byte", 1.96)}
+EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.96)}
 
 
 def get_config(size: str = "tiny") -> ConfigDict:

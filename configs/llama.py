@@ -6,7 +6,7 @@ llmjax train --config=llama:1B --workdir=runs/llama --config.data.sources.main.p
 
 from ml_collections import ConfigDict
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 
 # layers, embed, heads, kv heads, mlp, head, tensor axis, sequence length, sequences a step, peak learning rate
 # (table 3 of the paper)
@@ -18,7 +18,7 @@ SIZES = {
     "405B": (126, 16384, 128, 8, 53248, "untied", 8, 8192, 2048, 8e-5),
 }
 
-REACHES = {"tiny": ("bits_per_byte", 1.97)}
+EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.97)}
 
 
 def get_config(size: str = "tiny") -> ConfigDict:

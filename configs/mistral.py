@@ -6,7 +6,7 @@ llmjax train --config=mistral:7B --workdir=runs/mistral --config.data.sources.ma
 
 from ml_collections import ConfigDict
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 
 # layers, embed, heads, kv heads, head width, mlp, window, rotary base, sequence length
 SIZES = {
@@ -15,7 +15,7 @@ SIZES = {
     "12B": (40, 5120, 32, 8, 128, 14336, 0, 1e6, 8192),
 }
 
-REACHES = {"tiny": ("bits_per_byte", 1.93)}
+EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.93)}
 
 
 def get_config(size: str = "tiny") -> ConfigDict:

@@ -6,7 +6,7 @@ llmjax train --config=olmo:2-1B --workdir=runs/olmo --config.data.sources.main.p
 
 from ml_collections import ConfigDict
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 
 # generation, layers, embed, heads, kv heads, mlp, tensor axis, sequence length, sequences a step, peak learning rate
 SIZES = {
@@ -19,7 +19,7 @@ SIZES = {
     "3-32B": (3, 64, 5120, 40, 8, 27648, 8, 8192, 1024, 6e-4),
 }
 
-REACHES = {"tiny": ("bits_per_byte", 1.89)}
+EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.89)}
 
 
 def get_config(size: str = "tiny") -> ConfigDict:

@@ -6,7 +6,7 @@ llmjax train --config=quickstart --workdir=runs/mine --config.data.sources.main.
 
 from ml_collections import ConfigDict
 
-REACHES = {"": ("bits_per_byte", 1.97)}
+EXPECTED_SCORE = {"": ("bits_per_byte", 1.97)}
 
 
 def get_config() -> ConfigDict:

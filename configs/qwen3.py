@@ -6,7 +6,7 @@ llmjax train --config=qwen3:0.6B --workdir=runs/qwen3 --config.data.sources.main
 
 from ml_collections import ConfigDict
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 
 # layers, embed, heads, kv heads, head width, mlp, head, tensor axis, sequence length
 SIZES = {
@@ -19,7 +19,7 @@ SIZES = {
     "32B": (64, 5120, 64, 8, 128, 25600, "untied", 8, 4096),
 }
 
-REACHES = {"tiny": ("bits_per_byte", 1.95)}
+EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.95)}
 
 
 def get_config(size: str = "tiny") -> ConfigDict:

@@ -7,7 +7,7 @@ llmjax train --config=qwen3_moe:30B --workdir=runs/qwen3_moe \
 
 from ml_collections import ConfigDict
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 
 # layers, embed, heads, kv heads, head width, experts, experts for each token, width of an expert, sequence length
 SIZES = {
@@ -16,7 +16,7 @@ SIZES = {
     "235B": (94, 4096, 64, 4, 128, 128, 8, 1536, 4096),
 }
 
-REACHES = {"tiny": ("bits_per_byte", 1.94)}
+EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.94)}
 
 
 def get_config(size: str = "tiny") -> ConfigDict:

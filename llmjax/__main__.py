@@ -1,6 +1,6 @@
 """`python -m llmjax`."""
 
-from llmjax.cli import main
+from llmjax.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -11,7 +11,7 @@ import jax
 class Batch:
     """Packed rows. Every field has the batch as its first dimension; an objective leaves those it has no use for None.
 
-    inputs, targets   int32 [batch, seq]; what is read and what is foretold at each place
+    inputs, targets   int32 [batch, seq]; what is read and what is predicted at each place
     weights           float32 [batch, seq]; 0 where the target is not scored (padding, places that are not masked)
     segments          int32 [batch, seq]; 1, 2, ... number the documents of a row, 0 is padding
     positions         int32 [batch, seq]; counted from 0 in each segment
@@ -42,11 +42,11 @@ class Output:
     """What a model makes of a batch.
 
     hidden    [batch, seq, embed] in the compute type, ready for the model's `unembed`
-    penalty   float32 scalar, added to the summed nats that training lowers, its coefficient included (router losses);
+    aux_loss   float32 scalar, added to the summed nats that training lowers, its coefficient included (router losses);
               a sum over rows, so that microbatches and replicas add up
-    stats     name -> (sum, weight), float32 each and sums over rows as well: means that are logged
+    aux_metrics     name -> (sum, weight), float32 each and sums over rows as well: means that are logged
     """
 
     hidden: Any
-    penalty: Any = 0.0
-    stats: Any = dataclasses.field(default_factory=dict)
+    aux_loss: Any = 0.0
+    aux_metrics: Any = dataclasses.field(default_factory=dict)

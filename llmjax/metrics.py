@@ -13,7 +13,7 @@ step_seconds       wall time of a step
 data_wait_seconds  the part of it that waited for a batch
 learning_rate, grad_norm
 skipped_steps      steps since step 0 whose update was not finite and was left out
-expert_balance, router_z, busiest_expert, dead_experts  of mixtures of experts, see nn.moe.losses
+load_balance_loss, router_z, max_expert_load, unused_expert_fraction  of mixtures of experts, see nn.moe.losses
 mfu                useful FLOPs over the devices' peak, or null where the peak is unknown
 
 NaN and the infinities are written as Python's json spells them: a loss that broke must not read as one that is absent.
@@ -30,8 +30,9 @@ from typing import Any, TextIO
 
 from etils import epath
 
-from llmjax import atomic, workdir as workdirs
-from llmjax.config import UserError
+from llmjax import atomic
+from llmjax.errors import UserError
+from llmjax.run import workdir as workdirs
 
 PEAK_FLOPS = {
     "TPU v4": 275e12,
@@ -127,7 +128,7 @@ class MetricsLog:
         if not self._remote:
             self._lines = []
             self._file = atomic.AppendFile(self._path)
-            from llmjax.tensorboard import EventFile  # here, so that readers of metrics don't wait for it
+            from llmjax.run.tensorboard import EventFile
 
             self._events = EventFile(pathlib.Path(workdir) / workdirs.EVENTS, purge_step=resume_step + 1)
 

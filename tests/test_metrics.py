@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from llmjax import atomic, metrics
-from llmjax.config import UserError
+from llmjax.errors import UserError
 from llmjax.metrics import Console, MetricsLog, progress_line, read_metrics
 
 

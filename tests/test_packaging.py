@@ -11,8 +11,9 @@ import zipfile
 import pytest
 
 import llmjax
-from llmjax import cli, config
-from llmjax.config import UserError
+from llmjax import binding
+from llmjax.cli import main
+from llmjax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -38,11 +39,11 @@ def test_every_dependency_has_an_upper_bound():
 
 
 def test_a_name_finds_the_shipped_config(monkeypatch, tmp_path):
-    by_path = config.load_file(str(ROOT / "configs" / "llama.py") + ":8B")
+    by_path = binding.load_file(str(ROOT / "configs" / "llama.py") + ":8B")
     monkeypatch.chdir(tmp_path)
-    assert config.load_file("llama:8B") == by_path
+    assert binding.load_file("llama:8B") == by_path
     (tmp_path / "mine.py").write_text((ROOT / "configs" / "quickstart.py").read_text())
-    assert config.load_file("mine.py") == config.load_file("quickstart")
+    assert binding.load_file("mine.py") == binding.load_file("quickstart")
 
 
 @pytest.mark.parametrize(
@@ -61,20 +62,20 @@ def test_a_name_finds_the_shipped_config(monkeypatch, tmp_path):
 def test_an_unknown_name_is_refused_with_what_is_known(spec, words, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as error:
-        config.load_file(spec)
+        binding.load_file(spec)
     assert words in str(error.value)
 
 
 def test_configs_lists_names_sizes_and_summaries(capsys):
-    assert cli.run(["configs"]) == 0
+    assert main.run(["configs"]) == 0
     printed = capsys.readouterr().out
     assert "quickstart   A small decoder" in printed and "sizes: tiny, 1B, 8B, 70B, 405B" in printed
-    assert all(f"\n{name} " in f"\n{printed}" for name in config.shipped_files()) and "__init__" not in printed
-    assert cli.run(["configs", "llama"]) == 0
+    assert all(f"\n{name} " in f"\n{printed}" for name in binding.shipped_files()) and "__init__" not in printed
+    assert main.run(["configs", "llama"]) == 0
     printed = capsys.readouterr().out
     assert f"file:  {ROOT / 'configs' / 'llama.py'}" in printed and "llmjax train --config=llama " in printed
     with pytest.raises(UserError, match=r"did you mean 'llama'"):
-        cli.run(["configs", "lama"])
+        main.run(["configs", "lama"])
 
 
 def fresh_environment(folder: pathlib.Path) -> pathlib.Path:

@@ -6,8 +6,8 @@ import pathlib
 
 import pytest
 
-from llmjax import run_config
 from llmjax.models import registry
+from llmjax.run import config as run_config
 from tests import jobs
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]

@@ -18,10 +18,10 @@ from curate_found import duplicate_rows, extraction_rows, personal_rows
 from curate_rows import NOT_GIVEN, ROOT, Bench, Row, public_texts, read_jsonl, sample, user_texts
 from curate_runs import memory_rows, ray_rows, scaling_rows
 
-from llmjax.curate.language import detect
-from llmjax.curate.normalise import normalise
-from llmjax.curate.quality import clean_lines, failures, scores, split_words
-from llmjax.data import minhash
+from llmjax.curate.filters.language import detect
+from llmjax.curate.filters.normalise import normalise
+from llmjax.curate.filters.quality import clean_lines, failures, scores, split_words
+from llmjax.data.store import minhash
 
 
 def quality_rows(bench: Bench) -> Iterator[Row]:

@@ -20,18 +20,18 @@ import time
 import grain
 import numpy as np
 
-from llmjax.data import stages
+from llmjax.data.batches.packing import best_fit, cut
+from llmjax.data.batches.pipeline import PackedSource, TrainData
+from llmjax.data.batches.rng import CounterRng
 from llmjax.data.config import OBJECTIVES, DataConfig, ObjectiveConfig, SourceConfig
-from llmjax.data.draws import Draws
-from llmjax.data.objectives import causal, causal_objective, open_objective
-from llmjax.data.packing import best_fit, cut
-from llmjax.data.pipeline import PackedSource, TrainData
-from llmjax.data.sources import list_units
-from llmjax.data.split import TRAIN
-from llmjax.data.store import TokenStore, write_manifest, write_shard
-from llmjax.data.tokenizer import Tokenizer, read_tokenizer
-from llmjax.data.tokenizer_training import train_sentencepiece
-from llmjax.data.workers import Workers
+from llmjax.data.objectives.objective import causal, causal_objective, open_objective
+from llmjax.data.readers.sources import list_units
+from llmjax.data.store import stages
+from llmjax.data.store.split import TRAIN
+from llmjax.data.store.token_store import TokenStore, write_manifest, write_shard
+from llmjax.data.store.tokenizer import Tokenizer, read_tokenizer
+from llmjax.data.store.tokenizer_training import train_sentencepiece
+from llmjax.data.store.workers import Workers
 
 SEQ_LEN, BATCH = 2048, 8
 
@@ -110,17 +110,17 @@ def objectives(folder: Path, tokenizer: Tokenizer, repeats: int) -> None:
     for config in configs:
         start = -1 if config.name in ("span", "ul2") else None
         objective = open_objective(config, tokenizer, seq_len=SEQ_LEN, start_id=start)
-        source = PackedSource(folder, "main", "train", DataConfig(seq_len=SEQ_LEN), objective.room)
+        source = PackedSource(folder, "main", "train", DataConfig(seq_len=SEQ_LEN), objective.row_budget)
         rows = np.random.default_rng(0).permutation(source.rows)
-        batches, draws = [rows[a : a + BATCH] for a in range(0, len(rows) - BATCH + 1, BATCH)], Draws(0)
-        work = lambda b=batches, s=source, o=objective, d=draws: [o.make(s.fill(r), r, d) for r in b]
+        batches, draws = [rows[a : a + BATCH] for a in range(0, len(rows) - BATCH + 1, BATCH)], CounterRng(0)
+        work = lambda b=batches, s=source, o=objective, d=draws: [o.build_batch(s.fill(r), r, d) for r in b]
         text = source.store.tokens / (source.rows * SEQ_LEN)
         made = work()
         full = {"places": np.mean([batch.segments > 0 for batch in made])}
         if made[0].source is not None:
             full["source"] = np.mean([batch.source_segments > 0 for batch in made])
         told = ", ".join(f"{what} {share:.4f}" for what, share in full.items())
-        row(f"assemble, {objective.key[:30]}", rate(work, len(batches), repeats, text), "", f"full: {told}")
+        row(f"assemble, {objective.fingerprint[:30]}", rate(work, len(batches), repeats, text), "", f"full: {told}")
 
 
 def grain_first_fit(store: TokenStore, repeats: int) -> tuple[str, float]:

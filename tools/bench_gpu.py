@@ -18,7 +18,7 @@ import sys
 import jax
 from peers import INSTALL_TORCH, race, resolved
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 
 CONFIG = f"{Path(__file__).resolve().parent.parent / 'configs' / 'gpt2.py'}:124M"
 # what each size changes in it; "none" keeps all activations, "attention" makes most again

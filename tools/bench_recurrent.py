@@ -32,10 +32,10 @@ os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 import jax
 from peer_process import llmjax_step
 
-from llmjax import run_config
-from llmjax.models.recurrent_config import RecurrentConfig
+from llmjax.models.recurrent import RecurrentConfig
 from llmjax.nn.rglru import RECURRENCES
-from llmjax.run_config import RunConfig
+from llmjax.run import config as run_config
+from llmjax.run.config import RunConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 CELLS = ("lstm", "gru", "rnn", "rglru")

@@ -37,8 +37,8 @@ import jax
 import numpy as np
 from peers import INSTALL_TORCH, environment, load, race, resolved
 
-from llmjax.data.pipeline import TrainData
-from llmjax.parallel import compile as compiling
+from llmjax.data.batches.pipeline import TrainData
+from llmjax.parallel import backends
 from llmjax.train import loop
 
 CONFIG = str(Path(__file__).resolve().parent.parent / "configs" / "quickstart.py")
@@ -115,7 +115,7 @@ def start(folder: Path, store: str, repeats: int) -> None:
 
 def llmjax(verb: str, workdir: Path, overrides: dict[str, Any]) -> subprocess.Popen:
     """Start a verb on the quickstart's config as a user would, its progress unseen."""
-    command = [sys.executable, "-c", "from llmjax.cli import main; main()", verb]
+    command = [sys.executable, "-c", "from llmjax.cli.main import main; main()", verb]
     command += [f"--config={CONFIG}", f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in overrides.items())]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL)
 
@@ -165,11 +165,11 @@ def host(workdir: Path, store: str, steps: int) -> None:
     print(f"\nhost's work for a step, {NARROW['model.num_layers']} layers, median of {steps} steps, {load()}")
     clock = Clock(steps + WARMUP)
     config = resolved(CONFIG, NARROW | {"data.store": store}, VOCAB_SIZE)
-    compile_step, batches = compiling.compile_step, TrainData.batches
+    compile_step, batches = backends.compile_step, TrainData.batches
 
     def watched_compile(*arguments):
         real = compile_step(*arguments)
-        return dataclasses.replace(real, step=clock.step(real.step), feed=clock.part("feed", real.feed))
+        return dataclasses.replace(real, step=clock.step(real.step), shard_batch=clock.part("feed", real.shard_batch))
 
     def watched_batches(*arguments):
         take = clock.part("take the batch", batches(*arguments).__next__)
@@ -177,7 +177,7 @@ def host(workdir: Path, store: str, steps: int) -> None:
             yield take()
 
     with (
-        mock.patch.object(compiling, "compile_step", watched_compile),
+        mock.patch.object(backends, "compile_step", watched_compile),
         mock.patch.object(TrainData, "batches", watched_batches),
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.suppress(Enough),

@@ -4,7 +4,7 @@ python tools/compare_families.py [--flops=2e13] [--folder=runs/families] [--svg=
 
 All read the same text with the same tokenizer (that of configs/quickstart.py) and have about as many parameters as the
 quickstart's decoder; a mixture of experts has as many at work on each token. Each runs for as many steps as the budget
-pays for. Bits per byte compare the families that foretell text; a family that fills gaps is compared with guessing the
+pays for. Bits per byte compare the families that predict text; a family that fills gaps is compared with guessing the
 commonest token. Finished runs are not trained again.
 """
 
@@ -16,9 +16,9 @@ import sys
 
 import jax
 
-from llmjax import run_config
 from llmjax.metrics import read_metrics
 from llmjax.plan import count
+from llmjax.run import config as run_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LLMJAX = pathlib.Path(sys.executable).with_name("llmjax")
@@ -114,7 +114,7 @@ def main() -> None:
 
 
 def draw(curves: dict[str, tuple[list[float], list[float]]], path: pathlib.Path) -> None:
-    """Training loss over FLOPs. What is foretold differs between objectives, so only like lines can be compared."""
+    """Training loss over FLOPs. What is predicted differs between objectives, so only like lines can be compared."""
     import matplotlib  # pyright: ignore[reportMissingImports]  (the extra `bench`)
 
     matplotlib.use("svg")

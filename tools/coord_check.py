@@ -19,14 +19,14 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh
 import numpy as np
 
-from llmjax import state as states
 from llmjax.batch import Batch
 from llmjax.models.decoder_config import DecoderConfig
-from llmjax.models.encdec_config import EncDecConfig
-from llmjax.models.encoder_config import EncoderConfig
-from llmjax.models.recurrent_config import RecurrentConfig
+from llmjax.models.encdec import EncDecConfig
+from llmjax.models.encoder import EncoderConfig
+from llmjax.models.recurrent import RecurrentConfig
 from llmjax.optim.config import OptimizerConfig
 from llmjax.parallel.mesh import ParallelConfig
+from llmjax.run import state as states
 from llmjax.train.step import make_loss, train_step
 
 BASE, WIDTHS, DEPTHS = 64, (64, 128, 256, 512), (2, 4, 8)
@@ -79,12 +79,12 @@ class Run:
     def __init__(self, config, learning_rate: float, steps: int, optimizer: str = "adamw", schedule: str = "constant"):
         mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3)
         settings = OptimizerConfig(name=optimizer, learning_rate=learning_rate, schedule=schedule, warmup_steps=0)
-        plan = states.plan_state(config, settings, horizon=steps, mesh=mesh, rules=ParallelConfig().rules)
-        loss = make_loss(plan.graph, seed=0, chunk=64, z_loss=0.0)
+        spec = states.make_state_spec(config, settings, horizon=steps, mesh=mesh, rules=ParallelConfig().rules)
+        loss = make_loss(spec.graph, seed=0, chunk=64, z_loss=0.0)
         self.config = config
-        self.step = jax.jit(functools.partial(train_step, loss=loss, optimizer=plan.optimizer))
-        self.state = states.init_state(plan, config, seed=0)
-        self.activations = jax.jit(lambda params, batch: self._activations(plan.graph, params, batch))
+        self.step = jax.jit(functools.partial(train_step, loss=loss, optimizer=spec.optimizer))
+        self.state = states.init_state(spec, config, seed=0)
+        self.activations = jax.jit(lambda params, batch: self._activations(spec.graph, params, batch))
 
     @staticmethod
     def _activations(graph, params, batch) -> dict[str, jax.Array]:

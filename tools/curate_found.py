@@ -12,12 +12,14 @@ import tempfile
 from curate_rows import NOT_GIVEN, Bench, Row, read_jsonl
 import numpy as np
 
-from llmjax.curate import duplicates, extract, personal
 from llmjax.curate.config import DuplicatesConfig
+from llmjax.curate.dedup import duplicates
 from llmjax.curate.document import content_hash
-from llmjax.curate.measured import Measured
-from llmjax.curate.runners import LocalRunner
-from llmjax.data import minhash
+from llmjax.curate.engine.measurements import Measured
+from llmjax.curate.engine.runners import LocalRunner
+from llmjax.curate.filters import personal_data
+from llmjax.curate.readers import html
+from llmjax.data.store import minhash
 
 _SIMILARITIES = {0.91: "97%", 0.85: "99%", 0.68: "48%"}  # and what the peer finds on the copies it was first run on
 _COPIES = 250  # of each similarity
@@ -158,7 +160,7 @@ def personal_rows(bench: Bench) -> Iterator[Row]:
     sentences = json.loads(gzip.decompress((bench.shared / "pii" / "synth_dataset_v2.json.gz").read_bytes()))
     there, hit, given, right = Counter(), Counter(), Counter(), Counter()
     for sentence in sentences:
-        found = personal.find(sentence["full_text"])
+        found = personal_data.find(sentence["full_text"])
         true = [
             (_KINDS[span["entity_type"]], span["start_position"], span["end_position"])
             for span in sentence["spans"]
@@ -176,7 +178,7 @@ def personal_rows(bench: Bench) -> Iterator[Row]:
         yield Row(f"{kind} found, of {there[kind]:,}", f"{hit[kind] / there[kind]:.3f}", peer, str(recall))
         if given[kind]:
             yield Row(f"  right, of {given[kind]:,} given", f"{right[kind] / given[kind]:.3f}", "", str(precision))
-    yield Row("personal data, MB/s", bench.rate(personal.find), "", "2")
+    yield Row("personal data, MB/s", bench.rate(personal_data.find), "", "2")
 
 
 def extraction_rows(bench: Bench) -> Iterator[Row]:
@@ -184,7 +186,7 @@ def extraction_rows(bench: Bench) -> Iterator[Row]:
     if not bench.shared:
         return
     pages = read_jsonl(bench.shared / "web-articles" / "articles.jsonl.gz")
-    each = [word_f1(extract.main_text(page["html"], page["url"]).text, page["text"]) for page in pages]
+    each = [word_f1(html.main_text(page["html"], page["url"]).text, page["text"]) for page in pages]
     yield Row(f"main text, word F1 of {len(pages)} pages", f"{sum(each) / len(each):.3f}", ".963", "0.95")
 
 

@@ -15,12 +15,12 @@ from typing import NamedTuple
 
 from curate_rows import ROOT, Bench, Row
 
-from llmjax.curate import curate
 from llmjax.curate.config import CurateConfig, InputConfig
-from llmjax.curate.runners import LocalRunner, RayRunner, Runner
+from llmjax.curate.engine import curate
+from llmjax.curate.engine.runners import LocalRunner, RayRunner, Runner
 
 _IDLE = 0.3  # processors that others may use before a row says so
-_CURATE = "import sys; from llmjax.cli import main; sys.exit(main())"
+_CURATE = "import sys; from llmjax.cli.main import main; sys.exit(main())"
 _POLL = 0.05  # seconds between looks at the memory
 
 

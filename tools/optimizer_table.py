@@ -8,10 +8,10 @@ import math
 
 import jax
 
-from llmjax import run_config
 from llmjax.models import registry
 from llmjax.optim.config import DEFAULTS, OptimizerConfig
 from llmjax.optim.optimizer import make_optimizer
+from llmjax.run import config as run_config
 
 
 def state_bytes(shapes: dict, axes: dict, **settings) -> int:

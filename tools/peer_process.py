@@ -23,21 +23,21 @@ def llmjax_step(tree: dict[str, Any], inputs: np.ndarray, targets: np.ndarray) -
     """(step, number of parameters): the very program that `llmjax train` compiles for this config."""
     import jax
 
-    from llmjax import run_config, state as states
     from llmjax.batch import Batch
-    from llmjax.parallel import compile as compiling, hosts, mesh as meshes
+    from llmjax.parallel import backends, hosts, mesh as meshes
+    from llmjax.run import config as run_config, state as states
     from llmjax.train.step import make_loss, train_step
 
     config = run_config.apply_overrides(tree, [])
     train, mesh = config.train, meshes.make_mesh(config.mesh)
-    plan = states.plan_state(
+    spec = states.make_state_spec(
         config.model, config.optimizer, horizon=train.steps, mesh=mesh, rules=config.parallel.rules
     )
-    rows = hosts.local_rows(compiling.batch_sharding(mesh), train.global_batch)
-    loss = make_loss(plan.graph, seed=config.seed, chunk=train.loss_chunk, z_loss=train.z_loss)
-    step_function = functools.partial(train_step, loss=loss, optimizer=plan.optimizer, accumulation=train.accumulation)
-    compiled = compiling.compile_step(step_function, config.parallel, mesh, plan.shardings, rows, train.global_batch)
-    state = compiled.place(states.init_state(plan, config.model, config.seed))
+    rows = hosts.local_rows(backends.batch_sharding(mesh), train.global_batch)
+    loss = make_loss(spec.graph, seed=config.seed, chunk=train.loss_chunk, z_loss=train.z_loss)
+    step_function = functools.partial(train_step, loss=loss, optimizer=spec.optimizer, accumulation=train.accumulation)
+    compiled = backends.compile_step(step_function, config.parallel, mesh, spec.shardings, rows, train.global_batch)
+    state = compiled.shard_state(states.init_state(spec, config.model, config.seed))
     batch = Batch(
         inputs=inputs,
         targets=targets,
@@ -49,10 +49,10 @@ def llmjax_step(tree: dict[str, Any], inputs: np.ndarray, targets: np.ndarray) -
 
     def step():
         nonlocal state
-        state, metrics = compiled.step(state, compiled.feed(batch))
+        state, metrics = compiled.step(state, compiled.shard_batch(batch))
         return metrics["loss"]
 
-    return step, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(plan.shapes.params))
+    return step, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(spec.shapes.params))
 
 
 def llmjax_matmul(size: int) -> Callable:
@@ -66,7 +66,7 @@ def llmjax_matmul(size: int) -> Callable:
     return lambda: product(a, a)
 
 
-def serve() -> None:
+def dispatch_and_combine() -> None:
     """Answer requests until the input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not mix with the answers
@@ -110,4 +110,4 @@ def timed(work: Callable, wait: Callable, times: int) -> float:
 
 
 if __name__ == "__main__":
-    serve()
+    dispatch_and_combine()

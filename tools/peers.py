@@ -12,10 +12,10 @@ import sys
 import time
 from typing import Any
 
-from llmjax import run_config
 from llmjax.metrics import peak_flops
 from llmjax.models.decoder_config import DecoderConfig
-from llmjax.run_config import RunConfig
+from llmjax.run import config as run_config
+from llmjax.run.config import RunConfig
 
 SYSTEMS = ("llmjax", "torch eager", "torch compile")
 INSTALL_TORCH = """\

@@ -2,8 +2,8 @@
 
 python tools/recipes.py [NAME ...] [--folder=runs/recipes]      # such as: python tools/recipes.py bert recurrent:gru
 
-A config file states what its sizes reach in REACHES: size -> (field of the validation scores, bound). Bits per byte
-must come out below the bound, an accuracy above it. Finished runs are not trained again.
+A config file states the scores of its sizes in EXPECTED_SCORE: size -> (field of the validation scores, bound). Bits
+per byte must come out below the bound, an accuracy above it. Finished runs are not trained again.
 """
 
 import argparse
@@ -13,7 +13,8 @@ import subprocess
 import sys
 import time
 
-from llmjax.config import load_module, suggest
+from llmjax.binding import load_module
+from llmjax.errors import suggest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -22,7 +23,7 @@ def recipes() -> dict[str, tuple[str, str, float]]:
     """Name, such as "bert:tiny" -> (spec for --config, field of the scores, bound)."""
     found = {}
     for path in sorted((ROOT / "configs").glob("*.py")):
-        for size, (field, bound) in getattr(load_module(path), "REACHES", {}).items():
+        for size, (field, bound) in getattr(load_module(path), "EXPECTED_SCORE", {}).items():
             name, spec = (f"{path.stem}:{size}", f"{path}:{size}") if size else (path.stem, str(path))
             found[name] = (spec, field, bound)
     return found

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 import dataclasses
 import re
 
-from llmjax.config import UserError, suggest
-from llmjax.curate.quality_config import QualityConfig
+from llmjax.curate.filters.quality_config import QualityConfig
 from llmjax.data.config import FractionsConfig
+from llmjax.errors import UserError, suggest
 
 STAGES = (
     "read",
@@ -28,8 +28,8 @@ class InputConfig:
     """One named input of documents.
 
     path        a file, a glob (`**` crosses folders), `tfds:NAME[:SPLIT][@DATA_DIR]`, or `stdlib:` (Python's sources)
-    format      "text", "lines" (a document a line), "jsonl", "parquet", "csv", "tsv", "html" or "warc" (ARC too);
-                empty: by the file's name, .gz and .zst aside
+    format      "text", "lines" (a document a line), "jsonl", "json" (arrays, or objects over several lines),
+                "parquet", "csv", "tsv", "html" or "warc" (ARC too); empty: JSON by its content, others by the name
     text_field  the field or column that holds the text in JSONL, Parquet, CSV, TSV and TFDS records
     id_field    the field that holds a record's id; a record without one is named after its file and place
     content     what text_field holds: "text", "html", or "auto": HTML where a text is a page or a part of one, such as

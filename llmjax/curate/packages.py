@@ -2,7 +2,7 @@
 
 import importlib.util
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 
 _PACKAGES = {
     "trafilatura": "trafilatura",

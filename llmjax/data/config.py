@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 import dataclasses
 
-from llmjax.config import UserError, suggest
+from llmjax.errors import UserError, suggest
 
 # The fields of ObjectiveConfig that each objective has a use for.
 OBJECTIVES: dict[str, tuple[str, ...]] = {
@@ -26,12 +26,19 @@ class SourceConfig:
     text_field   the field that holds the text in JSONL, Parquet and TFDS records
     split_field  the field of JSONL records that names their split (train, validation, test), as `llmjax curate` writes
                  it; empty: data.split decides
+    format       "text", "jsonl", "json" (arrays, or objects over several lines), "csv", "tsv" or "parquet"; empty: by
+                 each file's content, its ending a hint
+    max_record_bytes  a longer record is left out and counted; text files are no records
+    accept_truncated  use what precedes the damage of a file that ends early or is broken, instead of an error
     """
 
     path: str = "stdlib:"
     weight: float | None = None
     text_field: str = "text"
     split_field: str = ""
+    format: str = ""
+    max_record_bytes: int = 1 << 26
+    accept_truncated: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,7 +118,7 @@ class DataConfig:
 class ObjectiveConfig:
     """What a model has to find out about a text. A field that the named objective has no use for must stay unset.
 
-    name         causal (each token from those before it), prefix (a random first part is given, the rest is foretold),
+    name         causal (each token from those before it), prefix (a random first part is given, the rest is predicted),
                  masked (hidden tokens from both sides: BERT), span (hidden spans, written by the decoder: T5),
                  ul2 (spans of seven kinds, told apart by a mode token), fim (causal, and a part moved to the end, to
                  be filled in)

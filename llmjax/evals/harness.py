@@ -14,22 +14,23 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
-from llmjax import loading, losses, run_config, workdir as workdirs
 from llmjax.batch import Batch
-from llmjax.config import UserError
-from llmjax.data import prepare
-from llmjax.data.pipeline import EvalData
-from llmjax.data.store import fingerprint_of
-from llmjax.data.tokenizer import load_tokenizer
-from llmjax.parallel import axes, compile as compiling, hosts
-from llmjax.run_config import RunConfig
+from llmjax.data.batches.pipeline import EvalData
+from llmjax.data.store import prepare
+from llmjax.data.store.token_store import fingerprint_of
+from llmjax.data.store.tokenizer import load_tokenizer
+from llmjax.errors import UserError
+from llmjax.nn import losses
+from llmjax.parallel import axes, backends as backends, hosts
+from llmjax.run import config as run_config, loading, workdir as workdirs
+from llmjax.run.config import RunConfig
 
 
 @dataclasses.dataclass
 class Sums:
     """Exact totals of a split, float64 on the host, so that they depend on no batch size and no mesh.
 
-    targets  how often each id was to be foretold; 0 where that is not counted (causal)
+    targets  how often each id was to be predicted; 0 where that is not counted (causal)
     """
 
     nats: float = 0.0
@@ -69,14 +70,14 @@ class Evaluator:
     def __init__(self, graph: Any, config: RunConfig, mesh: Mesh, store: pathlib.Path):
         self.config, self.mesh, self.store = config, mesh, store
         self.batch = config.eval.batch or config.train.global_batch
-        self.sharding = compiling.batch_sharding(mesh)
-        compiling.check_batch("eval.batch" if config.eval.batch else "train.global_batch", self.batch, mesh)
+        self.sharding = backends.batch_sharding(mesh)
+        backends.check_batch("eval.batch" if config.eval.batch else "train.global_batch", self.batch, mesh)
         self.rows = hosts.local_rows(self.sharding, self.batch)
         self.objective = run_config.objective(config, load_tokenizer(store))
-        if self.objective.size > config.model.vocab_size:
+        if self.objective.min_vocab_size > config.model.vocab_size:
             raise UserError(
-                f"objective.name={self.objective.name!r} needs {self.objective.size} ids, but model.vocab_size="
-                f"{config.model.vocab_size}: evaluate with the objective that the model was trained with"
+                f"objective.name={self.objective.name!r} needs {self.objective.min_vocab_size} ids, but "
+                f"model.vocab_size={config.model.vocab_size}: evaluate with the objective of training"
             )
         self.settings = _settings(config, store)
         self._causal = causal = self.objective.name == "causal"

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 from llmjax.interop import decoder_rules, rope
 from llmjax.interop.fields import FULL, MAX_LAYERS, NUMBER, SLIDING, Fields
 from llmjax.interop.mapping import Architecture

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 from llmjax.interop.fields import MAX_LAYERS, Fields
 from llmjax.interop.layouts import matrix, transposed
 from llmjax.interop.mapping import Architecture, Rule
-from llmjax.models.encdec_config import EncDecConfig
+from llmjax.models.encdec import EncDecConfig
 
 # Their word for the feed-forward layer -> our activation and form; "gated-gelu" has always meant the tanh form.
 _FEED_FORWARD = {

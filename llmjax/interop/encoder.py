@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 from llmjax.interop.fields import FULL, MAX_LAYERS, NUMBER, SLIDING, Fields, shown
 from llmjax.interop.layouts import matrix, transposed, vector
 from llmjax.interop.mapping import Architecture, Rule
-from llmjax.models.encoder_config import EncoderConfig
+from llmjax.models.encoder import EncoderConfig
 
 # Ours is named last where two of theirs mean the same, so that it is the one written.
 _ACTIVATIONS = {

@@ -13,17 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmjax import loading, run_config, workdir as workdirs
-from llmjax.config import UserError, bind
-from llmjax.data import prepare, vocabulary
-from llmjax.data.store import TokenStore
-from llmjax.data.tokenizer import FILE_NAMES, Tokenizer
+from llmjax.binding import bind
+from llmjax.data.objectives import vocabulary
+from llmjax.data.store import prepare
+from llmjax.data.store.token_store import TokenStore
+from llmjax.data.store.tokenizer import FILE_NAMES, Tokenizer
+from llmjax.errors import UserError
 from llmjax.interop import files, place, tokenizers
 from llmjax.interop.architectures import FAMILIES
 from llmjax.interop.mapping import Architecture, Correspondence
-from llmjax.loading import Loaded
 from llmjax.models import registry
 from llmjax.parallel import hosts
+from llmjax.run import config as run_config, loading, workdir as workdirs
+from llmjax.run.loading import Loaded
 
 TYPES = {"float32": "F32", "bfloat16": "BF16"}
 # How a model is run, trained and stored, not what it computes: config.json says nothing of it.
@@ -171,7 +173,7 @@ def _is_size(model: Any, field: str, value: Any) -> bool:
 def _config(hf: dict[str, Any], name: str, loaded: Loaded, dtype: str, token_ids: dict[str, Any]) -> dict[str, Any]:
     """config.json, with what it needs to know of the tokenizer and of the rows that were trained on."""
     longest = "max_position_embeddings"
-    if loaded.config.model.longest is None and longest in hf:  # a hint there: nothing limits the length
+    if loaded.config.model.max_seq_len is None and longest in hf:  # a hint there: nothing limits the length
         hf = {**hf, longest: max(hf[longest], loaded.config.data.seq_len)}
     return {"architectures": [name], **hf, **token_ids, "dtype": dtype, "torch_dtype": dtype}
 
@@ -195,7 +197,7 @@ def _is_imported(tokenizer: Tokenizer, imported: dict[str, Any]) -> bool:
 def _begin(loaded: Loaded) -> int | None:
     """The id that every document was trained behind; None where the objective has none."""
     objective = run_config.objective(loaded.config, loaded.tokenizer)
-    framed, begin = objective.prompt(np.array([], np.int32)).tolist(), vocabulary.of(loaded.tokenizer).begin
+    framed, begin = objective.prompt(np.array([], np.int32)).tolist(), vocabulary.build_vocab(loaded.tokenizer).bos_id
     return begin if framed == [begin] else None
 
 
@@ -217,7 +219,9 @@ def _write_tokenizer(workdir: epath.Path, loaded: Loaded, to: Path, imported: di
         return tokenizers.give_back(content, imported["tokenizer"]["name"], workdir, folder)
     content = b"" if tokenizer.kind == "bytes" else (loaded.store / FILE_NAMES[tokenizer.kind]).read_bytes()
     texts = _some_texts(loaded.store, tokenizer)
-    return tokenizers.write(tokenizer, content, folder, texts=texts, longest=loaded.config.model.longest, begin=begin)
+    return tokenizers.write(
+        tokenizer, content, folder, texts=texts, longest=loaded.config.model.max_seq_len, begin=begin
+    )
 
 
 def _some_texts(store: Path, tokenizer: Tokenizer) -> Iterator[str]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 import re
 from typing import Any
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 
 _MISSING = object()
 NUMBER = (int, float)

@@ -11,12 +11,12 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import ml_dtypes
 import numpy as np
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 from llmjax.interop.fields import shown
 
 TYPES: dict[str, Any] = {
@@ -112,12 +112,15 @@ def _parse_entry(path: Path, name: str, item: Any) -> tuple[str, tuple[int, ...]
     dtype, shape, offsets = (item.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in TYPES:
         raise UserError(f"{path}: tensor {name} is of type {shown(dtype, quote=False)}; known are {', '.join(TYPES)}")
-    for key, numbers in (("shape", shape), ("data_offsets", offsets)):
-        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
-            raise _not_safetensors(path, f"tensor {name}: {key}={shown(numbers)}")
-    if len(offsets) != 2:
+    if not _is_sizes(shape):
+        raise _not_safetensors(path, f"tensor {name}: shape={shown(shape)}")
+    if not _is_sizes(offsets) or len(offsets) != 2:
         raise _not_safetensors(path, f"tensor {name}: data_offsets={shown(offsets)}")
     return dtype, tuple(shape), (offsets[0], offsets[1])
+
+
+def _is_sizes(numbers: Any) -> TypeGuard[list[int]]:
+    return isinstance(numbers, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in numbers)
 
 
 def _not_safetensors(path: Path, reason: str) -> UserError:

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from llmjax.config import UserError, bind, suggest
+from llmjax.binding import bind
+from llmjax.errors import UserError, suggest
 from llmjax.interop import files
 from llmjax.interop.architectures import ARCHITECTURES, FAMILIES, OLD_NAMES, QUANTISATIONS
 from llmjax.interop.fields import UnknownField, shown
@@ -133,7 +134,7 @@ def read(folder: Path) -> Checkpoint:
     names = hf.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"config.json: architectures={shown(names)}: expected a list of one name")
-    names = [OLD_NAMES.get(name, name) for name in names]
+    names = [str(OLD_NAMES.get(name, name)) for name in names]
     if len(names) != 1 or names[0] not in ARCHITECTURES:
         given = shown(", ".join(names), quote=False) or "none"
         near = suggest(names[0], ARCHITECTURES) if names else ""

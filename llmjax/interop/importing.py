@@ -9,17 +9,17 @@ from etils import epath
 import jax
 
 import llmjax
-from llmjax import loading, run_config, workdir as workdirs
-from llmjax.checkpoint import Checkpoints
-from llmjax.config import UserError
-from llmjax.data.tokenizer import Tokenizer
-from llmjax.data.tokenizer_settings import TokenizerSettings
+from llmjax.checkpoint.manager import Checkpoints
+from llmjax.data.store.tokenizer import Tokenizer
+from llmjax.data.store.tokenizer_settings import TokenizerSettings
+from llmjax.errors import UserError
 from llmjax.interop import folder as folders, place, tokenizers
 from llmjax.interop.mapping import Correspondence
 from llmjax.models import registry
-from llmjax.models.encdec_config import EncDecConfig
+from llmjax.models.encdec import EncDecConfig
 from llmjax.parallel import axes, hosts
-from llmjax.run_config import RunConfig
+from llmjax.run import config as run_config, loading, workdir as workdirs
+from llmjax.run.config import RunConfig
 
 TOKEN_IDS = ("bos_token_id", "pad_token_id")  # of config.json, which only other readers use
 
@@ -63,7 +63,7 @@ def import_checkpoint(
     for note in _notes(settings, tokenizer, config):
         say(f"  note: {note}")
 
-    mesh = loading.fitting_mesh(config, say)
+    mesh = loading.mesh_or_default(config, say)
     _, shapes, names = registry.abstract(config.model)
     shardings = table.flat(axes.shardings(mesh, names, shapes, config.parallel.rules))
     params = place.read(table, found.tensors, shardings, say)
@@ -153,7 +153,7 @@ def _notes(settings: TokenizerSettings, tokenizer: Tokenizer, config: RunConfig)
             "objective.prompt_form='plain': prompts are text and EOS, as instruction-tuned models read them; for one "
             "that only fills gaps, `llmjax generate --prompt_form=trained`"
         )
-    if (needed := run_config.objective(config, tokenizer).size) > config.model.vocab_size:
+    if (needed := run_config.objective(config, tokenizer).min_vocab_size) > config.model.vocab_size:
         notes.append(
             f"objective.name={config.objective.name!r} needs {needed} ids and the model has {config.model.vocab_size}: "
             "the tokenizer lacks its marks"

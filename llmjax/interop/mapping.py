@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmjax.config import UserError
-from llmjax.fingerprint import leaf_name
+from llmjax.checkpoint.fingerprint import leaf_name
+from llmjax.errors import UserError
 from llmjax.interop import windows
 from llmjax.models import registry
 from llmjax.models.registry import ModelConfig

@@ -3,12 +3,12 @@
 import math
 from typing import Any
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 from llmjax.interop import moe_rules, rope
 from llmjax.interop.decoder import every, layer_types, shared_fields, shared_json, windows
 from llmjax.interop.fields import MAX_EXPERTS, MAX_LAYERS, Fields, shown
 from llmjax.interop.mapping import Architecture
-from llmjax.models.moe_config import MoeConfig
+from llmjax.models.moe import MoeConfig
 from llmjax.nn.rotary import yarn_attention_factor
 
 # Of the router's loss in training, which differs from ours; and of what is computed for several tokens ahead.

@@ -10,9 +10,9 @@ from llmjax.interop import decoder_rules
 from llmjax.interop.decoder_rules import LAYER
 from llmjax.interop.layouts import matrix, transposed
 from llmjax.interop.mapping import Rule
-from llmjax.models.moe_config import MoeConfig
+from llmjax.models.moe import MoeConfig
 
-_MTP = "model.layers.61."  # of DeepSeek-V3: a layer that foretells the token after the next, and is not run here
+_MTP = "model.layers.61."  # of DeepSeek-V3: a layer that predicts the token after the next, and is not run here
 
 
 def mixtral(config: MoeConfig) -> list[Rule]:
@@ -34,7 +34,7 @@ def qwen3(config: MoeConfig) -> list[Rule]:
 def deepseek(config: MoeConfig) -> list[Rule]:
     """Latent attention, shared experts, and first layers without experts."""
     both = decoder_rules.norms(config) + _latent_attention(config)
-    bias = Rule(LAYER + "mlp.gate.e_score_correction_bias", ("blocks.mlp.router.correction",))
+    bias = Rule(LAYER + "mlp.gate.e_score_correction_bias", ("blocks.mlp.router.expert_bias",))
     embed, width = (config.embed,), (config.shared_experts * config.expert_size,)
     shared = [
         Rule(f"{LAYER}mlp.shared_experts.{name}_proj.weight", (f"blocks.mlp.shared.{name}.weight",), **matrix(*ends))
@@ -45,7 +45,7 @@ def deepseek(config: MoeConfig) -> list[Rule]:
 
 
 def deepseek_name(name: str) -> str | None:
-    """The layer that foretells a further token is left out, as transformers does."""
+    """The layer that predicts a further token is left out, as transformers does."""
     return None if name.startswith(_MTP) else name
 
 

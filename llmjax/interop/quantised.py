@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 
 Shapes = dict[str, tuple[int, ...]]
 GetTensor = Callable[[str], np.ndarray]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 from llmjax.interop.fields import FULL, NUMBER, SLIDING, Fields
 from llmjax.models.decoder_config import DecoderConfig
 from llmjax.nn.rotary import yarn_attention_factor

@@ -10,8 +10,8 @@ from typing import Any
 
 from etils import epath
 
-from llmjax.config import UserError
-from llmjax.data.tokenizer_settings import TokenizerSettings
+from llmjax.data.store.tokenizer_settings import TokenizerSettings
+from llmjax.errors import UserError
 
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _T5_CLASSES = ("T5Tokenizer", "T5TokenizerFast")

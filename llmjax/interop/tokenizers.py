@@ -6,11 +6,11 @@ from typing import Any
 
 from etils import epath
 
-from llmjax.config import UserError
-from llmjax.data.tokenizer import FILE_NAMES, PIECE_CHARACTERS, Tokenizer, read_tokenizer
-from llmjax.data.tokenizer_settings import FILE as SETTINGS_FILE, TokenizerSettings
+from llmjax.data.store.tokenizer import FILE_NAMES, PIECE_CHARACTERS, Tokenizer, read_tokenizer
+from llmjax.data.store.tokenizer_settings import FILE as SETTINGS_FILE, TokenizerSettings
+from llmjax.errors import UserError
 from llmjax.interop import special_tokens
-from llmjax.loading import TOKENIZER
+from llmjax.run.loading import TOKENIZER
 
 # Beside the model itself: read by others, kept as they are.
 _BESIDE = (

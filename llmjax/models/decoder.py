@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from llmjax.batch import Batch, Output
-from llmjax.models import parametrization
 from llmjax.models.decoder_config import DecoderConfig
 from llmjax.nn import attention, dropout, embedding, rotary, stack, weights
 from llmjax.nn.attention import Attention
@@ -18,19 +17,19 @@ from llmjax.nn.mlp import Mlp
 from llmjax.nn.norm import NORMS
 
 Cache = tuple[jax.Array, jax.Array]
-Angles = tuple[jax.Array, jax.Array] | None
-Step = Callable[[Any, jax.Array], tuple[jax.Array, Any]]
+Rope = tuple[jax.Array, jax.Array] | None
+_NO_DROPOUT = Dropout(None, 0.0)
 
 
 def make_norm(config: DecoderConfig, dims: int | Mapping[str, int]) -> Any:
-    """A norm as the config has them, over `dims` (a width, or logical axis -> size)."""
+    """The config's norm over `dims` (a width, or logical axis -> size)."""
     return NORMS[config.norm](dims, eps=config.norm_eps, bias=config.biases == "all", dtype=config.param_dtype)
 
 
 class Block(nnx.Module):
     """One layer: attention and feed-forward, each with its norms, residual and dropout.
 
-    A family with other parts overrides `make_attention` or `make_mlp`, and names its block in `Decoder.block`.
+    A family with other parts overrides `make_attention`, or `make_mlp` and `feed_forward`, and sets `Decoder.block`.
     """
 
     def __init__(self, config: DecoderConfig, key: jax.Array):
@@ -45,14 +44,14 @@ class Block(nnx.Module):
 
     @staticmethod
     def make_attention(config: DecoderConfig, key: jax.Array) -> Any:
-        """The attention sub-block, of the interface of `nn.attention.Attention`."""
+        """The attention sub-block, with the interface of `nn.attention.Attention`."""
         head = {"head_dim": config.head_size}
-        each = {
+        norm_dims = {
             "none": (None, None),
             "head": (head, head),
             "all": ({"heads": config.num_heads, **head}, {"kv_heads": config.kv_heads, **head}),
         }
-        query_norm, key_norm = (dims and make_norm(config, dims) for dims in each[config.qk_norm])
+        query_norm, key_norm = (dims and make_norm(config, dims) for dims in norm_dims[config.qk_norm])
         return Attention(
             key,
             config.embed,
@@ -60,10 +59,10 @@ class Block(nnx.Module):
             num_kv_heads=config.kv_heads,
             head_dim=config.head_size,
             bias=config.biases != "none",
-            scale=config.branch_scale,
+            scale=config.residual_init_scale,
             kernel=config.attention,
             dtype=config.param_dtype,
-            score_scale=parametrization.score_scale(config, config.score_scale or config.head_size**-0.5),
+            score_scale=config.mup_score_scale(config.score_scale or config.head_size**-0.5, config.head_size),
             softcap=config.score_softcap or None,
             sinks=config.sinks == "learned",
             query_norm=query_norm,
@@ -72,7 +71,7 @@ class Block(nnx.Module):
 
     @staticmethod
     def make_mlp(config: DecoderConfig, key: jax.Array) -> Any:
-        """The feed-forward sub-block, which `Decoder._feed` calls."""
+        """The feed-forward sub-block."""
         return Mlp(
             key,
             config.embed,
@@ -80,30 +79,49 @@ class Block(nnx.Module):
             activation=config.activation,
             gated=config.gated == "gated",
             bias=config.biases == "all",
-            scale=config.branch_scale,
+            scale=config.residual_init_scale,
             dtype=config.param_dtype,
         )
 
-    def __call__(self, x: jax.Array, attend: Step, feed: Step, drop: Dropout) -> tuple[jax.Array, tuple[Any, Any]]:
-        """x [batch, seq, embed] -> (x, (what `attend` gave beside its output, what `feed` gave)).
+    def __call__(
+        self,
+        x: jax.Array,
+        rope: Rope,
+        mask: Any,
+        drop: Dropout,
+        *,
+        cache: Cache | None = None,
+        start: jax.Array | None = None,
+        token_mask: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache | None, Any]:
+        """x [batch, seq, embed] -> (x, cache, what the feed-forward reports, such as the router's load).
 
-        `attend(attention, x)` and `feed(mlp, x)` return (output, anything): with or without a cache, with or without
-        what a router counts.
+        mask        what the attention kernel's `make_mask` returned; with a cache, bool [batch, seq, slots]
+        cache       one layer's, extended from position `start` [batch] on; None: the whole sequence is in x
+        token_mask  bool [batch, seq], False for padding; None: the feed-forward reports nothing
         """
-        run = lambda x: attend(self.attention, x)
-        x, attended = self._add(x, run, self.attention_norm, self.attention_post_norm, drop.at(0))
-        run = lambda x: feed(self.mlp, x)
-        x, fed = self._add(x, run, self.mlp_norm, self.mlp_post_norm, drop.at(1))
-        return x, (attended, fed)
+        y = self._pre_norm(self.attention_norm, x)
+        if cache is None:
+            y = self.attention(y, rope, mask)
+        else:
+            y, cache = self.attention.decode(y, rope, mask, cache, start)
+        x = self._add_residual(x, y, self.attention_norm, self.attention_post_norm, drop.at(0))
+        y, aux = self.feed_forward(self._pre_norm(self.mlp_norm, x), token_mask)
+        return self._add_residual(x, y, self.mlp_norm, self.mlp_post_norm, drop.at(1)), cache, aux
 
-    def _add(self, x: jax.Array, run, norm, post_norm, drop: Dropout) -> tuple[jax.Array, Any]:
-        """x and what a sub-block makes of it, normed where `norm_position` says."""
-        before, inside = self.norm_position in ("pre", "both"), self.norm_position in ("inner", "both")
-        y, out = run(norm(x) if before else x)
-        if inside:
+    def feed_forward(self, x: jax.Array, token_mask: jax.Array | None) -> tuple[jax.Array, Any]:
+        """x [batch, seq, embed] -> (same, what is reported of the tokens in `token_mask`)."""
+        return self.mlp(x), None
+
+    def _pre_norm(self, norm: Any, x: jax.Array) -> jax.Array:
+        return norm(x) if self.norm_position in ("pre", "both") else x
+
+    def _add_residual(self, x: jax.Array, y: jax.Array, norm: Any, post_norm: Any, drop: Dropout) -> jax.Array:
+        """x plus the output y of a sub-block, normed where `norm_position` says."""
+        if self.norm_position in ("inner", "both"):
             y = (post_norm or norm)(y)
         x = x + drop(y)
-        return (norm(x) if self.norm_position == "post" else x), out
+        return norm(x) if self.norm_position == "post" else x
 
 
 class Decoder(nnx.Module):
@@ -112,11 +130,10 @@ class Decoder(nnx.Module):
     Parameters: embed, positions (learned only), blocks (every leaf with a leading "layers" dimension), norm (none where
     norm_position is post: its blocks end normed), head (untied only).
 
-    Layers are of one or two kinds, global and local, which differ in what they see and in their rotary frequencies;
-    both are prepared once, and a flag that is scanned along with the blocks chooses.
+    Layers are of one or two kinds, global and local, which differ in their mask and in their rotary frequencies. Both
+    are computed once, and a flag that is scanned along with the blocks selects one.
 
-    A family that is a decoder with another block (a mixture of experts) sets `block` and overrides `_feed` and
-    `_output`.
+    A family that is a decoder with another block (a mixture of experts) sets `block` and overrides `_output`.
     """
 
     block: ClassVar[type[Block]] = Block
@@ -143,32 +160,34 @@ class Decoder(nnx.Module):
 
     def __call__(self, batch: Batch, key: jax.Array | None = None) -> Output:
         """Hidden states in the compute type; `key` switches dropout on, with draws by (key, sample, layer, site)."""
-        prepare = attention.KERNELS[self.config.attention].prepare
-        drop = dropout.for_samples(key, batch.sample, self.config.dropout)
-        choose = self._kinds(
+        config, token_mask = self.config, batch.segments > 0
+        make_mask = attention.KERNELS[config.attention].make_mask
+        drop = dropout.for_samples(key, batch.sample, config.dropout)
+        window = lambda local: config.window if local else None
+        kinds = self._by_kind(
             lambda local: (
-                self._angles(batch.positions, local),
-                prepare(batch.segments, batch.positions, batch.prefix, self.config.window if local else None),
+                self._rope(batch.positions, local),
+                make_mask(batch.segments, batch.positions, batch.prefix, window(local)),
             )
         )
 
         def layer(x, item):
             block, (index, local) = item
-            angles, prepared = choose(local)
-            attend = lambda module, y: (module(y, angles, prepared), None)
-            return block(x, attend, lambda mlp, y: self._feed(mlp, y, batch), drop.at(index + 1))
+            rope, mask = _select(kinds, local)
+            x, _, aux = block(x, rope, mask, drop.at(index + 1), token_mask=token_mask)
+            return x, (None, aux)
 
         x = drop.at(0)(self._embed(batch.inputs, batch.positions))
-        index, local = jnp.arange(self.config.num_layers), jnp.array(self.config.local)
-        x, (_, fed) = self._run(layer, x, (index, local), self.config.remat)
-        return self._output(x if self.norm is None else self.norm(x), fed)
+        index, local = jnp.arange(config.num_layers), jnp.array(config.local)
+        x, (_, aux) = self._run_layers(layer, x, (index, local), config.remat)
+        return self._output(x if self.norm is None else self.norm(x), aux)
 
     def prefill(self, tokens: jax.Array, lengths: jax.Array, max_tokens: int) -> tuple[jax.Array, Cache, jax.Array]:
-        """Read prompts: tokens [batch, seq], of which `lengths` [batch] count, into a cache with room for them
-        and for `max_tokens` new ones.
+        """Read prompts: tokens [batch, seq], of which the first `lengths` [batch] count, into a cache with space for
+        them and for `max_tokens` new ones.
 
-        Returns the hidden state [batch, embed] that foretells the next token, the cache, and that token's position
-        [batch]. What padding writes to the cache is overwritten before it is seen.
+        Returns the hidden state [batch, embed] that predicts the next token, the cache, and that token's position
+        [batch]. What padding writes to the cache is overwritten before it is attended to.
         """
         batch, seq = tokens.shape
         positions = jnp.broadcast_to(jnp.arange(seq), tokens.shape)
@@ -182,39 +201,32 @@ class Decoder(nnx.Module):
         return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
 
     def cached(self, tokens: jax.Array, positions: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """(hidden states, cache) of tokens [batch, seq] at consecutive positions [batch, seq], after what the cache
-        holds."""
-        none, everything = Dropout(None, 0.0), jax.tree.leaves(cache)[0].shape[2]
-        reach = lambda local: min(self.config.window, everything) if local else everything
-        windowed = any(self.config.local)
-        choose = self._kinds(
-            lambda local: (self._angles(positions, local), jnp.int32(reach(local)) if windowed else None)
+        """(hidden states, cache) of tokens [batch, seq] at consecutive positions [batch, seq], after those cached."""
+        slots, start = jax.tree.leaves(cache)[0].shape[2], positions[:, 0]
+        window = lambda local: self.config.window if local else None
+        kinds = self._by_kind(
+            lambda local: (self._rope(positions, local), attention.cache_mask(positions, slots, window(local)))
         )
 
         def layer(x, item):
-            block, (local, stored) = item
-            angles, window = choose(local)
-            attend = lambda module, y: module.cached(y, angles, positions, stored, window)
-            return block(x, attend, lambda mlp, y: self._feed(mlp, y, None), none)
+            block, (local, layer_cache) = item
+            rope, mask = _select(kinds, local)
+            x, layer_cache, _ = block(x, rope, mask, _NO_DROPOUT, cache=layer_cache, start=start)
+            return x, (layer_cache, None)
 
         local = jnp.array(self.config.local)
-        x, (cache, _) = self._run(layer, self._embed(tokens, positions), (local, cache), "none")
+        x, (cache, _) = self._run_layers(layer, self._embed(tokens, positions), (local, cache), "none")
         return (x if self.norm is None else self.norm(x)), cache
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states [..., embed] -> float32 logits [..., padded vocab]; padding ids get one that no softmax
-        sees."""
+        """Hidden states [..., embed] -> float32 logits [..., padded vocab]; padding ids get the lowest one."""
         table = self.embed.table[...].T if self.head is None else self.head[...]
         config = self.config
-        scale, softcap = 1 / parametrization.width(config), config.logit_softcap or None
+        scale, softcap = 1 / config.width_multiplier, config.logit_softcap or None
         return embedding.logits(hidden, table, vocab_size=config.vocab_size, scale=scale, softcap=softcap)
 
-    def _feed(self, mlp: Any, x: jax.Array, batch: Batch | None) -> tuple[jax.Array, Any]:
-        """(mlp(x), what it counts of the batch's tokens); without a batch, in cached decoding, nothing is counted."""
-        return mlp(x), None
-
-    def _output(self, hidden: jax.Array, fed: Any) -> Output:
-        """`fed` is what `_feed` counted, stacked over layers."""
+    def _output(self, hidden: jax.Array, aux: Any) -> Output:
+        """`aux` is what the feed-forwards reported, stacked over layers."""
         return Output(hidden=hidden)
 
     def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
@@ -223,7 +235,7 @@ class Decoder(nnx.Module):
             x = x * jnp.asarray(self.config.embed_multiplier, x.dtype)
         return x if self.positions is None else x + self.positions(positions, self.config.dtype)
 
-    def _angles(self, positions: jax.Array, local: bool) -> Angles:
+    def _rope(self, positions: jax.Array, local: bool) -> Rope:
         config = self.config
         if config.positions != "rotary":
             return None
@@ -231,15 +243,18 @@ class Decoder(nnx.Module):
             return rotary.angles(positions, config.head_size, config.rope_local_base)
         return rotary.angles(positions, config.head_size, config.rope_base, config.scaling)
 
-    def _kinds(self, make: Callable[[bool], Any]) -> Callable[[jax.Array], Any]:
-        """A function of a layer's flag `local` that chooses between make(False) and make(True), each made once."""
-        kinds = {local: make(local) for local in sorted(set(self.config.local))}
-        if len(kinds) == 1:
-            (only,) = kinds.values()
-            return lambda local: only
-        return lambda local: jax.tree.map(lambda a, b: jnp.where(local, b, a), kinds[False], kinds[True])
+    def _by_kind(self, make: Callable[[bool], Any]) -> dict[bool, Any]:
+        """make(local) for the kinds of layers that the config has: local (True) and global (False)."""
+        return {local: make(local) for local in sorted(set(self.config.local))}
 
-    def _run(self, layer: Callable, x: jax.Array, data: Any, remat: str) -> tuple[jax.Array, Any]:
-        """Fold layer(x, (block, item)) over the blocks and over `data`, whose leaves have a leading "layers"
-        dimension."""
-        return stack.run(layer, x, (self.blocks, data), scan=self.config.scan, remat=remat)
+    def _run_layers(self, layer: Callable, x: jax.Array, per_layer: Any, remat: str) -> tuple[jax.Array, Any]:
+        """Fold layer(x, (block, item)) over the blocks and over `per_layer`, whose leaves have a leading "layers"
+        dimension. `layer` returns (x, (cache, aux)); both are stacked over layers."""
+        return stack.run(layer, x, (self.blocks, per_layer), scan=self.config.scan, remat=remat)
+
+
+def _select(kinds: dict[bool, Any], local: jax.Array) -> Any:
+    """The entry of `kinds` for a traced flag `local`; without selection where there is one kind only."""
+    if len(kinds) == 1:
+        return next(iter(kinds.values()))
+    return jax.tree.map(lambda a, b: jnp.where(local, b, a), kinds[False], kinds[True])

@@ -1,10 +1,10 @@
-"""The decoder's settings, their limits, and what they cost."""
+"""The decoder's fields, their limits, and what they cost."""
 
 import dataclasses
 from typing import ClassVar
 
-from llmjax.config import UserError
-from llmjax.models import checks, parametrization
+from llmjax.errors import UserError
+from llmjax.models.base import BaseModelConfig, default_mlp_size
 from llmjax.nn import rotary
 from llmjax.nn.attention import KERNELS
 from llmjax.nn.mlp import ACTIVATIONS
@@ -13,18 +13,10 @@ from llmjax.nn.rotary import SCALINGS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
+class DecoderConfig(BaseModelConfig):
     """A decoder-only transformer.
 
-    objectives      (of the class) objectives that a decoder can be trained with
-    generates       (of the class) whether it continues text
-
     family          "decoder"
-    vocab_size      number of token ids; 0: the tokenizer's, filled in by the run
-    vocab_multiple  embedding and head are padded to a multiple of this many ids, so that they can be sharded;
-                    padding is never predicted
-    num_layers      number of blocks
-    embed           width of the residual stream
     embed_multiplier  what a token's embedding is multiplied by as it enters the stream; Gemma: sqrt(embed)
     num_heads       number of query heads
     num_kv_heads    number of key and value heads, a divisor of num_heads; 0: num_heads
@@ -62,25 +54,12 @@ class DecoderConfig:
     tied            tied (the head is the token embedding) or untied (a matrix of its own)
     logit_softcap   logits become c tanh(logit / c); 0: they are not capped
     biases          all (every linear map of the blocks, and layernorm), attention (its four linear maps) or none
-    parametrization standard, or mup: rates tuned at width base_embed serve every width (docs/optimizers.md)
-    base_embed      mup: the width at which both parametrizations are the same
-    dropout         rate after the embedding and at the end of each sub-block; from 0 to below 1
-    scan            True: blocks compiled once and scanned; False: unrolled, for debugging and for short stacks
-    remat           what the backward pass keeps of a block: none (everything), dots (matmul outputs), attention (its
-                    output), full (nothing)
     attention       kernel: dot
-    dtype           type of activations and matmuls: float32 or bfloat16 (softmax, norms and logits are always float32)
-    param_dtype     type in which parameters are stored: float32 or bfloat16
     """
 
     objectives: ClassVar[tuple[str, ...]] = ("causal", "prefix", "fim")
-    generates: ClassVar[bool] = True
 
     family: str = "decoder"
-    vocab_size: int = 0
-    vocab_multiple: int = 128
-    num_layers: int = 4
-    embed: int = 256
     embed_multiplier: float = 1.0
     num_heads: int = 4
     num_kv_heads: int = 0
@@ -111,17 +90,9 @@ class DecoderConfig:
     tied: str = "untied"
     logit_softcap: float = 0.0
     biases: str = "none"
-    parametrization: str = "standard"
-    base_embed: int = 256
-    dropout: float = 0.0
-    scan: bool = True
-    remat: str = "none"
     attention: str = "dot"
-    dtype: str = "float32"
-    param_dtype: str = "float32"
 
     def __post_init__(self):
-        parametrization.check(self)
         _check_names(self)
         _check_numbers(self)
         _check_positions(self)
@@ -140,10 +111,10 @@ class DecoderConfig:
     @property
     def mlp_size(self) -> int:
         """Width of the feed-forward layer."""
-        return self.mlp or (4 * self.embed if self.gated == "plain" else checks.round_up(-(-8 * self.embed // 3), 128))
+        return self.mlp or default_mlp_size(self.embed, self.gated == "gated")
 
     @property
-    def branch_scale(self) -> float:
+    def residual_init_scale(self) -> float:
         """First scale of what each of the 2 num_layers residual branches adds, so that the sum has variance 1."""
         return (2 * self.num_layers) ** -0.5
 
@@ -174,28 +145,18 @@ class DecoderConfig:
         )
 
     @property
-    def padded_vocab(self) -> int:
-        """Number of rows of the embedding."""
-        return checks.round_up(self.vocab_size, self.vocab_multiple)
-
-    @property
-    def longest(self) -> int | None:
+    def max_seq_len(self) -> int | None:
         """The longest sequence that the model can read; None: no limit."""
         return self.max_positions if self.positions == "learned" else None
 
     def check(self, *, seq_len: int, tensor: int) -> None:
         """UserError where the model cannot read rows of `seq_len` tokens, or cannot be cut over `tensor` devices."""
-        if self.longest is not None and seq_len > self.longest:
-            raise UserError(
-                f"data.seq_len={seq_len}: the model has only model.max_positions={self.max_positions} learned positions"
-            )
+        self.check_seq_len(seq_len)
         counts = {"num_heads": self.num_heads, "num_kv_heads": self.kv_heads, "mlp": self.mlp_size}
-        for field, count in counts.items():
-            if count % tensor:
-                raise UserError(f"mesh.tensor={tensor}: must divide model.{field}={count}")
+        self.check_tensor_shards(tensor, counts)
 
     @property
-    def multiplied_weights(self) -> int:
+    def matmul_params(self) -> int:
         """Number of weights that one token is multiplied with; the head counts, the embedding lookup does not."""
         heads = 2 * self.num_heads + 2 * self.kv_heads
         matrices = 3 if self.gated == "gated" else 2
@@ -214,7 +175,7 @@ class DecoderConfig:
         for local in self.local:
             reach = min(self.window, seq_len) if local else seq_len
             keys += reach - reach * reach / (2 * seq_len)
-        return 6.0 * self.multiplied_weights + 6.0 * self.num_heads * self.score_width * keys
+        return 6.0 * self.matmul_params + 6.0 * self.num_heads * self.score_width * keys
 
     @property
     def score_width(self) -> int:
@@ -255,13 +216,13 @@ _AT_LEAST = {
 
 
 def _check_names(config: DecoderConfig) -> None:
-    checks.names(config, _NAMES)
+    config.check_choices(_NAMES)
     if not config.pattern or set(config.pattern) - set("lg"):
         raise UserError(f"model.pattern={config.pattern!r}: one letter a layer, l (local) or g (global), such as 'lg'")
 
 
 def _check_numbers(config: DecoderConfig) -> None:
-    checks.numbers(config, _AT_LEAST, ("norm_eps", "rope_base", "embed_multiplier"))
+    config.check_ranges(_AT_LEAST, ("norm_eps", "rope_base", "embed_multiplier"))
     if config.num_heads % config.kv_heads:
         raise UserError(f"model.num_kv_heads={config.kv_heads}: must divide model.num_heads={config.num_heads}")
     if not config.head_dim and config.embed % config.num_heads:
@@ -304,7 +265,7 @@ def _check_kernel(config: DecoderConfig) -> None:
         "pattern": ("pattern", len(set(config.local)) > 1),
     }
     for feature, (field, wanted) in asked.items():
-        if wanted and feature not in KERNELS[config.attention].honours:
+        if wanted and feature not in KERNELS[config.attention].supports:
             raise UserError(
                 f"model.{field}={getattr(config, field)!r}: model.attention={config.attention!r} cannot honour it; "
                 "take model.attention='dot'"

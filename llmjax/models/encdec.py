@@ -1,22 +1,144 @@
 """Encoder-decoder transformer: T5, T5 v1.1 and Flan-T5, from one config, over packed sources and targets."""
 
-from typing import NamedTuple
+import dataclasses
+from typing import ClassVar, NamedTuple
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 
 from llmjax.batch import Batch, Output
-from llmjax.config import UserError
-from llmjax.models import parametrization
-from llmjax.models.encdec_config import EncDecConfig
+from llmjax.errors import UserError
+from llmjax.models.base import BaseModelConfig, default_mlp_size
 from llmjax.nn import attention, dropout, embedding, stack, weights
 from llmjax.nn.cross_attention import CrossAttention, KeysValues
 from llmjax.nn.dropout import Dropout
 from llmjax.nn.embedding import Embedding
-from llmjax.nn.mlp import Mlp
+from llmjax.nn.mlp import ACTIVATIONS, Mlp
 from llmjax.nn.norm import RMSNorm
 from llmjax.nn.relative import RelativeBias
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncDecConfig(BaseModelConfig):
+    """An encoder-decoder transformer: T5, T5 v1.1 and Flan-T5. (Raffel et al., 2020, arXiv 1910.10683)
+
+    The encoder reads the source in both directions; the decoder reads the targets before each place, and attends to the
+    source of its own segment. Norms are RMS norms, before each sub-block and at the end of each stack; no linear map
+    has a bias; positions enter by a learned bias for the distance, one table for the encoder and one for the decoder.
+
+
+    family              "encdec"
+    start_id            the token that the decoder reads first; -1: the tokenizer's, filled in by the run
+    num_layers          number of blocks of the encoder
+    num_decoder_layers  number of blocks of the decoder; 0: num_layers
+    num_heads           number of heads of every attention
+    head_dim            width of a head; 0: embed / num_heads
+    mlp                 width of the feed-forward layers; 0: 4 embed when plain, 8/3 embed rounded up to a multiple of
+                        128 when gated
+    activation          of the feed-forward layers: silu, gelu (by erf), gelu_tanh, relu, relu2 (relu squared)
+    gated               feed-forward layers: gated (two matrices in, one out) or plain (one in, one out)
+    norm_eps            added to the mean square in a norm
+    relative_buckets    number of biases that a head has for distances
+    relative_distance   distance from which all share the last bucket
+    tied                tied (the head is the token embedding, which reads hidden states times embed^-1/2) or untied (a
+                        matrix of its own, which reads them as they are)
+    dropout             rate after the embeddings, at the end of each sub-block and after the last norms; from 0 to
+                        below 1
+    """
+
+    objectives: ClassVar[tuple[str, ...]] = ("span", "ul2", "prefix")
+
+    family: str = "encdec"
+    start_id: int = -1
+    num_decoder_layers: int = 0
+    num_heads: int = 4
+    head_dim: int = 0
+    mlp: int = 0
+    activation: str = "gelu_tanh"
+    gated: str = "gated"
+    norm_eps: float = 1e-6
+    relative_buckets: int = 32
+    relative_distance: int = 128
+    tied: str = "untied"
+
+    def __post_init__(self):
+        self.check_choices(_NAMES)
+        _check_numbers(self)
+
+    @property
+    def decoder_layers(self) -> int:
+        """Number of blocks of the decoder."""
+        return self.num_decoder_layers or self.num_layers
+
+    @property
+    def head_size(self) -> int:
+        """Width of a head."""
+        return self.head_dim or self.embed // self.num_heads
+
+    @property
+    def mlp_size(self) -> int:
+        """Width of the feed-forward layers."""
+        return self.mlp or default_mlp_size(self.embed, self.gated == "gated")
+
+    def check(self, *, seq_len: int, tensor: int) -> None:
+        """UserError where the model cannot be cut over `tensor` devices; rows may be of any length."""
+        self.check_tensor_shards(tensor, {"num_heads": self.num_heads, "mlp": self.mlp_size})
+
+    def flops_per_token(self, seq_len: int, target_len: int = 0) -> float:
+        """Model flops of one scored target, for model flops utilisation: the source tokens that go with it included.
+
+        Rows have `seq_len` places for the source and `target_len` for the target (0: as many), equally full, so that a
+        target bears seq_len / target_len source tokens. So it is in span corruption: 15% of 568 tokens in spans of 3
+        make a source of 512 and a target of 114, and each target pays for 4.5 source tokens.
+
+        6 flops for each weight of a matmul (2 forward, 4 backward) that a token meets. A target meets the decoder's
+        blocks, but for the keys and values of the cross-attention, and the head; a source token meets the encoder's
+        blocks, and every decoder block's keys and values of it. Attention's two products are 12 layers heads head_dim
+        times the length of what is attended to, halved where it is causal. Recomputation is not counted. (Chowdhery et
+        al., 2022, PaLM, appendix B, arXiv 2204.02311, which does not halve.)
+        """
+        target_len = target_len or seq_len
+        width = self.num_heads * self.head_size
+        projection = self.embed * width
+        mlp = (3 if self.gated == "gated" else 2) * self.embed * self.mlp_size
+        layers, decoder_layers = self.num_layers, self.decoder_layers
+        source = 6.0 * (layers * (4 * projection + mlp) + decoder_layers * 2 * projection)
+        source += 12.0 * layers * width * seq_len
+        target = 6.0 * (decoder_layers * (6 * projection + mlp) + self.embed * self.vocab_size)
+        target += decoder_layers * width * (6.0 * target_len + 12.0 * seq_len)
+        return target + source * seq_len / target_len
+
+
+_NAMES = {
+    "activation": tuple(ACTIVATIONS),
+    "gated": ("gated", "plain"),
+    "tied": ("tied", "untied"),
+}
+_AT_LEAST = {
+    "start_id": -1,
+    "num_decoder_layers": 0,
+    "num_heads": 1,
+    "head_dim": 0,
+    "mlp": 0,
+    "relative_buckets": 4,
+}
+
+
+def _check_numbers(config: EncDecConfig) -> None:
+    config.check_ranges(_AT_LEAST, ("norm_eps",))
+    if config.relative_distance <= config.relative_buckets // 2:
+        raise UserError(
+            f"model.relative_distance={config.relative_distance}: must be above half of "
+            f"model.relative_buckets={config.relative_buckets}, which hold one distance each"
+        )
+    if config.vocab_size and config.start_id >= config.vocab_size:
+        raise UserError(f"model.start_id={config.start_id}: must be below model.vocab_size={config.vocab_size}")
+    if not config.head_dim and config.embed % config.num_heads:
+        raise UserError(
+            f"model.num_heads={config.num_heads}: must divide model.embed={config.embed}, or set model.head_dim"
+        )
+
 
 _NO_DROPOUT = Dropout(None, 0.0)
 
@@ -46,7 +168,7 @@ class Block(nnx.Module):
             config.embed,
             num_heads=config.num_heads,
             head_dim=config.head_size,
-            score_scale=parametrization.score_scale(config, 1.0),
+            score_scale=config.mup_score_scale(1.0, config.head_size),
             dtype=dtype,
         )
         self.attention_norm, self.attention = norm(), attend(k_attention)
@@ -132,7 +254,7 @@ class EncDec(nnx.Module):
             raise UserError("model.family='encdec': the batch has no source; choose an objective that makes one")
         drop = dropout.for_samples(key, batch.sample, self.config.dropout)
         source = self._encode(batch.source, batch.source_segments, batch.source_positions, drop.at(0))
-        seen = attention.visible(batch.segments, batch.positions, causal=True)
+        seen = attention.attention_mask(batch.segments, batch.positions, causal=True)
         crossed = batch.segments[:, :, None] == batch.source_segments[:, None, :]
         bias = self.decoder.bias(batch.positions, batch.positions)
 
@@ -147,7 +269,7 @@ class EncDec(nnx.Module):
 
     def _encode(self, tokens: jax.Array, segments: jax.Array, positions: jax.Array, drop: Dropout) -> jax.Array:
         """Source tokens, segments and positions, each [batch, source_seq] -> [batch, source_seq, embed]."""
-        seen = attention.visible(segments, positions, causal=False)
+        seen = attention.attention_mask(segments, positions, causal=False)
         bias = self.encoder.bias(positions, positions)
 
         def layer(x, block, drop):
@@ -160,7 +282,7 @@ class EncDec(nnx.Module):
     def prefill(self, tokens: jax.Array, lengths: jax.Array, max_tokens: int) -> tuple[jax.Array, Cache, jax.Array]:
         """Encode prompts as sources: tokens [batch, seq], of which `lengths` [batch] count; then read the start token.
 
-        Returns the hidden state [batch, embed] that foretells the first token of the target, the cache, which has room
+        Returns the hidden state [batch, embed] that predicts the first token of the target, the cache, which has room
         for the start token and `max_tokens` more (the source lies apart), and the position [batch] of that first token:
         1, as the start token is at 0.
         """
@@ -198,7 +320,7 @@ class EncDec(nnx.Module):
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., embed] -> float32 logits [..., padded vocab]; padding ids get one that no softmax
         sees."""
-        scale = 1 / parametrization.width(self.config)
+        scale = 1 / self.config.width_multiplier
         table = self.head[...] if self.head is not None else self.embed.table[...].T
         if self.head is None:
             scale *= self.config.embed**-0.5

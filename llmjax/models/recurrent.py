@@ -1,20 +1,127 @@
 """Recurrent language model: a stack of RNN, LSTM, GRU or RG-LRU layers, from one config."""
 
 from collections.abc import Callable
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 
 from llmjax.batch import Batch, Output
-from llmjax.models import parametrization
-from llmjax.models.recurrent_config import RecurrentConfig
+from llmjax.errors import UserError
+from llmjax.models.base import BaseModelConfig
 from llmjax.nn import dropout, embedding, recurrent, rglru, stack, weights
 from llmjax.nn.dropout import Dropout
 from llmjax.nn.embedding import Embedding
 from llmjax.nn.mlp import Mlp
 from llmjax.nn.norm import NORMS
+from llmjax.nn.recurrent import CELLS
+from llmjax.nn.rglru import RECURRENCES
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecurrentConfig(BaseModelConfig):
+    """A stack of recurrent layers.
+
+
+    family          "recurrent"
+    embed           width of the residual stream, and of the embedding
+    cell            rnn (tanh), lstm, gru, or rglru (Griffin's block with its linear recurrence)
+    hidden          width of the state; 0: embed. rnn, lstm and gru project another width back to embed
+    mlp             width of a gated feed-forward sub-block after each cell; 0: none
+    gate_blocks     rglru: number of blocks on the diagonal of its gates' matrices, a divisor of the state's width
+    norm            before each sub-block and once at the end: none, rmsnorm or layernorm
+    norm_eps        added to the variance in a norm
+    residual        add (each sub-block's output is added to its input) or none (it replaces it)
+    tied            tied (the head is the token embedding) or untied (a matrix of its own)
+    recurrence      over time: sequential (token by token, any cell) or associative (a parallel scan, rglru alone)
+    unroll          tokens in one turn of the sequential loop; more compile longer and may run faster
+    """
+
+    objectives: ClassVar[tuple[str, ...]] = ("causal", "fim")
+
+    family: str = "recurrent"
+    num_layers: int = 2
+    cell: str = "lstm"
+    hidden: int = 0
+    mlp: int = 0
+    gate_blocks: int = 1
+    norm: str = "rmsnorm"
+    norm_eps: float = 1e-5
+    residual: str = "add"
+    tied: str = "untied"
+    recurrence: str = "sequential"
+    unroll: int = 1
+
+    def __post_init__(self):
+        _check_names(self)
+        _check_numbers(self)
+
+    @property
+    def state_size(self) -> int:
+        """Width of the state."""
+        return self.hidden or self.embed
+
+    def check(self, *, seq_len: int, tensor: int) -> None:
+        """UserError where the model cannot be cut over `tensor` devices; rows may have any length."""
+        del seq_len
+        counts = {"hidden": self.state_size, "mlp": self.mlp}
+        if self.cell == "rglru":
+            counts["gate_blocks"] = self.gate_blocks
+        self.check_tensor_shards(tensor, counts)
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Model flops of one training token, for model flops utilisation: 6 for each weight of a matmul.
+
+        2 forward and 4 backward; the head counts, the embedding lookup and elementwise work (gates, taps, the linear
+        recurrence) do not, and recomputation neither. No term grows with the length.
+        """
+        del seq_len
+        embed, hidden = self.embed, self.state_size
+        if self.cell == "rglru":
+            block = 3 * embed * hidden + 2 * hidden * hidden // self.gate_blocks
+        else:
+            block = len(CELLS[self.cell].gates) * hidden * (embed + hidden)
+            block += hidden * embed if hidden != embed else 0
+        return 6.0 * (self.num_layers * (block + 3 * embed * self.mlp) + embed * self.vocab_size)
+
+
+_NAMES = {
+    "cell": (*CELLS, "rglru"),
+    "norm": ("none", *NORMS),
+    "residual": ("add", "none"),
+    "tied": ("tied", "untied"),
+    "recurrence": RECURRENCES,
+}
+_AT_LEAST = {
+    "hidden": 0,
+    "mlp": 0,
+    "gate_blocks": 1,
+    "unroll": 1,
+}
+
+
+def _check_names(config: RecurrentConfig) -> None:
+    config.check_choices(_NAMES)
+    if config.recurrence == "associative" and config.cell != "rglru":
+        raise UserError(
+            f"model.recurrence='associative': the state of model.cell={config.cell!r} passes through a nonlinearity "
+            "at every token; take cell='rglru', or recurrence='sequential'"
+        )
+
+
+def _check_numbers(config: RecurrentConfig) -> None:
+    config.check_ranges(_AT_LEAST, ("norm_eps",))
+    if config.cell != "rglru" and config.gate_blocks != 1:
+        raise UserError(f"model.gate_blocks={config.gate_blocks}: only model.cell='rglru' has them; leave it at 1")
+    if config.state_size % config.gate_blocks:
+        raise UserError(
+            f"model.gate_blocks={config.gate_blocks}: must divide the state's width, model.hidden={config.state_size}"
+        )
+    if config.recurrence == "associative" and config.unroll != 1:
+        raise UserError(f"model.unroll={config.unroll}: an associative recurrence has no loop; leave it at 1")
+
 
 Cache = tuple[jax.Array, ...]
 
@@ -103,7 +210,7 @@ class Recurrent(nnx.Module):
     def prefill(self, tokens: jax.Array, lengths: jax.Array, max_tokens: int) -> tuple[jax.Array, Cache, jax.Array]:
         """Read prompts: tokens [batch, seq], of which `lengths` [batch] count.
 
-        Returns the hidden state [batch, embed] that foretells the next token, the state after the last token that
+        Returns the hidden state [batch, embed] that predicts the next token, the state after the last token that
         counts (padding behind it has no part in it), and the next token's position [batch]. `max_tokens` is of no
         account: a state has one size, however long the text.
         """
@@ -130,7 +237,7 @@ class Recurrent(nnx.Module):
         """Hidden states [..., embed] -> float32 logits [..., padded vocab]; padding ids get one that no softmax
         sees."""
         table = self.embed.table[...].T if self.head is None else self.head[...]
-        scale = 1 / parametrization.width(self.config)
+        scale = 1 / self.config.width_multiplier
         return embedding.logits(hidden, table, vocab_size=self.config.vocab_size, scale=scale)
 
     def _advance(self, tokens, positions, cache, last) -> tuple[jax.Array, Cache]:

@@ -9,14 +9,10 @@ import jax
 
 from llmjax.models.decoder import Decoder
 from llmjax.models.decoder_config import DecoderConfig
-from llmjax.models.encdec import EncDec
-from llmjax.models.encdec_config import EncDecConfig
-from llmjax.models.encoder import Encoder
-from llmjax.models.encoder_config import EncoderConfig
-from llmjax.models.moe import MoeDecoder
-from llmjax.models.moe_config import MoeConfig
-from llmjax.models.recurrent import Recurrent
-from llmjax.models.recurrent_config import RecurrentConfig
+from llmjax.models.encdec import EncDec, EncDecConfig
+from llmjax.models.encoder import Encoder, EncoderConfig
+from llmjax.models.moe import MoeConfig, MoeDecoder
+from llmjax.models.recurrent import Recurrent, RecurrentConfig
 
 # One line a family, here and below: its module, and its config, which `model.family` chooses.
 FAMILIES: dict[str, Any] = {

@@ -1,6 +1,6 @@
 """Self-attention that stays inside a segment; the kernel is chosen by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Any
 
@@ -14,29 +14,32 @@ from llmjax.nn.embedding import MASKED
 from llmjax.nn.linear import Linear
 from llmjax.parallel.axes import constrain
 
+Rope = tuple[jax.Array, jax.Array] | None  # cos and sin of the rotary angles; None: nothing is rotated
+Cache = tuple[jax.Array, jax.Array]
+
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
     """One way to compute causal attention.
 
-    prepare   (segments and positions int [batch, seq], prefix bool [batch, seq] or None, window int or None) -> arrays
-              that the kernel needs to know of them, made once for all layers of that window
-    attend    (q [batch, seq, heads, head_dim], k and v [batch, seq, kv_heads, head_dim], prepared, *, scale, softcap,
-              sinks) -> like q, with the meaning these have in `dot`
-    honours   what it can do of FEATURES; a config that needs anything else is refused
+    make_mask     (segments and positions int [batch, seq], prefix bool [batch, seq] or None, window int or None) ->
+                  what the kernel needs of them, computed once for all layers of that window
+    attention_fn  (q [batch, seq, heads, head_dim], k and v [batch, seq, kv_heads, head_dim], mask, *, scale, softcap,
+                  sinks) -> like q, with the meaning that these have in `dot`
+    supports      the FEATURES that it can compute; a config that needs another one is refused
     """
 
-    prepare: Callable[[jax.Array, jax.Array, jax.Array | None, int | None], Any]
-    attend: Callable[..., jax.Array]
-    honours: frozenset[str]
+    make_mask: Callable[[jax.Array, jax.Array, jax.Array | None, int | None], Any]
+    attention_fn: Callable[..., jax.Array]
+    supports: frozenset[str]
 
 
-# What a model may ask of a kernel beyond plain causal attention inside segments: a scale of its own, a soft-cap, sinks,
-# a window, and windows that differ between layers (one `prepared` is chosen from several by a traced index).
+# What a model may need of a kernel beyond causal attention inside segments: a scale of its own, a soft-cap, sinks, a
+# window, and windows that differ between layers (one mask is selected from several by a traced index).
 FEATURES = frozenset({"scale", "softcap", "sinks", "window", "pattern"})
 
 
-def visible(
+def attention_mask(
     segments: jax.Array,
     positions: jax.Array,
     *,
@@ -44,17 +47,31 @@ def visible(
     prefix: jax.Array | None = None,
     window: int | jax.Array | None = None,
 ) -> jax.Array:
-    """segments, positions [batch, seq] -> bool [batch, seq (queries), seq (keys)]: who sees whom, in a segment only.
+    """segments, positions [batch, seq] -> bool [batch, seq (queries), seq (keys)]: True inside a segment.
 
-    causal   no key after its query, but for keys in the segment's `prefix` (bool [batch, seq])
-    window   only keys less than this many positions away; None: all. May differ between layers of a scan
+    causal   no key after its query, except keys in the segment's `prefix` (bool [batch, seq])
+    window   only keys less than this many positions away; None: all
     """
     distance = positions[:, :, None] - positions[:, None, :]
-    seen = segments[:, :, None] == segments[:, None, :]
+    mask = segments[:, :, None] == segments[:, None, :]
     if causal:
         past = distance >= 0
-        seen &= past if prefix is None else past | prefix[:, None, :]
-    return seen if window is None else seen & (jnp.abs(distance) < window)
+        mask &= past if prefix is None else past | prefix[:, None, :]
+    return mask if window is None else mask & (jnp.abs(distance) < window)
+
+
+def cache_mask(positions: jax.Array, slots: int, window: int | None = None) -> jax.Array:
+    """positions [batch, seq] -> bool [batch, seq, slots]: slot i holds position i; no slot after a query, nor `window`
+    or more positions before it."""
+    distance = positions[:, :, None] - jnp.arange(slots)
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+
+
+def update_cache(cache: Cache, new: Sequence[jax.Array], start: jax.Array) -> Cache:
+    """The cache, each leaf [batch, slots, ...], with `new` [batch, seq, ...] written from slot `start` [batch] on."""
+    write = jax.vmap(lambda old, rows, at: jax.lax.dynamic_update_slice_in_dim(old, rows, at, axis=0))
+    first, second = (write(old, rows.astype(old.dtype), start) for old, rows in zip(cache, new, strict=True))
+    return first, second
 
 
 def dot(
@@ -108,11 +125,11 @@ def dot(
     return out.reshape(batch, s, heads, -1)
 
 
-def _causal(segments: jax.Array, positions: jax.Array, prefix: jax.Array | None, window: int | None) -> jax.Array:
-    return visible(segments, positions, causal=True, prefix=prefix, window=window)
+def _causal_mask(segments: jax.Array, positions: jax.Array, prefix: jax.Array | None, window: int | None) -> jax.Array:
+    return attention_mask(segments, positions, causal=True, prefix=prefix, window=window)
 
 
-KERNELS = {"dot": Kernel(_causal, dot, FEATURES)}
+KERNELS = {"dot": Kernel(_causal_mask, dot, FEATURES)}
 
 
 class Attention(nnx.Module):
@@ -152,11 +169,9 @@ class Attention(nnx.Module):
         self.sinks = weights.constant(0.0, {"heads": num_heads}, dtype=dtype) if sinks else None
         self.kernel, self.score_scale, self.softcap = kernel, score_scale, softcap
 
-    def project(
-        self, x: jax.Array, angles: tuple[jax.Array, jax.Array] | None
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x [batch, seq, embed] -> q [batch, seq, heads, head_dim]; k, v [batch, seq, kv_heads, head_dim]; normed,
-        rotated."""
+    def project(self, x: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [batch, seq, embed] -> q [batch, seq, heads, head_dim]; k, v [batch, seq, kv_heads, head_dim]; q and k
+        normed and rotated."""
         q = constrain(self.query(x), "batch", "seq", "heads", "head_dim")
         k = constrain(self.key(x), "batch", "seq", "kv_heads", "head_dim")
         v = constrain(self.value(x), "batch", "seq", "kv_heads", "head_dim")
@@ -164,34 +179,27 @@ class Attention(nnx.Module):
             q = self.query_norm(q)
         if self.key_norm is not None:
             k = self.key_norm(k)
-        return (q, k, v) if angles is None else (rotary.rotate(q, *angles), rotary.rotate(k, *angles), v)
+        return (q, k, v) if rope is None else (rotary.rotate(q, *rope), rotary.rotate(k, *rope), v)
 
-    def __call__(self, x: jax.Array, angles: tuple[jax.Array, jax.Array] | None, prepared: Any) -> jax.Array:
-        q, k, v = self.project(x, angles)
-        heads = checkpoint_name(KERNELS[self.kernel].attend(q, k, v, prepared, **self._scores()), "attention")
-        return self.out(constrain(heads, "batch", "seq", "heads", "head_dim"))
+    def __call__(self, x: jax.Array, rope: Rope, mask: Any) -> jax.Array:
+        """x [batch, seq, embed] -> same; `mask` as the kernel's `make_mask` returns it."""
+        q, k, v = self.project(x, rope)
+        heads = KERNELS[self.kernel].attention_fn(q, k, v, mask, **self._score_options())
+        heads = constrain(checkpoint_name(heads, "attention"), "batch", "seq", "heads", "head_dim")
+        return self.out(heads)
 
-    def cached(
-        self,
-        x: jax.Array,
-        angles: tuple[jax.Array, jax.Array] | None,
-        positions: jax.Array,
-        cache: tuple[jax.Array, jax.Array],
-        window: jax.Array | int | None = None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def decode(
+        self, x: jax.Array, rope: Rope, mask: jax.Array, cache: Cache, start: jax.Array
+    ) -> tuple[jax.Array, Cache]:
         """The same over a cache of keys and values, each [batch, slots, kv_heads, head_dim]; slot i holds position i.
 
-        x [batch, seq, embed] stands at consecutive `positions` int [batch, seq], which may start elsewhere in each row.
-        Its keys and values are written there first; slots beyond a query's position, or `window` and more before it,
-        are not seen. Returns (output, cache).
+        x [batch, seq, embed] stands at consecutive positions from `start` [batch] on, where its keys and values are
+        written first; `mask` is `cache_mask`'s. Returns (output, cache).
         """
-        q, *new = self.project(x, angles)
-        write = jax.vmap(lambda old, rows, start: jax.lax.dynamic_update_slice_in_dim(old, rows, start, axis=0))
-        k, v = (write(old, rows.astype(old.dtype), positions[:, 0]) for old, rows in zip(cache, new, strict=True))
-        distance = positions[:, :, None] - jnp.arange(k.shape[1])
-        mask = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-        return self.out(dot(q, k.astype(q.dtype), v.astype(q.dtype), mask, **self._scores())), (k, v)
+        q, *new = self.project(x, rope)
+        k, v = cache = update_cache(cache, new, start)
+        return self.out(dot(q, k.astype(q.dtype), v.astype(q.dtype), mask, **self._score_options())), cache
 
-    def _scores(self) -> dict[str, Any]:
+    def _score_options(self) -> dict[str, Any]:
         sinks = None if self.sinks is None else self.sinks[...]
         return {"scale": self.score_scale, "softcap": self.softcap, "sinks": sinks}

@@ -8,13 +8,12 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from llmjax.nn import rotary
-from llmjax.nn.attention import KERNELS, dot
+from llmjax.nn.attention import KERNELS, Cache, dot, update_cache
 from llmjax.nn.linear import Linear
 from llmjax.nn.norm import RMSNorm
 from llmjax.parallel.axes import constrain
 
-Angles = tuple[jax.Array, jax.Array]
-Cache = tuple[jax.Array, jax.Array]
+Rope = tuple[jax.Array, jax.Array]
 
 # Of the norms of the latents, whatever that of the residual stream has.
 _EPS = 1e-6
@@ -63,42 +62,41 @@ class LatentAttention(nnx.Module):
         self.out = linear(heads(value_dim), x, scale=scale)
         self.head_dim, self.score_scale, self.kernel = head_dim, score_scale, kernel
 
-    def project(self, x: jax.Array, angles: Angles) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    def project(self, x: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """x [batch, seq, embed] -> the two parts of the queries, [batch, seq, heads, head_dim] and [.., rope_dim], the
         latents [batch, seq, latent] and the rotated part of the keys [batch, seq, rope_dim]."""
         q = x if self.query_down is None or self.query_norm is None else self.query_norm(self.query_down(x))
         q = constrain(self.query(q), "batch", "seq", "heads", "head_dim")
-        plain, turned = q[..., : self.head_dim], rotary.rotate(q[..., self.head_dim :], *angles)
-        rope = rotary.rotate(self.key_rope(x)[:, :, None], *angles)[:, :, 0]
-        return plain, turned, self.latent_norm(self.latent(x)), rope
+        plain_q, rope_q = q[..., : self.head_dim], rotary.rotate(q[..., self.head_dim :], *rope)
+        rope_k = rotary.rotate(self.key_rope(x)[:, :, None], *rope)[:, :, 0]
+        return plain_q, rope_q, self.latent_norm(self.latent(x)), rope_k
 
-    def __call__(self, x: jax.Array, angles: Angles, prepared: Any) -> jax.Array:
-        plain, turned, latent, rope = self.project(x, angles)
+    def __call__(self, x: jax.Array, rope: Rope, mask: Any) -> jax.Array:
+        """x [batch, seq, embed] -> same; `mask` as the kernel's `make_mask` returns it."""
+        plain_q, rope_q, latent, rope_k = self.project(x, rope)
         k = constrain(self.key(latent), "batch", "seq", "heads", "head_dim")
         v = constrain(self.value(latent), "batch", "seq", "heads", "head_dim")
-        k = jnp.concatenate([k, jnp.broadcast_to(rope[:, :, None], turned.shape)], axis=-1)
-        q = jnp.concatenate([plain, turned], axis=-1)
-        found = KERNELS[self.kernel].attend(q, k, v, prepared, scale=self.score_scale)
-        return self.out(constrain(checkpoint_name(found, "attention"), "batch", "seq", "heads", "head_dim"))
+        k = jnp.concatenate([k, jnp.broadcast_to(rope_k[:, :, None], rope_q.shape)], axis=-1)
+        q = jnp.concatenate([plain_q, rope_q], axis=-1)
+        heads = KERNELS[self.kernel].attention_fn(q, k, v, mask, scale=self.score_scale)
+        return self.out(constrain(checkpoint_name(heads, "attention"), "batch", "seq", "heads", "head_dim"))
 
-    def cached(
-        self, x: jax.Array, angles: Angles, positions: jax.Array, cache: Cache, window: None = None
+    def decode(
+        self, x: jax.Array, rope: Rope, mask: jax.Array, cache: Cache, start: jax.Array
     ) -> tuple[jax.Array, Cache]:
         """The same over a cache of latents and rotated keys, [batch, slots, latent] and [batch, slots, rope_dim].
 
-        x [batch, seq, embed] stands at consecutive `positions` int [batch, seq]; slot i holds position i. No key or
-        value is made: queries are taken into the latents' space, where all heads share the latents as keys and values,
-        and what they find there is taken to values. Returns (output, cache).
+        Arguments as in `Attention.decode`. No key or value is computed: queries are projected into the latent space,
+        where all heads share the latents as keys and values, and the result is projected to values.
+
+        Returns (output, cache).
         """
-        assert window is None
-        plain, turned, *new = self.project(x, angles)
-        write = jax.vmap(lambda old, rows, start: jax.lax.dynamic_update_slice_in_dim(old, rows, start, axis=0))
-        first, second = (write(old, r.astype(old.dtype), positions[:, 0]) for old, r in zip(cache, new, strict=True))
-        latent, rope = first.astype(x.dtype), second.astype(x.dtype)
-        absorbed = jnp.einsum("bshk,chk->bshc", plain, self.key.weight[...].astype(x.dtype))
-        q = jnp.concatenate([absorbed, turned], axis=-1)
-        k = jnp.concatenate([latent, rope], axis=-1)[:, :, None]
-        mask = jnp.arange(latent.shape[1]) <= positions[:, :, None]
-        found = dot(q, k, latent[:, :, None], mask, scale=self.score_scale)
-        values = jnp.einsum("bshc,chv->bshv", found, self.value.weight[...].astype(x.dtype))
-        return self.out(values), (first, second)
+        plain_q, rope_q, *new = self.project(x, rope)
+        cache = update_cache(cache, new, start)
+        latent, rope_k = (part.astype(x.dtype) for part in cache)
+        absorbed = jnp.einsum("bshk,chk->bshc", plain_q, self.key.weight[...].astype(x.dtype))
+        q = jnp.concatenate([absorbed, rope_q], axis=-1)
+        k = jnp.concatenate([latent, rope_k], axis=-1)[:, :, None]
+        heads = dot(q, k, latent[:, :, None], mask, scale=self.score_scale)
+        values = jnp.einsum("bshc,chv->bshv", heads, self.value.weight[...].astype(x.dtype))
+        return self.out(values), cache

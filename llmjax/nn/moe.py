@@ -28,7 +28,7 @@ def _gated(activation: Callable) -> Callable:
 
 
 # How an expert joins its two inner layers, by the name of its activation.
-JOINS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+GLU_ACTIVATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     **{name: _gated(activation) for name, activation in ACTIVATIONS.items()},
     "clamped_swiglu": clamped_swiglu,
 }
@@ -56,7 +56,7 @@ class Routing:
     top_groups: int = 1
 
 
-class Choice(NamedTuple):
+class RouterOutput(NamedTuple):
     """What a router says of each token.
 
     ids            int [..., chosen], different experts
@@ -69,27 +69,27 @@ class Choice(NamedTuple):
     probabilities: jax.Array
 
 
-def choose(logits: jax.Array, correction: jax.Array | None, routing: Routing) -> Choice:
-    """Float32 logits [..., experts] -> Choice. `correction` [experts] counts in choosing, not in weighing."""
+def route(logits: jax.Array, expert_bias: jax.Array | None, routing: Routing) -> RouterOutput:
+    """Float32 logits [..., experts] -> RouterOutput. `correction` [experts] counts in choosing, not in weighing."""
     if routing.score == "softmax":
         scores = probabilities = jax.nn.softmax(logits, axis=-1)
     else:
         scores = jax.nn.sigmoid(logits)
         probabilities = scores / (jnp.sum(scores, axis=-1, keepdims=True) + _SMALL)
     # Without a correction the logits are in the order of the scores, and two of them are not rounded to the same one.
-    ranks = jax.lax.stop_gradient(logits if correction is None and routing.groups == 1 else scores)
-    if correction is not None:
-        ranks += jax.lax.stop_gradient(correction)
+    ranks = jax.lax.stop_gradient(logits if expert_bias is None and routing.groups == 1 else scores)
+    if expert_bias is not None:
+        ranks += jax.lax.stop_gradient(expert_bias)
     if routing.groups > 1:
         ranks = jnp.where(_open_experts(ranks, routing), ranks, -jnp.inf)
     ids = jax.lax.top_k(ranks, routing.chosen)[1]
     if routing.score == "softmax" and routing.renormalise:
-        found = jax.nn.softmax(jnp.take_along_axis(logits, ids, axis=-1), axis=-1)
+        chosen = jax.nn.softmax(jnp.take_along_axis(logits, ids, axis=-1), axis=-1)
     else:
-        found = jnp.take_along_axis(scores, ids, axis=-1)
+        chosen = jnp.take_along_axis(scores, ids, axis=-1)
         if routing.renormalise:
-            found /= jnp.sum(found, axis=-1, keepdims=True) + _SMALL
-    return Choice(ids, found * routing.scale, probabilities)
+            chosen /= jnp.sum(chosen, axis=-1, keepdims=True) + _SMALL
+    return RouterOutput(ids, chosen * routing.scale, probabilities)
 
 
 def _open_experts(ranks: jax.Array, routing: Routing) -> jax.Array:
@@ -101,7 +101,7 @@ def _open_experts(ranks: jax.Array, routing: Routing) -> jax.Array:
     return jnp.repeat(chosen, routing.experts // routing.groups, axis=-1)
 
 
-class Load(NamedTuple):
+class RouterStats(NamedTuple):
     """What a layer's router did with each row, padding left out; float32.
 
     counts         [batch, experts], tokens that each expert got
@@ -122,10 +122,10 @@ class Router(nnx.Module):
                  optimizer moves it against the load of its expert, as it does every parameter of the axes ("experts",)
     """
 
-    def __init__(self, key: jax.Array, embed: int, experts: int, *, bias: bool, correction: bool, dtype: str):
+    def __init__(self, key: jax.Array, embed: int, experts: int, *, bias: bool, expert_bias: bool, dtype: str):
         self.weight = weights.normal(key, {"embed": embed, "router": experts}, std=embed**-0.5, dtype=dtype)
         self.bias = weights.constant(0.0, {"router": experts}, dtype=dtype) if bias else None
-        self.correction = weights.constant(0.0, {"experts": experts}, dtype="float32") if correction else None
+        self.expert_bias = weights.constant(0.0, {"experts": experts}, dtype="float32") if expert_bias else None
 
 
 class Experts(nnx.Module):
@@ -164,13 +164,13 @@ class MoeMlp(nnx.Module):
         activation: str,
         expert_activation: str,
         bias: bool,
-        correction: bool,
+        expert_bias: bool,
         scale: float,
         dtype: str,
     ):
         k_router, k_experts, k_shared = jax.random.split(key, 3)
         count = routing.experts
-        self.router = Router(k_router, embed, count, bias=bias, correction=correction, dtype=dtype)
+        self.router = Router(k_router, embed, count, bias=bias, expert_bias=expert_bias, dtype=dtype)
         self.experts = Experts(k_experts, embed, mlp, count, bias=bias, scale=scale, dtype=dtype)
         self.shared = (
             Mlp(k_shared, embed, shared, activation=activation, gated=True, bias=bias, scale=scale, dtype=dtype)
@@ -179,41 +179,47 @@ class MoeMlp(nnx.Module):
         )
         self.routing, self.activation = routing, expert_activation
 
-    def __call__(self, x: jax.Array, real: jax.Array) -> tuple[jax.Array, Load]:
-        """x [batch, seq, embed], real bool [batch, seq] (False: padding, not counted) -> (same as x, Load)."""
+    def __call__(self, x: jax.Array, token_mask: jax.Array) -> tuple[jax.Array, RouterStats]:
+        """x [batch, seq, embed], token_mask bool [batch, seq] (False: padding, not counted) -> (like x, stats)."""
         router, experts = (nnx.to_pure_dict(nnx.state(part)) for part in (self.router, self.experts))
-        out, load = _on_shards(self._serve, x, real, router, experts)
-        return out if self.shared is None else out + self.shared(x), load
+        out, stats = _on_shards(self._shard, x, token_mask, router, experts)
+        return out if self.shared is None else out + self.shared(x), stats
 
-    def _serve(self, x: jax.Array, real: jax.Array, router: dict, experts: dict, first: Any) -> tuple[jax.Array, Load]:
-        """One shard's rows; `experts` may be a shard of the width, of which one is the `first` and adds the bias."""
+    def _shard(
+        self, x: jax.Array, token_mask: jax.Array, router: dict, experts: dict, is_first_shard: Any
+    ) -> tuple[jax.Array, RouterStats]:
+        """One shard's rows; `experts` may be a shard of the width, of which one is the first and adds the bias."""
         batch, _, embed = x.shape
         logits = jnp.matmul(
             x.astype(jnp.float32), router["weight"].astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
         )
         if "bias" in router:
             logits += router["bias"].astype(jnp.float32)
-        choice = choose(logits, router.get("correction"), self.routing)
+        choice = route(logits, router.get("expert_bias"), self.routing)
         chosen = choice.ids.reshape(-1, self.routing.chosen)
-        out = serve(x.reshape(-1, embed), chosen, choice.weights.reshape(chosen.shape), experts, self.activation, first)
-        counted = jnp.broadcast_to(real[..., None], choice.ids.shape).astype(jnp.float32)
-        count = lambda ids, one: jnp.zeros(self.routing.experts).at[ids.reshape(-1)].add(one.reshape(-1))
-        load = Load(
-            counts=jax.vmap(count)(choice.ids, counted),
-            probabilities=jnp.sum(jnp.where(real[..., None], choice.probabilities, 0.0), axis=1),
-            z=jnp.sum(jnp.where(real, jax.nn.logsumexp(logits, axis=-1) ** 2, 0.0), axis=1),
+        out = dispatch_and_combine(
+            x.reshape(-1, embed), chosen, choice.weights.reshape(chosen.shape), experts, self.activation, is_first_shard
         )
-        return out.reshape(batch, -1, embed), load
+        counted = jnp.broadcast_to(token_mask[..., None], choice.ids.shape).astype(jnp.float32)
+        count = lambda ids, one: jnp.zeros(self.routing.experts).at[ids.reshape(-1)].add(one.reshape(-1))
+        stats = RouterStats(
+            counts=jax.vmap(count)(choice.ids, counted),
+            probabilities=jnp.sum(jnp.where(token_mask[..., None], choice.probabilities, 0.0), axis=1),
+            z=jnp.sum(jnp.where(token_mask, jax.nn.logsumexp(logits, axis=-1) ** 2, 0.0), axis=1),
+        )
+        return out.reshape(batch, -1, embed), stats
 
 
-def serve(x: jax.Array, ids: jax.Array, shares: jax.Array, experts: dict, activation: str, first: Any) -> jax.Array:
-    """x [tokens, embed] through experts `ids` [tokens, chosen], weighed by `shares` [tokens, chosen] -> like x.
+def dispatch_and_combine(
+    x: jax.Array, ids: jax.Array, combine_weights: jax.Array, experts: dict, activation: str, is_first_shard: Any
+) -> jax.Array:
+    """x [tokens, embed] through experts `ids` [tokens, chosen], weighted by combine_weights [tokens, chosen] -> like x.
 
     (token, expert) pairs are sorted by expert, so that each expert meets its tokens in one matmul.
     """
     flat = ids.reshape(-1)
     order = jnp.argsort(flat, stable=True)
-    place = jnp.zeros_like(order).at[order].set(jnp.arange(len(flat), dtype=order.dtype), unique_indices=True)
+    inverse = jnp.zeros_like(order).at[order].set(jnp.arange(len(flat), dtype=order.dtype), unique_indices=True)
     expert, sizes = flat[order], jnp.bincount(flat, length=experts["gate"].shape[0]).astype(jnp.int32)
 
     def linear(rows, name):
@@ -221,12 +227,12 @@ def serve(x: jax.Array, ids: jax.Array, shares: jax.Array, experts: dict, activa
         bias = experts.get(f"{name}_bias")
         if bias is None:
             return product
-        return product + (bias if name != "down" else jnp.where(first, bias, 0)).astype(rows.dtype)[expert]
+        return product + (bias if name != "down" else jnp.where(is_first_shard, bias, 0)).astype(rows.dtype)[expert]
 
-    rows = _spread(x, order, place)
-    found = linear(JOINS[activation](linear(rows, "gate"), linear(rows, "up")), "down")
-    found = _permute(found, place, order).reshape(*ids.shape, -1)
-    return jnp.einsum("sk,skd->sd", shares, found, preferred_element_type=jnp.float32).astype(x.dtype)
+    rows = _spread(x, order, inverse)
+    out = linear(GLU_ACTIVATIONS[activation](linear(rows, "gate"), linear(rows, "up")), "down")
+    out = _permute(out, inverse, order).reshape(*ids.shape, -1)
+    return jnp.einsum("sk,skd->sd", combine_weights, out, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
 @jax.custom_vjp
@@ -239,83 +245,85 @@ _permute.defvjp(lambda x, order, inverse: (x[order], inverse), lambda inverse, d
 
 
 @jax.custom_vjp
-def _spread(x: jax.Array, order: jax.Array, place: jax.Array) -> jax.Array:
+def _spread(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
     """x [tokens, embed] -> [pairs, embed]: each token once for each of its experts, in the order of the experts."""
     return x[order // (len(order) // len(x))]
 
 
 def _spread_backward(saved, dy):
-    place, tokens = saved
-    return jnp.sum(dy[place].reshape(tokens.shape[0], -1, dy.shape[-1]), axis=1), None, None
+    inverse, tokens = saved
+    return jnp.sum(dy[inverse].reshape(tokens.shape[0], -1, dy.shape[-1]), axis=1), None, None
 
 
-_spread.defvjp(lambda x, order, place: (_spread(x, order, place), (place, x[:, :0])), _spread_backward)
+_spread.defvjp(lambda x, order, inverse: (_spread(x, order, inverse), (inverse, x[:, :0])), _spread_backward)
 
 
-def _on_shards(serve: Callable, x: jax.Array, real: jax.Array, router: dict, experts: dict) -> tuple[jax.Array, Load]:
-    """`serve` on every device's own rows, so that sorting moves no token to another device.
+def _on_shards(
+    shard_fn: Callable, x: jax.Array, token_mask: jax.Array, router: dict, experts: dict
+) -> tuple[jax.Array, RouterStats]:
+    """`shard_fn` on every device's own rows, so that sorting moves no token to another device.
 
     Rows are cut as the batch is, the experts' width as "mlp" is: each device gives its part of the sum over the width.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or set(mesh.manual_axes) == set(mesh.axis_names):
-        return serve(x, real, router, experts, True)
+        return shard_fn(x, token_mask, router, experts, True)
     (rows,) = axes.spec(("batch",), x.shape[:1])
     (width,) = axes.spec(("mlp",), experts["down"].shape[1:2])
     cut = {"gate": P(None, None, width), "up": P(None, None, width), "down": P(None, width), "down_bias": P()}
     cut |= {"gate_bias": P(None, width), "up_bias": P(None, width)}
 
-    def local(x, real, router, experts):
-        first = True if width is None else jax.lax.axis_index(width) == 0
-        out, load = serve(x, real, router, experts, first)
-        return out[None], load
+    def local(x, token_mask, router, experts):
+        is_first_shard = True if width is None else jax.lax.axis_index(width) == 0
+        out, stats = shard_fn(x, token_mask, router, experts, is_first_shard)
+        return out[None], stats
 
-    out, load = jax.shard_map(
+    out, stats = jax.shard_map(
         local,
         in_specs=(P(rows), P(rows), P(), {name: cut[name] for name in experts}),
         out_specs=(P(width, rows), P(rows)),
         check_vma=False,
-    )(x, real, router, experts)
-    return axes.constrain(jnp.sum(out, axis=0, dtype=jnp.float32).astype(x.dtype), "batch", "seq", None), load
+    )(x, token_mask, router, experts)
+    return axes.constrain(jnp.sum(out, axis=0, dtype=jnp.float32).astype(x.dtype), "batch", "seq", None), stats
 
 
 class Losses(NamedTuple):
-    """Penalty and statistics of all layers, as `Output` has them."""
+    """Sums over all layers, as `Output` has them."""
 
-    penalty: jax.Array
-    stats: dict[str, tuple[jax.Array, jax.Array]]
+    aux_loss: jax.Array
+    aux_metrics: dict[str, tuple[jax.Array, jax.Array]]
 
 
 def losses(
-    load: Load, correction: jax.Array | None, routing: Routing, *, balance_loss: float, router_z_loss: float
+    stats: RouterStats, expert_bias: jax.Array | None, routing: Routing, *, balance_loss: float, router_z_loss: float
 ) -> Losses:
-    """Sums over rows of `load`, whose fields have a leading layers dimension; `correction` [layers, experts] or None.
+    """Sums over rows of `stats`, whose fields have a leading layers dimension; `expert_bias` [layers, experts] or None.
 
-    balance    of each row: experts times the sum over experts of its share of the choices times its mean probability, 1
-               where both are even (Fedus et al., 2021, arXiv 2101.03961; for each row as in DeepSeek-V3, arXiv
-               2412.19437). The penalty weighs it by the row's tokens and adds the layers up.
-    z          squared log of the softmax's denominator (Zoph et al., 2022, arXiv 2202.08906), likewise
-    correction gets as its gradient, by a term of value 0, what each expert got beyond the mean
+    balance      of each row: experts times the sum over experts of its share of the choices times its mean probability,
+                 1 where both are even (Fedus et al., 2021, arXiv 2101.03961; for each row as in DeepSeek-V3, arXiv
+                 2412.19437). The loss weights it by the row's tokens and adds the layers up.
+    z            squared log of the softmax's denominator (Zoph et al., 2022, arXiv 2202.08906), likewise
+    expert_bias  a term of value 0 whose gradient is each expert's load above the mean
 
-    The statistics are means over tokens and layers: of balance and z, of the share of the row's choices that its
-    busiest expert got, and of the fraction of experts that the row left without a token.
+    The metrics are means over tokens and layers: of balance and z, of the fraction of the row's choices that its most
+    loaded expert received, and of the fraction of experts that received no token of the row.
     """
-    chosen = jnp.sum(load.counts, axis=-1)  # [layers, batch]
+    chosen = jnp.sum(stats.counts, axis=-1)  # [layers, batch]
     tokens = chosen / routing.chosen
     some = jnp.maximum(tokens, 1.0)[..., None]
-    shares = load.counts / (routing.chosen * some)
-    even = routing.experts * jnp.sum(tokens * jnp.sum(shares * load.probabilities / some, axis=-1))
-    z, weight = jnp.sum(load.z), jnp.sum(tokens)
-    penalty = balance_loss * even + router_z_loss * z
-    if correction is not None:
+    shares = stats.counts / (routing.chosen * some)
+    even = routing.experts * jnp.sum(tokens * jnp.sum(shares * stats.probabilities / some, axis=-1))
+    z, weight = jnp.sum(stats.z), jnp.sum(tokens)
+    aux_loss = balance_loss * even + router_z_loss * z
+    if expert_bias is not None:
         # Times the number of experts: whole numbers, which add up to the same in any order.
-        excess = routing.experts * jnp.sum(load.counts, axis=1) - jnp.sum(chosen, axis=1)[:, None]
-        penalty += jnp.sum(jax.lax.stop_gradient(excess) * (correction - jax.lax.stop_gradient(correction)))
+        excess = routing.experts * jnp.sum(stats.counts, axis=1) - jnp.sum(chosen, axis=1)[:, None]
+        aux_loss += jnp.sum(jax.lax.stop_gradient(excess) * (expert_bias - jax.lax.stop_gradient(expert_bias)))
     mean = lambda of_row: (jnp.sum(tokens * of_row), weight)
-    stats = {
-        "expert_balance": (even, weight),
-        "router_z": (z, weight),
-        "busiest_expert": mean(jnp.max(shares, axis=-1)),
-        "dead_experts": mean(jnp.mean(load.counts == 0, axis=-1)),
+    metrics = {
+        "load_balance_loss": (even, weight),
+        "router_z_loss": (z, weight),
+        "max_expert_load": mean(jnp.max(shares, axis=-1)),
+        "unused_expert_fraction": mean(jnp.mean(stats.counts == 0, axis=-1)),
     }
-    return Losses(penalty, jax.tree.map(jax.lax.stop_gradient, stats))
+    return Losses(aux_loss, jax.tree.map(jax.lax.stop_gradient, metrics))

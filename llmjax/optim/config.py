@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from llmjax.config import UserError, suggest
+from llmjax.errors import UserError, suggest
 
 # Each optimizer's own values for the fields that are left at None. A name that is missing here has no such quantity.
 DEFAULTS: dict[str, dict[str, float | str]] = {
@@ -35,8 +35,8 @@ class OptimizerConfig:
     momentum        sgd and muon: decay of the momentum; 0 for plain sgd
     clip_norm       largest global norm of the gradient, over all parameters; 0: no clipping
     ema_decay       decay of an average of the parameters, which is then what is evaluated; 0: no average
-    balance_rate    step at which a router's correction bias moves against the load of its expert; nothing else moves
-                    it, and no schedule lowers it; 0: it stays as it is
+    expert_bias_update_rate  step by which a router's expert bias moves against the load of its expert at each update;
+                    no gradient moves it and no schedule lowers the step; 0: it stays as it is
     """
 
     name: str = "adamw"
@@ -52,7 +52,7 @@ class OptimizerConfig:
     momentum: float | None = None
     clip_norm: float = 1.0
     ema_decay: float = 0.0
-    balance_rate: float = 1e-3
+    expert_bias_update_rate: float = 1e-3
 
     def __post_init__(self):
         if self.name not in DEFAULTS:
@@ -84,7 +84,7 @@ class OptimizerConfig:
                 raise UserError(f"optimizer.{field}={value}: must be {mend}")
 
         demand(lambda x: x > 0, "learning_rate", "above 0")
-        for field in ("weight_decay", "clip_norm", "warmup_steps", "balance_rate"):
+        for field in ("weight_decay", "clip_norm", "warmup_steps", "expert_bias_update_rate"):
             demand(lambda x: x >= 0, field, "0 or more")
         for field in ("b1", "b2", "momentum", "ema_decay"):
             demand(lambda x: 0 <= x < 1, field, "at least 0 and below 1")

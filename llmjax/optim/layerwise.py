@@ -11,17 +11,17 @@ import math
 import jax
 import optax
 
-type_of_axes = tuple[str | None, ...]
+LogicalAxes = tuple[str | None, ...]
 Dims = tuple[int, ...]
 
 
-def stack_depth(axes: type_of_axes) -> int:
+def stack_depth(axes: LogicalAxes) -> int:
     """How many leading dimensions count layers, or experts or diagonal blocks of a layer: each is a parameter alone."""
     depth = int(axes[:1] == ("layers",))
     return depth + (axes[depth : depth + 1] in (("experts",), ("blocks",)) and len(axes) > depth + 1)
 
 
-def matrix_dims(axes: type_of_axes) -> tuple[Dims, Dims] | None:
+def matrix_dims(axes: LogicalAxes) -> tuple[Dims, Dims] | None:
     """(input dims, output dims) of the matrix that one layer's, or one expert's, weight is; None for a vector.
 
     "head_dim" belongs to the heads before it. With more than two groups the weight maps its first group to the rest,
@@ -39,11 +39,11 @@ def matrix_dims(axes: type_of_axes) -> tuple[Dims, Dims] | None:
     return sum(groups[:split], ()), sum(groups[split:], ())
 
 
-def kind(axes: type_of_axes) -> str:
+def kind(axes: LogicalAxes) -> str:
     """ "vector" (norm scales, biases), "table" (rows looked up: embedding, learned positions), "head", "matrix", or
-    "balance": a router's correction bias, of the axes ("experts",), whose gradient is the load above the mean."""
+    "expert_bias": a router's expert bias, of the axes ("experts",), whose gradient is the load above the mean."""
     if axes[-1:] == ("experts",):
-        return "balance"
+        return "expert_bias"
     dims = matrix_dims(axes)
     if dims is None:
         return "vector"
@@ -52,7 +52,7 @@ def kind(axes: type_of_axes) -> str:
     return "head" if "vocab" in axes else "matrix"
 
 
-def matrix_view(shape: tuple[int, ...], axes: type_of_axes) -> tuple[tuple[int, ...], type_of_axes]:
+def matrix_view(shape: tuple[int, ...], axes: LogicalAxes) -> tuple[tuple[int, ...], LogicalAxes]:
     """(shape, axes) of the parameter as [layers, experts,] input, output; a vector as [layers, experts,] size.
 
     A merged dimension bears the name of its first axis, which is the one that shards it.
@@ -70,10 +70,10 @@ def per_layer(inner: optax.GradientTransformation, axes: dict) -> optax.Gradient
     The state is a tree like the parameters with a state of `inner` at each leaf, layers and experts leading.
     """
 
-    def view(leaf: jax.Array, names: type_of_axes) -> jax.Array:
+    def view(leaf: jax.Array, names: LogicalAxes) -> jax.Array:
         return leaf.reshape(matrix_view(leaf.shape, names)[0])
 
-    def over_layers(function: Callable, names: type_of_axes) -> Callable:
+    def over_layers(function: Callable, names: LogicalAxes) -> Callable:
         for _ in range(stack_depth(names)):
             function = jax.vmap(function)
         return function

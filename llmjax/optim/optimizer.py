@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 from llmjax.optim.config import OptimizerConfig
 from llmjax.optim.layerwise import kind, matrix_dims, matrix_view, per_layer, stack_depth
 from llmjax.optim.schedules import make_schedule
@@ -36,8 +36,8 @@ class Optimizer:
     axes: dict
     clip_norm: float
     ema_decay: float
-    balance_rate: float
-    evaluated_name: str
+    expert_bias_update_rate: float
+    eval_params_name: str
 
     def init(self, params: dict) -> dict:
         """The state before the first update; no array is shared with `params`, so that both can be donated."""
@@ -47,15 +47,18 @@ class Optimizer:
     def update(self, grads: dict, state: dict, params: dict) -> tuple[dict, dict, dict[str, jax.Array]]:
         """(params, state, {"learning_rate", "grad_norm"}) after one update; grad_norm is that before clipping.
 
-        A "balance" parameter stands apart from all that: it takes a step of `balance_rate` against its gradient's sign.
+        An "expert_bias" parameter is not touched by any of that: it takes a step of `expert_bias_update_rate` against
+        the sign of its gradient.
         """
         loads = grads
-        grads = self._balanced(lambda g: jnp.zeros_like(g), lambda g: g, grads)
+        grads = self._map_expert_bias(lambda g: jnp.zeros_like(g), lambda g: g, grads)
         norm = optax.tree.norm(grads)
         if self.clip_norm:
             grads = optax.tree.scale(jnp.minimum(1.0, self.clip_norm / norm), grads)
         updates, inner = self.inner.update(grads, state["inner"], params)
-        updates = self._balanced(lambda _, load: -self.balance_rate * jnp.sign(load), lambda u, _: u, updates, loads)
+        updates = self._map_expert_bias(
+            lambda _, load: -self.expert_bias_update_rate * jnp.sign(load), lambda u, _: u, updates, loads
+        )
         new_params: Any = optax.apply_updates(params, updates)
         new = {"count": state["count"] + 1, "inner": inner}
         if self.ema_decay:
@@ -64,18 +67,18 @@ class Optimizer:
             new["ema"] = optax.incremental_update(new_params, state["ema"], share)
         return new_params, new, {"learning_rate": self.learning_rate(state["count"]), "grad_norm": norm}
 
-    def evaluated(self, params: dict, state: dict) -> dict:
-        """The parameters to evaluate, sample from and export; `evaluated_name` says which they are."""
+    def eval_params(self, params: dict, state: dict) -> dict:
+        """The parameters to evaluate, sample from and export; `eval_params_name` says which they are."""
         if self.ema_decay:
             return state["ema"]
         if isinstance(state["inner"], optax.contrib.ScheduleFreeState):
             averages: Any = optax.contrib.schedule_free_eval_params(state["inner"], params)
-            return self._balanced(lambda _, param: param, lambda average, _: average, averages, params)
+            return self._map_expert_bias(lambda _, param: param, lambda average, _: average, averages, params)
         return params
 
-    def _balanced(self, balance: Callable, rest: Callable, *trees: Any) -> dict:
-        """`balance` of the leaves that are "balance" parameters, `rest` of the others."""
-        choose = lambda names, *leaves: (balance if kind(names) == "balance" else rest)(*leaves)
+    def _map_expert_bias(self, expert_bias: Callable, rest: Callable, *trees: Any) -> dict:
+        """`expert_bias` applied to the leaves that are expert biases, `rest` to the others."""
+        choose = lambda names, *leaves: (expert_bias if kind(names) == "expert_bias" else rest)(*leaves)
         return jax.tree.map(choose, self.axes, *trees, is_leaf=lambda node: isinstance(node, tuple))
 
     def state_axes(self, shapes: dict) -> Any:
@@ -144,8 +147,8 @@ def make_optimizer(config: OptimizerConfig, *, horizon: int, axes: dict, width: 
         axes=axes,
         clip_norm=resolved.clip_norm,
         ema_decay=resolved.ema_decay,
-        balance_rate=resolved.balance_rate,
-        evaluated_name="schedule-free average" if resolved.name == "schedule_free_adamw" else name,
+        expert_bias_update_rate=resolved.expert_bias_update_rate,
+        eval_params_name="schedule-free average" if resolved.name == "schedule_free_adamw" else name,
     )
 
 

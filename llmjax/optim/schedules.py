@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 from llmjax.optim.config import OptimizerConfig
 
 

@@ -13,11 +13,11 @@ import math
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from llmjax.config import UserError, suggest
+from llmjax.errors import UserError, suggest
 
-type_of_rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
+LogicalRules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
-DEFAULT_RULES: type_of_rules = (
+DEFAULT_RULES: LogicalRules = (
     ("batch", ("data", "fsdp")),
     ("seq", None),
     ("embed", "fsdp"),
@@ -39,7 +39,7 @@ MESH_AXES = ("data", "fsdp", "tensor")
 _rules = jax.make_user_context(DEFAULT_RULES)
 
 
-def complete_rules(rules: type_of_rules) -> type_of_rules:
+def complete_rules(rules: LogicalRules) -> LogicalRules:
     """The whole table: `rules`, and the default for every logical axis that they leave out.
 
     A run keeps its table, and a table that was whole when the run was trained lacks each axis that came later; to
@@ -62,7 +62,7 @@ def complete_rules(rules: type_of_rules) -> type_of_rules:
 
 
 @contextlib.contextmanager
-def use_rules(rules: type_of_rules) -> Iterator[None]:
+def use_rules(rules: LogicalRules) -> Iterator[None]:
     """Apply `rules` to every `constrain` traced inside."""
     with _rules(tuple(rules)):
         yield
@@ -72,7 +72,7 @@ def spec(
     logical: Sequence[str | None],
     shape: Sequence[int] | None = None,
     mesh: Mesh | jax.sharding.AbstractMesh | None = None,
-    rules: type_of_rules | None = None,
+    rules: LogicalRules | None = None,
 ) -> P:
     """Mesh axes for logical axes. With `shape`, an axis whose mesh size does not divide its dimension stays unsharded.
 
@@ -105,6 +105,6 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(logical, x.shape))
 
 
-def shardings(mesh: Mesh, axes, shapes, rules: type_of_rules | None = None):
+def shardings(mesh: Mesh, axes, shapes, rules: LogicalRules | None = None):
     """NamedShardings of a tree: `axes` holds a tuple of logical axes for each leaf of `shapes`."""
     return jax.tree.map(lambda leaf, names: NamedSharding(mesh, spec(names, leaf.shape, mesh, rules)), shapes, axes)

@@ -1,7 +1,9 @@
 """JAX's cache of compiled programs on disk, arranged so that every process of a job finds its own programs there."""
 
+import importlib
 import logging
 import types
+from typing import Any
 
 import jax
 
@@ -33,8 +35,7 @@ def _write_on_every_process() -> bool:
     replaced is the view that its compiler alone has of the process index.
     """
     try:
-        from jax._src import compiler
-
+        compiler: Any = importlib.import_module("jax._src.compiler")
         client, _ = compiler.distributed.global_state.client, compiler.distributed.global_state.process_id
     except (ImportError, AttributeError):
         return False

@@ -15,9 +15,9 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 
-from llmjax import interrupts
 from llmjax.batch import Batch
-from llmjax.config import UserError
+from llmjax.errors import UserError
+from llmjax.parallel import interrupts
 
 CPU_THREADS = 8  # default of parallel.cpu_threads
 _calls: collections.Counter[str] = collections.Counter()  # how often each name was exchanged; equal on all processes

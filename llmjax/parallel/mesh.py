@@ -9,7 +9,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 from llmjax.parallel import axes, hosts
 
 
@@ -31,14 +31,14 @@ class MeshConfig:
 class ParallelConfig:
     """How the step is compiled.
 
-    how     "jit" shards by the rules; "pmap" maps the step over replicas (data axis only)
+    backend     "jit" shards by the rules; "pmap" maps the step over replicas (data axis only)
     rules   (logical axis, mesh axis | tuple of mesh axes | None), ...; an axis that is left out keeps its default
     cpu_threads   size of XLA's thread pool on CPU, in each process. XLA splits matrix products by it, so it is part of
                   the result: never derived from cores or devices, at least the CPU devices of a process. Accelerators
                   ignore it
     """
 
-    how: str = "jit"
+    backend: str = "jit"
     rules: tuple = axes.DEFAULT_RULES
     cpu_threads: int = hosts.CPU_THREADS
 
@@ -85,7 +85,7 @@ def _connect(mesh: Mesh) -> None:
     """Let gloo connect the processes along every set of mesh axes, before anything that takes long is compiled.
 
     Gloo connects the devices of a group when the first program that sums over the group runs, and a process that
-    waits there for another one ends after 30 s. That other one may still be compiling the program, so the connections
+    waits there for another one ends after 30 s. That other one may still be backends the program, so the connections
     are made by a program that compiles in no time, and only when all processes have compiled it. Later programs use
     these connections; a process may wait in them as long as the heartbeat allows.
     """

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 
 # L(N, D) = E + A / N^alpha + B / D^beta: Hoffmann et al., 2022 (arXiv 2203.15556), third approach, with the
 # coefficients that Besiroglu et al., 2024 (arXiv 2404.10102) found when they fitted the same data again.

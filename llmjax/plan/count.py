@@ -7,16 +7,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llmjax import run_config
 from llmjax.batch import Batch
-from llmjax.data.tokenizer import Bytes
+from llmjax.data.store.tokenizer import Bytes
 from llmjax.models import registry
-from llmjax.models.encdec_config import EncDecConfig
+from llmjax.models.encdec import EncDecConfig
 from llmjax.models.registry import ModelConfig
 from llmjax.nn.stack import REMAT
 from llmjax.optim.config import OptimizerConfig
 from llmjax.optim.optimizer import make_optimizer
-from llmjax.run_config import RunConfig
+from llmjax.run import config as run_config
+from llmjax.run.config import RunConfig
 from llmjax.train.step import make_loss
 
 

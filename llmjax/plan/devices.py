@@ -6,7 +6,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from llmjax.config import UserError, suggest
+from llmjax.errors import UserError, suggest
 from llmjax.metrics import peak_flops
 
 # name -> (jax.Device.device_kind, GiB of memory). Sources: Google Cloud's page of each TPU, NVIDIA's data sheets.

@@ -4,13 +4,14 @@ import dataclasses
 import math
 import pathlib
 
-from llmjax import run_config
-from llmjax.config import UserError, shipped_folder, specs
+from llmjax.binding import shipped_folder, specs
+from llmjax.errors import UserError
 from llmjax.models import registry
-from llmjax.models.encdec_config import EncDecConfig
+from llmjax.models.encdec import EncDecConfig
 from llmjax.plan import budget as budgets, count
 from llmjax.plan.devices import Device
-from llmjax.run_config import RunConfig
+from llmjax.run import config as run_config
+from llmjax.run.config import RunConfig
 
 _SHARE = 0.8  # of a device's memory that the state may take, so that activations fit beside it
 

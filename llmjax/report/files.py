@@ -5,8 +5,9 @@ from typing import Any
 
 from etils import epath
 
-from llmjax import metrics, workdir as workdirs
-from llmjax.config import UserError
+from llmjax import metrics
+from llmjax.errors import UserError
+from llmjax.run import workdir as workdirs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,19 +5,20 @@ import functools
 
 from etils import epath
 
-from llmjax import loading, run_config, sampling, state as states, workdir as workdirs
-from llmjax.checkpoint import Checkpoints
-from llmjax.config import UserError
-from llmjax.data.pipeline import TrainData
-from llmjax.data.tokenizer import load_tokenizer
+from llmjax.checkpoint.manager import Checkpoints
+from llmjax.data.batches.pipeline import TrainData
+from llmjax.data.store.tokenizer import load_tokenizer
+from llmjax.errors import UserError
 from llmjax.evals.harness import Evaluator
+from llmjax.inference import sampling
 from llmjax.metrics import MetricsLog
 from llmjax.optim import schedules
-from llmjax.parallel import compilation_cache, compile as compiling, hosts, mesh as meshes
-from llmjax.run_config import RunConfig
+from llmjax.parallel import backends, compilation_cache, hosts, mesh as meshes
+from llmjax.run import config as run_config, loading, state as states, workdir as workdirs
+from llmjax.run.config import RunConfig
 from llmjax.train import finish, record, resume
-from llmjax.train.job import Job, Progress
-from llmjax.train.meter import Meter
+from llmjax.train.context import Progress, TrainContext
+from llmjax.train.logger import MetricsLogger
 from llmjax.train.preemption import Preemption
 from llmjax.train.step import make_loss, train_step
 from llmjax.train.store import prepare_once
@@ -29,8 +30,8 @@ def train(config: RunConfig, workdir: epath.Path, say: Callable[[str], None]) ->
     """Train to train.stop_at (or train.steps), from the newest checkpoint of `workdir`. Returns the exit status."""
     # place: every cheap check comes before anything is written
     mesh = meshes.make_mesh(config.mesh)
-    compiling.check_how(config.parallel, mesh)
-    compiling.check_batch("train.global_batch", config.train.global_batch, mesh, config.train.accumulation)
+    backends.check_backend(config.parallel, mesh)
+    backends.check_batch("train.global_batch", config.train.global_batch, mesh, config.train.accumulation)
     config.model.check(seq_len=config.data.seq_len, tensor=mesh.shape["tensor"])
     schedules.make_schedule(config.optimizer, config.train.steps)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -53,8 +54,10 @@ def train(config: RunConfig, workdir: epath.Path, say: Callable[[str], None]) ->
         # model
         say("setting up the model")
         rules = config.parallel.rules
-        plan = states.plan_state(config.model, config.optimizer, horizon=config.train.steps, mesh=mesh, rules=rules)
-        unsharded = states.unsharded_report(plan, mesh, rules)
+        spec = states.make_state_spec(
+            config.model, config.optimizer, horizon=config.train.steps, mesh=mesh, rules=rules
+        )
+        unsharded = states.unsharded_params(spec, mesh, rules)
         for line in unsharded:
             say(f"  unsharded: {line}")
 
@@ -66,11 +69,13 @@ def train(config: RunConfig, workdir: epath.Path, say: Callable[[str], None]) ->
             keep_every=kept.keep_every,
             timeout_seconds=kept.timeout_seconds,
         )
-        progress = resume.start(config, plan, data, checkpoints, tokenizer.sha256, say)
-        evaluator = Evaluator(plan.graph, config, mesh, store)
+        progress = resume.restore_or_init(config, spec, data, checkpoints, tokenizer.sha256, say)
+        evaluator = Evaluator(spec.graph, config, mesh, store)
         log = MetricsLog(workdir, primary=hosts.is_primary(), resume_step=progress.step)
-        job = Job(config, workdir, store, mesh, plan, data, tokenizer, checkpoints, evaluator, log, lock, say)
-        record.write(job, progress, unsharded)
+        context = TrainContext(
+            config, workdir, store, mesh, spec, data, tokenizer, checkpoints, evaluator, log, lock, say
+        )
+        record.write_run_metadata(context, progress, unsharded)
 
         # steps
         status, stop = DONE, config.train.stop_at or config.train.steps
@@ -81,10 +86,10 @@ def train(config: RunConfig, workdir: epath.Path, say: Callable[[str], None]) ->
                 "data.at_source_end='repeat'"
             )
         if progress.step < stop:
-            say(f"training from step {progress.step} to {stop}: {record.headline(job)}")
+            say(f"training from step {progress.step} to {stop}: {record.run_summary(context)}")
             if config.data.skip:
                 say(f"  left out by data.skip: samples {', '.join(f'{a}..{b - 1}' for a, b in config.data.skip)}")
-            status = run_steps(job, progress, stop)
+            status = run_steps(context, progress, stop)
         else:
             say(f"step {progress.step} of {stop} is done: nothing left to train")
             if config.train.stop_at and stop < config.train.steps:
@@ -95,60 +100,62 @@ def train(config: RunConfig, workdir: epath.Path, say: Callable[[str], None]) ->
         # finish
         if status == DONE:
             lock.check()
-            finish.finish(job, progress)
+            finish.write_final_report(context, progress)
         log.close()
     return status
 
 
-def run_steps(job: Job, progress: Progress, stop: int) -> int:
+def run_steps(context: TrainContext, progress: Progress, stop: int) -> int:
     """Step until `stop`, logging, saving and evaluating on the way; `progress` moves along. Returns the exit status."""
-    config = job.config
-    rows = hosts.local_rows(compiling.batch_sharding(job.mesh), config.train.global_batch)
-    loss = make_loss(job.plan.graph, seed=config.seed, chunk=config.train.loss_chunk, z_loss=config.train.z_loss)
+    config = context.config
+    rows = hosts.local_rows(backends.batch_sharding(context.mesh), config.train.global_batch)
+    loss = make_loss(context.spec.graph, seed=config.seed, chunk=config.train.loss_chunk, z_loss=config.train.z_loss)
     step_function = functools.partial(
-        train_step, loss=loss, optimizer=job.plan.optimizer, accumulation=config.train.accumulation
+        train_step, loss=loss, optimizer=context.spec.optimizer, accumulation=config.train.accumulation
     )
-    compiled = compiling.compile_step(
-        step_function, config.parallel, job.mesh, job.plan.shardings, rows, config.train.global_batch
+    compiled = backends.compile_step(
+        step_function, config.parallel, context.mesh, context.spec.shardings, rows, config.train.global_batch
     )
-    meter = Meter(job, stop, progress)
+    logger = MetricsLogger(context, stop, progress)
     step = progress.step
-    preemption = Preemption(lambda: _describe_loss(step, job.checkpoints.latest()))
-    state, batches, status = compiled.place(progress.state), job.data.batches(progress.data_state, rows), DONE
+    preemption = Preemption(lambda: _describe_loss(step, context.checkpoints.latest()))
+    state, batches, status = compiled.shard_state(progress.state), context.data.batches(progress.data_state, rows), DONE
     try:
         for step in range(progress.step + 1, stop + 1):
-            with meter.waiting():
+            with logger.data_timer():
                 local, data_state = next(batches)
-            state, metrics = compiled.step(state, compiled.feed(local))
-            meter.dispatched(step, metrics)
+            state, metrics = compiled.step(state, compiled.shard_batch(local))
+            logger.record(step, metrics)
 
             due = step == stop or step % config.checkpoint.every == 0
             evaluate = config.eval.every and step % config.eval.every == 0 and step < stop
             asked = preemption.reached(step)
-            if due or evaluate or asked or meter.diverged:
-                meter.drain()
-                progress.step, progress.tokens = step, meter.tokens
-                progress.state, progress.data_state = compiled.lift(state), data_state
+            if due or evaluate or asked or logger.diverged:
+                logger.flush()
+                progress.step, progress.tokens = step, logger.tokens
+                progress.state, progress.data_state = compiled.unshard_state(state), data_state
                 if due or asked:
-                    job.save(progress)
+                    context.save(progress)
                 if evaluate:
-                    meter.close()  # a long evaluation has lines of its own
+                    logger.close()  # a long evaluation has lines of its own
                     with preemption.interruptible():
-                        meter.evaluated(job.evaluate(step, progress.state, "validation"))
+                        logger.log_eval(context.evaluate(step, progress.state, "validation"))
                     if preemption.interrupted and not (due or asked):
-                        job.save(progress)
+                        context.save(progress)
                     asked |= preemption.interrupted
-            if meter.diverged or asked:
-                status = DIVERGED if meter.diverged else PREEMPTED
-                job.checkpoints.wait()  # a second signal meanwhile says what is lost
+            if logger.diverged or asked:
+                status = DIVERGED if logger.diverged else PREEMPTED
+                context.checkpoints.wait()  # a second signal meanwhile says what is lost
                 break
     finally:
         preemption.close()
-        meter.close()
+        logger.close()
     if status == DIVERGED:
-        job.say(f"stopping: {config.train.max_skipped} steps in a row were not finite; the newest checkpoint is kept")
+        context.say(
+            f"stopping: {config.train.max_skipped} steps in a row were not finite; the newest checkpoint is kept"
+        )
     if status == PREEMPTED:
-        job.say(f"asked to stop: step {progress.step} is saved; rerun the same command to resume")
+        context.say(f"asked to stop: step {progress.step} is saved; rerun the same command to resume")
     return status
 
 

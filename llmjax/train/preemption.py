@@ -8,7 +8,7 @@ import signal
 import jax
 from jax.experimental import multihost_utils
 
-from llmjax import interrupts
+from llmjax.parallel import interrupts
 
 
 class Preemption:

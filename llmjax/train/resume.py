@@ -6,15 +6,16 @@ from typing import Any
 
 import jax
 
-from llmjax import run_config, state as states
-from llmjax.checkpoint import Checkpoints
-from llmjax.config import UserError, bind, differences
-from llmjax.data.pipeline import DataState, TrainData
+from llmjax.binding import bind, differences
+from llmjax.checkpoint.manager import Checkpoints
+from llmjax.data.batches.pipeline import DataState, TrainData
+from llmjax.errors import UserError
 from llmjax.optim import schedules
 from llmjax.optim.optimizer import make_optimizer
-from llmjax.run_config import RunConfig
-from llmjax.state import Plan
-from llmjax.train.job import Progress
+from llmjax.run import config as run_config, state as states
+from llmjax.run.config import RunConfig
+from llmjax.run.state import StateSpec
+from llmjax.train.context import Progress
 
 # Fields of the model that change how it computes, not what it is.
 _FREE_MODEL_FIELDS = {"scan", "remat", "attention", "recurrence", "unroll", "dtype", "dropout"}
@@ -22,9 +23,9 @@ _FREE_MODEL_FIELDS = {"scan", "remat", "attention", "recurrence", "unroll", "dty
 _RATE_FIELDS = {"learning_rate", "schedule", "warmup_steps", "decay_fraction", "end_fraction"}
 
 
-def start(
+def restore_or_init(
     config: RunConfig,
-    plan: Plan,
+    spec: StateSpec,
     data: TrainData,
     checkpoints: Checkpoints,
     tokenizer_sha256: str,
@@ -37,28 +38,28 @@ def start(
     """
     known = _newest_meta(checkpoints)
     imported = known is not None and "imported" in known
-    keeps_optimizer = known is None or (not imported and _same_state(config, known, plan))
-    abstract = states.parts(plan.abstract())
+    keeps_optimizer = known is None or (not imported and _same_state(config, known, spec))
+    abstract = states.to_checkpoint(spec.abstract())
     if not keeps_optimizer:
         del abstract["opt_state"]
     restored = checkpoints.restore_latest_good(
         abstract, check=lambda meta: _check_changes(config, meta, tokenizer_sha256), say=say
     )
     if restored is None:
-        return Progress(0, 0, states.init_state(plan, config.model, config.seed), data.start())
+        return Progress(0, 0, states.init_state(spec, config.model, config.seed), data.start())
     meta, parts = restored.meta, restored.parts
     for line in _changes(config, meta, tokenizer_sha256):
         say(f"  accepted change: {line}")
     if not keeps_optimizer:
         if not imported:
             say("  the parameters are kept; the optimizer's state starts fresh, and its learning rate at update 0")
-        init = jax.jit(plan.optimizer.init, out_shardings=plan.shardings.opt_state)
+        init = jax.jit(spec.optimizer.init, out_shardings=spec.shardings.opt_state)
         parts = {**parts, "opt_state": init(parts["params"])}
     else:
         _say_rates(config, meta, restored.step - meta["skipped"], say)
     if not imported:
         _say_computation(config, meta, say)
-    state = states.from_parts(plan, parts, step=restored.step, skipped=meta["skipped"])
+    state = states.from_checkpoint(spec, parts, step=restored.step, skipped=meta["skipped"])
     if imported:
         say(f"  starting from the parameters that were imported from {meta['imported']}")
         return Progress(0, 0, state, data.start())
@@ -76,12 +77,12 @@ def _newest_meta(checkpoints: Checkpoints) -> dict[str, Any] | None:
     return None
 
 
-def _same_state(config: RunConfig, meta: dict[str, Any], plan: Plan) -> bool:
+def _same_state(config: RunConfig, meta: dict[str, Any], spec: StateSpec) -> bool:
     """Whether the saved optimizer state is one that this config's optimizer can go on with."""
     old = bind(RunConfig, meta["config"])
-    optimizer = make_optimizer(old.optimizer, horizon=old.train.steps, axes=plan.axes)
-    shapes = jax.eval_shape(optimizer.init, plan.shapes.params)
-    same_leaves = jax.tree.structure(shapes) == jax.tree.structure(plan.shapes.opt_state)
+    optimizer = make_optimizer(old.optimizer, horizon=old.train.steps, axes=spec.axes)
+    shapes = jax.eval_shape(optimizer.init, spec.shapes.params)
+    same_leaves = jax.tree.structure(shapes) == jax.tree.structure(spec.shapes.opt_state)
     return old.optimizer.name == config.optimizer.name and same_leaves
 
 

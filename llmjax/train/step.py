@@ -8,12 +8,12 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from llmjax import losses
 from llmjax.batch import Batch
+from llmjax.nn import losses
 from llmjax.optim.optimizer import Optimizer
 from llmjax.parallel import axes
-from llmjax.parallel.compile import WHOLE, Shards
-from llmjax.state import TrainState
+from llmjax.parallel.backends import JIT, Reduction
+from llmjax.run.state import TrainState
 
 
 class Sums(NamedTuple):
@@ -31,7 +31,7 @@ def make_loss(graph, *, seed: int, chunk: int, z_loss: float) -> Callable:
         model = nnx.merge(graph, params)
         out = model(batch, jax.random.fold_in(jax.random.key(seed), 1))
         sums = losses.cross_entropy(out.hidden, model.unembed, batch.targets, batch.weights, chunk=chunk, z_loss=z_loss)
-        return sums.nats + sums.z + out.penalty, Sums(sums, out.penalty, out.stats)
+        return sums.nats + sums.z + out.aux_loss, Sums(sums, out.aux_loss, out.aux_metrics)
 
     return loss
 
@@ -43,7 +43,7 @@ def train_step(
     loss: Callable,
     optimizer: Optimizer,
     accumulation: int = 1,
-    shards: Shards = WHOLE,
+    reduction: Reduction = JIT,
 ) -> tuple[TrainState, dict]:
     """One update.
 
@@ -51,7 +51,7 @@ def train_step(
     padding and uneven packing never bias the mean. Where loss or gradient norm is not finite, parameters and optimizer
     state (schedule and EMA counts with it) stay as they were; only the step and `skipped` advance.
     """
-    grads, (sums, penalty, stats) = shards.total(_gradients(loss, state.params, batch, accumulation))
+    grads, (sums, penalty, stats) = reduction.all_sum(_gradients(loss, state.params, batch, accumulation))
     weight = jnp.maximum(sums.weight, 1.0)
     grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
     params, opt_state, info = optimizer.update(grads, state.opt_state, state.params)
@@ -63,13 +63,13 @@ def train_step(
         "z_loss": sums.z / weight,
         "accuracy": sums.correct / weight,
         "tokens": sums.weight,
-        "read": shards.total(jnp.sum(batch.segments > 0)),
+        "read": reduction.all_sum(jnp.sum(batch.segments > 0)),
         "grad_norm": info["grad_norm"],
         "learning_rate": info["learning_rate"],
         "skipped_steps": skipped,
         "finite": finite,
         **{name: total / jnp.maximum(share, 1.0) for name, (total, share) in stats.items()},
-        "batch_digest": shards.total(batch_digest(batch, shards.first_row(batch.inputs.shape[0]))),
+        "batch_digest": reduction.all_sum(batch_digest(batch, reduction.first_row(batch.inputs.shape[0]))),
     }
     state = TrainState(state.step + 1, skipped, keep(params, state.params), keep(opt_state, state.opt_state))
     return state, metrics

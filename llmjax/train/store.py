@@ -1,14 +1,14 @@
-"""The token store of a job: process 0 prepares it, the others wait, and all check that they read the same one."""
+"""The token store of a context: process 0 prepares it, the others wait, and all check that they read the same one."""
 
 from collections.abc import Callable
 import pathlib
 import threading
 import time
 
-from llmjax.config import UserError
-from llmjax.data import prepare
+from llmjax.data.store import prepare
+from llmjax.errors import UserError
 from llmjax.parallel import hosts
-from llmjax.run_config import RunConfig
+from llmjax.run.config import RunConfig
 
 _LIMIT_SECONDS = 24 * 3600  # the others wait no longer for process 0; a corpus of that size is prepared beforehand
 _PATIENCE_SECONDS = 60  # for a finished manifest to become visible on a shared file system

@@ -9,8 +9,8 @@ import re
 
 import zstandard
 
-from llmjax.curate import quality
-from llmjax.curate.quality_config import QualityConfig
+from llmjax.curate.filters import quality
+from llmjax.curate.filters.quality_config import QualityConfig
 from tests import jobs
 
 ROOT = jobs.ROOT

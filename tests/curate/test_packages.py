@@ -4,8 +4,8 @@ import importlib.util
 
 import pytest
 
-from llmjax.config import UserError
 from llmjax.curate import packages
+from llmjax.errors import UserError
 
 
 def test_a_missing_package_is_named(monkeypatch):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmjax.data.store import TokenStore, write_manifest, write_shard
+from llmjax.data.store.token_store import TokenStore, write_manifest, write_shard
 
 EOS, BOS, VOCAB = 1, 2, 500
 SHARD = {"vocab_size": VOCAB, "text_bytes": 1, "tokenizer_sha256": "x"}  # what write_shard is told of a small shard

@@ -8,9 +8,10 @@ import functools
 import pathlib
 import re
 
-from llmjax import config, run_config
+from llmjax import binding
 from llmjax.interop import exporting
 from llmjax.models import registry
+from llmjax.run import config as run_config
 from tests.docs.pages import DOCS, README, ROOT, SOURCE_FOLDERS
 
 ARCHITECTURE, MODELS = DOCS / "architecture.md", DOCS / "models.md"
@@ -46,7 +47,7 @@ def recipes() -> dict[str, list[tuple[str, list[str], list]]]:
     for path in run_config.files(ROOT / "configs"):
         if path.stem == "quickstart":
             continue
-        specs = config.specs(path)
+        specs = binding.specs(path)
         models = [run_config.with_vocabulary(run_config.resolve(spec, []), 1000).model for spec in specs]
         found[models[0].family].append((path.name, [spec.rpartition(":")[2] for spec in specs[1:]], models))
     return found
@@ -69,7 +70,7 @@ def transformers_class(model) -> str:
     """The class of transformers that a model config is exported to, or '' if there is none."""
     try:
         return exporting.choose(model)[0]
-    except config.UserError:
+    except binding.UserError:
         return ""
 
 

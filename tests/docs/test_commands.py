@@ -2,8 +2,10 @@
 
 import pytest
 
-from llmjax import cli, config, flags, run_config
+from llmjax import binding
+from llmjax.cli import flags, main
 from llmjax.curate.config import Curation
+from llmjax.run import config as run_config
 from tests.docs.pages import PAGES, ROOT, commands
 
 COMMANDS = list({tuple(words): (page.name, words) for page in PAGES for words in commands(page)}.values())
@@ -14,7 +16,7 @@ class Parsed(Exception):
 
 
 def test_every_command_is_documented():
-    assert {words[0] for _, words in COMMANDS} == set(cli.VERBS)
+    assert {words[0] for _, words in COMMANDS} == set(main.COMMANDS)
 
 
 @pytest.mark.parametrize("arguments", [c for _, c in COMMANDS], ids=[f"{n}: {' '.join(c)[:60]}" for n, c in COMMANDS])
@@ -27,13 +29,13 @@ def test_every_command_line_parses(arguments, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(flags.Parser, "parse_args", stop)
     with pytest.raises(Parsed) as parsed:
-        cli.run(arguments)
+        main.run(arguments)
     options = parsed.value.args[0]
     words = [word.removeprefix("--config.") for word in arguments if word.startswith("--config.")]
     overrides = [(field, value) for field, _, value in (word.partition("=") for word in words)]
     if arguments[0] == "curate":
-        tree = config.as_tree(config.load_file("configs/curate.py"))
-        assert config.bind_overridden(Curation, tree, overrides, inputs="curate.inputs").curate.inputs
+        tree = binding.as_tree(binding.load_file("configs/curate.py"))
+        assert binding.bind_overridden(Curation, tree, overrides, inputs="curate.inputs").curate.inputs
         return
     resolved = run_config.resolve(getattr(options, "config", None) or "configs/quickstart.py", overrides)
     assert arguments[0] == "size" or all(source.path for source in resolved.data.sources.values())
@@ -42,5 +44,5 @@ def test_every_command_line_parses(arguments, monkeypatch):
 def test_every_documented_section_exists(capsys):
     for _, arguments in COMMANDS:
         if arguments[0] == "fields":
-            assert cli.run(arguments) == 0
+            assert main.run(arguments) == 0
             assert "--config." in capsys.readouterr().out

@@ -11,17 +11,17 @@ from jax.sharding import AxisType, Mesh
 import numpy as np
 import pytest
 
-from llmjax import run_config, state as states
 from llmjax.batch import Batch
-from llmjax.config import UserError
-from llmjax.data import prepare
+from llmjax.data.batches.pipeline import EvalData
 from llmjax.data.config import ObjectiveConfig
-from llmjax.data.pipeline import EvalData
-from llmjax.data.tokenizer import load_tokenizer
+from llmjax.data.store import prepare
+from llmjax.data.store.tokenizer import load_tokenizer
+from llmjax.errors import UserError
 from llmjax.evals import harness
-from llmjax.models.encoder_config import EncoderConfig
+from llmjax.models.encoder import EncoderConfig
 from llmjax.parallel.mesh import MeshConfig, make_mesh
-from llmjax.run_config import resolve
+from llmjax.run import config as run_config, state as states
+from llmjax.run.config import resolve
 from tests import jobs
 
 
@@ -43,7 +43,7 @@ def prepared(tmp_path_factory):
 def score(prepared, mesh: Mesh, *, split: str = "validation", zero: bool = False) -> tuple[dict, dict, object]:
     config, store = prepared
     rules = config.parallel.rules
-    plan = states.plan_state(config.model, config.optimizer, horizon=10, mesh=mesh, rules=rules)
+    plan = states.make_state_spec(config.model, config.optimizer, horizon=10, mesh=mesh, rules=rules)
     params = states.init_state(plan, config.model, seed=1).params
     if zero:
         params = jax.tree.map(lambda x: x * 0, params)
@@ -92,7 +92,7 @@ def test_each_document_scores_as_if_alone(prepared):
     config, store = prepared
     scores, params, graph = score(prepared, one_device())
     model, tokenizer, seq = nnx.merge(graph, params), load_tokenizer(store), config.data.seq_len
-    from llmjax.data.store import TokenStore
+    from llmjax.data.store.token_store import TokenStore
 
     tokens = TokenStore(store / "one" / "validation")
     begin = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id

@@ -114,7 +114,9 @@ def write_tokenizer(folder: Path, special: tuple[str, ...] = ("<unk>", "<s>", "<
         "[PAD]": "pad_token",
         "[UNK]": "unk_token",
     }
-    names = {roles[name]: name for name in special if name in roles}
+    names: dict[str, str | bool] = {roles[name]: name for name in special if name in roles}
+    if "<extra_id_0>" in special:
+        names["add_eos_token"] = True  # as T5's own
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 from llmjax.interop import files
 from tests.interop import published
 

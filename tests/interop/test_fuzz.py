@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from safetensors import SafetensorError, safe_open
 
-from llmjax.config import UserError, bind
+from llmjax.binding import bind
+from llmjax.errors import UserError
 from llmjax.interop import files, folder, mapping
 from llmjax.interop.architectures import ARCHITECTURES
 from llmjax.models import registry

@@ -6,9 +6,10 @@ from etils import epath
 import numpy as np
 import pytest
 
-from llmjax import cli, loading
-from llmjax.config import UserError
+from llmjax.cli import main
+from llmjax.errors import UserError
 from llmjax.interop import exporting, importing
+from llmjax.run import loading
 from tests import jobs
 from tests.interop import published
 
@@ -225,12 +226,12 @@ def test_from_import_to_training_to_export(tmp_path, capsys):
     tensors = published.random_tensors(published.llama_shapes())
     source = published.write_folder(tmp_path / "in", published.LLAMA, tensors)
     run, corpus = str(tmp_path / "run"), jobs.write_corpus(tmp_path / "corpus")
-    assert cli.run(["import", f"--from={source}", f"--workdir={run}"]) == 0
+    assert main.run(["import", f"--from={source}", f"--workdir={run}"]) == 0
     assert "next: llmjax generate" in capsys.readouterr().out
     with pytest.raises(UserError, match="holds a run already"):
-        cli.run(["import", f"--from={source}", f"--workdir={run}"])
+        main.run(["import", f"--from={source}", f"--workdir={run}"])
     generate = ["generate", f"--workdir={run}", "--prompt=def main(", "--max_tokens=5", "--temperature=0"]
-    assert cli.run(generate) == 0
+    assert main.run(generate) == 0
     assert "step 0 (imported parameters), greedy" in capsys.readouterr().err
     keep = ("data.seq_len", "data.workers", "train.global_batch", "train.loss_chunk", "optimizer.warmup_steps")
     settings = {name: jobs.TINY[name] for name in keep} | {
@@ -238,14 +239,14 @@ def test_from_import_to_training_to_export(tmp_path, capsys):
         "data.sources.main.path": f"{corpus}/*.txt",
     }
     train = ["train", f"--workdir={run}", *(f"--config.{name}={value}" for name, value in settings.items())]
-    assert cli.run(train) == 0
+    assert main.run(train) == 0
     out = capsys.readouterr().out
     assert "starting from the parameters that were imported" in out and "training from step 0 to 2" in out
-    assert cli.run(train) == 0
+    assert main.run(train) == 0
     assert "nothing left to train" in capsys.readouterr().out
-    assert cli.run(["eval", f"--workdir={run}"]) == 0
+    assert main.run(["eval", f"--workdir={run}"]) == 0
     to = str(tmp_path / "out")
-    assert cli.run(["export", f"--workdir={run}", f"--to={to}", "--dtype=bfloat16"]) == 0
+    assert main.run(["export", f"--workdir={run}", f"--to={to}", "--dtype=bfloat16"]) == 0
     assert "LlamaForCausalLM" in capsys.readouterr().out
     assert not (tmp_path / "out.partial").exists()
     back = published.read_tensors(tmp_path / "out")
@@ -253,10 +254,10 @@ def test_from_import_to_training_to_export(tmp_path, capsys):
     moved = np.abs(back["model.norm.weight"].astype(np.float32) - tensors["model.norm.weight"]).max()
     assert 0 < moved < 0.1
     with pytest.raises(UserError, match="exists already"):
-        cli.run(["export", f"--workdir={run}", f"--to={to}"])
+        main.run(["export", f"--workdir={run}", f"--to={to}"])
     # a config file brings everything but model and tokenizer
     config = [f"--config={jobs.ROOT / 'configs' / 'quickstart.py'}", "--config.train.steps=3"]
-    assert cli.run([*train, *config]) == 0
+    assert main.run([*train, *config]) == 0
     assert "training from step 2 to 3" in capsys.readouterr().out
 
 
@@ -280,7 +281,7 @@ def test_a_run_of_our_own_is_exported(tmp_path, kind):
     }
     config = f"--config={jobs.ROOT / 'configs' / 'quickstart.py'}"
     overrides = [f"--config.{name}={value}" for name, value in settings.items()]
-    assert cli.run(["train", config, f"--workdir={run}", *overrides]) == 0
+    assert main.run(["train", config, f"--workdir={run}", *overrides]) == 0
     made = exporting.export(epath.Path(run), tmp_path / "out", say=quiet)
     assert made.parameters == "EMA of the parameters"
     hf = json.loads((tmp_path / "out" / "config.json").read_text())

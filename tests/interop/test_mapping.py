@@ -6,13 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from llmjax import run_config
-from llmjax.config import UserError
+from llmjax.errors import UserError
 from llmjax.interop import exporting, mapping
 from llmjax.interop.architectures import ARCHITECTURES
 from llmjax.interop.mapping import Correspondence, InMemory, Rule
 from llmjax.models import registry
 from llmjax.models.decoder_config import DecoderConfig
+from llmjax.run import config as run_config
 from tests import jobs
 from tests.interop import published
 

@@ -6,8 +6,9 @@ import pathlib
 from etils import epath
 import pytest
 
-from llmjax import cli
-from llmjax.config import UserError, bind
+from llmjax.binding import bind
+from llmjax.cli import main
+from llmjax.errors import UserError
 from llmjax.interop import folder
 from llmjax.interop.architectures import ARCHITECTURES, FAMILIES, OLD_NAMES
 from llmjax.interop.mapping import InMemory
@@ -622,8 +623,8 @@ def test_ignored_fields_are_recorded(tmp_path):
     source = published.write_folder(tmp_path / "in", hf, published.random_tensors(published.llama_shapes()))
     arguments = ["import", f"--from={source}", f"--workdir={tmp_path / 'run'}"]
     with pytest.raises(UserError, match="--ignore=clip_qkv"):
-        cli.run(arguments)
-    assert cli.run([*arguments, "--ignore=clip_qkv"]) == 0
+        main.run(arguments)
+    assert main.run([*arguments, "--ignore=clip_qkv"]) == 0
     record = json.loads((tmp_path / "run" / "import.json").read_text())
     assert record["ignored"] == ["clip_qkv"] and record["architecture"] == "LlamaForCausalLM"
 
@@ -633,7 +634,7 @@ def test_the_published_cases(tmp_path, shared_data):
     case = shared_data / "cases" / "neutral-fields"
     if not case.is_dir():
         pytest.skip(f"no {case}")
-    assert cli.run(["import", f"--from={case / 'smollm2'}", f"--workdir={tmp_path / 'run'}"]) == 0
+    assert main.run(["import", f"--from={case / 'smollm2'}", f"--workdir={tmp_path / 'run'}"]) == 0
     assert epath.Path(tmp_path / "run" / "import.json").exists()
     bases = {"LlamaForCausalLM": LLAMA, "GPT2LMHeadModel": GPT2, "DeepseekV3ForCausalLM": DEEPSEEK}
     for entry in json.loads((shared_data / "cases" / "neutral-fields.json").read_text()).values():

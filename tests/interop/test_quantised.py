@@ -7,12 +7,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from llmjax.config import UserError, bind
+from llmjax.binding import bind
+from llmjax.errors import UserError
 from llmjax.interop import files, folder, mapping
 from llmjax.interop.moe import ARCHITECTURES
 from llmjax.interop.quantised import Fp8Blocks, Mxfp4
 from llmjax.models import registry
-from llmjax.models.moe_config import MoeConfig
+from llmjax.models.moe import MoeConfig
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
 GPT_OSS = MoeConfig(
@@ -46,7 +47,7 @@ DEEPSEEK = MoeConfig(
     num_experts=4,
     shared_experts=1,
     router="sigmoid",
-    correction_bias=True,
+    expert_bias=True,
     latent=12,
     query_latent=20,
     rope_dim=4,

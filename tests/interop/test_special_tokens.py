@@ -7,11 +7,12 @@ from etils import epath
 import numpy as np
 import pytest
 
-from llmjax import cli, loading
-from llmjax.config import UserError
-from llmjax.data.prompts import decode_continuation, encode_prompt
-from llmjax.data.tokenizer import read_tokenizer
-from llmjax.interop import exporting, importing, special_tokens
+from llmjax.cli import main
+from llmjax.data.objectives.prompts import decode_continuation, encode_prompt
+from llmjax.data.store.tokenizer import read_tokenizer
+from llmjax.errors import UserError
+from llmjax.interop import exporting, importing, special_tokens, tokenizers
+from llmjax.run import loading
 from tests.interop import published
 
 WORDS = ["<unk>", "<s>", "</s>", "<|eot|>", "\u2581hello", "\u2581world", "\u2581user", ",", "\u2581", "hello", "world"]
@@ -82,7 +83,7 @@ def _chain_shapes(vocab: int) -> dict[str, tuple[int, ...]]:
 def generate(workdir, prompt: str, capsys) -> str:
     capsys.readouterr()
     flags = ["--temperature=0", "--max_tokens=12"]
-    assert cli.run(["generate", f"--workdir={workdir}", f"--prompt={prompt}", *flags]) == 0
+    assert main.run(["generate", f"--workdir={workdir}", f"--prompt={prompt}", *flags]) == 0
     return capsys.readouterr().out.removesuffix("\n")
 
 
@@ -306,3 +307,27 @@ def test_case_of_t5_without_tokenizer_json(shared_data):
     made = read_tokenizer("sentencepiece", content, settings=settings)
     assert (made.special_tokens["<extra_id_0>"], made.special_tokens["<extra_id_99>"]) == (152, 53)
     assert encode_prompt(made, "hello <extra_id_0> world").tolist() == [20, 152, 52]
+
+
+@pytest.mark.parametrize(("frame", "begin"), [("", BOS), ("", EOS), ("<s> $A </s>", BOS), ("<s> $A", None)])
+def test_an_exported_tokenizer_puts_what_documents_were_trained_behind(tmp_path, frame, begin):
+    """And nothing else, whatever the tokenizer that the run was given did."""
+    from tokenizers import Tokenizer
+
+    content = make_tokenizer(frame=frame).to_str().encode()
+    made = read_tokenizer("huggingface", content)
+    tokenizers.write(made, content, epath.Path(tmp_path), begin=begin)
+    written = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert written.encode("hello").ids == [*([] if begin is None else [begin]), HELLO]
+
+
+def test_a_whole_file_goes_before_an_index_and_a_tied_head_need_not_be_there(tmp_path):
+    tensors = {"a": np.ones((2, 2), np.float32), "b": np.zeros(3, np.float32)}
+    published.write_tensors(tmp_path, tensors, limit=16)
+    index = tmp_path / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+    listed["weight_map"]["lm_head.weight"] = listed["weight_map"]["a"]
+    index.write_text(json.dumps(listed))
+    assert set(published.read_tensors(tmp_path)) == {"a", "b"}
+    published.write_tensors(tmp_path, {"c": np.ones(2, np.float32)})
+    assert set(published.read_tensors(tmp_path)) == {"c"}

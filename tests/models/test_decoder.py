@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmjax import losses
 from llmjax.models import registry
 from llmjax.models.decoder import Decoder
 from llmjax.models.decoder_config import DecoderConfig
+from llmjax.nn import losses
 from llmjax.parallel import axes
 from tests.batches import packed
 from tests.models import decoder_oracle

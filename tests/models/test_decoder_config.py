@@ -6,11 +6,12 @@ import pathlib
 
 import pytest
 
-from llmjax.config import UserError, bind
+from llmjax.binding import bind
+from llmjax.errors import UserError
 from llmjax.models import registry
 from llmjax.models.decoder_config import DecoderConfig
 from llmjax.nn import attention
-from llmjax.run_config import resolve
+from llmjax.run.config import resolve
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 
@@ -134,7 +135,7 @@ def test_a_value_out_of_bounds_is_named(fields, words):
 )
 def test_a_kernel_refuses_what_it_cannot_honour(feature, fields, monkeypatch):
     full = attention.KERNELS["dot"]
-    less = dataclasses.replace(full, honours=full.honours - {feature})
+    less = dataclasses.replace(full, supports=full.supports - {feature})
     monkeypatch.setitem(attention.KERNELS, "dot", less)
     DecoderConfig()
     with pytest.raises(UserError, match=r"model\.attention='dot' cannot honour it"):
@@ -151,9 +152,7 @@ def test_patterns_repeat_over_the_layers():
 def test_flops_count_the_keys_inside_a_window():
     """Of 32 queries with a window of 8, the first 8 see 1 to 8 keys and the others 8: halved as the whole is."""
     base = DecoderConfig(vocab_size=64, num_layers=2)
-    attention_flops = lambda **fields: (
-        dataclasses.replace(base, **fields).flops_per_token(32) - 6 * base.multiplied_weights
-    )
+    attention_flops = lambda **fields: dataclasses.replace(base, **fields).flops_per_token(32) - 6 * base.matmul_params
     each = 12 * base.num_heads * base.head_size
     assert attention_flops() == each * 2 * 16
     assert attention_flops(window=8) == each * 2 * (8 * 8 / 2 + 24 * 8) / 32

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmjax import losses
 from llmjax.batch import Batch
-from llmjax.config import UserError
-from llmjax.generate import generate
+from llmjax.errors import UserError
+from llmjax.inference.generate import generate
 from llmjax.models import registry
-from llmjax.models.encdec_config import EncDecConfig
+from llmjax.models.encdec import EncDecConfig
+from llmjax.nn import losses
 from llmjax.parallel import axes
 from tests.batches import packed
 

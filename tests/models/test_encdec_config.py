@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from llmjax.batch import Batch
-from llmjax.config import UserError, bind
+from llmjax.binding import bind
+from llmjax.errors import UserError
 from llmjax.models import registry
-from llmjax.models.encdec_config import EncDecConfig
-from llmjax.run_config import resolve
+from llmjax.models.encdec import EncDecConfig
+from llmjax.run.config import resolve
 from tests.models.test_decoder_config import CONFIGS, recipe
 
 

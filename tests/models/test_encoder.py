@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmjax import losses
 from llmjax.batch import Batch
 from llmjax.models import registry
-from llmjax.models.encoder_config import EncoderConfig
+from llmjax.models.encoder import EncoderConfig
+from llmjax.nn import losses
 from llmjax.nn.stack import REMAT
 from llmjax.parallel import axes
 from tests.batches import packed

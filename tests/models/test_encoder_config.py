@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 
-from llmjax.config import UserError, bind
+from llmjax.binding import bind
+from llmjax.errors import UserError
 from llmjax.models import registry
-from llmjax.models.encoder_config import EncoderConfig
-from llmjax.run_config import resolve
+from llmjax.models.encoder import EncoderConfig
+from llmjax.run.config import resolve
 from tests.models.test_decoder_config import CONFIGS, recipe
 
 

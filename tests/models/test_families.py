@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmjax import losses
 from llmjax.models import registry
 from llmjax.models.decoder_config import DecoderConfig
-from llmjax.models.encdec_config import EncDecConfig
-from llmjax.models.encoder_config import EncoderConfig
-from llmjax.models.moe_config import MoeConfig
-from llmjax.models.recurrent_config import RecurrentConfig
+from llmjax.models.encdec import EncDecConfig
+from llmjax.models.encoder import EncoderConfig
+from llmjax.models.moe import MoeConfig
+from llmjax.models.recurrent import RecurrentConfig
+from llmjax.nn import losses
 from llmjax.nn.stack import REMAT
 from llmjax.parallel import axes
 from tests.batches import suiting
@@ -110,7 +110,7 @@ def loss_and_grads(graph, params, batch, key=None):
         model = nnx.merge(graph, params)
         out = model(batch, key)
         sums = losses.cross_entropy(out.hidden, model.unembed, batch.targets, batch.weights, chunk=8, z_loss=1e-3)
-        return sums.nats + sums.z + out.penalty
+        return sums.nats + sums.z + out.aux_loss
 
     return jax.value_and_grad(loss)(params)
 

@@ -10,13 +10,14 @@ from jax.sharding import AxisType, Mesh
 import numpy as np
 import pytest
 
-from llmjax import losses, state as states
-from llmjax.config import UserError
+from llmjax.errors import UserError
 from llmjax.models import registry
-from llmjax.models.moe_config import MoeConfig
+from llmjax.models.moe import MoeConfig
+from llmjax.nn import losses
 from llmjax.optim.config import OptimizerConfig
-from llmjax.parallel import compile as compiling, hosts
+from llmjax.parallel import backends, hosts
 from llmjax.parallel.mesh import MeshConfig, ParallelConfig, make_mesh
+from llmjax.run import state as states
 from llmjax.train.step import make_loss, train_step
 from tests.batches import packed
 
@@ -41,7 +42,7 @@ DEEPSEEK = MoeConfig(
     router_scale=2.5,
     router_groups=4,
     router_top_groups=2,
-    correction_bias=True,
+    expert_bias=True,
     latent=16,
     query_latent=24,
     rope_dim=8,
@@ -71,7 +72,7 @@ def run(graph, params, batch):
         model = nnx.merge(graph, params)
         out = model(batch)
         sums = losses.cross_entropy(out.hidden, model.unembed, batch.targets, batch.weights, chunk=8, z_loss=0.0)
-        return sums.nats + out.penalty, (model.unembed(out.hidden), out.penalty, out.stats)
+        return sums.nats + out.aux_loss, (model.unembed(out.hidden), out.aux_loss, out.aux_metrics)
 
     return jax.grad(loss, has_aux=True)(params)
 
@@ -85,7 +86,7 @@ def assert_close(found, expected, rtol):
 def test_documents_of_a_row_do_not_see_each_other(name):
     """Another document's tokens change neither logits nor, of the cross-entropy, gradients: also where they move this
     document's tokens to other places among an expert's rows."""
-    config = dataclasses.replace(CONFIGS[name], balance_loss=0.0, router_z_loss=0.0, correction_bias=False)
+    config = dataclasses.replace(CONFIGS[name], balance_loss=0.0, router_z_loss=0.0, expert_bias=False)
     graph, params = parts(config)
     row = packed(1, 24, VOCAB)
     other = row.segments == 2
@@ -130,9 +131,9 @@ def test_every_token_is_served_and_padding_is_not_counted(name):
     layers = config.num_layers - config.dense_layers
     assert all(float(weight) == layers * tokens for _, weight in stats.values())
     means = {key: float(total / weight) for key, (total, weight) in stats.items()}
-    assert means["expert_balance"] > 0.5 and means["router_z"] > 0
-    assert 1 / config.num_experts < means["busiest_expert"] <= 1 / config.experts_per_token
-    assert 0 <= means["dead_experts"] < 1
+    assert means["load_balance_loss"] > 0.5 and means["router_z_loss"] > 0
+    assert 1 / config.num_experts < means["max_expert_load"] <= 1 / config.experts_per_token
+    assert 0 <= means["unused_expert_fraction"] < 1
     padded = dataclasses.replace(batch, inputs=np.where(batch.segments > 0, batch.inputs, 13))
     _, (_, penalty, padded_stats) = run(graph, params, padded)
     assert_close((penalty, padded_stats), run(graph, params, batch)[1][1:], 1e-7)
@@ -157,27 +158,29 @@ def test_cached_decoding_equals_the_full_pass(name):
     np.testing.assert_allclose(np.concatenate(found, axis=1)[..., :VOCAB], full, atol=3e-5 * np.abs(full).max())
 
 
-OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, clip_norm=0.5, ema_decay=0.9, balance_rate=0.01)
+OPTIMIZER = OptimizerConfig(
+    learning_rate=1e-2, warmup_steps=2, clip_norm=0.5, ema_decay=0.9, expert_bias_update_rate=0.01
+)
 ROWS, SEQ = 16, 24
 
 
 class Trainer:
     def __init__(self, model: MoeConfig, mesh: Mesh, how: str, accumulation: int):
         config = ParallelConfig(how=how)
-        plan = states.plan_state(model, OPTIMIZER, horizon=10, mesh=mesh, rules=config.rules)
-        rows = hosts.local_rows(compiling.batch_sharding(mesh), ROWS)
+        plan = states.make_state_spec(model, OPTIMIZER, horizon=10, mesh=mesh, rules=config.rules)
+        rows = hosts.local_rows(backends.batch_sharding(mesh), ROWS)
         loss = make_loss(plan.graph, seed=3, chunk=16, z_loss=1e-3)
         step = functools.partial(train_step, loss=loss, optimizer=plan.optimizer, accumulation=accumulation)
-        self.compiled = compiling.compile_step(step, config, mesh, plan.shardings, rows, ROWS)
-        self.state = self.compiled.place(states.init_state(plan, model, seed=0))
+        self.compiled = backends.compile_step(step, config, mesh, plan.shardings, rows, ROWS)
+        self.state = self.compiled.shard_state(states.init_state(plan, model, seed=0))
 
     def steps(self, count: int):
         metrics = []
         for k in range(count):
-            batch = self.compiled.feed(packed(ROWS, SEQ, VOCAB, first_sample=k * ROWS))
+            batch = self.compiled.shard_batch(packed(ROWS, SEQ, VOCAB, first_sample=k * ROWS))
             self.state, found = self.compiled.step(self.state, batch)
             metrics.append(jax.device_get(found))
-        return metrics, jax.device_get(self.compiled.lift(self.state).params)
+        return metrics, jax.device_get(self.compiled.unshard_state(self.state).params)
 
 
 TRAINED = dataclasses.replace(DEEPSEEK, num_layers=2, balance_loss=0.1, router_z_loss=0.01, dropout=0.1)
@@ -203,12 +206,12 @@ def test_layouts_agree_with_one_device(layout, one_device):
     mesh, how, accumulation = LAYOUTS[layout]
     metrics, params = Trainer(TRAINED, make_mesh(mesh), how, accumulation).steps(3)
     for found, expected in zip(metrics, one_device[0], strict=True):
-        for name in ("loss", "expert_balance", "router_z", "busiest_expert", "dead_experts"):
+        for name in ("loss", "load_balance_loss", "router_z_loss", "max_expert_load", "unused_expert_fraction"):
             np.testing.assert_allclose(found[name], expected[name], rtol=5e-6, err_msg=name)
         np.testing.assert_allclose(found["grad_norm"], expected["grad_norm"], rtol=2e-5)
-    correction = lambda params: params["blocks"]["mlp"]["router"]["correction"]
-    np.testing.assert_array_equal(correction(params), correction(one_device[1]))
-    assert np.abs(correction(params)).max() > 0.01
+    expert_bias = lambda params: params["blocks"]["mlp"]["router"]["expert_bias"]
+    np.testing.assert_array_equal(expert_bias(params), expert_bias(one_device[1]))
+    assert np.abs(expert_bias(params)).max() > 0.01
     for found, expected in zip(jax.tree.leaves(params), jax.tree.leaves(one_device[1]), strict=True):
         np.testing.assert_allclose(found, expected, atol=5e-4)
 
@@ -223,9 +226,9 @@ def test_flops_count_the_experts_that_a_token_meets():
     for config in (MIXTRAL, DEEPSEEK):
         shapes = registry.abstract(dataclasses.replace(config, vocab_multiple=1))[1]
         sizes = {jax.tree_util.keystr(path): leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
-        weights = sum(n for name, n in sizes.items() if "norm" not in name and "correction" not in name)
-        weights -= config.vocab_size * config.embed + config.idle_parameters
-        assert config.multiplied_weights == weights
+        weights = sum(n for name, n in sizes.items() if "norm" not in name and "expert_bias" not in name)
+        weights -= config.vocab_size * config.embed + config.inactive_params
+        assert config.matmul_params == weights
 
 
 @pytest.mark.parametrize(

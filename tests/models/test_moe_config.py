@@ -6,10 +6,11 @@ import pathlib
 
 import pytest
 
-from llmjax.config import UserError, bind
+from llmjax.binding import bind
+from llmjax.errors import UserError
 from llmjax.models import registry
-from llmjax.models.moe_config import MoeConfig
-from llmjax.run_config import resolve
+from llmjax.models.moe import MoeConfig
+from llmjax.run.config import resolve
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 RECIPES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek")
@@ -44,7 +45,7 @@ def model(name: str, size: str, vocab: int) -> MoeConfig:
 def test_published_parameter_counts(name, size, vocab, total, active):
     config = model(name, size, vocab)
     count = registry.count_parameters(config)
-    met = count - config.idle_parameters - (vocab * config.embed if name == "gpt_oss" else 0)
+    met = count - config.inactive_params - (vocab * config.embed if name == "gpt_oss" else 0)
     digits = len(str(total).partition(".")[2])
     assert (round(count / 1e9, digits), round(met / 1e9, digits)) == (total, active)
 

@@ -6,8 +6,8 @@ import pathlib
 
 import pytest
 
-from llmjax.config import UserError
-from llmjax.models import parametrization
+from llmjax.errors import UserError
+from llmjax.models.base import PARAMETRIZATIONS
 from llmjax.models.decoder_config import DecoderConfig
 from llmjax.optim.config import OptimizerConfig
 from llmjax.optim.optimizer import make_optimizer
@@ -29,7 +29,7 @@ def tool():
 def test_the_coordinate_check(tool, family):
     """From width 64 to 256, logits move 4 times as far under the standard parametrization, and alike under muP."""
     growth = {}
-    for name in parametrization.NAMES:
+    for name in PARAMETRIZATIONS:
         moved = [
             tool.moved(tool.FAMILIES[family](width, **tool.COMMON, parametrization=name))["logits"]
             for width in (64, 256)
@@ -42,10 +42,10 @@ def test_the_coordinate_check(tool, family):
 def test_at_the_base_width_both_are_the_same():
     config = DecoderConfig(embed=256, head_dim=64, num_heads=4)
     mup = dataclasses.replace(config, parametrization="mup")
-    assert parametrization.width(config) == parametrization.width(mup) == 1
-    assert parametrization.score_scale(mup, 0.125) == parametrization.score_scale(config, 0.125) == 0.125
+    assert config.width_multiplier == mup.width_multiplier == 1
+    assert mup.mup_score_scale(0.125, 64) == config.mup_score_scale(0.125, 256) == 0.125
     wide = dataclasses.replace(mup, embed=1024, head_dim=256)
-    assert parametrization.width(wide) == 4 and parametrization.score_scale(wide, 1 / 16) == 1 / 32
+    assert wide.width_multiplier == 4 and wide.mup_score_scale(1 / 16, wide.head_size) == 1 / 32
 
 
 def test_bad_values_are_named():

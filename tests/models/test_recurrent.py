@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmjax import losses
-from llmjax.config import UserError, bind
-from llmjax.generate import generate
+from llmjax.binding import bind
+from llmjax.errors import UserError
+from llmjax.inference.generate import generate
 from llmjax.models import registry
-from llmjax.models.recurrent_config import RecurrentConfig
+from llmjax.models.recurrent import RecurrentConfig
+from llmjax.nn import losses
 from llmjax.optim.layerwise import kind, matrix_view
 from llmjax.parallel import axes
-from llmjax.run_config import resolve
+from llmjax.run.config import resolve
 from tests.batches import packed
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"

@@ -79,7 +79,7 @@ def oracle(layer: LatentAttention, x, segments, positions) -> np.ndarray:
 @pytest.mark.parametrize("query_rank", [0, 7])
 def test_equals_plain_attention(query_rank):
     layer, (x, segments, positions) = made(query_rank), rows()
-    prepared = KERNELS["dot"].prepare(segments, positions, None, None)
+    prepared = KERNELS["dot"].make_mask(segments, positions, None, None)
     found = jax.jit(lambda x: layer(x, rotary.angles(positions, ROPE, 100.0), prepared))(x)
     expected = oracle(layer, x, segments, positions)
     np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
@@ -90,7 +90,7 @@ def test_its_cache_holds_latents_and_gives_the_same(query_rank):
     """Piece by piece, with rows that stand at other positions."""
     layer, x = made(query_rank), rows()[0]
     ones, positions = jnp.ones((2, 9), int), jnp.broadcast_to(jnp.arange(9), (2, 9))
-    whole = layer(x, rotary.angles(positions, ROPE, 100.0), KERNELS["dot"].prepare(ones, positions, None, None))
+    whole = layer(x, rotary.angles(positions, ROPE, 100.0), KERNELS["dot"].make_mask(ones, positions, None, None))
     cache = jnp.zeros((2, 16, LATENT)), jnp.zeros((2, 16, ROPE))
     step = jax.jit(lambda piece, at, cache: layer.cached(piece, rotary.angles(at, ROPE, 100.0), at, cache))
     _, cache = step(x[:, :2], positions[:, :2], cache)  # of which the first row reads both again

@@ -94,7 +94,7 @@ def test_grouped_attention_equals_repeated_keys():
     q, k, v = draw(2, 10, 6, 4), draw(2, 10, 2, 4, seed=1), draw(2, 10, 2, 4, seed=2)
     segments = np.array([[1] * 4 + [2] * 6, [1] * 7 + [0] * 3])
     positions = np.array([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5, 6, 0, 0, 0]])
-    mask = attention.visible(jnp.asarray(segments), jnp.asarray(positions), causal=True)
+    mask = attention.attention_mask(jnp.asarray(segments), jnp.asarray(positions), causal=True)
     found = np.asarray(attention.dot(q, k, v, mask))
     for row in range(2):
         for head in range(6):
@@ -108,7 +108,9 @@ def test_grouped_attention_equals_repeated_keys():
 
 def test_who_sees_whom():
     segments, positions = jnp.array([[1, 1, 1, 2, 2, 2]]), jnp.array([[0, 1, 2, 0, 1, 2]])
-    seen = lambda **options: np.asarray(attention.visible(segments, positions, **options))[0].astype(int).tolist()
+    seen = lambda **options: (
+        np.asarray(attention.attention_mask(segments, positions, **options))[0].astype(int).tolist()
+    )
     apart = lambda block: np.kron(np.eye(2, dtype=int), np.array(block)).tolist()
     assert seen(causal=False) == apart([[1, 1, 1]] * 3)
     assert seen(causal=True) == apart([[1, 0, 0], [1, 1, 0], [1, 1, 1]])

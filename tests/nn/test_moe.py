@@ -11,7 +11,7 @@ import pytest
 
 from llmjax.nn import moe
 from llmjax.nn.grouped import grouped_matmul
-from llmjax.nn.moe import Load, MoeMlp, Routing
+from llmjax.nn.moe import MoeMlp, RouterStats, Routing
 from llmjax.optim.config import OptimizerConfig
 from llmjax.optim.optimizer import make_optimizer
 from llmjax.parallel import axes
@@ -23,17 +23,17 @@ GPT_OSS = dataclasses.replace(MIXTRAL, experts=5, chosen=3)
 CASES = {
     "mixtral": (MIXTRAL, {}),
     "plain": (PLAIN, {}),
-    "deepseek": (DEEPSEEK, dict(correction=True, shared=6)),
+    "deepseek": (DEEPSEEK, dict(expert_bias=True, shared=6)),
     "gpt_oss": (GPT_OSS, dict(bias=True, activation="clamped_swiglu")),
 }
 
 
-def layer(routing, *, bias=False, correction=False, shared=0, activation="silu", embed=12, mlp=8):
+def layer(routing, *, bias=False, expert_bias=False, shared=0, activation="silu", embed=12, mlp=8):
     """A layer moved off its start, so that no bias is 0."""
     made = MoeMlp(
         jax.random.key(0), embed, mlp, routing=routing, shared=shared, activation="silu",
         expert_activation=activation, bias=bias,
-        correction=correction, scale=1.0, dtype="float32",
+        expert_bias=expert_bias, scale=1.0, dtype="float32",
     )  # fmt: skip
     graph, state = nnx.split(made)
     rng = np.random.default_rng(0)
@@ -45,11 +45,11 @@ def rows(batch=4, seq=10, embed=12):
     return x, jnp.arange(seq) < jnp.array([seq, seq - 3, 1, 0][:batch])[:, None]
 
 
-def oracle_choice(logits, correction, routing):
+def oracle_choice(logits, expert_bias, routing):
     """(ids, weights) of one token, by the definitions."""
     softmax = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
     scores = softmax if routing.score == "softmax" else 1 / (1 + np.exp(-logits))
-    ranks = scores + (0 if correction is None else correction)
+    ranks = scores + (0 if expert_bias is None else expert_bias)
     groups = np.split(np.arange(routing.experts), routing.groups)
     best = sorted(groups, key=lambda group: -np.sort(ranks[group])[-2:].sum())[: routing.top_groups]
     ids = sorted(np.concatenate(best), key=lambda e: -ranks[e])[: routing.chosen]
@@ -75,7 +75,7 @@ def oracle(params, x, real, routing, activation):
     for b in range(batch):
         for s in range(seq):
             logits = x[b, s] @ p["router"]["weight"] + p["router"].get("bias", 0)
-            ids, weights, scores = oracle_choice(logits, p["router"].get("correction"), routing)
+            ids, weights, scores = oracle_choice(logits, p["router"].get("expert_bias"), routing)
             for i, weight in zip(ids, weights, strict=True):
                 part = lambda name, y, i=i: y @ e[name][i] + (e[f"{name}_bias"][i] if f"{name}_bias" in e else 0)
                 out[b, s] += weight * part("down", join(part("gate", x[b, s]), part("up", x[b, s])))
@@ -93,11 +93,11 @@ def dense(params, x, routing, activation):
     """The layer as a differentiable sum over all experts, each weighed by 0 where it is not chosen."""
     router, e = params["router"], params["experts"]
     logits = x @ router["weight"] + router.get("bias", 0)
-    choice = moe.choose(logits, router.get("correction"), routing)
+    choice = moe.route(logits, router.get("expert_bias"), routing)
     gates = jnp.sum(jax.nn.one_hot(choice.ids, routing.experts) * choice.weights[..., None], axis=-2)
     linear = lambda name, y: jnp.einsum("bsei,eio->bseo", y, e[name]) + e.get(f"{name}_bias", 0)
     every = jnp.broadcast_to(x[:, :, None], (*x.shape[:2], routing.experts, x.shape[-1]))
-    h = moe.JOINS[activation](linear("gate", every), linear("up", every))
+    h = moe.GLU_ACTIVATIONS[activation](linear("gate", every), linear("up", every))
     out = jnp.einsum("bse,bsed->bsd", gates, linear("down", h))
     if "shared" in params:
         w = {name: params["shared"][name]["weight"] for name in ("gate", "up", "down")}
@@ -198,16 +198,16 @@ def test_losses_by_hand():
     routing = Routing(experts=4, chosen=1, score="softmax", renormalise=False)
     counts = jnp.array([[[2.0, 2, 2, 2], [4, 0, 0, 0], [0, 0, 0, 0]]] * 2)
     probabilities = jnp.array([[[2.0, 2, 2, 2], [3, 1, 0, 0], [0, 0, 0, 0]]] * 2)
-    load = Load(counts, probabilities, jnp.array([[8.0, 4, 0]] * 2))
-    correction = jnp.zeros((2, 4))
+    load = RouterStats(counts, probabilities, jnp.array([[8.0, 4, 0]] * 2))
+    expert_bias = jnp.zeros((2, 4))
     found = functools.partial(moe.losses, load, routing=routing, balance_loss=0.1, router_z_loss=0.01)
-    penalty, stats = found(correction)
+    penalty, stats = found(expert_bias)
     # the even row's balance is 1 over 8 tokens, the other's 4 * 1 * 3/4 over 4
-    np.testing.assert_allclose(stats["expert_balance"], (2 * (8 + 4 * 3), 24))
-    np.testing.assert_allclose(stats["busiest_expert"], (2 * (8 * 0.25 + 4 * 1), 24))
-    np.testing.assert_allclose(stats["dead_experts"], (2 * 4 * 0.75, 24))
+    np.testing.assert_allclose(stats["load_balance_loss"], (2 * (8 + 4 * 3), 24))
+    np.testing.assert_allclose(stats["max_expert_load"], (2 * (8 * 0.25 + 4 * 1), 24))
+    np.testing.assert_allclose(stats["unused_expert_fraction"], (2 * 4 * 0.75, 24))
     np.testing.assert_allclose(penalty, 0.1 * 40 + 0.01 * 24, rtol=1e-6)
-    excess = jax.grad(lambda correction: found(correction).penalty)(correction)
+    excess = jax.grad(lambda expert_bias: found(expert_bias).penalty)(expert_bias)
     np.testing.assert_array_equal(excess, [[4 * 6 - 12, 4 * 2 - 12, 4 * 2 - 12, 4 * 2 - 12]] * 2)
 
 
@@ -215,16 +215,16 @@ def test_the_correction_bias_balances_the_load():
     """Logits that favour some experts, and no loss that would mend it: the optimizer's steps alone do."""
     routing = dataclasses.replace(DEEPSEEK, groups=1, top_groups=1)
     logits = np.random.default_rng(0).normal(size=(4, 200, routing.experts)) + np.linspace(0, 3, routing.experts)
-    config = OptimizerConfig(name="adamw", balance_rate=0.005, warmup_steps=0)
-    optimizer = make_optimizer(config, horizon=200, axes={"correction": ("layers", "experts")})
+    config = OptimizerConfig(name="adamw", expert_bias_update_rate=0.005, warmup_steps=0)
+    optimizer = make_optimizer(config, horizon=200, axes={"expert_bias": ("layers", "experts")})
 
     @jax.jit
     def step(params, state):
         def penalty(params):
-            ids = moe.choose(jnp.float32(logits), params["correction"][0], routing).ids
+            ids = moe.route(jnp.float32(logits), params["expert_bias"][0], routing).ids
             counts = jnp.sum(jax.nn.one_hot(ids, routing.experts), axis=(1, 2))[None]
-            load = Load(counts, jnp.zeros_like(counts), jnp.zeros((1, 4)))
-            found = moe.losses(load, params["correction"], routing, balance_loss=0.0, router_z_loss=0.0)
+            load = RouterStats(counts, jnp.zeros_like(counts), jnp.zeros((1, 4)))
+            found = moe.losses(load, params["expert_bias"], routing, balance_loss=0.0, router_z_loss=0.0)
             loads = jnp.sum(counts[0], axis=0)
             return found.penalty, (found.penalty, jnp.max(loads) / jnp.mean(loads))
 
@@ -232,7 +232,7 @@ def test_the_correction_bias_balances_the_load():
         params, state, _ = optimizer.update(grads, state, params)
         return params, state, value, busiest
 
-    params = {"correction": jnp.zeros((1, routing.experts))}
+    params = {"expert_bias": jnp.zeros((1, routing.experts))}
     state, busiest = optimizer.init(params), []
     for _ in range(150):
         params, state, value, load = step(params, state)

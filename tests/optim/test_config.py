@@ -2,7 +2,7 @@
 
 import pytest
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 from llmjax.optim.config import DEFAULTS, OptimizerConfig
 
 

@@ -33,8 +33,8 @@ from tests.optim.parameters import AXES, UNSTACKED_AXES, random_tree, run, unsta
         (("layers", "blocks", "head_dim", "embed"), "matrix"),
         (("layers", "embed", "router"), "matrix"),
         (("layers", "router"), "vector"),
-        (("layers", "experts"), "balance"),
-        (("experts",), "balance"),
+        (("layers", "experts"), "expert_bias"),
+        (("experts",), "expert_bias"),
     ],
 )
 def test_kind(axes, expected):
@@ -92,7 +92,7 @@ def test_experts_equal_layers(name):
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_a_balance_parameter_moves_by_the_sign_of_its_gradient(name):
     """Whatever optimizer, clipping, decay and schedule; and nothing else feels its gradient."""
-    config = OptimizerConfig(name=name, clip_norm=0.1, weight_decay=0.3, balance_rate=0.01)
+    config = OptimizerConfig(name=name, clip_norm=0.1, weight_decay=0.3, expert_bias_update_rate=0.01)
     axes = {"up": ("layers", "embed", "mlp"), "correction": ("layers", "experts")}
     params = {"up": jnp.ones((2, 8, 8)), "correction": jnp.full((2, 3), 5.0)}
     loads = jnp.array([[9e6, -9e6, 0.0], [1e-3, 0.0, -1e-3]])
@@ -101,7 +101,7 @@ def test_a_balance_parameter_moves_by_the_sign_of_its_gradient(name):
     found, state = run(optimizer, params, grads)
     moved = -0.01 * np.sign(loads)
     np.testing.assert_allclose(found["correction"], 5 + moved, atol=1e-6)
-    np.testing.assert_allclose(optimizer.evaluated(found, state)["correction"], 5 + moved, atol=1e-6)
+    np.testing.assert_allclose(optimizer.eval_params(found, state)["correction"], 5 + moved, atol=1e-6)
     alone = make_optimizer(config, horizon=10, axes={"up": axes["up"]})
     expected, _ = run(alone, {"up": params["up"]}, [{"up": g["up"]} for g in grads])
     np.testing.assert_allclose(found["up"], expected["up"], rtol=1e-6)
@@ -126,4 +126,4 @@ def test_stacked_equals_unstacked(name):
 
     jax.tree.map(check, unstack(stacked), alone, unstack(params))
     evaluated = make_optimizer(config, horizon=10, axes=AXES).evaluated(stacked, state)
-    jax.tree.map(check, unstack(evaluated), optimizer.evaluated(alone, alone_state), unstack(params))
+    jax.tree.map(check, unstack(evaluated), optimizer.eval_params(alone, alone_state), unstack(params))

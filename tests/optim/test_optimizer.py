@@ -96,8 +96,8 @@ def test_schedule_free_against_the_recurrences():
     # x is recovered as (y - 0.1 z) / 0.9 in float32 at values up to about 20: a few units of 1e-6.
     compare = lambda got, want: np.testing.assert_allclose(got, want, rtol=2e-6, atol=5e-6)
     jax.tree.map(compare, params, y)
-    jax.tree.map(compare, optimizer.evaluated(params, state), x)
-    assert optimizer.evaluated_name == "schedule-free average"
+    jax.tree.map(compare, optimizer.eval_params(params, state), x)
+    assert optimizer.eval_params_name == "schedule-free average"
 
 
 def test_muon_orthogonalises_matrices_and_leaves_the_rest_to_adamw():
@@ -203,12 +203,12 @@ def test_ema_is_a_mean_first_and_then_exponential():
     for grads in gradients():
         params, state, _ = jax.jit(optimizer.update)(grads, state, params)
         seen.append(np.asarray(params["table"], np.float64))
-    assert optimizer.evaluated_name == "EMA of the parameters"
+    assert optimizer.eval_params_name == "EMA of the parameters"
     want = 0.6 * (0.6 * (seen[0] + seen[1]) / 2 + 0.4 * seen[2]) + 0.4 * seen[3]
-    np.testing.assert_allclose(optimizer.evaluated(params, state)["table"], want, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(optimizer.eval_params(params, state)["table"], want, rtol=1e-5, atol=1e-7)
 
 
 def test_without_average_the_live_parameters_are_evaluated():
     optimizer, params = make("adamw"), random_tree(0)
-    assert optimizer.evaluated(params, optimizer.init(params)) is params
-    assert optimizer.evaluated_name == "parameters"
+    assert optimizer.eval_params(params, optimizer.init(params)) is params
+    assert optimizer.eval_params_name == "parameters"

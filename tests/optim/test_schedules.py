@@ -5,7 +5,7 @@ import math
 import jax
 import pytest
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 from llmjax.optim.config import SCHEDULES, OptimizerConfig
 from llmjax.optim.schedules import describe_change, make_schedule
 

@@ -12,7 +12,7 @@ from llmjax.parallel.axes import DEFAULT_RULES, shardings
 from tests.optim.parameters import AXES, random_tree, run
 
 STEPS = 3
-# Shards of "embed" leave whole only what has none: biases over heads or mlp, columns over them, counters.
+# Reduction of "embed" leave whole only what has none: biases over heads or mlp, columns over them, counters.
 LARGEST_WHOLE_SHARE = {"adafactor": 0.25}
 
 

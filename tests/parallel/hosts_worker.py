@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
 from llmjax.batch import Batch
-from llmjax.config import UserError
+from llmjax.errors import UserError
 
 
 def attempt(action):

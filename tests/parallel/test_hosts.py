@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from llmjax.batch import Batch
-from llmjax.config import UserError
+from llmjax.errors import UserError
 from llmjax.parallel import hosts
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

@@ -4,7 +4,7 @@ import jax
 from jax.sharding import PartitionSpec as P
 import pytest
 
-from llmjax.config import UserError
+from llmjax.errors import UserError
 from llmjax.parallel import axes
 from llmjax.parallel.mesh import MeshConfig, ParallelConfig, make_mesh, mesh_shape
 

@@ -13,13 +13,13 @@ transformers = pytest.importorskip("transformers", reason="parity needs `make pa
 from flax import nnx
 import jax
 
-from llmjax import losses
 from llmjax.batch import Batch
-from llmjax.config import bind
+from llmjax.binding import bind
 from llmjax.interop import mapping
 from llmjax.interop.decoder import ARCHITECTURES
 from llmjax.models import registry
 from llmjax.models.decoder_config import DecoderConfig
+from llmjax.nn import losses
 from llmjax.nn.rotary import frequencies
 
 VOCAB, SEQ, LENGTHS = 97, 24, (24, 17, 9)
@@ -292,7 +292,7 @@ def test_configs_come_back(name):
 @pytest.mark.parametrize("name", ["qwen3-tied", "gemma2", "gemma3", "olmo3"])
 def test_greedy_text_is_theirs(name):
     """Token by token from our cache against their own generation, past the windows."""
-    from llmjax.generate import generate
+    from llmjax.inference.generate import generate
 
     model = reference(name)
     _, config, _, params = imported(name)

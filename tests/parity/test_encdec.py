@@ -11,14 +11,15 @@ from flax import nnx
 import jax
 import numpy as np
 
-from llmjax import losses
 from llmjax.batch import Batch
-from llmjax.config import UserError, bind
-from llmjax.generate import generate
+from llmjax.binding import bind
+from llmjax.errors import UserError
+from llmjax.inference.generate import generate
 from llmjax.interop import mapping
 from llmjax.interop.encdec import ARCHITECTURES
 from llmjax.models import registry
-from llmjax.models.encdec_config import EncDecConfig
+from llmjax.models.encdec import EncDecConfig
+from llmjax.nn import losses
 
 VOCAB = 67
 T5 = ARCHITECTURES["T5ForConditionalGeneration"]

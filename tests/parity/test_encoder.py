@@ -12,13 +12,14 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from llmjax import losses
 from llmjax.batch import Batch
-from llmjax.config import UserError, bind
+from llmjax.binding import bind
+from llmjax.errors import UserError
 from llmjax.interop import mapping
 from llmjax.interop.encoder import ARCHITECTURES
 from llmjax.models import registry
-from llmjax.models.encoder_config import EncoderConfig
+from llmjax.models.encoder import EncoderConfig
+from llmjax.nn import losses
 
 VOCAB, SEQ, LENGTHS = 97, 24, (24, 17, 9)
 

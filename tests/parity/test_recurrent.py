@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from llmjax.models import registry
-from llmjax.models.recurrent_config import RecurrentConfig
+from llmjax.models.recurrent import RecurrentConfig
 from llmjax.nn.recurrent import CELLS
 from tests.batches import packed
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from llmjax import cli
+from llmjax.cli import main
 from llmjax.models import registry
 from llmjax.plan import budget as budgets, count, devices, size
 
@@ -103,17 +103,17 @@ def test_this_machine_is_measured():
     ],
 )
 def test_bad_input(arguments, words):
-    with pytest.raises(cli.UserError, match=words):
-        cli.run(["size", *arguments])
+    with pytest.raises(main.UserError, match=words):
+        main.run(["size", *arguments])
 
 
 def test_what_is_printed(capsys, monkeypatch):
     monkeypatch.chdir(CONFIGS.parent)
-    assert cli.run(["size", "--budget_hours=24", "--device=h100", "--devices=8"]) == 0
+    assert main.run(["size", "--budget_hours=24", "--device=h100", "--devices=8"]) == 0
     printed = capsys.readouterr().out
     flops = 24 * 3600 * 8 * 989e12 * 0.4
     assert f"{flops:.3g} FLOPs" in printed and "24.0 hours" in printed and "nearest config: qwen3:1.7B," in printed
-    assert cli.run(["size", "--config=configs/llama.py:8B", "--vocab_size=128256"]) == 0
+    assert main.run(["size", "--config=configs/llama.py:8B", "--vocab_size=128256"]) == 0
     printed = capsys.readouterr().out
     assert "8,030,261,248 parameters" in printed and "<- this config" in printed
     assert np.all([name in printed for name in ("blocks", "embed", "head", "16.00 bytes")])

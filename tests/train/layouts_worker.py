@@ -16,7 +16,7 @@ LAYOUTS = {
     "data2_fsdp4": {"mesh.data": 2, "mesh.fsdp": 4},
     "data2_fsdp2_tensor2": {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2},
     "data2_tensor4": {"mesh.data": 2, "mesh.tensor": 4},
-    "pmap": {"parallel.how": "pmap"},
+    "pmap": {"parallel.backend": "pmap"},
 }
 SETTINGS = {
     **jobs.TINY,
@@ -29,8 +29,8 @@ SETTINGS = {
 
 
 def main(out: str, corpus: str, store: str) -> None:
-    from llmjax import run_config
     from llmjax.parallel import hosts
+    from llmjax.run import config as run_config
 
     hosts.initialize()
     from llmjax.train import loop

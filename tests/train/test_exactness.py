@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from llmjax import inspection
+from llmjax.run import inspection
 from tests import jobs
 from tests.train.layouts_worker import LAYOUTS
 

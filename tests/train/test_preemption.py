@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from llmjax import interrupts
+from llmjax.parallel import interrupts
 from llmjax.train.loop import _describe_loss
 from llmjax.train.preemption import Preemption
 

@@ -7,12 +7,12 @@ from jax.sharding import AxisType, Mesh
 import numpy as np
 import pytest
 
-from llmjax import run_config, state as states
-from llmjax.checkpoint import Checkpoints
-from llmjax.config import UserError
-from llmjax.data.pipeline import DataState
-from llmjax.models.recurrent_config import RecurrentConfig
-from llmjax.run_config import RunConfig, TrainConfig
+from llmjax.checkpoint.manager import Checkpoints
+from llmjax.data.batches.pipeline import DataState
+from llmjax.errors import UserError
+from llmjax.models.recurrent import RecurrentConfig
+from llmjax.run import config as run_config, state as states
+from llmjax.run.config import RunConfig, TrainConfig
 from llmjax.train import resume
 
 MODEL = RecurrentConfig(cell="rglru", vocab_size=64, embed=16, num_layers=1, recurrence="associative")
@@ -37,14 +37,16 @@ def resumed(tmp_path_factory):
         np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3
     )
 
-    def planned(config: RunConfig) -> states.Plan:
+    def planned(config: RunConfig) -> states.StateSpec:
         rules = config.parallel.rules
-        return states.plan_state(config.model, config.optimizer, horizon=config.train.steps, mesh=mesh, rules=rules)
+        return states.make_state_spec(
+            config.model, config.optimizer, horizon=config.train.steps, mesh=mesh, rules=rules
+        )
 
-    plan = planned(saved)
+    spec = planned(saved)
     checkpoints = Checkpoints(folder)
     meta = {"config": run_config.to_json(saved), "data_state": Data().start().to_json(), "tokenizer_sha256": "a"}
-    checkpoints.save(1, states.parts(states.init_state(plan, MODEL, 0)), {**meta, "tokens": 5, "skipped": 0})
+    checkpoints.save(1, states.to_checkpoint(states.init_state(spec, MODEL, 0)), {**meta, "tokens": 5, "skipped": 0})
     checkpoints.close()
 
     def run(model: dict | None = None, train: dict | None = None, parallel: dict | None = None) -> list[str]:
@@ -56,7 +58,7 @@ def resumed(tmp_path_factory):
         )
         said: list[str] = []
         again = Checkpoints(folder)
-        progress = resume.start(config, planned(config), Data(), again, "a", said.append)  # pyright: ignore[reportArgumentType]
+        progress = resume.restore_or_init(config, planned(config), Data(), again, "a", said.append)  # pyright: ignore[reportArgumentType]
         again.close()
         assert (progress.step, progress.tokens) == (1, 5)
         return said

@@ -8,13 +8,13 @@ from jax.sharding import AxisType, Mesh
 import numpy as np
 import pytest
 
-from llmjax import state as states
-from llmjax.config import UserError
-from llmjax.fingerprint import fingerprint
+from llmjax.checkpoint.fingerprint import fingerprint
+from llmjax.errors import UserError
 from llmjax.models.decoder_config import DecoderConfig
 from llmjax.optim.config import OptimizerConfig
-from llmjax.parallel import compile as compiling, hosts
+from llmjax.parallel import backends, hosts
 from llmjax.parallel.mesh import MeshConfig, ParallelConfig, make_mesh
+from llmjax.run import state as states
 from llmjax.train.step import make_loss, train_step
 from tests.batches import packed
 
@@ -35,19 +35,19 @@ class Trainer:
 
     def __init__(self, mesh: Mesh, *, how: str = "jit", accumulation: int = 1, optimizer: OptimizerConfig = OPTIMIZER):
         config = ParallelConfig(how=how)
-        plan = states.plan_state(MODEL, optimizer, horizon=10, mesh=mesh, rules=config.rules)
-        rows = hosts.local_rows(compiling.batch_sharding(mesh), ROWS)
-        loss = make_loss(plan.graph, seed=3, chunk=16, z_loss=1e-3)
-        step = functools.partial(train_step, loss=loss, optimizer=plan.optimizer, accumulation=accumulation)
-        self.compiled = compiling.compile_step(step, config, mesh, plan.shardings, rows, ROWS)
-        self.state = self.compiled.place(states.init_state(plan, MODEL, seed=0))
+        spec = states.make_state_spec(MODEL, optimizer, horizon=10, mesh=mesh, rules=config.rules)
+        rows = hosts.local_rows(backends.batch_sharding(mesh), ROWS)
+        loss = make_loss(spec.graph, seed=3, chunk=16, z_loss=1e-3)
+        step = functools.partial(train_step, loss=loss, optimizer=spec.optimizer, accumulation=accumulation)
+        self.compiled = backends.compile_step(step, config, mesh, spec.shardings, rows, ROWS)
+        self.state = self.compiled.shard_state(states.init_state(spec, MODEL, seed=0))
 
     def step(self, batch) -> dict:
-        self.state, metrics = self.compiled.step(self.state, self.compiled.feed(batch))
+        self.state, metrics = self.compiled.step(self.state, self.compiled.shard_batch(batch))
         return jax.device_get(metrics)
 
     def lifted(self) -> states.TrainState:
-        return self.compiled.lift(self.state)
+        return self.compiled.unshard_state(self.state)
 
 
 def batch(step: int):
@@ -94,28 +94,28 @@ def test_gradients_agree_across_meshes():
     """The gradients themselves, before any optimizer can hide or magnify a difference."""
 
     def gradient(mesh: Mesh, rows_sharding) -> dict:
-        plan = states.plan_state(MODEL, OPTIMIZER, horizon=10, mesh=mesh, rules=ParallelConfig().rules)
-        loss = make_loss(plan.graph, seed=3, chunk=16, z_loss=1e-3)
-        params = states.init_state(plan, MODEL, seed=0).params
+        spec = states.make_state_spec(MODEL, OPTIMIZER, horizon=10, mesh=mesh, rules=ParallelConfig().rules)
+        loss = make_loss(spec.graph, seed=3, chunk=16, z_loss=1e-3)
+        params = states.init_state(spec, MODEL, seed=0).params
         local = hosts.local_rows(rows_sharding, ROWS)
         placed = hosts.global_batch(rows_sharding, batch(0), local, ROWS)
         with jax.set_mesh(mesh):
             return jax.device_get(jax.jit(jax.grad(loss, has_aux=True))(params, placed)[0])
 
     meshes = [one_device(), make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))]
-    one, many = (gradient(mesh, compiling.batch_sharding(mesh)) for mesh in meshes)
+    one, many = (gradient(mesh, backends.batch_sharding(mesh)) for mesh in meshes)
     for found, expected in zip(jax.tree.leaves(many), jax.tree.leaves(one), strict=True):
         # Summed (not mean) gradients of some 400 tokens: float32 rounding relative to the leaf's largest entry.
         np.testing.assert_allclose(found, expected, atol=3e-6 * np.abs(expected).max())
 
 
 def test_state_is_sharded_by_the_rules():
-    plan = states.plan_state(
+    spec = states.make_state_spec(
         MODEL, OPTIMIZER, horizon=10, mesh=make_mesh(MeshConfig(data=1, fsdp=8)), rules=ParallelConfig().rules
     )
     replicated = [
         jax.tree_util.keystr(path)
-        for path, sharding in jax.tree_util.tree_leaves_with_path(plan.shardings)
+        for path, sharding in jax.tree_util.tree_leaves_with_path(spec.shardings)
         if sharding.is_fully_replicated
     ]
     counters = {".step", ".skipped"}
@@ -125,12 +125,12 @@ def test_state_is_sharded_by_the_rules():
 def test_a_dimension_that_does_not_divide_is_reported():
     mesh = make_mesh(MeshConfig(data=1, fsdp=8))
     narrow = dataclasses.replace(MODEL, embed=36, num_heads=2, num_kv_heads=2, head_dim=18)
-    plan = states.plan_state(narrow, OPTIMIZER, horizon=10, mesh=mesh, rules=ParallelConfig().rules)
-    lines = states.unsharded_report(plan, mesh, ParallelConfig().rules)
+    spec = states.make_state_spec(narrow, OPTIMIZER, horizon=10, mesh=mesh, rules=ParallelConfig().rules)
+    lines = states.unsharded_params(spec, mesh, ParallelConfig().rules)
     table = next(line for line in lines if line.startswith("embed."))
     assert f"{256 * 36 * 4:,} bytes" in table and "fsdp" in table
-    wide = states.plan_state(MODEL, OPTIMIZER, horizon=10, mesh=mesh, rules=ParallelConfig().rules)
-    assert states.unsharded_report(wide, mesh, ParallelConfig().rules) == []
+    wide = states.make_state_spec(MODEL, OPTIMIZER, horizon=10, mesh=mesh, rules=ParallelConfig().rules)
+    assert states.unsharded_params(wide, mesh, ParallelConfig().rules) == []
 
 
 def broken(step: int):
@@ -162,17 +162,17 @@ def test_a_non_finite_step_leaves_no_trace(how):
 
 def test_pmap_refuses_a_sharded_state():
     with pytest.raises(UserError, match=r"pmap.*fsdp.*jit"):
-        Trainer(make_mesh(MeshConfig(data=2, fsdp=4)), how="pmap")
+        Trainer(make_mesh(MeshConfig(data=2, fsdp=4)), backend="pmap")
 
 
 def test_unknown_compiler():
-    with pytest.raises(UserError, match=r"parallel.how='pjit': known are"):
-        Trainer(one_device(), how="pjit")
+    with pytest.raises(UserError, match=r"parallel.backend='pjit': known are"):
+        Trainer(one_device(), backend="pjit")
 
 
 def test_batch_that_the_mesh_does_not_divide():
     with pytest.raises(UserError, match=r"train.global_batch=12 is not divisible by mesh.data x mesh.fsdp = 8.*take 8"):
-        compiling.check_batch("train.global_batch", 12, make_mesh(MeshConfig(data=4, fsdp=2)))
+        backends.check_batch("train.global_batch", 12, make_mesh(MeshConfig(data=4, fsdp=2)))
 
 
 def test_digest_sees_order_tokens_and_samples():

@@ -1,0 +1,274 @@
+"""The door: config files and command-line overrides become frozen dataclasses, one per section."""
+
+import ast
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import dataclasses
+import difflib
+import importlib.util
+import inspect
+import math
+import pathlib
+import traceback
+import types
+import typing
+from typing import Any
+
+import ml_collections
+
+from llmjax.errors import UserError, suggest
+
+
+def _open_map(hint: Any) -> Any | None:
+    """The entry type of a Mapping[str, Entry] field, else None."""
+    if typing.get_origin(hint) in (dict, Mapping):
+        return typing.get_args(hint)[1]
+    return None
+
+
+def families_of(hint: Any) -> dict[str, type]:
+    """Family -> dataclass of a union such as DecoderConfig | RecurrentConfig, told apart by their field `family`."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else ()
+    if not options or not all(dataclasses.is_dataclass(option) for option in options):
+        return {}
+    return {option.family: option for option in options}
+
+
+def bind(cls: type, section: Mapping[str, Any], path: str = "") -> Any:
+    """A frozen dataclass from a mapping; nested sections and open maps are bound too.
+
+    Raises UserError for an unknown field (with the nearest known one) and for a value of a wrong type.
+    """
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for name, value in section.items():
+        where = f"{path}.{name}" if path else name
+        if name not in hints:
+            raise UserError(f"unknown config field {where!r}{suggest(name, hints)}")
+        values[name] = _bind_value(hints[name], value, where)
+    return cls(**values)
+
+
+def _bind_value(hint: Any, value: Any, where: str) -> Any:
+    if families := families_of(hint):
+        name = value.get("family", next(iter(families))) if isinstance(value, Mapping) else next(iter(families))
+        if name not in families:
+            raise UserError(f"{where}.family={name!r}{suggest(str(name), families)}: known are {', '.join(families)}")
+        hint = families[name]
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise UserError(
+                f"{where}={value!r}: this is a section; set one of its fields, such as {where}."
+                f"{dataclasses.fields(hint)[0].name}"
+            )
+        return bind(hint, value, where)  # type: ignore[arg-type]
+    if (entry := _open_map(hint)) is not None:
+        if not isinstance(value, Mapping):
+            raise UserError(f"{where}={value!r}: this is a map of named entries; set {where}.NAME.FIELD")
+        return {name: _bind_value(entry, item, f"{where}.{name}") for name, item in value.items()}
+    return _convert(hint, value, where)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the field's type. Ints pass for floats, lists for tuples; nothing else is bent."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        options = typing.get_args(hint)
+        if value is None and type(None) in options:
+            return None
+        hint = next(o for o in options if o is not type(None))
+        origin = typing.get_origin(hint)
+    kind = origin or hint
+    if typing.get_args(hint)[:1] == (str,):  # tuple[str, ...]
+        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+            raise UserError(f"{where}={value!r}: expected a tuple of texts such as ('a',) or ('a', 'b')")
+        return tuple(value)
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}={value!r}: expected a finite number")
+    if kind is Any or (isinstance(value, kind) and not (kind in (int, float) and isinstance(value, bool))):
+        return _tuples(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if kind is tuple and isinstance(value, list):
+        return _tuples(value)
+    raise UserError(f"{where}={value!r}: expected {_describe(kind)}, got {type(value).__name__}")
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def _describe(kind: type) -> str:
+    names = {
+        int: "a whole number",
+        float: "a number",
+        str: "a text",
+        bool: "true or false",
+        tuple: "a tuple such as (1, 2)",
+    }
+    return names.get(kind, kind.__name__)
+
+
+def as_dict(config: Any) -> Any:
+    """A plain nested dict (JSON-ready but for tuples) of a bound config."""
+    return dataclasses.asdict(config)
+
+
+def shipped_folder() -> pathlib.Path:
+    """The folder of the shipped configs: llmjax/configs in an installed wheel, configs/ in a checkout."""
+    package = pathlib.Path(__file__).resolve().parent
+    return next(folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir())
+
+
+def shipped_files() -> dict[str, pathlib.Path]:
+    """Name -> file of every config that ships with llmjax."""
+    return {path.stem: path for path in sorted(shipped_folder().glob("*.py")) if path.stem != "__init__"}
+
+
+def find_file(spec: str) -> pathlib.Path:
+    """The file of `FILE.py[:ARG]`, or of `NAME[:ARG]` for a config that ships with llmjax.
+
+    Raises UserError where there is none, with the nearest name.
+    """
+    file, _, argument = spec.partition(":")
+    path, shipped = pathlib.Path(file).expanduser(), shipped_files()
+    if path.suffix != ".py" and "/" not in file and not path.is_file():
+        if file not in shipped:
+            near = suggest(file.lower(), shipped)
+            raise UserError(
+                f"--config={spec}: no config of the name {file!r}{near}; known are {', '.join(shipped)}; "
+                "or give a Python file with get_config()"
+            )
+        return shipped[file]
+    if not path.is_file() or path.suffix != ".py":
+        what = "not a Python file" if path.is_file() else "no such file"
+        if names := difflib.get_close_matches(path.stem.lower(), shipped, n=1):
+            what += f" (did you mean --config={names[0]}{argument and ':' + argument}, which ships with llmjax?)"
+        raise UserError(f"--config={spec}: {what}; give a Python file with get_config(), or a name of `llmjax configs`")
+    return path
+
+
+def load_file(spec: str) -> ml_collections.ConfigDict:
+    """`FILE.py[:ARG]` or `NAME[:ARG]` -> the locked ConfigDict that its get_config(ARG) returns."""
+    file, _, argument = spec.partition(":")
+    path = find_file(spec)
+    with _told(spec, path):
+        module = load_module(path)
+    if not callable(getattr(module, "get_config", None)):
+        raise UserError(f"--config={spec}: {file} has no function get_config()")
+    if argument and not inspect.signature(module.get_config).parameters:
+        raise UserError(f"--config={spec}: {file} has no sizes; leave {':' + argument!r} away")
+    with _told(spec, path):
+        config = module.get_config(argument) if argument else module.get_config()
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(
+            f"--config={spec}: get_config() returns {type(config).__name__}; return an ml_collections.ConfigDict"
+        )
+    return config.lock()
+
+
+@contextlib.contextmanager
+def _told(spec: str, path: pathlib.Path) -> Iterator[None]:
+    """What a config file raises, as one line that says where in the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = f"line {lines[-1]}: " if lines else ""  # a SyntaxError names its line itself
+        raise UserError(f"--config={spec}: cannot be read ({line}{type(error).__name__}: {error})") from error
+
+
+def specs(path: pathlib.Path) -> list[str]:
+    """What `--config` can be for a config file: FILE.py, and FILE.py:SIZE for every size in its table SIZES."""
+    return [str(path), *(f"{path}:{size}" for size in getattr(load_module(path), "SIZES", ()))]
+
+
+def load_module(path: pathlib.Path) -> Any:
+    """A config file, imported."""
+    module_spec = importlib.util.spec_from_file_location(f"llmjax_config_{path.stem}", path)
+    assert module_spec and module_spec.loader
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    return module
+
+
+def parse_override(cls: type, field: str, text: str) -> Any:
+    """The typed value of one `--config.FIELD=TEXT`, by the type that the field has in `cls`."""
+    hint: Any = cls
+    walked: list[str] = []
+    for name in field.split("."):
+        walked.append(name)
+        where = ".".join(walked)
+        if families := families_of(hint):  # a field that several families have is of one type in all of them
+            known = {n: h for family in reversed(families.values()) for n, h in typing.get_type_hints(family).items()}
+            if name not in known:
+                raise UserError(f"unknown config field {where!r}{suggest(name, known)}")
+            hint = known[name]
+        elif dataclasses.is_dataclass(hint):
+            hints = typing.get_type_hints(hint)
+            if name not in hints:
+                raise UserError(f"unknown config field {where!r}{suggest(name, hints)}")
+            hint = hints[name]
+        elif (entry := _open_map(hint)) is not None:
+            hint = entry
+        else:
+            raise UserError(f"unknown config field {where!r}: {'.'.join(walked[:-1])} is a value, not a section")
+    if dataclasses.is_dataclass(hint) or families_of(hint) or _open_map(hint) is not None:
+        raise UserError(f"--config.{field}={text}: this is a section; set one of its fields")
+    options = [o for o in typing.get_args(hint)] if isinstance(hint, types.UnionType) else [hint]
+    if str in options and not (type(None) in options and text == "None"):
+        return text
+    if bool in options and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    return _convert(hint, value, field)
+
+
+def set_field(tree: dict, field: str, value: Any) -> None:
+    """Put one dotted field into a nested dict."""
+    *parents, leaf = field.split(".")
+    for name in parents:
+        tree = tree.setdefault(name, {})
+    tree[leaf] = value
+
+
+def bind_overridden(cls: type, tree: dict[str, Any], overrides: Sequence[tuple[str, str]], *, inputs: str) -> Any:
+    """`cls` from a nested dict and `(FIELD, TEXT)` overrides.
+
+    inputs   the open map of named texts, such as data.sources: a name on the command line that the config lacks takes
+             the place of its `stdlib:` entries, which are only there so that a config runs before the user has named
+             any text
+    """
+    section, _, leaf = inputs.partition(".")
+    entries = tree.setdefault(section, {}).setdefault(leaf, {})
+    typed = [(field, parse_override(cls, field, text)) for field, text in overrides]
+    named = {field.split(".")[2] for field, _ in typed if field.startswith(f"{inputs}.")}
+    if named - set(entries):
+        stdlib = [name for name, entry in entries.items() if entry.get("path", "stdlib:") == "stdlib:"]
+        for name in set(stdlib) - named:
+            del entries[name]
+    for field, value in typed:
+        set_field(tree, field, value)
+    return bind(cls, tree)
+
+
+def as_tree(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """A ConfigDict as a nested dict."""
+    return {k: as_tree(v) if isinstance(v, ml_collections.ConfigDict) else v for k, v in config.items()}
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """(field, old value, new value) for every leaf that differs between two nested dicts; lists equal tuples."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        found = []
+        for name in dict.fromkeys([*old, *new]):
+            found += differences(old.get(name), new.get(name), f"{path}.{name}" if path else name)
+        return found
+    return [] if _tuples(old) == _tuples(new) else [(path, old, new)]

@@ -1,0 +1,341 @@
+"""Checkpoints that can be trusted: saved in the background, whole or not at all, and proved good before they are used.
+
+WORKDIR/checkpoints/<step>/ holds one Orbax item for each part (`params`, `opt_state`) and `meta`, a JSON object.
+Parts are any trees of arrays. Neither Orbax nor TensorStore notices a flipped bit, so every checkpoint carries the
+fingerprints of its parts, which are computed again after each restore.
+"""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import dataclasses
+import functools
+import gc
+import json
+import logging
+import sys
+from typing import Any
+import zlib
+
+from etils import epath
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from llmjax.checkpoint.fingerprint import digests, leaf_name
+from llmjax.errors import UserError
+from llmjax.parallel import hosts
+
+_NO_SPACE = ("No space left", "RESOURCE_EXHAUSTED", "File too large", "Disk quota", "ENOSPC")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for the pages that Orbax's threads log of a full disk: the error they also raise is told in one line."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not any(sign in f"{record.getMessage()} {error}" for sign in _NO_SPACE)
+
+
+def _report_unraisable(hook: Callable[[Any], None], unraisable: Any) -> None:
+    """Drop what TensorStore's threads print of each write that ends after its save has failed."""
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        hook(unraisable)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are saved and which are kept.
+
+    every             steps between two checkpoints; the last step is always saved
+    keep              how many of the newest are kept
+    keep_every        multiples of this many steps are kept for good; 0: none
+    timeout_seconds   how long a save may take before the job is stopped
+    accept_changes    resume although the tokenizer, the data or the optimizer changed since the checkpoint
+    """
+
+    every: int = 1000
+    keep: int = 3
+    keep_every: int = 0
+    timeout_seconds: int = 600
+    accept_changes: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A checkpoint that was proved good: its step, its parts and the JSON object saved beside them."""
+
+    step: int
+    parts: dict[str, Any]
+    meta: dict[str, Any]
+
+
+class CorruptCheckpoint(Exception):
+    """A checkpoint that cannot be read, or whose bits are not the ones that were saved."""
+
+
+class Checkpoints:
+    """The checkpoints in one folder (any path that epath knows). Reading creates and cleans nothing."""
+
+    def __init__(self, folder: epath.PathLike, *, keep: int = 3, keep_every: int = 0, timeout_seconds: int = 600):
+        self.folder = epath.Path(folder)
+        if "://" not in str(folder):
+            self.folder = self.folder.resolve()  # Orbax wants absolute paths
+        self._keep, self._keep_every, self._timeout = keep, keep_every, timeout_seconds
+        self._manager: ocp.CheckpointManager | None = None
+        self._saving: int | None = None
+
+    def steps(self) -> list[int]:
+        """Steps of the finished checkpoints, oldest first."""
+        if not self.folder.exists():
+            return []
+        found = (path for path in self.folder.iterdir() if path.name.isdecimal())
+        return sorted(int(path.name) for path in found if ocp.utils.is_checkpoint_finalized(path))
+
+    def latest(self) -> int | None:
+        """The newest step, None where there is none."""
+        return max(self.steps(), default=None)
+
+    def save(self, step: int, parts: dict[str, Any], meta: dict[str, Any]) -> str:
+        """Start saving and return the fingerprint once the arrays are copied; they may be donated from then on.
+
+        parts   name -> tree of arrays, such as {"params": ..., "opt_state": ...}
+        meta    JSON object, the same on every process
+        Raises UserError when this save, or the one before it, finds no space. A collective: all processes call it.
+        """
+        self.wait()
+        prints = digests(parts)
+        leaves = {name: describe(tree) for name, tree in parts.items()}
+        body = {
+            "step": step,
+            "meta": meta,
+            "digests": prints,
+            "leaves": leaves,
+            "fingerprint": "".join(prints.values()),
+        }
+        items: dict[str, Any] = {name: ocp.args.StandardSave(_nested(tree)) for name, tree in parts.items()}
+        items["meta"] = ocp.args.JsonSave({"crc32": _crc32(body), **body})
+        self._saving = step
+        self._guarded(lambda: self._open().save(step, args=ocp.args.Composite(**items), force=True))
+        return body["fingerprint"]
+
+    def wait(self) -> None:
+        """Return when the save under way is complete. Raises UserError when there was no space for it."""
+        if self._manager is not None:
+            self._guarded(self._manager.wait_until_finished)
+        self._saving = None
+
+    def close(self) -> None:
+        """Complete the save under way and stop the threads."""
+        try:
+            self.wait()
+        finally:
+            if self._manager is not None:
+                manager, self._manager = self._manager, None
+                self._guarded(manager.close)
+
+    def read_meta(self, step: int) -> dict[str, Any]:
+        """The JSON object saved with `step`, and its "fingerprint". No array is read. Raises UserError if damaged."""
+        try:
+            body = self._read_body(step)
+        except CorruptCheckpoint as error:
+            raise UserError(f"checkpoint {self.folder / str(step)} is damaged: {error}; use another step") from error
+        return {**body["meta"], "fingerprint": body["fingerprint"]}
+
+    def restore(self, step: int, abstract: dict[str, Any]) -> Restored:
+        """The parts of `step` named in `abstract`, laid out as its leaves' shardings say, proved good.
+
+        abstract   name -> tree of ShapeDtypeStruct with shardings, for any mesh and any number of processes
+        Raises UserError where the checkpoint is damaged or its arrays have other names, shapes or types.
+        """
+        if step not in self.steps():
+            raise UserError(f"no checkpoint of step {step} in {self.folder}; there are {self.steps() or 'none'}")
+        try:
+            return self._restore(step, abstract)
+        except CorruptCheckpoint as error:
+            raise UserError(f"checkpoint {self.folder / str(step)} is damaged: {error}; use another step") from error
+
+    def restore_latest_good(
+        self,
+        abstract: dict[str, Any],
+        *,
+        check: Callable[[dict[str, Any]], None] = lambda meta: None,
+        say: Callable[[str], None] = print,
+        set_aside: bool = True,
+    ) -> Restored | None:
+        """The newest checkpoint that proves good on all processes; None where there is no checkpoint at all.
+
+        check      is given the checkpoint's meta before its arrays are read; raises UserError to refuse it
+        say        is told, in one line and on process 0 alone, of each damaged one
+        set_aside  move damaged ones to `damaged/`; False for those who only read, perhaps while a run is saving
+        Raises UserError where all of them are damaged. A collective: all processes call it.
+        """
+        steps: list[int] = json.loads(hosts.broadcast("checkpoint steps", json.dumps(self.steps())))
+        for step in reversed(steps):
+            try:
+                return self._restore(step, abstract, check)
+            except CorruptCheckpoint as error:
+                done = f"was moved to {self._set_aside(step)}" if set_aside else "was passed over"
+                if hosts.is_primary():
+                    say(f"checkpoint {step} is damaged and {done}: {error}")
+        if steps or hosts.broadcast("damaged", str((self.folder / "damaged").exists())) == "True":
+            raise UserError(
+                f"{self.folder} holds damaged checkpoints and no good one; to start again at step 0, remove that folder"
+            )
+        return None
+
+    def _restore(
+        self, step: int, abstract: dict[str, Any], check: Callable[[dict[str, Any]], None] = lambda meta: None
+    ) -> Restored:
+        """Restore without a barrier inside, so that a process that fails leaves none of the others waiting."""
+        body = self._agreed(f"meta of checkpoint {step}", lambda: self._read_body(step))
+        check({**body["meta"], "fingerprint": body["fingerprint"]})
+        _check_leaves(step, body["leaves"], abstract)
+        parts = self._agreed(
+            f"restore of checkpoint {step}",
+            lambda: {name: self._read_part(step, name, tree) for name, tree in abstract.items()},
+        )
+        found = digests(parts)
+        stored = {name: body["digests"][name] for name in found}
+        if not hosts.agree(found == stored, f"fingerprint of checkpoint {step}"):
+            raise CorruptCheckpoint(
+                f"its fingerprint is {'-'.join(found.values())}, but {'-'.join(stored.values())} was saved"
+            )
+        return Restored(step, parts, {**body["meta"], "fingerprint": body["fingerprint"]})
+
+    def _agreed(self, name: str, read: Callable[[], Any]) -> Any:
+        """What `read` returns if it works on all processes; else CorruptCheckpoint on all, naming the first failure."""
+        value, problem = None, ""
+        with _quiet():
+            try:
+                value = read()
+            except CorruptCheckpoint as error:
+                problem = str(error)
+            except Exception as error:
+                problem = f"{type(error).__name__}: {error}".splitlines()[0].split(". See full")[0][:200]
+            if problem:
+                gc.collect()  # dropped coroutines print when they are collected
+        problems = hosts.exchange(name, problem)
+        failed = [process for process, text in enumerate(problems) if text]
+        if any("Out of memory" in text or "MemoryError" in text for text in problems):
+            raise MemoryError(f"{name}: process {failed[0]}: {problems[failed[0]]}")
+        if failed:
+            where = f"process {failed[0]}: " if len(problems) > 1 else ""
+            raise CorruptCheckpoint(where + problems[failed[0]])
+        return value
+
+    def _read_body(self, step: int) -> dict[str, Any]:
+        try:
+            body = json.loads((self.folder / str(step) / "meta" / "metadata").read_text())
+            stored = body.pop("crc32")
+            if stored != _crc32(body):
+                raise CorruptCheckpoint("its meta is not what was saved (checksum)")
+            saved_as = body["step"]
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            raise CorruptCheckpoint(f"its meta cannot be read ({type(error).__name__})") from error
+        if saved_as != step:
+            raise CorruptCheckpoint(f"it was saved as step {saved_as}, and copied or renamed since")
+        return body
+
+    def _read_part(self, step: int, name: str, tree: Any) -> Any:
+        me = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+        handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+        nested = handler.restore(self.folder / str(step) / name, args=ocp.args.StandardRestore(_nested(tree)))
+        handler.close()
+        leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+        return jax.tree.unflatten(structure, [_walk(nested, path) for path, _ in leaves])
+
+    def _set_aside(self, step: int) -> epath.Path:
+        aside = self.folder / "damaged"
+        count = len(list(aside.glob(f"{step}-*"))) if aside.exists() else 0
+        aside = aside / f"{step}-{count + 1}"
+        hosts.barrier(f"set aside {step}")  # nobody reads the folder any more, and all have counted
+        if hosts.is_primary():
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            (self.folder / str(step)).rename(aside)
+        hosts.barrier(f"set aside {step}")
+        if self._manager is not None:
+            self._manager.reload()
+        return aside
+
+    def _open(self) -> ocp.CheckpointManager:
+        """The manager, which removes what a killed save left behind when it starts."""
+        if self._manager is None:
+            policies: list[Any] = [preservation_policy.LatestN(self._keep)]
+            if self._keep_every:
+                policies.append(preservation_policy.EveryNSteps(self._keep_every))
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+                cleanup_tmp_directories=True,
+                async_options=ocp.options.AsyncOptions(timeout_secs=self._timeout),
+            )
+            for name in ("absl", "asyncio"):
+                logging.getLogger(name).addFilter(_is_news)
+            sys.unraisablehook = functools.partial(_report_unraisable, sys.unraisablehook)
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
+        return self._manager
+
+    def _guarded(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except Exception as error:
+            step, text = self._saving, f"{type(error).__name__}: {error}"
+            latest = self.latest()
+            kept = "there is no complete one yet" if latest is None else f"the newest complete one is of step {latest}"
+            if any(sign in text for sign in _NO_SPACE):
+                raise UserError(
+                    f"no space left in {self.folder} for checkpoint {step}; {kept}: free some space"
+                ) from error
+            raise RuntimeError(
+                f"checkpoint {step} was not saved to {self.folder}; {kept}: {text.splitlines()[0]}"
+            ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back what Orbax's coroutines print when one of them fails and the rest are dropped: pages for each file."""
+    log, hook = logging.getLogger("asyncio"), sys.unraisablehook
+    before, log.disabled, sys.unraisablehook = log.disabled, True, lambda unraisable: None
+    try:
+        yield
+    finally:
+        log.disabled, sys.unraisablehook = before, hook
+
+
+def describe(tree: Any) -> dict[str, str]:
+    """Leaf name -> 'dtype[shape]' of a tree of arrays or of ShapeDtypeStructs."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {leaf_name(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+
+
+def _check_leaves(step: int, saved: dict[str, dict[str, str]], abstract: dict[str, Any]) -> None:
+    for part, tree in abstract.items():
+        if part not in saved:
+            raise UserError(f"checkpoint {step} has no {part!r}: it holds {', '.join(saved)}")
+        wanted = describe(tree)
+        for name in [*saved[part], *wanted]:
+            old, new = saved[part].get(name, "nothing"), wanted.get(name, "nothing")
+            if old != new:
+                raise UserError(
+                    f"checkpoint {step} does not fit this config: {part}.{name} is {old} there, but {new} here"
+                )
+
+
+def _crc32(body: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(body, sort_keys=True).encode())
+
+
+def _nested(tree: Any) -> dict[str, Any]:
+    """The tree as plain nested dicts, so that what is on disk knows no container type of any library."""
+    nested: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        *parents, last = [leaf_name((key,)) for key in path]
+        node = nested
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = leaf
+    return nested
+
+
+def _walk(nested: Any, path: tuple) -> Any:
+    for key in path:
+        nested = nested[leaf_name((key,))]
+    return nested

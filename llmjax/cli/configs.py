@@ -1,0 +1,45 @@
+"""`llmjax configs`: the configs that ship with llmjax, with their sizes."""
+
+import inspect
+import pathlib
+import textwrap
+
+from llmjax.binding import load_module, shipped_files
+from llmjax.cli.flags import make_parser
+from llmjax.errors import UserError, suggest
+
+
+def configs(arguments: list[str]) -> int:
+    """List the shipped configs."""
+    parser = make_parser(
+        "configs",
+        """\
+        List the configs that ship with llmjax: the name that --config takes, its sizes, what it trains. With a NAME:
+        its commands and its file, which can be copied and given as --config=FILE.py.""",
+        "llmjax configs\n  llmjax configs llama",
+        overrides=False,
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help="one config")
+    flags = parser.parse_args(arguments)
+    files = shipped_files()
+    if flags.name is None:
+        for name, path in files.items():
+            print(_entry(name, path))
+        return 0
+    if flags.name not in files:
+        near = suggest(flags.name.lower(), files)
+        raise UserError(f"no config of the name {flags.name!r}{near}; known are {', '.join(files)}")
+    path = files[flags.name]
+    module = load_module(path)
+    print(f"{inspect.getdoc(module)}\n")
+    print(f"sizes: {', '.join(getattr(module, 'SIZES', ())) or 'one'}\nfile:  {path}")
+    return 0
+
+
+def _entry(name: str, path: pathlib.Path) -> str:
+    """`name   summary`, and below it `--config=NAME:SIZE` for the sizes."""
+    module = load_module(path)
+    lines = [f"{name:<12} {(inspect.getdoc(module) or '').splitlines()[0]}"]
+    if sizes := ", ".join(getattr(module, "SIZES", ())):
+        lines += textwrap.wrap(f"sizes: {sizes}", 108, initial_indent=" " * 13, subsequent_indent=" " * 20)
+    return "\n".join(lines)

@@ -1,0 +1,188 @@
+"""`llmjax curate`: from raw text to a corpus, and its data card."""
+
+import contextlib
+import glob
+import json
+import math
+import os
+import pathlib
+import shlex
+from typing import Any
+
+from llmjax.binding import as_tree, bind_overridden, load_file
+from llmjax.cli.flags import CONFIG, Parser, make_parser, parse, parse_workdir
+from llmjax.errors import UserError
+
+_EXAMPLE = "llmjax curate --config=curate --workdir=runs/web --config.curate.inputs.web.path='crawl/*.warc.gz'"
+
+
+def curate(arguments: list[str]) -> int:
+    """Raw text to a corpus."""
+    if arguments[:1] == ["report"]:
+        return _report(arguments[1:])
+    if arguments[:1] == ["classifier"]:
+        return _classifier(arguments[1:])
+    parser = make_parser(
+        "curate",
+        """\
+        Read raw text of any kind, mend it, judge it, remove copies, evaluation sets and personal data, split it: what
+        stays goes to WORKDIR/curated, what does not to WORKDIR/dropped with the stage and the reason, and what happened
+        to WORKDIR/report.html. Finished parts are kept: started again, it goes on where it was, and where only
+        thresholds changed, nothing is measured again.
+
+        llmjax curate report --workdir=DIR prints the card of a finished corpus and writes report.html again.
+        llmjax curate classifier --good=A --bad=B --to=FILE.npz learns from two folders what good text is.""",
+        _EXAMPLE,
+    )
+    parser.add_argument("--config", metavar="FILE", help=f"{CONFIG.split(';')[0]}; left out with --resume")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="where the corpus goes")
+    parser.add_argument("--resume", action="store_true", help="go on with the config that the workdir was begun with")
+    parser.add_argument(
+        "--runner", choices=("local", "ray"), default="local", help="processes of this machine (default), or Ray"
+    )
+    parser.add_argument(
+        "--ray_address",
+        default="auto",
+        metavar="HOST:PORT",
+        help="of the cluster (default auto: the one this machine is in)",
+    )
+    flags, overrides = parse(parser, arguments)
+    from llmjax.curate import packages
+
+    packages.check_installed()
+    from llmjax.curate.engine import curate as curating, runners
+    from llmjax.data.store import workers
+    from llmjax.report import data_card
+    from llmjax.run import workdir as workdirs
+
+    workdir = _workdir(parser, flags.workdir)
+    tree = _tree(flags, workdir / "config.json")
+    config = _bind(tree, overrides).curate
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={flags.workdir}: cannot be made ({error.strerror}); name another place") from None
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(workdirs.Lock(workdir, primary=True))
+        if flags.runner == "ray":
+            runner = stack.enter_context(runners.RayRunner(flags.ray_address))
+        else:
+            runner = stack.enter_context(runners.LocalRunner(config.workers or workers.cores()))
+        report = curating.curate(config, workdir, runner, say=_say)
+    return _show(workdir, report, list(data_card.lines(report)), data_card.page_of(report), flags.workdir)
+
+
+def _report(arguments: list[str]) -> int:
+    parser = make_parser(
+        "curate report",
+        "Print the data card of a curated corpus, and write report.html.",
+        "llmjax curate report --workdir=runs/web",
+        overrides=False,
+    )
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="a workdir of llmjax curate")
+    flags = parser.parse_args(arguments)
+    from llmjax.report import data_card
+
+    workdir = _workdir(parser, flags.workdir)
+    path = workdir / "report.json"
+    if not path.is_file():
+        raise UserError(
+            f"--workdir={flags.workdir}: no report.json there, so nothing was curated; run `llmjax curate` first"
+        )
+    try:
+        report = json.loads(path.read_text())
+        lines, page = list(data_card.lines(report)), data_card.page_of(report)
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not a report of this version of llmjax; run `llmjax curate` again") from None
+    return _show(workdir, report, lines, page, flags.workdir)
+
+
+def _classifier(arguments: list[str]) -> int:
+    parser = make_parser(
+        "curate classifier",
+        """\
+        Learn from two folders what a good text is: a linear model over words, pairs of words and pieces of four bytes,
+        which --config.curate.quality.classifier then reads. A fifth of the texts, drawn by their content,
+        measures it.""",
+        "llmjax curate classifier --good=/my/good --bad=/my/bad --to=quality.npz",
+        overrides=False,
+    )
+    parser.add_argument("--good", required=True, metavar="DIR", help="folder, file or glob of texts, JSONL, Parquet")
+    parser.add_argument("--bad", required=True, metavar="DIR", help="the same, of what should go")
+    parser.add_argument("--to", required=True, metavar="FILE", help="file of the model, ending in .npz")
+    flags = parser.parse_args(arguments)
+    from llmjax.curate import packages
+
+    packages.check_installed()
+    from llmjax.curate.filters import classifier
+
+    if not flags.to.endswith(".npz"):
+        raise UserError(f"--to={flags.to}: has to end in .npz")
+    for name, path in (("good", flags.good), ("bad", flags.bad)):
+        files = glob.iglob(os.path.join(path, "**") if os.path.isdir(path) else path, recursive=True)
+        if not any(map(os.path.isfile, files)):
+            raise UserError(f"--{name}={path}: no file there; give a folder, a file or a quoted glob of texts")
+    model, measured = classifier.train_folders(flags.good, flags.bad)
+    model.save(flags.to)
+    if math.isnan(measured.auc):
+        _say(f"held out {measured.texts} texts: too few of both sides to measure the model by")
+    else:
+        _say(f"held out {measured.texts} texts: {measured.accuracy:.1%} judged rightly (the mean of both sides);")
+        _say(f"a good one scores above a bad one with probability {measured.auc:.3f}")
+    _say(f"\nmodel: {flags.to}, learned from all texts")
+    _say(
+        f"next: --config.curate.quality.classifier={shlex.quote(flags.to)} writes the score beside every text; "
+        "--config.curate.quality.min_classifier=0.5 drops what is below"
+    )
+    return 0
+
+
+def _show(workdir: pathlib.Path, report: dict[str, Any], lines: list[str], page: str, named: str) -> int:
+    for line in lines:
+        _say(line)
+    (workdir / "report.html").write_text(page)
+    _say(f"\nreport: {named.rstrip('/')}/report.html")
+    if not report["kept"]["documents"]:
+        return 0
+    pattern = shlex.quote(f"{glob.escape(named.rstrip('/'))}/curated/*.jsonl.zst")
+    _say(
+        "next: llmjax prepare --config=quickstart --workdir=runs/mine "
+        f"--config.data.sources.main.path={pattern}"
+        + (" --config.data.sources.main.split_field=split" if report["splits"] else "")
+    )
+    return 0
+
+
+def _tree(flags: Any, begun: pathlib.Path) -> dict[str, Any]:
+    from llmjax.run import workdir as workdirs
+
+    held = workdirs.read_json(begun) if begun.is_file() else None
+    if held is not None and "curate" not in held:
+        raise UserError(f"--workdir={flags.workdir}: holds a run, no corpus; name another folder for the corpus")
+    if flags.config is not None:
+        tree = as_tree(load_file(flags.config))
+        if "curate" not in tree:
+            raise UserError(f"--config={flags.config}: says nothing of curate; give a config such as --config=curate")
+        return tree
+    if not flags.resume:
+        raise UserError("--config is missing: give a Python file with get_config(), or a name, such as --config=curate")
+    if held is None:
+        raise UserError(f"--workdir={flags.workdir} --resume: nothing was begun there; give --config")
+    return held
+
+
+def _bind(tree: dict[str, Any], overrides: list[tuple[str, str]]) -> Any:
+    from llmjax.curate.config import Curation
+
+    return bind_overridden(Curation, tree, overrides, inputs="curate.inputs")
+
+
+def _workdir(parser: Parser, text: str) -> pathlib.Path:
+    """A local or shared folder: parts of it are memory-mapped."""
+    if "://" in text:
+        raise UserError(f"--workdir={text}: {parser.prog} maps files into memory; give a local or shared folder")
+    return pathlib.Path(parse_workdir(text)).absolute()  # a process of a cluster may stand in another folder
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

@@ -1,0 +1,148 @@
+# PYTHON_ARGCOMPLETE_OK
+"""Entry point: `llmjax COMMAND ...` runs a command and reports every bad input in one line with exit status 78."""
+
+from collections.abc import Callable
+import errno
+import os
+import signal
+import sys
+import traceback
+import typing
+
+import llmjax
+from llmjax.atomic import NO_SPACE
+from llmjax.cli.configs import configs
+from llmjax.cli.curate import curate
+from llmjax.cli.evaluate import evaluate
+from llmjax.cli.export import export
+from llmjax.cli.fields import fields
+from llmjax.cli.fill import fill
+from llmjax.cli.generate import generate
+from llmjax.cli.import_ import import_
+from llmjax.cli.inspect import inspect
+from llmjax.cli.prepare import prepare
+from llmjax.cli.size import size
+from llmjax.cli.train import train
+from llmjax.errors import UserError, suggest
+from llmjax.parallel import interrupts
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "curate": curate,
+    "prepare": prepare,
+    "train": train,
+    "eval": evaluate,
+    "generate": generate,
+    "fill": fill,
+    "import": import_,
+    "export": export,
+    "inspect": inspect,
+    "size": size,
+    "fields": fields,
+    "configs": configs,
+}
+BAD_INPUT, HANG = 78, 75
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+
+OVERVIEW = """\
+llmjax: pretrain language models, from a laptop to a pod
+
+data
+  llmjax curate    --config=NAME --workdir=DIR   raw text -> cleaned, deduplicated corpus with a data card
+  llmjax prepare   --config=NAME --workdir=DIR   text -> tokenizer, token store, packing plan
+
+train
+  llmjax train     --config=NAME --workdir=DIR   prepares if needed, trains, resumes, evaluates, writes report.html
+  llmjax inspect   --workdir=DIR                 checkpoints, their fingerprints, the config
+
+evaluate
+  llmjax eval      --workdir=DIR                 scores a checkpoint on a split
+  llmjax generate  --workdir=DIR --prompt=TEXT   writes text with a checkpoint
+  llmjax fill      --workdir=DIR --text=TEXT     fills the masks of a text with a masked-LM checkpoint
+
+interop
+  llmjax import    --from=DIR --workdir=DIR      a Hugging Face checkpoint on disk -> a workdir
+  llmjax export    --workdir=DIR --to=DIR        a checkpoint -> a folder that transformers loads
+
+tools
+  llmjax size      --flops=1e21 | --config=NAME  what to train for a budget; what a model is made of and costs
+  llmjax fields    [SECTION]                     every config field, its meaning and its default
+  llmjax configs   [NAME]                        the configs that ship with llmjax, and their sizes
+
+Every config field can be set on the command line: --config.train.steps=500
+--config takes a name that `llmjax configs` lists, or a Python file. `llmjax COMMAND --help` says more.
+To begin: llmjax train --config=quickstart --workdir=runs/quickstart
+Completion in bash and zsh: eval "$(register-python-argcomplete llmjax)"
+"""
+
+
+def main() -> typing.NoReturn:
+    """Run a command and exit: 0 done, 75 hang, 76 diverged, 78 bad input (no restart helps), 85 saved on request, 129,
+    130 or 143 stopped by SIGHUP, Ctrl-C or SIGTERM, 141 nobody reads the output, else a crash."""
+    try:
+        interrupts.install()
+        status = run(sys.argv[1:])
+    except UserError as error:
+        status = _fail(str(error))
+    except TimeoutError as error:
+        print(f"llmjax: error: {error}", file=sys.stderr, flush=True)
+        status = HANG
+    except BrokenPipeError:  # `llmjax inspect ... | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
+    except KeyboardInterrupt as error:
+        interrupts.exit_now(error if isinstance(error, interrupts.Stopped) else interrupts.Stopped(signal.SIGINT))
+    except Exception as error:
+        if hint := _hint_for(error):
+            status = _fail(hint)
+        else:
+            traceback.print_exc()
+            status = 1
+    _exit(status)
+
+
+def _hint_for(error: Exception) -> str:
+    """One line for what the system refuses and only the user can fix; '' for any other error."""
+    if not isinstance(error, OSError):
+        return ""
+    if error.errno in NO_SPACE:
+        return f"no space left{f' for {error.filename}' if error.filename else ''}: free some and start again"
+    if error.errno in (errno.EISDIR, errno.ENOTEMPTY) and error.filename:
+        return f"{error.filename}: is a folder, and a file is expected there; remove it or rename it"
+    if error.errno in _REFUSED and error.filename:
+        return f"{error.filename}: {os.strerror(error.errno).lower()}; make it accessible, or name another place"
+    return ""
+
+
+def _fail(message: str) -> int:
+    print(f"llmjax: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return BAD_INPUT
+
+
+def _exit(status: int) -> typing.NoReturn:
+    """In a job of several processes, one that failed must not wait for the others in JAX's shutdown barrier."""
+    if status and "jax" in sys.modules:
+        import jax
+
+        from llmjax.parallel import hosts
+
+        if jax.distributed.is_initialized():
+            hosts.exit_now(status)
+    sys.exit(status)
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line (without the program's name) and return its exit status."""
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what may follow, in COMP_LINE
+        from llmjax.cli import completion
+
+        completion.complete(COMMANDS)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(OVERVIEW, end="")
+        return 0
+    if arguments[0] == "--version":
+        print(f"llmjax {llmjax.__version__}")
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    if command not in COMMANDS:
+        raise UserError(f"unknown command {command!r}{suggest(command, COMMANDS)}: known are {', '.join(COMMANDS)}")
+    return COMMANDS[command](rest)

@@ -1,0 +1,56 @@
+"""`llmjax prepare`: from text to a token store."""
+
+import itertools
+import shlex
+
+from llmjax.cli.flags import CONFIG, int_range, make_parser, parse, parse_workdir
+
+
+def prepare(arguments: list[str]) -> int:
+    """Text to token store."""
+    parser = make_parser(
+        "prepare",
+        """\
+        Read the text, split it into train, validation and test, train a tokenizer (or take a given one), write the
+        token store. Finished parts are kept: started again, it goes on where it was. Nothing is trained.
+        --preview shows what the model will see of the first samples.""",
+        "llmjax prepare --config=quickstart --workdir=runs/a --config.data.sources.main.path='texts/*.txt'",
+    )
+    parser.add_argument("--config", metavar="FILE[:SIZE]", help=CONFIG)
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run's files go")
+    parser.add_argument("--preview", type=int_range(0), default=0, metavar="N", help="print the first N samples")
+    flags, overrides = parse(parser, arguments)
+    import numpy as np
+
+    from llmjax.data.batches.pipeline import TrainData
+    from llmjax.data.objectives import preview
+    from llmjax.data.store import prepare as preparing
+    from llmjax.data.store.tokenizer import load_tokenizer
+    from llmjax.run import config as run_config, loading, workdir as workdirs
+
+    workdir = parse_workdir(flags.workdir)
+    config = loading.resolve(flags.config, workdir, overrides)
+    store = loading.store_folder(config, workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with workdirs.Lock(workdir, primary=True):
+        preparing.prepare(config.data, store, say=lambda line: print(line, flush=True))
+        tokenizer = load_tokenizer(store)
+        objective = run_config.objective(config, tokenizer)
+        data = TrainData(store, config.data, seed=config.seed, global_batch=1, objective=objective)
+    rows = f"{config.data.seq_len:,} tokens"
+    if objective.target_len != config.data.seq_len:
+        rows = f"{config.data.seq_len:,} source and {objective.target_len:,} target tokens"
+    for name, part in data.summary().items():
+        print(f"{name}: packed in {part['rows']:,} rows of {rows}, {part['density']:.2%} full")
+    if flags.preview:
+        print(f"\n{config.objective.name}: {preview.LEGEND}")
+        left = data.remaining(data.start())
+        count = flags.preview if left is None else min(flags.preview, left)
+        for batch, _ in itertools.islice(data.batches(data.start(), np.arange(1)), count):
+            print("", *preview.lines(batch, objective, tokenizer), sep="\n")
+        data.close()
+    again = [f"--config={flags.config}"] if flags.config else []
+    again += [f"--workdir={flags.workdir}"]
+    again += [f"--config.{field}={value}" for field, value in overrides]
+    print(f"next: {shlex.join(['llmjax', 'train', *again])}")
+    return 0

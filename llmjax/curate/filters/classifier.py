@@ -1,0 +1,194 @@
+"""A linear classifier of quality: texts like the good ones, or like the bad ones. NumPy alone, learned in seconds."""
+
+from collections.abc import Iterable, Iterator
+import dataclasses
+import hashlib
+import os
+from pathlib import Path
+from typing import NamedTuple
+import zipfile
+import zlib
+
+import numpy as np
+
+from llmjax.atomic import atomic_write
+from llmjax.curate.filters.normalise import normalise
+from llmjax.curate.filters.quality_config import ClassifierConfig
+from llmjax.data.config import SourceConfig
+from llmjax.data.hashing import splitmix64
+from llmjax.data.readers.documents import Document, read_unit
+from llmjax.data.readers.sources import list_units
+from llmjax.errors import UserError
+
+_FORMAT = 1
+_DEFAULTS = ClassifierConfig()
+
+
+class Measured(NamedTuple):
+    """How a model that learned from the other texts judges those held out. NaN where none of a side is among them.
+
+    texts      number of those held out
+    accuracy   fraction judged rightly at 0.5, the mean of both sides
+    auc        probability that a good text scores above a bad one
+    """
+
+    texts: int
+    accuracy: float
+    auc: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+    """weights   float32 [buckets + 1]; the last is the bias"""
+
+    weights: np.ndarray
+    characters: int
+    seed: int
+
+    def score(self, text: str) -> float:
+        """The probability from 0 to 1 that a text is good, both kinds being equally frequent."""
+        features = _features(text, len(self.weights) - 1, self.characters, self.seed)
+        return float(_probability(_sum(self.weights, features)))
+
+    def save(self, path: str | os.PathLike) -> None:
+        """One .npz; the same model gives the same bytes."""
+        path = Path(path).expanduser()
+        if path.suffix != ".npz":
+            raise UserError(f"{path}: the classifier's file has to end in .npz")
+        settings = np.array([_FORMAT, self.characters, self.seed], np.int64)
+        with atomic_write(path) as file:
+            np.savez(file, weights=self.weights, settings=settings)
+
+
+def load(path: str | os.PathLike) -> Classifier:
+    """What `save` wrote. Raises UserError for another file, or none."""
+    path = Path(path).expanduser()
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            weights, settings = file["weights"], file["settings"].tolist()
+    except FileNotFoundError:
+        raise UserError(
+            f"curate.quality.classifier={str(path)!r}: no such file; `llmjax curate classifier` makes one"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        raise UserError(
+            f"curate.quality.classifier={str(path)!r}: not a classifier's file; `llmjax curate classifier` makes one"
+        ) from None
+    if len(settings) != 3 or settings[0] != _FORMAT or weights.ndim != 1 or weights.dtype != np.float32:
+        raise UserError(f"curate.quality.classifier={str(path)!r}: of another version; train it again")
+    return Classifier(weights, *settings[1:])
+
+
+def train_folders(
+    good: str | os.PathLike, bad: str | os.PathLike, config: ClassifierConfig = _DEFAULTS
+) -> tuple[Classifier, Measured]:
+    """`train` on all texts in two folders: text files, JSONL, Parquet. Each text is normalised first, as in curating.
+
+    Raises UserError for a folder without texts.
+    """
+    return train(_texts(good), _texts(bad), config)
+
+
+def _texts(folder: str | os.PathLike) -> Iterator[str]:
+    path = os.path.join(folder, "**", "*") if os.path.isdir(folder) else os.fspath(folder)
+    for unit in list_units("classifier", SourceConfig(path=path)):
+        for record in read_unit(unit):
+            if isinstance(record, Document):
+                yield normalise(record.text)[0]
+
+
+def train(good: Iterable[str], bad: Iterable[str], config: ClassifierConfig = _DEFAULTS) -> tuple[Classifier, Measured]:
+    """A classifier, and how one that has not seen the texts held out judges those.
+
+    Logistic regression by AdaGrad; both sides weigh alike, however many texts each has. The same texts give the same
+    model bit for bit, in whatever order they come: they are sorted by their content, copies count once.
+    Raises UserError where a side has no texts, and for a text that is on both.
+    """
+    sides = [_by_content(texts) for texts in (bad, good)]
+    for name, side in zip(("bad", "good"), sides, strict=True):
+        if not side:
+            raise UserError(f"the classifier has no {name} texts to learn from")
+    if both := sides[0].keys() & sides[1].keys():
+        example = sides[0][min(both)][:60]
+        raise UserError(f"{len(both)} of the classifier's texts are among the good and the bad, such as {example!r}")
+    digests = sorted([*sides[0], *sides[1]])
+    labels = np.array([digest in sides[1] for digest in digests])
+    texts = (sides[label].pop(digest) for digest, label in zip(digests, labels.tolist(), strict=True))
+    examples = [_features(text, config.buckets, config.characters, config.seed) for text in texts]
+    order = np.random.Generator(np.random.PCG64(config.seed)).permutation(len(examples))
+    place = np.array([int.from_bytes(digest[:4], "big") / 2**32 for digest in digests])
+    held = place < config.held_out
+    weights = _fit([examples[i] for i in order if not held[i]], labels[order[~held[order]]], config)
+    logits = np.array([_sum(weights, examples[i]) for i in np.flatnonzero(held)])
+    measured = _measure(logits, labels[held])
+    if held.any():
+        weights = _fit([examples[i] for i in order], labels[order], config)
+    return Classifier(weights, config.characters, config.seed), measured
+
+
+def _by_content(texts: Iterable[str]) -> dict[bytes, str]:
+    return {hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest(): text for text in texts}
+
+
+class _Features(NamedTuple):
+    """Buckets of a text, int32 [features], and values, float32 [features], whose squares add up to at most one."""
+
+    buckets: np.ndarray
+    values: np.ndarray
+
+
+def _features(text: str, buckets: int, characters: int, seed: int) -> _Features:
+    data = text[:characters].lower().encode("utf-8", "replace")
+    words = data.split()
+    hashes = np.fromiter((zlib.crc32(word) for word in words), np.uint64, len(words))
+    pairs = _stirred(hashes[:-1] * np.uint64(0x9E3779B97F4A7C15) + hashes[1:], seed + 1)
+    byte = np.frombuffer(b" " + b" ".join(words) + b" ", np.uint8).astype(np.uint64)
+    pieces = byte[:-3] | byte[1:-2] << np.uint64(8) | byte[2:-1] << np.uint64(16) | byte[3:] << np.uint64(24)
+    groups = [_stirred(hashes, seed), pairs, _stirred(pieces, seed + 2)]
+    found = [np.unique(group & np.uint64(buckets - 1)).astype(np.int32) for group in groups]
+    found.append(np.array([buckets], np.int32))  # the bias
+    values = [np.full(len(part), 1 / np.sqrt(len(found) * max(1, len(part))), np.float32) for part in found]
+    return _Features(np.concatenate(found), np.concatenate(values))
+
+
+def _stirred(values: np.ndarray, seed: int) -> np.ndarray:
+    return splitmix64(values + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF))
+
+
+def _sum(weights: np.ndarray, features: _Features) -> float:
+    return float((weights[features.buckets].astype(np.float64) * features.values).sum())
+
+
+def _probability(logit: float | np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-np.clip(logit, -500, 500)))
+
+
+def _fit(examples: list[_Features], labels: np.ndarray, config: ClassifierConfig) -> np.ndarray:
+    """float32 [buckets + 1] from bool [examples]: logistic regression, in the order given, epoch by epoch."""
+    weights, squares = np.zeros(config.buckets + 1), np.full(config.buckets + 1, 1e-8)
+    good = max(1, int(labels.sum()))
+    importance = np.where(labels, len(labels) / (2 * good), len(labels) / (2 * max(1, len(labels) - good)))
+    for _ in range(config.epochs):
+        for begin in range(0, len(examples), config.batch):
+            batch = examples[begin : begin + config.batch]
+            sizes = np.array([len(example.buckets) for example in batch])
+            buckets = np.concatenate([example.buckets for example in batch])
+            values = np.concatenate([example.values for example in batch])
+            logits = np.add.reduceat(weights[buckets] * values, np.cumsum(sizes) - sizes)
+            span = slice(begin, begin + len(batch))
+            errors = (_probability(logits) - labels[span]) * importance[span]
+            touched, inverse = np.unique(buckets, return_inverse=True)
+            gradient = np.bincount(inverse, weights=values * np.repeat(errors, sizes)) / len(batch)
+            squares[touched] += gradient**2
+            weights[touched] -= config.learning_rate * gradient / np.sqrt(squares[touched])
+    return weights.astype(np.float32)
+
+
+def _measure(logits: np.ndarray, labels: np.ndarray) -> Measured:
+    good, bad = logits[labels], logits[~labels]
+    if not good.size or not bad.size:
+        return Measured(len(logits), float("nan"), float("nan"))
+    accuracy = ((good > 0).mean() + (bad <= 0).mean()) / 2
+    bad = np.sort(bad)
+    below, upto = np.searchsorted(bad, good, "left"), np.searchsorted(bad, good, "right")
+    return Measured(len(logits), float(accuracy), float((below + upto).mean() / 2 / bad.size))

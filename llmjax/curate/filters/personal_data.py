@@ -1,0 +1,456 @@
+"""Personal data and secrets in a text: found, and replaced by typed placeholders.
+
+Every kind has a cheap sign (an @, a digit, a marker); its rules run only where the sign is. Names and addresses of
+people are no kind: no rule tells them from other words.
+"""
+
+from collections.abc import Iterable, Iterator
+import ipaddress
+import itertools
+import math
+import re
+from typing import NamedTuple
+
+from llmjax.curate.config import PersonalConfig
+from llmjax.errors import UserError, suggest
+
+# In order of priority, where two findings overlap.
+KINDS = ("secret", "email", "iban", "card", "ssn", "ip", "phone")
+ACTIONS = ("replace", "drop", "count")
+
+
+class Span(NamedTuple):
+    """A finding: its kind, and where it begins and ends in the text."""
+
+    kind: str
+    begin: int
+    end: int
+
+    @property
+    def placeholder(self) -> str:
+        return f"<{self.kind.upper()}>"
+
+
+def find(text: str, kinds: Iterable[str] = KINDS) -> list[Span]:
+    """What is found, in order and without overlaps: of two that overlap, the kind that comes first in KINDS stays."""
+    wanted = frozenset(kinds)
+    found: list[Span] = []
+    if "secret" in wanted:
+        found += _secrets(text)
+    if not text.isascii():
+        text = _folded(text)
+    if "@" in text and wanted & {"email", "secret"}:
+        found += (span for span in _at_signs(text) if span.kind in wanted)
+    if "iban" in wanted:
+        found += _ibans(text)
+    if wanted & {"card", "ssn", "ip", "phone"}:
+        for run in _RUN.finditer(text):
+            found += _in_run(text, run.start(), run.end(), wanted)
+    if "ip" in wanted and ":" in text:
+        found += _ipv6(text)
+    return _apart(found) if len(found) > 1 else found
+
+
+def replace(text: str, spans: list[Span]) -> str:
+    """The text with <EMAIL>, <IP>, <PHONE>, <CARD>, <IBAN>, <SSN> and <SECRET> in place of what was found."""
+    parts, last = [], 0
+    for span in spans:
+        parts += (text[last : span.begin], span.placeholder)
+        last = span.end
+    return "".join([*parts, text[last:]])
+
+
+def mask(text: str, spans: list[Span], index: int, width: int = 40) -> str:
+    """The context of finding `index` for a report: `width` characters each side, with every finding replaced and any
+    other digit as #, so that no value is shown, not even in part."""
+    span = spans[index]
+    low, high = max(span.begin - width, 0), min(span.end + width, len(text))
+    near = [other for other in spans[max(index - width, 0) : index + width] if other.end > low and other.begin < high]
+    low, high = min(low, near[0].begin), max(high, near[-1].end)
+    shown = [Span(other.kind, other.begin - low, other.end - low) for other in near]
+    return " ".join(re.sub("[0-9]", "#", replace(text[low:high], shown)).split())
+
+
+def shown(text: str, limit: int) -> str:
+    """The beginning of a text for a report, at most `limit` characters, with everything that `find` finds replaced,
+    whatever the config looks for. What stands at the cut is looked at whole, so that no half of it remains."""
+    whole = text[: 2 * limit + 200]
+    return replace(whole, find(whole))[:limit]
+
+
+def check(config: PersonalConfig, where: str = "curate.personal_data") -> None:
+    """Raises UserError for a kind or an action that is not offered."""
+    for kind in config.kinds:
+        if kind not in KINDS:
+            raise UserError(
+                f"{where}.kinds={config.kinds!r}: no kind {kind!r}{suggest(kind, KINDS)}; known: {', '.join(KINDS)}"
+            )
+    if config.action not in ACTIONS:
+        raise UserError(f"{where}.action={config.action!r}: expected one of {', '.join(ACTIONS)}")
+
+
+# Characters that stand for ASCII ones in addresses and numbers, each for one.
+_WIDE = {chr(code + 0xFEE0): chr(code) for code in (*range(0x30, 0x3B), *range(0x40, 0x5B), *range(0x61, 0x7B))}
+_WIDE |= dict(zip("\uff0b\uff08\uff09\uff0d\uff0e\uff0f\uff3f\uff61\ufe6b", "+()-./_\u3002@", strict=True))
+_WIDE |= dict.fromkeys("\u00a0\u2002\u2003\u2005\u2007\u2008\u2009\u200a\u202f\u3000", " ")
+_WIDE |= {chr(zero + digit): str(digit) for zero in (0x660, 0x6F0, 0x966) for digit in range(10)}
+_DASHES = "\u2010-\u2015\u2212\ufe58\ufe63\uff0d"
+_TO_FOLD = re.compile(f"[{''.join(_WIDE)}{_DASHES}]")
+_BESIDE_DASH = frozenset("0123456789() ")
+
+
+def _folded(text: str) -> str:
+    """The text with full-width letters and digits, other digits, dashes and spaces as in ASCII; no place changes."""
+    return _TO_FOLD.sub(_ascii, text)
+
+
+def _ascii(match: re.Match) -> str:
+    character = match[0]
+    if plain := _WIDE.get(character):
+        return plain
+    # A dash in a number, not one between words.
+    around = match.string[match.start() - 1 : match.start()] + match.string[match.end() : match.end() + 1]
+    return "-" if {_WIDE.get(c, c) for c in around} <= _BESIDE_DASH else character
+
+
+def _apart(found: list[Span]) -> list[Span]:
+    """Findings without overlaps, in order."""
+    found.sort(key=lambda span: (span.begin, span.end))
+    if all(a.end <= b.begin for a, b in itertools.pairwise(found)):
+        return found
+    kept: list[Span] = []
+    for span in found:
+        while kept and kept[-1].end > span.begin:
+            if KINDS.index(kept[-1].kind) <= KINDS.index(span.kind):
+                break
+            kept.pop()
+        else:
+            kept.append(span)
+    return kept
+
+
+# E-mail addresses, and passwords in addresses of the web.
+
+# Letters of scripts that put no spaces between words, and all others with their marks. Without spaces, an address and
+# the words beside it are told apart by their scripts.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1100-\u11ff"
+_UNSPACED += "\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
+_UNSPACED += "\U00020000-\U0003ffff"
+_MARKS = "\u0300-\u036f\u0483-\u0487\u0591-\u05c7\u064b-\u065f\u0670\u0900-\u0963\u0966-\u0dff\u200c\u200d"
+_WORD = rf"\w{_MARKS}\u0e00-\u0e4e"
+_SPACED = rf"(?:(?![{_UNSPACED}])[{_WORD}.%+&'\u2019-])"
+_LOCAL = re.compile(rf"(?<![{_WORD}.%+&'\u2019-])[{_WORD}.%+&'\u2019-]{{1,64}}\Z")
+_LOCAL_SPACED = re.compile(rf"{_SPACED}*[A-Za-z0-9]{_SPACED}*\Z")
+_LABEL = rf"[{_WORD}](?:[{_WORD}-]{{0,61}}[{_WORD}])?"
+# Top-level domains in scripts without spaces, where a word may follow at once.
+_UNSPACED_TLD = "\u516c\u53f8|\u4e2d\u56fd|\u4e2d\u570b|\u7f51\u7edc|\u7f51\u5740|\u7f51\u7ad9"
+_UNSPACED_TLD += "|\u5728\u7ebf|\u9999\u6e2f|\u53f0\u6e7e|\u53f0\u7063|\ud55c\uad6d|\ub2f7\ucef4|\u307f\u3093\u306a"
+_TLD = (
+    r"xn--[A-Za-z0-9-]{2,59}|[A-Za-z\u00c0-\u024f]{2,24}(?![A-Za-z0-9_\u00c0-\u024f])"
+    rf"|{_UNSPACED_TLD}|[{_UNSPACED}]{{1,24}}|(?:(?![A-Za-z0-9_\u00c0-\u024f{_UNSPACED}])[{_WORD}]){{2,24}}"
+)
+_DOMAIN = re.compile(
+    rf"@(?:(?:{_LABEL}\.){{1,8}}({_TLD})|(?:{_LABEL}\u3002){{1,8}}([A-Za-z]{{2,24}}(?![A-Za-z0-9])|{_UNSPACED_TLD}))"
+)
+_GLUED = re.compile(r"(?:\.[A-Za-z0-9-]*[A-Za-z][0-9]+)(?![\w.])", re.ASCII)
+_IN_URL = re.compile(r"://[^\s/:@]{0,64}:([^\s/:@]{1,128})\Z")
+# Ends of file names such as icon@2x.png, and of decorators in code.
+_FILES = "png jpg jpeg gif svg webp ico css js jsx ts tsx py rb html htm json xml md txt"
+_NO_DOMAIN = frozenset(_FILES.split())
+
+
+def _at_signs(text: str) -> Iterator[Span]:
+    at = text.find("@")
+    while at >= 0:
+        if password := _IN_URL.search(text, max(at - 200, 0), at):
+            if not _NO_SECRET.search(password[1]):
+                yield Span("secret", password.start(1), at)
+        elif (domain := _DOMAIN.match(text, at)) and (local := _LOCAL.search(text, max(at - 65, 0), at)):
+            begin, end = _local_begin(local, domain[0].isascii()), domain.end()
+            # Half an address left is worse than a letter too many: what continues the domain is hidden too.
+            if rest := _GLUED.match(text, end):
+                end = rest.end()
+            if begin < at and (domain[1] or domain[2]).lower() not in _NO_DOMAIN and text[begin:at] != "git":
+                yield Span("email", begin, end)
+        at = text.find("@", at + 1)
+
+
+def _local_begin(local: re.Match, is_ascii_domain: bool) -> int:
+    """Where the part before the @ begins: behind quotes, dots of an ellipsis, and words of a script without spaces."""
+    begin, end = local.span()
+    if is_ascii_domain and (spaced := _LOCAL_SPACED.search(local.string, begin, end)):
+        begin = spaced.start()
+    if (dots := local.string.rfind("...", begin, end)) >= 0:
+        begin = dots + 3
+    while begin < end and local.string[begin] in ".'\u2019&":
+        begin += 1
+    return begin
+
+
+# IBAN: ISO 13616; length by country from the SWIFT registry; check digits by ISO 7064, mod 97.
+
+_IBAN_COUNTRIES = {
+    15: "NO", 16: "BE", 18: "DK FI FK FO GL NL SD", 19: "MK SI", 20: "AT BA EE KZ LT LU MN XK", 21: "CH HR LI LV",
+    22: "BG BH CR DE GB GE IE ME RS VA", 23: "AE GI IL IQ OM SO TL", 24: "AD CZ ES MD PK RO SA SE SK TN VG",
+    25: "LY PT ST", 26: "IS TR", 27: "BI DJ FR GR IT MC MR SM", 28: "AL AZ BY CY DO GT HN HU LB NI PL SV",
+    29: "BR EG PS QA UA", 30: "JO KW MU YE", 31: "MT SC", 32: "LC", 33: "RU",
+}  # fmt: skip
+_IBAN_LENGTH = {country: length for length, listed in _IBAN_COUNTRIES.items() for country in listed.split()}
+# Begins at a digit, so that a text of letters alone is passed over fast; the two letters are looked up behind.
+_IBAN = re.compile(r"[0-9]{2}(?<=\b[A-Za-z]{2}[0-9]{2})(?:[ -]?[A-Za-z0-9]){11,29}", re.ASCII)
+
+
+def _ibans(text: str) -> Iterator[Span]:
+    for match in _IBAN.finditer(text):
+        begin = match.start() - 2
+        length = _IBAN_LENGTH.get(text[begin : begin + 2].upper())
+        if not length:
+            continue
+        end, characters = begin, []
+        while end < match.end() and len(characters) < length:
+            if text[end] not in " -":
+                characters.append(text[end])
+            end += 1
+        if len(characters) == length and not text[end : end + 1].isalnum() and _mod_97("".join(characters)) == 1:
+            yield Span("iban", begin, end)
+
+
+def _mod_97(iban: str) -> int:
+    return int("".join(str(int(c, 36)) for c in iban[4:] + iban[:4])) % 97
+
+
+# Numbers: a run of digits and what may stand between them is looked at once, for every kind.
+
+_RUN = re.compile(r"[0-9][0-9 .()/-]{5,}[0-9]")
+_IPV4 = re.compile(r"(?<![\w.])([0-9]{1,3})\.([0-9]{1,3})\.([0-9]{1,3})\.([0-9]{1,3})(?![\w]|\.[0-9])", re.ASCII)
+_SSN = re.compile(r"(?<![\w-])(?!000|666|9)[0-9]{3}([- ])(?!00)[0-9]{2}\1(?!0000)[0-9]{4}(?![\w]|-[0-9])", re.ASCII)
+_CARD = re.compile(
+    r"""(?<![\w.+-])(?:
+        [0-9]{12,19}
+      | [0-9]{4}([ -])[0-9]{4}\1[0-9]{4}\1[0-9]{4}(?:\1[0-9]{3})?
+      | 3[0-9]{3}([ -])[0-9]{6}\2[0-9]{4,5}
+    )(?!\w|[.,-][0-9])""",
+    re.ASCII | re.VERBOSE,
+)
+# First digits of the networks, by the number of digits: ISO/IEC 7812 ranges of Visa, Mastercard, Maestro, American
+# Express, Diners Club, Discover, JCB, UnionPay.
+_MAESTRO = r"5[06-8]|6"
+_NETWORKS = {
+    12: re.compile(_MAESTRO),
+    13: re.compile(rf"4|{_MAESTRO}"),
+    14: re.compile(rf"30[0-5]|309|3[689]|{_MAESTRO}"),
+    15: re.compile(rf"3[47]|1800|2131|{_MAESTRO}"),
+    16: re.compile(rf"4|5[1-5]|2(?:22[1-9]|2[3-9]|[3-6]|7[01]|720)|35|3[0689]|{_MAESTRO}"),
+    17: re.compile(_MAESTRO),
+    18: re.compile(_MAESTRO),
+    19: re.compile(rf"4|{_MAESTRO}"),
+}
+_PHONE = re.compile(
+    r"""(?<![\w.,/$€£+=-])(?:
+        \+[1-9][0-9]{0,2}[ ./-]?(?:\(0?[0-9]{0,4}\)[ ./-]?)?[0-9]{1,5}(?:(?:[ ]?[./-][ ]?|[ ])?[0-9]{2,5}){1,4}
+      | (?:(?:\+?1|001)[ .-]?)?(?:\([2-9][0-9]{2}\)[ ]?|[2-9][0-9]{2}[ .-])[2-9][0-9]{2}[.-][0-9]{4}  # North America
+      | \(0[0-9]{1,4}\)[ .-]?[0-9]{3,4}[ .-]?[0-9]{3,4}                                       # with an area code
+      | 0[1-9][0-9]{0,3}(?:[ ][0-9]{2,4}){2,4} | 0[1-9](?:[.-][0-9]{2}){4}                         # national, trunk 0
+    )(?:[ ]?(?:x|ext\.?[ ]?)[0-9]{1,5})?(?!\w|[.,/-][0-9])""",
+    re.ASCII | re.VERBOSE,
+)
+# Any other way to write 7 to 12 digits counts where the words beside it speak of telephones.
+_LOOSE = re.compile(
+    r"(?<![\w.,/$+=-])(?:\([0-9]{2,5}\)[ ./-]{0,3}|[78][ -])?"
+    r"[0-9]{2,}(?:(?: ?[./-] ?| )[0-9]{2,})*(?:[ ]?x[0-9]{1,5})?(?!\w|[.,/-][0-9])",
+    re.ASCII,
+)
+_BEFORE = re.compile(
+    r"(?:\b(?:(?:tele)?phone|tel|mobile|cell(?:ular)?|fax|call(?:ed|ing)?|desk|office|dial|whatsapp|hotline|sms|ring|reach"
+    r"|contact|answering|messages|telefono?|téléphone|tél|móvil|handy|mobil|portable|appele[rz]|celular|telefone|telefoon"
+    r"|rufnummer|erreichen|cellulare|teléfono|тел|телефон|моб|факс|звоните|τηλ|τηλέφωνο|κινητό|טלפון|נייד|هاتف|جوال|تلفن"
+    r"|फ़ोन|फोन)\b|电话|電話|手机|手機|热线|熱線|传真|傳真|携帯|联系方式|전화|휴대폰|연락처|โทร)[^0-9\n]{0,24}\n?[^0-9\n]{0,4}\Z",
+    re.I,
+)
+_AFTER = re.compile(r"[\s,-]{0,3}[(]?(?:office|fax|mobile|cell|home|work)\b", re.I)
+_VERSION = re.compile(r"(?:\b(?:v|ver|version|release|section|sect?\.|chapter)|§)[ .:]{0,2}\Z", re.I)
+_NET = re.compile(r"\bip|addr|host|server|ping|dns|://", re.I)
+_DATE = re.compile(
+    r"(?:19|20)[0-9]{2}[-./ ][01]?[0-9][-./ ][0-3]?[0-9]\b|[0-3]?[0-9][-./][0-3]?[0-9][-./](?:19|20)[0-9]{2}\b"
+)
+
+
+def _in_run(text: str, begin: int, end: int, wanted: frozenset[str]) -> Iterator[Span]:
+    """Findings in text[begin:end], a stretch of digits, spaces and punctuation."""
+    # What a number may begin and end with lies just outside of the run.
+    low, high = max(begin - 2, 0), min(end + 8, len(text))
+    if "ip" in wanted and text.count(".", begin, end) >= 3:
+        for match in _IPV4.finditer(text, low, high):
+            if _is_address(match):
+                yield Span("ip", match.start(), match.end())
+    if "ssn" in wanted and end - begin >= 11:
+        for match in _SSN.finditer(text, low, high):
+            if match[1] == "-" or re.search(
+                r"ssn|social|security", text[max(match.start() - 40, 0) : match.start()], re.I
+            ):
+                yield Span("ssn", match.start(), match.end())
+    if "card" in wanted and end - begin >= 12:
+        for match in _CARD.finditer(text, low, high):
+            if _is_card(match[0]):
+                yield Span("card", match.start(), match.end())
+    if "phone" in wanted:
+        yield from _phones(text, low, high)
+
+
+def _is_address(match: re.Match) -> bool:
+    """Whether four numbers are an address of the net: none of this machine's own, no mask, and likely no version."""
+    octets = [int(octet) for octet in match.groups()]
+    if max(octets) > 255 or octets[0] in (0, 127) or octets[0] >= 240:
+        return False
+    if any(len(octet) > 1 and octet[0] == "0" for octet in match.groups()):
+        return False
+    before = match.string[max(match.start() - 32, 0) : match.start()]
+    # Versions and numbers of sections are small; an address of small numbers is taken where the words say so.
+    return not _VERSION.search(before) and (max(octets) >= 20 or octets[0] == 10 or bool(_NET.search(before)))
+
+
+def _is_card(written: str) -> bool:
+    """Length and first digits of a network, and the check digit by Luhn's rule (ISO/IEC 7812-1, annex B)."""
+    digits = written.replace(" ", "").replace("-", "")
+    network = _NETWORKS.get(len(digits))
+    if not network or not network.match(digits) or len(set(digits)) < 2:
+        return False
+    numbers = [int(digit) for digit in reversed(digits)]
+    return (sum(numbers[::2]) + sum(sum(divmod(2 * number, 10)) for number in numbers[1::2])) % 10 == 0
+
+
+def _phones(text: str, low: int, high: int) -> Iterator[Span]:
+    at = low
+    while match := _PHONE.search(text, at, high):
+        at = match.end()
+        digits = sum(c.isdigit() for c in re.split("[xe]", match[0])[0])
+        if 8 <= digits <= 15 and not _DATE.match(match[0]):
+            yield Span("phone", match.start(), match.end())
+    at = low
+    while match := _LOOSE.search(text, at, high):
+        at = match.end()
+        digits = sum(c.isdigit() for c in match[0].split("x")[0])
+        if not 7 <= digits <= 12 or _DATE.match(match[0]):
+            continue
+        before = text[max(match.start() - 48, 0) : match.start()]
+        if _BEFORE.search(before) or _AFTER.match(text, match.end()):
+            yield Span("phone", match.start(), match.end())
+
+
+_COLONS = re.compile(r":[0-9A-Fa-f]{0,4}:")
+_HEX = re.compile(r"[0-9A-Fa-f:]+(?:\.[0-9]{1,3}){0,3}")
+_NOT_HEX_END = re.compile(r"[0-9A-Fa-f:]*\Z")
+
+
+def _ipv6(text: str) -> Iterator[Span]:
+    last = 0
+    for colons in _COLONS.finditer(text):
+        if colons.start() < last:
+            continue
+        behind = _NOT_HEX_END.search(text, max(colons.start() - 5, last), colons.start())
+        begin = behind.start() if behind else colons.start()
+        match = _HEX.match(text, begin, begin + 60)
+        if not match:
+            continue
+        last = match.end()
+        written = match[0].rstrip(":") if not match[0].endswith("::") else match[0]
+        # Code writes names such as a::b; an address has digits, and more than two parts.
+        if len(written) < 8 or not any(c.isdigit() for c in written) or written.count(":") < 3:
+            continue
+        around = text[max(begin - 1, 0) : begin] + text[begin + len(written) : begin + len(written) + 1]
+        if any(c.isalnum() or c in "_" for c in around):
+            continue
+        try:
+            address = ipaddress.IPv6Address(written)
+        except ValueError:
+            continue
+        if not address.is_loopback and not address.is_unspecified:
+            yield Span("ip", begin, begin + len(written))
+
+
+# Secrets: what their issuers mark, and what is assigned to a name that says so.
+
+_KEY_END = r"-----END (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----"
+_MARKED: tuple[tuple[tuple[str, ...], str], ...] = (
+    (
+        ("-----BEGIN ",),
+        r"-----BEGIN (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----"
+        rf"(?s:.{{0,16384}}?{_KEY_END}|(?:\s{{0,4}}[A-Za-z0-9+/=]{{16,}}){{0,999}})",
+    ),
+    (("AKIA", "ASIA", "ABIA", "ACCA"), r"\bA(?:KIA|SIA|BIA|CCA)[A-Z2-7]{16}\b"),  # Amazon
+    (("ghp_", "gho_", "ghu_", "ghs_", "ghr_"), r"\bgh[pousr]_[A-Za-z0-9]{36,251}\b"),  # GitHub
+    (("github_pat_",), r"\bgithub_pat_[A-Za-z0-9_]{60,100}\b"),
+    (("glpat-",), r"\bglpat-[A-Za-z0-9_-]{20,}"),  # GitLab
+    (("xox",), r"\bxox[abeoprs]-[A-Za-z0-9-]{10,250}"),  # Slack
+    (("xapp-",), r"\bxapp-[0-9]-[A-Za-z0-9-]{10,250}"),
+    (("hooks.slack.com/services/",), r"hooks\.slack\.com/services/T[A-Z0-9]{5,}/B[A-Z0-9]{5,}/[A-Za-z0-9]{20,}"),
+    (("AIza",), r"\bAIza[A-Za-z0-9_-]{35}(?![A-Za-z0-9_-])"),  # Google
+    (("ya29.",), r"\bya29\.[A-Za-z0-9_-]{20,}"),
+    (("GOCSPX-",), r"\bGOCSPX-[A-Za-z0-9_-]{28}"),
+    (("eyJ",), r"\beyJ[A-Za-z0-9_-]{8,4000}\.eyJ[A-Za-z0-9_-]{8,8000}(?:\.[A-Za-z0-9_-]{0,4000})?"),  # JSON web tokens
+    (("sk_live_", "rk_live_", "sk_test_"), r"\b[sr]k_(?:live|test)_[A-Za-z0-9]{16,}"),  # Stripe
+    (("sk-",), r"\bsk-(?:[A-Za-z0-9]{2,8}-)*[A-Za-z0-9_]{20,200}"),  # model services
+    (("hf_",), r"\bhf_[A-Za-z0-9]{30,}\b"),  # Hugging Face
+    (("npm_",), r"\bnpm_[A-Za-z0-9]{36}\b"),
+    (("pypi-",), r"\bpypi-[A-Za-z0-9_-]{50,}"),
+    (("SG.",), r"\bSG\.[A-Za-z0-9_-]{16,32}\.[A-Za-z0-9_-]{32,64}"),  # SendGrid
+)
+_MARKERS = tuple((markers, re.compile(pattern, re.ASCII)) for markers, pattern in _MARKED)
+_NAMES = ("password", "passwd", "passphrase", "pwd", "secret", "token", "api_key", "apikey", "api-key", "access_key")
+_NAMES += ("accesskey", "private_key", "auth_key", "credential")
+_ASSIGNED = re.compile(
+    r"""[A-Za-z0-9_-]{0,24}["']?\]?[ \t]{0,4}(?::=|=>|[:=])[ \t]{0,4}(["'`]?)([^\s"'`,;<>(){}\[\]]{6,256})(.?)""",
+    re.ASCII,
+)
+_NO_SECRET = re.compile(
+    r"\$|%[sd(]|your|example|change.?me|placeholder|x{4}|\*{3}|\.{3}|://|[{}<>]"
+    r"|^(?:none|null|true|false|undefined|pass|passwd|password|pwd|secret)$",
+    re.I,
+)
+_DRAWN = re.compile(r"[0-9][A-Za-z]|[A-Za-z][0-9]")
+
+
+def _secrets(text: str) -> Iterator[Span]:
+    for markers, pattern in _MARKERS:
+        if any(marker in text for marker in markers):
+            for match in pattern.finditer(text):
+                yield Span("secret", match.start(), match.end())
+    if "=" in text or ":" in text:
+        yield from _assigned(text)
+
+
+def _assigned(text: str) -> Iterator[Span]:
+    lower = text.lower()
+    if len(lower) != len(text):  # a few letters, such as U+0130, become two
+        lower = "".join(c.lower() if c.isascii() else c for c in text)
+    for name in _NAMES:
+        at = lower.find(name)
+        while at >= 0:
+            match = _ASSIGNED.match(text, at + len(name))
+            if match and _is_secret(match[2], name.startswith("pass") or name == "pwd", bool(match[1]), match[3]):
+                yield Span("secret", match.start(2), match.end(2))
+            at = lower.find(name, match.end() if match else at + len(name))
+
+
+def _is_secret(value: str, password: bool, quoted: bool, following: str) -> bool:
+    """Whether a value is likely one: letters and digits that look drawn by chance, no name and no call in code.
+
+    Of a password less is asked: a quoted one need only be no plain word.
+    """
+    if _NO_SECRET.search(value) or following in ("(", "["):
+        return False
+    digits, letters = sum(c.isdigit() for c in value), sum(c.isalpha() for c in value)
+    if password:
+        odd = digits + sum(not c.isalnum() and c not in "._-/" for c in value)
+        return (
+            odd > 0 and letters > 0
+            if quoted
+            else digits > 0 and letters > 0 and len(value) >= 8 and entropy(value) > 2.5
+        )
+    return len(value) >= 16 and digits > 1 and len(_DRAWN.findall(value)) > 1 and entropy(value) > 3.0
+
+
+def entropy(value: str) -> float:
+    """Bits per character, by Shannon's formula over the characters of the value."""
+    counts = [value.count(c) for c in set(value)]
+    return -sum(n / len(value) * math.log2(n / len(value)) for n in counts)

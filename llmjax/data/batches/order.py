@@ -1,0 +1,103 @@
+"""The training order: a keyed bijection on 0..size-1, evaluated only where it is asked.
+
+No shuffle file, no pass over the data, no limit of 2**32 items: a Feistel network over Z_a x Z_b, a * b just above the
+size, and cycle walking for the few values outside (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+"""
+
+import hashlib
+import math
+
+import numpy as np
+
+from llmjax.data.hashing import splitmix64
+from llmjax.errors import UserError
+
+_NUM_ROUNDS = 6
+
+
+class Permutation:
+    """One order of `size` items (1 to 2**62), a pure function of `key`: (seed, name, epoch) or the like."""
+
+    def __init__(self, size: int, *key: int | str):
+        if not 1 <= size <= 1 << 62:
+            raise ValueError(f"size={size}: a permutation has 1 to 2**62 items")
+        self.size = size
+        a = math.isqrt(size - 1) + 1  # the least a with a * a >= size
+        self._sides = (np.uint64(a), np.uint64(-(-size // a)))
+        digest = hashlib.blake2b(repr((size, *key)).encode(), digest_size=8 * _NUM_ROUNDS).digest()
+        self._keys = np.frombuffer(digest, "<u8").astype(np.uint64)
+
+    def __call__(self, index: np.ndarray) -> np.ndarray:
+        """Which item stands at each place: int64, the shape of `index`."""
+        return self._walk(index, self._forward)
+
+    def inverse(self, item: np.ndarray) -> np.ndarray:
+        """At which place each item stands: int64, the shape of `item`."""
+        return self._walk(item, self._backward)
+
+    def _walk(self, values: np.ndarray, cross) -> np.ndarray:
+        values = np.asarray(values)
+        if values.size and (values.min() < 0 or values.max() >= self.size):
+            raise IndexError(f"an index is outside 0..{self.size - 1}")
+        flat = cross(values.astype(np.uint64).ravel())
+        while (outside := np.flatnonzero(flat >= self.size)).size:
+            flat[outside] = cross(flat[outside])
+        return flat.astype(np.int64).reshape(values.shape)
+
+    def _forward(self, x: np.ndarray) -> np.ndarray:
+        a, b = self._sides
+        high, low = np.divmod(x, a)
+        for turn, key in enumerate(self._keys):
+            if turn % 2:
+                high = (high + hash64(low, key) % b) % b
+            else:
+                low = (low + hash64(high, key) % a) % a
+        return high * a + low
+
+    def _backward(self, x: np.ndarray) -> np.ndarray:
+        a, b = self._sides
+        high, low = np.divmod(x, a)
+        for turn, key in reversed(list(enumerate(self._keys))):
+            if turn % 2:
+                high = (high + b - hash64(low, key) % b) % b
+            else:
+                low = (low + a - hash64(high, key) % a) % a
+        return high * a + low
+
+
+class Skips:
+    """Spans of sample indices that are left out: ((from, to), ...), `to` excluded; the others stay."""
+
+    def __init__(self, spans: tuple):
+        merged: list[list[int]] = []
+        for span in sorted(_valid_span(span) for span in spans):
+            if merged and span[0] <= merged[-1][1]:
+                merged[-1][1] = max(merged[-1][1], span[1])
+            else:
+                merged.append(list(span))
+        self._starts, self._ends = np.array(merged, np.int64).reshape(-1, 2).T
+        self._removed = np.concatenate([[0], np.cumsum(self._ends - self._starts)])
+        self._kept_starts = self._starts - self._removed[:-1]
+
+    def kept_before(self, sample: int) -> int:
+        """How many samples below this index stay."""
+        begun = int(np.searchsorted(self._starts, sample, "right"))
+        inside = max(0, int(self._ends[begun - 1]) - sample) if begun else 0
+        return sample - int(self._removed[begun]) + inside
+
+    def sample(self, kept: np.ndarray) -> np.ndarray:
+        """The sample index of the kept-th (from 0) sample that stays."""
+        return kept + self._removed[np.searchsorted(self._kept_starts, kept, "right")]
+
+
+def _valid_span(span: tuple) -> tuple[int, int]:
+    if not (isinstance(span, tuple) and len(span) == 2 and all(isinstance(edge, int) for edge in span)):
+        raise UserError(f"data.skip entry {span!r}: expected (from_sample, to_sample)")
+    if not 0 <= span[0] < span[1]:
+        raise UserError(f"data.skip entry {span!r}: from must be 0 or more and below to")
+    return span
+
+
+def hash64(x: np.ndarray, key: np.uint64 | np.ndarray) -> np.ndarray:
+    """64 well-stirred bits of x and the key: what SplitMix64 that began at the key gives as its x-th."""
+    return splitmix64(x * np.uint64(0x9E3779B97F4A7C15) + key)

@@ -1,0 +1,87 @@
+"""What a published checkpoint says of its tokenizer outside the tokenizer's own file, as `llmjax import` records it."""
+
+import dataclasses
+import json
+from typing import Any
+
+from llmjax.errors import UserError
+
+FILE = "llmjax_tokenizer.json"  # beside a tokenizer's own file, in a workdir and in a token store
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerSettings:
+    """Special ids and the form of prompts of an imported tokenizer.
+
+    eos_id        ends documents when they are prepared
+    stop_ids      ids at which generation stops, in the order in which the checkpoint lists them
+    bos_id, pad_id, unk_id   None where the checkpoint names none; bos_id also where prompts do not begin with it
+    prefix, suffix   ids that the tokenizer puts around a prompt
+    added_tokens  entries as in tokenizer.json's `added_tokens`: those that other files of the checkpoint add to it
+    num_rows      ids from here on have no row in the model, so no text becomes one of them; None: no limit
+    prefix_space  SentencePiece: whether text behind a special token gets the dummy prefix that the begin gets
+    """
+
+    eos_id: int
+    stop_ids: tuple[int, ...]
+    bos_id: int | None = None
+    pad_id: int | None = None
+    unk_id: int | None = None
+    prefix: tuple[int, ...] = ()
+    suffix: tuple[int, ...] = ()
+    added_tokens: tuple[dict[str, Any], ...] = ()
+    num_rows: int | None = None
+    prefix_space: bool = True
+
+    def to_bytes(self) -> bytes:
+        """As FILE holds it."""
+        return (json.dumps(dataclasses.asdict(self), indent=2) + "\n").encode()
+
+    @staticmethod
+    def from_bytes(content: bytes) -> "TokenizerSettings":
+        """Raises UserError for anything but what `to_bytes` writes."""
+        try:
+            fields = json.loads(content)
+            listed = {name: tuple(fields[name]) for name in ("stop_ids", "prefix", "suffix", "added_tokens")}
+            return TokenizerSettings(**{**fields, **listed})
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            raise UserError(f"{FILE}: not the settings of a tokenizer ({error}); import the checkpoint again") from None
+
+
+def read_settings(tokenizer_file: Any) -> TokenizerSettings | None:
+    """The settings beside a tokenizer's file (a Path, or an epath.Path); None where there are none."""
+    path = tokenizer_file.parent / FILE
+    return TokenizerSettings.from_bytes(path.read_bytes()) if path.exists() else None
+
+
+def apply_to_json(parts: dict[str, Any], settings: TokenizerSettings) -> dict[str, Any]:
+    """A parsed tokenizer.json with the tokens of other files added, and without those that the model has no row for.
+
+    Raises UserError where text could become an id without a row.
+    """
+    limit = settings.num_rows
+    added = {token["id"]: token for token in [*(parts.get("added_tokens") or []), *settings.added_tokens]}
+    kept = [token for i, token in sorted(added.items()) if limit is None or i < limit]
+    if limit is None:
+        return {**parts, "added_tokens": kept}
+    dropped = {token["content"] for i, token in added.items() if i >= limit}
+    model = dict(parts["model"])
+    vocab = model["vocab"]
+    entries = vocab.items() if isinstance(vocab, dict) else ((entry[0], i) for i, entry in enumerate(vocab))
+    beyond = {piece: i for piece, i in entries if i >= limit}
+    if ordinary := sorted(beyond.keys() - dropped, key=lambda piece: beyond[piece]):
+        raise UserError(
+            f"the tokenizer has {beyond[ordinary[-1]] + 1} ids that text becomes and the model only {limit} rows "
+            f"(the first without a row is {beyond[ordinary[0]]}, {ordinary[0]!r}): they do not belong together"
+        )
+    if isinstance(vocab, dict):
+        model["vocab"] = {piece: i for piece, i in vocab.items() if i < limit}
+        if "merges" in model:
+            model["merges"] = [merge for merge in model["merges"] if _merged(merge) not in beyond]
+    else:
+        model["vocab"] = vocab[:limit]
+    return {**parts, "model": model, "added_tokens": kept}
+
+
+def _merged(merge: Any) -> str:
+    return "".join(merge.split(" ") if isinstance(merge, str) else merge)

@@ -1,0 +1,14 @@
+"""Errors that a user can fix: reported in one line, without a traceback."""
+
+from collections.abc import Iterable
+import difflib
+
+
+class UserError(ValueError):
+    """Something the user typed or provided cannot be honoured: one line that names the field, the value and the fix."""
+
+
+def suggest(name: str, options: Iterable[str]) -> str:
+    """' (did you mean X?)' where an option is close to `name`, else ''."""
+    near = difflib.get_close_matches(name, list(options), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""

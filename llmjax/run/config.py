@@ -1,0 +1,203 @@
+"""The whole config of a run: every section, bound once at the door and then handed out piece by piece."""
+
+from collections.abc import Sequence
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from llmjax.binding import as_dict, as_tree, bind_overridden, load_file
+from llmjax.checkpoint.manager import CheckpointConfig
+from llmjax.data.config import DataConfig, ObjectiveConfig
+from llmjax.data.objectives.objective import Objective, open_objective
+from llmjax.data.store.tokenizer import Tokenizer
+from llmjax.errors import UserError
+from llmjax.models.decoder_config import DecoderConfig
+from llmjax.models.encdec import EncDecConfig
+from llmjax.models.registry import ModelConfig
+from llmjax.optim.config import OptimizerConfig
+from llmjax.parallel.mesh import MeshConfig, ParallelConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length and shape of training.
+
+    steps         optimizer steps, and the horizon of every schedule
+    stop_at       end the run at this step without touching the schedules; 0: at `steps`
+    global_batch  sequences in a step, over all devices
+    accumulation  microbatches that a step is cut into; gradients are summed and divided by the tokens once
+    loss_chunk    positions of a row whose logits exist at one time
+    z_loss        weight of log(normaliser)^2 in the loss
+    log_every     steps between lines of metrics.jsonl
+    max_skipped   consecutive non-finite steps that are skipped before the run stops
+    compilation_cache  folder of compiled programs, reused by the next start; "": WORKDIR/compilation_cache; "off": none
+    """
+
+    steps: int = 1000
+    stop_at: int = 0
+    global_batch: int = 8
+    accumulation: int = 1
+    loss_chunk: int = 128
+    z_loss: float = 0.0
+    log_every: int = 10
+    max_skipped: int = 100
+    compilation_cache: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Evaluation during training and by `llmjax eval`.
+
+    every   steps between evaluations of the validation split; 0: at the end only
+    batch   sequences in an evaluation batch; 0: train.global_batch
+    """
+
+    every: int = 0
+    batch: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Text written at the end of training, for the report.
+
+    prompts      one sample each
+    max_tokens   tokens of a sample
+    temperature, top_p   see `llmjax generate --help`
+    """
+
+    prompts: tuple = ()
+    max_tokens: int = 120
+    temperature: float = 0.8
+    top_p: float = 0.95
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run. `seed` keys parameters, data order, what an objective draws, and dropout; the sections are described by
+    their own classes."""
+
+    seed: int = 0
+    model: ModelConfig = DecoderConfig()
+    data: DataConfig = DataConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    mesh: MeshConfig = MeshConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    sample: SampleConfig = SampleConfig()
+
+    def __post_init__(self):
+        positive = {
+            "train.steps": self.train.steps,
+            "train.global_batch": self.train.global_batch,
+            "train.accumulation": self.train.accumulation,
+            "train.loss_chunk": self.train.loss_chunk,
+            "train.log_every": self.train.log_every,
+            "train.max_skipped": self.train.max_skipped,
+            "checkpoint.every": self.checkpoint.every,
+            "checkpoint.keep": self.checkpoint.keep,
+            "checkpoint.timeout_seconds": self.checkpoint.timeout_seconds,
+            "data.seq_len": self.data.seq_len,
+            "data.tokenizer.training_bytes": self.data.tokenizer.training_bytes,
+        }
+        counts = {
+            "seed": self.seed,
+            "data.workers": self.data.workers,
+            "data.max_bad_fraction": self.data.max_bad_fraction,
+            "train.stop_at": self.train.stop_at,
+            "train.z_loss": self.train.z_loss,
+            "checkpoint.keep_every": self.checkpoint.keep_every,
+            "eval.every": self.eval.every,
+            "eval.batch": self.eval.batch,
+        }
+        for name, value in positive.items():
+            if value < 1:
+                raise UserError(f"{name}={value}: must be at least 1")
+        for name, value in counts.items():
+            if value < 0:
+                raise UserError(f"{name}={value}: must not be negative")
+        if self.seed >= 1 << 32:  # JAX's keys hold no more of it: a larger seed would repeat a smaller one's draws
+            raise UserError(f"seed={self.seed}: must be below {1 << 32}")
+        if self.train.stop_at > self.train.steps:
+            raise UserError(f"train.stop_at={self.train.stop_at} lies beyond train.steps={self.train.steps}: lower it")
+        if self.objective.name not in self.model.objectives:
+            raise UserError(
+                f"objective.name={self.objective.name!r}: model.family={self.model.family!r} learns "
+                f"{', '.join(self.model.objectives)}; set one of these, or another family"
+            )
+        for field in ("target_len", "prompt_form"):
+            value = getattr(self.objective, field)
+            if value != getattr(ObjectiveConfig, field) and not isinstance(self.model, EncDecConfig):
+                raise UserError(
+                    f"objective.{field}={value!r}: model.family={self.model.family!r} has no decoder beside an "
+                    "encoder; leave it unset"
+                )
+        if self.train.global_batch % self.train.accumulation:
+            raise UserError(
+                f"train.global_batch={self.train.global_batch} is not divisible by "
+                f"train.accumulation={self.train.accumulation}: change one of them"
+            )
+
+
+def resolve(file: str, overrides: Sequence[tuple[str, str]]) -> RunConfig:
+    """The config of `--config=FILE[:ARG]` with `--config.FIELD=TEXT` overrides, bound and checked."""
+    return apply_overrides(read_file(file), overrides)
+
+
+def read_file(file: str) -> dict[str, Any]:
+    """The nested dict of `FILE[:ARG]`."""
+    return as_tree(load_file(file))
+
+
+def files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The config files in a folder that train a model, by name: all but those of curation."""
+    paths = (path for path in sorted(folder.glob("*.py")) if path.stem != "__init__")
+    return [path for path in paths if "curate" not in read_file(str(path))]
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> RunConfig:
+    """A RunConfig from a nested dict and `(FIELD, TEXT)` overrides."""
+    return bind_overridden(RunConfig, tree, overrides, inputs="data.sources")
+
+
+def to_json(config: RunConfig) -> dict[str, Any]:
+    """The resolved config as JSON would hold it (tuples become lists)."""
+    return json.loads(json.dumps(as_dict(config)))
+
+
+def objective(config: RunConfig, tokenizer: Tokenizer) -> Objective:
+    """The run's objective, over the tokenizer's ids and those that it adds to them."""
+    start = config.model.start_id if isinstance(config.model, EncDecConfig) else None
+    return open_objective(config.objective, tokenizer, seq_len=config.data.seq_len, start_id=start)
+
+
+def with_objective(config: RunConfig, objective: Objective) -> RunConfig:
+    """The config with what the model has to know of ids: how many there are, and which a decoder reads first."""
+    if isinstance(config.model, EncDecConfig):
+        config = dataclasses.replace(
+            config, model=dataclasses.replace(config.model, start_id=objective.decoder_start_id)
+        )
+    return with_vocabulary(config, objective.min_vocab_size)
+
+
+def flops_per_token(config: RunConfig, target_len: int) -> float:
+    """Model flops of one place of a row of the run's batches, `target_len` wide: the source that goes with it
+    included, where the model reads one."""
+    model, seq_len = config.model, config.data.seq_len
+    if isinstance(model, EncDecConfig):
+        return model.flops_per_token(seq_len, target_len)
+    return model.flops_per_token(seq_len)
+
+
+def with_vocabulary(config: RunConfig, vocab_size: int) -> RunConfig:
+    """The config with the model's vocabulary filled in, or checked: ids of the tokenizer and of the objective."""
+    given = config.model.vocab_size
+    if given and given < vocab_size:
+        raise UserError(
+            f"model.vocab_size={given} is smaller than the {vocab_size} ids of the tokenizer and of "
+            f"objective.name={config.objective.name!r}: leave it 0 to take these"
+        )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=given or vocab_size))

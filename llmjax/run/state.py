@@ -1,0 +1,121 @@
+"""The state of a run, its abstract form, and the one place that decides how each leaf is sharded."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+from llmjax.models import registry
+from llmjax.models.registry import ModelConfig
+from llmjax.optim.config import OptimizerConfig
+from llmjax.optim.optimizer import Optimizer, make_optimizer
+from llmjax.parallel import axes
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a step reads and writes: arrays, or their shapes or shardings in the same places.
+
+    step, skipped   int32 scalars: batches seen, and those of them whose update was not finite
+    """
+
+    step: Any
+    skipped: Any
+    params: dict
+    opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class StateSpec:
+    """Everything static about a state: the model's graph, the optimizer, logical axes, abstract leaves, shardings."""
+
+    graph: Any
+    optimizer: Optimizer
+    axes: dict
+    shapes: TrainState
+    shardings: TrainState
+
+    def abstract(self) -> TrainState:
+        """The state as ShapeDtypeStructs with shardings: what a restore needs."""
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            self.shapes,
+            self.shardings,
+        )
+
+
+def make_state_spec(
+    model: ModelConfig,
+    optimizer: OptimizerConfig,
+    *,
+    horizon: int,
+    mesh: Mesh,
+    rules: axes.LogicalRules,
+) -> StateSpec:
+    """Shapes and shardings of a run's state, from configs alone; nothing is allocated."""
+    graph, shapes, names = registry.abstract(model)
+    tx = make_optimizer(optimizer, horizon=horizon, axes=names, width=model.width_multiplier)
+    opt_shapes = jax.eval_shape(tx.init, shapes)
+    scalar = jax.ShapeDtypeStruct((), jnp.int32)
+    replicated = NamedSharding(mesh, P())
+    return StateSpec(
+        graph=graph,
+        optimizer=tx,
+        axes=names,
+        shapes=TrainState(scalar, scalar, shapes, opt_shapes),
+        shardings=TrainState(
+            replicated,
+            replicated,
+            axes.shardings(mesh, names, shapes, rules),
+            axes.shardings(mesh, tx.state_axes(shapes), opt_shapes, rules),
+        ),
+    )
+
+
+def to_checkpoint(state: TrainState) -> dict:
+    """The arrays that a checkpoint saves; its counters travel as JSON beside them."""
+    return {"params": state.params, "opt_state": state.opt_state}
+
+
+def from_checkpoint(spec: StateSpec, parts: dict, *, step: int, skipped: int) -> TrainState:
+    """The state from a checkpoint's arrays and counters."""
+    place = lambda count, sharding: jax.device_put(jnp.asarray(count, jnp.int32), sharding)
+    return TrainState(
+        place(step, spec.shardings.step), place(skipped, spec.shardings.skipped), parts["params"], parts["opt_state"]
+    )
+
+
+def init_state(spec: StateSpec, model: ModelConfig, seed: int) -> TrainState:
+    """A fresh state, created in place on the mesh."""
+
+    def create() -> TrainState:
+        params = registry.init(model, jax.random.key(seed))
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, zero, params, spec.optimizer.init(params))
+
+    return jax.jit(create, out_shardings=spec.shardings)()
+
+
+def unsharded_params(spec: StateSpec, mesh: Mesh, rules: axes.LogicalRules) -> list[str]:
+    """One line for each parameter that the rules would shard but whose shape does not let them, with its bytes."""
+    lines = []
+    leaves = jax.tree_util.tree_leaves_with_path(spec.shapes.params)
+    names = jax.tree.leaves(spec.axes, is_leaf=lambda x: isinstance(x, tuple))
+    for (path, leaf), logical in zip(leaves, names, strict=True):
+        wanted, got = (_mesh_axes(axes.spec(logical, shape, mesh, rules), mesh) for shape in (None, leaf.shape))
+        if wanted - got:
+            size = leaf.size * leaf.dtype.itemsize
+            lines.append(
+                f"{jax.tree_util.keystr(path, simple=True, separator='.')} {logical} {leaf.shape}: {size:,} bytes "
+                f"stay unsharded over {sorted(wanted - got)}, which do not divide it"
+            )
+    return lines
+
+
+def _mesh_axes(spec: P, mesh: Mesh) -> set[str]:
+    """The mesh axes of more than one device that a spec uses."""
+    used = {name for entry in spec if entry for name in ((entry,) if isinstance(entry, str) else entry)}
+    return {name for name in used if mesh.shape[name] > 1}

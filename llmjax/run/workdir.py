@@ -1,0 +1,293 @@
+"""A run's folder: the names of its files, JSON files that are written whole, and the lock of whoever writes there.
+
+The lock works on any path that epath knows: it needs whole-file writes alone, so object stores serve as well. That is
+why it is no lock of the library filelock, which needs flock or exclusive creation and has no way to tell a holder that
+died on another host. The token store is locked in the same way, so that there is one implementation.
+"""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import json
+import os
+import pathlib
+import socket
+import sys
+import threading
+import time
+from typing import Any
+import uuid
+
+from etils import epath
+
+from llmjax import atomic
+from llmjax.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # not a Unix
+    fcntl = None
+
+# What a run keeps in its workdir, beside checkpoints/<step>/ and eval/<step>/<split>.json.
+CONFIG = "config.json"  # the resolved config
+RUN = "run.json"  # devices, versions, restarts
+DATA = "data.json"  # what the packed data hold
+METRICS = "metrics.jsonl"  # one line every train.log_every steps
+SAMPLES = "samples.json"  # texts that the trained model wrote
+LOCK = "lock.json"  # which process writes here
+CHECKPOINTS, EVAL, EVENTS, STORE = "checkpoints", "eval", "events", "store"  # folders
+
+REFRESH_SECONDS = 10.0
+EXPIRY_SECONDS = 60.0
+_POLL_SECONDS = 1.0
+_REPEAT_SECONDS = 60.0  # between two lines that tell of waiting
+_BAD_INPUT = 78
+
+
+def write_json(path: epath.PathLike, value: Any) -> None:
+    """Write `value` as JSON; a reader sees the old file or the new one, never a part."""
+    atomic.write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def read_json(path: epath.PathLike, kind: type = dict) -> Any:
+    """The value in a JSON file, None where there is no file.
+
+    Raises UserError where the path cannot be read as a file, and where its content is no JSON of that kind.
+    """
+    try:
+        value = json.loads(epath.Path(path).read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); restore the file or remove it") from error
+    except RecursionError:
+        raise UserError(f"{path}: JSON nested too deeply; restore the file or remove it") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); restore the file or remove it") from error
+    if not isinstance(value, kind):
+        raise UserError(f"{path}: not a JSON {'object' if kind is dict else 'list'}; restore the file or remove it")
+    return value
+
+
+class Lock:
+    """`with Lock(workdir, primary=True):` one job at a time in a folder. Only a job's primary process holds it.
+
+    FOLDER/lock.json names the holder and is rewritten every 10 s. The lock of a process that died on this machine is
+    taken over at once; any other after 60 s without a rewrite, or after 15 s of watching one that looks old. A machine
+    is a boot of a kernel and a namespace of process ids: two containers with one host name are two machines.
+
+    wait   called with a line for the user when the folder is in use, and the lock is waited for. Without it, a folder
+           in use raises UserError naming the process and its host.
+    name   of the lock's file
+    """
+
+    def __init__(
+        self,
+        folder: epath.PathLike,
+        *,
+        primary: bool,
+        wait: Callable[[str], None] | None = None,
+        name: str = LOCK,
+    ):
+        self._folder = epath.Path(folder)
+        self._path = self._folder / name
+        self._primary = primary
+        self._wait = wait
+        self._inode: tuple[int, int] | None = None
+        self._me = {
+            "run": uuid.uuid4().hex,
+            "host": socket.gethostname(),
+            "machine": _machine(),
+            "pid": os.getpid(),
+            "born": _start_time(os.getpid()),
+            "started": time.time(),
+        }
+        self._released = threading.Event()
+        self._thread = threading.Thread(target=self._refresh, name="workdir lock", daemon=True)
+
+    def __enter__(self) -> "Lock":
+        if self._primary:
+            while not self._acquire():
+                pass
+            self._inode = _inode(self._folder)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._primary:
+            self._released.set()
+            self._thread.join()
+            with contextlib.suppress(FileNotFoundError), _exclusive(self._folder):
+                if self._owner() == self._me["run"]:
+                    self._path.unlink(missing_ok=True)
+
+    def check(self) -> None:
+        """Raise UserError where the folder was removed, renamed or replaced since the lock was taken.
+
+        Called before a run writes, since a writer that creates its folders would go on in a new, empty one.
+        """
+        if self._primary and _inode(self._folder) != self._inode:
+            raise UserError(
+                f"{self._folder} was removed or renamed while this run was writing to it; stopped. Put it back and "
+                "rerun the same command to resume, or take another --workdir"
+            )
+
+    def _acquire(self) -> bool:
+        """Take the lock once nobody alive holds it. False where another process took it at the same moment."""
+        watched, deadline, reported = None, 0.0, -_REPEAT_SECONDS
+        while True:
+            with _exclusive(self._folder):
+                holder = self._holder()
+                silent = holder is not None and holder == watched and time.monotonic() >= deadline
+                if holder is None or silent or self._died(holder):
+                    self._write()
+                    break
+            if watched is None or holder != watched:
+                if self._wait is None and (watched is not None or self._is_here(holder)):
+                    raise self._in_use(holder)
+                # Even a lock that looks old is watched for longer than a refresh takes: the other clock may be wrong.
+                age = time.time() - holder["refreshed"]
+                patience = min(EXPIRY_SECONDS, max(EXPIRY_SECONDS - age, 1.5 * REFRESH_SECONDS))
+                watched, deadline = holder, time.monotonic() + patience
+            elif self._is_here(holder):
+                deadline = time.monotonic() + EXPIRY_SECONDS  # alive, only stopped or busy
+            if self._wait is not None and time.monotonic() - reported >= _REPEAT_SECONDS:
+                reported = time.monotonic()
+                self._wait(f"waiting for process {holder['pid']} on {holder['host']}, which uses {self._folder}")
+            time.sleep(min(_POLL_SECONDS, REFRESH_SECONDS))
+        time.sleep(0.1)  # without flock, of two that start together the later writer wins; both see who that is
+        if self._owner() in (None, self._me["run"]):
+            return True
+        if self._wait is None:
+            raise self._in_use(self._holder() or {"host": "unknown", "pid": "unknown"})
+        return False
+
+    def _in_use(self, holder: dict[str, Any]) -> UserError:
+        return UserError(
+            f"workdir {self._folder} is in use by process {holder['pid']} on {holder['host']}: "
+            "wait for it, stop it, or take another --workdir"
+        )
+
+    def _is_here(self, holder: dict[str, Any]) -> bool:
+        """Whether the holder's pid means something to this process."""
+        return (holder["host"], holder["machine"]) == (self._me["host"], self._me["machine"])
+
+    def _died(self, holder: dict[str, Any]) -> bool:
+        return self._is_here(holder) and not _alive(holder)
+
+    def _holder(self) -> dict[str, Any] | None:
+        """Who holds the lock; a file that is no lock holds nothing. Raises UserError where it cannot be read."""
+        try:
+            holder = read_json(self._path)
+        except UserError as error:
+            if isinstance(error.__cause__, OSError):
+                raise
+            return None
+        return {"machine": "", **holder} if holder is not None and _is_lock(holder) else None
+
+    def _owner(self) -> str | None:
+        holder = self._holder()
+        return holder["run"] if holder else None
+
+    def _write(self) -> None:
+        write_json(self._path, {**self._me, "refreshed": time.time()})
+
+    def _refresh(self) -> None:
+        while not self._released.wait(REFRESH_SECONDS):
+            try:
+                if _inode(self._folder) != self._inode:
+                    continue  # removed or renamed: `check` tells, and a new folder of that name is not ours
+                with _exclusive(self._folder):
+                    if self._owner() in (None, self._me["run"]):
+                        self._write()
+                        continue
+            except (OSError, UserError):
+                continue  # a disk that is full or away for a while; the lock stays ours until it expires
+            print(
+                f"llmjax: error: workdir {self._folder} was taken over by another run while this one stood still",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(_BAD_INPUT)
+
+
+def _is_lock(holder: dict[str, Any]) -> bool:
+    """Whether a JSON object has a lock's fields, each of its type."""
+    texts = (holder.get("run"), holder.get("host"), holder.get("born"), holder.get("machine", ""))
+    pid, refreshed = holder.get("pid"), holder.get("refreshed")
+    if not all(isinstance(text, str) for text in texts) or type(pid) is not int:
+        return False
+    if not isinstance(refreshed, int | float) or isinstance(refreshed, bool):
+        return False
+    return 0 < pid < 1 << 31 and abs(refreshed) < 1e15
+
+
+@contextlib.contextmanager
+def _exclusive(folder: epath.Path) -> Iterator[None]:
+    """Keep other processes of this machine from reading and replacing a lock at the same time, by flock on its folder.
+
+    Object stores and some network file systems have no flock; there, `Lock` looks again after it has written.
+    """
+    try:
+        if fcntl is None or atomic.is_remote(folder):
+            raise OSError
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _inode(folder: epath.Path) -> tuple[int, int] | None:
+    """What tells a folder from a later one of the same name; None where there is none, and in an object store."""
+    try:
+        found = None if atomic.is_remote(folder) else os.stat(folder)
+    except FileNotFoundError:
+        return None
+    return (found.st_dev, found.st_ino) if found else None
+
+
+def _machine() -> str:
+    """The boot of this kernel and the namespace of process ids that this process lives in; '' where that is unknown."""
+    try:
+        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _start_time(pid: int) -> str:
+    """When a process of this machine started, in clock ticks since boot; '' where that is unknown.
+
+    Tells a process from a later one with the same number, as in a container that is started again.
+    """
+    stat = _stat(pid)
+    return stat[19] if stat else ""
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the state on; [] where /proc is absent or shows another namespace."""
+    try:
+        if os.readlink("/proc/self") != str(os.getpid()):
+            return []
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def _alive(holder: dict[str, Any]) -> bool:
+    """Whether a holder on this machine still runs; a zombie, whose parent has not asked for its status, does not."""
+    try:
+        os.kill(holder["pid"], 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # another user's
+    stat = _stat(holder["pid"])
+    return not stat or (stat[0] != "Z" and stat[19] == holder["born"])

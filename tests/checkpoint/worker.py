@@ -1,0 +1,52 @@
+"""One process of the jobs in test_checkpoint.py: saves or restores a small state, and writes what it saw.
+
+checkpoint_worker.py save|restore FOLDER OUT [PROCESS]: PROCESS alone sees a damaged restore.
+"""
+
+import json
+import pathlib
+import sys
+
+from llmjax.parallel import hosts
+
+hosts.initialize()
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+import numpy as np
+
+from llmjax.checkpoint.manager import Checkpoints
+from llmjax.errors import UserError
+from tests.checkpoint.state import abstract, state
+
+verb, folder, out = sys.argv[1:4]
+mesh = Mesh(np.array(jax.devices()).reshape(-1, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+checkpoints = Checkpoints(folder, timeout_seconds=60)
+seen: dict = {"said": []}
+if verb == "save":
+    for step in (1, 2, 3):
+        seen["fingerprint"] = checkpoints.save(step, state(mesh, step), {"data_state": {"next_sample": 8 * step}})
+    checkpoints.close()
+else:
+    if sys.argv[4:] == [str(jax.process_index())]:
+        read = checkpoints._read_part
+
+        def unreadable(step, name, tree):
+            if step == 3:
+                raise OSError("Input/output error")
+            return read(step, name, tree)
+
+        checkpoints._read_part = unreadable
+    try:
+        restored = checkpoints.restore_latest_good(abstract(mesh), say=seen["said"].append)
+        assert restored is not None
+        everywhere = NamedSharding(mesh, P())
+        seen["step"], seen["meta"] = restored.step, restored.meta
+        total = jax.jit(
+            lambda parts: jax.tree.map(lambda x: x.astype("float32").sum(), parts), out_shardings=everywhere
+        )
+        seen["sums"] = [float(x) for x in jax.tree.leaves(total(restored.parts))]
+    except UserError as error:
+        seen["error"] = str(error)
+(pathlib.Path(out) / f"{verb}-{jax.process_index()}.json").write_text(json.dumps(seen))
+hosts.barrier("end")

@@ -1,0 +1,111 @@
+"""Chunked cross-entropy against the plain form over all logits: losses and gradients."""
+
+from collections.abc import Callable
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmjax.nn.losses import LossSums, cross_entropy
+
+BATCH, SEQ, EMBED, VOCAB = 3, 13, 8, 32
+
+
+def inputs(dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(BATCH, SEQ, EMBED)), dtype)
+    table = jnp.asarray(rng.normal(size=(EMBED, VOCAB)), jnp.float32)
+    bias = jnp.asarray(rng.normal(size=VOCAB), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, VOCAB, (BATCH, SEQ)), jnp.int32)
+    weights = jnp.asarray(rng.integers(0, 2, (BATCH, SEQ)) * rng.uniform(0.5, 2, (BATCH, SEQ)), jnp.float32)
+    return hidden, table, bias, targets, weights
+
+
+def unembed(table, bias) -> Callable:
+    return lambda hidden: jnp.matmul(hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32) + bias
+
+
+def plain(hidden, unembed, targets, weights, *, z_loss: float) -> LossSums:
+    """No chunks, no rules of its own: log_softmax and JAX's gradients."""
+    logits = unembed(hidden)
+    nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    return LossSums(
+        nats=jnp.sum(weights * nats),
+        z=z_loss * jnp.sum(weights * log_z**2),
+        weight=jnp.sum(weights),
+        correct=jnp.sum(weights * (logits.argmax(-1) == targets)),
+    )
+
+
+def objective(form, hidden, table, bias, targets, weights):
+    sums = form(hidden, unembed(table, bias), targets, weights)
+    return 0.3 * (sums.nats + sums.z), sums
+
+
+gradients = lambda form: jax.jit(jax.grad(functools.partial(objective, form), argnums=(0, 1, 2), has_aux=True))
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize("chunk", [0, 1, 4, 13, 99])
+def test_equals_the_plain_form(chunk, z_loss):
+    """13 positions in chunks of 4 leave a rest of 1; the bias shows that each parameter of the head gets a gradient."""
+    args = inputs()
+    found = gradients(functools.partial(cross_entropy, chunk=chunk, z_loss=z_loss))(*args)
+    expected = gradients(functools.partial(plain, z_loss=z_loss))(*args)
+    # float32 sums over 39 tokens and 32 ids, added in another order
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), found, expected)
+    sums = jax.jit(lambda h, t, b, *rest: cross_entropy(h, unembed(t, b), *rest, chunk=chunk, z_loss=z_loss))(*args)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-6), sums, found[1])
+
+
+def test_sums_add_over_rows():
+    hidden, table, bias, targets, weights = inputs()
+    score = lambda rows: cross_entropy(
+        hidden[rows], unembed(table, bias), targets[rows], weights[rows], chunk=4, z_loss=0.01
+    )
+    parts = jax.tree.map(jnp.add, score(slice(0, 1)), score(slice(1, 3)))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), score(slice(0, 3)), parts)
+
+
+def test_unscored_tokens_have_no_gradient():
+    args = inputs()
+    (d_hidden, _, _), _ = gradients(functools.partial(cross_entropy, chunk=4, z_loss=0.1))(*args)
+    unscored = np.asarray(args[-1]) == 0
+    assert (np.asarray(d_hidden)[unscored] == 0).all()
+    assert (np.asarray(d_hidden)[~unscored] != 0).any()
+
+
+def test_huge_logits_stay_finite():
+    hidden, table, bias, targets, weights = inputs()
+    grads, sums = gradients(functools.partial(cross_entropy, chunk=4, z_loss=0.0))(
+        1e4 * hidden, table, bias, targets, weights
+    )
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((grads, sums)))
+
+
+def test_bfloat16_hidden_states_get_gradients_of_their_type():
+    hidden, *rest = inputs(jnp.bfloat16)
+    (d_hidden, d_table, _), sums = gradients(functools.partial(cross_entropy, chunk=4, z_loss=0.0))(hidden, *rest)
+    expected, exact = gradients(functools.partial(plain, z_loss=0.0))(hidden.astype(jnp.float32), *rest)
+    assert d_hidden.dtype == jnp.bfloat16 and d_table.dtype == jnp.float32 and sums.nats.dtype == jnp.float32
+    # products of bfloat16 numbers: 2^-8 relative to the largest
+    for a, b in ((d_hidden, expected[0]), (d_table, expected[1])):
+        np.testing.assert_allclose(np.asarray(a, np.float32), b, atol=0.02 * np.abs(b).max())
+    np.testing.assert_allclose(sums.nats, exact.nats, rtol=0.01)
+
+
+def test_never_makes_all_logits():
+    """The compiled gradient holds no array of [batch, seq, vocab], in any order of dimensions."""
+    args = inputs()
+    text = gradients(functools.partial(cross_entropy, chunk=1, z_loss=0.1)).lower(*args).compile().as_text()
+    assert f"[{BATCH},1,{VOCAB}]" in text or f"[{BATCH},{VOCAB}]" in text
+    for shape in (
+        f"[{BATCH},{SEQ},{VOCAB}]",
+        f"[{SEQ},{BATCH},{VOCAB}]",
+        f"[{SEQ},{BATCH},1,{VOCAB}]",
+        f"[{BATCH * SEQ},{VOCAB}]",
+    ):
+        assert shape not in text

@@ -1,0 +1,73 @@
+"""What a run kept of itself is enough to use it later, by code that has learned more since."""
+
+import json
+import pathlib
+import shutil
+
+from etils import epath
+import pytest
+
+from llmjax.checkpoint import manager
+from llmjax.errors import UserError
+from llmjax.run import loading
+from tests import jobs
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[pathlib.Path, pathlib.Path]:
+    """A corpus, and a run of two steps on it."""
+    corpus, workdir = jobs.write_corpus(tmp_path_factory.mktemp("corpus"), 20), tmp_path_factory.mktemp("trained")
+    jobs.run(jobs.command("train", workdir, corpus, train__steps=2, mesh__tensor=2), LLMJAX_CPU_DEVICES="2")
+    return corpus, workdir
+
+
+def without(config: dict, axis: str) -> dict:
+    """A config as it was kept before there was a rule for `axis`."""
+    rules = [rule for rule in config["parallel"]["rules"] if rule[0] != axis]
+    assert len(rules) == len(config["parallel"]["rules"]) - 1
+    return {**config, "parallel": {**config["parallel"], "rules": rules}}
+
+
+@pytest.mark.slow
+def test_a_run_from_before_an_axis_had_a_rule_is_used_and_resumed(trained, tmp_path):
+    corpus, workdir = trained
+    old = shutil.copytree(workdir, tmp_path / "run")
+    shutil.rmtree(old / "eval")
+    path = old / "config.json"
+    path.write_text(json.dumps(without(json.loads(path.read_text()), "mlp")))
+    meta = old / "checkpoints" / "2" / "meta" / "metadata"
+    body = json.loads(meta.read_text())
+    body["meta"]["config"] = without(body["meta"]["config"], "mlp")
+    del body["crc32"]
+    meta.write_text(json.dumps({"crc32": manager._crc32(body), **body}))
+
+    scores = {}
+    for folder in (workdir, old):
+        jobs.run(jobs.command("eval", folder), LLMJAX_CPU_DEVICES="2")
+        scores[folder] = json.loads((folder / "eval" / "2" / "validation.json").read_text())
+    assert scores[old] == scores[workdir]
+    resumed = jobs.command("train", old, corpus, train__steps=3, mesh__tensor=2)
+    assert "resuming at step 2" in jobs.run(resumed, LLMJAX_CPU_DEVICES="2")
+    assert "mlp" in dict(json.loads(path.read_text())["parallel"]["rules"]), "what is kept now is whole"
+
+
+@pytest.mark.slow
+def test_training_resumes_from_the_config_of_the_workdir(trained, tmp_path):
+    """Neither --config nor the overrides of the first start are repeated; new ones are applied, or refused."""
+    workdir = shutil.copytree(trained[1], tmp_path / "run")
+    command = [str(jobs.LLMJAX), "train", f"--workdir={workdir}"]
+    assert "nothing left to train" in jobs.run(command, LLMJAX_CPU_DEVICES="2")
+    resumed = jobs.run([*command, "--config.train.steps=4", "--config.train.stop_at=3"], LLMJAX_CPU_DEVICES="2")
+    assert "resuming at step 2" in resumed and f"config: {workdir / 'config.json'}" in resumed
+    assert "set --config.train.stop_at=0 to train to step 4" in jobs.run(command, LLMJAX_CPU_DEVICES="2")
+
+
+def test_what_was_accepted_once_is_not_accepted_again(tmp_path):
+    path = epath.Path(tmp_path)
+    kept = {"train": {"steps": 7}, "checkpoint": {"accept_changes": True, "every": 3}}
+    (tmp_path / "config.json").write_text(json.dumps(kept))
+    config = loading.resolve(None, path, [("train.log_every", "2")], lambda line: None)
+    assert (config.train.steps, config.train.log_every, config.checkpoint.every) == (7, 2, 3)
+    assert not config.checkpoint.accept_changes
+    with pytest.raises(UserError, match="--config is missing"):
+        loading.resolve(None, path / "empty", [])

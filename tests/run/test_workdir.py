@@ -1,0 +1,291 @@
+"""The workdir's lock and its small files."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from llmjax.errors import UserError
+from llmjax.run import workdir
+from llmjax.run.workdir import Lock, read_json, write_json
+
+HOLD = """
+import sys, time
+from llmjax.run.workdir import Lock
+with Lock(sys.argv[1], primary=True):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that holds the lock of tmp_path."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def foreign(tmp_path, **changes):
+    """Leaves the lock of a run on another host."""
+    now = time.time()
+    lock = {"run": "r", "host": "elsewhere", "pid": 7, "born": "", "started": now, "refreshed": now, **changes}
+    write_json(tmp_path / "lock.json", lock)
+    return lock
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    monkeypatch.setattr(workdir, "REFRESH_SECONDS", 0.05)
+    monkeypatch.setattr(workdir, "EXPIRY_SECONDS", 0.6)
+
+
+def test_a_workdir_in_use_is_refused_naming_the_process(tmp_path, holder):
+    with pytest.raises(UserError, match=f"in use by process {holder.pid} on {socket.gethostname()}") as error:
+        Lock(tmp_path, primary=True).__enter__()
+    assert "\n" not in str(error.value)
+
+
+def test_a_killed_run_is_succeeded_at_once(tmp_path, holder, monkeypatch):
+    os.kill(holder.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)  # it ended, and stays a zombie
+    monkeypatch.setattr(workdir, "EXPIRY_SECONDS", 9999)  # waiting for that would end this test
+    with Lock(tmp_path, primary=True):
+        assert read_json(tmp_path / "lock.json")["pid"] == os.getpid()
+
+
+def test_a_number_used_again_by_another_process_is_not_the_holder(tmp_path):
+    foreign(tmp_path, host=socket.gethostname(), machine=workdir._machine(), pid=os.getpid(), born="12")
+    with Lock(tmp_path, primary=True):
+        assert read_json(tmp_path / "lock.json")["run"] != "r"
+
+
+def test_the_lock_is_released_and_can_be_taken_again(tmp_path):
+    for _ in range(2):
+        with Lock(tmp_path, primary=True):
+            assert (tmp_path / "lock.json").exists()
+        assert not (tmp_path / "lock.json").exists()
+
+
+def test_an_exception_releases_the_lock(tmp_path):
+    with pytest.raises(RuntimeError), Lock(tmp_path, primary=True):
+        raise RuntimeError
+    assert not (tmp_path / "lock.json").exists()
+
+
+def test_other_processes_of_the_job_do_not_lock(tmp_path, holder):
+    before = (tmp_path / "lock.json").read_text()
+    with Lock(tmp_path, primary=False):
+        assert (tmp_path / "lock.json").read_text() == before
+    assert (tmp_path / "lock.json").read_text() == before
+
+
+def test_a_run_on_another_host_that_refreshes_is_refused(tmp_path, fast):
+    lock, stop = foreign(tmp_path), threading.Event()
+
+    def refresh():
+        while not stop.wait(0.02):
+            foreign(tmp_path, started=lock["started"])
+
+    thread = threading.Thread(target=refresh)
+    thread.start()
+    try:
+        with pytest.raises(UserError, match="process 7 on elsewhere"):
+            Lock(tmp_path, primary=True).__enter__()
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("ahead", [-1e9, 0.0, 1e9])
+def test_a_silent_lock_of_another_host_expires_whatever_its_clock_says(tmp_path, fast, ahead):
+    foreign(tmp_path, refreshed=time.time() + ahead)
+    with Lock(tmp_path, primary=True):
+        assert read_json(tmp_path / "lock.json")["pid"] == os.getpid()
+
+
+def test_the_holder_refreshes(tmp_path, fast):
+    with Lock(tmp_path, primary=True):
+        first = read_json(tmp_path / "lock.json")["refreshed"]
+        deadline = time.monotonic() + 10
+        while read_json(tmp_path / "lock.json")["refreshed"] == first:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+def test_a_run_whose_lock_was_taken_over_ends_with_78(tmp_path):
+    code = f"import llmjax.run.workdir as w; w.REFRESH_SECONDS = 0.1\n{HOLD}"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    foreign(tmp_path)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 78
+    assert "was taken over" in errors
+
+
+@pytest.mark.parametrize("machine", ["another boot", "another boot pid:[1]", ""])
+def test_a_lock_of_another_machine_with_this_host_name_is_waited_for(tmp_path, fast, monkeypatch, machine):
+    """Two containers may share a host name and even the numbers of their processes."""
+    lock = foreign(tmp_path, host=socket.gethostname(), machine=machine, pid=os.getpid(), born="12")
+    seen = []
+    monkeypatch.setattr(workdir.time, "sleep", lambda seconds: seen.append(read_json(tmp_path / "lock.json")))
+    with Lock(tmp_path, primary=True):
+        assert lock in seen
+        assert read_json(tmp_path / "lock.json")["run"] != "r"
+
+
+def test_two_namespaces_of_process_ids_are_two_machines(tmp_path):
+    """A process that does not see the holder's pid, as in another container, must not take it for a dead one's."""
+    alone = ["unshare", "--pid", "--fork", "--mount-proc"]
+    if shutil.which("unshare") is None or subprocess.run([*alone, "true"], capture_output=True).returncode:
+        pytest.skip("this system gives no new namespace of process ids")
+    quick = HOLD.replace("time\n", "time; import llmjax.run.workdir as w; w.REFRESH_SECONDS = 0.2\n", 1)
+    patient = quick.replace("w.REFRESH", "w.EXPIRY_SECONDS = 9999; w.REFRESH")
+    first = subprocess.Popen([sys.executable, "-c", quick, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout.readline() == "held\n"
+        second = subprocess.run([*alone, sys.executable, "-c", patient, str(tmp_path)], capture_output=True, text=True)
+        assert f"in use by process {first.pid}" in second.stderr
+        assert read_json(tmp_path / "lock.json")["pid"] == first.pid
+    finally:
+        first.kill()
+        first.wait()
+
+
+ODD_LOCKS = {
+    "torn": '{"run": ',
+    "empty": "",
+    "list": "[]",
+    "number": "7",
+    "nested": "[" * 100_000,
+    "pid that is a word": {"pid": "abc"},
+    "pid beyond every system's": {"pid": 10**30},
+    "pid of a group": {"pid": -1},
+    "pid that is true": {"pid": True},
+    "time that is a text": {"refreshed": "now"},
+    "time beyond every clock": {"refreshed": 1e300},
+    "host that is a list": {"host": []},
+    "machine that is a number": {"machine": 3},
+    "without a start": {"born": None},
+}
+
+
+@pytest.mark.parametrize("odd", ODD_LOCKS)
+def test_a_file_that_is_no_lock_holds_nothing(tmp_path, odd):
+    if isinstance(ODD_LOCKS[odd], str):
+        (tmp_path / "lock.json").write_text(ODD_LOCKS[odd])
+    else:
+        foreign(tmp_path, **{"host": socket.gethostname(), **ODD_LOCKS[odd]})
+    with Lock(tmp_path, primary=True):
+        assert read_json(tmp_path / "lock.json")["pid"] == os.getpid()
+
+
+def test_a_lock_that_cannot_be_read_is_refused(tmp_path):
+    (tmp_path / "lock.json").mkdir()
+    with pytest.raises(UserError, match=r"lock\.json: cannot be read \(Is a directory\)"):
+        Lock(tmp_path, primary=True).__enter__()
+
+
+def test_who_waits_says_so_and_takes_the_lock_in_its_turn(tmp_path, holder, fast):
+    lines = []
+
+    def told(line):
+        lines.append(line)
+        holder.kill()
+        holder.wait()
+
+    with Lock(tmp_path, primary=True, wait=told):
+        assert lines == [f"waiting for process {holder.pid} on {socket.gethostname()}, which uses {tmp_path}"]
+        assert read_json(tmp_path / "lock.json")["pid"] == os.getpid()
+
+
+RACE = """
+import sys, time
+from llmjax.run.workdir import Lock
+sys.stdin.readline()
+with Lock(sys.argv[1], primary=True, wait=lambda line: None):
+    with open(sys.argv[1] + "/order", "a") as file:
+        file.write("in ")
+        file.flush()
+        time.sleep(0.05)
+        file.write("out ")
+"""
+
+
+def test_of_many_that_start_together_one_at_a_time_is_in(tmp_path):
+    foreign(tmp_path, host=socket.gethostname(), machine=workdir._machine(), pid=2**22 + 1)  # of one that died
+    command = [
+        sys.executable,
+        "-c",
+        RACE.replace("time\n", "time; import llmjax.run.workdir as w; w._POLL_SECONDS = 0.01\n", 1),
+    ]
+    processes = [subprocess.Popen([*command, str(tmp_path)], stdin=subprocess.PIPE, text=True) for _ in range(5)]
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    for process in processes:
+        process.communicate(timeout=120)
+        assert process.returncode == 0
+    assert (tmp_path / "order").read_text() == "in out " * 5
+
+
+@pytest.mark.parametrize("harm", ["removed", "renamed", "replaced"])
+def test_a_folder_that_went_away_is_told_and_not_made_again(tmp_path, harm, monkeypatch):
+    monkeypatch.setattr(workdir, "REFRESH_SECONDS", 0.01)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with Lock(folder, primary=True) as lock:
+        lock.check()
+        if harm == "removed":
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)  # the lock may have been rewritten meanwhile
+        else:
+            folder.rename(tmp_path / "elsewhere")
+        if harm == "replaced":
+            folder.mkdir()
+        with pytest.raises(UserError, match="removed or renamed while this run was writing to it"):
+            lock.check()
+    assert folder.exists() == (harm == "replaced") and not list(folder.glob("*"))
+
+
+def test_json_is_written_whole(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"a": [1, 2.5, "ü"]})
+    assert read_json(path) == {"a": [1, 2.5, "ü"]}
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert read_json(path) == {"a": [1, 2.5, "ü"]}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("content", [b"{", b"", b"\xff", b"[" * 100_000, b'{"a":' * 100_000, b"1" * 5000])
+def test_what_is_no_json_is_one_line(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.json: .*restore the file or remove it") as error:
+        read_json(tmp_path / "a.json")
+    assert "\n" not in str(error.value)
+
+
+def test_a_path_that_is_no_file_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"cannot be read \(Is a directory\)"):
+        read_json(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match=r"loop: cannot be read"):
+        read_json(tmp_path / "loop")
+
+
+def test_json_that_is_missing_or_broken(tmp_path):
+    assert read_json(tmp_path / "none.json") is None
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(UserError, match=r"bad\.json: not JSON"):
+        read_json(tmp_path / "bad.json")
