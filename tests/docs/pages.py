@@ -7,7 +7,7 @@ import shlex
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
-PAGES = [README, *sorted(DOCS.glob("*.md")), *sorted((ROOT / "launch").glob("*.md"))]
+PAGES = [path for folder in (ROOT, DOCS, ROOT / "launch") for path in sorted(folder.glob("*.md"))]
 SOURCE_FOLDERS = ("llmjax", "configs", "launch", "tools")
 
 

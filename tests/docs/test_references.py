@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+import llmjax
 from tests.docs.pages import DOCS, PAGES, README, ROOT, SOURCE_FOLDERS, fenced_blocks
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -42,6 +43,17 @@ def test_make_targets_exist(page):
     code = "\n".join([*fenced_blocks(page), *re.findall(r"`[^`\n]+`", page.read_text())])
     for target in re.findall(r"(?m)^`?make (?:[A-Z]+=\S+ )?(\w+)", code):
         assert re.search(rf"(?m)^{target}:", makefile), f"{page.name} names make {target}"
+
+
+def test_the_citation_names_this_version():
+    assert f"version: {llmjax.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_the_workflows_name_make_targets():
+    makefile = (ROOT / "Makefile").read_text()
+    for workflow in (ROOT / ".github" / "workflows").glob("*.yml"):
+        for target in re.findall(r"run: make (?:[A-Z]+=\S+ )?(\w+)", workflow.read_text()):
+            assert re.search(rf"(?m)^{target}:", makefile), f"{workflow.name} names make {target}"
 
 
 def test_every_page_is_listed():
