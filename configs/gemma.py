@@ -47,7 +47,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
         norm="rmsnorm1p",
         norm_eps=1e-6,
         norm_position="both",
-        tied="tied",
+        tie_embeddings=True,
         dtype="bfloat16",
         remat="attention",
     )

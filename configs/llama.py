@@ -11,11 +11,11 @@ from llmjax.errors import UserError
 # layers, embed, heads, kv heads, mlp, head, tensor axis, sequence length, sequences a step, peak learning rate
 # (table 3 of the paper)
 SIZES = {
-    "tiny": (4, 192, 6, 2, 512, "tied", 1, 256, 8, 3e-3),
-    "1B": (16, 2048, 32, 8, 8192, "tied", 1, 8192, 512, 3e-4),
-    "8B": (32, 4096, 32, 8, 14336, "untied", 1, 8192, 512, 3e-4),
-    "70B": (80, 8192, 64, 8, 28672, "untied", 8, 8192, 1024, 1.5e-4),
-    "405B": (126, 16384, 128, 8, 53248, "untied", 8, 8192, 2048, 8e-5),
+    "tiny": (4, 192, 6, 2, 512, True, 1, 256, 8, 3e-3),
+    "1B": (16, 2048, 32, 8, 8192, True, 1, 8192, 512, 3e-4),
+    "8B": (32, 4096, 32, 8, 14336, False, 1, 8192, 512, 3e-4),
+    "70B": (80, 8192, 64, 8, 28672, False, 8, 8192, 1024, 1.5e-4),
+    "405B": (126, 16384, 128, 8, 53248, False, 8, 8192, 2048, 8e-5),
 }
 
 EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.97)}
@@ -35,11 +35,11 @@ def get_config(size: str = "tiny") -> ConfigDict:
         num_kv_heads=kv_heads,
         mlp=mlp,
         activation="silu",
-        gated="gated",
+        gated=True,
         norm="rmsnorm",
         positions="rotary",
         rope_base=500_000.0,
-        tied=tied,
+        tie_embeddings=tied,
         biases="none",
         dtype="bfloat16",
         remat="attention",

@@ -35,7 +35,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
         window=window,
         pattern="l",
         rope_base=base,
-        tied="tied" if size == "tiny" else "untied",
+        tie_embeddings=size == "tiny",
         dtype="bfloat16",
         remat="attention",
     )

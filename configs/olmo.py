@@ -40,7 +40,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
         norm_eps=1e-6,
         norm_position="inner",
         rope_base=5e5,
-        tied="untied",
+        tie_embeddings=False,
         dtype="bfloat16",
         remat="attention",
     )
@@ -53,7 +53,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     )
     c.mesh = dict(data=1, fsdp=-1, tensor=tensor)
     if size == "tiny":
-        c.model.update(dtype="float32", remat="none", scan=False, tied="tied", window=64, rope_base=1e4)
+        c.model.update(dtype="float32", remat="none", scan=False, tie_embeddings=True, window=64, rope_base=1e4)
         c.data.sources = dict(python=dict(path="stdlib:"))
         c.data.tokenizer = dict(kind="sentencepiece", algorithm="bpe", vocab_size=4096)
         c.train = dict(steps=600, global_batch=8, log_every=20)

@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
         seq_len=256,
     )
     # So short a stack is compiled as quickly unrolled, and runs faster that way.
-    c.model = dict(num_layers=4, embed=192, num_heads=6, mlp=512, tied="tied", scan=False)
+    c.model = dict(num_layers=4, embed=192, num_heads=6, mlp=512, tie_embeddings=True, scan=False)
     c.optimizer = dict(name="adamw", learning_rate=3e-3, schedule="wsd", decay_fraction=0.4, end_fraction=0.02)
     c.train = dict(steps=600, global_batch=8, log_every=20)
     c.checkpoint = dict(every=200)

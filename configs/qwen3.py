@@ -10,13 +10,13 @@ from llmjax.errors import UserError
 
 # layers, embed, heads, kv heads, head width, mlp, head, tensor axis, sequence length
 SIZES = {
-    "tiny": (4, 192, 6, 2, 32, 512, "tied", 1, 256),
-    "0.6B": (28, 1024, 16, 8, 128, 3072, "tied", 1, 4096),
-    "1.7B": (28, 2048, 16, 8, 128, 6144, "tied", 1, 4096),
-    "4B": (36, 2560, 32, 8, 128, 9728, "tied", 1, 4096),
-    "8B": (36, 4096, 32, 8, 128, 12288, "untied", 1, 4096),
-    "14B": (40, 5120, 40, 8, 128, 17408, "untied", 1, 4096),
-    "32B": (64, 5120, 64, 8, 128, 25600, "untied", 8, 4096),
+    "tiny": (4, 192, 6, 2, 32, 512, True, 1, 256),
+    "0.6B": (28, 1024, 16, 8, 128, 3072, True, 1, 4096),
+    "1.7B": (28, 2048, 16, 8, 128, 6144, True, 1, 4096),
+    "4B": (36, 2560, 32, 8, 128, 9728, True, 1, 4096),
+    "8B": (36, 4096, 32, 8, 128, 12288, False, 1, 4096),
+    "14B": (40, 5120, 40, 8, 128, 17408, False, 1, 4096),
+    "32B": (64, 5120, 64, 8, 128, 25600, False, 8, 4096),
 }
 
 EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.95)}
@@ -39,7 +39,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
         mlp=mlp,
         norm_eps=1e-6,
         rope_base=1e6,
-        tied=tied,
+        tie_embeddings=tied,
         dtype="bfloat16",
         remat="attention",
     )

@@ -46,7 +46,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     c.optimizer = dict(name="adamw", learning_rate=3e-4, schedule="cosine", warmup_steps=2_000, weight_decay=0.1)
     c.mesh = dict(data=1, fsdp=-1, tensor=1)
     if size == "tiny":
-        c.model.update(dtype="float32", remat="none", scan=False, tied="tied")
+        c.model.update(dtype="float32", remat="none", scan=False, tie_embeddings=True)
         c.data.sources = dict(python=dict(path="stdlib:"))
         c.data.tokenizer = dict(kind="sentencepiece", algorithm="bpe", vocab_size=4096)
         c.train = dict(steps=600, global_batch=8, log_every=20)

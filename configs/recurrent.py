@@ -37,7 +37,7 @@ SIZES: dict[str, tuple[dict[str, Any], int, int, float]] = {
             hidden=2560,
             mlp=6144,
             gate_blocks=16,
-            tied="tied",
+            tie_embeddings=True,
             dtype="bfloat16",
         ),
         2048,
@@ -77,7 +77,7 @@ def get_config(size: str = "lstm") -> ConfigDict:
         seq_len=seq_len,
     )
     # So short a stack is compiled as quickly unrolled, and four tokens at a time spare the loop's overhead.
-    c.model.update(tied="tied", scan=False, unroll=1 if size == "rglru" else 4)
+    c.model.update(tie_embeddings=True, scan=False, unroll=1 if size == "rglru" else 4)
     c.optimizer = dict(name="adamw", learning_rate=learning_rate, schedule="wsd", decay_fraction=0.4, end_fraction=0.02)
     c.train = dict(steps=600, global_batch=batch, log_every=20)
     c.checkpoint = dict(every=200)

@@ -33,7 +33,7 @@ class Block(nn.Module):
         self.attention_norm, self.mlp_norm = norm(model), norm(model)
         self.qkv = nn.Linear(embed, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=bias)
         self.out = nn.Linear(self.heads * self.head_dim, embed, bias=bias)
-        self.gate = nn.Linear(embed, model["mlp"], bias=bias) if model["gated"] == "gated" else None
+        self.gate = nn.Linear(embed, model["mlp"], bias=bias) if model["gated"] else None
         self.up = nn.Linear(embed, model["mlp"], bias=bias)
         self.down = nn.Linear(model["mlp"], embed, bias=bias)
         self.activation = ACTIVATIONS[model["activation"]]
@@ -72,7 +72,7 @@ class Decoder(nn.Module):
         for parameter in self.parameters():
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=0.02)
-        if model["tied"] == "tied":
+        if model["tie_embeddings"]:
             self.head.weight = self.embed.weight
         half = model["head_dim"] // 2
         angle = torch.arange(seq_len)[:, None] * model["rope_base"] ** (-torch.arange(half) / half)

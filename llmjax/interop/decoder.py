@@ -71,12 +71,12 @@ def _read_gpt2(hf: dict[str, Any]) -> dict[str, Any]:
         "num_heads": fields["n_head"],
         "mlp": fields.optional_size("n_inner") or 4 * fields["n_embd"],
         "activation": fields.choice("activation_function", _ACTIVATIONS, "gelu_new"),
-        "gated": "plain",
+        "gated": False,
         "norm": "layernorm",
         "norm_eps": fields.get("layer_norm_epsilon", 1e-5),
         "positions": "learned",
         "max_positions": fields["n_positions"],
-        "tied": "tied" if fields.get("tie_word_embeddings", True) else "untied",
+        "tie_embeddings": fields.get("tie_word_embeddings", True),
         "biases": "all",
     }
     fields.reject_unread(*_GPT2_NEUTRAL)
@@ -94,7 +94,7 @@ def _write_gpt2(config: DecoderConfig) -> dict[str, Any]:
         "activation_function": {"gelu_tanh": "gelu_new"}.get(config.activation, config.activation),
         "layer_norm_epsilon": config.norm_eps,
         "n_positions": config.max_positions,
-        "tie_word_embeddings": config.tied == "tied",
+        "tie_word_embeddings": config.tie_embeddings,
     }
 
 
@@ -119,12 +119,12 @@ def shared_fields(
         "num_kv_heads": fields.optional_size("num_key_value_heads", kv_heads) or fields["num_attention_heads"],
         "head_dim": fields.optional_size("head_dim") or fields["hidden_size"] // fields["num_attention_heads"],
         "mlp": fields["intermediate_size"],
-        "gated": "gated",
+        "gated": True,
         "norm": "rmsnorm",
         "norm_eps": fields.get("rms_norm_eps", eps),
         "positions": "rotary",
         "max_positions": fields.size("max_position_embeddings", positions),
-        "tied": "tied" if fields.get("tie_word_embeddings", tied) else "untied",
+        "tie_embeddings": fields.get("tie_word_embeddings", tied),
         "biases": "attention" if fields.get("attention_bias", False) else "none",
     }
 
@@ -142,7 +142,7 @@ def shared_json(config: DecoderConfig, model_type: str) -> dict[str, Any]:
         "intermediate_size": config.mlp_size,
         "rms_norm_eps": config.norm_eps,
         "max_position_embeddings": config.max_positions,
-        "tie_word_embeddings": config.tied == "tied",
+        "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": config.biases != "none",
     }
 
@@ -163,7 +163,7 @@ def windows(fields: Fields, *, default: list[str], window: int = 4096) -> dict[s
 def layer_types(config: DecoderConfig, unused: int | None = 4096) -> dict[str, Any]:
     """The part of config.json that `windows` reads; `unused` is written for a window where no layer slides, as most
     classes make the mask of sliding layers whether there are any or not."""
-    return {"sliding_window": config.window or unused, "layer_types": [_LOCAL[local] for local in config.local]}
+    return {"sliding_window": config.window or unused, "layer_types": [_LOCAL[local] for local in config.local_layers]}
 
 
 def every(count: Any, period: int) -> list[str]:

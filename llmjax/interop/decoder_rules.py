@@ -56,7 +56,7 @@ def attention(config: DecoderConfig) -> list[Rule]:
         for theirs, ours, sizes in (("q_norm", "query_norm", heads), ("k_norm", "key_norm", kv_heads)):
             layout = vector(sizes) if config.qk_norm == "all" else {}
             rules.append(Rule(f"{LAYER}self_attn.{theirs}.weight", (f"blocks.attention.{ours}.scale",), **layout))
-    if config.sinks != "none":
+    if config.attention_sinks:
         rules.append(Rule(LAYER + "self_attn.sinks", ("blocks.attention.sinks",)))
     return rules
 
@@ -73,12 +73,12 @@ def mlp(config: DecoderConfig) -> list[Rule]:
 
 def copies(config: DecoderConfig) -> tuple[str, ...]:
     """Where the embedding may lie a second time."""
-    return ("lm_head.weight",) if config.tied == "tied" else ()
+    return ("lm_head.weight",) if config.tie_embeddings else ()
 
 
 def head(config: DecoderConfig) -> list[Rule]:
     """The head, where it is not tied."""
-    return [] if config.tied == "tied" else [Rule("lm_head.weight", ("head",), **transposed())]
+    return [] if config.tie_embeddings else [Rule("lm_head.weight", ("head",), **transposed())]
 
 
 def gpt2(config: DecoderConfig) -> list[Rule]:

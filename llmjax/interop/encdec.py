@@ -9,14 +9,14 @@ from llmjax.models.encdec import EncDecConfig
 
 # Their word for the feed-forward layer -> our activation and form; "gated-gelu" has always meant the tanh form.
 _FEED_FORWARD = {
-    "relu": ("relu", "plain"),
-    "gated-gelu": ("gelu_tanh", "gated"),
-    "gated-silu": ("silu", "gated"),
-    "gated-relu": ("relu", "gated"),
-    "gated-gelu_new": ("gelu_tanh", "gated"),
-    "gelu": ("gelu", "plain"),
-    "gelu_new": ("gelu_tanh", "plain"),
-    "silu": ("silu", "plain"),
+    "relu": ("relu", False),
+    "gated-gelu": ("gelu_tanh", True),
+    "gated-silu": ("silu", True),
+    "gated-relu": ("relu", True),
+    "gated-gelu_new": ("gelu_tanh", True),
+    "gelu": ("gelu", False),
+    "gelu_new": ("gelu_tanh", False),
+    "silu": ("silu", False),
 }
 _ALIASES = {
     "hidden_size": "d_model",
@@ -32,7 +32,7 @@ def _read(hf: dict[str, Any]) -> dict[str, Any]:
     fields.require("is_decoder", False)
     word = fields.choice("feed_forward_proj", {name: name for name in _FEED_FORWARD}, "relu")
     activation, gated = _FEED_FORWARD[word]
-    fields.require("is_gated_act", gated == "gated")
+    fields.require("is_gated_act", gated)
     fields.require("dense_act_fn", *_ACTIVATIONS[activation])
     # A head of its own and unscaled hidden states go together in all published checkpoints; transformers 5 writes the
     # second down, and says that the head is tied even where the file holds another.
@@ -58,7 +58,7 @@ def _read(hf: dict[str, Any]) -> dict[str, Any]:
         "norm_eps": fields.get("layer_norm_epsilon", 1e-6),
         "relative_buckets": fields.size("relative_attention_num_buckets", 32),
         "relative_distance": fields.size("relative_attention_max_distance", 128),
-        "tied": "tied" if scaled else "untied",
+        "tie_embeddings": scaled,
     }
     fields.reject_unread("n_positions")
     return section
@@ -85,12 +85,12 @@ def _write(config: EncDecConfig) -> dict[str, Any]:
         "layer_norm_epsilon": config.norm_eps,
         "relative_attention_num_buckets": config.relative_buckets,
         "relative_attention_max_distance": config.relative_distance,
-        "tie_word_embeddings": config.tied == "tied",
+        "tie_word_embeddings": config.tie_embeddings,
     }
 
 
 def _rules(config: EncDecConfig) -> list[Rule]:
-    tied = config.tied == "tied"
+    tied = config.tie_embeddings
     copies = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", *(("lm_head.weight",) if tied else ()))
     rules = [Rule("shared.weight", ("embed.table",), copies=copies)]
     rules += _stack(config, "encoder", {"SelfAttention": "attention"})
@@ -113,7 +113,7 @@ def _stack(config: EncDecConfig, side: str, attentions: dict[str, str]) -> list[
             rules.append(Rule(f"{block}{number}.{theirs}.{letter}.weight", (f"{ours}{name}.{part}.weight",), **rule))
         rules.append(Rule(f"{block}{number}.layer_norm.weight", (f"{ours}{name}_norm.scale",)))
     last = len(attentions)
-    first = {"wi_0": "gate", "wi_1": "up"} if config.gated == "gated" else {"wi": "up"}
+    first = {"wi_0": "gate", "wi_1": "up"} if config.gated else {"wi": "up"}
     for theirs, part in first.items():
         name = f"{block}{last}.DenseReluDense.{theirs}.weight"
         rules.append(Rule(name, (f"{ours}mlp.{part}.weight",), **matrix(embed, mlp)))

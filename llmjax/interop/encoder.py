@@ -57,7 +57,7 @@ def _read_bert(hf: dict[str, Any]) -> dict[str, Any]:
         "num_heads": fields["num_attention_heads"],
         "mlp": fields["intermediate_size"],
         "activation": fields.choice("hidden_act", _ACTIVATIONS, "gelu"),
-        "gated": "plain",
+        "gated": False,
         "norm_eps": fields.get("layer_norm_eps", 1e-12),
         "norm_position": "post",
         "positions": "learned",
@@ -159,7 +159,7 @@ def _read_modernbert(hf: dict[str, Any]) -> dict[str, Any]:
         "num_heads": fields["num_attention_heads"],
         "mlp": fields["intermediate_size"],
         "activation": activation,
-        "gated": "gated",
+        "gated": True,
         "norm_eps": fields.get("norm_eps", 1e-5),
         "norm_position": "pre",
         "positions": "rotary",
@@ -168,7 +168,7 @@ def _read_modernbert(hf: dict[str, Any]) -> dict[str, Any]:
         # Theirs counts the places on both sides that a token sees; ours is the distance that it does not see.
         "window": local // 2 + 1 if every > 1 else 0,
         "global_every": every if every > 1 else EncoderConfig.global_every,
-        "local_rope_base": _rope_base(fields, SLIDING, "local_rope_theta", 10_000.0),
+        "rope_local_base": _rope_base(fields, SLIDING, "local_rope_theta", 10_000.0),
         "types": 0,
         "biases": "none",
     }
@@ -203,7 +203,7 @@ def _rope_base(fields: Fields, kind: str, old_name: str, default: float) -> floa
 def _write_modernbert(config: EncoderConfig) -> dict[str, Any]:
     every = config.global_every if config.window else 1
     kinds = [SLIDING if local else FULL for local in config.local_layers]
-    bases = {FULL: config.rope_base, SLIDING: config.local_rope_base}
+    bases = {FULL: config.rope_base, SLIDING: config.rope_local_base}
     activation = _THEIR_ACTIVATIONS.get(config.activation, config.activation)
     return {
         "model_type": "modernbert",
@@ -225,7 +225,7 @@ def _write_modernbert(config: EncoderConfig) -> dict[str, Any]:
         "layer_types": kinds,
         "local_attention": 2 * (config.window - 1) if config.window else 128,
         "global_rope_theta": config.rope_base,
-        "local_rope_theta": config.local_rope_base,
+        "local_rope_theta": config.rope_local_base,
         "rope_parameters": {kind: {"rope_type": "default", "rope_theta": base} for kind, base in bases.items()},
         "tie_word_embeddings": True,
     }
@@ -279,7 +279,7 @@ ARCHITECTURES = {
         write_config=_write_bert,
         rules=_bert_rules,
         rename=_bert_name,
-        free=("rope_base", "local_rope_base"),
+        free=("rope_base", "rope_local_base"),
     ),
     "ModernBertForMaskedLM": Architecture(
         read_config=_read_modernbert, write_config=_write_modernbert, rules=_modernbert_rules

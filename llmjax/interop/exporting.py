@@ -32,7 +32,7 @@ TYPES = {"float32": "F32", "bfloat16": "BF16"}
 _FREE = {"family", "scan", "remat", "attention", "dtype", "param_dtype", "dropout", "vocab_multiple"}
 # Fields that several values of say the same in: what they make of the config is compared.
 _MEANS = {
-    "pattern": "local",
+    "pattern": "local_layers",
     "global_every": "local_layers",
     "rope_low": "scaling",
     "rope_high": "scaling",
@@ -149,7 +149,7 @@ def _idle(model: Any, back: Any, field: str) -> bool:
     if field == "base_embed":
         return model.parametrization == back.parametrization == "standard"
     if field == "window":
-        return not any(any(getattr(config, name, ())) for config in (model, back) for name in ("local", "local_layers"))
+        return not any(any(config.local_layers) for config in (model, back))
     meaning = _MEANS.get(field, "")
     return hasattr(model, meaning) and getattr(model, meaning) == getattr(back, meaning)
 

@@ -230,7 +230,7 @@ def write_rope(config: DecoderConfig) -> dict[str, Any]:
 
 def write_rope_by_kind(config: DecoderConfig) -> dict[str, Any]:
     """The fields of config.json for what `read_rope_by_kind` reads."""
-    if any(config.local) and config.scaling is not None and not config.rope_local_base:
+    if any(config.local_layers) and config.scaling is not None and not config.rope_local_base:
         raise UserError(
             f"model.rope_local_base=0.0: rope_scaling={config.rope_scaling!r} would be lost in the sliding layers"
         )

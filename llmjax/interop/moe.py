@@ -116,7 +116,7 @@ def _read_gpt_oss(hf: dict[str, Any]) -> dict[str, Any]:
     section |= windows(fields, default=every(fields["num_hidden_layers"], 2), window=128)
     section |= {
         "biases": "all",
-        "sinks": "learned",
+        "attention_sinks": True,
         "expert_activation": "clamped_swiglu",
         "num_experts": _experts(fields, 128),
         "experts_per_token": fields.size("num_experts_per_tok", 4),

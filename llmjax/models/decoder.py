@@ -64,7 +64,7 @@ class Block(nnx.Module):
             dtype=config.param_dtype,
             score_scale=config.mup_score_scale(config.score_scale or config.head_size**-0.5, config.head_size),
             softcap=config.score_softcap or None,
-            sinks=config.sinks == "learned",
+            sinks=config.attention_sinks,
             query_norm=query_norm,
             key_norm=key_norm,
         )
@@ -77,7 +77,7 @@ class Block(nnx.Module):
             config.embed,
             config.mlp_size,
             activation=config.activation,
-            gated=config.gated == "gated",
+            gated=config.gated,
             bias=config.biases == "all",
             scale=config.residual_init_scale,
             dtype=config.param_dtype,
@@ -149,7 +149,7 @@ class Decoder(nnx.Module):
         )
         self.blocks = self.make_blocks(jax.random.split(k_blocks, config.num_layers))
         self.norm = make_norm(config, config.embed) if config.norm_position != "post" else None
-        untied = config.tied == "untied"
+        untied = not config.tie_embeddings
         self.head = (
             weights.normal(k_head, {"embed": config.embed, "vocab": vocab}, std=0.02, dtype=dtype) if untied else None
         )
@@ -178,7 +178,7 @@ class Decoder(nnx.Module):
             return x, (None, aux)
 
         x = drop.at(0)(self._embed(batch.inputs, batch.positions))
-        index, local = jnp.arange(config.num_layers), jnp.array(config.local)
+        index, local = jnp.arange(config.num_layers), jnp.array(config.local_layers)
         x, (_, aux) = self._run_layers(layer, x, (index, local), config.remat)
         return self._output(x if self.norm is None else self.norm(x), aux)
 
@@ -214,7 +214,7 @@ class Decoder(nnx.Module):
             x, layer_cache, _ = block(x, rope, mask, _NO_DROPOUT, cache=layer_cache, start=start)
             return x, (layer_cache, None)
 
-        local = jnp.array(self.config.local)
+        local = jnp.array(self.config.local_layers)
         x, (cache, _) = self._run_layers(layer, self._embed(tokens, positions), (local, cache), "none")
         return (x if self.norm is None else self.norm(x)), cache
 
@@ -245,7 +245,7 @@ class Decoder(nnx.Module):
 
     def _by_kind(self, make: Callable[[bool], Any]) -> dict[bool, Any]:
         """make(local) for the kinds of layers that the config has: local (True) and global (False)."""
-        return {local: make(local) for local in sorted(set(self.config.local))}
+        return {local: make(local) for local in sorted(set(self.config.local_layers))}
 
     def _run_layers(self, layer: Callable, x: jax.Array, per_layer: Any, remat: str) -> tuple[jax.Array, Any]:
         """Fold layer(x, (block, item)) over the blocks and over `per_layer`, whose leaves have a leading "layers"

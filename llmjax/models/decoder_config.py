@@ -23,16 +23,16 @@ class DecoderConfig(BaseModelConfig):
     head_dim        width of a head; 0: embed / num_heads
     score_scale     what the products of queries and keys are multiplied by; 0: 1 / sqrt(head_dim)
     score_softcap   attention scores become c tanh(score / c); 0: they are not capped
-    sinks           learned (a score for each head that draws weight to nothing, as in gpt-oss) or none
+    attention_sinks whether each head has a learned score that takes part in the softmax and has no value (gpt-oss)
     qk_norm         norm of queries and keys before they are rotated: none, head (each head by itself, as in Qwen3) or
                     all (all heads of the layer together, as in OLMo 2)
     window          local layers see only keys less than this many positions away; 0: there are no local layers
     pattern         one letter a layer, repeated over the layers: l (local) or g (global, sees everything before it);
                     unused without a window
-    mlp             width of the feed-forward layer; 0: 4 embed when plain, 8/3 embed rounded up to a multiple of 128
-                    when gated
+    mlp             width of the feed-forward layer; 0: 4 embed, or if gated 8/3 embed rounded up to a multiple of
+                    128
     activation      of the feed-forward layer: silu, gelu (by erf), gelu_tanh, relu, relu2 (relu squared)
-    gated           feed-forward layer: gated (two matrices in, one out) or plain (one in, one out)
+    gated           feed-forward layer: True: two matrices in, one out; False: one in, one out
     norm            rmsnorm, rmsnorm1p (multiplies by 1 + scale, as Gemma does) or layernorm
     norm_eps        added to the variance in a norm
     norm_position   of each sub-block f with residual stream x: pre (x + f(norm(x)), as in Llama), both (x +
@@ -51,7 +51,7 @@ class DecoderConfig(BaseModelConfig):
     rope_attention_factor  yarn: what cos and sin are multiplied by; 0: 0.1 log(rope_factor) + 1
     max_positions   number of learned positions; the longest sequence a learned table can read; unused with rotary
                     positions
-    tied            tied (the head is the token embedding) or untied (a matrix of its own)
+    tie_embeddings  whether the head is the token embedding instead of a matrix of its own
     logit_softcap   logits become c tanh(logit / c); 0: they are not capped
     biases          all (every linear map of the blocks, and layernorm), attention (its four linear maps) or none
     attention       kernel: dot
@@ -66,13 +66,13 @@ class DecoderConfig(BaseModelConfig):
     head_dim: int = 0
     score_scale: float = 0.0
     score_softcap: float = 0.0
-    sinks: str = "none"
+    attention_sinks: bool = False
     qk_norm: str = "none"
     window: int = 0
     pattern: str = "l"
     mlp: int = 0
     activation: str = "silu"
-    gated: str = "gated"
+    gated: bool = True
     norm: str = "rmsnorm"
     norm_eps: float = 1e-5
     norm_position: str = "pre"
@@ -87,7 +87,7 @@ class DecoderConfig(BaseModelConfig):
     rope_truncate: bool = True
     rope_attention_factor: float = 0.0
     max_positions: int = 1024
-    tied: str = "untied"
+    tie_embeddings: bool = False
     logit_softcap: float = 0.0
     biases: str = "none"
     attention: str = "dot"
@@ -111,7 +111,7 @@ class DecoderConfig(BaseModelConfig):
     @property
     def mlp_size(self) -> int:
         """Width of the feed-forward layer."""
-        return self.mlp or default_mlp_size(self.embed, self.gated == "gated")
+        return self.mlp or default_mlp_size(self.embed, self.gated)
 
     @property
     def residual_init_scale(self) -> float:
@@ -119,7 +119,7 @@ class DecoderConfig(BaseModelConfig):
         return (2 * self.num_layers) ** -0.5
 
     @property
-    def local(self) -> tuple[bool, ...]:
+    def local_layers(self) -> tuple[bool, ...]:
         """Of each layer, whether it sees only its window."""
         if not self.window:
             return (False,) * self.num_layers
@@ -159,7 +159,7 @@ class DecoderConfig(BaseModelConfig):
     def matmul_params(self) -> int:
         """Number of weights that one token is multiplied with; the head counts, the embedding lookup does not."""
         heads = 2 * self.num_heads + 2 * self.kv_heads
-        matrices = 3 if self.gated == "gated" else 2
+        matrices = 3 if self.gated else 2
         block = self.embed * (heads * self.head_size + matrices * self.mlp_size)
         return self.num_layers * block + self.embed * self.vocab_size
 
@@ -172,7 +172,7 @@ class DecoderConfig(BaseModelConfig):
         arXiv 2204.02311, which does not halve.)
         """
         keys = 0.0
-        for local in self.local:
+        for local in self.local_layers:
             reach = min(self.window, seq_len) if local else seq_len
             keys += reach - reach * reach / (2 * seq_len)
         return 6.0 * self.matmul_params + 6.0 * self.num_heads * self.score_width * keys
@@ -184,15 +184,12 @@ class DecoderConfig(BaseModelConfig):
 
 
 _NAMES = {
-    "sinks": ("none", "learned"),
     "qk_norm": ("none", "head", "all"),
     "activation": tuple(ACTIVATIONS),
-    "gated": ("gated", "plain"),
     "norm": tuple(NORMS),
     "norm_position": ("pre", "both", "inner", "post"),
     "positions": ("rotary", "learned"),
     "rope_scaling": ("none", *SCALINGS),
-    "tied": ("tied", "untied"),
     "biases": ("none", "attention", "all"),
     "attention": tuple(KERNELS),
 }
@@ -235,8 +232,8 @@ def _check_positions(config: DecoderConfig) -> None:
     if config.positions == "rotary" and config.head_size % 2:
         raise UserError(f"model.head_dim={config.head_size}: rotary positions pair dimensions, so it must be even")
     if config.positions == "learned" and (config.rope_scaling != "none" or config.rope_local_base):
-        raise UserError("model.positions='learned': nothing is rotated, so leave rope_scaling and rope_local_base away")
-    if config.rope_local_base and not any(config.local):
+        raise UserError("model.positions='learned': has no rotary frequencies; unset rope_scaling and rope_local_base")
+    if config.rope_local_base and not any(config.local_layers):
         raise UserError(f"model.rope_local_base={config.rope_local_base}: no layer is local; set model.window")
     if config.rope_scaling in ("llama3", "yarn"):
         scaling = config.scaling
@@ -260,9 +257,9 @@ def _check_kernel(config: DecoderConfig) -> None:
     asked = {
         "scale": ("score_scale", bool(config.score_scale)),
         "softcap": ("score_softcap", bool(config.score_softcap)),
-        "sinks": ("sinks", config.sinks != "none"),
-        "window": ("window", any(config.local)),
-        "pattern": ("pattern", len(set(config.local)) > 1),
+        "attention_sinks": ("attention_sinks", config.attention_sinks),
+        "window": ("window", any(config.local_layers)),
+        "pattern": ("pattern", len(set(config.local_layers)) > 1),
     }
     for feature, (field, wanted) in asked.items():
         if wanted and feature not in KERNELS[config.attention].supports:

@@ -37,12 +37,12 @@ class EncDecConfig(BaseModelConfig):
     mlp                 width of the feed-forward layers; 0: 4 embed when plain, 8/3 embed rounded up to a multiple of
                         128 when gated
     activation          of the feed-forward layers: silu, gelu (by erf), gelu_tanh, relu, relu2 (relu squared)
-    gated               feed-forward layers: gated (two matrices in, one out) or plain (one in, one out)
+    gated               feed-forward layers: True: two matrices in, one out; False: one in, one out
     norm_eps            added to the mean square in a norm
     relative_buckets    number of biases that a head has for distances
     relative_distance   distance from which all share the last bucket
-    tied                tied (the head is the token embedding, which reads hidden states times embed^-1/2) or untied (a
-                        matrix of its own, which reads them as they are)
+    tie_embeddings      whether the head is the token embedding, which reads hidden states times embed^-1/2, instead of
+                        a matrix of its own, which reads them unscaled
     dropout             rate after the embeddings, at the end of each sub-block and after the last norms; from 0 to
                         below 1
     """
@@ -56,11 +56,11 @@ class EncDecConfig(BaseModelConfig):
     head_dim: int = 0
     mlp: int = 0
     activation: str = "gelu_tanh"
-    gated: str = "gated"
+    gated: bool = True
     norm_eps: float = 1e-6
     relative_buckets: int = 32
     relative_distance: int = 128
-    tied: str = "untied"
+    tie_embeddings: bool = False
 
     def __post_init__(self):
         self.check_choices(_NAMES)
@@ -79,7 +79,7 @@ class EncDecConfig(BaseModelConfig):
     @property
     def mlp_size(self) -> int:
         """Width of the feed-forward layers."""
-        return self.mlp or default_mlp_size(self.embed, self.gated == "gated")
+        return self.mlp or default_mlp_size(self.embed, self.gated)
 
     def check(self, *, seq_len: int, tensor: int) -> None:
         """UserError where the model cannot be cut over `tensor` devices; rows may be of any length."""
@@ -101,7 +101,7 @@ class EncDecConfig(BaseModelConfig):
         target_len = target_len or seq_len
         width = self.num_heads * self.head_size
         projection = self.embed * width
-        mlp = (3 if self.gated == "gated" else 2) * self.embed * self.mlp_size
+        mlp = (3 if self.gated else 2) * self.embed * self.mlp_size
         layers, decoder_layers = self.num_layers, self.decoder_layers
         source = 6.0 * (layers * (4 * projection + mlp) + decoder_layers * 2 * projection)
         source += 12.0 * layers * width * seq_len
@@ -112,8 +112,6 @@ class EncDecConfig(BaseModelConfig):
 
 _NAMES = {
     "activation": tuple(ACTIVATIONS),
-    "gated": ("gated", "plain"),
-    "tied": ("tied", "untied"),
 }
 _AT_LEAST = {
     "start_id": -1,
@@ -179,7 +177,7 @@ class Block(nnx.Module):
             config.embed,
             config.mlp_size,
             activation=config.activation,
-            gated=config.gated == "gated",
+            gated=config.gated,
             bias=False,
             scale=1.0,
             dtype=dtype,
@@ -245,7 +243,7 @@ class EncDec(nnx.Module):
         self.encoder = Stack(config, k_encoder, config.num_layers, decodes=False)
         self.decoder = Stack(config, k_decoder, config.decoder_layers, decodes=True)
         dims = {"embed": config.embed, "vocab": vocab}
-        untied = config.tied == "untied"
+        untied = not config.tie_embeddings
         self.head = weights.normal(k_head, dims, std=config.embed**-0.5, dtype=dtype) if untied else None
 
     def __call__(self, batch: Batch, key: jax.Array | None = None) -> Output:

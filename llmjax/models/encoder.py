@@ -30,7 +30,7 @@ class EncoderConfig(BaseModelConfig):
     mlp             width of the feed-forward layer; 0: 4 embed when plain, 8/3 embed rounded up to a multiple of 128
                     when gated
     activation      of the feed-forward layer and of the masked-LM head: gelu (by erf), gelu_tanh, silu, relu, relu2
-    gated           feed-forward layer: plain (one matrix in, one out) or gated (two matrices in, one out)
+    gated           feed-forward layer: True: two matrices in, one out; False: one in, one out
     norm_eps        added to the variance in a layer norm
     norm_position   post (after each residual addition) or pre (before each sub-block but the first attention, which
                     reads the normed embedding as it is; and once at the end)
@@ -41,7 +41,7 @@ class EncoderConfig(BaseModelConfig):
     window          a local layer sees tokens less than this many positions away, on both sides; 0: all layers see all
     global_every    every so many layers, from the first one on, a layer sees all; the others are local. Unused without
                     a window
-    local_rope_base  base of the rotary frequencies in local layers; unused without a window
+    rope_local_base  base of the rotary frequencies in local layers; unused without a window
     types           number of token types (which of two texts a token belongs to), each with an embedding; 0: none
     pooler          what `pool` makes of a row's first token: none (as it is) or tanh (a linear map and tanh, BERT's).
                     Masked LM does not train it
@@ -55,7 +55,7 @@ class EncoderConfig(BaseModelConfig):
     num_heads: int = 4
     mlp: int = 0
     activation: str = "gelu"
-    gated: str = "plain"
+    gated: bool = False
     norm_eps: float = 1e-12
     norm_position: str = "post"
     positions: str = "learned"
@@ -63,7 +63,7 @@ class EncoderConfig(BaseModelConfig):
     rope_base: float = 10_000.0
     window: int = 0
     global_every: int = 3
-    local_rope_base: float = 10_000.0
+    rope_local_base: float = 10_000.0
     types: int = 0
     pooler: str = "none"
     biases: str = "all"
@@ -80,7 +80,7 @@ class EncoderConfig(BaseModelConfig):
     @property
     def mlp_size(self) -> int:
         """Width of the feed-forward layer."""
-        return self.mlp or default_mlp_size(self.embed, self.gated == "gated")
+        return self.mlp or default_mlp_size(self.embed, self.gated)
 
     @property
     def max_seq_len(self) -> int | None:
@@ -110,7 +110,7 @@ class EncoderConfig(BaseModelConfig):
         12 embed keys a layer, with seq_len keys for each token in a layer that sees all and the 2 window - 1 nearest
         in a local one (at most seq_len). Recomputation is not counted.
         """
-        matrices = 3 if self.gated == "gated" else 2
+        matrices = 3 if self.gated else 2
         block = self.embed * (4 * self.embed + matrices * self.mlp_size)
         weights = self.num_layers * block + self.embed * (self.embed + self.vocab_size)
         keys = sum(min(seq_len, 2 * self.window - 1) if local else seq_len for local in self.local_layers)
@@ -119,7 +119,6 @@ class EncoderConfig(BaseModelConfig):
 
 _NAMES = {
     "activation": tuple(ACTIVATIONS),
-    "gated": ("plain", "gated"),
     "norm_position": ("post", "pre"),
     "positions": ("learned", "rotary"),
     "pooler": ("none", "tanh"),
@@ -135,7 +134,7 @@ _AT_LEAST = {
 
 
 def _check_numbers(config: EncoderConfig) -> None:
-    config.check_ranges(_AT_LEAST, ("norm_eps", "rope_base", "local_rope_base"))
+    config.check_ranges(_AT_LEAST, ("norm_eps", "rope_base", "rope_local_base"))
     if config.embed % config.num_heads:
         raise UserError(f"model.num_heads={config.num_heads}: must divide model.embed={config.embed}")
     if config.positions == "rotary" and config.head_size % 2:
@@ -182,7 +181,7 @@ class Block(nnx.Module):
             config.embed,
             config.mlp_size,
             activation=config.activation,
-            gated=config.gated == "gated",
+            gated=config.gated,
             bias=bias,
             scale=scale,
             dtype=dtype,
@@ -249,7 +248,7 @@ class Encoder(nnx.Module):
         config, drop = self.config, dropout.for_samples(key, batch.sample, self.config.dropout)
         seen = lambda window: attention.attention_mask(batch.segments, batch.positions, causal=False, window=window)
         everywhere = (self._angles(batch.positions, config.rope_base), seen(None))
-        nearby = (self._angles(batch.positions, config.local_rope_base), seen(config.window)) if config.window else None
+        nearby = (self._angles(batch.positions, config.rope_local_base), seen(config.window)) if config.window else None
 
         def layer(x, item):
             block, index, local = item

@@ -21,7 +21,7 @@ class MoeConfig(DecoderConfig):
     """A decoder in whose layers each token goes through a few of many feed-forward networks. No token is ever dropped.
 
     Every field of the family "decoder" holds here too, with two limits: `gated` is gated, and where `latent` is set,
-    heads have no num_kv_heads, sinks, qk_norm, score_softcap, window or biases. Added are:
+    heads have no num_kv_heads, attention_sinks, qk_norm, score_softcap, window or biases. Added are:
 
 
     family              "moe"
@@ -152,7 +152,7 @@ def _check_experts(config: MoeConfig) -> None:
     for field, least in at_least.items():
         if getattr(config, field) < least:
             raise UserError(f"model.{field}={getattr(config, field)}: must be at least {least}")
-    if config.gated != "gated":
+    if not config.gated:
         raise UserError(f"model.gated={config.gated!r}: experts are gated; set 'gated'")
     names = ("", *GLU_ACTIVATIONS)
     if config.expert_activation not in names:
@@ -200,7 +200,7 @@ def _check_latent(config: MoeConfig) -> None:
     if config.rope_dim < 2 or config.rope_dim % 2:
         raise UserError(f"model.rope_dim={config.rope_dim}: rotary positions pair dimensions, so it must be even")
     defaults = {field.name: field.default for field in dataclasses.fields(MoeConfig)}
-    for field in ("num_kv_heads", "sinks", "qk_norm", "score_softcap", "window", "biases", "positions"):
+    for field in ("num_kv_heads", "attention_sinks", "qk_norm", "score_softcap", "window", "biases", "positions"):
         if getattr(config, field) != defaults[field]:
             raise UserError(
                 f"model.{field}={getattr(config, field)!r}: latent attention has no such thing; leave it at "

@@ -34,7 +34,7 @@ class RecurrentConfig(BaseModelConfig):
     norm            before each sub-block and once at the end: none, rmsnorm or layernorm
     norm_eps        added to the variance in a norm
     residual        add (each sub-block's output is added to its input) or none (it replaces it)
-    tied            tied (the head is the token embedding) or untied (a matrix of its own)
+    tie_embeddings  whether the head is the token embedding instead of a matrix of its own
     recurrence      over time: sequential (token by token, any cell) or associative (a parallel scan, rglru alone)
     unroll          tokens in one turn of the sequential loop; more compile longer and may run faster
     """
@@ -50,7 +50,7 @@ class RecurrentConfig(BaseModelConfig):
     norm: str = "rmsnorm"
     norm_eps: float = 1e-5
     residual: str = "add"
-    tied: str = "untied"
+    tie_embeddings: bool = False
     recurrence: str = "sequential"
     unroll: int = 1
 
@@ -91,7 +91,6 @@ _NAMES = {
     "cell": (*CELLS, "rglru"),
     "norm": ("none", *NORMS),
     "residual": ("add", "none"),
-    "tied": ("tied", "untied"),
     "recurrence": RECURRENCES,
 }
 _AT_LEAST = {
@@ -190,7 +189,7 @@ class Recurrent(nnx.Module):
         self.embed = Embedding(k_embed, vocab, config.embed, entries="vocab", dtype=dtype)
         self.blocks = jax.vmap(lambda k: Block(config, k))(jax.random.split(k_blocks, config.num_layers))
         self.norm = _norm(config)
-        untied = config.tied == "untied"
+        untied = not config.tie_embeddings
         self.head = (
             weights.normal(k_head, {"embed": config.embed, "vocab": vocab}, std=0.02, dtype=dtype) if untied else None
         )

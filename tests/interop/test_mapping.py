@@ -77,7 +77,7 @@ def test_rules_that_are_wrong_are_found(change):
 def test_the_first_class_that_expresses_a_model_is_chosen():
     assert exporting.choose(CONFIG)[0] == "LlamaForCausalLM"
     gpt2 = dataclasses.replace(
-        CONFIG, num_kv_heads=0, norm="layernorm", positions="learned", biases="all", gated="plain", activation="gelu"
+        CONFIG, num_kv_heads=0, norm="layernorm", positions="learned", biases="all", gated=False, activation="gelu"
     )
     assert exporting.choose(gpt2)[0] == "GPT2LMHeadModel"
 
@@ -120,7 +120,7 @@ IDLE = {
     "a window of no layer": ("qwen3", {"window": 16, "pattern": "g"}),
     "a pattern of gpt-oss without a window": ("gpt_oss", {"window": 0}),
     "a rotary base with learned positions": ("gpt2", {"rope_base": 5e5}),
-    "rotary bases of a BERT": ("bert", {"rope_base": 5e5, "local_rope_base": 5e5, "global_every": 5}),
+    "rotary bases of a BERT": ("bert", {"rope_base": 5e5, "rope_local_base": 5e5, "global_every": 5}),
     "a period without a window": ("modernbert", {"window": 0, "global_every": 5}),
     "bounds of YaRN that 0 leaves to the paper": (
         "llama",

@@ -24,7 +24,7 @@ def logits(config: DecoderConfig, params: dict, row: Batch) -> np.ndarray:
         x = add(config, x, see, w["attention_norm"], w.get("attention_post_norm"))
         x = add(config, x, lambda x, w=w["mlp"]: feed(config, x, w), w["mlp_norm"], w.get("mlp_post_norm"))
     x = x if config.norm_position == "post" else norm(config, x, p["norm"])
-    return cap(x @ (p["embed"]["table"].T if config.tied == "tied" else p["head"]), config.logit_softcap)
+    return cap(x @ (p["embed"]["table"].T if config.tie_embeddings else p["head"]), config.logit_softcap)
 
 
 def add(config: DecoderConfig, x: np.ndarray, run: Callable, first: dict, second: dict | None) -> np.ndarray:
@@ -109,7 +109,7 @@ def attend(
         scores = turned[0] @ turned[1].T * (config.score_scale or config.head_size**-0.5)
         scores = cap(scores, config.score_softcap)
         weights = np.where(seen, np.exp(scores), 0)
-        total = weights.sum(-1, keepdims=True) + (np.exp(w["sinks"][head]) if config.sinks == "learned" else 0)
+        total = weights.sum(-1, keepdims=True) + (np.exp(w["sinks"][head]) if config.attention_sinks else 0)
         out += weights / total @ v[:, shared] @ w["out"]["weight"][head]
     return out + w["out"].get("bias", 0)
 

@@ -23,16 +23,16 @@ GPT2 = dataclasses.replace(
     LLAMA,
     num_kv_heads=0,
     activation="gelu_tanh",
-    gated="plain",
+    gated=False,
     norm="layernorm",
     positions="learned",
     max_positions=64,
-    tied="tied",
+    tie_embeddings=True,
     biases="all",
 )
-POST = dataclasses.replace(LLAMA, norm_position="post", activation="relu2", gated="plain", num_kv_heads=1, head_dim=10)
+POST = dataclasses.replace(LLAMA, norm_position="post", activation="relu2", gated=False, num_kv_heads=1, head_dim=10)
 QWEN3 = dataclasses.replace(
-    LLAMA, qk_norm="head", head_dim=10, rope_scaling="llama3", rope_factor=8.0, rope_original=24, tied="tied"
+    LLAMA, qk_norm="head", head_dim=10, rope_scaling="llama3", rope_factor=8.0, rope_original=24, tie_embeddings=True
 )
 GEMMA = dataclasses.replace(
     LLAMA,
@@ -50,7 +50,7 @@ GEMMA = dataclasses.replace(
     rope_local_base=50.0,
     rope_scaling="linear",
     rope_factor=3.0,
-    tied="tied",
+    tie_embeddings=True,
     logit_softcap=1.5,
 )
 OLMO = dataclasses.replace(
@@ -66,7 +66,7 @@ OLMO = dataclasses.replace(
 )
 OSS = dataclasses.replace(
     LLAMA,
-    sinks="learned",
+    attention_sinks=True,
     biases="attention",
     window=3,
     pattern="l",
@@ -216,7 +216,7 @@ def test_every_parameter_names_its_axes():
     assert names["blocks"]["mlp"]["down"]["weight"] == ("layers", "mlp", "embed")
     assert names["blocks"]["mlp_norm"]["scale"] == ("layers", "embed")
     assert names["embed"]["table"] == ("vocab", "embed")
-    attention = registry.abstract(dataclasses.replace(OLMO, sinks="learned"))[2]["blocks"]["attention"]
+    attention = registry.abstract(dataclasses.replace(OLMO, attention_sinks=True))[2]["blocks"]["attention"]
     assert attention["query_norm"]["scale"] == ("layers", "heads", "head_dim")
     assert attention["key_norm"]["scale"] == ("layers", "kv_heads", "head_dim")
     assert attention["sinks"] == ("layers", "heads")

@@ -128,7 +128,7 @@ def test_a_value_out_of_bounds_is_named(fields, words):
     [
         ("scale", {"score_scale": 0.1}),
         ("softcap", {"score_softcap": 50.0}),
-        ("sinks", {"sinks": "learned"}),
+        ("sinks", {"attention_sinks": True}),
         ("window", {"window": 8}),
         ("pattern", {"window": 8, "pattern": "lg"}),
     ],
@@ -172,7 +172,7 @@ def test_the_run_must_fit_the_model():
 
 
 def test_derived_widths():
-    assert DecoderConfig(embed=256, gated="plain").mlp_size == 1024
+    assert DecoderConfig(embed=256, gated=False).mlp_size == 1024
     assert DecoderConfig(embed=256).mlp_size == 768  # 8/3 * 256 = 682.7, rounded up to a multiple of 128
     assert DecoderConfig(vocab_size=50257).padded_vocab == 50304
 

@@ -33,7 +33,7 @@ V11 = EncDecConfig(
     relative_buckets=8,
     relative_distance=20,
 )
-V10 = dataclasses.replace(V11, activation="relu", gated="plain", tied="tied")
+V10 = dataclasses.replace(V11, activation="relu", gated=False, tie_embeddings=True)
 BOTH = pytest.mark.parametrize("config", [V11, V10], ids=["v1.1", "v1.0"])
 
 
@@ -123,7 +123,7 @@ def oracle(config: EncDecConfig, params: dict, row: Batch) -> np.ndarray:
 
     def feed(x, w):
         up = x @ w["up"]["weight"]
-        if config.gated == "plain":
+        if not config.gated:
             return np.maximum(up, 0) @ w["down"]["weight"]
         gate = x @ w["gate"]["weight"]
         gelu = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
@@ -144,7 +144,7 @@ def oracle(config: EncDecConfig, params: dict, row: Batch) -> np.ndarray:
         (here,), (there,) = np.nonzero(row.segments[0] == number), np.nonzero(row.source_segments[0] == number)
         source = run(p["embed"]["table"][row.source[0, there]], p["encoder"], config.num_layers)
         x = run(p["embed"]["table"][row.inputs[0, here]], p["decoder"], config.decoder_layers, source)
-        out[here] = x @ p["head"] if config.tied == "untied" else x / math.sqrt(config.embed) @ p["embed"]["table"].T
+        out[here] = x @ p["head"] if not config.tie_embeddings else x / math.sqrt(config.embed) @ p["embed"]["table"].T
     return out
 
 

@@ -29,14 +29,14 @@ MODERN = EncoderConfig(
     embed=32,
     num_heads=4,
     mlp=48,
-    gated="gated",
+    gated=True,
     norm_eps=1e-5,
     norm_position="pre",
     positions="rotary",
     rope_base=160_000.0,
     window=4,
     global_every=3,
-    local_rope_base=100.0,
+    rope_local_base=100.0,
     biases="none",
 )
 BOTH = pytest.mark.parametrize("config", [BERT, MODERN], ids=["bert", "modernbert"])
@@ -116,7 +116,7 @@ def oracle(config: EncoderConfig, params: dict, row: Batch) -> tuple[np.ndarray,
     linear = lambda w, x: x @ w["weight"] + w.get("bias", 0)
 
     def attend(x, w, local):
-        base = config.local_rope_base if local else config.rope_base
+        base = config.rope_local_base if local else config.rope_base
         part = lambda name, head: x @ w[name]["weight"][:, head] + w[name].get("bias", np.zeros((99, 1)))[head]
         out = np.zeros_like(x)
         seen = segments[:, None] == segments

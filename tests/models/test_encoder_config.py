@@ -63,7 +63,7 @@ def test_an_encoder_learns_by_masked_lm_alone():
         ({"num_layers": 0}, "model.num_layers=0"),
         ({"types": -1}, "model.types=-1"),
         ({"dropout": 1.0}, "model.dropout=1.0"),
-        ({"local_rope_base": 0.0}, "model.local_rope_base=0.0"),
+        ({"rope_local_base": 0.0}, "model.rope_local_base=0.0"),
         ({"embed": 30, "num_heads": 4}, "model.num_heads=4: must divide model.embed=30"),
         ({"embed": 36, "num_heads": 4, "positions": "rotary"}, "a head's width 9 must be even"),
         ({"window": 8, "global_every": 1}, "model.global_every=1: must be at least 2.*model.window=0"),

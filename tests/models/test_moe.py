@@ -49,7 +49,13 @@ DEEPSEEK = MoeConfig(
     value_dim=12,
 )
 GPT_OSS = dataclasses.replace(
-    MIXTRAL, expert_activation="clamped_swiglu", biases="all", sinks="learned", window=5, pattern="lg", num_experts=5
+    MIXTRAL,
+    expert_activation="clamped_swiglu",
+    biases="all",
+    attention_sinks=True,
+    window=5,
+    pattern="lg",
+    num_experts=5,
 )
 CONFIGS = {"mixtral": MIXTRAL, "deepseek": DEEPSEEK, "gpt_oss": GPT_OSS}
 
@@ -239,7 +245,7 @@ def test_flops_count_the_experts_that_a_token_meets():
         (dict(router_groups=4, router_top_groups=5), "router_top_groups=5: must be from 1 to"),
         (dict(router="tanh"), "router='tanh'"),
         (dict(dense_layers=4), "must be below model.num_layers=4"),
-        (dict(gated="plain"), "experts are gated"),
+        (dict(gated=False), "experts are gated"),
         (dict(expert_activation="swiglu"), "expert_activation='swiglu': choose one of silu"),
         (dict(latent=8, biases="all"), "latent attention has no such thing"),
         (dict(query_latent=8), "unused without model.latent"),

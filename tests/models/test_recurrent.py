@@ -24,10 +24,10 @@ from tests.batches import packed
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 VOCAB = 50
-LSTM = RecurrentConfig(vocab_size=VOCAB, vocab_multiple=16, num_layers=2, embed=32, hidden=48, tied="tied")
+LSTM = RecurrentConfig(vocab_size=VOCAB, vocab_multiple=16, num_layers=2, embed=32, hidden=48, tie_embeddings=True)
 RGLRU = dataclasses.replace(LSTM, cell="rglru", mlp=40, gate_blocks=4, recurrence="associative")
 VARIANTS = {
-    "rnn": dataclasses.replace(LSTM, cell="rnn", norm="layernorm", unroll=5, tied="untied"),
+    "rnn": dataclasses.replace(LSTM, cell="rnn", norm="layernorm", unroll=5, tie_embeddings=False),
     "lstm": LSTM,
     "zaremba": dataclasses.replace(LSTM, hidden=0, norm="none", residual="none"),
     "gru": dataclasses.replace(LSTM, cell="gru", mlp=40),
@@ -277,7 +277,7 @@ def test_an_unknown_size_lists_the_sizes():
 def test_every_gate_is_a_matrix_of_its_own():
     """Weight decay and Muon see what each weight is, whatever is laid side by side for one matmul."""
     kinds = {"table": set(), "matrix": set(), "vector": set(), "head": set()}
-    for config in (dataclasses.replace(LSTM, tied="untied"), RGLRU, VARIANTS["gru"]):
+    for config in (dataclasses.replace(LSTM, tie_embeddings=False), RGLRU, VARIANTS["gru"]):
         _, shapes, names = registry.abstract(config)
         leaves = jax.tree_util.tree_flatten_with_path(shapes)[0]
         for (path, leaf), axis in zip(

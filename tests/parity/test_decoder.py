@@ -59,13 +59,13 @@ CASES = {
             activation_function="relu",
             tie_word_embeddings=False,
         ),
-        dict(tied="untied", mlp=40, activation="relu"),
+        dict(tie_embeddings=False, mlp=40, activation="relu"),
     ),
-    "llama": ("Llama", SIZES, dict(tied="untied")),
+    "llama": ("Llama", SIZES, dict(tie_embeddings=False)),
     "llama-tied": (
         "Llama",
         SIZES | dict(tie_word_embeddings=True, rope_parameters=LLAMA3, head_dim=16),
-        dict(tied="tied", rope_scaling="llama3", rope_factor=8.0, head_dim=16),
+        dict(tie_embeddings=True, rope_scaling="llama3", rope_factor=8.0, head_dim=16),
     ),
     "llama-linear": (
         "Llama",
@@ -109,7 +109,7 @@ CASES = {
             attn_logit_softcapping=0.7,
             final_logit_softcapping=1.5,
         ),
-        dict(window=5, pattern="lg", score_softcap=0.7, logit_softcap=1.5, tied="tied"),
+        dict(window=5, pattern="lg", score_softcap=0.7, logit_softcap=1.5, tie_embeddings=True),
     ),
     "gemma2-untied": (
         "Gemma2",
@@ -122,7 +122,7 @@ CASES = {
             final_logit_softcapping=None,
             tie_word_embeddings=False,
         ),
-        dict(score_softcap=0.0, logit_softcap=0.0, score_scale=0.0, tied="untied"),
+        dict(score_softcap=0.0, logit_softcap=0.0, score_scale=0.0, tie_embeddings=False),
     ),
     "gemma3": (
         "Gemma3",
@@ -151,7 +151,7 @@ CASES = {
     "olmo2-tied": (
         "Olmo2",
         SIZES | dict(tie_word_embeddings=True, attention_bias=True, rope_parameters=LLAMA3),
-        dict(tied="tied", rope_scaling="llama3"),
+        dict(tie_embeddings=True, rope_scaling="llama3"),
     ),
     "olmo3": (
         "Olmo3",

@@ -50,7 +50,7 @@ CASES = {
     "mixtral-window": (
         "Mixtral",
         SIZES | dict(num_local_experts=5, sliding_window=5, tie_word_embeddings=True),
-        dict(window=5, tied="tied"),
+        dict(window=5, tie_embeddings=True),
     ),
     "qwen3": (
         "Qwen3Moe",
@@ -74,7 +74,7 @@ CASES = {
     "gpt_oss": (
         "GptOss",
         SIZES | dict(num_local_experts=6, num_experts_per_tok=3, head_dim=16, sliding_window=5),
-        dict(window=5, pattern="lg", sinks="learned", rope_scaling="yarn", rope_truncate=False, biases="all"),
+        dict(window=5, pattern="lg", attention_sinks=True, rope_scaling="yarn", rope_truncate=False, biases="all"),
     ),
     "gpt_oss-whole": (
         "GptOss",

@@ -19,7 +19,13 @@ from tests.batches import packed
 
 VOCAB, WIDTH, LAYERS = 61, 24, 3
 PLAIN = RecurrentConfig(
-    vocab_size=VOCAB, vocab_multiple=1, num_layers=LAYERS, embed=WIDTH, norm="none", residual="none", tied="tied"
+    vocab_size=VOCAB,
+    vocab_multiple=1,
+    num_layers=LAYERS,
+    embed=WIDTH,
+    norm="none",
+    residual="none",
+    tie_embeddings=True,
 )
 LAYER = {"rnn": torch.nn.RNN, "lstm": torch.nn.LSTM, "gru": torch.nn.GRU}
 
