@@ -115,7 +115,7 @@ def test_an_unknown_size_lists_the_sizes(family):
         ({"rope_scaling": "llama3", "rope_original": 8, "rope_low": 5.0}, "model.rope_low=5.0.*rope_high=4.0"),
         ({"rope_scaling": "llama3", "rope_original": 8, "rope_attention_factor": 2.0}, "only .*'yarn' has them"),
         ({"rope_truncate": False}, "only .*'yarn' has them"),
-        ({"positions": "learned", "rope_scaling": "linear"}, "model.positions='learned': nothing is rotated"),
+        ({"positions": "learned", "rope_scaling": "linear"}, "model.positions='learned': has no rotary"),
     ],
 )
 def test_a_value_out_of_bounds_is_named(fields, words):
@@ -143,7 +143,7 @@ def test_a_kernel_refuses_what_it_cannot_honour(feature, fields, monkeypatch):
 
 
 def test_patterns_repeat_over_the_layers():
-    of = lambda **fields: "".join("l" if local else "g" for local in DecoderConfig(**fields).local)
+    of = lambda **fields: "".join("l" if local else "g" for local in DecoderConfig(**fields).local_layers)
     assert of(num_layers=3) == "ggg"
     assert of(num_layers=3, window=8) == "lll"
     assert of(num_layers=8, window=8, pattern="llg") == "llgllgll"

@@ -64,7 +64,7 @@ def test_a_prompt_is_what_training_shows_or_plain_text(case, trained):
     assert make(case).prompt(text).tolist() == trained
     plain = make(case, prompt_form="plain")
     assert plain.prompt(text).tolist() == [65, 66, EOS] and plain.prompt(text).dtype == np.int32
-    assert plain.key == make(case).key, "a run goes on whatever its prompts look like"
+    assert plain.fingerprint == make(case).fingerprint, "a run goes on whatever its prompts look like"
 
 
 class TestEveryObjective:
