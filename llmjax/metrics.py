@@ -26,7 +26,7 @@ import pathlib
 import shutil
 import sys
 import time
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from etils import epath
 
@@ -100,6 +100,14 @@ def read_metrics(workdir: epath.PathLike, *, last_step: int | None = None) -> li
     return [record for record in kept if last_step is None or record["step"] <= last_step]
 
 
+class ScalarSink(Protocol):
+    """Where scalars go beside metrics.jsonl: TensorBoard events, Weights & Biases."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class MetricsLog:
     """metrics.jsonl and TensorBoard events (WORKDIR/events) of one run, written by the primary process alone.
 
@@ -115,7 +123,8 @@ class MetricsLog:
         self._rewrite_seconds = rewrite_seconds
         self._lines: list[str] = []
         self._last_step = -1
-        self._file = self._events = None
+        self._file = None
+        self._sinks: list[ScalarSink] = []
         if primary:
             self._open(epath.Path(workdir), resume_step)
 
@@ -130,7 +139,7 @@ class MetricsLog:
             self._file = atomic.AppendFile(self._path)
             from llmjax.run.tensorboard import EventFile
 
-            self._events = EventFile(pathlib.Path(workdir) / workdirs.EVENTS, purge_step=resume_step + 1)
+            self.add_sink(EventFile(pathlib.Path(workdir) / workdirs.EVENTS, purge_step=resume_step + 1))
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Log one step. Values are numbers, texts, None, or arrays of one element; "step" must exceed the last one."""
@@ -155,10 +164,14 @@ class MetricsLog:
         self.scalars(step, {f"train/{name}": plain[name] for name in sorted(names)})
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        """Numbers for TensorBoard alone, such as an evaluation's; what is not a number is left out."""
-        for name, value in values.items():
-            if self._events and isinstance(value, int | float):
-                self._events.add_scalar(name, value, step)
+        """Numbers for the sinks alone, such as an evaluation's; what is not a number is left out."""
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        for sink in self._sinks:
+            sink.log(step, numbers)
+
+    def add_sink(self, sink: ScalarSink) -> None:
+        """Give every scalar from now on to `sink` as well, and close it with the log."""
+        self._sinks.append(sink)
 
     def flush(self) -> None:
         """Put every line written so far where a resumed run will find it."""
@@ -174,10 +187,10 @@ class MetricsLog:
         try:
             self.flush()
         finally:
-            for file in (self._file, self._events):
+            for file in (self._file, *self._sinks):
                 if file:
                     file.close()
-            self._file = self._events = None
+            self._file, self._sinks = None, []
             self._primary = False
 
     def __enter__(self) -> "MetricsLog":

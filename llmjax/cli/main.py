@@ -23,6 +23,7 @@ from llmjax.cli.inspect import inspect
 from llmjax.cli.prepare import prepare
 from llmjax.cli.size import size
 from llmjax.cli.train import train
+from llmjax.cli.watch import watch
 from llmjax.errors import UserError, suggest
 from llmjax.parallel import interrupts
 
@@ -30,6 +31,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "curate": curate,
     "prepare": prepare,
     "train": train,
+    "watch": watch,
     "eval": evaluate,
     "generate": generate,
     "fill": fill,
@@ -52,6 +54,7 @@ data
 
 train
   llmjax train     --config=NAME --workdir=DIR   prepares if needed, trains, resumes, evaluates, writes report.html
+  llmjax watch     --workdir=DIR                 follows a run in the terminal: loss, speed, time left
   llmjax inspect   --workdir=DIR                 checkpoints, their fingerprints, the config
 
 evaluate

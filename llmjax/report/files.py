@@ -7,6 +7,7 @@ from etils import epath
 
 from llmjax import metrics
 from llmjax.errors import UserError
+from llmjax.report.profile import Profile, read_profile
 from llmjax.run import workdir as workdirs
 
 
@@ -16,6 +17,7 @@ class RunFiles:
 
     evals      split -> step -> the JSON object of eval/<step>/<split>.json
     manifest   the token store's, from data.store or WORKDIR/store
+    profile    the newest trace of train.profile
     unreadable   names of files that are there but hold no JSON
     """
 
@@ -27,6 +29,7 @@ class RunFiles:
     samples: list[dict[str, Any]] | None
     metrics: list[dict[str, Any]]
     evals: dict[str, dict[int, dict[str, Any]]]
+    profile: Profile | None
     unreadable: list[str]
 
     def last_eval(self, split: str) -> dict[str, Any] | None:
@@ -58,6 +61,11 @@ def read(workdir: epath.PathLike) -> RunFiles:
     for path in sorted(root.glob("eval/*/*.json")):
         if path.parent.name.isdecimal() and (scores := load(path, dict)) is not None:
             evals.setdefault(path.stem, {})[int(path.parent.name)] = scores
+    try:
+        profile = read_profile(root)
+    except UserError:
+        profile = None
+        unreadable.append(str(root / workdirs.PROFILE))
     return RunFiles(
         workdir=root,
         config=config,
@@ -67,6 +75,7 @@ def read(workdir: epath.PathLike) -> RunFiles:
         samples=load(root / "samples.json", list),
         metrics=metrics.read_metrics(root),
         evals=evals,
+        profile=profile,
         unreadable=unreadable,
     )
 

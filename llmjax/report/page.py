@@ -17,13 +17,14 @@ from llmjax.report.markup import clean, count, figure, missing, page, pairs, sec
 FILE = "report.html"
 MARKS = {"restart": "restarted", "skipped": "steps skipped, not finite"}
 SPLITS = ("train", "validation", "test")
+OPERATIONS = 15  # rows of the profile's table
 SMOOTHED_FROM = 100  # points of a curve: the mean goes over this fraction of them, so over one where there are fewer
 
 
 def write_report(workdir: epath.PathLike) -> epath.Path:
     """Make WORKDIR/report.html from the run's files and return its path; a part whose files are absent says so."""
     run = read(workdir)
-    parts = (header, headline, learning, speed, summary, data, evaluation, samples, config, footer)
+    parts = (header, headline, learning, speed, profile, summary, data, evaluation, samples, config, footer)
     path = run.workdir / FILE
     path.write_text(page(f"{run.workdir.name}: training report", "\n".join(part(run) for part in parts)))
     return path
@@ -117,6 +118,24 @@ def speed(run: RunFiles) -> str:
     if run.curve("mfu"):
         plots.append(("MFU, %", [(step, 100 * y) for step, y in run.curve("mfu")], True))
     return section("Speed", facts + _small_plots(run, plots, _marks(run)))
+
+
+def profile(run: RunFiles) -> str:
+    """The operations of the profiler's trace that take the most time; empty where there is no trace."""
+    if run.profile is None:
+        return ""
+    total = run.profile.seconds
+    rows = [
+        (operation.name, f"{1e3 * operation.seconds:,.3f}", f"{operation.seconds / (total or 1):.1%}", operation.count)
+        for operation in run.profile.operations[:OPERATIONS]
+    ]
+    body = table(("Operation", "time, ms", "share", "count"), rows)
+    note = (
+        f"{count(len(run.profile.operations))} operations took {1e3 * total:,.1f} ms, summed over devices and threads; "
+        "the time of a loop is without its body. "
+        f"The whole trace opens at ui.perfetto.dev: {run.profile.path}"
+    )
+    return section("Profile", body, note=note)
 
 
 def summary(run: RunFiles) -> str:

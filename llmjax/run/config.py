@@ -32,6 +32,8 @@ class TrainConfig:
     log_every     steps between lines of metrics.jsonl
     max_skipped   consecutive non-finite steps that are skipped before the run stops
     compilation_cache  folder of compiled programs, reused by the next start; "": WORKDIR/compilation_cache; "off": none
+    profile       (first step, number of steps) to trace with the JAX profiler, into WORKDIR/profile; (): none
+    wandb_project  log to this project of Weights & Biases as well (extra `wandb`); "": none
     """
 
     steps: int = 1000
@@ -43,6 +45,8 @@ class TrainConfig:
     log_every: int = 10
     max_skipped: int = 100
     compilation_cache: str = ""
+    profile: tuple = ()
+    wandb_project: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,6 +127,7 @@ class RunConfig:
             raise UserError(f"seed={self.seed}: must be below {1 << 32}")
         if self.train.stop_at > self.train.steps:
             raise UserError(f"train.stop_at={self.train.stop_at} lies beyond train.steps={self.train.steps}: lower it")
+        _check_profile(self.train)
         if self.objective.name not in self.model.objectives:
             raise UserError(
                 f"objective.name={self.objective.name!r}: model.family={self.model.family!r} learns "
@@ -140,6 +145,20 @@ class RunConfig:
                 f"train.global_batch={self.train.global_batch} is not divisible by "
                 f"train.accumulation={self.train.accumulation}: change one of them"
             )
+
+
+def _check_profile(train: TrainConfig) -> None:
+    profile = train.profile
+    if not profile:
+        return
+    if len(profile) != 2 or not all(type(value) is int and value >= 1 for value in profile):
+        raise UserError(f"train.profile={profile}: expected (first step, number of steps), such as (10, 5), or ()")
+    first, steps = profile
+    if (last := first + steps - 1) > train.steps:
+        raise UserError(
+            f"train.profile={profile} ends at step {last}, beyond train.steps={train.steps}: "
+            "choose earlier or fewer steps"
+        )
 
 
 def resolve(file: str, overrides: Sequence[tuple[str, str]]) -> RunConfig:

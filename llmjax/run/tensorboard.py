@@ -4,6 +4,7 @@ tensorboardX's SummaryWriter writes from a thread of its own: on a full disk it 
 waits for ever for its queue. Only its message types and its checksum are used here.
 """
 
+from collections.abc import Mapping
 import os
 import pathlib
 import socket
@@ -31,8 +32,9 @@ class EventFile:
         self._add(file_version="brain.Event:2")
         self._add(step=purge_step, session_log=SessionLog(status=SessionLog.START))
 
-    def add_scalar(self, name: str, value: float, step: int) -> None:
-        self._add(step=step, summary=scalar(name, value))
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._add(step=step, summary=scalar(name, value))
 
     def close(self) -> None:
         self._file.close()

@@ -7,6 +7,7 @@ died on another host. The token store is locked in the same way, so that there i
 
 from collections.abc import Callable, Iterator
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -34,7 +35,7 @@ DATA = "data.json"  # what the packed data hold
 METRICS = "metrics.jsonl"  # one line every train.log_every steps
 SAMPLES = "samples.json"  # texts that the trained model wrote
 LOCK = "lock.json"  # which process writes here
-CHECKPOINTS, EVAL, EVENTS, STORE = "checkpoints", "eval", "events", "store"  # folders
+CHECKPOINTS, EVAL, EVENTS, STORE, PROFILE = "checkpoints", "eval", "events", "store", "profile"  # folders
 
 REFRESH_SECONDS = 10.0
 EXPIRY_SECONDS = 60.0
@@ -208,6 +209,27 @@ class Lock:
                 flush=True,
             )
             os._exit(_BAD_INPUT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Holder:
+    """The process that holds a lock. `alive` is by its process id on this machine, and by its last write elsewhere."""
+
+    pid: int
+    host: str
+    alive: bool
+    silent_seconds: float
+
+
+def read_holder(folder: epath.PathLike) -> Holder | None:
+    """Who holds FOLDER/lock.json, for those who only read; None where nobody does."""
+    lock = Lock(folder, primary=False)
+    holder = lock._holder()
+    if holder is None:
+        return None
+    silent = max(time.time() - holder["refreshed"], 0.0)
+    alive = _alive(holder) if lock._is_here(holder) else silent < EXPIRY_SECONDS
+    return Holder(holder["pid"], str(holder["host"]), alive, silent)
 
 
 def _is_lock(holder: dict[str, Any]) -> bool:

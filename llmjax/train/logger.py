@@ -102,6 +102,10 @@ class MetricsLogger:
         )
         self._restart_window()
 
+    def say(self, text: str) -> None:
+        """Print a line above the progress line."""
+        self._console.say(text)
+
     def close(self) -> None:
         """Leave the console as it stands."""
         self._console.close()

@@ -20,8 +20,10 @@ from llmjax.train import finish, record, resume
 from llmjax.train.context import Progress, TrainContext
 from llmjax.train.logger import MetricsLogger
 from llmjax.train.preemption import Preemption
+from llmjax.train.profiling import Profiler, check_profile
 from llmjax.train.step import make_loss, train_step
 from llmjax.train.store import prepare_once
+from llmjax.train.wandb_run import check_wandb, start_wandb
 
 DONE, DIVERGED, PREEMPTED = 0, 76, 85
 
@@ -34,6 +36,8 @@ def train(config: RunConfig, workdir: epath.Path, say: Callable[[str], None]) ->
     backends.check_batch("train.global_batch", config.train.global_batch, mesh, config.train.accumulation)
     config.model.check(seq_len=config.data.seq_len, tensor=mesh.shape["tensor"])
     schedules.make_schedule(config.optimizer, config.train.steps)
+    check_profile(config.train, workdir)
+    check_wandb(config.train)
     workdir.mkdir(parents=True, exist_ok=True)
     with workdirs.Lock(workdir, primary=hosts.is_primary()) as lock:
         folder = config.train.compilation_cache or str(workdir / "compilation_cache")
@@ -76,6 +80,7 @@ def train(config: RunConfig, workdir: epath.Path, say: Callable[[str], None]) ->
             config, workdir, store, mesh, spec, data, tokenizer, checkpoints, evaluator, log, lock, say
         )
         record.write_run_metadata(context, progress, unsharded)
+        start_wandb(context)
 
         # steps
         status, stop = DONE, config.train.stop_at or config.train.steps
@@ -117,15 +122,18 @@ def run_steps(context: TrainContext, progress: Progress, stop: int) -> int:
         step_function, config.parallel, context.mesh, context.spec.shardings, rows, config.train.global_batch
     )
     logger = MetricsLogger(context, stop, progress)
+    profiler = Profiler(config.train, context.workdir, progress.step + 1, logger.say)
     step = progress.step
     preemption = Preemption(lambda: _describe_loss(step, context.checkpoints.latest()))
     state, batches, status = compiled.shard_state(progress.state), context.data.batches(progress.data_state, rows), DONE
     try:
         for step in range(progress.step + 1, stop + 1):
+            profiler.before_step(step, state)
             with logger.data_timer():
                 local, data_state = next(batches)
             state, metrics = compiled.step(state, compiled.shard_batch(local))
             logger.record(step, metrics)
+            profiler.after_step(step, state)
 
             due = step == stop or step % config.checkpoint.every == 0
             evaluate = config.eval.every and step % config.eval.every == 0 and step < stop
@@ -148,6 +156,7 @@ def run_steps(context: TrainContext, progress: Progress, stop: int) -> int:
                 context.checkpoints.wait()  # a second signal meanwhile says what is lost
                 break
     finally:
+        profiler.close()
         preemption.close()
         logger.close()
     if status == DIVERGED:

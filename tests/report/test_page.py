@@ -1,5 +1,6 @@
 """The report tells what the files hold, nothing else, loads nothing, and survives files that are absent or odd."""
 
+import gzip
 from html.parser import HTMLParser
 import json
 import math
@@ -7,11 +8,13 @@ import pathlib
 import re
 import xml.etree.ElementTree as ElementTree
 
+from etils import epath
 import numpy as np
 import pytest
 
 from llmjax.report import plot, write_report
 from llmjax.report.markup import clean, figure
+from llmjax.report.profile import read_profile
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\" \x00\x1b[31m \ud800 </pre></svg>"
 
@@ -240,7 +243,7 @@ def test_mfu_has_a_plot_where_it_is_known(tmp_path):
 
 def test_each_absent_file_is_named_with_the_command_that_makes_it(tmp_path):
     text = Reader(write_report(tmp_path).read_text()).text
-    for command in ("train --config=FILE", "prepare --config=FILE", "eval"):
+    for command in ("train --config=NAME", "prepare --config=NAME", "eval"):
         assert f"llmjax {command} --workdir={tmp_path}" in text
     for absent in (
         "No step was logged",
@@ -291,6 +294,54 @@ def test_few_or_odd_metrics_are_drawn_or_said(tmp_path, lines):
     Reader(text)
     if check_svgs(text) == 0:
         assert "No finite value of Loss was logged" in text
+
+
+def trace_event(name: str, ts: float, dur: float, tid: int = 1, pid: int = 1, **args) -> dict:
+    return {"ph": "X", "pid": pid, "tid": tid, "ts": ts, "dur": dur, "name": name, "args": args}
+
+
+def put_trace(run: pathlib.Path, events: list, time: str = "2026_01_01_00_00_00") -> pathlib.Path:
+    path = run / "profile/plugins/profile" / time / "host.trace.json.gz"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(gzip.compress(json.dumps({"traceEvents": events}).encode()))
+    return path
+
+
+def test_the_profile_lists_operations_without_what_is_inside_them(tmp_path):
+    """A loop of 100 us whose body takes 70 us; an event of the host and one of another thread at the same time."""
+    run = make_run(tmp_path, steps=10)
+    put_trace(run, [trace_event("old", 0, 5, hlo_op="old")], time="2025_12_31_00_00_00")
+    loop = [trace_event("while.1", 10, 100, hlo_op="while.1"), trace_event("body <b>", 20, 30, hlo_op="body <b>")]
+    loop += [trace_event("body <b>", 60, 40, hlo_op="body <b>"), trace_event("inner", 65, 10, hlo_op="inner")]
+    other = [trace_event("dot.2", 15, 900, tid=2, hlo_op="dot.2"), trace_event("PjitFunction", 0, 5000)]
+    put_trace(run, [*loop, *other, {}])
+    found = [(op.name, round(op.seconds * 1e6), op.count) for op in read_profile(epath.Path(run)).operations]
+    assert found == [("dot.2", 900, 1), ("body <b>", 60, 2), ("while.1", 30, 1), ("inner", 10, 1)]
+    page = write_report(run).read_text()
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", page.split("<h2>Profile</h2>")[1].split("</table>")[0])
+    assert cells[4:8] == ["body &lt;b&gt;", "0.060", "6.0%", "2"]
+
+
+def test_an_accelerators_operations_are_counted_once(tmp_path):
+    """They are on its line "XLA Ops", and again on a stream."""
+    lines = [(1, "XLA Ops"), (2, "Stream #7")]
+    events = [{"ph": "M", "pid": 3, "tid": tid, "name": "thread_name", "args": {"name": name}} for tid, name in lines]
+    events += [trace_event("fusion.1", 0, 50, tid=tid, pid=3, hlo_op="fusion.1") for tid, _ in lines]
+    put_trace(tmp_path, events)
+    (found,) = read_profile(epath.Path(tmp_path)).operations
+    assert (found.name, found.count) == ("fusion.1", 1)
+
+
+@pytest.mark.parametrize("content", [b"", b"no gzip", gzip.compress(b"[]"), gzip.compress(b'{"traceEvents": [1]}')])
+def test_a_damaged_profile_is_named(tmp_path, content):
+    run = make_run(tmp_path, steps=10)
+    put_trace(run, []).write_bytes(content)
+    page = write_report(run).read_text()
+    assert "<h2>Profile</h2>" not in page and f"Not readable: {run / 'profile'}" in page
+
+
+def test_without_a_trace_there_is_no_profile(full):
+    assert "Profile" not in full
 
 
 def test_a_long_run_stays_small_and_keeps_its_spikes():

@@ -16,9 +16,10 @@ def score(workdir: pathlib.Path) -> dict:
 
 def test_a_score_under_other_settings_is_not_taken_for_the_runs_own(tmp_path):
     corpus, workdir = jobs.write_corpus(tmp_path / "corpus"), tmp_path / "run"
-    settings = {"train__steps": 2, "sample__prompts": "('import',)", "sample__max_tokens": 5}
+    settings = {"train__steps": 2, "sample__prompts": "('import',)", "sample__max_tokens": 5, "train__profile": "(2,1)"}
     train = jobs.command("train", workdir, corpus, **settings)
-    jobs.run(train)
+    assert "profile of steps 2 to 2: " in jobs.run(train)
+    assert "<h2>Profile</h2>" in (workdir / "report.html").read_text()
     first, written = score(workdir), (workdir / "eval" / "2" / "validation.json").stat().st_mtime_ns
     jobs.run(train)
     assert (workdir / "eval" / "2" / "validation.json").stat().st_mtime_ns == written, "scored once"

@@ -254,7 +254,7 @@ def test_no_space_left_is_one_line(corpus, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(preparing.store, "write_manifest", full)
+    monkeypatch.setattr(preparing.token_store, "write_manifest", full)
     with pytest.raises(UserError, match=r"no space left for the token store at .*finished shards are kept"):
         make(config(corpus[0]), tmp_path / "s")
     monkeypatch.undo()

@@ -1,0 +1,81 @@
+"""`train.profile` writes a trace of its steps, whatever part of them a process runs, and one line for a bad value."""
+
+from etils import epath
+import jax
+import jax.numpy as jnp
+import pytest
+
+from llmjax.errors import UserError
+from llmjax.report.profile import read_profile
+from llmjax.run.config import RunConfig, TrainConfig
+from llmjax.train.profiling import Profiler, check_profile
+
+RUNS = jax.jit(lambda x: jax.lax.fori_loop(0, 20, lambda _, y: jnp.sin(y @ y), x))
+
+
+def run(workdir, profile: tuple, steps: range) -> list[str]:
+    """The lines printed by a loop over `steps` that runs one program a step."""
+    said: list[str] = []
+    profiler = Profiler(TrainConfig(profile=profile), epath.Path(workdir), steps.start, said.append)
+    state = jax.block_until_ready(RUNS(jnp.ones((64, 64))))
+    for step in steps:
+        profiler.before_step(step, state)
+        state = RUNS(state)
+        profiler.after_step(step, state)
+    jax.block_until_ready(state)
+    profiler.close()
+    return said
+
+
+@pytest.mark.parametrize(
+    "profile, steps, traced",
+    [
+        ((2, 3), range(1, 8), (2, 4)),
+        ((2, 3), range(3, 8), (3, 4)),  # resumed inside the window
+        ((2, 3), range(1, 4), (2, 3)),  # ended inside the window
+        ((), range(1, 4), None),
+        ((5, 1), range(1, 4), None),  # ended before the window
+    ],
+)
+def test_the_steps_of_the_window_are_traced(tmp_path, profile, steps, traced):
+    said, found = run(tmp_path, profile, steps), read_profile(epath.Path(tmp_path))
+    if traced is None:
+        assert not said and found is None
+        return
+    assert len(said) == 1 and said[0].startswith(f"profile of steps {traced[0]} to {traced[1]}: {found.path.parent}")
+    assert "ui.perfetto.dev" in said[0]
+    assert found.operations and found.seconds > 0
+
+
+def test_a_window_that_has_passed_is_reported(tmp_path):
+    assert run(tmp_path, (2, 3), range(5, 8)) == ["train.profile=(2, 3): these steps are done, so no trace is written"]
+
+
+def test_only_the_primary_process_traces(tmp_path, monkeypatch):
+    monkeypatch.setattr("llmjax.parallel.hosts.is_primary", lambda: False)
+    assert run(tmp_path, (2, 3), range(1, 8)) == [] and not list(tmp_path.iterdir())
+
+
+def test_a_trace_that_cannot_be_written_ends_no_run(tmp_path):
+    (tmp_path / "profile").write_text("a file")
+    (line,) = run(tmp_path, (1, 2), range(1, 4))
+    assert line.startswith("no profile of steps 1 to 2: ") and "training continues" in line
+
+
+@pytest.mark.parametrize(
+    "value", [(1,), (1, 2, 3), (0, 5), (5, 0), (-1, 3), (1.0, 2), ("1", 2), (True, 2), ((1, 2), 3)]
+)
+def test_a_bad_window_is_one_line(value):
+    with pytest.raises(UserError, match=r"^train\.profile=.*: expected \(first step, number of steps\)"):
+        RunConfig(train=TrainConfig(profile=value))
+
+
+def test_a_window_beyond_the_run_is_one_line():
+    assert RunConfig(train=TrainConfig(steps=10, profile=(8, 3))).train.profile == (8, 3)
+    with pytest.raises(UserError, match=r"ends at step 11, beyond train\.steps=10"):
+        RunConfig(train=TrainConfig(steps=10, profile=(8, 4)))
+
+
+def test_an_object_store_is_refused():
+    with pytest.raises(UserError, match="gs://bucket/run"):
+        check_profile(TrainConfig(profile=(1, 1)), epath.Path("gs://bucket/run"))
