@@ -257,7 +257,7 @@ def _check_kernel(config: DecoderConfig) -> None:
     asked = {
         "scale": ("score_scale", bool(config.score_scale)),
         "softcap": ("score_softcap", bool(config.score_softcap)),
-        "attention_sinks": ("attention_sinks", config.attention_sinks),
+        "sinks": ("attention_sinks", config.attention_sinks),
         "window": ("window", any(config.local_layers)),
         "pattern": ("pattern", len(set(config.local_layers)) > 1),
     }
