@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: a reader sees the old content or the new one, never a part."""
+"""Atomic file writes: a reader sees the old content or the new content, never a part."""
 
 from collections.abc import Iterator
 import contextlib

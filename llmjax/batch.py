@@ -1,4 +1,4 @@
-"""What every model reads and gives back: packed rows, alike on host (numpy) and device, and hidden states."""
+"""The input and output of every model: packed rows (numpy on the host, arrays on the device) and hidden states."""
 
 import dataclasses
 from typing import Any

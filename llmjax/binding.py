@@ -1,4 +1,4 @@
-"""The door: config files and command-line overrides become frozen dataclasses, one per section."""
+"""Bind config files and command-line overrides to frozen dataclasses, one per section."""
 
 import ast
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What a run tells while it trains: metrics.jsonl, TensorBoard events, a console line, and useful FLOPs over the peak.
+"""Metrics of a training run: metrics.jsonl, sinks such as TensorBoard, the console line, and MFU.
 
 A line of metrics.jsonl is one JSON object. Means and rates cover the steps since the line before it.
 

@@ -1,4 +1,4 @@
-"""A fingerprint of arrays that depends on their names and bits alone: not on mesh, layout or number of processes."""
+"""A fingerprint of arrays that depends only on names and bits, not on mesh, layout or number of processes."""
 
 from typing import Any
 import zlib

@@ -1,4 +1,4 @@
-"""Checkpoints that can be trusted: saved in the background, whole or not at all, and proved good before they are used.
+"""Checkpoints: saved asynchronously and atomically, and verified by fingerprint before they are used.
 
 WORKDIR/checkpoints/<step>/ holds one Orbax item for each part (`params`, `opt_state`) and `meta`, a JSON object.
 Parts are any trees of arrays. Neither Orbax nor TensorStore notices a flipped bit, so every checkpoint carries the

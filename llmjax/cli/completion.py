@@ -1,4 +1,4 @@
-"""Shell completion by argcomplete, which asks the commands' own parsers: no list of flags is kept twice.
+"""Shell completion with argcomplete, from the parsers of the commands themselves.
 
 bash and zsh: eval "$(register-python-argcomplete llmjax)"
 """

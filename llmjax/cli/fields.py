@@ -1,4 +1,4 @@
-"""`llmjax fields`: every field of every config, as the dataclasses tell it."""
+"""`llmjax fields`: list every config field with its docstring and default."""
 
 import dataclasses
 import textwrap

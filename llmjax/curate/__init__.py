@@ -1,1 +1,1 @@
-"""The data room: from raw text to a corpus that can be trusted. Measure every document, decide, write."""
+"""Curation: from raw text to a corpus. Measure every document, decide, write."""

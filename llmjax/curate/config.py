@@ -1,4 +1,4 @@
-"""What the curate room is told: inputs, stages in their order, and the settings of each."""
+"""Config of curation: inputs, the order of the stages, and the settings of each stage."""
 
 from collections.abc import Mapping
 import dataclasses

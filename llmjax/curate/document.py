@@ -1,4 +1,4 @@
-"""A document on its way through the stages: its text, what was found out about it, and what came with it."""
+"""A document on its way through the stages: text, scores and metadata."""
 
 from collections.abc import Mapping
 import dataclasses

@@ -1,4 +1,4 @@
-"""What the data room is told: sources, tokenizer, split, packing, mixture, and what is asked of the text."""
+"""Config of the data: sources, tokenizer, split, packing, mixture, and the objective."""
 
 from collections.abc import Mapping
 import dataclasses

@@ -1,4 +1,4 @@
-"""Bits well stirred: what hashes and draws on the host are made with."""
+"""The 64-bit mixing function that hashes and random draws on the host use."""
 
 import numpy as np
 

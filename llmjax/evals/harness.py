@@ -1,4 +1,4 @@
-"""Evaluation: every example of a split exactly once, on any mesh. A checkpoint goes in, a report comes out."""
+"""Evaluation: score every example of a split exactly once, on any mesh."""
 
 from collections.abc import Callable, Sequence
 import dataclasses

@@ -1,4 +1,4 @@
-"""Fill gaps: what a model trained by masked LM expects in the place of each mask, the likeliest first."""
+"""Predict masked tokens with a masked-LM checkpoint, most probable first."""
 
 from collections.abc import Sequence
 import dataclasses

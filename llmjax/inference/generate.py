@@ -1,4 +1,4 @@
-"""Continue prompts: prefill a cache of keys and values once, then draw token by token."""
+"""Continue prompts: prefill the KV cache once, then sample token by token."""
 
 from collections.abc import Sequence
 import dataclasses

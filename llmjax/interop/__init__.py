@@ -1,1 +1,1 @@
-"""Checkpoints of Hugging Face transformers, in and out: one mapping per family, read and written tensor by tensor."""
+"""Import and export of Hugging Face checkpoints: one mapping per family, read and written tensor by tensor."""

@@ -1,4 +1,4 @@
-"""Tensors of decoder-only checkpoints: the names of GPT-2, and those that Llama's successors share."""
+"""Mapping rules of decoder-only checkpoints: GPT-2's names, and those that Llama and its successors share."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""`llmjax export`: a checkpoint of ours as a folder that transformers loads."""
+"""`llmjax export`: write a checkpoint as a folder that transformers loads."""
 
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses

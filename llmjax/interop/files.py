@@ -1,4 +1,4 @@
-"""Safetensors files: parts of tensors read from disk as they are asked for, and files written one tensor at a time.
+"""Read and write safetensors files tensor by tensor, and parts of tensors.
 
 The format is a length, a JSON header and the tensors' bytes. It is read here rather than by the library of that name
 (0.8), which has no float8 for numpy, reads parts at a third of this speed, takes the last of two tensors of one name,

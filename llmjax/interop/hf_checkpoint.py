@@ -1,4 +1,4 @@
-"""A published checkpoint on disk: its architecture, its config.json, and its tensors, unpacked where quantised."""
+"""A published checkpoint on disk: architecture, config.json, and tensors, dequantised where needed."""
 
 from collections.abc import Callable, Collection, Mapping
 import dataclasses

@@ -1,4 +1,4 @@
-"""Reading config.json: every field is used, known to change no number, or refused; and its rotary frequencies."""
+"""Read config.json: every field is used, known to have no effect, or refused; and its rotary frequencies."""
 
 from collections.abc import Mapping
 import re

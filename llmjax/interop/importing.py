@@ -1,4 +1,4 @@
-"""`llmjax import`: a published checkpoint becomes a workdir whose step 0 can be sampled, scored and trained on."""
+"""`llmjax import`: a published checkpoint becomes step 0 of a workdir."""
 
 from collections.abc import Callable, Sequence
 import dataclasses

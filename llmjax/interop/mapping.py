@@ -1,4 +1,4 @@
-"""Names, layouts and shapes of another project's tensors, declared once as rules and applied in both directions."""
+"""Mappings between tensors of Hugging Face and parameters here, declared once and applied in both directions."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses

@@ -1,4 +1,4 @@
-"""Between files and sharded arrays, without a full copy in host memory: a device's shard, or a tensor, at a time."""
+"""Transfer between files and sharded arrays without a full copy in host memory."""
 
 from collections.abc import Callable
 import functools

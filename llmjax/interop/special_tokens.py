@@ -1,4 +1,4 @@
-"""The special tokens of a published folder: which ids end a text, what frames a prompt, which tokens files add.
+"""Special tokens of a published folder: stop ids, what frames a prompt, added tokens.
 
 Several files speak of them. They are read in the order in which transformers lets one override the other.
 """

@@ -1,4 +1,4 @@
-"""Tokenizers that travel with a checkpoint: taken over from a published folder, and written for others to read."""
+"""Tokenizers of published checkpoints: imported into a workdir, and exported with a checkpoint."""
 
 from collections.abc import Callable, Iterable
 import json

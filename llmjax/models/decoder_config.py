@@ -1,4 +1,4 @@
-"""The decoder's fields, their limits, and what they cost."""
+"""The config of decoder-only models: fields, checks and cost."""
 
 import dataclasses
 from typing import ClassVar

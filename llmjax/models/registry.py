@@ -1,4 +1,4 @@
-"""Model families by name: from a config to a module, its shapes, its axes and its first parameters."""
+"""Model families by name: from a config to a module, shapes, logical axes and initial parameters."""
 
 import math
 import typing

@@ -1,1 +1,1 @@
-"""Layers: functions of arrays and their own settings; they know no mesh, no config file and no optimizer."""
+"""Layers: functions of arrays and their own settings, independent of mesh, config files and optimizer."""

@@ -1,4 +1,4 @@
-"""Self-attention that stays inside a segment; the kernel is chosen by name."""
+"""Self-attention inside segments; the kernel is chosen by name."""
 
 from collections.abc import Callable, Sequence
 import dataclasses

@@ -1,4 +1,4 @@
-"""Attention of one sequence to the keys and values of another, or to its own, without rotation."""
+"""Attention to the keys and values of another sequence, or of the same one, without rotary embedding."""
 
 from flax import nnx
 import jax

@@ -1,4 +1,4 @@
-"""Dropout whose draws belong to a sample, not to a place: the same on any mesh, replica, host or microbatch."""
+"""Dropout keyed by sample: the same on any mesh, replica, host or microbatch."""
 
 import dataclasses
 

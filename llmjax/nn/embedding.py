@@ -1,4 +1,4 @@
-"""Lookup tables, and the head that turns hidden states into logits."""
+"""Embedding tables, and the head that maps hidden states to logits."""
 
 from flax import nnx
 import jax

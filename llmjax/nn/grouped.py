@@ -1,4 +1,4 @@
-"""Matmul of rows sorted by group with one matrix for each group, at the cost of the rows and not of the groups."""
+"""Grouped matmul: rows sorted by group, each group times its own matrix."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Multi-head latent attention: all heads make their keys and values from one small vector, which is what is cached."""
+"""Multi-head latent attention: keys and values of all heads come from one cached latent vector."""
 
 from typing import Any
 

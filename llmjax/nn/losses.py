@@ -1,4 +1,4 @@
-"""Token cross-entropy as sums, in chunks of the sequence, so that [batch, seq, vocab] never exists."""
+"""Token cross-entropy as sums, in chunks of the sequence, so that [batch, seq, vocab] logits never exist."""
 
 from collections.abc import Callable
 import dataclasses

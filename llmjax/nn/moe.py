@@ -1,4 +1,4 @@
-"""Mixture of experts: a router chooses a few feed-forward networks for each token, and no token is dropped."""
+"""Mixture of experts: a router sends each token to a few feed-forward networks; no token is dropped."""
 
 from collections.abc import Callable
 import dataclasses

@@ -1,4 +1,4 @@
-"""Recurrent cells (RNN, LSTM, GRU) and the scan over time that runs them; a segment starts from a state of 0."""
+"""Recurrent cells (RNN, LSTM, GRU) and their scan over time; each segment starts from a zero state."""
 
 from collections.abc import Callable
 import dataclasses

@@ -1,4 +1,4 @@
-"""Relative position bias: what attention adds to a score for the distance between query and key, learned by buckets."""
+"""Relative position bias: a learned, bucketed bias on attention scores by distance."""
 
 from flax import nnx
 import jax

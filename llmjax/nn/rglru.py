@@ -1,4 +1,4 @@
-"""A linear recurrence that a parallel scan computes, and Griffin's recurrent block around it."""
+"""RG-LRU: a linear recurrence computed by a parallel scan, and Griffin's recurrent block around it."""
 
 import functools
 

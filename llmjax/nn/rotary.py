@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al., 2021, arXiv 2104.09864), in the layout that pairs the two halves of a head."""
+"""Rotary position embedding (Su et al., 2021, arXiv 2104.09864), pairing the two halves of a head."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Run stacked blocks one after the other, by a scan or unrolled, with what the backward pass keeps chosen by name."""
+"""Run stacked blocks by a scan or unrolled, with a rematerialisation policy chosen by name."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""The one way to make a parameter: a value, and the logical axis of each of its dimensions."""
+"""Create parameters: a value, and the logical axis of each dimension."""
 
 from collections.abc import Mapping
 

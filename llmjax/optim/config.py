@@ -1,4 +1,4 @@
-"""What the optimizer room is told: the name, the rates, the schedule; and what is wrong with it, in one line."""
+"""Config of the optimizer: name, schedule and hyperparameters, with their checks."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a parameter is, told by its logical axes, and how a transformation acts on each layer of a stack alone.
+"""Classify parameters by their logical axes, and apply a transformation to each layer of a stack separately.
 
 Blocks are stacked along a leading "layers" axis, experts, or the blocks of a block-diagonal matrix, along an axis after
 it, and heads keep an axis of their own, so the number of dimensions says nothing: ("layers", "embed") is a norm scale,

@@ -1,4 +1,4 @@
-"""Every optimizer by name: clipped, scheduled, decayed and averaged in one pure update, with axes for its state."""
+"""All optimizers by name: clipping, schedule, weight decay and averaging in one pure update."""
 
 from collections.abc import Callable
 import dataclasses

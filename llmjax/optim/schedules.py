@@ -1,4 +1,4 @@
-"""Learning rate schedules: pure functions of the optimizer's update count, which a skipped step does not advance."""
+"""Learning rate schedules: functions of the optimizer's update count, which skipped steps do not advance."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""One vocabulary of logical axes, and the one place that turns names into mesh axes.
+"""Logical axes, and the rules that map them to mesh axes.
 
 The names stand in docstrings as shapes, on parameters as shardings, on activations as constraints:
 batch seq embed mlp blocks heads kv_heads head_dim vocab layers experts (networks of a mixture, and what counts them)

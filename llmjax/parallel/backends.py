@@ -1,4 +1,4 @@
-"""One step, two compilers: jit shards it by rules, pmap maps it over replicas. Both read and give the same state."""
+"""Compile the train step with one of two backends: jit shards it by the rules, pmap maps it over replicas."""
 
 from collections.abc import Callable
 import dataclasses

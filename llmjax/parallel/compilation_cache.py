@@ -1,4 +1,4 @@
-"""JAX's cache of compiled programs on disk, arranged so that every process of a job finds its own programs there."""
+"""Persistent compilation cache that every process of a job can read and write."""
 
 import importlib
 import logging

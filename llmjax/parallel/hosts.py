@@ -1,4 +1,4 @@
-"""Processes that form one job: how they start, agree, wait with a limit, and cut the global batch between them."""
+"""Multi-process jobs: initialisation, agreement, bounded waiting, and the rows of the global batch per process."""
 
 import collections
 import ctypes

@@ -1,4 +1,4 @@
-"""Requests to stop: SIGTERM, SIGHUP and Ctrl-C end any command with one line and the status 128 + signal.
+"""SIGTERM, SIGHUP and Ctrl-C end any command with one line and exit status 128 + signal.
 
 Training handles them itself while it steps (train.preemption): it saves and ends with 85.
 """

@@ -1,4 +1,4 @@
-"""Choosing a size: what a budget of arithmetic should buy, by published scaling laws."""
+"""Choose a model size for a compute budget by published scaling laws."""
 
 import dataclasses
 

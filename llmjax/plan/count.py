@@ -1,4 +1,4 @@
-"""What a model is made of and what it costs: parameters by part, FLOPs per token, bytes kept for the backward pass."""
+"""The cost of a model: parameters by part, FLOPs per token, bytes kept for the backward pass."""
 
 import dataclasses
 import math

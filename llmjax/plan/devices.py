@@ -1,4 +1,4 @@
-"""Accelerators by the names people use: peak arithmetic and memory of one JAX device."""
+"""Accelerators by name: peak FLOPs and memory of one JAX device."""
 
 import dataclasses
 import time

@@ -1,4 +1,4 @@
-"""What `llmjax size` prints: a size for a budget, or what a config's model is made of and costs."""
+"""The output of `llmjax size`: a size for a budget, or the parts and cost of a config's model."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""One HTML page that tells a run from its files; opens anywhere, loads nothing."""
+"""Self-contained HTML reports, written from the files of a run."""
 
 from llmjax.report.page import write_report
 

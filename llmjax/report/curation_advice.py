@@ -1,4 +1,4 @@
-"""What a reader of the data card may want to change, said where its numbers ask for it, with the setting."""
+"""Suggestions on the data card: which setting to change, given the numbers."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The data card: what happened to a corpus on its way through `llmjax curate`, from its report.json."""
+"""The data card of `llmjax curate`, rendered from report.json."""
 
 from collections.abc import Iterable, Iterator
 import json

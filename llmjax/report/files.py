@@ -1,4 +1,4 @@
-"""What a run left in its workdir, read for a report; what is absent or cannot be read is None or empty."""
+"""Read the files of a workdir for a report; missing or unreadable ones are None or empty."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""Pieces of a page: escaped text, numbers as people read them, tables, cards, and the page's one style sheet."""
+"""HTML parts of a report: escaped text, formatted numbers, tables, cards, and the style sheet."""
 
 from collections.abc import Iterable, Sequence
 import html

@@ -1,4 +1,4 @@
-"""The report's story: how good, how it went, how fast, what ran, on which data, what it writes."""
+"""The report of a training run: scores, curves, speed, configuration, data, samples."""
 
 from collections.abc import Iterable
 import datetime

@@ -1,4 +1,4 @@
-"""Plots as inline SVG: curves over steps and bars. Colours are CSS classes, so that the page's theme holds here too."""
+"""Plots as inline SVG: curves over steps, and bars. Colours are CSS classes of the report's theme."""
 
 from collections.abc import Callable, Sequence
 import dataclasses

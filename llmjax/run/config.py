@@ -1,4 +1,4 @@
-"""The whole config of a run: every section, bound once at the door and then handed out piece by piece."""
+"""The config of a run: all sections, bound once and then passed on section by section."""
 
 from collections.abc import Sequence
 import dataclasses

@@ -1,4 +1,4 @@
-"""What `llmjax inspect` shows: a run's checkpoints and config, from the files beside the arrays. No device work."""
+"""The output of `llmjax inspect`: checkpoints and config of a run, read without device work."""
 
 from collections.abc import Iterator
 import json

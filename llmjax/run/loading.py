@@ -1,4 +1,4 @@
-"""A trained model from a workdir, on whatever mesh is at hand: what evaluation, generation and export start from."""
+"""Load a checkpoint from a workdir onto the available mesh, for evaluation, generation and export."""
 
 from collections.abc import Callable, Sequence
 import dataclasses

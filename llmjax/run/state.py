@@ -1,4 +1,4 @@
-"""The state of a run, its abstract form, and the one place that decides how each leaf is sharded."""
+"""The train state: arrays, abstract form, and the sharding of each leaf."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""Scalars for TensorBoard, written at once by the caller's own thread.
+"""Write TensorBoard events synchronously, without a background thread.
 
 tensorboardX's SummaryWriter writes from a thread of its own: on a full disk it prints a traceback there, and the caller
 waits for ever for its queue. Only its message types and its checksum are used here.

@@ -1,4 +1,4 @@
-"""A run's folder: the names of its files, JSON files that are written whole, and the lock of whoever writes there.
+"""The workdir of a run: file names, atomic JSON files, and the lock.
 
 The lock works on any path that epath knows: it needs whole-file writes alone, so object stores serve as well. That is
 why it is no lock of the library filelock, which needs flock or exclusive creation and has no way to tell a holder that

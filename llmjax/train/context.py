@@ -1,4 +1,4 @@
-"""What a training job holds while it runs: fixed parts, and the progress that a checkpoint saves."""
+"""The fixed parts of a training job, and the progress that a checkpoint saves."""
 
 from collections.abc import Callable
 import dataclasses

@@ -1,4 +1,4 @@
-"""The end of training: evaluate, sample, report, and say in a few lines what came out."""
+"""The end of training: evaluate, sample, write the report, print a summary."""
 
 import shlex
 

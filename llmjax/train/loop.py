@@ -1,4 +1,4 @@
-"""Training, as a story in chapters: place, data, model, start, steps, finish."""
+"""The training loop: set-up, data, model, resume, steps, finish."""
 
 from collections.abc import Callable
 import functools

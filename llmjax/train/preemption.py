@@ -1,4 +1,4 @@
-"""SIGTERM, SIGHUP or Ctrl-C during training: all processes of a job save the same step and stop."""
+"""SIGTERM, SIGHUP or Ctrl-C during training: all processes save the same step and stop."""
 
 from collections.abc import Callable, Iterator
 import contextlib

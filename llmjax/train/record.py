@@ -1,4 +1,4 @@
-"""What a run writes about itself: config.json, run.json (devices, sizes, restarts), data.json."""
+"""Metadata files of a run: config.json, run.json (devices, sizes, restarts), data.json."""
 
 import time
 import uuid

@@ -1,4 +1,4 @@
-"""Where a run starts: fresh, or at the newest good checkpoint, after a check that the config still fits it."""
+"""Restore the newest good checkpoint or initialise, after checking that the config still fits."""
 
 from collections.abc import Callable
 import dataclasses

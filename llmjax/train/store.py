@@ -1,4 +1,4 @@
-"""The token store of a context: process 0 prepares it, the others wait, and all check that they read the same one."""
+"""Prepare the token store of a job on process 0, and check that all processes read the same one."""
 
 from collections.abc import Callable
 import pathlib

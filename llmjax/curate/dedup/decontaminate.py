@@ -1,4 +1,4 @@
-"""Decontamination: documents that share a run of words with an evaluation set.
+"""Decontamination: find documents that share an n-gram with an evaluation set.
 
 Runs of 13 words, as in Brown et al., 2020 (arXiv 2005.14165, appendix C). An example of the set that is shorter
 but has at least `min_words` is looked for as a whole; shorter ones say nothing: ordinary text has them by chance.

@@ -1,4 +1,4 @@
-"""Exact and near duplicates: which documents are copies of which, and the one of them that stays.
+"""Exact and near-duplicates: cluster them and keep one document per cluster.
 
 Documents that share a band of their MinHash signatures are compared; those alike are joined into clusters. Bands are
 cut twice from the same values, along them and across: texts of Jaccard similarity 0.68 meet with probability 0.70

@@ -1,4 +1,4 @@
-"""From raw text to a corpus: measure every unit, decide on the columns, write every unit. Resumable at every step.
+"""Run a curation: measure every unit, decide on the scores, write the corpus. Resumable at every step.
 
 WORKDIR/measured/     texts and scores of every unit; a later run with other thresholds starts from them
 WORKDIR/unfinished/   what a run is about to hand over

@@ -1,4 +1,4 @@
-"""Deciding: thresholds and what only the whole corpus can tell, on columns alone. No text is read."""
+"""Decide which documents to keep, from score columns alone; no text is read."""
 
 from collections.abc import Iterator, Sequence
 import dataclasses

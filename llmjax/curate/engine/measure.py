@@ -1,4 +1,4 @@
-"""Measuring a unit: every record is read and goes through the stages in order; no threshold is applied."""
+"""Measure a unit: read each record and run the stages in order; no threshold is applied."""
 
 import dataclasses
 import json

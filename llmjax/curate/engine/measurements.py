@@ -1,4 +1,4 @@
-"""What measuring leaves of a unit: texts with their scores, and the same scores as columns that decisions read.
+"""What measuring a unit writes: texts with their scores, and the scores as columns.
 
 KEY.jsonl.zst        one line a record in the unit's order: a document, or an excerpt of what was dropped on the way
 KEY.npz              columns, one row a record

@@ -1,4 +1,4 @@
-"""Two ways to run the same functions over many parts: processes of this machine, or a Ray cluster.
+"""Runners that execute stage functions over many parts: local processes, or a Ray cluster.
 
 Both offer `map`, one task after another wherever there is room, and `exchange`, in which every task sorts its results
 into partitions and every partition is then reduced as a whole. What comes out depends on the tasks alone.

@@ -1,4 +1,4 @@
-"""The stages by name: what each measures of a document, and which settings that depends on.
+"""The stages by name: what each computes for a document, and which settings it depends on.
 
 A stage's `measure` is a pure function of a document and the config: it returns the document, changed or with more
 scores, or the reason why it is dropped whatever the thresholds are. What thresholds drop is decided later.

@@ -1,4 +1,4 @@
-"""The data card's numbers: what came in, what every stage did, what stays. Columns in, report.json out."""
+"""The numbers of the data card: inputs, effect of each stage, result. Columns in, report.json out."""
 
 from collections import Counter
 from typing import Any

@@ -1,4 +1,4 @@
-"""Writing a unit: what stays, by split, and what was dropped, with the stage and the reason."""
+"""Write a unit: kept documents by split, and dropped ones with stage and reason."""
 
 from collections import Counter
 import contextlib

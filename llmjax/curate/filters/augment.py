@@ -1,4 +1,4 @@
-"""Changed copies of a document: a pure function of the text, the seed, the copy's number and the document's id.
+"""Augmented copies of a document: a pure function of text, seed, copy number and document id.
 
 Words left out and swapped, after Wei and Zou, 2019 (arXiv 1901.11196), who found both to help small training sets.
 """

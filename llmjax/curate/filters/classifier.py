@@ -1,4 +1,4 @@
-"""A linear classifier of quality: texts like the good ones, or like the bad ones. NumPy alone, learned in seconds."""
+"""A linear quality classifier over hashed n-grams, trained with NumPy on good and bad examples."""
 
 from collections.abc import Iterable, Iterator
 import dataclasses

@@ -1,4 +1,4 @@
-"""The language of a text, by a model that is inside the package py3langid: bytes of a text to one of its languages."""
+"""Language identification with the model inside the package py3langid."""
 
 import functools
 import re

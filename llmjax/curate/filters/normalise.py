@@ -1,4 +1,4 @@
-"""Text mended: encodings, entities, newlines, control and zero-width characters, one form for each character (NFC)."""
+"""Text normalisation: fix encodings, entities, newlines, control and zero-width characters; apply NFC."""
 
 from collections import Counter
 import html

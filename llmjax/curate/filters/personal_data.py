@@ -1,4 +1,4 @@
-"""Personal data and secrets in a text: found, and replaced by typed placeholders.
+"""Find personal data and secrets in a text and replace them by typed placeholders.
 
 Every kind has a cheap sign (an @, a digit, a marker); its rules run only where the sign is. Names and addresses of
 people are no kind: no rule tells them from other words.

@@ -1,4 +1,4 @@
-"""Published rules of quality: a text is measured once, and thresholds are applied to what was measured.
+"""Published quality filters: scores are computed once, and thresholds are applied to them.
 
 Sources of the rules, thresholds and word lists:
   Rae et al. 2021, "Scaling Language Models: Methods, Analysis & Insights from Training Gopher", arXiv 2112.11446,

@@ -1,4 +1,4 @@
-"""Settings of the quality rules and of the classifier."""
+"""Settings of the quality filters and of the classifier."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Who and what a corpus speaks of: how often it has the words of lists, each a group of a topic.
+"""Count the words of topic lists, to show which groups and topics a corpus mentions.
 
 A list is a text file of lines such as `gender/women: she, her, woman, women`. Counts describe; nothing is dropped.
 """

@@ -1,4 +1,4 @@
-"""The body of an HTTP message: transfer and content codings undone (RFC 9110 section 8.4, RFC 9112 section 7).
+"""Decode the body of an HTTP message: transfer and content codings (RFC 9112 section 7, RFC 9110 section 8.4).
 
 Decoding streams fixed steps of the input and stops at a limit, so time is linear in what is read and written, and a
 body of a few kilobytes cannot fill the memory. A body is returned whole or not at all.

@@ -1,4 +1,4 @@
-"""The records of a unit, read one by one; what cannot be read is refused, not lost."""
+"""Read the records of a unit one by one; unreadable records are rejected and counted."""
 
 from collections.abc import Callable, Iterator
 import csv

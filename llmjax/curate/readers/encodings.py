@@ -1,4 +1,4 @@
-"""Bytes to text: the encoding that is marked, UTF-8, the declared one, else the likeliest; mends are counted."""
+"""Decode bytes to text: byte order mark, UTF-8, the declared encoding, else the likeliest; fixes are counted."""
 
 import codecs
 from collections.abc import Iterator

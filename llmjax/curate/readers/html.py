@@ -1,4 +1,4 @@
-"""The main text of an HTML page, by trafilatura, and the pages among records whose content is not stated."""
+"""Extract the main text of HTML pages with trafilatura; detect pages among untyped records."""
 
 import html as entities
 import importlib.metadata

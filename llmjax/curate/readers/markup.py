@@ -1,4 +1,4 @@
-"""Whether a text is HTML: a page, or a part of one, rather than prose, code or XML in which tags occur."""
+"""Detect HTML: a page or fragment, as opposed to prose, code or XML that contains tags."""
 
 from html import unescape
 import re

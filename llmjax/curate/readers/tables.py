@@ -1,4 +1,4 @@
-"""Rows of CSV and TSV files, and values of Parquet columns, whatever bytes they hold."""
+"""Rows of CSV and TSV files and values of Parquet columns, for any bytes they contain."""
 
 from collections.abc import Iterator
 import contextlib

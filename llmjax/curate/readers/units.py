@@ -1,4 +1,4 @@
-"""Inputs listed as units of work that several processes can share, whatever their number."""
+"""Split inputs into units of work that processes share, independent of the number of processes."""
 
 from collections.abc import Iterable
 import csv

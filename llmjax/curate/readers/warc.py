@@ -1,4 +1,4 @@
-"""Captured pages of WARC and ARC files, by a reader that goes on after damage.
+"""Read the pages of WARC and ARC files; continues after damage.
 
 Formats: ISO 28500 (WARC 1.0 and 1.1) and the ARC file format of the Internet Archive, version 1. FastWARC 2.0 reads
 WARC at twice the speed, but not ARC, and it ends at the first damaged place: of the whole pages in files with one such

@@ -1,4 +1,4 @@
-"""Which source a sample comes from, and which of that source's samples it is: a pure function of the sample index.
+"""Deterministic mixture of sources: maps a global sample index to (source, index within source).
 
 The stream is cut in blocks. Up to each block's edge a source has had its share of all samples so far, rounded by
 largest remainder, so it is less than one sample off for ever. From edge to edge that rounding could take a sample back

@@ -1,4 +1,4 @@
-"""The training order: a keyed bijection on 0..size-1, evaluated only where it is asked.
+"""The training order: a keyed permutation of 0..size-1, evaluated only where needed.
 
 No shuffle file, no pass over the data, no limit of 2**32 items: a Feistel network over Z_a x Z_b, a * b just above the
 size, and cycle walking for the few values outside (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).

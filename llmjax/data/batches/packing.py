@@ -1,4 +1,4 @@
-"""Rows of a fixed length from documents of any length: a best-fit plan made once, or windows over the stream.
+"""Pack documents into rows of fixed length: best-fit decreasing, planned once, or windows over the stream.
 
 Either way every token of the store is a target exactly once, and documents stay apart by their segment numbers.
 """

@@ -1,4 +1,4 @@
-"""Random draws on the host, each a pure function of (key, sample, purpose, place): nothing else can move them."""
+"""Counter-based random numbers on the host: each draw is a pure function of (key, sample, purpose, position)."""
 
 import hashlib
 

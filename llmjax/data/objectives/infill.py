@@ -1,4 +1,4 @@
-"""Fill-in-the-middle: a chunk's middle is moved behind what surrounds it, so a causal model learns to fill gaps."""
+"""Fill-in-the-middle: the middle of a chunk is moved to its end, so that a causal model learns to infill."""
 
 import numpy as np
 

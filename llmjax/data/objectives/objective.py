@@ -1,4 +1,4 @@
-"""Objectives: packed rows become the Batch that a model learns from. Pure numpy on the host."""
+"""Objectives: turn packed rows into the Batch that a model is trained on. Pure numpy on the host."""
 
 from collections.abc import Callable
 import dataclasses

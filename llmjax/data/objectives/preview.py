@@ -1,4 +1,4 @@
-"""What a model will see, for people: the rows of a Batch in decoded pieces, inputs above targets, chunk by chunk."""
+"""Print what the model will see: the rows of a Batch as decoded tokens, inputs above targets."""
 
 from collections.abc import Iterator
 import unicodedata

@@ -1,4 +1,4 @@
-"""Prompts: what a user types as token ids, and what a model adds to them as text."""
+"""Prompts: token ids of what a user types, and the text of what a model adds."""
 
 from collections.abc import Iterable
 

@@ -1,4 +1,4 @@
-"""Packed rows taken apart into their chunks, and rows laid out anew from what an objective made of them."""
+"""Split packed rows into their chunks, and pack the chunks of an objective into rows again."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Objectives of encoder-decoders: a source with gaps to read, a target to write. Both sides fit by the plan's costs."""
+"""Encoder-decoder objectives: span corruption, UL2 and prefix; sources and targets fit their rows by planned costs."""
 
 from collections.abc import Sequence
 import dataclasses

@@ -1,4 +1,4 @@
-"""Ids that stand for no text: those that an objective asks for, the tokenizer's own or put behind them."""
+"""Special ids that objectives need: the tokenizer's own, or new ids after its vocabulary."""
 
 from collections.abc import Sequence
 import dataclasses

@@ -1,1 +1,1 @@
-"""Reading files of text and of records: decompression, formats by content, records, documents."""
+"""Read files of text and records: decompression, format detection, records, documents."""

@@ -1,4 +1,4 @@
-"""Reading the documents of a unit, and refusing what is no text, record by record."""
+"""Read the documents of a unit; records that are not text are rejected."""
 
 from collections.abc import Iterable, Iterator
 import json

@@ -1,4 +1,4 @@
-"""The format of a file by its content; its ending decides where the content leaves it open."""
+"""Detect the format of a file by its content; the file name decides where the content leaves it open."""
 
 from collections.abc import Iterator
 import json

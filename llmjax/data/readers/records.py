@@ -1,4 +1,4 @@
-"""Records of JSON streams and of CSV files, one by one, in bounded memory; values of Parquet columns."""
+"""Records of JSON streams and CSV files in bounded memory; values of Parquet columns."""
 
 from collections import deque
 from collections.abc import Iterator

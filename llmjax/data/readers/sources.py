@@ -1,4 +1,4 @@
-"""Where documents are: sources listed as units of work that several processes can share."""
+"""List the documents of a source as units of work that processes share."""
 
 from collections.abc import Callable, Iterator
 import dataclasses

@@ -1,4 +1,4 @@
-"""The bytes of a file, plain or compressed, up to the last one that can be read: in blocks, in lines, in a window."""
+"""The bytes of a file, plain or compressed, as blocks, lines or a window, up to the last readable byte."""
 
 import bz2
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""MinHash signatures of 5-word shingles: near copies have similar ones. NumPy alone, so the same on every machine."""
+"""MinHash signatures of 5-word shingles, with NumPy alone: the same on every machine."""
 
 import string
 

@@ -1,4 +1,4 @@
-"""Near copies: documents that share a band of their MinHash signatures are compared, and those alike are joined."""
+"""Near-duplicates: documents that share a band of their MinHash signatures are compared and clustered."""
 
 from collections.abc import Callable, Sequence
 

@@ -1,4 +1,4 @@
-"""From text on disk to the token store: scan, split, train a tokenizer, tokenize; resumable at every step."""
+"""Build the token store: scan, split, train a tokenizer, tokenize; resumable at every step."""
 
 from collections.abc import Callable
 import functools

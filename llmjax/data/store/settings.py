@@ -1,4 +1,4 @@
-"""The settings that decide a token store's content, and what happens when they change."""
+"""The settings that decide the content of a token store, and the check for changes."""
 
 import dataclasses
 import hashlib

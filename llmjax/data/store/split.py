@@ -1,4 +1,4 @@
-"""Train, validation and test by content: a hash decides, and near copies follow one another."""
+"""Assign documents to train, validation and test by a hash of their content; near-duplicates share a split."""
 
 import numpy as np
 

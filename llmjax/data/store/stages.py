@@ -1,4 +1,4 @@
-"""What the preparing processes do with one unit: scan it, sample it, tokenize it. No device code."""
+"""The stages of preparation for one unit, run by worker processes: scan, sample, tokenize. No device code."""
 
 from collections.abc import Iterator
 import dataclasses

@@ -1,4 +1,4 @@
-"""What a published checkpoint says of its tokenizer outside the tokenizer's own file, as `llmjax import` records it."""
+"""Tokenizer settings of a published checkpoint that are not in the tokenizer's own file."""
 
 import dataclasses
 import json

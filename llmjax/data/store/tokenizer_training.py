@@ -1,4 +1,4 @@
-"""Train a SentencePiece model on the user's own text."""
+"""Train a SentencePiece model on the documents of a run."""
 
 from collections.abc import Iterable
 import functools

@@ -1,4 +1,4 @@
-"""A pool of fresh Python processes that import no device code; they end with the process that started them."""
+"""A pool of fresh Python processes without device code, which end with their parent process."""
 
 from collections.abc import Callable, Iterator
 import contextlib
