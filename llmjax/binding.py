@@ -81,7 +81,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     kind = origin or hint
     if typing.get_args(hint)[:1] == (str,):  # tuple[str, ...]
         if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
-            raise UserError(f"{where}={value!r}: expected a tuple of texts such as ('a',) or ('a', 'b')")
+            raise UserError(f"{where}={value!r}: expected a tuple of strings such as ('a',) or ('a', 'b')")
         return tuple(value)
     if kind is float and isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{where}={value!r}: expected a finite number")
@@ -102,9 +102,9 @@ def _tuples(value: Any) -> Any:
 
 def _describe(kind: type) -> str:
     names = {
-        int: "a whole number",
+        int: "an integer",
         float: "a number",
-        str: "a text",
+        str: "a string",
         bool: "true or false",
         tuple: "a tuple such as (1, 2)",
     }
@@ -159,7 +159,7 @@ def load_file(spec: str) -> ml_collections.ConfigDict:
     if not callable(getattr(module, "get_config", None)):
         raise UserError(f"--config={spec}: {file} has no function get_config()")
     if argument and not inspect.signature(module.get_config).parameters:
-        raise UserError(f"--config={spec}: {file} has no sizes; leave {':' + argument!r} away")
+        raise UserError(f"--config={spec}: {file} has no sizes; remove {':' + argument!r}")
     with _told(spec, path):
         config = module.get_config(argument) if argument else module.get_config()
     if not isinstance(config, ml_collections.ConfigDict):

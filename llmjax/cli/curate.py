@@ -158,11 +158,11 @@ def _tree(flags: Any, begun: pathlib.Path) -> dict[str, Any]:
 
     held = workdirs.read_json(begun) if begun.is_file() else None
     if held is not None and "curate" not in held:
-        raise UserError(f"--workdir={flags.workdir}: holds a run, no corpus; name another folder for the corpus")
+        raise UserError(f"--workdir={flags.workdir}: contains a training run, not a corpus; give another folder")
     if flags.config is not None:
         tree = as_tree(load_file(flags.config))
         if "curate" not in tree:
-            raise UserError(f"--config={flags.config}: says nothing of curate; give a config such as --config=curate")
+            raise UserError(f"--config={flags.config}: has no section `curate`; give a config such as --config=curate")
         return tree
     if not flags.resume:
         raise UserError("--config is missing: give a Python file with get_config(), or a name, such as --config=curate")

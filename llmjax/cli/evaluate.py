@@ -9,7 +9,7 @@ def evaluate(arguments: list[str]) -> int:
         "eval",
         """\
         Score a checkpoint on every document of a split, once each: loss, perplexity, accuracy, by source; and bits per
-        byte over the original text (causal), or the accuracy of always guessing the commonest target. Writes
+        byte over the original text (causal), or the accuracy of the majority-class baseline. Writes
         WORKDIR/eval/<step>/<split>.json. Any mesh will do.""",
         "llmjax eval --workdir=runs/mine --split=test",
     )

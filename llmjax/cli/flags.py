@@ -81,5 +81,5 @@ def int_range(least: int, most: float = math.inf) -> Callable[[str], int]:
             raise ValueError
         return value
 
-    whole_number.__name__ = f"whole number, {least} {'or more' if most == math.inf else f'to {most}'}"
+    whole_number.__name__ = f"integer, {least} {'or more' if most == math.inf else f'to {most}'}"
     return whole_number

@@ -45,7 +45,7 @@ def size(arguments: list[str]) -> int:
     flops = flags.flops
     if flags.budget_hours is not None:
         if flops is not None:
-            raise UserError("--flops and --budget_hours say the same thing: leave one of them away")
+            raise UserError("--flops and --budget_hours say the same thing: set only one of them")
         flops = flags.budget_hours * 3600 * flags.devices * device.peak * flags.mfu
     chosen = budget.choose(flops=flops, tokens=flags.tokens, parameters=flags.parameters)
     print("\n".join(sizes.describe_budget(chosen, device, mfu=flags.mfu, seq_len=flags.seq_len)))

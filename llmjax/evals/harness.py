@@ -190,4 +190,4 @@ def describe(scores: dict[str, Any]) -> list[str]:
 def _told(s: dict[str, Any]) -> str:
     if s["bits_per_byte"] is not None:
         return f"{s['bits_per_byte']:.4f} bits per byte, accuracy {s['accuracy']:.1%}"
-    return f"accuracy {s['accuracy']:.1%} (always the commonest target: {s['baseline_accuracy']:.1%})"
+    return f"accuracy {s['accuracy']:.1%} (majority-class baseline: {s['baseline_accuracy']:.1%})"

@@ -51,7 +51,10 @@ def fill(
     """
     known = vocabulary.build_vocab(tokenizer, vocabulary.MASK)
     if "masked" not in model.objectives:
-        raise UserError(f"model.family={model.family!r} fills no gaps: take one that learns 'masked', such as encoder")
+        raise UserError(
+            f"model.family={model.family!r} predicts no masked tokens: use one that supports the objective 'masked', "
+            "such as encoder"
+        )
     if known.size > model.vocab_size:
         raise UserError(
             f"model.vocab_size={model.vocab_size} has no id for {known.names[known.ids[0]]}: take a model that was "

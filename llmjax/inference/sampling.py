@@ -74,7 +74,7 @@ def check_samples(sample: SampleConfig, *, model: ModelConfig, tokenizer: Tokeni
         return
     for prompt in sample.prompts:
         if not isinstance(prompt, str):
-            raise UserError(f"sample.prompts: {prompt!r} is no text; give texts, such as ('Once', 'Call me')")
+            raise UserError(f"sample.prompts: {prompt!r} is not a string; give strings, such as ('Once', 'Call me')")
     try:
         Sampling(temperature=sample.temperature, top_p=sample.top_p)
         check(model, _tokens(sample.prompts, tokenizer, objective), sample.max_tokens)

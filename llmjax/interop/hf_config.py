@@ -103,7 +103,7 @@ class Fields:
         if value is None and default is None:
             raise self._missing(name)
         if type(value) is not int or not 1 <= value <= most:
-            raise self._error(name, value, f"a whole number from 1 to {most}")
+            raise self._error(name, value, f"an integer from 1 to {most}")
         return value
 
     def optional_size(self, name: str, default: int = 0, most: int = _MAX_SIZE) -> int:
@@ -111,7 +111,7 @@ class Fields:
         self._read.add(name)
         value = self._fields.get(name, default)
         if value is not None and (type(value) is not int or not 0 <= value <= most):
-            raise self._error(name, value, f"a whole number from 0 to {most}")
+            raise self._error(name, value, f"an integer from 0 to {most}")
         return value or 0
 
     def section(self, name: str) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def _number(variable: str, default: int | None = None, least: int = 1) -> Any:
     if text is None:
         return default
     if not text.isdecimal() or int(text) < least:
-        raise UserError(f"{variable}={text!r}: expected a whole number, {least} or more")
+        raise UserError(f"{variable}={text!r}: expected an integer, {least} or more")
     return int(text)
 
 

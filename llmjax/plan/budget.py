@@ -82,4 +82,4 @@ def choose(*, flops: float | None, tokens: float | None, parameters: float | Non
             return Budget(parameters, flops / 6 / parameters)
         case (None, float(), float()):
             return Budget(parameters, tokens)
-    raise UserError(f"{', '.join(known)} together say more than one thing: leave one of them away")
+    raise UserError(f"{', '.join(known)} together contradict each other: set only one of them")

@@ -58,7 +58,7 @@ def headline(run: RunFiles) -> str:
     )
     if bits is None:
         rows = [plot.Bar("this model", 100 * total["accuracy"], ours=True)]
-        rows.append(plot.Bar("always the commonest target", 100 * total["baseline_accuracy"]))
+        rows.append(plot.Bar("majority-class baseline", 100 * total["baseline_accuracy"]))
         title, bars = "Accuracy, higher is better", plot.bars(rows, label="Accuracy", unit="%")
     else:
         rows = [plot.Bar("this model", bits, ours=True)]

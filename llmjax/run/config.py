@@ -130,7 +130,7 @@ class RunConfig:
         _check_profile(self.train)
         if self.objective.name not in self.model.objectives:
             raise UserError(
-                f"objective.name={self.objective.name!r}: model.family={self.model.family!r} learns "
+                f"objective.name={self.objective.name!r}: model.family={self.model.family!r} supports objectives "
                 f"{', '.join(self.model.objectives)}; set one of these, or another family"
             )
         for field in ("target_len", "prompt_form"):

@@ -69,7 +69,7 @@ def _config_tree(workdir: epath.Path) -> dict[str, Any] | None:
     """A workdir's config.json, None where there is none. Raises UserError for that of a corpus."""
     tree = workdirs.read_json(workdir / "config.json")
     if tree is not None and "curate" in tree:
-        raise UserError(f"--workdir={workdir}: holds a corpus, no run; name another folder for the run's files")
+        raise UserError(f"--workdir={workdir}: contains a corpus, not a training run; give another folder")
     return tree
 
 

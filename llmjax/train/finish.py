@@ -112,7 +112,7 @@ def _summary(context: TrainContext, progress: Progress, scores: dict | None, sam
     if total["bits_per_byte"] is None:
         lines += [
             f"  accuracy        {total['accuracy']:.2%}   this model, of {total['tokens']:,} scored places",
-            f"                  {total['baseline_accuracy']:.2%}   always the commonest target",
+            f"                  {total['baseline_accuracy']:.2%}   majority-class baseline",
         ]
     else:
         lines.append(f"  bits per byte   {total['bits_per_byte']:.4f}   this model")

@@ -156,7 +156,7 @@ def test_other_objectives_score_what_they_ask_for(prepared):
         assert found["tokens"] == counts.sum() == again["sources"][name]["tokens"]
         assert found["baseline_accuracy"] == counts.max() / counts.sum() and found["bits_per_byte"] is None
         assert found["loss"] == pytest.approx(math.log(config.model.vocab_size), rel=3e-5)
-    assert any("always the commonest target" in line for line in harness.describe(scores))
+    assert any("majority-class baseline" in line for line in harness.describe(scores))
     small = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=259))
     with pytest.raises(UserError, match=r"objective\.name='masked' needs 260 ids, but model\.vocab_size=259"):
         score((small, store), one_device())

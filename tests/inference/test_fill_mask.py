@@ -92,7 +92,7 @@ def test_the_space_before_a_mask_belongs_to_the_token():
         ("[MASK] <|user|>", CONFIG, r"<\|user\|>"),
         ("x" * 50 + "[MASK]", CONFIG, "52 tokens, its start included, and the model only 40"),
         ("[MASK]", dataclasses.replace(CONFIG, vocab_size=259), r"vocab_size=259 has no id for \[MASK\]"),
-        ("[MASK]", DecoderConfig(vocab_size=260), "model.family='decoder' fills no gaps"),
+        ("[MASK]", DecoderConfig(vocab_size=260), "model.family='decoder' predicts no masked tokens"),
     ],
 )
 def test_what_cannot_be_filled_is_named(text, config, words):

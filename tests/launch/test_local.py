@@ -154,8 +154,8 @@ def test_llmjax_is_the_one_of_this_environment(tmp_path):
     ("arguments", "message"),
     [
         (["--processes=2"], "no command given"),
-        (["--processes=0", "--", "true"], "'0' is not a whole number above 0"),
-        (["--processes=1", "--restarts=-1", "--", "false"], "'-1' is not a whole number"),
+        (["--processes=0", "--", "true"], "'0' is not an integer above 0"),
+        (["--processes=1", "--restarts=-1", "--", "false"], "'-1' is not an integer"),
         (["--processes=1", "--grace=soon", "--", "true"], "'soon' is not a number of seconds"),
         (["--processes=1", "--", "no-such-command"], "cannot run no-such-command: No such file or directory"),
     ],

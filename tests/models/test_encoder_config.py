@@ -49,7 +49,7 @@ def test_an_unknown_size_lists_the_sizes(family):
 
 
 def test_an_encoder_learns_by_masked_lm_alone():
-    with pytest.raises(UserError, match=r"objective.name='causal': model.family='encoder' learns masked"):
+    with pytest.raises(UserError, match=r"objective.name='causal': model.family='encoder' supports objectives masked"):
         resolve(str(CONFIGS / "bert.py"), [("objective.name", "causal"), ("objective.rate", "None")])
 
 

@@ -77,8 +77,8 @@ def test_a_job_that_does_not_assemble_says_so():
     [
         ({"LLMJAX_COORDINATOR": "h:1"}, "go together: set all three"),
         ({"LLMJAX_NUM_PROCESSES": "2", "LLMJAX_PROCESS_ID": "0"}, "go together: set all three"),
-        ({"LLMJAX_NUM_PROCESSES": "two"}, "LLMJAX_NUM_PROCESSES='two': expected a whole number, 1 or more"),
-        ({"LLMJAX_PROCESS_ID": "-1"}, "LLMJAX_PROCESS_ID='-1': expected a whole number, 0 or more"),
+        ({"LLMJAX_NUM_PROCESSES": "two"}, "LLMJAX_NUM_PROCESSES='two': expected an integer, 1 or more"),
+        ({"LLMJAX_PROCESS_ID": "-1"}, "LLMJAX_PROCESS_ID='-1': expected an integer, 0 or more"),
         ({"LLMJAX_DISTRIBUTED": "yes"}, "the only value is 'auto'"),
         ({"LLMJAX_COORDINATOR": "h", "LLMJAX_NUM_PROCESSES": "2", "LLMJAX_PROCESS_ID": "1"}, "'h': expected host:port"),
         ({"LLMJAX_COORDINATOR": "h", "LLMJAX_NUM_PROCESSES": "2", "LLMJAX_PROCESS_ID": "0"}, "'h': expected host:port"),

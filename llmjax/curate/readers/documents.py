@@ -55,7 +55,7 @@ def read(unit: Unit) -> Iterator[Record | Reject]:
             if isinstance(error, OSError) and error.errno is not None:  # pyarrow raises OSError for damage too
                 raise UserError(
                     f"curate.inputs.{unit.source}.path={unit.config.path!r}: {item.path} cannot be read "
-                    f"({error.strerror}); mend that and run again: finished parts are kept"
+                    f"({error.strerror}); fix it and rerun the command: finished parts are kept"
                 ) from None
             lost = error.lost if isinstance(error, Damage) else 1
             yield Reject(f"{_name(item, unit)}#rest", UNREADABLE, str(error)[:_EXCERPT], lost)

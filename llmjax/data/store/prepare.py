@@ -150,7 +150,7 @@ class _Preparation:
         path = self.place.folder / "state.json"
         begun = workdir.read_json(path)
         if begun == state:
-            self.say("going on with the interrupted preparation")
+            self.say("resuming the interrupted preparation")
             return
         sources = [self.folder / name for name in self.settings["sources"]]
         if begun is not None:

@@ -381,8 +381,8 @@ def test_a_deleted_output_is_made_again(raw, tmp_path):
         ({"max_bad_fraction": 2}, "curate.max_bad_fraction=2.0"),
         ({"personal_data__action": "hide"}, "curate.personal_data.action='hide'"),
         ({"inputs__a/b__path": "stdlib:"}, "'a/b' cannot name files"),
-        ({"decontaminate__against": "(1,)"}, "curate.decontaminate.against=(1,): expected a tuple of texts"),
-        ({"language__keep": "en"}, "curate.language.keep='en': expected a tuple of texts such as ('a',)"),
+        ({"decontaminate__against": "(1,)"}, "curate.decontaminate.against=(1,): expected a tuple of strings"),
+        ({"language__keep": "en"}, "curate.language.keep='en': expected a tuple of strings such as ('a',)"),
         ({"quality__c4_max_word": 10**12}, "expected 1 up to 1,000,000"),
         ({"sample__seed": 2**64}, "must be below 2^63"),
         ({"max_bad_fraction": 0.001}, "more than curate.max_bad_fraction=0.001 allows"),
@@ -428,17 +428,17 @@ def test_a_corpus_and_a_run_have_folders_of_their_own(raw, tmp_path):
     curate(tmp_path / "corpus", raw)
     quickstart = f"--config={jobs.ROOT / 'configs' / 'quickstart.py'}"
     for command in (["train", quickstart], ["eval"]):
-        with pytest.raises(UserError, match="holds a corpus, no run"):
+        with pytest.raises(UserError, match="contains a corpus, not a training run"):
             main.run([*command, f"--workdir={tmp_path / 'corpus'}"])
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text('{"model": {}}')
-    with pytest.raises(UserError, match="holds a run, no corpus"):
+    with pytest.raises(UserError, match="contains a training run, not a corpus"):
         main.run(corpora.arguments(tmp_path / "run", raw))
 
 
 def test_a_config_of_another_verb_and_a_workdir_that_cannot_be_are_refused(tmp_path):
     quickstart = f"--config={jobs.ROOT / 'configs' / 'quickstart.py'}"
-    with pytest.raises(UserError, match="says nothing of curate"):
+    with pytest.raises(UserError, match="has no section `curate`"):
         main.run(["curate", quickstart, f"--workdir={tmp_path}"])
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be made"):

@@ -171,7 +171,7 @@ def test_finished_shards_are_kept_and_damaged_ones_made_again(corpus, tmp_path, 
     (tmp_path / "s/main/train/tokens-00009.bin.partial-1").write_bytes(b"left by a killed writer")
     kept = {shard: shard.stat().st_mtime_ns for shard in shards[1:]}
     _, lines = make(config(corpus[0]), tmp_path / "s")
-    assert lines[0] == "going on with the interrupted preparation"
+    assert lines[0] == "resuming the interrupted preparation"
     assert kept == {shard: shard.stat().st_mtime_ns for shard in shards[1:]}
     assert contents(tmp_path / "s") == contents(tmp_path / "quiet")
 
@@ -238,7 +238,7 @@ def test_rejects_are_counted_and_kept(tmp_path):
     assert kept[0]["excerpt"] == "{no" and kept[0]["where"].endswith("a.jsonl:98") and kept[0]["source"] == "main"
     # The limit decides on no content, so raising it goes on with what was read.
     manifest, said = make(config(tmp_path / "a.jsonl", max_bad_fraction=0.03), tmp_path / "s")
-    assert said[0] == "going on with the interrupted preparation"
+    assert said[0] == "resuming the interrupted preparation"
     assert manifest["sources"]["main"]["rejected"] == {"empty": 1, "field 'text' is not a text": 1, "not JSON": 1}
 
 
@@ -258,7 +258,7 @@ def test_no_space_left_is_one_line(corpus, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"no space left for the token store at .*finished shards are kept"):
         make(config(corpus[0]), tmp_path / "s")
     monkeypatch.undo()
-    assert make(config(corpus[0]), tmp_path / "s")[1][0] == "going on with the interrupted preparation"
+    assert make(config(corpus[0]), tmp_path / "s")[1][0] == "resuming the interrupted preparation"
 
 
 @pytest.mark.parametrize(
