@@ -70,13 +70,13 @@ class RouterOutput(NamedTuple):
 
 
 def route(logits: jax.Array, expert_bias: jax.Array | None, routing: Routing) -> RouterOutput:
-    """Float32 logits [..., experts] -> RouterOutput. `correction` [experts] counts in choosing, not in weighing."""
+    """Float32 logits [..., experts] -> RouterOutput. `expert_bias` [experts] affects the selection, not the weights."""
     if routing.score == "softmax":
         scores = probabilities = jax.nn.softmax(logits, axis=-1)
     else:
         scores = jax.nn.sigmoid(logits)
         probabilities = scores / (jnp.sum(scores, axis=-1, keepdims=True) + _SMALL)
-    # Without a correction the logits are in the order of the scores, and two of them are not rounded to the same one.
+    # Without an expert bias the logits have the order of the scores, and no two of them round to the same value.
     ranks = jax.lax.stop_gradient(logits if expert_bias is None and routing.groups == 1 else scores)
     if expert_bias is not None:
         ranks += jax.lax.stop_gradient(expert_bias)
@@ -118,7 +118,7 @@ class Router(nnx.Module):
     """x [..., embed] -> float32 logits [..., experts].
 
     bias         one for each logit, learned
-    correction   the bias that balances (Wang et al., 2024, arXiv 2408.15664): it has no gradient of its own, and the
+    expert_bias  the bias that balances load (Wang et al., 2024, arXiv 2408.15664): it has no gradient of its own, and the
                  optimizer moves it against the load of its expert, as it does every parameter of the axes ("experts",)
     """
 

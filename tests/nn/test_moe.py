@@ -211,7 +211,7 @@ def test_losses_by_hand():
     np.testing.assert_array_equal(excess, [[4 * 6 - 12, 4 * 2 - 12, 4 * 2 - 12, 4 * 2 - 12]] * 2)
 
 
-def test_the_correction_bias_balances_the_load():
+def test_the_expert_bias_balances_the_load():
     """Logits that favour some experts, and no loss that would mend it: the optimizer's steps alone do."""
     routing = dataclasses.replace(DEEPSEEK, groups=1, top_groups=1)
     logits = np.random.default_rng(0).normal(size=(4, 200, routing.experts)) + np.linspace(0, 3, routing.experts)

@@ -59,7 +59,7 @@ UL2 = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpanLengths:
-    """Lengths of both span_lengths, solved beforehand.
+    """Lengths of sources and targets, planned for all chunks.
 
     room        what a chunk takes of a row: its source, or its target scaled to the encoder's row if that is more
     target_len  places in a row of the decoder

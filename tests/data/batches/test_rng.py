@@ -1,4 +1,4 @@
-"""CounterRng are uniform and keyed, sums of parts all alike."""
+"""Draws are uniform and keyed, sums of parts all alike."""
 
 import math
 

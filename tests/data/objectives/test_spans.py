@@ -95,7 +95,7 @@ class TestSpans:
                     parts[token] = []
                 else:
                     parts[list(parts)[-1]].append(token)
-            # Sentinels rise, each once on both span_lengths, and hide at least a token.
+            # Sentinels rise, each once in source and target, and hide at least a token.
             assert list(parts) == sentinels[: len(parts)] == [token for token in source if token in sentinels]
             assert all(parts.values())
             assert [t for token in source for t in parts.get(token, [token])] == tokens
