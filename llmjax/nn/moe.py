@@ -118,8 +118,8 @@ class Router(nnx.Module):
     """x [..., embed] -> float32 logits [..., experts].
 
     bias         one for each logit, learned
-    expert_bias  the bias that balances load (Wang et al., 2024, arXiv 2408.15664): it has no gradient of its own, and the
-                 optimizer moves it against the load of its expert, as it does every parameter of the axes ("experts",)
+    expert_bias  the bias that balances load (Wang et al., 2024, arXiv 2408.15664): it has no gradient of its own. The
+                 optimizer moves it against the load of its expert, as it does every parameter of axes ("experts",)
     """
 
     def __init__(self, key: jax.Array, embed: int, experts: int, *, bias: bool, expert_bias: bool, dtype: str):
