@@ -171,8 +171,8 @@ ROWS, SEQ = 16, 24
 
 
 class Trainer:
-    def __init__(self, model: MoeConfig, mesh: Mesh, how: str, accumulation: int):
-        config = ParallelConfig(how=how)
+    def __init__(self, model: MoeConfig, mesh: Mesh, backend: str, accumulation: int):
+        config = ParallelConfig(backend=backend)
         plan = states.make_state_spec(model, OPTIMIZER, horizon=10, mesh=mesh, rules=config.rules)
         rows = hosts.local_rows(backends.batch_sharding(mesh), ROWS)
         loss = make_loss(plan.graph, seed=3, chunk=16, z_loss=1e-3)
@@ -209,8 +209,8 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_agree_with_one_device(layout, one_device):
     """Losses, router losses and expert statistics of three steps, and the biases that balance, to the last bit."""
-    mesh, how, accumulation = LAYOUTS[layout]
-    metrics, params = Trainer(TRAINED, make_mesh(mesh), how, accumulation).steps(3)
+    mesh, backend, accumulation = LAYOUTS[layout]
+    metrics, params = Trainer(TRAINED, make_mesh(mesh), backend, accumulation).steps(3)
     for found, expected in zip(metrics, one_device[0], strict=True):
         for name in ("loss", "load_balance_loss", "router_z_loss", "max_expert_load", "unused_expert_fraction"):
             np.testing.assert_allclose(found[name], expected[name], rtol=5e-6, err_msg=name)

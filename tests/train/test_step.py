@@ -33,8 +33,10 @@ def one_device() -> Mesh:
 class Trainer:
     """A few steps of a tiny decoder with packing and dropout on a mesh."""
 
-    def __init__(self, mesh: Mesh, *, how: str = "jit", accumulation: int = 1, optimizer: OptimizerConfig = OPTIMIZER):
-        config = ParallelConfig(how=how)
+    def __init__(
+        self, mesh: Mesh, *, backend: str = "jit", accumulation: int = 1, optimizer: OptimizerConfig = OPTIMIZER
+    ):
+        config = ParallelConfig(backend=backend)
         spec = states.make_state_spec(MODEL, optimizer, horizon=10, mesh=mesh, rules=config.rules)
         rows = hosts.local_rows(backends.batch_sharding(mesh), ROWS)
         loss = make_loss(spec.graph, seed=3, chunk=16, z_loss=1e-3)
@@ -74,8 +76,8 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_agree_with_one_device(layout, oracle):
-    mesh, how, accumulation = LAYOUTS[layout]
-    trainer = Trainer(make_mesh(mesh), how=how, accumulation=accumulation)
+    mesh, backend, accumulation = LAYOUTS[layout]
+    trainer = Trainer(make_mesh(mesh), backend=backend, accumulation=accumulation)
     metrics, params = oracle
     for k, expected in enumerate(metrics):
         found = trainer.step(batch(k))
@@ -141,11 +143,11 @@ def broken(step: int):
     return dataclasses.replace(good, weights=weights)
 
 
-@pytest.mark.parametrize("how", ["jit", "pmap"])
-def test_a_non_finite_step_leaves_no_trace(how):
+@pytest.mark.parametrize("backend", ["jit", "pmap"])
+def test_a_non_finite_step_leaves_no_trace(backend):
     """Parameters and optimizer state are bitwise those of a run that never saw the batch; only counters differ."""
     mesh = make_mesh(MeshConfig(data=8))
-    hurt, spared = Trainer(mesh, how=how), Trainer(mesh, how=how)
+    hurt, spared = Trainer(mesh, backend=backend), Trainer(mesh, backend=backend)
     for k in (0, 1):
         hurt.step(batch(k))
         spared.step(batch(k))

@@ -1,4 +1,4 @@
-"""When the meter says that a run diverged."""
+"""When the metrics logger reports that a run diverged."""
 
 import types
 
@@ -19,9 +19,9 @@ def test_max_skipped_steps_in_a_row_are_told_though_a_good_one_follows(monkeypat
         config=types.SimpleNamespace(train=train),
         evaluator=types.SimpleNamespace(objective=types.SimpleNamespace(target_len=1)),
     )
-    meter = MetricsLogger(job, 20, types.SimpleNamespace(tokens=0))  # pyright: ignore[reportArgumentType]
+    logger = MetricsLogger(job, 20, types.SimpleNamespace(tokens=0))  # pyright: ignore[reportArgumentType]
     for step in range(1, 12):
         finite = np.array(not 4 <= step < 4 + bad)
-        meter.dispatched(step, {"finite": finite, "tokens": np.array(1), "read": np.array(1)})
-    meter.drain()
-    assert meter.diverged == (bad >= max_skipped)
+        logger.record(step, {"finite": finite, "tokens": np.array(1), "read": np.array(1)})
+    logger.flush()
+    assert logger.diverged == (bad >= max_skipped)
