@@ -190,8 +190,8 @@ def test_terminated_job_saves_and_goes_on(train, corpus, common, tmp_path):
         stderr=subprocess.STDOUT,
         text=True,
     )
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and not (stopped / "metrics.jsonl").exists():
+    deadline, metrics = time.monotonic() + 200, stopped / "metrics.jsonl"
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.stat().st_size):  # until a step is logged
         time.sleep(0.05)
     job.send_signal(signal.SIGTERM)
     printed = job.communicate(timeout=240)[0]
