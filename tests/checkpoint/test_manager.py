@@ -355,7 +355,7 @@ print(checkpoints.steps())
 
 
 def job(processes: int, devices: int, verb: str, folder: pathlib.Path, *arguments) -> list[dict]:
-    done = launch(processes, devices, "checkpoint_worker.py", verb, folder, folder.parent, *arguments)
+    done = launch(processes, devices, "checkpoint/worker.py", verb, folder, folder.parent, *arguments)
     assert done.returncode == 0, done.stdout
     return [json.loads((folder.parent / f"{verb}-{index}.json").read_text()) for index in range(processes)]
 

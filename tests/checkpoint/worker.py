@@ -1,6 +1,6 @@
 """One process of the jobs in test_checkpoint.py: saves or restores a small state, and writes what it saw.
 
-checkpoint_worker.py save|restore FOLDER OUT [PROCESS]: PROCESS alone sees a damaged restore.
+worker.py save|restore FOLDER OUT [PROCESS]: PROCESS alone sees a damaged restore.
 """
 
 import json
