@@ -16,7 +16,6 @@ from llmjax.errors import UserError
 from llmjax.interop import hf_checkpoint, sharded_io, tokenizers
 from llmjax.interop.mapping import ParamMapping
 from llmjax.models import registry
-from llmjax.models.encdec import EncDecConfig
 from llmjax.parallel import axes, hosts
 from llmjax.run import config as run_config, loading, workdir as workdirs
 from llmjax.run.config import RunConfig
@@ -111,7 +110,7 @@ def _config(
 def _objective(family: Any) -> dict[str, Any]:
     """The config's section. A file does not tell whether an encoder-decoder was tuned on instructions; most that are
     asked for text were, and text and EOS is what the tokenizer beside it makes of a prompt for others, too."""
-    return {"name": family.objectives[0]} | ({"prompt_form": "plain"} if family is EncDecConfig else {})
+    return {"name": family.objectives[0]} | ({"prompt_form": "plain"} if family.reads_source else {})
 
 
 def _check_copies(table: ParamMapping, found: hf_checkpoint.Checkpoint) -> None:

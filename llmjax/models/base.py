@@ -72,6 +72,11 @@ class BaseModelConfig:
         return None
 
     @property
+    def decoder_start_id(self) -> int | None:
+        """The token that the decoder reads first, -1 while unknown; None for a family without a source."""
+        return None
+
+    @property
     def width_multiplier(self) -> float:
         """The model's width over the base width under muP, else 1. Logits are divided by it.
 

@@ -48,6 +48,7 @@ class EncDecConfig(BaseModelConfig):
     """
 
     objectives: ClassVar[tuple[str, ...]] = ("span", "ul2", "prefix")
+    reads_source: ClassVar[bool] = True
 
     family: str = "encdec"
     start_id: int = -1
@@ -65,6 +66,11 @@ class EncDecConfig(BaseModelConfig):
     def __post_init__(self):
         self.check_choices(_NAMES)
         _check_numbers(self)
+
+    @property
+    def decoder_start_id(self) -> int:
+        """The token that the decoder reads first; -1: not known yet."""
+        return self.start_id
 
     @property
     def decoder_layers(self) -> int:

@@ -82,4 +82,4 @@ def choose(*, flops: float | None, tokens: float | None, parameters: float | Non
             return Budget(parameters, flops / 6 / parameters)
         case (None, float(), float()):
             return Budget(parameters, tokens)
-    raise UserError(f"{', '.join(known)} together contradict each other: set only one of them")
+    raise UserError(f"{', '.join(known)} together over-determine the size: unset one of them")

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from llmjax.batch import Batch
 from llmjax.data.store.tokenizer import Bytes
 from llmjax.models import registry
-from llmjax.models.encdec import EncDecConfig
 from llmjax.models.registry import ModelConfig
 from llmjax.nn.stack import REMAT
 from llmjax.optim.config import OptimizerConfig
@@ -53,9 +52,7 @@ def _kept(config: RunConfig, remat: str) -> int:
 def abstract_batch(config: RunConfig) -> Batch:
     """Shapes of a batch of one row, as the run's objective makes it."""
     ids = jax.ShapeDtypeStruct((1, target_len(config)), jnp.int32)
-    source = (
-        jax.ShapeDtypeStruct((1, config.data.seq_len), jnp.int32) if isinstance(config.model, EncDecConfig) else None
-    )
+    source = jax.ShapeDtypeStruct((1, config.data.seq_len), jnp.int32) if config.model.reads_source else None
     return Batch(
         inputs=ids,
         targets=ids,

@@ -7,7 +7,6 @@ import pathlib
 from llmjax.binding import shipped_folder, specs
 from llmjax.errors import UserError
 from llmjax.models import registry
-from llmjax.models.encdec import EncDecConfig
 from llmjax.plan import budget as budgets, count
 from llmjax.plan.devices import Device
 from llmjax.run import config as run_config
@@ -57,7 +56,7 @@ def describe_config(config: RunConfig, spec: str, device: Device) -> list[str]:
     total = sum(parts.values())
     state = count.state_bytes_per_parameter(model, config.optimizer)
     flops, batch = run_config.flops_per_token(config, seq), config.train.global_batch
-    source = f" targets with sources of {config.data.seq_len:,}" if isinstance(config.model, EncDecConfig) else ""
+    source = f" targets with sources of {config.data.seq_len:,}" if config.model.reads_source else ""
     lines = [f"{spec}: {model.family}, {total:,} parameters, vocabulary {model.vocab_size:,}"]
     lines += [f"  {name:<14} {size:>18,}   {size / total:6.1%}" for name, size in parts.items()]
     lines += [

@@ -13,7 +13,6 @@ from llmjax.data.objectives.objective import Objective, open_objective
 from llmjax.data.store.tokenizer import Tokenizer
 from llmjax.errors import UserError
 from llmjax.models.decoder_config import DecoderConfig
-from llmjax.models.encdec import EncDecConfig
 from llmjax.models.registry import ModelConfig
 from llmjax.optim.config import OptimizerConfig
 from llmjax.parallel.mesh import MeshConfig, ParallelConfig
@@ -135,7 +134,7 @@ class RunConfig:
             )
         for field in ("target_len", "prompt_form"):
             value = getattr(self.objective, field)
-            if value != getattr(ObjectiveConfig, field) and not isinstance(self.model, EncDecConfig):
+            if value != getattr(ObjectiveConfig, field) and not self.model.reads_source:
                 raise UserError(
                     f"objective.{field}={value!r}: model.family={self.model.family!r} has no decoder beside an "
                     "encoder; leave it unset"
@@ -189,13 +188,13 @@ def to_json(config: RunConfig) -> dict[str, Any]:
 
 def objective(config: RunConfig, tokenizer: Tokenizer) -> Objective:
     """The run's objective, over the tokenizer's ids and those that it adds to them."""
-    start = config.model.start_id if isinstance(config.model, EncDecConfig) else None
-    return open_objective(config.objective, tokenizer, seq_len=config.data.seq_len, start_id=start)
+    start_id = config.model.decoder_start_id
+    return open_objective(config.objective, tokenizer, seq_len=config.data.seq_len, start_id=start_id)
 
 
 def with_objective(config: RunConfig, objective: Objective) -> RunConfig:
     """The config with what the model has to know of ids: how many there are, and which a decoder reads first."""
-    if isinstance(config.model, EncDecConfig):
+    if config.model.reads_source:
         config = dataclasses.replace(
             config, model=dataclasses.replace(config.model, start_id=objective.decoder_start_id)
         )
@@ -205,10 +204,8 @@ def with_objective(config: RunConfig, objective: Objective) -> RunConfig:
 def flops_per_token(config: RunConfig, target_len: int) -> float:
     """Model flops of one place of a row of the run's batches, `target_len` wide: the source that goes with it
     included, where the model reads one."""
-    model, seq_len = config.model, config.data.seq_len
-    if isinstance(model, EncDecConfig):
-        return model.flops_per_token(seq_len, target_len)
-    return model.flops_per_token(seq_len)
+    lengths = {"target_len": target_len} if config.model.reads_source else {}
+    return config.model.flops_per_token(config.data.seq_len, **lengths)
 
 
 def with_vocabulary(config: RunConfig, vocab_size: int) -> RunConfig:

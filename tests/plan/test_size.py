@@ -95,7 +95,7 @@ def test_this_machine_is_measured():
         (["--tokens=1e300"], "must be from 1 to 1e"),
         (["--config=configs/quickstart.py", "--config.data.seq_len=0"], "data.seq_len=0: must be at least 1"),
         (["--flops=1e20", "--budget_hours=3"], "say the same thing"),
-        (["--flops=1e20", "--tokens=1e9", "--parameters=1e9"], "more than one thing"),
+        (["--flops=1e20", "--tokens=1e9", "--parameters=1e9"], "over-determine the size"),
         (["--flops=1e20", "--device=v7"], "--device=v7: known are"),
         (["--flops=1e20", "--mfu=1.5"], "--mfu=1.5"),
         (["--flops=1e20", "--config=configs/quickstart.py"], "give one of the two"),
