@@ -154,7 +154,7 @@ def windows(fields: Fields, *, default: list[str], window: int = 4096) -> dict[s
     if _LOCAL[True] not in types:
         return {}
     if not size:
-        raise UserError(f"config.json: sliding_window={size} with layer_types that slide; expected a number")
+        raise UserError(f"config.json: sliding_window={size or None} with layer_types that slide; expected a number")
     letters = "".join("l" if kind == _LOCAL[True] else "g" for kind in types)
     repeats = lambda period: (letters[:period] * len(letters))[: len(letters)] == letters
     return {"window": size, "pattern": next(letters[:n] for n in range(1, len(letters) + 1) if repeats(n))}
