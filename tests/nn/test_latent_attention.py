@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from llmjax.nn import rotary
-from llmjax.nn.attention import KERNELS
+from llmjax.nn.attention import KERNELS, cache_mask
 from llmjax.nn.latent_attention import LatentAttention
 
 HEADS, LATENT, PLAIN, ROPE, VALUE, EMBED = 3, 10, 6, 4, 5, 12
@@ -92,7 +92,11 @@ def test_its_cache_holds_latents_and_gives_the_same(query_rank):
     ones, positions = jnp.ones((2, 9), int), jnp.broadcast_to(jnp.arange(9), (2, 9))
     whole = layer(x, rotary.angles(positions, ROPE, 100.0), KERNELS["dot"].make_mask(ones, positions, None, None))
     cache = jnp.zeros((2, 16, LATENT)), jnp.zeros((2, 16, ROPE))
-    step = jax.jit(lambda piece, at, cache: layer.cached(piece, rotary.angles(at, ROPE, 100.0), at, cache))
+    step = jax.jit(
+        lambda piece, at, cache: layer.decode(
+            piece, rotary.angles(at, ROPE, 100.0), cache_mask(at, 16), cache, at[:, 0]
+        )
+    )
     _, cache = step(x[:, :2], positions[:, :2], cache)  # of which the first row reads both again
     starts = jnp.array([0, 2])
     for length in (3, 1, 1):

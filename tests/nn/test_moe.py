@@ -207,7 +207,7 @@ def test_losses_by_hand():
     np.testing.assert_allclose(stats["max_expert_load"], (2 * (8 * 0.25 + 4 * 1), 24))
     np.testing.assert_allclose(stats["unused_expert_fraction"], (2 * 4 * 0.75, 24))
     np.testing.assert_allclose(penalty, 0.1 * 40 + 0.01 * 24, rtol=1e-6)
-    excess = jax.grad(lambda expert_bias: found(expert_bias).penalty)(expert_bias)
+    excess = jax.grad(lambda expert_bias: found(expert_bias).aux_loss)(expert_bias)
     np.testing.assert_array_equal(excess, [[4 * 6 - 12, 4 * 2 - 12, 4 * 2 - 12, 4 * 2 - 12]] * 2)
 
 
@@ -226,7 +226,7 @@ def test_the_expert_bias_balances_the_load():
             load = RouterStats(counts, jnp.zeros_like(counts), jnp.zeros((1, 4)))
             found = moe.losses(load, params["expert_bias"], routing, balance_loss=0.0, router_z_loss=0.0)
             loads = jnp.sum(counts[0], axis=0)
-            return found.penalty, (found.penalty, jnp.max(loads) / jnp.mean(loads))
+            return found.aux_loss, (found.aux_loss, jnp.max(loads) / jnp.mean(loads))
 
         grads, (value, busiest) = jax.grad(penalty, has_aux=True)(params)
         params, state, _ = optimizer.update(grads, state, params)

@@ -115,7 +115,7 @@ def test_griffins_block_equals_the_numpy_oracle(how):
 
 def test_a_decay_of_one_has_a_finite_gradient():
     """Where the gate shuts, sqrt(1 - a^2) has no slope of its own to give."""
-    module = RgLru(jax.random.key(0), 6, HIDDEN, blocks=1, backend="sequential", unroll=1, scale=1.0, dtype="float32")
+    module = RgLru(jax.random.key(0), 6, HIDDEN, blocks=1, how="sequential", unroll=1, scale=1.0, dtype="float32")
     graph, state = nnx.split(module)
     params = nnx.to_pure_dict(state)
     params["decay_gate"]["bias"] -= 100.0

@@ -125,5 +125,5 @@ def test_stacked_equals_unstacked(name):
         np.testing.assert_allclose(got, want, rtol=0, atol=2e-3 * moved)
 
     jax.tree.map(check, unstack(stacked), alone, unstack(params))
-    evaluated = make_optimizer(config, horizon=10, axes=AXES).evaluated(stacked, state)
+    evaluated = make_optimizer(config, horizon=10, axes=AXES).eval_params(stacked, state)
     jax.tree.map(check, unstack(evaluated), optimizer.eval_params(alone, alone_state), unstack(params))

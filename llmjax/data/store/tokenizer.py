@@ -183,6 +183,8 @@ class SentencePiece:
         parts = _split_special(self._in_prompts, text)
         ids = self.encode_batch(parts)
         if self._inner is not self._model:
+            if parts[0].startswith(" "):  # as in transformers: this space is the mark
+                ids[0] = np.array(self._inner.encode(parts[0]), np.int32)
             ids[2::2] = [np.array(self._inner.encode(part), np.int32) for part in parts[2::2]]
         ids[1::2] = [np.array([self._in_prompts[name]], np.int32) for name in parts[1::2]]
         return np.concatenate(ids)

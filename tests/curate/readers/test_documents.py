@@ -310,8 +310,8 @@ def test_a_word_of_a_megabyte(tmp_path):
 
 
 def test_a_record_without_end_is_refused_in_bounded_memory(tmp_path, monkeypatch):
-    for module in ("read", "tables", "archives"):
-        monkeypatch.setattr(f"llmjax.curate.{module}.MAX_RECORD", 1000)
+    for module in ("documents", "tables", "warc"):
+        monkeypatch.setattr(f"llmjax.curate.readers.{module}.MAX_RECORD", 1000)
     write(tmp_path / "a.jsonl", {"text": "a"}, {"text": "x" * 5000}, {"text": "b"})
     found = run(tmp_path / "a.jsonl")
     assert texts(found) == ["a", "b"] and [reason for _, reason in refused(found)] == ["longer than 0 MiB"]
