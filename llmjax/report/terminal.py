@@ -16,7 +16,7 @@ from llmjax.run import workdir as workdirs
 WIDTH, CURVE_ROWS = 80, 10
 RECENT_LINES = 20  # of metrics.jsonl, whose median step time predicts the time that is left
 SAMPLES, SAMPLE_LINES = 2, 4
-_BLOCKS = " ▁▂▃▄▅▆▇█"  # a cell filled to 0, 1, ... 8 eighths
+_BLOCKS = " \u2581▂▃▄▅▆▇█"  # a cell filled to 0, 1, ... 8 eighths
 
 
 @dataclasses.dataclass(frozen=True)
