@@ -16,13 +16,7 @@ from llmjax.errors import UserError, suggest
 
 FORMATS = ("text", "lines", "jsonl", "json", "parquet", "csv", "tsv", "html", "warc")
 _BY_NAME = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",  # as published corpora name their JSON lines
-    ".parquet": "parquet",
-    ".pq": "parquet",
-    ".csv": "csv",
-    ".tsv": "tsv",
+    **formats.ENDINGS,
     ".html": "html",
     ".htm": "html",
     ".xhtml": "html",

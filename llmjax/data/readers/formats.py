@@ -9,7 +9,7 @@ from llmjax.data.readers import streams
 
 FORMATS = ("text", "jsonl", "json", "csv", "tsv", "parquet")
 NAMES = {"text": "text", "jsonl": "JSON lines", "json": "JSON", "csv": "CSV", "tsv": "TSV", "parquet": "Parquet"}
-_ENDINGS = {
+ENDINGS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".json": "jsonl",  # as published corpora name their JSON lines
@@ -30,7 +30,7 @@ def ending_of(path: str) -> str:
 
 def detect(path: str) -> str:
     """One of FORMATS. JSON and Parquet are recognised by their content, CSV and TSV by the name alone."""
-    hint = _ENDINGS.get(ending_of(path), "")
+    hint = ENDINGS.get(ending_of(path), "")
     head = head_of(path)
     if head.startswith(b"PAR1"):
         return "parquet"
