@@ -1,6 +1,7 @@
 """`llmjax prepare`: from text to a token store."""
 
 import itertools
+import logging
 import shlex
 
 from llmjax.cli.flags import CONFIG, int_range, make_parser, parse, parse_workdir
@@ -20,6 +21,7 @@ def prepare(arguments: list[str]) -> int:
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run's files go")
     parser.add_argument("--preview", type=int_range(0), default=0, metavar="N", help="print the first N samples")
     flags, overrides = parse(parser, arguments)
+    log_to_stdout()
     import numpy as np
 
     from llmjax.data.batches.pipeline import TrainData
@@ -33,7 +35,7 @@ def prepare(arguments: list[str]) -> int:
     store = loading.store_folder(config, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     with workdirs.Lock(workdir, primary=True):
-        preparing.prepare(config.data, store, say=lambda line: print(line, flush=True))
+        preparing.prepare(config.data, store)
         tokenizer = load_tokenizer(store)
         objective = run_config.objective(config, tokenizer)
         data = TrainData(store, config.data, seed=config.seed, global_batch=1, objective=objective)
@@ -54,3 +56,16 @@ def prepare(arguments: list[str]) -> int:
     again += [f"--config.{field}={value}" for field, value in overrides]
     print(f"next: {shlex.join(['llmjax', 'train', *again])}")
     return 0
+
+
+class _StdoutHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), flush=True)
+
+
+def log_to_stdout() -> None:
+    """Print the messages of llmjax's loggers, each as a line of its own."""
+    logger = logging.getLogger("llmjax")
+    logger.setLevel(logging.INFO)
+    if not any(isinstance(handler, _StdoutHandler) for handler in logger.handlers):
+        logger.addHandler(_StdoutHandler())

@@ -1,6 +1,7 @@
 """`llmjax train`: train a model, or resume a run."""
 
 from llmjax.cli.flags import CONFIG, make_parser, parse, parse_workdir, say
+from llmjax.cli.prepare import log_to_stdout
 
 
 def train(arguments: list[str]) -> int:
@@ -17,6 +18,7 @@ def train(arguments: list[str]) -> int:
     parser.add_argument("--config", metavar="FILE[:SIZE]", help=CONFIG)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run's files go")
     flags, overrides = parse(parser, arguments)
+    log_to_stdout()
     from llmjax.parallel import hosts
     from llmjax.run import loading
 

@@ -23,7 +23,7 @@ def prepare_once(config: RunConfig, folder: pathlib.Path, say: Callable[[str], N
     problem = ""
     if hosts.is_primary():
         try:
-            prepare.prepare(config.data, folder, say=say)
+            prepare.prepare(config.data, folder)
         except UserError as error:
             problem = str(error)
     problem = _wait_for_primary(problem)
