@@ -4,6 +4,7 @@ worker.py save|restore FOLDER OUT [PROCESS]: PROCESS alone sees a damaged restor
 """
 
 import json
+import logging
 import pathlib
 import sys
 
@@ -22,7 +23,11 @@ from tests.checkpoint.state import abstract, state
 verb, folder, out = sys.argv[1:4]
 mesh = Mesh(np.array(jax.devices()).reshape(-1, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
 checkpoints = Checkpoints(folder, timeout_seconds=60)
-seen: dict = {"said": []}
+seen: dict = {"log": []}
+recorder = logging.Handler()
+recorder.emit = lambda record: seen["log"].append(record.getMessage())
+logging.getLogger("llmjax").addHandler(recorder)
+logging.getLogger("llmjax").setLevel(logging.INFO)
 if verb == "save":
     for step in (1, 2, 3):
         seen["fingerprint"] = checkpoints.save(step, state(mesh, step), {"data_state": {"next_sample": 8 * step}})
@@ -38,7 +43,7 @@ else:
 
         checkpoints._read_part = unreadable
     try:
-        restored = checkpoints.restore_latest_good(abstract(mesh), say=seen["said"].append)
+        restored = checkpoints.restore_latest_good(abstract(mesh))
         assert restored is not None
         everywhere = NamedSharding(mesh, P())
         seen["step"], seen["meta"] = restored.step, restored.meta

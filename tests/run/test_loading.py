@@ -66,7 +66,7 @@ def test_what_was_accepted_once_is_not_accepted_again(tmp_path):
     path = epath.Path(tmp_path)
     kept = {"train": {"steps": 7}, "checkpoint": {"accept_changes": True, "every": 3}}
     (tmp_path / "config.json").write_text(json.dumps(kept))
-    config = loading.resolve(None, path, [("train.log_every", "2")], lambda line: None)
+    config = loading.resolve(None, path, [("train.log_every", "2")])
     assert (config.train.steps, config.train.log_every, config.checkpoint.every) == (7, 2, 3)
     assert not config.checkpoint.accept_changes
     with pytest.raises(UserError, match="--config is missing"):

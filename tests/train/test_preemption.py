@@ -1,4 +1,4 @@
-"""What signals mean while training steps: the first asks to save and stop, the second ends it and says what is lost."""
+"""Signals while training: the first requests to save and stop, the second ends the process and prints what is lost."""
 
 import os
 import signal
@@ -23,23 +23,28 @@ def preemption():
 
 @pytest.mark.parametrize("number", interrupts.SIGNALS)
 def test_the_first_signal_asks_and_the_second_ends(preemption, number):
-    assert not preemption.reached(1)
+    assert not preemption.reached()
     os.kill(os.getpid(), number)
-    assert preemption.reached(1)
+    assert preemption.reached()
     with pytest.raises(interrupts.Stopped, match=r"; steps 5 to 7 are lost: rerun the same command") as stopped:
         os.kill(os.getpid(), number)
         signal.getsignal(number)  # Python runs the handler before this
     assert stopped.value.status == 128 + number
 
 
-def test_an_evaluation_ends_at_once(preemption):
-    with preemption.interruptible():
-        os.kill(os.getpid(), signal.SIGTERM)
-        pytest.fail("the evaluation went on")
-    assert preemption.interrupted and preemption.reached(1)
-    with pytest.raises(interrupts.Stopped), preemption.interruptible():
-        os.kill(os.getpid(), signal.SIGTERM)
-        pytest.fail("the second signal was taken for the first")
+def test_several_processes_count_every_check(preemption, monkeypatch):
+    """The coordination service answers True at one number: numbers grow by 1, and the answer stays."""
+    monkeypatch.setattr(preemption, "_single", False)
+    seen = []
+
+    def reached_sync_point(number: int) -> bool:
+        seen.append(number)
+        return number == 3
+
+    monkeypatch.setattr("llmjax.train.preemption.multihost_utils.reached_preemption_sync_point", reached_sync_point)
+    assert [preemption.reached() for _ in range(5)] == [False, False, True, True, True]
+    assert seen == [1, 2, 3]
+    preemption._single = True
 
 
 def test_what_is_ignored_stays_ignored(monkeypatch):
@@ -47,7 +52,7 @@ def test_what_is_ignored_stays_ignored(monkeypatch):
     try:
         found = Preemption(lambda: "")
         os.kill(os.getpid(), signal.SIGHUP)
-        assert not found.reached(1)
+        assert not found.reached()
         found.close()
     finally:
         signal.signal(signal.SIGHUP, old)
