@@ -83,6 +83,7 @@ class Checkpoints:
         self._keep, self._keep_every, self._timeout = keep, keep_every, timeout_seconds
         self._manager: ocp.CheckpointManager | None = None
         self._saving: int | None = None
+        self._failure = ""  # of the save under way, on any process
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, oldest first."""
@@ -264,7 +265,9 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
                 cleanup_tmp_directories=True,
-                async_options=ocp.options.AsyncOptions(timeout_secs=self._timeout),
+                async_options=ocp.options.AsyncOptions(
+                    timeout_secs=self._timeout, barrier_sync_fn=self._sync if jax.process_count() > 1 else None
+                ),
             )
             for name in ("absl", "asyncio"):
                 logging.getLogger(name).addFilter(_keep_record)
@@ -272,20 +275,35 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self.folder, options=options)
         return self._manager
 
+    def _sync(self, *, key: str, timeout_ms: int) -> None:
+        """Orbax's barriers in a job of several processes, with the reason why a process failed.
+
+        A process whose write fails skips the barriers at which the others wait, but Orbax calls the last one in a
+        `finally`. The n-th call of each process belongs together, whatever its `key`, so the others learn of the error
+        there instead of waiting for `timeout_seconds`.
+        """
+        error = sys.exc_info()[1]
+        if not self._failure:
+            texts = hosts.exchange("checkpoint save", _first_line(error) if error else "", timeout_ms / 1000)
+            failures = (f"process {process}: {text}" for process, text in enumerate(texts) if text)
+            self._failure = next(failures, "")
+        if self._failure:
+            raise RuntimeError(self._failure)
+
     def _guarded(self, action: Callable[[], Any]) -> None:
+        """Run a part of a save. Raises UserError when there is no space, on any process, else RuntimeError."""
         try:
             action()
         except Exception as error:
-            step, text = self._saving, f"{type(error).__name__}: {error}"
+            step, text = self._saving, self._failure or _first_line(error)
             latest = self.latest()
             kept = "there is no complete one yet" if latest is None else f"the newest complete one is of step {latest}"
-            if any(sign in text for sign in _NO_SPACE):
+            if any(sign in f"{text} {error}" for sign in _NO_SPACE):
+                process = f" ({text.partition(':')[0]})" if self._failure else ""
                 raise UserError(
-                    f"no space left in {self.folder} for checkpoint {step}; {kept}: free some space"
+                    f"no space left in {self.folder} for checkpoint {step}{process}; {kept}: free some space"
                 ) from error
-            raise RuntimeError(
-                f"checkpoint {step} was not saved to {self.folder}; {kept}: {text.splitlines()[0]}"
-            ) from error
+            raise RuntimeError(f"checkpoint {step} was not saved to {self.folder}; {kept}: {text}") from error
 
 
 @contextlib.contextmanager
@@ -297,6 +315,13 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         log.disabled, sys.unraisablehook = before, hook
+
+
+def _first_line(error: BaseException) -> str:
+    """An error in one line; for a full disk, which libraries report in many, the words that tell so."""
+    text = f"{type(error).__name__}: {error}"
+    sign = next((sign for sign in _NO_SPACE if sign in text), "")
+    return f"{text.splitlines()[0][:200]}{f' ({sign})' if sign else ''}"
 
 
 def describe(tree: Any) -> dict[str, str]:

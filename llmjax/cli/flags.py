@@ -35,7 +35,9 @@ class Parser(argparse.ArgumentParser):
             return super()._get_value(action, arg_string)
         except argparse.ArgumentError as error:
             flag = action.option_strings[0] if action.option_strings else action.dest
-            raise UserError(f"{self.prog}: argument {flag}={arg_string}: {error.message}; see `{self.prog} --help`") from None
+            raise UserError(
+                f"{self.prog}: argument {flag}={arg_string}: {error.message}; see `{self.prog} --help`"
+            ) from None
 
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{self.prog}: {message}; see `{self.prog} --help`")

@@ -400,6 +400,17 @@ def test_processes_agree_though_only_one_sees_the_damage(saved_by_two, tmp_path)
 
 
 @pytest.mark.multiprocess
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_full_disk_on_one_host_ends_the_save_on_all(tmp_path, process):
+    """Without waiting for the time limit of a save, which is 60 s in the worker."""
+    folder = tmp_path / "checkpoints"
+    for one in job(2, 2, "fill", folder, process):
+        newest = "the newest complete one is of step 1: free some space"
+        assert one["error"] == f"no space left in {folder} for checkpoint 2 (process {process}); {newest}"
+        assert one["seconds"] < 30
+
+
+@pytest.mark.multiprocess
 def test_processes_agree_that_none_is_left(saved_by_two, tmp_path):
     folder = pathlib.Path(shutil.copytree(saved_by_two[0], tmp_path / "checkpoints"))
     for step in (folder / name for name in ("1", "2", "3")):

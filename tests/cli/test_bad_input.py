@@ -61,7 +61,10 @@ FLAGS = {
     "unknown command": (["llmjax", "trian"], "unknown command 'trian' (did you mean 'train'?)"),
     "missing flag": (["llmjax", "eval"], "the following arguments are required: --workdir"),
     "unknown flag": (["llmjax", "inspect", "--workdir=x", "--jsno"], "unrecognized arguments: --jsno"),
-    "flag of a wrong type": (["llmjax", "eval", "--workdir=x", "--step=last"], "argument --step=last: expected an integer of 0 or more"),
+    "flag of a wrong type": (
+        ["llmjax", "eval", "--workdir=x", "--step=last"],
+        "argument --step=last: expected an integer of 0 or more",
+    ),
     "seed beyond a key": (["llmjax", "generate", "--workdir=x", "--prompt=a", "--seed=4294967296"], "0 to 4294967295"),
     "override without a value": (["llmjax", "eval", "--workdir=x", "--config.seed"], "--config.seed: give a value"),
     "workdir left empty": (["llmjax", "inspect", "--workdir="], "--workdir=: empty; give a folder"),

@@ -2,12 +2,15 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
 from llmjax.parallel import interrupts
 from llmjax.train.loop import _describe_loss
 from llmjax.train.preemption import Preemption
+from tests import jobs
 
 
 @pytest.fixture
@@ -69,3 +72,44 @@ def test_what_is_ignored_stays_ignored(monkeypatch):
 )
 def test_what_is_lost(step, newest, expected):
     assert _describe_loss(step, newest) == expected
+
+
+SLOW_EVALUATION = """
+import sys, time
+from llmjax.cli import main
+from llmjax.evals import harness
+
+place = harness.Evaluator._to_devices
+
+def wait_and_place(evaluator, local):
+    print("a batch of the evaluation", flush=True)
+    time.sleep(0.2)
+    return place(evaluator, local)
+
+harness.Evaluator._to_devices = wait_and_place
+main.main()
+"""
+
+
+@pytest.mark.multiprocess
+def test_processes_stop_in_the_middle_of_an_evaluation(tmp_path):
+    """With 2 rows a batch the evaluation has some hundred batches; it ends some batches after the signal."""
+    corpus, workdir = jobs.write_corpus(tmp_path / "corpus"), tmp_path / "run"
+    changes = {"checkpoint__every": 100, "eval__every": 3, "eval__batch": 2, "data__split__validation": 0.3}
+    _, *arguments = jobs.command("train", workdir, corpus, **changes)
+    command = jobs.launch([sys.executable, "-c", SLOW_EVALUATION, *arguments], 2, 1)
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=jobs.environment()
+    ) as job:
+        assert job.stdout
+        printed = []
+        for line in job.stdout:
+            printed.append(line)
+            if "a batch of the evaluation" in line:
+                job.send_signal(signal.SIGTERM)
+                break
+        rest = job.stdout.read()
+    assert job.returncode == 85, "".join(printed) + rest
+    assert "stop requested: step 3 is saved; rerun the same command to resume" in rest
+    assert (workdir / "checkpoints" / "3").is_dir() and not (workdir / "eval" / "3").exists()
+    assert rest.count("a batch of the evaluation") < 40
