@@ -65,7 +65,10 @@ FLAGS = {
         ["llmjax", "eval", "--workdir=x", "--step=last"],
         "argument --step=last: expected an integer of 0 or more",
     ),
-    "seed beyond a key": (["llmjax", "generate", "--workdir=x", "--prompt=a", "--seed=4294967296"], "0 to 4294967295"),
+    "seed beyond a key": (
+        ["llmjax", "generate", "--workdir=x", "--prompt=a", "--seed=4294967296"],
+        "--seed=4294967296: expected an integer from 0 to 4294967295",
+    ),
     "override without a value": (["llmjax", "eval", "--workdir=x", "--config.seed"], "--config.seed: give a value"),
     "workdir left empty": (["llmjax", "inspect", "--workdir="], "--workdir=: empty; give a folder"),
     "workdir that is a file": (["llmjax", "eval", f"--workdir={__file__}"], "this is a file; give a folder"),
