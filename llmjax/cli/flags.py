@@ -34,10 +34,7 @@ class Parser(argparse.ArgumentParser):
         try:
             return super()._get_value(action, arg_string)
         except argparse.ArgumentError as error:
-            flag = action.option_strings[0] if action.option_strings else action.dest
-            raise UserError(
-                f"{self.prog}: argument {flag}={arg_string}: {error.message}; see `{self.prog} --help`"
-            ) from None
+            self.error(f"argument {'/'.join(action.option_strings)}={arg_string}: {error.message}")
 
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{self.prog}: {message}; see `{self.prog} --help`")

@@ -67,7 +67,11 @@ FLAGS = {
     ),
     "seed beyond a key": (
         ["llmjax", "generate", "--workdir=x", "--prompt=a", "--seed=4294967296"],
-        "--seed=4294967296: expected an integer from 0 to 4294967295",
+        "argument --seed=4294967296: expected an integer from 0 to 4294967295",
+    ),
+    "number of a wrong type": (
+        ["llmjax", "generate", "--workdir=x", "--prompt=a", "--top_p=most"],
+        "argument --top_p=most: expected a number",
     ),
     "override without a value": (["llmjax", "eval", "--workdir=x", "--config.seed"], "--config.seed: give a value"),
     "workdir left empty": (["llmjax", "inspect", "--workdir="], "--workdir=: empty; give a folder"),

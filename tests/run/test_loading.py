@@ -71,3 +71,13 @@ def test_what_was_accepted_once_is_not_accepted_again(tmp_path):
     assert not config.checkpoint.accept_changes
     with pytest.raises(UserError, match="--config is missing"):
         loading.resolve(None, path / "empty", [])
+
+
+def test_a_workdir_of_another_version_is_refused_in_one_line(tmp_path):
+    """As written before a field was renamed."""
+    (tmp_path / "config.json").write_text(json.dumps({"parallel": {"how": "pjit"}}))
+    message = r"config\.json: unknown config field 'parallel\.how'.*; another version of llmjax wrote this workdir: use"
+    for read in (lambda path: loading.read_config(path), lambda path: loading.resolve(None, path, [])):
+        with pytest.raises(UserError, match=message):
+            read(epath.Path(tmp_path))
+    assert loading.resolve(str(jobs.ROOT / "configs" / "quickstart.py"), epath.Path(tmp_path), []).seed == 0

@@ -102,3 +102,9 @@ def test_another_number_of_cpu_threads_is_said(resumed):
     changed, line = resumed(parallel=dict(cpu_threads=4))
     assert changed.strip() == "changed since the checkpoint: parallel.cpu_threads: 8 -> 4"
     assert "resuming at step 1" in line
+
+
+def test_a_checkpoint_of_another_version_is_refused_in_one_line():
+    meta = {"config": {"model": {"gated": "gated"}}}
+    with pytest.raises(UserError, match=r"the checkpoint's config: .*; another version of llmjax saved it: use that"):
+        resume._saved_config(meta)
