@@ -11,7 +11,7 @@ import pytest
 
 from llmjax.batch import Batch
 from llmjax.errors import UserError
-from llmjax.inference.generate import generate
+from llmjax.inference.generate import Sampling, generate
 from llmjax.models import registry
 from llmjax.models.encdec import EncDecConfig
 from tests.batches import packed, packed_pairs
@@ -155,7 +155,7 @@ def test_cached_decoding_equals_the_full_pass(config):
 def test_unequal_prompts_give_what_each_gives_alone():
     graph, params = init_model(T5_V11)
     prompts = [[5], list(range(1, 40)), [8, 8, 3]]
-    go = lambda some: generate(graph, params, T5_V11, some, max_tokens=9, temperature=0, stop_ids=[-1])
+    go = lambda some: generate(graph, params, T5_V11, some, Sampling(max_tokens=9, temperature=0), stop_ids=[-1])
     together = go(prompts)
     assert together == [go([prompt])[0] for prompt in prompts]
     assert len({tuple(row) for row in together}) == 3, "the prompts must matter"
@@ -177,7 +177,7 @@ def test_what_is_missing_is_named():
         logits(graph, params, packed(1, 24, VOCAB))
     unset = dataclasses.replace(T5_V11, start_id=-1)
     with pytest.raises(UserError, match=r"model.start_id=-1"):
-        generate(registry.abstract(unset)[0], params, unset, [[5]], max_tokens=2, stop_ids=[-1])
+        generate(registry.abstract(unset)[0], params, unset, [[5]], Sampling(max_tokens=2), stop_ids=[-1])
 
 
 def test_axes_of_parameters():

@@ -14,8 +14,8 @@ from llmjax.models import registry
 from llmjax.models.moe import MoeConfig
 from llmjax.nn import losses
 from llmjax.optim.config import OptimizerConfig
-from llmjax.parallel import backends, hosts
-from llmjax.parallel.mesh import MeshConfig, ParallelConfig, make_mesh
+from llmjax.parallel import axes, backends, hosts
+from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.run import state as states
 from llmjax.train.step import make_loss, train_step
 from tests.batches import packed
@@ -62,19 +62,21 @@ ROWS, SEQ = 16, 24
 
 class Trainer:
     def __init__(self, model: MoeConfig, mesh: Mesh, backend: str, accumulation: int):
-        config = ParallelConfig(backend=backend)
-        plan = states.make_state_spec(model, OPTIMIZER, horizon=10, mesh=mesh, rules=config.rules)
-        rows = hosts.local_rows(backends.batch_sharding(mesh), ROWS)
-        loss = make_loss(plan.graph, seed=3, chunk=16, z_loss=1e-3)
-        step = functools.partial(train_step, loss=loss, optimizer=plan.optimizer, accumulation=accumulation)
-        self.compiled = backends.compile_step(step, config, mesh, plan.shardings, rows, ROWS)
-        self.state = self.compiled.shard_state(states.init_state(plan, model, seed=0))
+        self.mesh = mesh
+        with axes.use_mesh(mesh):
+            spec = states.make_state_spec(model, OPTIMIZER, horizon=10)
+            rows = hosts.local_rows(backends.batch_sharding(), ROWS)
+            loss = make_loss(spec.graph, seed=3, chunk=16, z_loss=1e-3)
+            step = functools.partial(train_step, loss=loss, optimizer=spec.optimizer, accumulation=accumulation)
+            self.compiled = backends.compile_step(step, backend, spec.shardings, rows, ROWS)
+            self.state = self.compiled.shard_state(states.init_state(spec, model, seed=0))
 
     def steps(self, count: int):
         metrics = []
         for k in range(count):
             batch = self.compiled.shard_batch(packed(ROWS, SEQ, VOCAB, first_sample=k * ROWS))
-            self.state, found = self.compiled.step(self.state, batch)
+            with axes.use_mesh(self.mesh):
+                self.state, found = self.compiled.step(self.state, batch)
             metrics.append(jax.device_get(found))
         return metrics, jax.device_get(self.compiled.unshard_state(self.state).params)
 

@@ -11,7 +11,7 @@ import pytest
 
 from llmjax.binding import bind
 from llmjax.errors import UserError
-from llmjax.inference.generate import generate
+from llmjax.inference.generate import Sampling, generate
 from llmjax.models import registry
 from llmjax.models.recurrent import RecurrentConfig
 from llmjax.optim.layerwise import kind, matrix_view
@@ -66,7 +66,7 @@ def test_generation_of_unequal_prompts_is_that_of_each_alone():
         graph, params = init_model(config)
         prompts = [[5], list(range(1, 40)), [8, 8, 3]]
         go = lambda some, graph=graph, params=params, config=config: generate(
-            graph, params, config, some, max_tokens=9, temperature=0, stop_ids=[-1]
+            graph, params, config, some, Sampling(max_tokens=9, temperature=0), stop_ids=[-1]
         )
         assert go(prompts) == [go([prompt])[0] for prompt in prompts]
 

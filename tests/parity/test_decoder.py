@@ -248,13 +248,18 @@ def test_configs_come_back(name):
 @pytest.mark.parametrize("name", ["qwen3-tied", "gemma2", "gemma3", "olmo3"])
 def test_greedy_text_is_theirs(name):
     """Token by token from our cache against their own generation, past the windows."""
-    from llmjax.inference.generate import generate
+    from llmjax.inference.generate import Sampling, generate
 
     model = reference(name)
     _, config, _, params = imported(name)
     prompts = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3, 2]]
     found = generate(
-        registry.abstract(config)[0], params, config, prompts, max_tokens=12, temperature=0, stop_ids=[VOCAB + 1]
+        registry.abstract(config)[0],
+        params,
+        config,
+        prompts,
+        Sampling(max_tokens=12, temperature=0),
+        stop_ids=[VOCAB + 1],
     )
     for prompt, tokens in zip(prompts, found, strict=True):
         theirs = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None)

@@ -12,7 +12,7 @@ import numpy as np
 from llmjax.batch import Batch
 from llmjax.binding import bind
 from llmjax.errors import UserError
-from llmjax.inference.generate import generate
+from llmjax.inference.generate import Sampling, generate
 from llmjax.interop import mapping
 from llmjax.interop.encdec import ARCHITECTURES
 from llmjax.models import registry
@@ -136,7 +136,7 @@ def test_greedy_text(variant):
         eos_token_id=VOCAB + 1,
         use_cache=False,  # transformers sizes its cache by the encoder's layers, and here the decoder has more
     ).numpy()
-    found = generate(graph, params, config, prompts, max_tokens=15, temperature=0, stop_ids=[-1])
+    found = generate(graph, params, config, prompts, Sampling(max_tokens=15, temperature=0), stop_ids=[-1])
     assert found == expected[:, 1:].tolist()
     assert len({tuple(row) for row in found}) == 3 and max(len(set(row)) for row in found) > 2
 

@@ -86,7 +86,7 @@ def prepare(config: DataConfig, folder: Path | str, *, say: Say) -> dict:
     settings = settings_of(config)
     if manifest := _take(folder, settings):
         return manifest
-    lock = workdir.Lock(folder, primary=True, wait=say, name=_LOCK)
+    lock = workdir.Lock(folder, primary=True, wait=True, name=_LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with lock:
