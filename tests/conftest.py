@@ -1,4 +1,4 @@
-"""Eight emulated CPU devices for every test, and the public texts that some of them read (docs/testdata.md)."""
+"""Eight emulated CPU devices for every test, the order of test files, and public texts (docs/testdata.md)."""
 
 import os
 import pathlib
@@ -29,6 +29,18 @@ from jax.experimental.compilation_cache import compilation_cache
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+# Files whose tests take minutes together. They start first, so that no worker is left with one of them at the end.
+LONGEST_FILES = ("train/test_exactness.py", "test_recipes.py", "models/test_families.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the comparison with transformers as slow, and move the longest files to the front."""
+    for item in items:
+        if item.path.parent.name == "parity":
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONGEST_FILES))
 
 
 @pytest.fixture(scope="module", autouse=True)

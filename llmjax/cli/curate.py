@@ -11,7 +11,6 @@ from typing import Any
 
 from llmjax.binding import as_tree, bind_overridden, load_file
 from llmjax.cli.flags import CONFIG, Parser, make_parser, parse, parse_workdir
-from llmjax.cli.prepare import log_to_stdout
 from llmjax.errors import UserError
 
 _EXAMPLE = "llmjax curate --config=curate --workdir=runs/web --config.curate.inputs.web.path='crawl/*.warc.gz'"
@@ -48,7 +47,6 @@ def curate(arguments: list[str]) -> int:
         help="of the cluster (default auto: the one this machine is in)",
     )
     flags, overrides = parse(parser, arguments)
-    log_to_stdout()
     from llmjax.curate import packages
 
     packages.check_installed()

@@ -25,7 +25,7 @@ def finished(tmp_path_factory):
     checkpoints, prints = Checkpoints(workdir / "checkpoints"), {}
     for step in (9, 10, 30):
         config = {**CONFIG, "train": {"steps": 30 if step == 30 else 10, "global_batch": 8}}
-        meta = {"config": config, "data_state": {**STATE, "next_sample": step * 8}, "tokens": step * 500}
+        meta = {"config": config, "data_state": {**STATE, "next_sample": step * 8}, "total_targets": step * 500}
         prints[step] = checkpoints.save(step, {"params": {"w": jnp.full((4,), step, jnp.float32)}}, meta)
     checkpoints.close()
     split = {"documents": 3, "tokens": 1000, "text_bytes": 4000}

@@ -94,7 +94,7 @@ def prepare(config: DataConfig, folder: Path | str) -> Manifest:
     settings = settings_of(config)
     if manifest := _open_existing(folder, settings):
         return manifest
-    lock = workdir.Lock(folder, primary=True, wait=logger.info, name=_LOCK)
+    lock = workdir.Lock(folder, primary=True, wait=True, name=_LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with lock:
