@@ -10,7 +10,6 @@ import json
 import os
 from pathlib import Path
 import shutil
-from typing import Protocol
 
 import numpy as np
 
@@ -90,20 +89,9 @@ class RowBudget:
         return lengths if self.costs is None else self.costs[lengths]
 
 
-class Packing(Protocol):
-    """Which chunks each row holds. `rows` counts the rows, `used` the positions that their chunks need."""
-
-    rows: int
-    used: int
-
-    def chunks(self, rows: np.ndarray) -> Chunks:
-        """The chunks of these rows, row by row."""
-        ...
-
-
 def open_packing(
     store: TokenStore, seq_len: int, algorithm: str, plans: Path, row_budget: RowBudget | None = None
-) -> Packing:
+) -> "Windows | BestFitPlan":
     """Open the packing of a store; a best-fit plan is computed at first use and kept in the folder `plans`.
 
     row_budget  what chunks need of a row; None: their tokens
@@ -124,7 +112,11 @@ def open_packing(
 
 
 class Windows:
-    """Row r holds the tokens [r * seq_len, (r + 1) * seq_len) of the flat stream; only the last can be short."""
+    """Row r holds the tokens [r * seq_len, (r + 1) * seq_len) of the flat stream; only the last can be short.
+
+    rows  their number
+    used  the positions that their chunks need
+    """
 
     def __init__(self, store: TokenStore, seq_len: int):
         self._store, self._seq_len = store, seq_len

@@ -164,7 +164,7 @@ def test_special_tokens_in_a_prompt_stand_for_themselves():
     assert encode_prompt(made, "<s>a</s><pad>b").tolist() == [256, 97, 257, 258, 98]
     assert encode_prompt(made, "").tolist() == []
     assert made.encode_batch(["<s>"])[0].tolist() == list(b"<s>"), "a document's text is text"
-    with pytest.raises(UserError, match="no UTF-8"):
+    with pytest.raises(UserError, match="not UTF-8"):
         encode_prompt(made, "\udcff")
 
 
