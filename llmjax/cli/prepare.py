@@ -37,7 +37,7 @@ def prepare(arguments: list[str]) -> int:
     store = loading.store_folder(config, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     with workdirs.Lock(workdir, primary=True):
-        preparing.prepare(config.data, store, say=logger.info)
+        preparing.prepare(config.data, store)
         tokenizer = load_tokenizer(store)
         objective = run_config.objective(config, tokenizer)
         data = TrainData(store, config.data, seed=config.seed, global_batch=1, objective=objective)

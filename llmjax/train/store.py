@@ -1,6 +1,5 @@
 """Prepare the token store of a job on process 0, and check that all processes read the same one."""
 
-import logging
 import pathlib
 import threading
 import time
@@ -10,8 +9,6 @@ from llmjax.data.store import prepare
 from llmjax.errors import UserError
 from llmjax.parallel import hosts
 from llmjax.run.config import RunConfig
-
-logger = logging.getLogger(__name__)
 
 _PREPARE_SECONDS = 24 * 3600  # how long the others wait for process 0
 _VISIBLE_SECONDS = 60  # until a finished manifest becomes visible on a shared file system
@@ -25,7 +22,7 @@ def prepare_once(config: RunConfig, folder: pathlib.Path) -> dict[str, Any]:
     problem = ""
     if hosts.is_primary():
         try:
-            prepare.prepare(config.data, folder, say=logger.info)
+            prepare.prepare(config.data, folder)
         except UserError as error:
             problem = str(error)
     problem = _wait_for_primary(problem)

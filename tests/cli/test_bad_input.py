@@ -197,7 +197,7 @@ def test_changes_that_matter_are_refused_and_one_word_accepts_them(refuse, run_c
         "train", run_copy, corpus, optimizer__name="lion", checkpoint__accept_changes="true", **settings
     )
     printed = jobs.run(accepted, LLMJAX_CPU_DEVICES="8")
-    assert "the optimizer's state starts fresh" in printed
+    assert "the optimizer's state and learning rate start at update 0" in printed
     assert 4 in jobs.checkpoints(run_copy)
 
 

@@ -36,7 +36,7 @@ def prepared(tmp_path_factory):
     overrides = [(name, str(value)) for name, value in settings.items()]
     overrides += [(f"data.sources.{name}.path", f"{root / name}/*.txt") for name in ("one", "two")]
     config = resolve(str(jobs.ROOT / "configs" / "quickstart.py"), overrides)
-    prepare.prepare(config.data, root / "store", say=lambda line: None)
+    prepare.prepare(config.data, root / "store")
     vocab = load_tokenizer(root / "store").vocab_size
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab)), root / "store"
 
@@ -148,7 +148,7 @@ def test_each_document_scores_as_if_alone(prepared):
 def test_an_empty_split_is_refused(prepared, tmp_path):
     config, _ = prepared
     bare = dataclasses.replace(config.data, split=dataclasses.replace(config.data.split, test=0.0))
-    prepare.prepare(bare, tmp_path / "store", say=lambda line: None)
+    prepare.prepare(bare, tmp_path / "store")
     with pytest.raises(UserError, match=r"--split=test: that split of .* is empty; raise data.split.test"):
         score((dataclasses.replace(config, data=bare), tmp_path / "store"), one_device(), split="test")
 

@@ -7,8 +7,6 @@ import pytest
 torch = pytest.importorskip("torch", reason="parity needs `make parity`")
 transformers = pytest.importorskip("transformers", reason="parity needs `make parity`")
 
-from flax import nnx
-import jax
 import numpy as np
 
 from llmjax.batch import Batch
@@ -19,7 +17,7 @@ from llmjax.interop import mapping
 from llmjax.interop.encdec import ARCHITECTURES
 from llmjax.models import registry
 from llmjax.models.encdec import EncDecConfig
-from llmjax.nn import losses
+from tests.parity.reference import loss_logits_and_grads
 
 VOCAB = 67
 T5 = ARCHITECTURES["T5ForConditionalGeneration"]
@@ -92,17 +90,6 @@ def batch() -> Batch:
     )
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def loss_and_grads(graph, params, batch):
-    def loss(params):
-        model = nnx.merge(graph, params)
-        hidden = model(batch).hidden
-        sums = losses.cross_entropy(hidden, model.unembed, batch.targets, batch.weights, chunk=0, z_loss=0.0)
-        return sums.nats / sums.weight, model.unembed(hidden)
-
-    return jax.value_and_grad(loss, has_aux=True)(params)
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_loss_and_gradients(variant):
     config, graph, params = ours(variant)
@@ -115,7 +102,7 @@ def test_logits_loss_and_gradients(variant):
         input_ids=give(rows.source), attention_mask=give(rows.source_segments), labels=give(labels), use_cache=False
     )
     expected.loss.backward()
-    (loss, logits), grads = loss_and_grads(graph, params, rows)
+    (loss, logits), grads = loss_logits_and_grads(graph, params, rows)
     scores = expected.logits.detach().numpy()
     np.testing.assert_allclose(np.asarray(logits)[real][:, :VOCAB], scores[real], rtol=0, atol=5e-4)
     assert np.abs(scores[real]).max() > 1, "logits of a size that differences show in"

@@ -116,7 +116,7 @@ def prepared(tmp_path):
             (tmp_path / name / f"{number}.txt").write_text(f"{name} {number} " * 50)
     sources = {name: SourceConfig(path=f"{tmp_path / name}/*.txt") for name in ("books", "code")}
     config = DataConfig(sources=sources, tokenizer=TokenizerConfig(kind="bytes"), workers=1)
-    prepare(config, tmp_path / "run" / "store", say=lambda line: None)
+    prepare(config, tmp_path / "run" / "store")
     return tmp_path / "run"
 
 
