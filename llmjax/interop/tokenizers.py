@@ -6,7 +6,8 @@ from typing import Any
 
 from etils import epath
 
-from llmjax.data.store.tokenizer import FILE_NAMES, PIECE_CHARACTERS, Tokenizer, read_tokenizer
+from llmjax.data.store.tokenizer import FILE_NAMES, Tokenizer, read_tokenizer
+from llmjax.data.store.tokenizer_kinds import SPAN_CHARACTERS
 from llmjax.data.store.tokenizer_settings import FILE as SETTINGS_FILE, TokenizerSettings
 from llmjax.errors import UserError
 from llmjax.interop import special_tokens
@@ -179,7 +180,7 @@ def _as_json(content: bytes) -> str | None:
         kind = Unigram(scores, unk_id=model.unk_id(), byte_fallback=True)
     made = Json(kind)
     made.normalizer = normalizers.Replace(" ", "\u2581")  # type: ignore[assignment]
-    most = PIECE_CHARACTERS
+    most = SPAN_CHARACTERS
     cut = Regex(rf"[\s\S]{{1,{most}}}\z|[\s\S]{{0,{most - 1}}}\n|[\s\S]{{{most}}}")
     made.pre_tokenizer = pre_tokenizers.Split(cut, "isolated")  # type: ignore[assignment]
     made.decoder = decoders.Sequence(  # type: ignore[assignment]

@@ -122,7 +122,7 @@ CONFIGS = {
     ),
     "prompt form of a causal model": (
         {"objective__prompt_form": "plain"},
-        "objective.prompt_form='plain': objective.name='causal' has no use for it, only prefix, span, ul2",
+        "objective.prompt_form='plain': objective.name='causal' does not use it, only prefix, span, ul2",
     ),
     "prompt form of one stack": (
         {"objective__name": "prefix", "objective__prompt_form": "plain"},
@@ -264,7 +264,7 @@ def test_prompt_with_an_unknown_special_token(refuse, run_copy):
 
 GENERATIONS = {
     "top_p": (["--prompt=a", "--top_p=1.5"], "top_p=1.5"),
-    "a prompt of other bytes": (["--prompt=\udcff"], "holds bytes that are no UTF-8"),
+    "a prompt of other bytes": (["--prompt=\udcff"], "contains bytes that are not UTF-8"),
     "more than memory holds": (["--prompt=a", f"--max_tokens={2**30}"], f"max_tokens={2**30}: out of memory"),
     "a mesh that was asked for": (["--prompt=a", "--config.mesh.tensor=3"], "3 does not divide the 8 devices"),
 }

@@ -248,7 +248,7 @@ def test_rejects_are_counted_and_kept(tmp_path):
 def test_an_empty_corpus(tmp_path, content):
     (tmp_path / "a.txt").write_bytes(content)
     for near_copies in (True, False):
-        with pytest.raises(UserError, match=r"holds no text \(1 empty\)"):
+        with pytest.raises(UserError, match=r"contains no text \(1 empty\)"):
             make(config(tmp_path / "*.txt", split=SplitConfig(near_copies=near_copies)), tmp_path / "s")
 
 
@@ -315,9 +315,8 @@ def test_a_file_that_changes_between_the_passes_is_noticed(corpus, tmp_path, mon
     def change(self):
         with open(corpus[0], "a") as file:
             file.write(json.dumps({"text": "late"}) + "\n")
-        return "bytes", self.folder / "tokenizer.bytes"
 
-    monkeypatch.setattr(preparing._Preparation, "_tokenizer", change)
+    monkeypatch.setattr(preparing._Preparation, "_make_tokenizer", change)
     with pytest.raises(UserError, match=r"a\.jsonl changed while it was read"):
         make(config(corpus[0]), tmp_path / "s")
 
