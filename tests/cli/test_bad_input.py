@@ -118,7 +118,7 @@ CONFIGS = {
     ),
     "rules that cut an array twice": (
         {"parallel__rules": str((*axes.DEFAULT_RULES, ("mlp", "fsdp")))},
-        "parallel.rules: 'fsdp' would cut two dimensions of (",
+        "parallel.rules: 'fsdp' would shard two dimensions of (",
     ),
     "prompt form of a causal model": (
         {"objective__prompt_form": "plain"},
