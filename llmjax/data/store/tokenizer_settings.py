@@ -19,7 +19,9 @@ class TokenizerSettings:
     prefix, suffix   ids that the tokenizer puts around a prompt
     added_tokens  entries as in tokenizer.json's `added_tokens`: those that other files of the checkpoint add to it
     num_rows      ids from here on have no row in the model, so no text becomes one of them; None: no limit
-    prefix_space  SentencePiece: whether text behind a special token gets the dummy prefix that the begin gets
+    prefix_space  SentencePiece: whether text after a special token gets the dummy prefix that the start of a text gets
+    space_marks   tokenizer.json: where a space mark is added, "first" (at the start of a text), "always" (also after
+                  special tokens) or "never", instead of what the file says; "": as the file says
     """
 
     eos_id: int
@@ -32,6 +34,7 @@ class TokenizerSettings:
     added_tokens: tuple[dict[str, Any], ...] = ()
     num_rows: int | None = None
     prefix_space: bool = True
+    space_marks: str = ""
 
     def to_bytes(self) -> bytes:
         """As FILE holds it."""
@@ -59,6 +62,8 @@ def apply_to_json(parts: dict[str, Any], settings: TokenizerSettings) -> dict[st
 
     Raises UserError where text could become an id without a row.
     """
+    if settings.space_marks:
+        parts = _with_space_marks(parts, settings.space_marks)
     limit = settings.num_rows
     added = {token["id"]: token for token in [*(parts.get("added_tokens") or []), *settings.added_tokens]}
     kept = [token for i, token in sorted(added.items()) if limit is None or i < limit]
@@ -81,6 +86,19 @@ def apply_to_json(parts: dict[str, Any], settings: TokenizerSettings) -> dict[st
     else:
         model["vocab"] = vocab[:limit]
     return {**parts, "model": model, "added_tokens": kept}
+
+
+def _with_space_marks(parts: dict[str, Any], scheme: str) -> dict[str, Any]:
+    """The same tokenizer.json with the spaces of transformers' LlamaTokenizer, which ignores those of the file."""
+    steps: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if scheme != "never":
+        steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    metaspace = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme, "split": False}
+    return {**parts, "normalizer": None, "pre_tokenizer": metaspace, "decoder": {"type": "Sequence", "decoders": steps}}
 
 
 def _merged(merge: Any) -> str:
