@@ -159,7 +159,7 @@ class Mixture:
                 return True
 
     def _find_exhausted(self, segment: Segment) -> int:
-        """The first sample of the segment for which its source has no row left."""
+        """The first sample of the segment whose source has no more rows."""
         remaining = self.rows - segment.before
         low, high = 0, int(remaining.sum()) // self._block + 1  # numbers of blocks that fit, and that do not
         while high - low > 1:
@@ -224,5 +224,5 @@ def _divide(total: np.ndarray, weights: np.ndarray) -> np.ndarray:
     cumulative = np.cumsum(weights)
     half = 1 + int(np.argmin(np.abs(cumulative[:-1] - cumulative[-1] / 2)))
     share = cumulative[half - 1] / cumulative[-1] if cumulative[-1] else 0.0
-    left = np.floor(total * share + 0.5).astype(np.int64)
-    return np.concatenate([_divide(left, weights[:half]), _divide(total - left, weights[half:])], axis=1)
+    first = np.floor(total * share + 0.5).astype(np.int64)
+    return np.concatenate([_divide(first, weights[:half]), _divide(total - first, weights[half:])], axis=1)

@@ -44,7 +44,7 @@ class Chunks:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Packed rows before an objective has made a batch of them: int32 [rows, seq_len] each, 0 where padded.
+    """Packed rows before an objective turns them into a batch: int32 [rows, seq_len] each, 0 where padded.
 
     targets    the documents' tokens
     inputs     the token before each target in its document, or BOS (EOS if there is none) at its start
@@ -65,7 +65,7 @@ class RowBudget:
     seq_len  positions in a row
     costs    int64 [longest chunk + 1], the positions that a chunk of each length needs, each at most seq_len; None:
              its tokens
-    name     of the costs, so that plans with different costs are told apart; "" if there are none
+    name     of the costs, which distinguishes plans with different costs; "" if there are none
     """
 
     seq_len: int

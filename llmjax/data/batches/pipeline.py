@@ -1,4 +1,4 @@
-"""Batches for training and evaluation, served by Grain: each batch is a pure function of the data state."""
+"""Batches for training and evaluation, through Grain: each batch is a pure function of the data state."""
 
 from collections.abc import Callable, Generator, Iterator
 import contextlib

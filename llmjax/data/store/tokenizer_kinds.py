@@ -77,10 +77,10 @@ class Tokenizer:
         """Raise UserError for text that looks like a special token, such as <|user|>, and is not one of them."""
         unknown = sorted({name for name in _SPECIAL.findall(text) if name not in self.special_tokens})
         if unknown:
-            known = ", ".join(self.special_tokens) or "none"
+            names = ", ".join(self.special_tokens) or "none"
             raise UserError(
                 f"the text contains {', '.join(unknown)}, not a special token of this tokenizer"
-                f"{suggest(unknown[0], self.special_tokens)}; its special tokens: {known}"
+                f"{suggest(unknown[0], self.special_tokens)}; its special tokens: {names}"
             )
 
     def _set_ids(self, settings: TokenizerSettings) -> None:
@@ -88,8 +88,8 @@ class Tokenizer:
         self.bos_id, self.pad_id, self.unk_id = settings.bos_id, settings.pad_id, settings.unk_id
         self.prompt_frame = settings.prefix, settings.suffix
 
-    def _known(self, ids: Iterable[int], limit: int) -> list[int]:
-        """Plain ints. Ids that the model has beyond the vocabulary, to round its size, have no text: left out."""
+    def _drop_unknown(self, ids: Iterable[int], limit: int) -> list[int]:
+        """The ids below the limit, as ints. A model may have more ids than its tokenizer, to round its size."""
         return [i for i in np.asarray(ids, np.int64).tolist() if 0 <= i < limit]
 
 
@@ -128,9 +128,9 @@ class SentencePiece(Tokenizer):
 
     def _read_ids(self) -> None:
         """Read the special ids from the model's own file."""
-        known = lambda token_id: token_id if token_id >= 0 else None
-        self.bos_id, self.pad_id = known(self._model.bos_id()), known(self._model.pad_id())
-        self.unk_id = known(self._model.unk_id())
+        optional = lambda token_id: token_id if token_id >= 0 else None
+        self.bos_id, self.pad_id = optional(self._model.bos_id()), optional(self._model.pad_id())
+        self.unk_id = optional(self._model.unk_id())
         if self._model.eos_id() < 0:
             raise UserError("data.tokenizer.path: this SentencePiece model has no EOS; train one with eos_id")
         self.eos_id = self._model.eos_id()
@@ -178,9 +178,9 @@ class SentencePiece(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         """See Tokenizer."""
         if not self._added:
-            return self._model.decode(self._known(ids, self.vocab_size))
+            return self._model.decode(self._drop_unknown(ids, self.vocab_size))
         text, run, model = "", [], self._model
-        for i in self._known(ids, self.vocab_size):
+        for i in self._drop_unknown(ids, self.vocab_size):
             if i in self._added:
                 text, run, model = text + model.decode(run) + self._added[i], [], self._no_prefix_model
             elif i < self._model.vocab_size():
@@ -259,7 +259,7 @@ class HuggingFace(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         """See Tokenizer."""
-        return self._model.decode(self._known(ids, self.vocab_size), skip_special_tokens=False)
+        return self._model.decode(self._drop_unknown(ids, self.vocab_size), skip_special_tokens=False)
 
     def piece(self, token_id: int) -> bytes:
         """See Tokenizer."""
@@ -294,7 +294,7 @@ class Bytes(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         """See Tokenizer."""
-        return bytes(self._known(ids, 256)).decode(errors="replace")
+        return bytes(self._drop_unknown(ids, 256)).decode(errors="replace")
 
     def piece(self, token_id: int) -> bytes:
         """See Tokenizer."""
@@ -340,7 +340,7 @@ def _without_dummy_prefix(model: bytes) -> Any:
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2
 
-    message: Any = sentencepiece_model_pb2  # its classes are made at import
+    message: Any = sentencepiece_model_pb2  # its classes are created at import
     proto = message.ModelProto.FromString(model)
     proto.normalizer_spec.add_dummy_prefix = False
     return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
