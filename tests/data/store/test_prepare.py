@@ -23,14 +23,14 @@ from tests.data.preparation import BYTES, SMALL, SPLITS, all_texts, config, read
 def test_documents_come_back_from_the_store(corpus, tmp_path):
     path, texts = corpus
     manifest, _ = run_prepare(config(path, tokenizer=SMALL), tmp_path / "s")
-    found = read_texts(tmp_path / "s")
-    assert sorted(all_texts(found)) == sorted(texts) and all(found.values())
+    by_split = read_texts(tmp_path / "s")
+    assert sorted(all_texts(by_split)) == sorted(texts) and all(by_split.values())
     assert manifest == read_manifest(tmp_path / "s")
     assert manifest["tokenizer"]["lossless"] and manifest["tokenizer"]["vocab_size"] == 300
     record = manifest["sources"]["main"]
-    assert {s: record[s]["documents"] for s in SPLITS} == {s: len(found[s]) for s in SPLITS}
+    assert {s: record[s]["documents"] for s in SPLITS} == {s: len(by_split[s]) for s in SPLITS}
     assert record["train"]["tokens"] == TokenStore(tmp_path / "s/main/train").tokens
-    validation = [text.encode() for text in found["validation"]]
+    validation = [text.encode() for text in by_split["validation"]]
     measured = manifest["compressors"]["gzip -9"]
     assert measured["concatenated"] == len(gzip.compress(b"".join(validation), 9))
     assert measured["per_document"] == sum(len(gzip.compress(text, 9)) for text in validation)
@@ -39,10 +39,10 @@ def test_documents_come_back_from_the_store(corpus, tmp_path):
 
 
 def test_a_finished_store_is_used_as_it_is(corpus, tmp_path):
-    made, _ = run_prepare(config(corpus[0]), tmp_path / "s")
+    manifest, _ = run_prepare(config(corpus[0]), tmp_path / "s")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "s").rglob("*")}
     again, lines = run_prepare(config(corpus[0], seq_len=99, workers=2), tmp_path / "s")
-    assert again == made and not lines
+    assert again == manifest and not lines
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "s").rglob("*")}
 
 
@@ -75,12 +75,12 @@ def test_a_single_book_is_cut_into_parts(tmp_path):
     book = "\r\n\r\n".join(sentence(rng, rng.randrange(20, 300)) for _ in range(400))
     (tmp_path / "book.txt").write_bytes(book.encode())
     manifest, lines = run_prepare(config(tmp_path / "book.txt"), tmp_path / "s")
-    found = read_texts(tmp_path / "s")
-    assert all(found[split] for split in SPLITS)
+    by_split = read_texts(tmp_path / "s")
+    assert all(by_split[split] for split in SPLITS)
     size = manifest["sources"]["main"]["part_bytes"]
     assert 1024 <= size <= 16384
     assert any("too few documents for data.split (1)" in line and "cut at blank lines" in line for line in lines)
-    parts = all_texts(found)
+    parts = all_texts(by_split)
     # Put together in their order in the book, the parts are the book.
     assert "".join(sorted(parts, key=book.index)) == book
     assert all(size <= len(part.encode()) <= 2 * size for part in sorted(parts, key=book.index)[:-1])
@@ -103,8 +103,8 @@ def test_rejects_are_counted_and_kept(tmp_path):
     assert [record["reason"] for record in kept] == ["not JSON", "field 'text' is not a text", "empty"]
     assert kept[0]["excerpt"] == "{no" and kept[0]["where"].endswith("a.jsonl:98") and kept[0]["source"] == "main"
     # The limit decides on no content, so raising it goes on with what was read.
-    manifest, said = run_prepare(config(tmp_path / "a.jsonl", max_bad_fraction=0.03), tmp_path / "s")
-    assert said[0] == "resuming the interrupted preparation"
+    manifest, lines = run_prepare(config(tmp_path / "a.jsonl", max_bad_fraction=0.03), tmp_path / "s")
+    assert lines[0] == "resuming the interrupted preparation"
     assert manifest["sources"]["main"]["rejected"] == {"empty": 1, "field 'text' is not a text": 1, "not JSON": 1}
 
 
@@ -141,16 +141,16 @@ def test_a_tokenizer_that_loses_text_is_reported(corpus, tmp_path):
     model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     model.add_special_tokens(["</s>", "<unk>"])
     model.save(str(tmp_path / "t.json"))
-    given = TokenizerConfig(kind="huggingface", path=str(tmp_path / "t.json"))
-    manifest, lines = run_prepare(config(corpus[0], tokenizer=given), tmp_path / "s")
+    lossy = TokenizerConfig(kind="huggingface", path=str(tmp_path / "t.json"))
+    manifest, lines = run_prepare(config(corpus[0], tokenizer=lossy), tmp_path / "s")
     assert manifest["tokenizer"]["lossy_documents"] == 300 and not load_tokenizer(tmp_path / "s").lossless
     assert any("loses text: 300 documents" in line for line in lines)
     # Another file under the same name is another setting; a file that is gone is not, since the store has its copy.
     (tmp_path / "t.json").write_text((tmp_path / "t.json").read_text() + "\n")
     with pytest.raises(UserError, match=r"data\.tokenizer\.sha256"):
-        run_prepare(config(corpus[0], tokenizer=given), tmp_path / "s")
+        run_prepare(config(corpus[0], tokenizer=lossy), tmp_path / "s")
     (tmp_path / "t.json").unlink()
-    assert run_prepare(config(corpus[0], tokenizer=given), tmp_path / "s")[0] == manifest
+    assert run_prepare(config(corpus[0], tokenizer=lossy), tmp_path / "s")[0] == manifest
 
 
 def test_the_corpus_hash_and_fingerprint_know_no_paths(corpus, tmp_path):
@@ -180,18 +180,20 @@ def test_every_kept_document_of_public_text_comes_back(shared_data, tmp_path, pa
     assert manifest["tokenizer"]["lossless"] and manifest["tokenizer"]["lossy_documents"] == 0
     units = sources.list_units("main", SourceConfig(path=str(shared_data / pattern)))
     part_bytes = manifest["sources"]["main"]["part_bytes"]
-    wanted = [record.text for unit in units for record in stages.read_unit(unit, part_bytes) if hasattr(record, "text")]
-    assert sorted(all_texts(read_texts(tmp_path / "s"))) == sorted(wanted)
+    expected = [
+        record.text for unit in units for record in stages.read_unit(unit, part_bytes) if hasattr(record, "text")
+    ]
+    assert sorted(all_texts(read_texts(tmp_path / "s"))) == sorted(expected)
 
 
 def test_records_that_name_their_split_stay_in_it(tmp_path):
-    given = {f"text {number} of {split}": split for split in SPLITS for number in range(5)}
-    lines = [json.dumps({"text": text, "split": split}) for text, split in given.items()]
+    named = {f"text {number} of {split}": split for split in SPLITS for number in range(5)}
+    lines = [json.dumps({"text": text, "split": split}) for text, split in named.items()]
     (tmp_path / "a.jsonl").write_text("\n".join([*lines, '{"text": "lost", "split": "dev"}', '{"text": "none"}']))
     source = SourceConfig(path=str(tmp_path / "a.jsonl"), split_field="split")
-    found = DataConfig(sources={"main": source}, tokenizer=BYTES, workers=1, max_bad_fraction=0.2)
-    manifest, lines = run_prepare(found, tmp_path / "store")
-    assert {text: split for split, texts in read_texts(tmp_path / "store").items() for text in texts} == given
+    data_config = DataConfig(sources={"main": source}, tokenizer=BYTES, workers=1, max_bad_fraction=0.2)
+    manifest, lines = run_prepare(data_config, tmp_path / "store")
+    assert {text: split for split, texts in read_texts(tmp_path / "store").items() for text in texts} == named
     assert manifest["sources"]["main"]["rejected"] == {"field 'split' names no split": 2}
 
 

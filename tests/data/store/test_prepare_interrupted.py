@@ -36,12 +36,12 @@ def test_a_killed_preparation_resumes(corpus, tmp_path):
     )
     subprocess.run([sys.executable, "-c", code, tmp_path / "quiet"], check=True, capture_output=True)
     kills = 0
-    for wanted in ("reading", "training a", "tokenizing", "nothing"):
+    for stage in ("reading", "training a", "tokenizing", "nothing"):
         process = subprocess.Popen([sys.executable, "-c", code, tmp_path / "killed"], stdout=subprocess.PIPE, text=True)
         assert process.stdout
         for line in process.stdout:
-            if line.startswith(wanted) or (wanted == "tokenizing" and line.startswith("training the tokenizer")):
-                while wanted == "tokenizing" and not list((tmp_path / "killed").glob("*/*/tokens-*.bin*")):
+            if line.startswith(stage) or (stage == "tokenizing" and line.startswith("training the tokenizer")):
+                while stage == "tokenizing" and not list((tmp_path / "killed").glob("*/*/tokens-*.bin*")):
                     time.sleep(0.001)  # into the stage that follows this line: a first shard is begun
                 process.send_signal(signal.SIGKILL)
                 kills += 1
@@ -49,8 +49,8 @@ def test_a_killed_preparation_resumes(corpus, tmp_path):
         process.wait()
         process.stdout.close()
         time.sleep(0.2)  # for its workers to see that it is gone
-        assert (read_manifest(tmp_path / "killed") is None) == (wanted != "nothing")
-        if wanted == "tokenizing":
+        assert (read_manifest(tmp_path / "killed") is None) == (stage != "nothing")
+        if stage == "tokenizing":
             (tmp_path / "killed/manifest.json.partial-1").touch()  # as a kill at the last moment leaves it
     assert kills == 3
     assert contents(tmp_path / "killed") == contents(tmp_path / "quiet")
@@ -138,8 +138,8 @@ if sys.argv[3] == "hold":  # with the tokenizer written, until a line comes
         tokenize(self, *arguments)
     prepare._Preparation._tokenize = held
 source = SourceConfig(path=sys.argv[1])
-given = TokenizerConfig(vocab_size=int(sys.argv[4]))
-config = DataConfig(sources={"main": source}, tokenizer=given, workers=1)
+tokenizer = TokenizerConfig(vocab_size=int(sys.argv[4]))
+config = DataConfig(sources={"main": source}, tokenizer=tokenizer, workers=1)
 try:
     manifest = prepare.prepare(config, sys.argv[2])
     print("done", manifest["fingerprint"])
@@ -151,7 +151,7 @@ except UserError as error:
 
 @pytest.mark.multiprocess
 def test_of_two_that_prepare_one_store_the_second_waits(corpus, tmp_path):
-    """Then it takes the store, if it was made with its settings, and never changes it."""
+    """Then it uses the store if the settings are the same, and never changes it."""
 
     def begin(mode: str, vocab_size: int) -> subprocess.Popen:
         command = [sys.executable, "-c", PREPARE, str(corpus[0]), str(tmp_path / "s"), mode, str(vocab_size)]
@@ -164,8 +164,8 @@ def test_of_two_that_prepare_one_store_the_second_waits(corpus, tmp_path):
         assert process.stdout
         line = process.stdout.readline()
         assert line.startswith(f"waiting for process {first.pid} on ") and str(tmp_path / "s") in line
-    told, _ = first.communicate("go\n", timeout=120)
-    fingerprint = told.split()[-1]
+    output, _ = first.communicate("go\n", timeout=120)
+    fingerprint = output.split()[-1]
     before = contents(tmp_path / "s/main")
     assert same.communicate(timeout=120)[0].split() == ["done", fingerprint] and same.returncode == 0
     refused = other.communicate(timeout=120)[0]

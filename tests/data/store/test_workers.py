@@ -44,7 +44,7 @@ def test_ctrl_c_ends_the_pool_quietly():
         "        print('begun', flush=True)\n"
         "        list(pool.map(time.sleep, [(99,), (99,)]))\n"
         "    except KeyboardInterrupt:\n"
-        "        time.sleep(1)\n"  # what a worker has to say would be said now
+        "        time.sleep(1)\n"  # a traceback of a worker would arrive now
         "        print('stopped', flush=True)\n"
     )
     process = subprocess.Popen(
