@@ -130,7 +130,7 @@ CONFIGS = {
     ),
     "store that is a file": ({"data__store": __file__}, "this is a file; give the folder of a token store"),
     "prompt that is no text": ({"sample__prompts": "(1, 2)"}, "sample.prompts: 1 is not a string"),
-    "special token in a prompt": ({"sample__prompts": "('<|im_start|>',)"}, "the text holds <|im_start|>"),
+    "special token in a prompt": ({"sample__prompts": "('<|im_start|>',)"}, "the text contains <|im_start|>"),
     "samples out of range": ({"sample__prompts": "('a',)", "sample__top_p": 2}, "top_p=2.0: must be above 0"),
 }
 
