@@ -4,6 +4,7 @@ import os
 import pathlib
 
 from llmjax.cli.flags import int_range, make_parser, parse, parse_workdir, say
+from llmjax.cli.logs import configure_logging
 
 
 def export(arguments: list[str]) -> int:
@@ -24,6 +25,7 @@ def export(arguments: list[str]) -> int:
         "--max_shard_bytes", type=int_range(1), default=5_000_000_000, help="of a file (default 5,000,000,000)"
     )
     flags, overrides = parse(parser, arguments)
+    configure_logging()
     from llmjax.run import loading
 
     loading.initialize(parse_workdir(flags.workdir), overrides)
@@ -36,7 +38,6 @@ def export(arguments: list[str]) -> int:
         dtype=flags.dtype,
         max_shard_bytes=flags.max_shard_bytes,
         overrides=overrides,
-        say=say,
     )
     say(f"written to {flags.to}: {made.architecture} in {len(made.files)} file(s), {made.nbytes / 1e9:.2f} GB")
     say(f"tokenizer: {made.tokenizer}")

@@ -4,6 +4,7 @@ import os
 import pathlib
 
 from llmjax.cli.flags import make_parser, parse, parse_workdir, say
+from llmjax.cli.logs import configure_logging
 
 
 def import_(arguments: list[str]) -> int:
@@ -27,6 +28,7 @@ def import_(arguments: list[str]) -> int:
         help="accept this unknown field of config.json, which changes no number of the model; may be repeated",
     )
     flags, overrides = parse(parser, arguments)
+    configure_logging()
     from llmjax.parallel import hosts
     from llmjax.run import config as run_config
 
@@ -38,9 +40,7 @@ def import_(arguments: list[str]) -> int:
     from llmjax.interop import importing
 
     source = pathlib.Path(os.path.expanduser(flags.source))
-    found = importing.import_checkpoint(
-        source, parse_workdir(flags.workdir), overrides=overrides, ignore=flags.ignore, say=say
-    )
+    found = importing.import_checkpoint(source, parse_workdir(flags.workdir), overrides=overrides, ignore=flags.ignore)
     model, workdir = found.config.model, flags.workdir
     say(
         f"{found.architecture} is now {workdir}: model.family={model.family!r}, {found.parameters:,} parameters stored "

@@ -1,9 +1,10 @@
 """`llmjax export`: write a checkpoint as a folder that transformers loads."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import itertools
 import json
+import logging
 from pathlib import Path
 import shutil
 from typing import Any
@@ -26,6 +27,8 @@ from llmjax.models import registry
 from llmjax.parallel import hosts
 from llmjax.run import config as run_config, loading, workdir as workdirs
 from llmjax.run.loading import Loaded
+
+logger = logging.getLogger(__name__)
 
 TYPES = {"float32": "F32", "bfloat16": "BF16"}
 # How a model is run, trained and stored, not what it computes: config.json says nothing of it.
@@ -61,7 +64,6 @@ def export(
     dtype: str = "float32",
     max_shard_bytes: int = 5_000_000_000,
     overrides: Sequence[tuple[str, str]] = (),
-    say: Callable[[str], None] = print,
 ) -> Exported:
     """Write the folder `to`, whole or not at all: config.json, tensors, tokenizer.
 
@@ -70,7 +72,7 @@ def export(
     """
     if to.exists():
         raise UserError(f"--to={to}: exists already; give a new folder")
-    loaded = loading.load(workdir, step=step, overrides=overrides, say=say)
+    loaded = loading.load(workdir, step=step, overrides=overrides, say=logger.info)
     model = loaded.config.model
     imported = workdirs.read_json(workdir / loading.IMPORT) or {}
     name, architecture, hf = choose(model, imported.get("architecture"))
@@ -78,12 +80,14 @@ def export(
     tensors = {tensor.hf_names[0]: tensor for tensor in table.tensors}
     specs = {name: (TYPES[dtype], table.hf_shape(tensor)) for name, tensor in tensors.items()}
     total = sum(files.nbytes(spec) for spec in specs.values())
-    say(f"{name}: the {loaded.parameters} of step {loaded.step}, {len(tensors)} tensors, {total / 1e9:.2f} GB")
+    logger.info(
+        "%s: the %s of step %d, %d tensors, %.2f GB", name, loaded.parameters, loaded.step, len(tensors), total / 1e9
+    )
     partial = to.with_name(f"{to.name}.partial")
     if hosts.is_primary():
         shutil.rmtree(partial, ignore_errors=True)  # what an export left that was stopped
         partial.mkdir(parents=True)
-    parameters, progress = sharded_io.Parameters(table, loaded.params), sharded_io.Progress("writing", total, say)
+    parameters, progress = sharded_io.Parameters(table, loaded.params), sharded_io.Progress("writing", total)
     with jax.set_mesh(loaded.mesh):
         paths = files.write_folder(
             partial,

@@ -1,7 +1,8 @@
 """`llmjax import`: a published checkpoint becomes step 0 of a workdir."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from llmjax.models import registry
 from llmjax.parallel import axes, hosts
 from llmjax.run import config as run_config, loading, workdir as workdirs
 from llmjax.run.config import RunConfig
+
+logger = logging.getLogger(__name__)
 
 TOKEN_IDS = ("bos_token_id", "pad_token_id")  # of config.json, which only other readers use
 
@@ -41,7 +44,6 @@ def import_checkpoint(
     *,
     overrides: Sequence[tuple[str, str]] = (),
     ignore: Sequence[str] = (),
-    say: Callable[[str], None] = print,
 ) -> Imported:
     """Read the folder `source` into a checkpoint of step 0 in `workdir`: parameters alone, so that any optimizer can go
     on with them. `ignore` names unknown fields of config.json that are accepted.
@@ -58,19 +60,20 @@ def import_checkpoint(
     table = ParamMapping(found.architecture.rules(config.model), config.model)
     table.check(found.tensors)
     _check_copies(table, found)
-    say(f"{found.name}: {len(found.tensors.shapes())} tensors of {', '.join(found.tensors.types)}, {_size(found)}")
+    size, types = found.tensors.nbytes / 1e9, ", ".join(found.tensors.types)
+    logger.info("%s: %d tensors of %s, %.2f GB", found.name, len(found.tensors.shapes()), types, size)
     for note in _notes(settings, tokenizer, config):
-        say(f"  note: {note}")
+        logger.info("  note: %s", note)
 
-    mesh = loading.mesh_or_default(config, say)
+    mesh = loading.mesh_or_default(config, logger.info)
     _, shapes, names = registry.abstract(config.model)
     shardings = table.flat(axes.shardings(mesh, names, shapes, config.parallel.rules))
-    params = sharded_io.read(table, found.tensors, shardings, say)
+    params = sharded_io.read(table, found.tensors, shardings)
     workdir.mkdir(parents=True, exist_ok=True)
     with workdirs.Lock(workdir, primary=hosts.is_primary()):
         if hosts.is_primary():
             tokenizers.keep(epath.Path(source), content, settings, tokenizer, workdir)
-        say("writing checkpoint 0")
+        logger.info("writing checkpoint 0")
         fingerprint = _save(workdir, config, params, tokenizer, source)
         if hosts.is_primary():
             record = {
@@ -163,7 +166,3 @@ def _notes(settings: TokenizerSettings, tokenizer: Tokenizer, config: RunConfig)
 def _shown(number: int, tokenizer: Tokenizer) -> str:
     name = tokenizer.piece(number).decode(errors="replace") if number < tokenizer.vocab_size else ""
     return f"{name or 'id'} ({number})"
-
-
-def _size(found: hf_checkpoint.Checkpoint) -> str:
-    return f"{found.tensors.nbytes / 1e9:.2f} GB"

@@ -1,7 +1,7 @@
 """Transfer between files and sharded arrays without a full copy in host memory."""
 
-from collections.abc import Callable
 import functools
+import logging
 import math
 import time
 from typing import Any
@@ -13,14 +13,16 @@ import numpy as np
 
 from llmjax.interop.mapping import ParamMapping, Source, Tensor
 
+logger = logging.getLogger(__name__)
+
 EVERY_SECONDS = 5.0
 
 
 class Progress:
     """A line now and then: how much of `total` bytes is done, the rate and the time left."""
 
-    def __init__(self, what: str, total: int, say: Callable[[str], None]):
-        self._what, self._total, self._say = what, total, say
+    def __init__(self, what: str, total: int):
+        self._what, self._total = what, total
         self._done, self._began = 0, time.monotonic()
         self._last = self._began
 
@@ -31,15 +33,13 @@ class Progress:
         if now - self._last > EVERY_SECONDS:
             self._last, rate = now, self._done / (now - self._began)
             left = max(self._total - self._done, 0) / rate
-            self._say(f"{self._what}: {self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB, {left:.0f} s left")
+            logger.info("%s: %.2f of %.2f GB, %.0f s left", self._what, self._done / 1e9, self._total / 1e9, left)
 
 
-def read(
-    table: ParamMapping, source: Source, shardings: dict[str, NamedSharding], say: Callable[[str], None]
-) -> dict[str, Any]:
+def read(table: ParamMapping, source: Source, shardings: dict[str, NamedSharding]) -> dict[str, Any]:
     """The parameters as sharded arrays. Every process reads what its own devices hold, each part of it once."""
     sizes = {name: _local_bytes(leaf, shardings[name]) for name, leaf in table.shapes.items()}
-    progress = Progress("reading", sum(sizes.values()), say)
+    progress = Progress("reading", sum(sizes.values()))
     return table.tree({name: _read_array(table, source, name, shardings[name], progress) for name in table.shapes})
 
 

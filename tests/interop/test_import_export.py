@@ -20,14 +20,10 @@ MESHES = {
 }
 
 
-def quiet(line: str) -> None:
-    pass
-
-
 def round_trip(source, tmp_path, overrides=(), **options):
     workdir = epath.Path(tmp_path / "run")
-    found = importing.import_checkpoint(source, workdir, overrides=list(overrides), say=quiet)
-    made = exporting.export(workdir, tmp_path / "out", say=quiet, **options)
+    found = importing.import_checkpoint(source, workdir, overrides=list(overrides))
+    made = exporting.export(workdir, tmp_path / "out", **options)
     return found, made, published.read_tensors(tmp_path / "out")
 
 
@@ -105,7 +101,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, case):
     tensors = change(published.random_tensors(published.llama_shapes()))
     source = published.write_folder(tmp_path / "in", published.LLAMA, tensors)
     with pytest.raises(UserError, match=message):
-        importing.import_checkpoint(source, epath.Path(tmp_path / "run"), say=quiet)
+        importing.import_checkpoint(source, epath.Path(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -123,7 +119,7 @@ def test_configs_that_cannot_be_honoured_are_refused(tmp_path, case):
     tensors = published.random_tensors(published.llama_shapes())
     source = published.write_folder(tmp_path / "in", {**published.LLAMA, **change}, tensors)
     with pytest.raises(UserError, match=message):
-        importing.import_checkpoint(source, epath.Path(tmp_path / "run"), say=quiet)
+        importing.import_checkpoint(source, epath.Path(tmp_path / "run"))
 
 
 MALFORMED = {
@@ -187,7 +183,7 @@ def test_values_of_a_wrong_kind_are_one_line(tmp_path, words):
     hf = {**base, "architectures": [name], **change}
     source = published.write_folder(tmp_path / "in", hf, published.random_tensors({"x": (1,)}))
     with pytest.raises(UserError) as told:
-        importing.import_checkpoint(source, epath.Path(tmp_path / "run"), say=quiet)
+        importing.import_checkpoint(source, epath.Path(tmp_path / "run"))
     said = str(told.value)
     assert "\n" not in said and "config.json" in said and words in said
 
@@ -198,7 +194,7 @@ def test_a_shard_that_is_missing_is_named(tmp_path):
     gone = sorted(source.glob("model-*"))[1]
     gone.unlink()
     with pytest.raises(UserError, match=gone.name):
-        importing.import_checkpoint(source, epath.Path(tmp_path / "run"), say=quiet)
+        importing.import_checkpoint(source, epath.Path(tmp_path / "run"))
 
 
 def test_a_file_that_is_cut_short_is_named(tmp_path):
@@ -207,14 +203,14 @@ def test_a_file_that_is_cut_short_is_named(tmp_path):
     path = source / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match="the file ends before tensor"):
-        importing.import_checkpoint(source, epath.Path(tmp_path / "run"), say=quiet)
+        importing.import_checkpoint(source, epath.Path(tmp_path / "run"))
 
 
 def test_the_padding_of_the_vocabulary_is_zero(tmp_path):
     tensors = published.random_tensors(published.llama_shapes())
     source = published.write_folder(tmp_path / "in", published.LLAMA, tensors)
-    importing.import_checkpoint(source, epath.Path(tmp_path / "run"), say=quiet)
-    params = loading.load(epath.Path(tmp_path / "run"), say=quiet).params
+    importing.import_checkpoint(source, epath.Path(tmp_path / "run"))
+    params = loading.load(epath.Path(tmp_path / "run")).params
     table, head = np.asarray(params["embed"]["table"]), np.asarray(params["head"])
     assert table.shape == (384, 32) and head.shape == (32, 384)
     assert not table[300:].any() and not head[:, 300:].any()
@@ -282,7 +278,7 @@ def test_a_run_of_our_own_is_exported(tmp_path, kind):
     config = f"--config={jobs.ROOT / 'configs' / 'quickstart.py'}"
     overrides = [f"--config.{name}={value}" for name, value in settings.items()]
     assert main.run(["train", config, f"--workdir={run}", *overrides]) == 0
-    made = exporting.export(epath.Path(run), tmp_path / "out", say=quiet)
+    made = exporting.export(epath.Path(run), tmp_path / "out")
     assert made.parameters == "EMA of the parameters"
     hf = json.loads((tmp_path / "out" / "config.json").read_text())
     assert hf["max_position_embeddings"] == 128
@@ -290,6 +286,6 @@ def test_a_run_of_our_own_is_exported(tmp_path, kind):
         assert made.tokenizer.startswith("no tokenizer") and not (tmp_path / "out" / "tokenizer.json").exists()
         return
     assert "the same ids" in made.tokenizer and hf["eos_token_id"] == 3
-    loaded = loading.load(epath.Path(run), say=quiet)
+    loaded = loading.load(epath.Path(run))
     scale = published.read_tensors(tmp_path / "out")["model.norm.weight"]
     np.testing.assert_array_equal(scale, loaded.params["norm"]["scale"])

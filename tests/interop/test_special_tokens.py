@@ -19,10 +19,6 @@ WORDS = ["<unk>", "<s>", "</s>", "<|eot|>", "\u2581hello", "\u2581world", "\u258
 UNK, BOS, EOS, EOT, HELLO, WORLD, USER, COMMA, SPACE, BARE_HELLO, BARE_WORLD = range(11)
 
 
-def quiet(line: str) -> None:
-    pass
-
-
 def make_tokenizer(scheme: str = "always", frame: str = "", special=("<unk>", "<s>", "</s>", "<|eot|>")):
     """Unigram pieces behind space marks. frame: "" for no post-processor, else a template such as "<s> $A"."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -200,10 +196,10 @@ def test_generation_stops_at_every_end_and_all_are_exported(tmp_path, capsys):
     (source / "additional_chat_templates").mkdir()
     (source / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
     workdir = epath.Path(tmp_path / "run")
-    importing.import_checkpoint(source, workdir, say=quiet)
+    importing.import_checkpoint(source, workdir)
     assert generate(workdir, "hello", capsys) == "hello world"
     assert generate(workdir, "user", capsys) == "user,"
-    exporting.export(workdir, tmp_path / "out", say=quiet)
+    exporting.export(workdir, tmp_path / "out")
     for name in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / "out" / name).read_text())["eos_token_id"] == [EOS, EOT]
     assert "bos_token_id" not in json.loads((tmp_path / "out" / "generation_config.json").read_text())
@@ -285,9 +281,9 @@ CASES = {"stop-ids": "hello world", "space-mark-always": "hello world, user"}
 @pytest.mark.parametrize("case", CASES)
 def test_cases_are_continued_as_transformers_does(shared_data, tmp_path, capsys, case):
     source, workdir = shared_data / "cases" / case, epath.Path(tmp_path / "run")
-    importing.import_checkpoint(source, workdir, say=quiet)
+    importing.import_checkpoint(source, workdir)
     assert generate(workdir, "hello", capsys) == CASES[case]
-    exporting.export(workdir, tmp_path / "out", say=quiet)
+    exporting.export(workdir, tmp_path / "out")
     assert (tmp_path / "out" / "chat_template.jinja").exists() == (case == "stop-ids")
 
 
@@ -300,8 +296,8 @@ def test_cases_with_and_without_bos(shared_data, case, expected):
 
 
 def test_case_of_one_id_more(shared_data, tmp_path):
-    importing.import_checkpoint(shared_data / "cases" / "one-id-more", epath.Path(tmp_path / "run"), say=quiet)
-    made = loading.load(epath.Path(tmp_path / "run"), say=quiet).tokenizer
+    importing.import_checkpoint(shared_data / "cases" / "one-id-more", epath.Path(tmp_path / "run"))
+    made = loading.load(epath.Path(tmp_path / "run")).tokenizer
     assert made.vocab_size == 327
     assert all(max(encode_prompt(made, f"hello {name} world")) < 327 for name in ("<pad>", "[PAD]", "<s>"))
 
