@@ -52,9 +52,9 @@ def get_config(size: str = "tiny") -> ConfigDict:
         remat="attention",
     )
     if generation == 2:
-        c.model.update(pattern="lg", score_softcap=50.0, logit_softcap=30.0)
+        c.model.update(attention_pattern="lg", score_softcap=50.0, logit_softcap=30.0)
     else:
-        c.model.update(pattern="lllllg", qk_norm="head", rope_base=1e6, rope_local_base=1e4)
+        c.model.update(attention_pattern="lllllg", qk_norm="head", rope_base=1e6, rope_local_base=1e4)
     c.data = dict(seq_len=seq_len, sources=dict(main=dict(path="")))
     c.train = dict(steps=100_000, global_batch=512)
     c.optimizer = dict(name="adamw", learning_rate=3e-4, schedule="cosine", warmup_steps=2_000, weight_decay=0.1)

@@ -33,7 +33,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
         head_dim=head_dim,
         mlp=mlp,
         window=window,
-        pattern="l",
+        attention_pattern="l",
         rope_base=base,
         tie_embeddings=size == "tiny",
         dtype="bfloat16",

@@ -45,7 +45,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
         remat="attention",
     )
     if generation == 3:
-        c.model.update(window=4096, pattern="lllg")
+        c.model.update(window=4096, attention_pattern="lllg")
     c.data = dict(seq_len=seq_len, sources=dict(main=dict(path="")))
     c.train = dict(steps=100_000, global_batch=batch, z_loss=1e-5)
     c.optimizer = dict(

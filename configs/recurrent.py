@@ -23,7 +23,7 @@ SIZES: dict[str, tuple[dict[str, Any], int, int, float]] = {
         4e-3,
     ),
     # the large model of Zaremba et al., 2014, arXiv 1409.2329, with AdamW in place of their SGD
-    "zaremba": (dict(cell="lstm", embed=1500, norm="none", residual="none", dropout=0.65), 256, 32, 1e-3),
+    "zaremba": (dict(cell="lstm", embed=1500, norm="none", residual=False, dropout=0.65), 256, 32, 1e-3),
     # Hawk of De et al., 2024, arXiv 2402.19427. Theirs: widths and depth (table 2: 2048, 2560, 24, and an mlp of
     # 3 x 2048), the 16 blocks of each gate (section 4.1), the shared embedding (2), AdamW and rows of 2048 (3.1).
     # Ours, as they print none: rows in a step, steps, rates. They fold the recurrence token by token in a kernel of

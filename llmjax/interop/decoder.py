@@ -10,6 +10,7 @@ from llmjax.interop.hf_config import (
     NUMBER,
     SLIDING,
     Fields,
+    attention_pattern,
     read_rope,
     read_rope_by_kind,
     write_rope,
@@ -148,16 +149,17 @@ def shared_json(config: DecoderConfig, model_type: str) -> dict[str, Any]:
 
 
 def windows(fields: Fields, *, default: list[str], window: int = 4096) -> dict[str, Any]:
-    """window and pattern of section `model` from layer_types (`default` where there are none) and sliding_window."""
+    """The fields window and attention_pattern of section `model`, from sliding_window and layer_types.
+
+    `default` stands for an absent layer_types, `window` for an absent sliding_window.
+    """
     types = fields.layer_types(fields["num_hidden_layers"]) or default
     size = fields.optional_size("sliding_window", window)
     if _LOCAL[True] not in types:
         return {}
     if not size:
         raise UserError(f"config.json: sliding_window={size or None} with layer_types that slide; expected a number")
-    letters = "".join("l" if kind == _LOCAL[True] else "g" for kind in types)
-    repeats = lambda period: (letters[:period] * len(letters))[: len(letters)] == letters
-    return {"window": size, "pattern": next(letters[:n] for n in range(1, len(letters) + 1) if repeats(n))}
+    return {"window": size, "attention_pattern": attention_pattern(types)}
 
 
 def layer_types(config: DecoderConfig, unused: int | None = 4096) -> dict[str, Any]:
@@ -211,7 +213,7 @@ def _read_mistral(hf: dict[str, Any]) -> dict[str, Any]:
     section |= read_rope(fields, base=10_000.0, longest=section["max_positions"])
     window = fields.optional_size("sliding_window", 4096)
     fields.reject_unread()
-    return section | ({"window": window, "pattern": "l"} if window else {})
+    return section | ({"window": window, "attention_pattern": "l"} if window else {})
 
 
 def _write_mistral(config: DecoderConfig) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from llmjax.errors import UserError
-from llmjax.interop.hf_config import FULL, MAX_LAYERS, NUMBER, SLIDING, Fields, shown
+from llmjax.interop.hf_config import FULL, MAX_LAYERS, NUMBER, SLIDING, Fields, attention_pattern
 from llmjax.interop.mapping import Architecture, Rule, matrix, transposed, vector
 from llmjax.models.encoder import EncoderConfig
 
@@ -62,7 +62,7 @@ def _read_bert(hf: dict[str, Any]) -> dict[str, Any]:
         "norm_position": "post",
         "positions": "learned",
         "max_positions": fields.size("max_position_embeddings", 512),
-        "types": fields.optional_size("type_vocab_size", 2),
+        "token_types": fields.optional_size("type_vocab_size", 2),
         "biases": "all",
     }
     fields.reject_unread(*_BERT_NEUTRAL)
@@ -70,8 +70,10 @@ def _read_bert(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_bert(config: EncoderConfig) -> dict[str, Any]:
-    if not config.types:
-        raise UserError("model.types=0: a BERT checkpoint has at least one token type; train with model.types=1 or 2")
+    if not config.token_types:
+        raise UserError(
+            "model.token_types=0: a BERT checkpoint has at least one token type; train with model.token_types=1 or 2"
+        )
     return {
         "model_type": "bert",
         "vocab_size": config.vocab_size,
@@ -82,7 +84,7 @@ def _write_bert(config: EncoderConfig) -> dict[str, Any]:
         "hidden_act": _THEIR_ACTIVATIONS.get(config.activation, config.activation),
         "layer_norm_eps": config.norm_eps,
         "max_position_embeddings": config.max_positions,
-        "type_vocab_size": config.types,
+        "type_vocab_size": config.token_types,
         "position_embedding_type": "absolute",
         "tie_word_embeddings": True,
     }
@@ -109,7 +111,7 @@ def _bert_rules(config: EncoderConfig) -> list[Rule]:
     rules = [
         Rule("bert.embeddings.word_embeddings.weight", ("embed.table",), copies=(head + "decoder.weight",)),
         Rule("bert.embeddings.position_embeddings.weight", ("positions.table",)),
-        Rule("bert.embeddings.token_type_embeddings.weight", ("types.table",)),
+        Rule("bert.embeddings.token_type_embeddings.weight", ("token_types.table",)),
         Rule(head + "bias", ("head.bias",), copies=(head + "decoder.bias",)),
     ]
     for theirs, (ours, inputs, outputs) in linears.items():
@@ -148,9 +150,13 @@ def _read_modernbert(hf: dict[str, Any]) -> dict[str, Any]:
             f"hidden_activation={hf.get('hidden_activation')!r}: head and blocks have one activation"
         )
     layers = fields.size("num_hidden_layers", most=MAX_LAYERS)
-    given = fields.size("global_attn_every_n_layers", 3)
-    every = _period(fields.layer_types(layers), layers) or given
-    local = fields.size("local_attention", 128)
+    period = fields.size("global_attn_every_n_layers", 3)
+    types = fields.layer_types(layers) or [SLIDING if layer % period else FULL for layer in range(layers)]
+    base = _rope_base(fields, FULL, "global_rope_theta", 160_000.0)
+    local_base = _rope_base(fields, SLIDING, "local_rope_theta", 10_000.0)
+    # Theirs counts the places on both sides that a token sees; ours is the distance that it does not see.
+    window = fields.size("local_attention", 128) // 2 + 1
+    local = {"window": window, "attention_pattern": attention_pattern(types), "rope_local_base": local_base}
     section = {
         "family": "encoder",
         "vocab_size": fields["vocab_size"],
@@ -164,30 +170,12 @@ def _read_modernbert(hf: dict[str, Any]) -> dict[str, Any]:
         "norm_position": "pre",
         "positions": "rotary",
         "max_positions": fields.size("max_position_embeddings", 8192),
-        "rope_base": _rope_base(fields, FULL, "global_rope_theta", 160_000.0),
-        # Theirs counts the places on both sides that a token sees; ours is the distance that it does not see.
-        "window": local // 2 + 1 if every > 1 else 0,
-        "global_every": every if every > 1 else EncoderConfig.global_every,
-        "rope_local_base": _rope_base(fields, SLIDING, "local_rope_theta", 10_000.0),
-        "types": 0,
+        "rope_base": base,
+        "token_types": 0,
         "biases": "none",
     }
     fields.reject_unread(*_MODERNBERT_NEUTRAL)
-    return section
-
-
-def _period(layer_types: Sequence[str] | None, layers: int) -> int | None:
-    """n where every n-th layer, from the first one on, sees all; UserError for any other pattern."""
-    if layer_types is None:
-        return None
-    full = [kind == FULL for kind in layer_types]
-    every = next((n for n in range(1, layers) if full[n]), max(layers, 2))
-    if full != [layer % every == 0 for layer in range(layers)]:
-        raise UserError(
-            f"config.json: layer_types={shown(layer_types)} is not supported, only full_attention in every n-th layer "
-            "from the first one on"
-        )
-    return every
+    return section | (local if SLIDING in types else {})
 
 
 def _rope_base(fields: Fields, kind: str, old_name: str, default: float) -> float:
@@ -201,9 +189,8 @@ def _rope_base(fields: Fields, kind: str, old_name: str, default: float) -> floa
 
 
 def _write_modernbert(config: EncoderConfig) -> dict[str, Any]:
-    every = config.global_every if config.window else 1
     kinds = [SLIDING if local else FULL for local in config.local_layers]
-    bases = {FULL: config.rope_base, SLIDING: config.rope_local_base}
+    bases = {FULL: config.rope_base, SLIDING: config.rope_local_base or config.rope_base}
     activation = _THEIR_ACTIVATIONS.get(config.activation, config.activation)
     return {
         "model_type": "modernbert",
@@ -221,11 +208,12 @@ def _write_modernbert(config: EncoderConfig) -> dict[str, Any]:
         "classifier_bias": False,
         "decoder_bias": True,
         "max_position_embeddings": config.max_positions,
-        "global_attn_every_n_layers": every,
+        # Read before there were layer_types: every n-th layer is global, from the first one on.
+        "global_attn_every_n_layers": kinds[1:].index(FULL) + 1 if FULL in kinds[1:] else len(kinds),
         "layer_types": kinds,
         "local_attention": 2 * (config.window - 1) if config.window else 128,
-        "global_rope_theta": config.rope_base,
-        "local_rope_theta": config.rope_local_base,
+        "global_rope_theta": bases[FULL],
+        "local_rope_theta": bases[SLIDING],
         "rope_parameters": {kind: {"rope_type": "default", "rope_theta": base} for kind, base in bases.items()},
         "tie_word_embeddings": True,
     }
@@ -279,7 +267,7 @@ ARCHITECTURES = {
         write_config=_write_bert,
         rules=_bert_rules,
         rename=_bert_name,
-        free=("rope_base", "rope_local_base"),
+        free=("rope_base",),
     ),
     "ModernBertForMaskedLM": Architecture(
         read_config=_read_modernbert, write_config=_write_modernbert, rules=_modernbert_rules

@@ -1,6 +1,6 @@
 """`llmjax export`: write a checkpoint as a folder that transformers loads."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import itertools
 import json
@@ -23,7 +23,6 @@ from llmjax.errors import UserError
 from llmjax.interop import files, sharded_io, tokenizers
 from llmjax.interop.hf_checkpoint import FAMILIES
 from llmjax.interop.mapping import Architecture, ParamMapping
-from llmjax.models import registry
 from llmjax.parallel import hosts
 from llmjax.run import config as run_config, loading, workdir as workdirs
 from llmjax.run.loading import Loaded
@@ -33,13 +32,22 @@ logger = logging.getLogger(__name__)
 TYPES = {"float32": "F32", "bfloat16": "BF16"}
 # How a model is run, trained and stored, not what it computes: config.json says nothing of it.
 _FREE = {"family", "scan", "remat", "attention", "dtype", "param_dtype", "dropout", "vocab_multiple"}
-# Fields that several values of say the same in: what they make of the config is compared.
-_MEANS = {
-    "pattern": "local_layers",
-    "global_every": "local_layers",
-    "rope_low": "scaling",
-    "rope_high": "scaling",
-    "rope_attention_factor": "scaling",
+# What is compared of a field of two configs, where that is not its value: 0 may stand for a size that follows from
+# other fields, a field may be unused beside others, and several values may mean the same.
+_EFFECTS: dict[str, Callable[[Any], Any]] = {
+    "head_dim": lambda config: config.head_size,
+    "num_kv_heads": lambda config: config.kv_heads,
+    "mlp": lambda config: config.mlp_size,
+    "expert_mlp": lambda config: config.expert_size,
+    "value_dim": lambda config: config.value_size,
+    "num_decoder_layers": lambda config: config.decoder_layers,
+    "base_embed": lambda config: config.width_multiplier,
+    "window": lambda config: any(config.local_layers) and config.window,
+    "attention_pattern": lambda config: config.local_layers,
+    "rope_local_base": lambda config: any(config.local_layers) and (config.rope_local_base or config.rope_base),
+    "rope_low": lambda config: config.scaling,
+    "rope_high": lambda config: config.scaling,
+    "rope_attention_factor": lambda config: config.scaling,
 }
 _TRIED_DOCUMENTS = 20  # of each source, on which a tokenizer and its other form must agree
 
@@ -122,7 +130,7 @@ def choose(model: Any, preferred: str | None = None) -> tuple[str, Architecture,
     for name in sorted(known, key=lambda name: name != preferred):
         try:
             hf = known[name].write_config(model)
-            difference = _difference(model, known[name].read_config(hf), known[name].free)
+            difference = _first_difference(model, known[name].read_config(hf), known[name].free)
         except UserError as error:
             difference = str(error)
         if not difference:
@@ -135,43 +143,14 @@ def choose(model: Any, preferred: str | None = None) -> tuple[str, Architecture,
     raise UserError(f"no class of transformers expresses this model ({listed})")
 
 
-def _difference(model: Any, section: dict[str, Any], free: tuple[str, ...]) -> str:
-    """The first field in which a model and what was read back differ; "" where there is none."""
-    back = bind(type(model), {"family": model.family, **section}, "model")
+def _first_difference(model: Any, section: dict[str, Any], free: tuple[str, ...]) -> str:
+    """The first field in which a model and the section read back from its config.json differ; "" if there is none."""
+    read_back = bind(type(model), {"family": model.family, **section}, "model")
     for field in dataclasses.fields(model):
-        was, now = getattr(model, field.name), getattr(back, field.name)
-        if was == now or field.name in _FREE or field.name in free or _idle(model, back, field.name):
-            continue
-        if was == 0 and _is_size(model, field.name, now):
-            continue
-        return f"it cannot express model.{field.name}={was!r}"
+        effect = _EFFECTS.get(field.name, lambda config, name=field.name: getattr(config, name))
+        if effect(model) != effect(read_back) and field.name not in _FREE and field.name not in free:
+            return f"it cannot express model.{field.name}={getattr(model, field.name)!r}"
     return ""
-
-
-def _idle(model: Any, back: Any, field: str) -> bool:
-    """Whether a field, though it differs, makes no difference beside the others of both configs."""
-    if field == "base_embed":
-        return model.parametrization == back.parametrization == "standard"
-    if field == "window":
-        return not any(any(config.local_layers) for config in (model, back))
-    meaning = _MEANS.get(field, "")
-    return hasattr(model, meaning) and getattr(model, meaning) == getattr(back, meaning)
-
-
-def _is_size(model: Any, field: str, value: Any) -> bool:
-    """Whether 0 in a field stands for a size that follows from others, which is `value`: it gives the same shapes, and
-    some other value gives others."""
-
-    def shapes(number: Any) -> Any:
-        try:
-            _, found, _ = registry.abstract(dataclasses.replace(model, **{field: number}))
-        except (UserError, TypeError, ValueError, ZeroDivisionError):
-            return None
-        return jax.tree.map(lambda leaf: leaf.shape, found)
-
-    if type(value) is not int or shapes(value) != shapes(0):
-        return False
-    return any(shapes(number) not in (None, shapes(0)) for number in (1, 2 * value))
 
 
 def _config(hf: dict[str, Any], name: str, loaded: Loaded, dtype: str, token_ids: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Read config.json: every field is used, known to have no effect, or refused; and its rotary frequencies."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import re
 from typing import Any
 
@@ -174,6 +174,13 @@ def shown(value: Any, quote: bool = True) -> str:
     text = repr(value)
     text = text if quote or not str(value).isprintable() else str(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def attention_pattern(layer_types: Sequence[str]) -> str:
+    """The shortest model.attention_pattern that gives these layer types."""
+    letters = "".join("l" if kind == SLIDING else "g" for kind in layer_types)
+    repeats = lambda period: (letters[:period] * len(letters)).startswith(letters)
+    return next(letters[:period] for period in range(1, len(letters) + 1) if repeats(period))
 
 
 def _is_neutral(name: str) -> bool:

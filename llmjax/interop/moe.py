@@ -57,7 +57,7 @@ def _read_mixtral(hf: dict[str, Any]) -> dict[str, Any]:
     }
     window = fields.optional_size("sliding_window")
     fields.reject_unread(*_NEUTRAL)
-    return section | ({"window": window, "pattern": "l"} if window else {})
+    return section | ({"window": window, "attention_pattern": "l"} if window else {})
 
 
 def _write_mixtral(config: MoeConfig) -> dict[str, Any]:

@@ -10,14 +10,12 @@ import jax.numpy as jnp
 from llmjax.batch import Batch, Output
 from llmjax.models.decoder_config import DecoderConfig
 from llmjax.nn import attention, dropout, embedding, rotary, stack, weights
-from llmjax.nn.attention import Attention
+from llmjax.nn.attention import Attention, Cache, Rope
 from llmjax.nn.dropout import Dropout
 from llmjax.nn.embedding import Embedding
 from llmjax.nn.mlp import Mlp
 from llmjax.nn.norm import NORMS
 
-Cache = tuple[jax.Array, jax.Array]
-Rope = tuple[jax.Array, jax.Array] | None
 _NO_DROPOUT = Dropout(None, 0.0)
 
 
@@ -164,16 +162,17 @@ class Decoder(nnx.Module):
         make_mask = attention.KERNELS[config.attention].make_mask
         drop = dropout.for_samples(key, batch.sample, config.dropout)
         window = lambda local: config.window if local else None
-        kinds = self._by_kind(
+        kinds = stack.by_kind(
             lambda local: (
                 self._rope(batch.positions, local),
                 make_mask(batch.segments, batch.positions, batch.prefix, window(local)),
-            )
+            ),
+            config.local_layers,
         )
 
         def layer(x, item):
             block, (index, local) = item
-            rope, mask = _select(kinds, local)
+            rope, mask = stack.select(kinds, local)
             x, _, aux = block(x, rope, mask, drop.at(index + 1), token_mask=token_mask)
             return x, (None, aux)
 
@@ -204,13 +203,14 @@ class Decoder(nnx.Module):
         """(hidden states, cache) of tokens [batch, seq] at consecutive positions [batch, seq], after those cached."""
         slots, start = jax.tree.leaves(cache)[0].shape[2], positions[:, 0]
         window = lambda local: self.config.window if local else None
-        kinds = self._by_kind(
-            lambda local: (self._rope(positions, local), attention.cache_mask(positions, slots, window(local)))
+        kinds = stack.by_kind(
+            lambda local: (self._rope(positions, local), attention.cache_mask(positions, slots, window(local))),
+            self.config.local_layers,
         )
 
         def layer(x, item):
             block, (local, layer_cache) = item
-            rope, mask = _select(kinds, local)
+            rope, mask = stack.select(kinds, local)
             x, layer_cache, _ = block(x, rope, mask, _NO_DROPOUT, cache=layer_cache, start=start)
             return x, (layer_cache, None)
 
@@ -243,18 +243,7 @@ class Decoder(nnx.Module):
             return rotary.angles(positions, config.head_size, config.rope_local_base)
         return rotary.angles(positions, config.head_size, config.rope_base, config.scaling)
 
-    def _by_kind(self, make: Callable[[bool], Any]) -> dict[bool, Any]:
-        """make(local) for the kinds of layers that the config has: local (True) and global (False)."""
-        return {local: make(local) for local in sorted(set(self.config.local_layers))}
-
     def _run_layers(self, layer: Callable, x: jax.Array, per_layer: Any, remat: str) -> tuple[jax.Array, Any]:
         """Fold layer(x, (block, item)) over the blocks and over `per_layer`, whose leaves have a leading "layers"
         dimension. `layer` returns (x, (cache, aux)); both are stacked over layers."""
         return stack.run(layer, x, (self.blocks, per_layer), scan=self.config.scan, remat=remat)
-
-
-def _select(kinds: dict[bool, Any], local: jax.Array) -> Any:
-    """The entry of `kinds` for a traced flag `local`; without selection where there is one kind only."""
-    if len(kinds) == 1:
-        return next(iter(kinds.values()))
-    return jax.tree.map(lambda a, b: jnp.where(local, b, a), kinds[False], kinds[True])

@@ -9,18 +9,18 @@ import jax.numpy as jnp
 
 from llmjax.batch import Batch, Output
 from llmjax.errors import UserError
-from llmjax.models.base import BaseModelConfig, default_mlp_size
+from llmjax.models.base import TransformerConfig
 from llmjax.nn import attention, dropout, embedding, stack, weights
 from llmjax.nn.cross_attention import CrossAttention, KeysValues
 from llmjax.nn.dropout import Dropout
 from llmjax.nn.embedding import Embedding
-from llmjax.nn.mlp import ACTIVATIONS, Mlp
+from llmjax.nn.mlp import Mlp
 from llmjax.nn.norm import RMSNorm
 from llmjax.nn.relative import RelativeBias
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EncDecConfig(BaseModelConfig):
+class EncDecConfig(TransformerConfig):
     """An encoder-decoder transformer: T5, T5 v1.1 and Flan-T5. (Raffel et al., 2020, arXiv 1910.10683)
 
     The encoder reads the source in both directions; the decoder reads the targets before each place, and attends to the
@@ -32,13 +32,6 @@ class EncDecConfig(BaseModelConfig):
     start_id            the token that the decoder reads first; -1: the tokenizer's, filled in by the run
     num_layers          number of blocks of the encoder
     num_decoder_layers  number of blocks of the decoder; 0: num_layers
-    num_heads           number of heads of every attention
-    head_dim            width of a head; 0: embed / num_heads
-    mlp                 width of the feed-forward layers; 0: 4 embed when plain, 8/3 embed rounded up to a multiple of
-                        128 when gated
-    activation          of the feed-forward layers: silu, gelu (by erf), gelu_tanh, relu, relu2 (relu squared)
-    gated               feed-forward layers: True: two matrices in, one out; False: one in, one out
-    norm_eps            added to the mean square in a norm
     relative_buckets    number of biases that a head has for distances
     relative_distance   distance from which all share the last bucket
     tie_embeddings      whether the head is the token embedding, which reads hidden states times embed^-1/2, instead of
@@ -49,23 +42,26 @@ class EncDecConfig(BaseModelConfig):
 
     objectives: ClassVar[tuple[str, ...]] = ("span", "ul2", "prefix")
     reads_source: ClassVar[bool] = True
+    minimums: ClassVar = {**TransformerConfig.minimums, "start_id": -1, "num_decoder_layers": 0, "relative_buckets": 4}
 
     family: str = "encdec"
     start_id: int = -1
     num_decoder_layers: int = 0
-    num_heads: int = 4
-    head_dim: int = 0
-    mlp: int = 0
     activation: str = "gelu_tanh"
-    gated: bool = True
     norm_eps: float = 1e-6
     relative_buckets: int = 32
     relative_distance: int = 128
     tie_embeddings: bool = False
 
     def __post_init__(self):
-        self.check_choices(_NAMES)
-        _check_numbers(self)
+        super().__post_init__()
+        if self.relative_distance <= self.relative_buckets // 2:
+            raise UserError(
+                f"model.relative_distance={self.relative_distance}: must be above half of "
+                f"model.relative_buckets={self.relative_buckets}, which hold one distance each"
+            )
+        if self.vocab_size and self.start_id >= self.vocab_size:
+            raise UserError(f"model.start_id={self.start_id}: must be below model.vocab_size={self.vocab_size}")
 
     @property
     def decoder_start_id(self) -> int:
@@ -76,16 +72,6 @@ class EncDecConfig(BaseModelConfig):
     def decoder_layers(self) -> int:
         """Number of blocks of the decoder."""
         return self.num_decoder_layers or self.num_layers
-
-    @property
-    def head_size(self) -> int:
-        """Width of a head."""
-        return self.head_dim or self.embed // self.num_heads
-
-    @property
-    def mlp_size(self) -> int:
-        """Width of the feed-forward layers."""
-        return self.mlp or default_mlp_size(self.embed, self.gated)
 
     def check(self, *, seq_len: int, tensor: int) -> None:
         """UserError where the model cannot be cut over `tensor` devices; rows may be of any length."""
@@ -114,34 +100,6 @@ class EncDecConfig(BaseModelConfig):
         target = 6.0 * (decoder_layers * (6 * projection + mlp) + self.embed * self.vocab_size)
         target += decoder_layers * width * (6.0 * target_len + 12.0 * seq_len)
         return target + source * seq_len / target_len
-
-
-_NAMES = {
-    "activation": tuple(ACTIVATIONS),
-}
-_AT_LEAST = {
-    "start_id": -1,
-    "num_decoder_layers": 0,
-    "num_heads": 1,
-    "head_dim": 0,
-    "mlp": 0,
-    "relative_buckets": 4,
-}
-
-
-def _check_numbers(config: EncDecConfig) -> None:
-    config.check_ranges(_AT_LEAST, ("norm_eps",))
-    if config.relative_distance <= config.relative_buckets // 2:
-        raise UserError(
-            f"model.relative_distance={config.relative_distance}: must be above half of "
-            f"model.relative_buckets={config.relative_buckets}, which hold one distance each"
-        )
-    if config.vocab_size and config.start_id >= config.vocab_size:
-        raise UserError(f"model.start_id={config.start_id}: must be below model.vocab_size={config.vocab_size}")
-    if not config.head_dim and config.embed % config.num_heads:
-        raise UserError(
-            f"model.num_heads={config.num_heads}: must divide model.embed={config.embed}, or set model.head_dim"
-        )
 
 
 _NO_DROPOUT = Dropout(None, 0.0)

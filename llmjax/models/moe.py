@@ -153,7 +153,7 @@ def _check_experts(config: MoeConfig) -> None:
         if getattr(config, field) < least:
             raise UserError(f"model.{field}={getattr(config, field)}: must be at least {least}")
     if not config.gated:
-        raise UserError(f"model.gated={config.gated!r}: experts are gated; set 'gated'")
+        raise UserError(f"model.gated={config.gated!r}: experts are gated; set it to True")
     names = ("", *GLU_ACTIVATIONS)
     if config.expert_activation not in names:
         near = suggest(config.expert_activation, names)

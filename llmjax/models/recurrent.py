@@ -32,14 +32,20 @@ class RecurrentConfig(BaseModelConfig):
     mlp             width of a gated feed-forward sub-block after each cell; 0: none
     gate_blocks     rglru: number of blocks on the diagonal of its gates' matrices, a divisor of the state's width
     norm            before each sub-block and once at the end: none, rmsnorm or layernorm
-    norm_eps        added to the variance in a norm
-    residual        add (each sub-block's output is added to its input) or none (it replaces it)
+    residual        whether each sub-block's output is added to its input; False: it replaces the input
     tie_embeddings  whether the head is the token embedding instead of a matrix of its own
     recurrence      over time: sequential (token by token, any cell) or associative (a parallel scan, rglru alone)
     unroll          tokens in one turn of the sequential loop; more compile longer and may run faster
     """
 
     objectives: ClassVar[tuple[str, ...]] = ("causal", "fim")
+    choices: ClassVar = {
+        **BaseModelConfig.choices,
+        "cell": (*CELLS, "rglru"),
+        "norm": ("none", *NORMS),
+        "recurrence": RECURRENCES,
+    }
+    minimums: ClassVar = {**BaseModelConfig.minimums, "hidden": 0, "mlp": 0, "gate_blocks": 1, "unroll": 1}
 
     family: str = "recurrent"
     num_layers: int = 2
@@ -48,15 +54,26 @@ class RecurrentConfig(BaseModelConfig):
     mlp: int = 0
     gate_blocks: int = 1
     norm: str = "rmsnorm"
-    norm_eps: float = 1e-5
-    residual: str = "add"
+    residual: bool = True
     tie_embeddings: bool = False
     recurrence: str = "sequential"
     unroll: int = 1
 
     def __post_init__(self):
-        _check_names(self)
-        _check_numbers(self)
+        super().__post_init__()
+        if self.cell != "rglru" and self.gate_blocks != 1:
+            raise UserError(f"model.gate_blocks={self.gate_blocks}: only model.cell='rglru' has them; leave it at 1")
+        if self.state_size % self.gate_blocks:
+            raise UserError(
+                f"model.gate_blocks={self.gate_blocks}: must divide the state's width, model.hidden={self.state_size}"
+            )
+        if self.recurrence == "associative" and self.cell != "rglru":
+            raise UserError(
+                f"model.recurrence='associative': the state of model.cell={self.cell!r} passes through a nonlinearity "
+                "at every token; use cell='rglru', or recurrence='sequential'"
+            )
+        if self.recurrence == "associative" and self.unroll != 1:
+            raise UserError(f"model.unroll={self.unroll}: an associative recurrence has no loop; leave it at 1")
 
     @property
     def state_size(self) -> int:
@@ -87,41 +104,6 @@ class RecurrentConfig(BaseModelConfig):
         return 6.0 * (self.num_layers * (block + 3 * embed * self.mlp) + embed * self.vocab_size)
 
 
-_NAMES = {
-    "cell": (*CELLS, "rglru"),
-    "norm": ("none", *NORMS),
-    "residual": ("add", "none"),
-    "recurrence": RECURRENCES,
-}
-_AT_LEAST = {
-    "hidden": 0,
-    "mlp": 0,
-    "gate_blocks": 1,
-    "unroll": 1,
-}
-
-
-def _check_names(config: RecurrentConfig) -> None:
-    config.check_choices(_NAMES)
-    if config.recurrence == "associative" and config.cell != "rglru":
-        raise UserError(
-            f"model.recurrence='associative': the state of model.cell={config.cell!r} passes through a nonlinearity "
-            "at every token; take cell='rglru', or recurrence='sequential'"
-        )
-
-
-def _check_numbers(config: RecurrentConfig) -> None:
-    config.check_ranges(_AT_LEAST, ("norm_eps",))
-    if config.cell != "rglru" and config.gate_blocks != 1:
-        raise UserError(f"model.gate_blocks={config.gate_blocks}: only model.cell='rglru' has them; leave it at 1")
-    if config.state_size % config.gate_blocks:
-        raise UserError(
-            f"model.gate_blocks={config.gate_blocks}: must divide the state's width, model.hidden={config.state_size}"
-        )
-    if config.recurrence == "associative" and config.unroll != 1:
-        raise UserError(f"model.unroll={config.unroll}: an associative recurrence has no loop; leave it at 1")
-
-
 Cache = tuple[jax.Array, ...]
 
 
@@ -130,9 +112,9 @@ class Block(nnx.Module):
 
     def __init__(self, config: RecurrentConfig, key: jax.Array):
         k_cell, k_mlp = jax.random.split(key)
-        self.added, dtype = config.residual == "add", config.param_dtype
+        self.residual, dtype = config.residual, config.param_dtype
         # each residual branch adds its share of variance
-        scale = (config.num_layers * (2 if config.mlp else 1)) ** -0.5 if self.added else 1.0
+        scale = (config.num_layers * (2 if config.mlp else 1)) ** -0.5 if self.residual else 1.0
         self.cell_norm = _norm(config)
         shape: dict[str, Any] = dict(scale=scale, unroll=config.unroll, dtype=dtype)
         if config.cell == "rglru":
@@ -169,7 +151,7 @@ class Block(nnx.Module):
         return x, out
 
     def _join(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        return x + y if self.added else y
+        return x + y if self.residual else y
 
 
 class Recurrent(nnx.Module):

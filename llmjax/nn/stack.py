@@ -1,9 +1,10 @@
 """Run stacked blocks by a scan or unrolled, with a rematerialisation policy chosen by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 # What each policy saves of a block beside its input; everything else is computed again in the backward pass.
 REMAT = {
@@ -33,4 +34,16 @@ def run(
     for layer in zip(*slices, strict=True):
         x, out = body(x, tree.unflatten([piece.squeeze(0) for piece in layer]))
         outs.append(out)
-    return x, jax.tree.map(lambda *pieces: jax.numpy.stack(pieces), *outs)
+    return x, jax.tree.map(lambda *pieces: jnp.stack(pieces), *outs)
+
+
+def by_kind(make: Callable[[bool], Any], local_layers: Sequence[bool]) -> dict[bool, Any]:
+    """make(local) for each kind of layer in `local_layers`: local (True) and global (False)."""
+    return {local: make(local) for local in sorted(set(local_layers))}
+
+
+def select(kinds: dict[bool, Any], local: jax.Array) -> Any:
+    """The entry of `kinds` for a traced flag `local`; nothing is computed where there is one kind only."""
+    if len(kinds) == 1:
+        return next(iter(kinds.values()))
+    return jax.tree.map(lambda a, b: jnp.where(local, b, a), kinds[False], kinds[True])

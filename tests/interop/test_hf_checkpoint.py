@@ -30,7 +30,7 @@ GPT_OSS = MoeConfig(
     attention_sinks=True,
     biases="all",
     window=4,
-    pattern="lg",
+    attention_pattern="lg",
     expert_activation="clamped_swiglu",
     max_positions=64,
 )

@@ -115,13 +115,13 @@ IDLE = {
     "the same of an encoder": ("bert", {"base_embed": 64}),
     "the same of an encoder-decoder": ("t5", {"base_embed": 64}),
     "the same of a mixture": ("mixtral", {"base_embed": 64}),
-    "a pattern without a window": ("llama", {"window": 0, "pattern": "lg"}),
-    "a pattern written out": ("qwen3", {"window": 16, "pattern": "lglg"}),
-    "a window of no layer": ("qwen3", {"window": 16, "pattern": "g"}),
+    "a pattern without a window": ("llama", {"window": 0, "attention_pattern": "lg"}),
+    "a pattern written out": ("qwen3", {"window": 16, "attention_pattern": "lglg"}),
+    "a window of no layer": ("qwen3", {"window": 16, "attention_pattern": "g"}),
     "a pattern of gpt-oss without a window": ("gpt_oss", {"window": 0}),
     "a rotary base with learned positions": ("gpt2", {"rope_base": 5e5}),
-    "rotary bases of a BERT": ("bert", {"rope_base": 5e5, "rope_local_base": 5e5, "global_every": 5}),
-    "a period without a window": ("modernbert", {"window": 0, "global_every": 5}),
+    "a rotary base of a BERT": ("bert", {"rope_base": 5e5, "attention_pattern": "gllll"}),
+    "a pattern of ModernBERT without a window": ("modernbert", {"window": 0, "rope_local_base": 0.0}),
     "bounds of YaRN that 0 leaves to the paper": (
         "llama",
         {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original": 64},
@@ -138,16 +138,18 @@ def test_fields_without_effect_keep_nothing_from_export(case):
 def test_fields_with_effect_still_do():
     with pytest.raises(UserError, match=r"model\.parametrization='mup'"):
         exporting.choose(_recipe("llama", parametrization="mup", base_embed=64))
-    for changes in ({"pattern": "gl"}, {"window": 8}, {"window": 0}, {"pattern": "g"}):
-        model = _recipe("qwen3", window=16, pattern="lg")
+    for changes in ({"attention_pattern": "gl"}, {"window": 8}, {"window": 0}, {"attention_pattern": "g"}):
+        model = _recipe("qwen3", window=16, attention_pattern="lg")
         other = dataclasses.asdict(dataclasses.replace(model, **changes))
-        assert "cannot express" in exporting._difference(model, other, ())
+        assert "cannot express" in exporting._first_difference(model, other, ())
 
 
 def test_a_field_that_is_off_is_no_size():
     """0 stands for `none` in a window: a class that always has one does not express it."""
     windowed = dataclasses.replace(CONFIG, window=16)
-    assert exporting._difference(dataclasses.replace(CONFIG, window=0), {**dataclasses.asdict(windowed)}, ()) != ""
+    assert (
+        exporting._first_difference(dataclasses.replace(CONFIG, window=0), {**dataclasses.asdict(windowed)}, ()) != ""
+    )
 
 
 def test_a_model_that_no_class_expresses_is_refused_by_field():

@@ -45,7 +45,7 @@ VARIANTS = {
         norm_position="both",
         qk_norm="head",
         window=3,
-        pattern="lg",
+        attention_pattern="lg",
         rope_local_base=100.0,
         rope_scaling="linear",
         rope_factor=8.0,
@@ -67,7 +67,7 @@ VARIANTS = {
     "mixtral": MoeConfig(
         **SMALL, num_heads=4, num_kv_heads=2, mlp=24, num_experts=4, balance_loss=0.0, router_z_loss=0.0
     ),
-    "bert": EncoderConfig(**SMALL, num_heads=4, types=2, pooler="tanh"),
+    "bert": EncoderConfig(**SMALL, num_heads=4, token_types=2, pooler=True),
     "modernbert": EncoderConfig(
         **SMALL,
         num_heads=4,
@@ -75,14 +75,14 @@ VARIANTS = {
         norm_position="pre",
         positions="rotary",
         window=3,
-        global_every=2,
+        attention_pattern="gl",
         rope_local_base=100.0,
         biases="none",
     ),
     "t5": EncDecConfig(**SMALL, num_heads=4, relative_buckets=8, relative_distance=16),
     "rnn": RecurrentConfig(**SMALL, cell="rnn", hidden=48),
     "lstm": RecurrentConfig(**SMALL, cell="lstm", norm="layernorm", tie_embeddings=True),
-    "gru": RecurrentConfig(**SMALL, cell="gru", norm="none", residual="none", unroll=2),
+    "gru": RecurrentConfig(**SMALL, cell="gru", norm="none", residual=False, unroll=2),
     "rglru": RecurrentConfig(**SMALL, cell="rglru", recurrence="associative", mlp=64, gate_blocks=2),
 }
 every_variant = pytest.mark.parametrize("name", VARIANTS)

@@ -54,7 +54,7 @@ GPT_OSS = dataclasses.replace(
     biases="all",
     attention_sinks=True,
     window=5,
-    pattern="lg",
+    attention_pattern="lg",
     num_experts=5,
 )
 CONFIGS = {"mixtral": MIXTRAL, "deepseek": DEEPSEEK, "gpt_oss": GPT_OSS}

@@ -29,7 +29,7 @@ RGLRU = dataclasses.replace(LSTM, cell="rglru", mlp=40, gate_blocks=4, recurrenc
 VARIANTS = {
     "rnn": dataclasses.replace(LSTM, cell="rnn", norm="layernorm", unroll=5, tie_embeddings=False),
     "lstm": LSTM,
-    "zaremba": dataclasses.replace(LSTM, hidden=0, norm="none", residual="none"),
+    "zaremba": dataclasses.replace(LSTM, hidden=0, norm="none", residual=False),
     "gru": dataclasses.replace(LSTM, cell="gru", mlp=40),
     "rglru": RGLRU,
 }
@@ -305,7 +305,6 @@ def test_every_gate_is_a_matrix_of_its_own():
     [
         ({"cell": "gruu"}, "model.cell='gruu'.*did you mean 'gru'"),
         ({"norm": "batchnorm"}, "model.norm='batchnorm'"),
-        ({"residual": "yes"}, "model.residual='yes'.*add, none"),
         ({"remat": "half"}, "model.remat='half'"),
         ({"recurrence": "associative"}, "model.recurrence='associative'.*cell='rglru'"),
         ({"cell": "rglru", "recurrence": "associative", "unroll": 4}, "model.unroll=4"),

@@ -74,7 +74,14 @@ CASES = {
     "gpt_oss": (
         "GptOss",
         SIZES | dict(num_local_experts=6, num_experts_per_tok=3, head_dim=16, sliding_window=5),
-        dict(window=5, pattern="lg", attention_sinks=True, rope_scaling="yarn", rope_truncate=False, biases="all"),
+        dict(
+            window=5,
+            attention_pattern="lg",
+            attention_sinks=True,
+            rope_scaling="yarn",
+            rope_truncate=False,
+            biases="all",
+        ),
     ),
     "gpt_oss-whole": (
         "GptOss",

@@ -24,7 +24,7 @@ PLAIN = RecurrentConfig(
     num_layers=LAYERS,
     embed=WIDTH,
     norm="none",
-    residual="none",
+    residual=False,
     tie_embeddings=True,
 )
 LAYER = {"rnn": torch.nn.RNN, "lstm": torch.nn.LSTM, "gru": torch.nn.GRU}
