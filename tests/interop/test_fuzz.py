@@ -130,7 +130,7 @@ def test_damaged_headers(source, tensors, seed):
             if refused(lambda: files.read_header(path)):
                 continue
             compare_with_reference(path)
-            if not refused(lambda: table.check(hf_checkpoint.read(source).tensors)):
+            if not refused(lambda: table.check_tensors(hf_checkpoint.read(source).tensors)):
                 accepted += 1
                 back = published.read_tensors(source)
                 assert all(published.same_bits(back[name], tensor) for name, tensor in tensors.items())
@@ -147,7 +147,7 @@ def test_damaged_indexes(source, tensors, seed):
     try:
         for _ in range(60):
             path.write_bytes(damage(rng, whole))
-            if not refused(lambda: table.check(hf_checkpoint.read(source).tensors)):
+            if not refused(lambda: table.check_tensors(hf_checkpoint.read(source).tensors)):
                 back = published.read_tensors(source)
                 assert all(published.same_bits(back[name], tensor) for name, tensor in tensors.items())
     finally:
@@ -160,10 +160,10 @@ def import_tensors(source) -> dict[str, np.ndarray]:
     config = bind(registry.config_class(found.family), found.read_model(), "model")
     rules = found.architecture.rules(config)
     table = mapping.ParamMapping(rules, config)
-    table.check(found.tensors)
-    table.check_copies(found.tensors)
+    table.check_tensors(found.tensors)
+    table.check_aliases(found.tensors)
     whole = {name: tuple(slice(0, size) for size in leaf.shape) for name, leaf in table.shapes.items()}
-    params = table.tree({name: table.read(name, index, found.tensors) for name, index in whole.items()})
+    params = table.unflatten({name: table.read(name, index, found.tensors) for name, index in whole.items()})
     return mapping.dump(rules, params, config)
 
 

@@ -51,7 +51,7 @@ def test_scan_makes_no_difference():
 def test_layers_may_bear_other_numbers_or_have_no_tensor():
     """Here the first layer has no feed-forward norm on disk, and the others are counted from 10."""
     name = "model.layers.{layer}.post_attention_layernorm.weight"
-    rules = [dataclasses.replace(r, layers=(None, 10, 11), fill=7.0) if r.hf_name == name else r for r in RULES]
+    rules = [dataclasses.replace(r, layers=(None, 10, 11), default=7.0) if r.hf_name == name else r for r in RULES]
     tensors = published.random_tensors(published.llama_shapes())
     moved = {old: tensors.pop(name.format(layer=old)) for old in range(3)}
     tensors |= {name.format(layer=9 + old): moved[old] for old in (1, 2)}
@@ -67,7 +67,7 @@ def test_layers_may_bear_other_numbers_or_have_no_tensor():
 def test_rules_that_are_wrong_are_found(change):
     rules = {
         "unknown": [*RULES, Rule("x", ("blocks.nothing",))],
-        "twice": [*RULES, dataclasses.replace(RULES[0], hf_name="x", copies=())],
+        "twice": [*RULES, dataclasses.replace(RULES[0], hf_name="x", aliases=())],
         "forgotten": RULES[1:],
     }[change]
     with pytest.raises(AssertionError):

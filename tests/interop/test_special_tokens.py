@@ -318,7 +318,7 @@ def test_an_exported_tokenizer_puts_what_documents_were_trained_behind(tmp_path,
 
     content = make_tokenizer(frame=frame).to_str().encode()
     made = read_tokenizer("huggingface", content)
-    tokenizers.write(made, content, epath.Path(tmp_path), begin=begin)
+    tokenizers.write(made, content, epath.Path(tmp_path), bos_id=begin)
     written = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert written.encode("hello").ids == [*([] if begin is None else [begin]), HELLO]
 
