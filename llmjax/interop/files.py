@@ -50,6 +50,7 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
+        """Size in bytes."""
         return TYPES[self.dtype].itemsize * math.prod(self.shape)
 
     def read(self, box: tuple[slice, ...] | None = None) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 from llmjax.binding import bind
 from llmjax.errors import UserError, suggest
 from llmjax.interop import decoder, encdec, encoder, files, moe
-from llmjax.interop.hf_config import UnknownField, shown
+from llmjax.interop.hf_config import UnknownFieldError, shown
 from llmjax.interop.mapping import Architecture, Slices
 from llmjax.models import registry
 
@@ -59,7 +59,7 @@ class Checkpoint:
                 section = {"family": self.family, **self.architecture.read_config(hf)}
                 model = bind(registry.config_class(self.family), section, "model")  # before the user's overrides
                 break
-            except UnknownField as error:
+            except UnknownFieldError as error:
                 if error.name not in not_ignored_yet:
                     raise
                 not_ignored_yet.remove(error.name)

@@ -48,7 +48,7 @@ _GENERATION = frozenset(
 _NEUTRAL_PATTERN = re.compile(r"_.*|unsloth_\w+|initializer_\w+|init_std|(\w+_)?(dropout|pdrop)(_prob|_rate)?")
 
 
-class UnknownField(UserError):
+class UnknownFieldError(UserError):
     """A field of config.json that no reader knows; `name` is its path, such as `rope_scaling.new_field`."""
 
     def __init__(self, name: str, value: Any):
@@ -150,14 +150,14 @@ class Fields:
         return names[value]
 
     def reject_unread(self, *neutral: str) -> None:
-        """UnknownField for the first field that was not read; `neutral` are further ones that change no number."""
+        """UnknownFieldError for the first field that was not read; `neutral` are further ones that change no number."""
         if not self._path:
             self.require("pruned_heads", {}, None)
             self.require("tie_encoder_decoder", False, None)
         for name, value in self._fields.items():
             if name in self._read or name in neutral or value is None or (not self._path and _is_neutral(name)):
                 continue
-            raise UnknownField(f"{self._path}{name}", value)
+            raise UnknownFieldError(f"{self._path}{name}", value)
 
     def _missing(self, name: str) -> UserError:
         return UserError(f"config.json has no {self._path}{name}")

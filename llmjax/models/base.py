@@ -75,7 +75,8 @@ class BaseModelConfig:
         for field, allowed in {"family": (type(self).family,), **self.choices}.items():
             value = getattr(self, field)
             if value not in allowed:
-                raise UserError(f"model.{field}={value!r}: choose one of {', '.join(allowed)}{suggest(value, allowed)}")
+                listed = ", ".join(name or "''" for name in allowed)
+                raise UserError(f"model.{field}={value!r}: choose one of {listed}{suggest(value, allowed)}")
         for field, minimum in self.minimums.items():
             if not getattr(self, field) >= minimum:
                 raise UserError(f"model.{field}={getattr(self, field)}: must be at least {minimum}")

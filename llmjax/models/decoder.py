@@ -92,11 +92,11 @@ class Block(nnx.Module):
         start: jax.Array | None = None,
         token_mask: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None, Any]:
-        """x [batch, seq, embed] -> (x, cache, what the feed-forward reports, such as the router's load).
+        """x [batch, seq, embed] -> (x, cache, statistics of the feed-forward, such as the router's load).
 
-        mask        what the attention kernel's `make_mask` returned; with a cache, bool [batch, seq, slots]
-        cache       one layer's, extended from position `start` [batch] on; None: the whole sequence is in x
-        token_mask  bool [batch, seq], False for padding; None: the feed-forward reports nothing
+        mask        from the attention kernel's `make_mask`; with a cache, bool [batch, seq, slots]
+        cache       of this layer, extended from position `start` [batch] on; None: x is the whole sequence
+        token_mask  bool [batch, seq], False for padding; None: no statistics
         """
         y = self._pre_norm(self.attention_norm, x)
         if cache is None:
@@ -108,14 +108,14 @@ class Block(nnx.Module):
         return self._add_residual(x, y, self.mlp_norm, self.mlp_post_norm, drop.at(1)), cache, aux
 
     def feed_forward(self, x: jax.Array, token_mask: jax.Array | None) -> tuple[jax.Array, Any]:
-        """x [batch, seq, embed] -> (same, what is reported of the tokens in `token_mask`)."""
+        """x [batch, seq, embed] -> (same, statistics over the tokens in `token_mask`)."""
         return self.mlp(x), None
 
     def _pre_norm(self, norm: Any, x: jax.Array) -> jax.Array:
         return norm(x) if self.norm_position in ("pre", "both") else x
 
     def _add_residual(self, x: jax.Array, y: jax.Array, norm: Any, post_norm: Any, drop: Dropout) -> jax.Array:
-        """x plus the output y of a sub-block, normed where `norm_position` says."""
+        """x plus the output y of a sub-block, with the norms after the sub-block or after the addition."""
         if self.norm_position in ("inner", "both"):
             y = (post_norm or norm)(y)
         x = x + drop(y)
@@ -125,11 +125,11 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """Batch -> Output with hidden states [batch, seq, embed], ready for `unembed`.
 
-    Parameters: embed, positions (learned only), blocks (every leaf with a leading "layers" dimension), norm (none where
-    norm_position is post: its blocks end normed), head (untied only).
+    Parameters: embed, positions (learned only), blocks (every leaf with a leading "layers" dimension), norm (not if
+    norm_position is post), head (untied only).
 
-    Layers are of one or two kinds, global and local, which differ in their mask and in their rotary frequencies. Both
-    are computed once, and a flag that is scanned along with the blocks selects one.
+    Global and local layers differ in their mask and in their rotary frequencies. Both kinds are computed once, and a
+    flag that is scanned along with the blocks selects one.
 
     A family that is a decoder with another block (a mixture of experts) sets `block` and overrides `_output`.
     """
@@ -182,11 +182,10 @@ class Decoder(nnx.Module):
         return self._output(x if self.norm is None else self.norm(x), aux)
 
     def prefill(self, tokens: jax.Array, lengths: jax.Array, max_tokens: int) -> tuple[jax.Array, Cache, jax.Array]:
-        """Read prompts: tokens [batch, seq], of which the first `lengths` [batch] count, into a cache with space for
-        them and for `max_tokens` new ones.
+        """Read prompts: tokens [batch, seq] with `lengths` [batch], into a cache with slots for `max_tokens` more.
 
         Returns the hidden state [batch, embed] that predicts the next token, the cache, and that token's position
-        [batch]. What padding writes to the cache is overwritten before it is attended to.
+        [batch]. Later tokens overwrite the cached padding before anything attends to it.
         """
         batch, seq = tokens.shape
         positions = jnp.broadcast_to(jnp.arange(seq), tokens.shape)
@@ -200,7 +199,7 @@ class Decoder(nnx.Module):
         return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
 
     def cached(self, tokens: jax.Array, positions: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """(hidden states, cache) of tokens [batch, seq] at consecutive positions [batch, seq], after those cached."""
+        """(hidden states, cache) of tokens [batch, seq] at the next consecutive positions [batch, seq]."""
         slots, start = jax.tree.leaves(cache)[0].shape[2], positions[:, 0]
         window = lambda local: self.config.window if local else None
         kinds = stack.by_kind(
@@ -226,7 +225,7 @@ class Decoder(nnx.Module):
         return embedding.logits(hidden, table, vocab_size=config.vocab_size, scale=scale, softcap=softcap)
 
     def _output(self, hidden: jax.Array, aux: Any) -> Output:
-        """`aux` is what the feed-forwards reported, stacked over layers."""
+        """The output; `aux` has the statistics of the feed-forwards, stacked over layers."""
         return Output(hidden=hidden)
 
     def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:

@@ -55,8 +55,8 @@ class EncoderConfig(SingleStackConfig):
     biases: str = "all"
 
     @property
-    def bare_layers(self) -> int:
-        """Leading layers whose attention has no norm of its own, as the embedding is normed already."""
+    def num_unnormed(self) -> int:
+        """Number of first layers without attention norm, because the embedding is normed."""
         return 1 if self.norm_position == "pre" else 0
 
     def check(self, *, seq_len: int, tensor: int) -> None:
@@ -67,8 +67,8 @@ class EncoderConfig(SingleStackConfig):
     def flops_per_token(self, seq_len: int) -> float:
         """Model flops of one training token, for model flops utilisation.
 
-        6 flops for each weight of a matmul (2 forward, 4 backward; the head counts, for every token though only hidden
-        ones are scored; lookups and the pooler, which masked LM leaves alone, do not), plus attention's two products:
+        6 flops for each weight of a matmul (2 forward, 4 backward; with the head, for every token though only masked
+        ones are scored; without lookups and the pooler, which masked LM does not use), plus attention's two products:
         12 heads head_dim keys a layer. A token has seq_len keys in a global layer, and in a local one the 2 window - 1
         nearest, at most seq_len. Recomputation is not counted.
         """
@@ -83,14 +83,14 @@ class EncoderConfig(SingleStackConfig):
 class Block(nnx.Module):
     """One layer: attention and feed-forward, each with its norm, residual and dropout.
 
-    `bare`: the attention has no norm before it.
+    normed   whether the attention has a norm
     """
 
-    def __init__(self, config: EncoderConfig, key: jax.Array, *, bare: bool):
+    def __init__(self, config: EncoderConfig, key: jax.Array, *, normed: bool):
         k_attention, k_mlp = jax.random.split(key)
         bias, dtype = config.biases == "all", config.param_dtype
         scale = config.residual_init_scale
-        self.attention_norm = None if bare else _norm(config)
+        self.attention_norm = _norm(config) if normed else None
         self.mlp_norm = _norm(config)
         self.attention = Attention(
             k_attention,
@@ -118,28 +118,29 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, rope: Rope, mask: jax.Array, drop: Dropout) -> jax.Array:
         """x [batch, seq, embed], mask bool [batch, seq, seq] -> same as x."""
-        norm = self.attention_norm or (lambda y: y)
+        attention_norm = self.attention_norm or (lambda y: y)
         if self.norm_position == "pre":
-            x = x + drop.at(0)(self.attention(norm(x), rope, mask))
+            x = x + drop.at(0)(self.attention(attention_norm(x), rope, mask))
             return x + drop.at(1)(self.mlp(self.mlp_norm(x)))
-        x = norm(x + drop.at(0)(self.attention(x, rope, mask)))
+        x = attention_norm(x + drop.at(0)(self.attention(x, rope, mask)))
         return self.mlp_norm(x + drop.at(1)(self.mlp(x)))
 
 
 class Head(nnx.Module):
-    """hidden [..., embed] -> norm(activation(dense(hidden))), which the token embedding then turns into logits.
+    """hidden [..., embed] -> norm(activation(dense(hidden))), the input of the token embedding that gives the logits.
 
-    Parameters: dense, norm, bias (of each id's logit).
+    Parameters: dense, norm, bias (of the logits).
     """
 
     def __init__(self, config: EncoderConfig, key: jax.Array):
-        self.dense = _square(config, key)
+        self.dense = _embed_to_embed(config, key)
         self.norm = _norm(config)
         self.bias = weights.constant(0.0, {"vocab": config.padded_vocab}, dtype=config.param_dtype)
         self.activation = config.activation
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
-        # Gathered before the norm: a norm's own parameters are cut by fsdp, the map's output by tensor.
+        """hidden [..., embed] -> same."""
+        # Gather before the norm, whose parameters are sharded over fsdp, while the output of dense is over tensor.
         y = constrain(self.dense(hidden), "batch", *(None,) * (hidden.ndim - 1))
         return self.norm(ACTIVATIONS[self.activation](y))
 
@@ -149,15 +150,15 @@ class Encoder(nnx.Module):
 
     BERT: Devlin et al., 2018, arXiv 1810.04805. ModernBERT: Warner et al., 2024, arXiv 2412.13663.
 
-    Parameters: embed, positions (learned only), token_types (if there are any), embed_norm, first (the leading
-    layer without attention norm, pre-norm only) and blocks (every leaf of both with a leading "layers" dimension),
-    norm (pre-norm only: post-norm ends normed), head, pooler (if the config has one).
+    Parameters: embed, positions (learned only), token_types (if there are any), embed_norm, first (the first layer,
+    without attention norm; pre-norm only) and blocks (every leaf of both with a leading "layers" dimension), norm
+    (pre-norm only), head, pooler (if the config has one).
     """
 
     def __init__(self, config: EncoderConfig, key: jax.Array):
         k_embed, k_positions, k_types, k_blocks, k_head, k_pooler = jax.random.split(key, 6)
-        dtype, bare = config.param_dtype, config.bare_layers
-        # A table that is looked up has an axis that no rule shards: "seq", for types as well.
+        dtype, first = config.param_dtype, config.num_unnormed
+        # No rule shards the axis "seq", so that rows can be looked up.
         table = lambda key, entries: Embedding(key, entries, config.embed, entries="seq", dtype=dtype)
         self.config = config
         self.embed = Embedding(k_embed, config.padded_vocab, config.embed, entries="vocab", dtype=dtype)
@@ -165,11 +166,11 @@ class Encoder(nnx.Module):
         self.token_types = table(k_types, config.token_types) if config.token_types else None
         self.embed_norm = _norm(config)
         keys = jax.random.split(k_blocks, config.num_layers)
-        blocks = lambda keys, bare: jax.vmap(lambda k: Block(config, k, bare=bare))(keys) if len(keys) else None
-        self.first, self.blocks = blocks(keys[:bare], True), blocks(keys[bare:], False)
+        blocks = lambda keys, normed: jax.vmap(lambda k: Block(config, k, normed=normed))(keys) if len(keys) else None
+        self.first, self.blocks = blocks(keys[:first], False), blocks(keys[first:], True)
         self.norm = _norm(config) if config.norm_position == "pre" else None
         self.head = Head(config, k_head)
-        self.pooler = _square(config, k_pooler) if config.pooler else None
+        self.pooler = _embed_to_embed(config, k_pooler) if config.pooler else None
 
     def __call__(self, batch: Batch, key: jax.Array | None = None) -> Output:
         """Hidden states in the compute type; `key` switches dropout on, with draws by (key, sample, layer, site)."""
@@ -186,23 +187,24 @@ class Encoder(nnx.Module):
             return block(x, rope, mask, drop.at(index + 1)), None
 
         x = drop.at(0)(self._embed(batch))
-        layers, split = (jnp.arange(config.num_layers), jnp.array(config.local_layers)), config.bare_layers
+        index, local, split = jnp.arange(config.num_layers), jnp.array(config.local_layers), config.num_unnormed
         for blocks, part in ((self.first, slice(split)), (self.blocks, slice(split, None))):
             if blocks is not None:
-                items = (blocks, *(each[part] for each in layers))
+                items = (blocks, index[part], local[part])
                 x, _ = stack.run(layer, x, items, scan=config.scan, remat=config.remat)
         return Output(hidden=x if self.norm is None else self.norm(x))
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states [..., embed] -> float32 logits [..., padded vocab]; padding ids get one that no softmax
-        sees."""
+        """Hidden states [..., embed] -> float32 logits [..., padded vocab]; padding ids get the lowest one."""
         table, scale = self.embed.table[...].T, 1 / self.config.width_multiplier
         logits = embedding.logits(self.head(hidden), table, vocab_size=self.config.vocab_size, scale=scale)
         return logits + self.head.bias[...].astype(jnp.float32)
 
     def pool(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [batch, seq, embed] -> [batch, embed]: each row's first token, through the pooler if there is
-        one. In a packed row it speaks for the first segment alone: for one vector a text, give each a row of its own.
+        one.
+
+        In a packed row it represents the first segment only, so give each text its own row.
         """
         first = hidden[:, 0]
         return first if self.pooler is None else jnp.tanh(self.pooler(first))
@@ -228,7 +230,7 @@ def _norm(config: EncoderConfig) -> LayerNorm:
     return LayerNorm(config.embed, eps=config.norm_eps, bias=config.biases == "all", dtype=config.param_dtype)
 
 
-def _square(config: EncoderConfig, key: jax.Array) -> Linear:
-    """embed -> embed; its output is named "mlp", as one parameter cannot have an axis twice."""
+def _embed_to_embed(config: EncoderConfig, key: jax.Array) -> Linear:
+    """A map from embed to embed. Its output axis is "mlp", as a parameter cannot have one axis twice."""
     bias, dtype = config.biases == "all", config.param_dtype
     return Linear(key, {"embed": config.embed}, {"mlp": config.embed}, bias=bias, dtype=dtype)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# What each policy saves of a block beside its input; everything else is computed again in the backward pass.
+# What each policy saves of a block besides its input; the backward pass computes everything else again.
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -20,15 +20,14 @@ def run(
 ) -> tuple[jax.Array, Any]:
     """Fold `body(x, layer) -> (x, out)` over the leading "layers" dimension of `stacked`; returns (x, stacked outs).
 
-    The unrolled form reads the same stacked parameters, so that checkpoints and optimizers see no difference.
+    The unrolled form reads the same stacked parameters, so checkpoints and optimizers do not depend on it.
     """
     if remat != "none":
         body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=not scan)
     if scan:
         return jax.lax.scan(body, x, stacked)
     leaves, tree = jax.tree.flatten(stacked)
-    # lax.split, because its gradient is one concatenation; that of indexing is a sum of padded copies of the whole
-    # stack.
+    # The gradient of lax.split is one concatenation; that of indexing would sum padded copies of the whole stack.
     slices = [jax.lax.split(leaf, (1,) * leaf.shape[0], axis=0) for leaf in leaves]
     outs = []
     for layer in zip(*slices, strict=True):

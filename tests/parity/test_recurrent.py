@@ -123,11 +123,11 @@ def load_griffin(tensors: dict, *, root: float) -> dict:
     flat = lambda name: layer(f"temporal_block.rg_lru.{name}_bias").reshape(GRIFFIN.num_layers, -1)
     gate = lambda name: {"weight": layer(f"temporal_block.rg_lru.{name}_weight"), "bias": flat(name)}
     cell = {
-        "enter": linear("temporal_block.linear_x"),
+        "input": linear("temporal_block.linear_x"),
         "gate": linear("temporal_block.linear_y"),
         "out": linear("temporal_block.linear_out"),
-        "taps": layer("temporal_block.conv_1d.weight")[:, :, 0, ::-1].swapaxes(1, 2).copy(),
-        "taps_bias": layer("temporal_block.conv_1d.bias"),
+        "conv": layer("temporal_block.conv_1d.weight")[:, :, 0, ::-1].swapaxes(1, 2).copy(),
+        "conv_bias": layer("temporal_block.conv_1d.bias"),
         "input_gate": gate("input_gate"),
         "decay_gate": gate("recurrent_gate"),
         "decay": layer("temporal_block.rg_lru.recurrent_param"),
@@ -192,6 +192,6 @@ def test_the_linear_recurrence_equals_recurrent_gemma():
     assert abs(loss - total.item()) / batch.weights.sum() < 1e-5
     total.backward()
     expected = load_griffin(arrays((name, p.grad) for name, p in tensors.items()), root=1.0)["blocks"]["cell"]
-    for name in ("decay", "taps", "decay_gate", "input_gate", "enter"):
+    for name in ("decay", "conv", "decay_gate", "input_gate", "input"):
         close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.abs(b).max())
         jax.tree.map(close, grads["blocks"]["cell"][name], expected[name])
