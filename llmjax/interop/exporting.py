@@ -131,12 +131,12 @@ def choose(model: Any, preferred: str | None = None) -> tuple[str, Architecture,
         architecture = architectures[name]
         try:
             hf = architecture.write_config(model)
-            difference = _first_difference(model, architecture.read_config(hf), architecture.unused_fields)
+            reason = _first_difference(model, architecture.read_config(hf), architecture.unused_fields)
+            if not reason:
+                return name, architecture, hf
         except UserError as error:
-            difference = str(error)
-        if not difference:
-            return name, architecture, hf
-        classes_by_reason.setdefault(difference, []).append(name)
+            reason = str(error)
+        classes_by_reason.setdefault(reason, []).append(name)
     reasons = [f"{', '.join(names)}: {reason}" for reason, names in classes_by_reason.items()]
     raise UserError(
         "no class of transformers expresses this model "

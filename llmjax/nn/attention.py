@@ -110,14 +110,14 @@ def dot(
         scores += bias.astype(jnp.float32).reshape(bias.shape[0], groups, repeats * s, -1)
     scores = jnp.where(jnp.tile(mask, (1, repeats, 1))[:, None], scores, MASKED)
     # The softmax is divided by its sum after the product with the values: head_dim numbers per query instead of t.
-    highest = jnp.max(scores, axis=-1, keepdims=True)
+    highest, sink = jnp.max(scores, axis=-1, keepdims=True), None
     if sinks is not None:
         sink = jnp.repeat(sinks.astype(jnp.float32).reshape(groups, repeats), s, axis=1)[None, :, :, None]
         highest = jnp.maximum(highest, sink)
     highest = jax.lax.stop_gradient(highest)
     exponentials = jnp.exp(scores - highest)
     total = jnp.sum(exponentials, axis=-1, keepdims=True)
-    if sinks is not None:
+    if sink is not None:
         total += jnp.exp(sink - highest)
     out = jnp.einsum("bgst,bgtk->bgsk", exponentials.astype(v.dtype), v, preferred_element_type=jnp.float32)
     out = (out / total).astype(v.dtype)

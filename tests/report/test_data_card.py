@@ -10,7 +10,7 @@ from llmjax.cli import main
 from llmjax.errors import UserError
 from llmjax.report import data_card
 from tests.curate import corpora
-from tests.report.test_page import HOSTILE, Reader
+from tests.report.runs import HOSTILE, Reader
 
 RAW = {"mail": "maria.lopez@example.org", "card": "4111 1111 1111 1111", "ip": "83.145.20.31"}
 
