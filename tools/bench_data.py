@@ -224,15 +224,16 @@ def preparing(folder: Path, texts: list[str], model: bytes, tokens: int, repeats
 
 def tokenizing_tasks(folder: Path, name: str) -> list[tuple]:
     """What `prepare` would hand to `stages.tokenize`, all documents for training."""
-    place = stages.Workplace(folder / f"unfinished-{name}")
-    place.folder.mkdir()
+    scratch = stages.ScratchDir(folder / f"unfinished-{name}")
+    for new in (scratch.folder, folder / f"tokens-{name}"):
+        new.mkdir()
     units = list_units("main", SourceConfig(path=f"{folder}/text/*.txt"))
     for unit in units:
-        stages.scan(unit, place, None, False)
-        splits = np.full(len(place.load_scan(unit).sizes), TRAIN, np.uint8)
-        np.save(place.path("splits", unit).with_suffix(".npy"), splits)
+        stages.scan(unit, scratch, None, False)
+        splits = np.full(len(scratch.load_scan(unit).sizes), TRAIN, np.uint8)
+        np.save(scratch.path("splits", unit, ".npy"), splits)
     model = folder / "tokenizer.model"
-    return [(unit, place, None, "sentencepiece", model, folder / f"tokens-{name}") for unit in units]
+    return [(unit, scratch, "sentencepiece", model, folder / f"tokens-{name}") for unit in units]
 
 
 def read_texts(pattern: str, megabytes: float) -> list[str]:

@@ -12,7 +12,10 @@ from llmjax.errors import UserError, suggest
 def fields(arguments: list[str]) -> int:
     """Explain the config."""
     parser = make_parser(
-        "fields", "Every config field: its meaning, unit and default.", "llmjax fields optimizer", overrides=False
+        "fields",
+        "List every config field with its meaning, unit and default.",
+        "llmjax fields optimizer",
+        overrides=False,
     )
     parser.add_argument("section", nargs="?", metavar="SECTION", help="one section, such as model or data.tokenizer")
     flags = parser.parse_args(arguments)
@@ -48,6 +51,6 @@ def fields(arguments: list[str]) -> int:
     show(RunConfig, "")
     show(CurateConfig, "curate")
     if flags.section and flags.section not in shown:
-        known = ", ".join(dict.fromkeys(shown[1:]))
-        raise UserError(f"no section {flags.section!r}{suggest(flags.section, shown)}: known are {known}")
+        sections = ", ".join(dict.fromkeys(shown[1:]))
+        raise UserError(f"no section {flags.section!r}{suggest(flags.section, shown)}: choose one of {sections}")
     return 0

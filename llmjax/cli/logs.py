@@ -21,6 +21,7 @@ class ConsoleHandler(logging.Handler):
         self._progress_is_drawn = False
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Print one record. Errors of the stream, such as a closed pipe, are those of the command."""
         if not _is_primary():
             return
         stream: TextIO = getattr(sys, self._stream_name)

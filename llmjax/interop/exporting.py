@@ -10,7 +10,6 @@ import shutil
 from typing import Any
 
 from etils import epath
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -80,31 +79,34 @@ def export(
     """
     if to.exists():
         raise UserError(f"--to={to}: already exists; give a new folder")
-    loaded = loading.load(workdir, step=step, overrides=overrides, say=logger.info)
+    with loading.load(workdir, step=step, overrides=overrides) as loaded:
+        return _write_folder(workdir, to, loaded, dtype, max_shard_bytes)
+
+
+def _write_folder(workdir: epath.Path, to: Path, loaded: Loaded, dtype: str, max_shard_bytes: int) -> Exported:
     model = loaded.config.model
-    import_record = workdirs.read_json(workdir / loading.IMPORT) or {}
+    import_record = workdirs.read_json(workdir / workdirs.IMPORT) or {}
     name, architecture, hf = choose(model, import_record.get("architecture"))
     table = ParamMapping(architecture.rules(model), model)
     tensors = {tensor.hf_names[0]: tensor for tensor in table.tensors}
     specs = {name: (HF_DTYPES[dtype], table.hf_shape(tensor)) for name, tensor in tensors.items()}
     total = sum(files.nbytes(spec) for spec in specs.values())
     logger.info(
-        "%s: the %s of step %d, %d tensors, %.2f GB", name, loaded.parameters, loaded.step, len(tensors), total / 1e9
+        "%s: the %s of step %d, %d tensors, %.2f GB", name, loaded.params_name, loaded.step, len(tensors), total / 1e9
     )
     partial = to.with_name(f"{to.name}.partial")
     if hosts.is_primary():
         shutil.rmtree(partial, ignore_errors=True)  # left by an export that was interrupted
         partial.mkdir(parents=True)
     gatherer, progress = sharded_io.TensorGatherer(table, loaded.params), sharded_io.Progress("writing", total)
-    with jax.set_mesh(loaded.mesh):
-        paths = files.write_folder(
-            partial,
-            specs,
-            lambda name: gatherer.gather(tensors[name], jnp.dtype(dtype)),
-            limit=max_shard_bytes,
-            report_bytes=progress.add,
-            primary=hosts.is_primary(),
-        )
+    paths = files.write_folder(
+        partial,
+        specs,
+        lambda name: gatherer.gather(tensors[name], jnp.dtype(dtype)),
+        limit=max_shard_bytes,
+        report_bytes=progress.add,
+        primary=hosts.is_primary(),
+    )
     tokenizer_summary = ""
     if hosts.is_primary():
         bos_id = None if _has_imported_tokenizer(loaded, import_record) else _trained_bos_id(loaded)
@@ -116,7 +118,7 @@ def export(
             _write_generation_config(partial, hf, token_ids)
         partial.rename(to)
     hosts.barrier("exported")
-    return Exported(name, loaded.step, loaded.parameters, [path.name for path in paths], total, tokenizer_summary)
+    return Exported(name, loaded.step, loaded.params_name, [path.name for path in paths], total, tokenizer_summary)
 
 
 def choose(model: Any, preferred: str | None = None) -> tuple[str, Architecture, dict[str, Any]]:
@@ -203,7 +205,7 @@ def _write_tokenizer(
 ) -> str:
     tokenizer, folder = loaded.tokenizer, epath.Path(to)
     if _has_imported_tokenizer(loaded, import_record):
-        content = (workdir / loading.TOKENIZER / FILE_NAMES[tokenizer.kind]).read_bytes()
+        content = (workdir / workdirs.TOKENIZER / FILE_NAMES[tokenizer.kind]).read_bytes()
         return tokenizers.restore_original(content, import_record["tokenizer"]["name"], workdir, folder)
     content = b"" if tokenizer.kind == "bytes" else (loaded.store / FILE_NAMES[tokenizer.kind]).read_bytes()
     return tokenizers.write(

@@ -59,7 +59,7 @@ def import_checkpoint(
     Raises UserError if the folder is not supported, or if the workdir contains a run. A collective: all processes call
     it, and each reads what its devices hold.
     """
-    if (workdir / "config.json").exists():
+    if (workdir / workdirs.CONFIG).exists():
         raise UserError(f"--workdir={workdir}: already contains a run; give a new folder")
     checkpoint = hf_checkpoint.read(source)
     tensors, folder = checkpoint.tensors, epath.Path(source)
@@ -75,9 +75,10 @@ def import_checkpoint(
     for note in _notes(tokenizer_file.settings, tokenizer, config):
         logger.info("  note: %s", note)
 
-    mesh = loading.mesh_or_default(config, logger.info)
     _, shapes, names = registry.abstract(config.model)
-    params = sharded_io.read(table, tensors, flatten(axes.shardings(mesh, names, shapes, config.parallel.rules)))
+    with axes.use_mesh(loading.mesh_or_default(config), config.parallel.rules):
+        shardings = flatten(axes.shardings(names, shapes))
+    params = sharded_io.read(table, tensors, shardings)
     workdir.mkdir(parents=True, exist_ok=True)
     with workdirs.Lock(workdir, primary=hosts.is_primary()):
         if hosts.is_primary():
@@ -95,8 +96,8 @@ def import_checkpoint(
                 "tokenizer": {"kind": tokenizer.kind, "name": tokenizer_file.name, "sha256": tokenizer.sha256},
                 "token_ids": {field: checkpoint.hf[field] for field in _TOKEN_IDS if field in checkpoint.hf},
             }
-            workdirs.write_json(workdir / loading.IMPORT, record)
-            workdirs.write_json(workdir / "config.json", run_config.to_json(config))  # last: this makes it a run
+            workdirs.write_json(workdir / workdirs.IMPORT, record)
+            workdirs.write_json(workdir / workdirs.CONFIG, run_config.to_json(config))  # last: this makes it a run
         hosts.barrier("imported")
     return Imported(
         architecture=checkpoint.name,
@@ -138,13 +139,13 @@ def _check_aliases(table: ParamMapping, tensors: hf_checkpoint.Tensors) -> None:
 def _save(workdir: epath.Path, config: RunConfig, params: Params, tokenizer: Tokenizer, source: Path) -> str:
     """Write checkpoint 0 and return its fingerprint."""
     checkpoints = Checkpoints(
-        workdir / "checkpoints", keep=config.checkpoint.keep, timeout_seconds=config.checkpoint.timeout_seconds
+        workdir / workdirs.CHECKPOINTS, keep=config.checkpoint.keep, timeout_seconds=config.checkpoint.timeout_seconds
     )
     meta = {
         "config": run_config.to_json(config),
         "imported": str(source.resolve()),
         "tokenizer_sha256": tokenizer.sha256,
-        "tokens": 0,
+        "total_targets": 0,
         "skipped": 0,
         "versions": {"llmjax": llmjax.__version__, "jax": jax.__version__},
     }

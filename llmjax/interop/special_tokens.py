@@ -10,7 +10,7 @@ from typing import Any
 
 from etils import epath
 
-from llmjax.data.store.tokenizer import EOS_NAMES
+from llmjax.data.store.tokenizer_kinds import EOS_NAMES
 from llmjax.data.store.tokenizer_settings import TokenizerSettings
 from llmjax.errors import UserError
 

@@ -7,11 +7,12 @@ from typing import Any
 
 from etils import epath
 
-from llmjax.data.store.tokenizer import FILE_NAMES, PIECE_CHARACTERS, Tokenizer, read_tokenizer
+from llmjax.data.store.tokenizer import FILE_NAMES, Tokenizer, read_tokenizer
+from llmjax.data.store.tokenizer_kinds import SPAN_CHARACTERS
 from llmjax.data.store.tokenizer_settings import FILE as SETTINGS_FILE, TokenizerSettings
 from llmjax.errors import UserError
 from llmjax.interop import special_tokens
-from llmjax.run.loading import TOKENIZER
+from llmjax.run.workdir import TOKENIZER
 
 # Files that only other programs read; they are copied unchanged.
 _COPIED_FILES = (
@@ -199,7 +200,7 @@ def _convert_sentencepiece(content: bytes) -> str | None:
         model = Unigram(all_scores, unk_id=processor.unk_id(), byte_fallback=True)
     converted = HfTokenizer(model)
     converted.normalizer = normalizers.Replace(" ", "\u2581")  # type: ignore[assignment]
-    most = PIECE_CHARACTERS
+    most = SPAN_CHARACTERS
     parts = Regex(rf"[\s\S]{{1,{most}}}\z|[\s\S]{{0,{most - 1}}}\n|[\s\S]{{{most}}}")
     converted.pre_tokenizer = pre_tokenizers.Split(parts, "isolated")  # type: ignore[assignment]
     converted.decoder = decoders.Sequence(  # type: ignore[assignment]

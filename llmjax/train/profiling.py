@@ -1,6 +1,6 @@
 """A JAX profiler trace of some training steps, for `train.profile`."""
 
-from collections.abc import Callable
+import logging
 from typing import Any
 
 from etils import epath
@@ -11,6 +11,8 @@ from llmjax.errors import UserError
 from llmjax.parallel import hosts
 from llmjax.run import workdir as workdirs
 from llmjax.run.config import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 
 def check_profile(train: TrainConfig, workdir: epath.Path) -> None:
@@ -23,23 +25,21 @@ def check_profile(train: TrainConfig, workdir: epath.Path) -> None:
 
 
 class Profiler:
-    """Traces the steps of `train.profile` on the primary process, to WORKDIR/profile; the others do nothing.
+    """Traces the steps of `train.profile` on the primary process, to WORKDIR/profile; other processes do nothing.
 
-    train      train.profile is (first step, number of steps), or () for no trace
-    next_step  the first step that this process runs; a window that starts before it loses its first steps
-    say        called with a line for the user
+    next_step  the first step that this process runs; steps of the window before it are not traced
     """
 
-    def __init__(self, train: TrainConfig, workdir: epath.Path, next_step: int, say: Callable[[str], None]):
+    def __init__(self, train: TrainConfig, workdir: epath.Path, next_step: int):
         first, steps = train.profile or (1, 0)
         self._window = range(first, first + steps) if hosts.is_primary() else range(0)
-        self._folder, self._say = workdir / workdirs.PROFILE, say
+        self._folder = workdir / workdirs.PROFILE
         self._first = self._last = 0  # the steps traced so far; 0: no trace is open
         if self._window and next_step >= self._window.stop:
-            say(f"train.profile={train.profile}: these steps are done, so no trace is written")
+            logger.info("train.profile=%s: these steps are done, so no trace is written", train.profile)
 
     def before_step(self, step: int, state: Any) -> None:
-        """Start the trace where it is due, once the device has finished the steps before."""
+        """Start the trace at the first step of the window, once the device has finished earlier steps."""
         if step not in self._window or self._first:
             return
         jax.block_until_ready(state)
@@ -49,7 +49,7 @@ class Profiler:
         self._first = step
 
     def after_step(self, step: int, state: Any) -> None:
-        """Write the trace after its last step, once the device has finished it."""
+        """Write the trace after the last step of the window, once the device has finished it."""
         if not self._first:
             return
         self._last = step
@@ -58,7 +58,7 @@ class Profiler:
             self.close()
 
     def close(self) -> None:
-        """Write an open trace and print where it is: the run may end inside the window.
+        """Write an open trace and log its folder; the run may end inside the window.
 
         The caller has waited for the last step, as training does when it reads that step's metrics.
         """
@@ -68,10 +68,11 @@ class Profiler:
         try:
             jax.profiler.stop_trace()
         except jax.errors.JaxRuntimeError as error:  # a disk that is full must not end the run
-            self._say(f"no profile of steps {first} to {self._last}: {error}; training continues")
+            logger.info("no profile of steps %d to %d: %s; training continues", first, self._last, error)
             return
         newest = max(self._folder.glob("plugins/profile/*"), key=lambda folder: folder.name)
-        self._say(
-            f"profile of steps {first} to {self._last}: {newest}; open its *.trace.json.gz at "
-            f"https://ui.perfetto.dev, or run `tensorboard --logdir={self._folder}` with tensorboard-plugin-profile"
+        logger.info(
+            "profile of steps %d to %d: %s; open its *.trace.json.gz at https://ui.perfetto.dev, or run "
+            "`tensorboard --logdir=%s` with tensorboard-plugin-profile",
+            *(first, self._last, newest, self._folder),
         )

@@ -61,8 +61,18 @@ FLAGS = {
     "unknown command": (["llmjax", "trian"], "unknown command 'trian' (did you mean 'train'?)"),
     "missing flag": (["llmjax", "eval"], "the following arguments are required: --workdir"),
     "unknown flag": (["llmjax", "inspect", "--workdir=x", "--jsno"], "unrecognized arguments: --jsno"),
-    "flag of a wrong type": (["llmjax", "eval", "--workdir=x", "--step=last"], "argument --step: invalid whole number"),
-    "seed beyond a key": (["llmjax", "generate", "--workdir=x", "--prompt=a", "--seed=4294967296"], "0 to 4294967295"),
+    "flag of a wrong type": (
+        ["llmjax", "eval", "--workdir=x", "--step=last"],
+        "argument --step=last: expected an integer of 0 or more",
+    ),
+    "seed beyond a key": (
+        ["llmjax", "generate", "--workdir=x", "--prompt=a", "--seed=4294967296"],
+        "argument --seed=4294967296: expected an integer from 0 to 4294967295",
+    ),
+    "number of a wrong type": (
+        ["llmjax", "generate", "--workdir=x", "--prompt=a", "--top_p=most"],
+        "argument --top_p=most: expected a number",
+    ),
     "override without a value": (["llmjax", "eval", "--workdir=x", "--config.seed"], "--config.seed: give a value"),
     "workdir left empty": (["llmjax", "inspect", "--workdir="], "--workdir=: empty; give a folder"),
     "workdir that is a file": (["llmjax", "eval", f"--workdir={__file__}"], "this is a file; give a folder"),
@@ -94,7 +104,7 @@ CONFIGS = {
     ),
     "pmap and fsdp": (
         {"parallel__backend": "pmap", "mesh__data": 4, "mesh__fsdp": 2},
-        "parallel.backend='pmap' replicates the state, so it can't honour mesh {'fsdp': 2}",
+        "parallel.backend='pmap' replicates the state and does not support mesh {'fsdp': 2}",
     ),
     "optimizer": ({"optimizer__name": "adam"}, "optimizer.name='adam' (did you mean 'adamw'?)"),
     "warmup": ({"optimizer__warmup_steps": 99}, "optimizer.warmup_steps=99: must be below train.steps=2"),
@@ -108,11 +118,11 @@ CONFIGS = {
     ),
     "rules that cut an array twice": (
         {"parallel__rules": str((*axes.DEFAULT_RULES, ("mlp", "fsdp")))},
-        "parallel.rules: 'fsdp' would cut two dimensions of (",
+        "parallel.rules: 'fsdp' would shard two dimensions of (",
     ),
     "prompt form of a causal model": (
         {"objective__prompt_form": "plain"},
-        "objective.prompt_form='plain': objective.name='causal' has no use for it, only prefix, span, ul2",
+        "objective.prompt_form='plain': objective.name='causal' does not use it, only prefix, span, ul2",
     ),
     "prompt form of one stack": (
         {"objective__name": "prefix", "objective__prompt_form": "plain"},
@@ -187,7 +197,7 @@ def test_changes_that_matter_are_refused_and_one_word_accepts_them(refuse, run_c
         "train", run_copy, corpus, optimizer__name="lion", checkpoint__accept_changes="true", **settings
     )
     printed = jobs.run(accepted, LLMJAX_CPU_DEVICES="8")
-    assert "the optimizer's state starts fresh" in printed
+    assert "the optimizer's state and learning rate start at update 0" in printed
     assert 4 in jobs.checkpoints(run_copy)
 
 
@@ -254,7 +264,7 @@ def test_prompt_with_an_unknown_special_token(refuse, run_copy):
 
 GENERATIONS = {
     "top_p": (["--prompt=a", "--top_p=1.5"], "top_p=1.5"),
-    "a prompt of other bytes": (["--prompt=\udcff"], "holds bytes that are no UTF-8"),
+    "a prompt of other bytes": (["--prompt=\udcff"], "contains bytes that are not UTF-8"),
     "more than memory holds": (["--prompt=a", f"--max_tokens={2**30}"], f"max_tokens={2**30}: out of memory"),
     "a mesh that was asked for": (["--prompt=a", "--config.mesh.tensor=3"], "3 does not divide the 8 devices"),
 }

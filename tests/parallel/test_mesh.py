@@ -28,7 +28,7 @@ def test_sizes_fill_the_devices(config, expected):
     [
         (MeshConfig(data=4), r"needs 4 devices, but there are 8: change mesh.data"),
         (MeshConfig(fsdp=3), r"3 does not divide the 8 devices"),
-        (MeshConfig(data=0), r"sizes are positive"),
+        (MeshConfig(data=0), r"set sizes of 1 or more"),
         (MeshConfig(data=-1, tensor=-1), r"at most one is -1"),
     ],
 )
@@ -58,11 +58,10 @@ def test_changed_rules_are_traced_anew():
 
     other = tuple(("mlp", "data") if name == "mlp" else (name, found) for name, found in axes.DEFAULT_RULES)
     x = jax.numpy.ones(8)
-    with jax.set_mesh(mesh):
-        specs = []
-        for rules in (axes.DEFAULT_RULES, other, axes.DEFAULT_RULES):
-            with axes.use_rules(rules):
-                specs.append(double(x).sharding.spec)
+    specs = []
+    for rules in (axes.DEFAULT_RULES, other, axes.DEFAULT_RULES):
+        with axes.use_mesh(mesh, rules):
+            specs.append(double(x).sharding.spec)
     assert traced == [P("tensor"), P("data")]
     assert specs == [P("tensor"), P("data"), P("tensor")]
 

@@ -140,7 +140,7 @@ def _measure(units, measured: list[Measured], config: CurateConfig, runner: Runn
     if left:
         tasks = [(unit, config, one) for unit, one in left]
         sizes = [unit.size for unit, _ in left]
-        with_progress(say, "measuring", runner.map(measure.measure, tasks), len(tasks), sizes)
+        with_progress("measuring", runner.map(measure.measure, tasks), len(tasks), sizes)
 
 
 def _check_rejects(table: decide.Table, config: CurateConfig) -> None:
@@ -187,7 +187,7 @@ def _write(units, table, made, chosen, config: CurateConfig, runner: Runner, out
         tasks.append((task, table.reasons, config, out))
         places.append(index)
     sizes = [units[index].size for index in places]
-    written = with_progress(say, "writing", runner.map(write.write, tasks), len(tasks), sizes) if tasks else []
+    written = with_progress("writing", runner.map(write.write, tasks), len(tasks), sizes) if tasks else []
     for index, result in zip(places, written, strict=True):
         results[index] = result
     for name in ("curated", "dropped"):

@@ -15,7 +15,7 @@ from llmjax.atomic import atomic_write
 from llmjax.curate.filters.normalise import normalise
 from llmjax.curate.filters.quality_config import ClassifierConfig
 from llmjax.data.config import SourceConfig
-from llmjax.data.hashing import splitmix64
+from llmjax.data.hashing import hash64
 from llmjax.data.readers.documents import Document, read_unit
 from llmjax.data.readers.sources import list_units
 from llmjax.errors import UserError
@@ -152,7 +152,7 @@ def _features(text: str, buckets: int, characters: int, seed: int) -> _Features:
 
 
 def _stirred(values: np.ndarray, seed: int) -> np.ndarray:
-    return splitmix64(values + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF))
+    return hash64(np.array([seed + 1], np.uint64), values)
 
 
 def _sum(weights: np.ndarray, features: _Features) -> float:

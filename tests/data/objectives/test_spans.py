@@ -143,13 +143,15 @@ class TestSpans:
         objective = make("span", target_len=17)
         rows, samples = rows_of(folder, objective)
         assert objective.build_batch(rows, samples, CounterRng(0)).targets.shape[1] == objective.target_len == 17
-        with pytest.raises(UserError, match=r"data\.seq_len=96 with objective\.target_len=2: not even one token"):
+        with pytest.raises(
+            UserError, match=r"data\.seq_len=96 with objective\.target_len=2: .*cannot fit even one token"
+        ):
             make("span", target_len=2)
 
     def test_windows_are_refused(self, folder):
         for case in ("span", "ul2", "fim"):
             objective = make(case)
-            with pytest.raises(UserError, match=rf"data\.packing='concat': .* objective\.name='{case}'"):
+            with pytest.raises(UserError, match=rf"data\.packing='concat': objective\.name='{case}'"):
                 TrainData(
                     folder,
                     DataConfig(sources={"books": SourceConfig()}, seq_len=SEQ_LEN, packing="concat"),

@@ -173,7 +173,9 @@ def test_unknown_special_tokens_in_a_prompt():
     for text in ("plain", "<s>known</s>", "a < b | c > d", "x[MASK] <div> List<T>"):
         made.check_special(text)
     for text in ("<|user|> hi", "hi <eos>"):
-        with pytest.raises(UserError, match=r"no special token of this tokenizer.*it knows: <s>, </s>, <pad>"):
+        with pytest.raises(
+            UserError, match=r"not a special token of this tokenizer.*its special tokens: <s>, </s>, <pad>"
+        ):
             made.check_special(text)
 
 
@@ -201,7 +203,7 @@ def test_a_store_names_its_tokenizer(tmp_path):
     loaded = tokenizer.load_tokenizer(tmp_path)
     assert loaded.sha256 == made.sha256 and not loaded.lossless
     (tmp_path / "tokenizer.model").write_bytes(train_sentencepiece([CODE * 20], algorithm="bpe", vocab_size=301))
-    with pytest.raises(UserError, match="not the one that the store was made with"):
+    with pytest.raises(UserError, match="not the one that the store was prepared with"):
         tokenizer.load_tokenizer(tmp_path)
 
 
