@@ -27,32 +27,20 @@ _ACTIVATIONS = {
     "relu": "relu",
     "silu": "silu",
 }
-_GEMMA3_IMAGES = (
-    "boi_token_index",
-    "eoi_token_index",
-    "image_token_index",
-    "boi_token_id",
-    "eoi_token_id",
-    "image_token_id",
-    "mm_tokens_per_image",
-    "vision_config",
-)
+_GEMMA3_IMAGES = """
+    boi_token_index eoi_token_index image_token_index boi_token_id eoi_token_id image_token_id mm_tokens_per_image
+    vision_config
+""".split()  # noqa: SIM905
 _GPT2_ALIASES = {
     "hidden_size": "n_embd",
     "num_hidden_layers": "n_layer",
     "num_attention_heads": "n_head",
     "max_position_embeddings": "n_positions",
 }
-_GPT2_NEUTRAL = (
-    "n_ctx",
-    "n_special",
-    "predict_special_tokens",
-    "summary_type",
-    "summary_use_proj",
-    "summary_activation",
-    "summary_proj_to_labels",
-    "summary_first_dropout",
-)
+_GPT2_NEUTRAL = """
+    n_ctx n_special predict_special_tokens summary_type summary_use_proj summary_activation summary_proj_to_labels
+    summary_first_dropout
+""".split()  # noqa: SIM905
 
 
 def _read_gpt2(hf: dict[str, Any]) -> dict[str, Any]:

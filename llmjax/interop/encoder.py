@@ -23,24 +23,13 @@ _ACTIVATIONS = {
     "silu": "silu",
 }
 _HF_ACTIVATIONS = {name: hf_name for hf_name, name in _ACTIVATIONS.items()}
-_BERT_NEUTRAL = (
-    "directionality",
-    "pooler_fc_size",
-    "pooler_num_attention_heads",
-    "pooler_num_fc_layers",
-    "pooler_size_per_head",
-    "pooler_type",
-)
-_MODERNBERT_NEUTRAL = (
-    "classifier_pooling",
-    "deterministic_flash_attn",
-    "layer_norm_eps",
-    "position_embedding_type",
-    "reference_compile",
-    "repad_logits_with_grad",
-    "sparse_prediction",
-    "sparse_pred_ignore_index",
-)
+_BERT_NEUTRAL = """
+    directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type
+""".split()  # noqa: SIM905
+_MODERNBERT_NEUTRAL = """
+    classifier_pooling deterministic_flash_attn layer_norm_eps position_embedding_type reference_compile
+    repad_logits_with_grad sparse_prediction sparse_pred_ignore_index
+""".split()  # noqa: SIM905
 
 
 def _read_bert(hf: dict[str, Any]) -> dict[str, Any]:

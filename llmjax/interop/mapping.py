@@ -9,7 +9,6 @@ import mmap
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llmjax.batch import Params
@@ -91,21 +90,6 @@ class Source(Protocol):
     def read(self, name: str, box: Slices) -> np.ndarray:
         """The part `box` of a tensor."""
         ...
-
-
-class InMemory:
-    """A Source over a dict of numpy arrays."""
-
-    def __init__(self, tensors: Mapping[str, np.ndarray]):
-        self._tensors = tensors
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor by name."""
-        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
-
-    def read(self, name: str, box: Slices) -> np.ndarray:
-        """The part `box` of a tensor."""
-        return np.asarray(self._tensors[name])[box]
 
 
 class ParamMapping:
@@ -242,29 +226,6 @@ class ParamMapping:
             for layer, number in enumerate(rule.layers or ()):
                 if number is None and slices[0].start <= layer < slices[0].stop:
                     out[layer - slices[0].start] = rule.default
-
-
-def load(rules: Iterable[Rule], tensors: Mapping[str, np.ndarray], config: ModelConfig) -> Params:
-    """Parameters from a state dict of numpy arrays, with the vocabulary's padding at 0.
-
-    Raises UserError if names or shapes do not match, or if aliases differ.
-    """
-    table, source = ParamMapping(rules, config), InMemory(tensors)
-    table.check_tensors(source)
-    table.check_aliases(source)
-    everything = {name: tuple(slice(0, size) for size in leaf.shape) for name, leaf in table.shapes.items()}
-    return table.unflatten({name: jnp.asarray(table.read(name, part, source)) for name, part in everything.items()})
-
-
-def dump(rules: Iterable[Rule], params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
-    """The state dict of parameters, as torch's state_dict() names it, aliases included."""
-    table = ParamMapping(rules, config)
-    parameters = {name: np.asarray(array) for name, array in flatten(params).items()}
-    tensors: dict[str, np.ndarray] = {}
-    for tensor in table.tensors:
-        array = table.to_hf(tensor, lambda name, index: parameters[name][index])
-        tensors |= dict.fromkeys(tensor.hf_names, array)
-    return tensors
 
 
 def flatten(tree: Params) -> dict[str, Any]:

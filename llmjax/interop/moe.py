@@ -23,16 +23,10 @@ from llmjax.models.moe import MoeConfig
 from llmjax.nn.rotary import yarn_attention_factor
 
 # About the router's losses in training, which differ from those here, and the prediction of further tokens.
-_NEUTRAL = (
-    "router_aux_loss_coef",
-    "output_router_logits",
-    "router_jitter_noise",
-    "aux_loss_alpha",
-    "seq_aux",
-    "ep_size",
-    "num_nextn_predict_layers",
-    "num_mtp_layers",
-)
+_NEUTRAL = """
+    router_aux_loss_coef output_router_logits router_jitter_noise aux_loss_alpha seq_aux ep_size
+    num_nextn_predict_layers num_mtp_layers
+""".split()  # noqa: SIM905
 # Fields for training alone, and widths that a model without such layers does not use.
 _UNUSED_FIELDS = ("balance_loss", "router_z_loss", "mlp", "rope_dim")
 _MTP_LAYER = "model.layers.61."  # of DeepSeek-V3: predicts the token after the next one

@@ -15,14 +15,10 @@ from llmjax.interop import special_tokens
 from llmjax.run.workdir import TOKENIZER
 
 # Files that only other programs read; they are copied unchanged.
-_COPIED_FILES = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+_COPIED_FILES = """
+    tokenizer_config.json special_tokens_map.json added_tokens.json generation_config.json chat_template.jinja
+    chat_template.json
+""".split()  # noqa: SIM905
 _TEMPLATES = "additional_chat_templates"  # a folder, copied as well
 # (kind, file in a published folder), in order of preference
 _PUBLISHED = (

@@ -13,7 +13,7 @@ from llmjax.errors import UserError
 from llmjax.interop import files, hf_checkpoint, mapping
 from llmjax.interop.hf_checkpoint import ARCHITECTURES
 from llmjax.models import registry
-from tests.interop import published
+from tests.interop import published, state_dicts
 
 VALUES = [
     *(
@@ -164,7 +164,7 @@ def import_tensors(source) -> dict[str, np.ndarray]:
     table.check_aliases(found.tensors)
     whole = {name: tuple(slice(0, size) for size in leaf.shape) for name, leaf in table.shapes.items()}
     params = table.unflatten({name: table.read(name, index, found.tensors) for name, index in whole.items()})
-    return mapping.dump(rules, params, config)
+    return state_dicts.dump(rules, params, config)
 
 
 @pytest.mark.parametrize("seed", range(2))

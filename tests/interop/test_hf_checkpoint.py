@@ -14,6 +14,7 @@ from llmjax.interop.hf_checkpoint import Fp8Blocks, Mxfp4
 from llmjax.interop.moe import ARCHITECTURES
 from llmjax.models import registry
 from llmjax.models.moe import MoeConfig
+from tests.interop import state_dicts
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
 GPT_OSS = MoeConfig(
@@ -100,7 +101,7 @@ def state_of(config: MoeConfig, architecture) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     shapes = registry.abstract(config)[1]
     params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
-    return mapping.dump(architecture.rules(config), params, config)
+    return state_dicts.dump(architecture.rules(config), params, config)
 
 
 def read(to) -> tuple[MoeConfig, dict]:
@@ -114,7 +115,7 @@ def read(to) -> tuple[MoeConfig, dict]:
 
 
 def expected_of(config: MoeConfig, architecture, state) -> dict[str, np.ndarray]:
-    return mapping.flatten(mapping.load(architecture.rules(config), state, config))
+    return mapping.flatten(state_dicts.load(architecture.rules(config), state, config))
 
 
 def test_mxfp4_on_disk(tmp_path):

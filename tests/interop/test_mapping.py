@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 
 from llmjax.errors import UserError
-from llmjax.interop import exporting, mapping
+from llmjax.interop import exporting
 from llmjax.interop.hf_checkpoint import ARCHITECTURES
-from llmjax.interop.mapping import InMemory, ParamMapping, Rule
+from llmjax.interop.mapping import ParamMapping, Rule
 from llmjax.models import registry
 from llmjax.models.decoder_config import DecoderConfig
 from llmjax.run import config as run_config
 from tests import jobs
-from tests.interop import published
+from tests.interop import published, state_dicts
+from tests.interop.state_dicts import InMemory
 
 CONFIG = DecoderConfig(vocab_size=300, embed=32, num_layers=3, num_heads=4, num_kv_heads=2, mlp=48, max_positions=64)
 RULES = ARCHITECTURES["LlamaForCausalLM"].rules(CONFIG)
@@ -34,9 +35,9 @@ def test_parts_of_parameters_equal_parts_of_the_whole():
 
 def test_load_and_dump_are_inverse():
     tensors = published.random_tensors(published.llama_shapes())
-    params = mapping.load(RULES, tensors, CONFIG)
+    params = state_dicts.load(RULES, tensors, CONFIG)
     assert jax.tree.map(lambda x: x.shape, params) == jax.tree.map(lambda x: x.shape, registry.abstract(CONFIG)[1])
-    back = mapping.dump(RULES, params, CONFIG)
+    back = state_dicts.dump(RULES, params, CONFIG)
     assert set(back) == set(tensors)
     assert all(published.same_bits(back[name], tensor) for name, tensor in tensors.items())
 
@@ -44,7 +45,7 @@ def test_load_and_dump_are_inverse():
 def test_scan_makes_no_difference():
     unrolled = dataclasses.replace(CONFIG, scan=False)
     tensors = published.random_tensors(published.llama_shapes())
-    one, other = (mapping.load(RULES, tensors, config) for config in (CONFIG, unrolled))
+    one, other = (state_dicts.load(RULES, tensors, config) for config in (CONFIG, unrolled))
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), one, other))
 
 
@@ -55,11 +56,11 @@ def test_layers_may_bear_other_numbers_or_have_no_tensor():
     tensors = published.random_tensors(published.llama_shapes())
     moved = {old: tensors.pop(name.format(layer=old)) for old in range(3)}
     tensors |= {name.format(layer=9 + old): moved[old] for old in (1, 2)}
-    params = mapping.load(rules, tensors, CONFIG)
+    params = state_dicts.load(rules, tensors, CONFIG)
     scale = np.asarray(params["blocks"]["mlp_norm"]["scale"])
     np.testing.assert_array_equal(scale[0], 7.0)
     np.testing.assert_array_equal(scale[1:], [moved[1], moved[2]])
-    back = mapping.dump(rules, params, CONFIG)
+    back = state_dicts.dump(rules, params, CONFIG)
     assert set(back) == set(tensors)
 
 

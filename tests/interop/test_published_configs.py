@@ -11,7 +11,6 @@ from llmjax.cli import main
 from llmjax.errors import UserError
 from llmjax.interop import hf_checkpoint
 from llmjax.interop.hf_checkpoint import ARCHITECTURES, FAMILIES, OLD_NAMES
-from llmjax.interop.mapping import InMemory
 from llmjax.models import registry
 from tests.interop import published
 from tests.interop.published_decoders import (
@@ -28,6 +27,7 @@ from tests.interop.published_decoders import (
     SIZES,
 )
 from tests.interop.published_others import BERT, DEEPSEEK, FLAN, GPT_OSS, MIXTRAL, MODERNBERT, QWEN3_MOE, SMOLLM2, T5
+from tests.interop.state_dicts import InMemory
 
 LABELS = {"_num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
 PUBLISHED = {

@@ -11,11 +11,11 @@ torch = pytest.importorskip("torch", reason="parity needs `make parity`")
 transformers = pytest.importorskip("transformers", reason="parity needs `make parity`")
 
 from llmjax.binding import bind
-from llmjax.interop import mapping
 from llmjax.interop.decoder import ARCHITECTURES
 from llmjax.models import registry
 from llmjax.models.decoder_config import DecoderConfig
 from llmjax.nn.rotary import frequencies
+from tests.interop import state_dicts
 from tests.parity.reference import VOCAB, add_noise, loss_logits_and_grads, padded_rows, score_reference
 
 SIZES = dict(
@@ -194,7 +194,7 @@ def imported(name: str):
     config = bind(DecoderConfig, architecture.read_config(model.config.to_dict()), "model")
     renamed = {architecture.rename(key): value.numpy() for key, value in model.state_dict().items()}
     state = {key: value for key, value in renamed.items() if key is not None}
-    return architecture, config, state, mapping.load(architecture.rules(config), state, config)
+    return architecture, config, state, state_dicts.load(architecture.rules(config), state, config)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -209,7 +209,7 @@ def test_logits_loss_and_gradients(name):
     print(f"{name}: logits {np.abs(expected).max():.2f}, differ by {difference:.1e}", end="")
     assert difference <= 2e-4
     assert abs(float(loss) - theirs.loss.item()) <= 1e-5
-    found = mapping.dump(architecture.rules(config), grads, config)
+    found = state_dicts.dump(architecture.rules(config), grads, config)
     worst = 0.0
     for key, parameter in model.named_parameters():
         if (key := architecture.rename(key)) is not None:
@@ -222,7 +222,7 @@ def test_logits_loss_and_gradients(name):
 @pytest.mark.parametrize("name", CASES)
 def test_tensors_come_back_to_the_last_bit(name):
     architecture, config, state, params = imported(name)
-    back = mapping.dump(architecture.rules(config), params, config)
+    back = state_dicts.dump(architecture.rules(config), params, config)
     assert set(back) == set(state)
     for key, value in state.items():
         np.testing.assert_array_equal(back[key].view(np.uint32), value.view(np.uint32), err_msg=key)

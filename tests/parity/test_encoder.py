@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from llmjax.batch import Batch
 from llmjax.binding import bind
 from llmjax.errors import UserError
-from llmjax.interop import mapping
 from llmjax.interop.encoder import ARCHITECTURES
 from llmjax.models import registry
 from llmjax.models.encoder import EncoderConfig
+from tests.interop import state_dicts
 from tests.parity.reference import LENGTHS, SEQ, VOCAB, add_noise, loss_logits_and_grads
 
 
@@ -115,8 +115,8 @@ def test_logits_loss_gradients_and_tensors(name):
     torch.manual_seed(0)
     model = add_noise(MODELS[name](), 0.2)
     architecture, config, rules, state = imported(model)
-    params = mapping.load(rules, state, config)
-    back = mapping.dump(rules, params, config)
+    params = state_dicts.load(rules, state, config)
+    back = state_dicts.dump(rules, params, config)
     assert set(back) == set(state)
     for key, value in state.items():
         np.testing.assert_array_equal(back[key].view(np.uint32), value.view(np.uint32), err_msg=key)
@@ -167,7 +167,7 @@ def test_names_of_the_first_published_files():
     renamed = {architecture.rename(key): value for key, value in old.items()}
     renamed.pop(None)
     jax.tree.map(
-        np.testing.assert_array_equal, mapping.load(rules, renamed, config), mapping.load(rules, state, config)
+        np.testing.assert_array_equal, state_dicts.load(rules, renamed, config), state_dicts.load(rules, state, config)
     )
 
 
