@@ -111,7 +111,7 @@ def write(
         return "no tokenizer: no published class expresses bytes with BOS 256, EOS 257 and padding 258"
     if tokenizer.kind == "huggingface":
         exported = _set_bos(content.decode(), bos_id, tokenizer)
-        summary = "tokenizer.json as it was given"
+        summary = "tokenizer.json unchanged"
         summary += f", but texts begin with id {bos_id}" if exported != content.decode() else ""
     else:
         (folder / "tokenizer.model").write_bytes(content)

@@ -63,8 +63,8 @@ def for_parameters(parameters: float) -> Budget:
 def choose(*, flops: float | None, tokens: float | None, parameters: float | None) -> Budget:
     """The budget that follows from one or two of the three quantities. Raises UserError for none or all three."""
     quantities = {"--flops (or --budget_hours)": flops, "--tokens": tokens, "--parameters": parameters}
-    known = {name: value for name, value in quantities.items() if value is not None}
-    for name, value in known.items():
+    specified = {name: value for name, value in quantities.items() if value is not None}
+    for name, value in specified.items():
         if not 1 <= value <= _MAX:
             raise UserError(f"{name}={value}: must be from 1 to {_MAX:g}")
     match flops, tokens, parameters:
@@ -82,4 +82,4 @@ def choose(*, flops: float | None, tokens: float | None, parameters: float | Non
             return Budget(parameters, flops / 6 / parameters)
         case (None, float(), float()):
             return Budget(parameters, tokens)
-    raise UserError(f"{', '.join(known)} together over-determine the size: unset one of them")
+    raise UserError(f"{', '.join(specified)} together over-determine the size: unset one of them")

@@ -49,8 +49,8 @@ def find(name: str) -> Device:
 def _measured() -> Device:
     """This machine's first device. An unknown peak is measured by matrix products, the fastest within a second."""
     device = jax.devices()[0]
-    if (known := peak_flops(device.device_kind)) is not None:
-        return Device(f"here ({device.device_kind})", known, _memory(device))
+    if (peak := peak_flops(device.device_kind)) is not None:
+        return Device(f"here ({device.device_kind})", peak, _memory(device))
     size = 1024
     x = jnp.ones((size, size), jnp.float32 if device.platform == "cpu" else jnp.bfloat16)
     product = jax.jit(lambda x: x @ x)
