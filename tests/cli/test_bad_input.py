@@ -99,7 +99,7 @@ CONFIGS = {
     "heads and mesh": ({"mesh__tensor": 8}, "mesh.tensor=8: must divide model.num_kv_heads=4"),
     "heads and width": (
         {"model__num_heads": 5},
-        "model.num_heads=5: must divide model.embed=32, or set model.head_dim",
+        "model.num_heads=5: must divide model.embed=32, or set",
     ),
     "learned positions": (
         {"model__positions": "learned", "model__max_positions": 32},
