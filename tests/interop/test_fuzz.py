@@ -156,14 +156,14 @@ def test_damaged_indexes(source, tensors, seed):
 
 def import_tensors(source) -> dict[str, np.ndarray]:
     """The tensors of a folder after one way through our parameters, as an import reads and an export writes them."""
-    found = hf_checkpoint.read(source)
-    config = bind(registry.config_class(found.family), found.read_model(), "model")
-    rules = found.architecture.rules(config)
+    checkpoint = hf_checkpoint.read(source)
+    config = bind(registry.config_class(checkpoint.family), checkpoint.read_model(), "model")
+    rules = checkpoint.architecture.rules(config)
     table = mapping.ParamMapping(rules, config)
-    table.check_tensors(found.tensors)
-    table.check_aliases(found.tensors)
+    table.check_tensors(checkpoint.tensors)
+    table.check_aliases(checkpoint.tensors)
     whole = {name: tuple(slice(0, size) for size in leaf.shape) for name, leaf in table.shapes.items()}
-    params = table.unflatten({name: table.read(name, index, found.tensors) for name, index in whole.items()})
+    params = table.unflatten({name: table.read(name, index, checkpoint.tensors) for name, index in whole.items()})
     return state_dicts.dump(rules, params, config)
 
 

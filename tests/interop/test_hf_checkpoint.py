@@ -106,12 +106,12 @@ def state_of(config: MoeConfig, architecture) -> dict[str, np.ndarray]:
 
 def read(to) -> tuple[MoeConfig, dict]:
     """What `llmjax import` reads."""
-    found = hf_checkpoint.read(to)
-    config = bind(MoeConfig, found.architecture.read_config(found.hf), "model")
-    table = mapping.ParamMapping(found.architecture.rules(config), config)
-    table.check_tensors(found.tensors)
+    checkpoint = hf_checkpoint.read(to)
+    config = bind(MoeConfig, checkpoint.architecture.read_config(checkpoint.hf), "model")
+    table = mapping.ParamMapping(checkpoint.architecture.rules(config), config)
+    table.check_tensors(checkpoint.tensors)
     everything = {name: tuple(slice(0, size) for size in leaf.shape) for name, leaf in table.shapes.items()}
-    return config, {name: table.read(name, index, found.tensors) for name, index in everything.items()}
+    return config, {name: table.read(name, index, checkpoint.tensors) for name, index in everything.items()}
 
 
 def expected_of(config: MoeConfig, architecture, state) -> dict[str, np.ndarray]:
@@ -130,9 +130,9 @@ def test_mxfp4_on_disk(tmp_path):
     hf = architecture.write_config(GPT_OSS) | {"architectures": ["GptOssForCausalLM"]}
     hf["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
     write(tmp_path / "in", disk, hf)
-    config, found = read(tmp_path / "in")
+    config, params = read(tmp_path / "in")
     for name, tensor in expected_of(config, architecture, meant).items():
-        np.testing.assert_array_equal(found[name], tensor, err_msg=name)
+        np.testing.assert_array_equal(params[name], tensor, err_msg=name)
 
 
 def test_fp8_on_disk_and_the_layer_that_is_left_out(tmp_path):
@@ -147,9 +147,9 @@ def test_fp8_on_disk_and_the_layer_that_is_left_out(tmp_path):
     disk["model.layers.61.enorm.weight"] = np.ones(24, np.float32)
     hf = architecture.write_config(DEEPSEEK) | {"architectures": ["DeepseekV3ForCausalLM"], "quantization_config": FP8}
     write(tmp_path / "in", disk, hf | {"num_nextn_predict_layers": 1})
-    config, found = read(tmp_path / "in")
+    config, params = read(tmp_path / "in")
     for name, tensor in expected_of(config, architecture, meant).items():
-        np.testing.assert_array_equal(found[name], tensor, err_msg=name)
+        np.testing.assert_array_equal(params[name], tensor, err_msg=name)
 
 
 UNPACKED = {

@@ -22,9 +22,9 @@ MESHES = {
 
 def round_trip(source, tmp_path, overrides=(), **options):
     workdir = epath.Path(tmp_path / "run")
-    found = importing.import_checkpoint(source, workdir, overrides=list(overrides))
-    made = exporting.export(workdir, tmp_path / "out", **options)
-    return found, made, published.read_tensors(tmp_path / "out")
+    imported = importing.import_checkpoint(source, workdir, overrides=list(overrides))
+    exported = exporting.export(workdir, tmp_path / "out", **options)
+    return imported, exported, published.read_tensors(tmp_path / "out")
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -32,9 +32,9 @@ def test_llama_comes_back_bit_by_bit(tmp_path, mesh):
     tensors = published.random_tensors(published.llama_shapes())
     source = published.write_folder(tmp_path / "in", published.LLAMA, tensors, limit=20_000)
     assert len(list(source.glob("model-*.safetensors"))) > 3
-    found, made, back = round_trip(source, tmp_path, MESHES[mesh], max_shard_bytes=30_000)
-    assert len(made.files) > 3 and (tmp_path / "out" / "model.safetensors.index.json").exists()
-    assert found.parameters == sum(tensor.size for tensor in tensors.values())
+    imported, exported, back = round_trip(source, tmp_path, MESHES[mesh], max_shard_bytes=30_000)
+    assert len(exported.files) > 3 and (tmp_path / "out" / "model.safetensors.index.json").exists()
+    assert imported.parameters == sum(tensor.size for tensor in tensors.values())
     assert set(back) == set(tensors)
     assert all(published.same_bits(back[name], tensor) for name, tensor in tensors.items())
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -51,8 +51,8 @@ def test_bfloat16_comes_back_bit_by_bit(tmp_path):
 def test_gpt2_as_first_published(tmp_path):
     tensors = published.random_tensors(published.gpt2_shapes())
     source = published.write_folder(tmp_path / "in", published.GPT2, tensors)
-    _, made, back = round_trip(source, tmp_path)
-    assert made.architecture == "GPT2LMHeadModel"
+    _, exported, back = round_trip(source, tmp_path)
+    assert exported.architecture == "GPT2LMHeadModel"
     kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(".attn.bias")}
     assert set(back) == {f"transformer.{name}" for name in kept}
     assert all(published.same_bits(back[f"transformer.{name}"], tensor) for name, tensor in kept.items())
@@ -185,10 +185,10 @@ def test_values_of_a_wrong_kind_are_one_line(tmp_path, words):
     base = base or {size: published.LLAMA[size] for size in sizes}
     hf = {**base, "architectures": [name], **change}
     source = published.write_folder(tmp_path / "in", hf, published.random_tensors({"x": (1,)}))
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         importing.import_checkpoint(source, epath.Path(tmp_path / "run"))
-    said = str(told.value)
-    assert "\n" not in said and "config.json" in said and words in said
+    message = str(error.value)
+    assert "\n" not in message and "config.json" in message and words in message
 
 
 def test_a_shard_that_is_missing_is_named(tmp_path):
@@ -282,14 +282,14 @@ def test_a_run_of_our_own_is_exported(tmp_path, kind):
     config = f"--config={jobs.ROOT / 'configs' / 'quickstart.py'}"
     overrides = [f"--config.{name}={value}" for name, value in settings.items()]
     assert main.run(["train", config, f"--workdir={run}", *overrides]) == 0
-    made = exporting.export(epath.Path(run), tmp_path / "out")
-    assert made.parameters == "EMA of the parameters"
+    exported = exporting.export(epath.Path(run), tmp_path / "out")
+    assert exported.parameters == "EMA of the parameters"
     hf = json.loads((tmp_path / "out" / "config.json").read_text())
     assert hf["max_position_embeddings"] == 128
     if kind == "bytes":
-        assert made.tokenizer.startswith("no tokenizer") and not (tmp_path / "out" / "tokenizer.json").exists()
+        assert exported.tokenizer.startswith("no tokenizer") and not (tmp_path / "out" / "tokenizer.json").exists()
         return
-    assert "the same ids" in made.tokenizer and hf["eos_token_id"] == 3
+    assert "the same ids" in exported.tokenizer and hf["eos_token_id"] == 3
     with loading.load(epath.Path(run)) as loaded:
         params = loaded.params
     scale = published.read_tensors(tmp_path / "out")["model.norm.weight"]
