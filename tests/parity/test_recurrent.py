@@ -55,7 +55,7 @@ def load(cell: str, tensors: dict) -> dict:
     for i, gate in enumerate(gates):
         inputs[gate] = {"weight": stacked("weight_ih", i), "bias": stacked("bias_ih", i)}
         recurrent[gate] = {"weight": stacked("weight_hh", i)}
-        if gate in CELLS[cell].separate:
+        if gate in CELLS[cell].two_bias_gates:
             recurrent[gate]["bias"] = stacked("bias_hh", i)
         else:
             inputs[gate]["bias"] = inputs[gate]["bias"] + stacked("bias_hh", i)
@@ -96,7 +96,7 @@ def test_hidden_states_and_gradients_equal_those_of_torch(cell):
         found, wanted = grads, expected
         for name in path:
             found, wanted = found[name], wanted[name]
-        if "bias" in (wanted if isinstance(wanted, dict) else {}) and gate not in CELLS[cell].separate:
+        if "bias" in (wanted if isinstance(wanted, dict) else {}) and gate not in CELLS[cell].two_bias_gates:
             wanted["bias"] = wanted["bias"] / 2  # torch's two biases have the same gradient
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max()), found, wanted)
 
