@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from llmjax.errors import UserError
 
-# generation, layers, embed, heads, kv heads, head width, mlp, window, number that scores are divided by the root of,
+# generation, layers, embed, heads, kv heads, head width, mlp, window, number whose root divides the scores,
 # tensor axis, sequence length
 SIZES = {
     "tiny": (3, 6, 160, 4, 1, 40, 448, 64, 40, 1, 256),
@@ -26,8 +26,8 @@ EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.88)}
 
 
 def get_config(size: str = "tiny") -> ConfigDict:
-    """The language models' shapes as published, without the later stretching of the rotary frequencies to longer
-    contexts. Recipes were not published; this is Llama's."""
+    """The language models' shapes as published, without the later extension of the rotary frequencies to longer
+    contexts. No recipe was published; this is Llama's."""
     if size not in SIZES:
         raise UserError(f"--config=gemma:{size}: no such size; choose one of {', '.join(SIZES)}")
     generation, layers, embed, heads, kv_heads, head_dim, mlp, window, scalar, tensor, seq_len = SIZES[size]

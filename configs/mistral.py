@@ -1,4 +1,4 @@
-"""Mistral 7B (Jiang et al., 2023, arXiv 2310.06825) and NeMo 12B, and a tiny one of the same make.
+"""Mistral 7B (Jiang et al., 2023, arXiv 2310.06825) and NeMo 12B, and a tiny one of the same architecture.
 
 llmjax train --config=mistral --workdir=runs/mistral
 llmjax train --config=mistral:7B --workdir=runs/mistral --config.data.sources.main.path='/my/texts/**/*.txt'
@@ -19,7 +19,7 @@ EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.93)}
 
 
 def get_config(size: str = "tiny") -> ConfigDict:
-    """The shapes as published: Llama's, with a window in every layer of the 7B. Recipes were not; this is Llama's."""
+    """Llama's shapes as published, with a window in every layer of the 7B. The recipe is Llama's; none was published."""
     if size not in SIZES:
         raise UserError(f"--config=mistral:{size}: no such size; choose one of {', '.join(SIZES)}")
     layers, embed, heads, kv_heads, head_dim, mlp, window, base, seq_len = SIZES[size]

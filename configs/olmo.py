@@ -23,7 +23,7 @@ EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.89)}
 
 
 def get_config(size: str = "tiny") -> ConfigDict:
-    """Shapes and pretraining recipes as published, without the later stretching of the rotary frequencies to longer
+    """Shapes and pretraining recipes as published, without the later extension of the rotary frequencies to longer
     contexts; norms inside the residual, one norm over all queries and one over all keys of a layer."""
     if size not in SIZES:
         raise UserError(f"--config=olmo:{size}: no such size; choose one of {', '.join(SIZES)}")
