@@ -19,7 +19,7 @@ EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.93)}
 
 
 def get_config(size: str = "tiny") -> ConfigDict:
-    """Llama's shapes as published, with a window in every layer of the 7B. The recipe is Llama's; none was published."""
+    """Llama's shapes with a window in every layer of the 7B, as published. No recipe was published; this is Llama's."""
     if size not in SIZES:
         raise UserError(f"--config=mistral:{size}: no such size; choose one of {', '.join(SIZES)}")
     layers, embed, heads, kv_heads, head_dim, mlp, window, base, seq_len = SIZES[size]
