@@ -52,7 +52,7 @@ class MoeConfig(DecoderConfig):
     objectives: ClassVar[tuple[str, ...]] = ("causal", "prefix", "fim")
     choices: ClassVar = {
         **DecoderConfig.choices,
-        "expert_activation": ("", *GLU_ACTIVATIONS),
+        "expert_activation": (*GLU_ACTIVATIONS, ""),
         "router": ("softmax", "sigmoid"),
     }
     minimums: ClassVar = {
