@@ -144,7 +144,7 @@ class ObjectiveConfig:
     def __post_init__(self):
         if self.name not in OBJECTIVES:
             raise UserError(
-                f"objective.name={self.name!r}{suggest(self.name, OBJECTIVES)}: known are {', '.join(OBJECTIVES)}"
+                f"objective.name={self.name!r}{suggest(self.name, OBJECTIVES)}: expected one of {', '.join(OBJECTIVES)}"
             )
         for field in dataclasses.fields(self)[1:]:
             value = getattr(self, field.name)
@@ -162,7 +162,7 @@ class ObjectiveConfig:
             raise UserError(f"objective.fim_rate={self.fim_rate}: must be above 0 and at most 1")
         if self.prompt_form not in PROMPT_FORMS:
             raise UserError(
-                f"objective.prompt_form={self.prompt_form!r}{suggest(self.prompt_form, PROMPT_FORMS)}: known are "
+                f"objective.prompt_form={self.prompt_form!r}{suggest(self.prompt_form, PROMPT_FORMS)}: expected one of "
                 f"{', '.join(PROMPT_FORMS)}"
             )
         if self.target_len < 0:

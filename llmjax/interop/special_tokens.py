@@ -84,7 +84,23 @@ def read(
         added_tokens=tuple(added),
         num_rows=num_rows,
         prefix_space=bool(config.get("legacy", False)) or _trims_spaces(content, kind),
+        space_marks=_space_marks(config, hf, content) if kind == "huggingface" else "",
     )
+
+
+def _space_marks(config: dict[str, Any], hf: dict[str, Any], content: bytes) -> str:
+    """Where transformers adds space marks for a LlamaTokenizer, which ignores what tokenizer.json says of spaces.
+
+    "" where transformers reads the file as it is: for other classes, other models, and byte-level files.
+    """
+    if hf.get("model_type") != "llama" or config.get("tokenizer_class") not in ("LlamaTokenizer", "LlamaTokenizerFast"):
+        return ""
+    parts = json.loads(content)
+    if not parts["model"].get("byte_fallback") or "ByteLevel" in json.dumps(parts.get("pre_tokenizer")):
+        return ""
+    if config.get("add_prefix_space") is False:
+        return "never"
+    return "always" if config.get("legacy") else "first"
 
 
 def read_optional(folder: epath.Path, name: str) -> dict[str, Any]:

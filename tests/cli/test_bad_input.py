@@ -91,7 +91,7 @@ CONFIGS = {
     "unknown field": ({"train__stepz": 3}, "unknown config field 'train.stepz' (did you mean 'steps'?)"),
     "wrong type": ({"train__steps": "many"}, "train.steps='many': expected an integer"),
     "mesh and devices": ({"mesh__data": 3}, "needs 3 devices, but there are 8"),
-    "two free axes": ({"mesh__data": -1, "mesh__fsdp": -1}, "at most one is -1"),
+    "two free axes": ({"mesh__data": -1, "mesh__fsdp": -1}, "at most one of them to -1"),
     "batch and mesh": (
         {"train__global_batch": 12},
         "train.global_batch=12 is not divisible by mesh.data x mesh.fsdp = 8",
@@ -133,7 +133,7 @@ CONFIGS = {
     ),
     "store that is a file": ({"data__store": __file__}, "this is a file; give the folder of a token store"),
     "prompt that is no text": ({"sample__prompts": "(1, 2)"}, "sample.prompts: 1 is not a string"),
-    "special token in a prompt": ({"sample__prompts": "('<|im_start|>',)"}, "the text holds <|im_start|>"),
+    "special token in a prompt": ({"sample__prompts": "('<|im_start|>',)"}, "the text contains <|im_start|>"),
     "samples out of range": ({"sample__prompts": "('a',)", "sample__top_p": 2}, "top_p=2.0: must be above 0"),
 }
 

@@ -7,9 +7,9 @@ is divided by rounded halving, so that no count ever shrinks; a rare source is t
 total and for each halving.
 """
 
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 import dataclasses
+import functools
 import hashlib
 
 import numpy as np
@@ -20,7 +20,7 @@ from llmjax.errors import UserError, suggest
 END_RULES = ("repeat", "redistribute")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)  # compared and hashed by identity
 class Segment:
     """A stretch of constant weights from sample `start` on; `before` counts the earlier samples of each source."""
 
@@ -65,7 +65,7 @@ class Mixture:
             for number in range(len(self._schedule))
         ]
         self.num_samples: int | None = None  # None: endless
-        self._blocks: OrderedDict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = OrderedDict()  # the last ones used
+        self._read_block = functools.lru_cache(8)(self._read_block)
         self._segments: list[Segment] = []
         ends = [start for start, _ in self._schedule[1:]]
         for (start, shares), end in zip(self._schedule, [*ends, None], strict=True):
@@ -159,7 +159,7 @@ class Mixture:
                 return True
 
     def _find_exhausted(self, segment: Segment) -> int:
-        """The first sample of the segment for which its source has no row left."""
+        """The first sample of the segment whose source has no more rows."""
         remaining = self.rows - segment.before
         low, high = 0, int(remaining.sum()) // self._block + 1  # numbers of blocks that fit, and that do not
         while high - low > 1:
@@ -190,20 +190,14 @@ class Mixture:
 
     def _read_block(self, segment: Segment, number: int) -> tuple[np.ndarray, np.ndarray]:
         """(source, ordinal) of every sample of a block: sources shuffled, the samples of each source in order."""
-        key = (segment.start, number)
-        if (block := self._blocks.get(key)) is not None:
-            return block
         begin, end = self._counts_after(segment.weights, np.array([number, number + 1]))
         source = np.repeat(np.arange(len(self.names)), end - begin)
-        source = source[Permutation(self._block, self._seed, "mixture", *key)(np.arange(self._block))]
+        source = source[Permutation(self._block, self._seed, "mixture", segment.start, number)(np.arange(self._block))]
         by_source = np.argsort(source, kind="stable")
         rank = np.empty_like(by_source)
         first = np.cumsum(end - begin) - (end - begin)
         rank[by_source] = np.arange(self._block) - first[source[by_source]]
-        if len(self._blocks) > 8:
-            self._blocks.popitem(last=False)
-        self._blocks[key] = source, (segment.before + begin)[source] + rank
-        return self._blocks[key]
+        return source, (segment.before + begin)[source] + rank
 
     def _counts_after(self, weights: np.ndarray, blocks: np.ndarray) -> np.ndarray:
         """Samples of each source in the first `blocks` blocks of a segment: int64 [blocks, sources]."""
@@ -230,5 +224,5 @@ def _divide(total: np.ndarray, weights: np.ndarray) -> np.ndarray:
     cumulative = np.cumsum(weights)
     half = 1 + int(np.argmin(np.abs(cumulative[:-1] - cumulative[-1] / 2)))
     share = cumulative[half - 1] / cumulative[-1] if cumulative[-1] else 0.0
-    left = np.floor(total * share + 0.5).astype(np.int64)
-    return np.concatenate([_divide(left, weights[:half]), _divide(total - left, weights[half:])], axis=1)
+    first = np.floor(total * share + 0.5).astype(np.int64)
+    return np.concatenate([_divide(first, weights[:half]), _divide(total - first, weights[half:])], axis=1)

@@ -1,14 +1,14 @@
-"""Batches for training and evaluation, served by Grain: each batch is a pure function of the data state."""
+"""Batches for training and evaluation, through Grain: each batch is a pure function of the data state."""
 
-from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 from pathlib import Path
 import sys
-from typing import Any, TypeVar
+from typing import Any
 import weakref
 
 import grain
@@ -24,8 +24,6 @@ from llmjax.data.objectives.objective import Objective
 from llmjax.data.store.token_store import TokenStore
 from llmjax.errors import UserError
 
-K = TypeVar("K")
-V = TypeVar("V")
 _STATE_VERSION = 1
 _SPAN = 1024  # samples located at once and cached, so that locating a sample costs little
 
@@ -138,8 +136,8 @@ class TrainData:
         self.fingerprint = f"{digest}:{config.packing}:{config.seq_len}"
         if self._objective.fingerprint != "causal":
             self.fingerprint += f":{self._objective.fingerprint}"
-        self._samples: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
-        self._orders: OrderedDict[tuple[int, int], Permutation] = OrderedDict()
+        self._locate_span = functools.lru_cache(64)(self._locate_span)
+        self._make_order = functools.lru_cache(64)(self._make_order)
         self._streams: weakref.WeakSet[Generator] = weakref.WeakSet()
 
     def start(self) -> DataState:
@@ -240,7 +238,7 @@ class TrainData:
         number = samples // _SPAN
         for span in np.unique(number).tolist():
             chosen = number == span
-            sources, rows = _cached(self._samples, span, self._locate_span)
+            sources, rows = self._locate_span(span)
             offset = samples[chosen] - span * _SPAN
             source[chosen], row[chosen] = sources[offset], rows[offset]
         return source, row
@@ -255,11 +253,10 @@ class TrainData:
             epochs, offset = np.divmod(ordinal, self._sources[index].rows)
             for epoch in np.unique(epochs[source == index]).tolist():
                 chosen = (source == index) & (epochs == epoch)
-                row[chosen] = _cached(self._orders, (index, epoch), self._make_order)(offset[chosen])
+                row[chosen] = self._make_order(index, epoch)(offset[chosen])
         return source, row
 
-    def _make_order(self, key: tuple[int, int]) -> Permutation:
-        index, epoch = key
+    def _make_order(self, index: int, epoch: int) -> Permutation:
         return Permutation(self._sources[index].rows, self._seed, self._sources[index].name, epoch)
 
 
@@ -333,12 +330,3 @@ def _pad(values: np.ndarray, indices: np.ndarray, size: int) -> np.ndarray:
     out = np.zeros((size, *values.shape[1:]), values.dtype)
     out[indices] = values
     return out
-
-
-def _cached(cache: OrderedDict[K, V], key: K, make: Callable[[K], V]) -> V:
-    """make(key), cached for the 64 keys that were added last."""
-    if key not in cache:
-        cache[key] = make(key)
-        if len(cache) > 64:
-            cache.popitem(last=False)
-    return cache[key]

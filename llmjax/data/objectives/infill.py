@@ -51,34 +51,23 @@ def infill(
 
     prefix, middle, suffix, eos = chunks.targets.size + np.arange(4)
     table = np.concatenate([chunks.targets, vocab.ids, [vocab.eos_id]]).astype(np.int32)
-    # The spans of `table` that each kind of chunk consists of: (start, length), seven each.
-    empty = np.zeros_like(length)
-    spans = {
-        "plain": [(start, length)] + [(start, empty)] * 6,
-        "prefix first": [
-            (prefix, 1),
-            (start, low),
-            (suffix, 1),
-            (start + high, body - high),
-            (middle, 1),
-            (start + low, high - low),
-            (np.where(has_eos, end, eos), 1),
-        ],
-        "suffix first": [
-            (prefix, 1),
-            (suffix, 1),
-            (start + high, body - high),
-            (middle, 1),
-            (start, high),
-            (start, empty),
-            (np.where(has_eos, end, eos), 1),
-        ],
-    }
-    kind = np.where(chosen, np.where(suffix_first, 2, 1), 0)
-    stack = lambda part: np.stack(
-        [np.stack([np.broadcast_to(span[part], length.shape) for span in parts], axis=1) for parts in spans.values()]
-    )[kind, np.arange(len(kind))]
-    starts, lengths = stack(0), stack(1)
+    # The spans of `table` that a chosen chunk consists of: (start, length). Other chunks consist of themselves.
+    spans = [
+        (prefix, 1),
+        (start, np.where(suffix_first, 0, low)),
+        (suffix, 1),
+        (start + high, body - high),
+        (middle, 1),
+        (np.where(suffix_first, start, start + low), np.where(suffix_first, high, high - low)),
+        (np.where(has_eos, end, eos), 1),
+    ]
+    starts, lengths = (
+        np.stack([np.broadcast_to(values, length.shape) for values in column], axis=1)
+        for column in zip(*spans, strict=True)
+    )
+    starts[~chosen, 0] = start[~chosen]
+    lengths[~chosen] = 0
+    lengths[~chosen, 0] = length[~chosen]
     targets, new_length = table[ranges(starts.ravel(), lengths.ravel())], lengths.sum(axis=1)
     inputs = shift_right(targets, new_length, np.where(chosen, vocab.bos_id, chunks.inputs[start]))
     segments, positions, targets, inputs = pack_rows(

@@ -1,5 +1,6 @@
 """MinHash signatures of 5-word shingles, computed with NumPy alone: the same on every machine."""
 
+import functools
 import string
 
 import numpy as np
@@ -91,24 +92,16 @@ def _word_hashes(block: bytes) -> np.ndarray:
     ends = np.flatnonzero(inside[1:-1] & ~inside[2:]) + 1
     end = ends[np.searchsorted(ends, begin, "right")]
     end[:-1] = np.minimum(end[:-1], begin[1:])
-    powers, inverses = _powers(values.size)
+    powers, inverses = _powers(1 << max(16, (values.size - 1).bit_length()))
     sums = np.zeros(values.size + 1, np.uint64)
-    np.cumsum((values.astype(np.uint64) + np.uint64(1)) * powers, out=sums[1:])
+    np.cumsum((values.astype(np.uint64) + np.uint64(1)) * powers[: values.size], out=sums[1:])
     return splitmix64((sums[end] - sums[begin]) * inverses[begin])
 
 
-_tables: list[np.ndarray] = []
-
-
-def _powers(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """`size` powers of GOLDEN_GAMMA and of its inverse, modulo 2**64."""
-    if not _tables or _tables[0].size < size:
-        count = 1 << max(16, (size - 1).bit_length())
-        _tables[:] = [_cumulative_powers(base, count) for base in (GOLDEN_GAMMA, _INVERSE)]
-    return _tables[0][:size], _tables[1][:size]
-
-
-def _cumulative_powers(base: int, count: int) -> np.ndarray:
-    factors = np.full(count, base, np.uint64)
-    factors[0] = 1
-    return np.cumprod(factors, dtype=np.uint64)
+@functools.cache
+def _powers(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """`count` powers of GOLDEN_GAMMA and of its inverse, modulo 2**64."""
+    factors = np.repeat(np.array([[GOLDEN_GAMMA], [_INVERSE]], np.uint64), count, axis=1)
+    factors[:, 0] = 1
+    powers, inverses = np.cumprod(factors, axis=1, dtype=np.uint64)
+    return powers, inverses

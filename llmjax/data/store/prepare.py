@@ -155,7 +155,7 @@ class _Preparation:
         return self._write_manifests(compressors)
 
     def _start_or_resume(self) -> None:
-        """Keep what an interrupted run of the same preparation left behind, else remove it."""
+        """Keep the files of an interrupted run of the same preparation, else remove them."""
         units = hashlib.sha256(repr(self.units).encode()).hexdigest()
         state = {"version": VERSION, "settings": self.settings, "units": units}
         path = self.scratch.folder / "state.json"

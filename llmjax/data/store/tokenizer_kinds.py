@@ -1,4 +1,4 @@
-"""The kinds of tokenizers: SentencePiece models, tokenizer.json files, and bytes."""
+"""Text to token ids and back: SentencePiece models, tokenizer.json files, or bytes, behind one base class."""
 
 from collections.abc import Iterable, Iterator
 import functools
@@ -11,8 +11,6 @@ import numpy as np
 
 from llmjax.data.store.tokenizer_settings import TokenizerSettings, apply_to_json
 from llmjax.errors import UserError, suggest
-
-PromptFrame = tuple[tuple[int, ...], tuple[int, ...]]  # (ids before, ids after) a prompt
 
 _SPECIAL = re.compile(r"<\|[^|<>\s]{1,60}\|>|</?(?:s|unk|pad|bos|eos|mask|cls|sep)>")
 _DEEPSEEK = "<\uff5c{}\u2581of\u2581sentence\uff5c>"  # full-width bars, and U+2581 for spaces
@@ -33,30 +31,56 @@ SPAN_CHARACTERS = 4096  # SentencePiece is slow on long texts: they are encoded 
 _SPACE_MARK = "\u2581"  # SentencePiece writes it for a space, and reads it as one
 
 
-class _Base:
-    """What all kinds share; see Tokenizer."""
+class Tokenizer:
+    """Text to token ids and back.
+
+    kind, sha256     its family, and the hash of its file (and of its settings, if it has any)
+    vocab_size       number of ids
+    special_tokens   name -> id; text of documents never becomes one of them
+    bos_id, pad_id, unk_id   None if it has no such token; every tokenizer has an EOS
+    stop_ids         ids at which generation stops, `eos_id` among them unless the checkpoint says otherwise
+    prompt_frame     (ids before, ids after) that an imported tokenizer puts around a prompt; None: it was not imported
+    lossless         decode(encode(text)) == text for every text that was prepared with it
+    joiner           prefix of a piece that continues a word ("##" of WordPiece); "": there is none
+    """
 
     kind: str
-    joiner: str
-    vocab_size: int
-    lossless: bool
     sha256: str
+    vocab_size: int
     special_tokens: dict[str, int]
     bos_id: int | None
     eos_id: int
     pad_id: int | None
     unk_id: int | None
     stop_ids: tuple[int, ...]
-    prompt_frame: PromptFrame | None
+    prompt_frame: tuple[tuple[int, ...], tuple[int, ...]] | None
+    lossless: bool
+    joiner: str
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """Token ids of each text, int32, without BOS and EOS."""
+        raise NotImplementedError
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        """Token ids of a text in which special tokens are recognised, int32, without `prompt_frame`."""
+        raise NotImplementedError
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids; bytes that form no character become U+FFFD."""
+        raise NotImplementedError
+
+    def piece(self, token_id: int) -> bytes:
+        """The text of one id, in UTF-8 if it is whole characters; the name of a special token."""
+        raise NotImplementedError
 
     def check_special(self, text: str) -> None:
         """Raise UserError for text that looks like a special token, such as <|user|>, and is not one of them."""
         unknown = sorted({name for name in _SPECIAL.findall(text) if name not in self.special_tokens})
         if unknown:
-            known = ", ".join(self.special_tokens) or "none"
+            names = ", ".join(self.special_tokens) or "none"
             raise UserError(
                 f"the text contains {', '.join(unknown)}, not a special token of this tokenizer"
-                f"{suggest(unknown[0], self.special_tokens)}; its special tokens: {known}"
+                f"{suggest(unknown[0], self.special_tokens)}; its special tokens: {names}"
             )
 
     def _set_ids(self, settings: TokenizerSettings) -> None:
@@ -64,12 +88,12 @@ class _Base:
         self.bos_id, self.pad_id, self.unk_id = settings.bos_id, settings.pad_id, settings.unk_id
         self.prompt_frame = settings.prefix, settings.suffix
 
-    def _known(self, ids: Iterable[int], limit: int) -> list[int]:
-        """Plain ints. Ids that the model has beyond the vocabulary, to round its size, have no text: left out."""
+    def _drop_unknown(self, ids: Iterable[int], limit: int) -> list[int]:
+        """The ids below the limit, as ints. A model may have more ids than its tokenizer, to round its size."""
         return [i for i in np.asarray(ids, np.int64).tolist() if 0 <= i < limit]
 
 
-class SentencePiece(_Base):
+class SentencePiece(Tokenizer):
     """A SentencePiece model. A model that keeps every space (as those trained here) encodes U+2581 by its bytes."""
 
     kind, joiner = "sentencepiece", ""
@@ -104,9 +128,9 @@ class SentencePiece(_Base):
 
     def _read_ids(self) -> None:
         """Read the special ids from the model's own file."""
-        known = lambda token_id: token_id if token_id >= 0 else None
-        self.bos_id, self.pad_id = known(self._model.bos_id()), known(self._model.pad_id())
-        self.unk_id = known(self._model.unk_id())
+        optional = lambda token_id: token_id if token_id >= 0 else None
+        self.bos_id, self.pad_id = optional(self._model.bos_id()), optional(self._model.pad_id())
+        self.unk_id = optional(self._model.unk_id())
         if self._model.eos_id() < 0:
             raise UserError("data.tokenizer.path: this SentencePiece model has no EOS; train one with eos_id")
         self.eos_id = self._model.eos_id()
@@ -127,7 +151,7 @@ class SentencePiece(_Base):
                     self.special_tokens[token["content"]] = token["id"]
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Token ids of each text, int32, without BOS and EOS."""
+        """See Tokenizer."""
         if not self._keeps_spaces:
             return [np.array(ids, np.int32) for ids in self._model.encode(texts, num_threads=1)]
         spans_of = [list(split_text(text)) for text in texts]
@@ -141,7 +165,7 @@ class SentencePiece(_Base):
         return result
 
     def encode_prompt(self, text: str) -> np.ndarray:
-        """Token ids of a text in which special tokens are recognised, int32."""
+        """See Tokenizer."""
         parts = _split_special(self._prompt_tokens, text)
         ids = self.encode_batch(parts)
         if self._no_prefix_model is not self._model:
@@ -152,11 +176,11 @@ class SentencePiece(_Base):
         return np.concatenate(ids)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids."""
+        """See Tokenizer."""
         if not self._added:
-            return self._model.decode(self._known(ids, self.vocab_size))
+            return self._model.decode(self._drop_unknown(ids, self.vocab_size))
         text, run, model = "", [], self._model
-        for i in self._known(ids, self.vocab_size):
+        for i in self._drop_unknown(ids, self.vocab_size):
             if i in self._added:
                 text, run, model = text + model.decode(run) + self._added[i], [], self._no_prefix_model
             elif i < self._model.vocab_size():
@@ -164,7 +188,7 @@ class SentencePiece(_Base):
         return text + model.decode(run)
 
     def piece(self, token_id: int) -> bytes:
-        """The text of one id, or the name of a special token."""
+        """See Tokenizer."""
         if token_id in self._added or token_id >= self._model.vocab_size():
             return self._added.get(token_id, "").encode()
         piece = self._model.id_to_piece(token_id)
@@ -173,7 +197,7 @@ class SentencePiece(_Base):
         return piece.replace(_SPACE_MARK, " ").encode()
 
 
-class HuggingFace(_Base):
+class HuggingFace(Tokenizer):
     """A tokenizer.json. Text of documents never becomes a special token."""
 
     kind = "huggingface"
@@ -221,11 +245,11 @@ class HuggingFace(_Base):
         self.stop_ids, self.prompt_frame = (eos_id,), None
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Token ids of each text, int32, without BOS and EOS."""
+        """See Tokenizer."""
         return [np.array(e.ids, np.int32) for e in self._model.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode_prompt(self, text: str) -> np.ndarray:
-        """Token ids of a text in which special tokens are recognised, int32."""
+        """See Tokenizer."""
         # Encoded as a whole, since only the library knows how a special token changes the text beside it.
         self._model.encode_special_tokens = False
         try:
@@ -234,11 +258,11 @@ class HuggingFace(_Base):
             self._model.encode_special_tokens = True
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids."""
-        return self._model.decode(self._known(ids, self.vocab_size), skip_special_tokens=False)
+        """See Tokenizer."""
+        return self._model.decode(self._drop_unknown(ids, self.vocab_size), skip_special_tokens=False)
 
     def piece(self, token_id: int) -> bytes:
-        """The text of one id, or the name of a special token."""
+        """See Tokenizer."""
         piece = self._model.id_to_token(token_id) or ""
         if self._is_byte_level and token_id not in self.special_tokens.values():
             bytes_of = _byte_characters()
@@ -246,38 +270,34 @@ class HuggingFace(_Base):
         return piece.replace(_SPACE_MARK, " ").encode()
 
 
-class Bytes(_Base):
+class Bytes(Tokenizer):
     """UTF-8 bytes are the ids 0 to 255; BOS 256, EOS 257, padding 258."""
 
     kind, joiner, lossless, vocab_size = "bytes", "", True, 259
-    bos_id: int | None = 256
-    eos_id = 257
-    pad_id: int | None = 258
-    unk_id: int | None = None
-    stop_ids: tuple[int, ...] = (257,)
-    prompt_frame: PromptFrame | None = None
+    bos_id, eos_id, pad_id, unk_id = 256, 257, 258, None
+    stop_ids, prompt_frame = (257,), None
     sha256 = hashlib.sha256(b"llmjax bytes 1").hexdigest()
 
     def __init__(self) -> None:
         self.special_tokens = {"<s>": 256, "</s>": 257, "<pad>": 258}
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """The bytes of each text, int32."""
+        """See Tokenizer."""
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
 
     def encode_prompt(self, text: str) -> np.ndarray:
-        """Token ids of a text in which special tokens are recognised, int32."""
+        """See Tokenizer."""
         parts = _split_special(self.special_tokens, text)
         ids = self.encode_batch(parts)
         ids[1::2] = [np.array([self.special_tokens[name]], np.int32) for name in parts[1::2]]
         return np.concatenate(ids)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids, without special tokens."""
-        return bytes(self._known(ids, 256)).decode(errors="replace")
+        """See Tokenizer."""
+        return bytes(self._drop_unknown(ids, 256)).decode(errors="replace")
 
     def piece(self, token_id: int) -> bytes:
-        """One byte, or the name of a special token."""
+        """See Tokenizer."""
         return bytes([token_id]) if token_id < 256 else list(self.special_tokens)[token_id - 256].encode()
 
 
@@ -320,7 +340,7 @@ def _without_dummy_prefix(model: bytes) -> Any:
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2
 
-    message: Any = sentencepiece_model_pb2  # its classes are made at import
+    message: Any = sentencepiece_model_pb2  # its classes are created at import
     proto = message.ModelProto.FromString(model)
     proto.normalizer_spec.add_dummy_prefix = False
     return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())

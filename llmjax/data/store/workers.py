@@ -126,7 +126,8 @@ def with_progress(
             last, rate = now, finished / (now - start)
             logger.info(
                 f"{what}: {finished / scale:,.0f} of {total / scale:,.0f} {unit}, {rate / scale:,.1f} {unit}/s, "
-                f"{(total - finished) / rate:.0f} s left"
+                f"{(total - finished) / rate:.0f} s left",
+                extra={"progress": True},
             )
     logger.info(f"{what}: {total / scale:,.{digits}f} {unit} in {time.monotonic() - start:.1f} s")
     return ordered

@@ -49,7 +49,7 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("fields", "message"),
         [
-            ({"name": "mlm"}, r"objective\.name='mlm': known are causal, prefix, masked, span, ul2, fim"),
+            ({"name": "mlm"}, r"objective\.name='mlm': expected one of causal, prefix, masked, span, ul2, fim"),
             ({"name": "mask"}, r"objective\.name='mask' \(did you mean 'masked'\?\)"),
             ({"rate": 0.1}, r"objective\.rate=0\.1: objective\.name='causal' does not use it, only masked, span"),
             ({"name": "ul2", "mean_span": 3.0}, r"objective\.mean_span=3\.0: .*'ul2' does not use it, only span"),
