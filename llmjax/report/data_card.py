@@ -136,7 +136,7 @@ def _headline(report: dict[str, Any]) -> str:
         for stage in report["stages"]
         if stage["dropped"]
     ]
-    rows[-1] = Bar(rows[-1].label, rows[-1].value, ours=True)
+    rows[-1] = Bar(rows[-1].label, rows[-1].value, highlight=True)
     plot = bars(rows, label="documents", unit="number", show=figure)
     hero = f'<div class="hero"><div class="facts">{shown}</div><div><h3>Documents</h3>{plot}</div></div>'
     return f"<section>{hero}</section>"
@@ -234,7 +234,7 @@ def _sources(report: dict[str, Any]) -> str:
     pictures = [("Tokens that stay, of those read", [_of(name, one, one["given"]) for name, one in drawn])]
     if report["splits"]:
         pictures.append(
-            ("Tokens by split", [Bar(name, one["tokens"], ours=True) for name, one in report["splits"].items()])
+            ("Tokens by split", [Bar(name, one["tokens"], highlight=True) for name, one in report["splits"].items()])
         )
     body = _pictures(pictures)
     head = ("Source", "documents given", "kept", "share", "tokens given", "kept", "share of given", "share of kept")
@@ -251,7 +251,7 @@ def _sources(report: dict[str, Any]) -> str:
 
 def _of(label: str, part: dict[str, int], whole: dict[str, int]) -> Bar:
     """Extraction and repair can make more tokens than they found: then the part is the whole."""
-    return Bar(label, part["tokens"], ours=True, of=max(whole["tokens"], part["tokens"]))
+    return Bar(label, part["tokens"], highlight=True, of=max(whole["tokens"], part["tokens"]))
 
 
 def _pictures(plots: Iterable[tuple[str, list[Bar]]]) -> str:
@@ -273,13 +273,13 @@ def _shape(report: dict[str, Any]) -> str:
         Bar(
             f"{edges[i]:,} to {edges[i + 1] - 1:,}" if i + 1 < len(edges) else f"{edges[i]:,} and more",
             kept[i],
-            ours=True,
+            highlight=True,
             of=max(given[i], kept[i]),
         )
         for i in range(used[0], used[-1] + 1)
     ]
     found = sorted(report["languages"].items(), key=lambda item: (-item[1]["kept"], -item[1]["documents"], item[0]))
-    by_language = [Bar(code, one["kept"], ours=True, of=one["documents"]) for code, one in found[:_BARS]]
+    by_language = [Bar(code, one["kept"], highlight=True, of=one["documents"]) for code, one in found[:_BARS]]
     body = _pictures([("By tokens", by_length), ("By language", by_language)])
     if len(found) > _BARS:
         lines = [(code, count(one["documents"]), count(one["kept"])) for code, one in found]

@@ -97,7 +97,10 @@ CONFIGS = {
         "train.global_batch=12 is not divisible by mesh.data x mesh.fsdp = 8",
     ),
     "heads and mesh": ({"mesh__tensor": 8}, "mesh.tensor=8: must divide model.num_kv_heads=4"),
-    "heads and width": ({"model__num_heads": 5}, "model.num_kv_heads=4: must divide model.num_heads=5"),
+    "heads and width": (
+        {"model__num_heads": 5},
+        "model.num_heads=5: must divide model.embed=32, or set",
+    ),
     "learned positions": (
         {"model__positions": "learned", "model__max_positions": 32},
         "data.seq_len=64: the model has only model.max_positions=32 learned positions",

@@ -126,7 +126,8 @@ def compare(folder, config: dict, model_type: str) -> None:
     (folder / "config.json").write_text(json.dumps(hf))
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    _, _, settings, ours = published_tokenizers.find(epath.Path(folder), hf, num_rows=400)
+    tokenizer_file = published_tokenizers.find(epath.Path(folder), hf, num_rows=400)
+    settings, ours = tokenizer_file.settings, tokenizer_file.tokenizer
     assert settings.stop_ids == (2, 4)
     different = {}
     for text in TEXTS:
