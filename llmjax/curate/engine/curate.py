@@ -29,7 +29,10 @@ from llmjax.curate.engine import decide, measure, summary, write
 from llmjax.curate.engine.measurements import Measured
 from llmjax.curate.engine.runners import Runner
 from llmjax.curate.filters import language, personal_data
-from llmjax.curate.readers import documents
+from llmjax.curate.readers import warc
+from llmjax.curate.readers.inputs import list_units
+from llmjax.data.readers import sources
+from llmjax.data.readers.documents import EMPTY
 from llmjax.data.store import split, token_store
 from llmjax.data.store.workers import with_progress
 from llmjax.errors import UserError
@@ -54,7 +57,7 @@ def curate(config: CurateConfig, workdir: Path, runner: Runner, *, say: Say) -> 
     if "decontaminate" in config.stages:
         decontaminate.check(config.decontaminate)
     split.check(config.split, "curate.split")
-    units = [unit for name, given in config.inputs.items() for unit in documents.list_units(name, given)]
+    units = [unit for name, given in config.inputs.items() for unit in list_units(name, given)]
     asked = measure.settings_of(config)
     measured = [Measured(workdir / "measured", measure.key_of(unit, asked)) for unit in units]
     unfinished = workdir / "unfinished"
@@ -134,6 +137,8 @@ def _finished(workdir: Path) -> dict[str, Any] | None:
 
 
 def _measure(units, measured: list[Measured], config: CurateConfig, runner: Runner, say: Say) -> None:
+    for name in dict.fromkeys(unit.source for unit in units):
+        say(f"{name}: {sources.describe_formats([unit for unit in units if unit.source == name])}")
     left = [(unit, one) for unit, one in zip(units, measured, strict=True) if not one.complete()]
     if len(left) < len(units):
         say(f"{len(units) - len(left)} of {len(units)} parts were measured before")
@@ -152,7 +157,7 @@ def _check_rejects(table: decide.Table, config: CurateConfig) -> None:
         lost, size = int(sizes[table["early"][mine] == 0].sum()), int(sizes.sum())
         numbers, counts = np.unique(table["reason"][mine & (table["early"] == 0)], return_counts=True)
         counted = zip([table.reasons[number] for number in numbers], counts.tolist(), strict=True)
-        reasons = {r: n for r, n in counted if r != documents.EMPTY and not r.startswith(documents.NO_PAGE)}
+        reasons = {r: n for r, n in counted if r != EMPTY and not r.startswith(warc.NO_PAGE)}
         bad = sum(reasons.values())
         # By records, and by bytes: what a damaged file lost is one record.
         for count, of, what in ((bad, total, "records"), (lost, size, "bytes")):

@@ -13,6 +13,9 @@ from llmjax.curate.engine import stages
 from llmjax.curate.engine.measurements import VERSION, Columns, LineWriter, Measured
 from llmjax.curate.filters import personal_data
 from llmjax.curate.readers import documents
+from llmjax.curate.readers.documents import Record
+from llmjax.data.readers.documents import Reject
+from llmjax.data.readers.sources import Unit
 from llmjax.data.store import minhash, token_store
 
 
@@ -21,14 +24,14 @@ def settings_of(config: CurateConfig) -> dict[str, Any]:
     return {"version": VERSION, "stages": [(name, stages.STAGES[name].measured(config)) for name in config.stages]}
 
 
-def key_of(unit: documents.Unit, settings: dict[str, Any]) -> str:
+def key_of(unit: Unit, settings: dict[str, Any]) -> str:
     """Names the measurement of a unit: its files, and what measuring is told. Its number is no part."""
     told = {"source": unit.source, "kind": unit.kind, "items": repr(unit.items), "state": unit.state}
     given = repr(dataclasses.replace(unit.config, weight=None, max_tokens=0))
     return token_store.fingerprint_of({**settings, "unit": told, "input": given})[:24]
 
 
-def measure(unit: documents.Unit, config: CurateConfig, measured: Measured) -> int:
+def measure(unit: Unit, config: CurateConfig, measured: Measured) -> int:
     """Write the files of one unit, the marker last. Returns the number of records."""
     columns, signs = Columns(config.stages), "duplicates" in config.stages
     with (
@@ -36,7 +39,7 @@ def measure(unit: documents.Unit, config: CurateConfig, measured: Measured) -> i
         atomic_write(measured.texts) as file,
         LineWriter(file) as texts,
     ):
-        for record in documents.read(unit):
+        for record in documents.read_unit(unit):
             document, early, sizes = _through(record, unit, config)
             if signs:
                 signature = np.zeros(minhash.SIZE, np.uint32) if document.signature is None else document.signature
@@ -62,12 +65,12 @@ def measure(unit: documents.Unit, config: CurateConfig, measured: Measured) -> i
 
 
 def _through(
-    record: documents.Record | documents.Reject, unit: documents.Unit, config: CurateConfig
+    record: Record | Reject, unit: Unit, config: CurateConfig
 ) -> tuple[Document, tuple[str, str] | None, list[tuple[int, int]]]:
     """(the document as far as it came, (stage, reason) where it was dropped on the way, bytes and tokens before each
     stage and after the last: 0 from where it was dropped)."""
     sizes = [(0, 0)] * (len(config.stages) + 1)
-    if isinstance(record, documents.Reject):
+    if isinstance(record, Reject):
         sizes[0] = (record.size, 0)  # what is lost
         return Document(record.id, unit.source, ""), ("read", record.reason), sizes
     mended = {f"mended.{what}": count for what, count in record.notes.items()}
@@ -87,6 +90,6 @@ def _size(text: str) -> tuple[int, int]:
     return len(text.encode("utf-8", "surrogatepass")), count_tokens(text)
 
 
-def _excerpt(record: documents.Record | documents.Reject) -> str:
+def _excerpt(record: Record | Reject) -> str:
     """The beginning of what was dropped, for the card."""
-    return personal_data.shown(record.excerpt if isinstance(record, documents.Reject) else record.text, EXCERPT)
+    return personal_data.shown(record.excerpt if isinstance(record, Reject) else record.text, EXCERPT)

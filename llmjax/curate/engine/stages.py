@@ -17,8 +17,7 @@ from llmjax.curate.dedup import decontaminate
 from llmjax.curate.document import Document, content_hash
 from llmjax.curate.filters import classifier, language, normalise, personal_data, quality, terms
 from llmjax.curate.readers import html, markup
-from llmjax.curate.readers.units import kind_of
-from llmjax.data.readers import streams
+from llmjax.data.readers import formats, streams
 from llmjax.data.store import minhash
 from llmjax.errors import UserError
 
@@ -72,7 +71,7 @@ def _quality(document: Document, config: CurateConfig) -> Document | str:
     judged = quality.scores(text)
     if config.quality.classifier:
         path = config.quality.classifier
-        judged["classifier"] = _classifier(path, streams.state_of(path)).score(text)
+        judged["classifier"] = _classifier(path, streams.file_state(path)).score(text)
     return document.with_scores({**lines, **judged})
 
 
@@ -116,7 +115,7 @@ def _contents(field: str, paths: tuple) -> list[str]:
     for path in filter(None, paths):
         file = Path(path).expanduser()
         try:
-            found.append(_hash(file, streams.state_of(path)))
+            found.append(_hash(file, streams.file_state(path)))
         except OSError as error:
             raise UserError(f"curate.{field} names {path!r}: cannot be read ({error.strerror}); give a file") from None
     return found
@@ -137,7 +136,8 @@ def _sets(config: CurateConfig) -> list[Any]:
     against = config.decontaminate.against
     names = decontaminate.set_names(against)
     hashes = _contents("decontaminate.against", against)
-    return [(names[path], kind_of(path), digest) for path, digest in zip(against, hashes, strict=True)]
+    kinds = [formats.detect(path, formats.CURATE_FORMATS) for path in against]
+    return list(zip(map(names.get, against), kinds, hashes, strict=True))
 
 
 def _judged(config: CurateConfig) -> list[Any]:

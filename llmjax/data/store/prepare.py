@@ -133,7 +133,7 @@ class _Preparation:
     def run(self) -> dict:
         self._begin()
         for name in self.settings["sources"]:
-            self.say(f"{name}: {sources.recognised(self._of(name))}")
+            self.say(f"{name}: {sources.describe_formats(self._of(name))}")
         workers = min(self.config.workers or cores(), max(len(self.units), 2))
         with Workers(workers) as self.pool:
             self._scan(self.units)

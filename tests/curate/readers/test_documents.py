@@ -14,9 +14,11 @@ import pytest
 import zstandard
 
 from llmjax.curate.config import InputConfig
-from llmjax.curate.readers import encodings, warc
-from llmjax.curate.readers.documents import Record, Reject, list_units, read
-from llmjax.data.readers import streams
+from llmjax.curate.readers import warc
+from llmjax.curate.readers.documents import Record, read_unit
+from llmjax.curate.readers.inputs import list_units
+from llmjax.data.readers import encodings, streams
+from llmjax.data.readers.documents import Reject
 from llmjax.errors import UserError
 
 # ruff: noqa: RUF001 (letters of other alphabets are meant)
@@ -32,7 +34,7 @@ LEGACY = {
 
 
 def run(path, **fields):
-    return [record for unit in list_units("main", InputConfig(path=str(path), **fields)) for record in read(unit)]
+    return [record for unit in list_units("main", InputConfig(path=str(path), **fields)) for record in read_unit(unit)]
 
 
 def texts(records):
@@ -170,7 +172,7 @@ def test_html_in_a_field(tmp_path):
 
 def test_stdlib():
     units = list_units("python", InputConfig())
-    first = next(read(units[0]))
+    first = next(read_unit(units[0]))
     assert isinstance(first, Record) and first.id == "python:__future__.py"
 
 
@@ -213,7 +215,7 @@ def test_ids_are_relative_to_the_fixed_part_of_a_glob(tmp_path):
 
 
 def test_a_long_text_becomes_several_documents(tmp_path, monkeypatch):
-    monkeypatch.setattr("llmjax.curate.readers.documents.MAX_TEXT_BYTES", 100)
+    monkeypatch.setattr("llmjax.data.readers.raw_records.MAX_TEXT_BYTES", 100)
     text = "\n\n".join(f"paragraph {i}" for i in range(50))
     (tmp_path / "a.txt").write_text(text)
     found = run(tmp_path / "a.txt")
@@ -309,16 +311,27 @@ def test_a_word_of_a_megabyte(tmp_path):
     assert texts(run(tmp_path / "*")) == [word] * 3
 
 
-def test_a_record_without_end_is_refused_in_bounded_memory(tmp_path, monkeypatch):
-    for module in ("documents", "tables", "warc"):
-        monkeypatch.setattr(f"llmjax.curate.readers.{module}.MAX_RECORD", 1000)
+def test_a_record_above_the_limit_is_refused(tmp_path):
     write(tmp_path / "a.jsonl", {"text": "a"}, {"text": "x" * 5000}, {"text": "b"})
-    found = run(tmp_path / "a.jsonl")
-    assert texts(found) == ["a", "b"] and [reason for _, reason in refused(found)] == ["longer than 0 MiB"]
+    found = run(tmp_path / "a.jsonl", max_record_bytes=1000)
+    assert texts(found) == ["a", "b"]
+    assert refused(found) == [("main:a.jsonl@14", "longer than 1000 bytes (max_record_bytes)")]
     (tmp_path / "a.csv").write_text('text\na\n"' + "unclosed\n" * 500 + "\n")
-    assert texts(run(tmp_path / "a.csv"))[0] == "a" and refused(run(tmp_path / "a.csv"))[0][1] == "not CSV"
+    found = run(tmp_path / "a.csv", max_record_bytes=1000)
+    assert texts(found)[0] == "a" and refused(found)[0][1].startswith("not CSV: a quote that stays open")
     (tmp_path / "b.csv").write_text("text\na\n" + "x" * 5000 + "\nb\n")
-    assert texts(run(tmp_path / "b.csv")) == ["a", "b"] and refused(run(tmp_path / "b.csv"))[0][1] == "not CSV"
+    found = run(tmp_path / "b.csv", max_record_bytes=1000)
+    assert texts(found) == ["a", "b"] and refused(found) == [("main:b.csv:1", "not CSV: longer than 1000 bytes")]
+    (tmp_path / "a.warc").write_bytes(response(b"<p>a") + response(b"<p>" + b"x" * 5000) + response(b"<p>b"))
+    found = run(tmp_path / "a.warc", max_record_bytes=1000)
+    assert texts(found) == ["<p>a", "<p>b"] and refused(found)[0][1].startswith("longer than 1000 bytes")
+
+
+def test_csv_that_ends_inside_a_quote_loses_one_row(tmp_path):
+    write(tmp_path / "a.csv", b'id,text\n1,one\n2,"open\n3,three\n4,four\n')
+    found = run(tmp_path / "a.csv")
+    assert texts(found) == ["one", "three", "four"]
+    assert refused(found) == [("main:a.csv:1", "not CSV: the file ends inside a quote")]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl.gz", "a.csv", "a.html", "a.warc", "a.parquet", "a.txt.zst"])
@@ -339,8 +352,8 @@ def test_a_file_that_cannot_be_read_now_stops_the_command(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     units = list_units("main", InputConfig(path=str(tmp_path / "a.txt")))
     (tmp_path / "a.txt").unlink()
-    with pytest.raises(UserError, match=r"curate\.inputs\.main\.path=.*a\.txt cannot be read \(No such file"):
-        list(read(units[0]))
+    with pytest.raises(UserError, match=r"curate\.inputs\.main\.path: .*a\.txt cannot be read \(No such file"):
+        list(read_unit(units[0]))
 
 
 @pytest.mark.parametrize("suffix", ["gz", "zst"])
@@ -373,7 +386,7 @@ def test_broken_parquet(tmp_path):
     data = (tmp_path / "a.parquet").read_bytes()
     (tmp_path / "b.parquet").write_bytes(data[: len(data) // 2])
     found = run(tmp_path / "*.parquet")
-    assert len(texts(found)) == 10 and refused(found) == [("main:b.parquet:0#rest", "unreadable")]
+    assert len(texts(found)) == 10 and refused(found) == [("main:b.parquet#rest", "unreadable")]
 
 
 def test_parquet_strings_that_are_not_utf8(tmp_path):
@@ -579,7 +592,7 @@ def test_lines_and_damage():
         yield b"c\nd"
         raise streams.Damage("why")
 
-    lines = streams.lines(data())
+    lines = streams.lines(data(), max_bytes=100)
     assert [next(lines) for _ in range(2)] == [(0, b"a\n"), (2, b"bc\n")]
     with pytest.raises(streams.Damage):
         next(lines)
@@ -594,5 +607,5 @@ def test_a_page_without_headers_is_told_by_its_look(tmp_path):
         + body
         + b"\n"
     )
-    (page,) = warc.pages(str(path))
+    (page,) = warc.pages(str(path), 1000)
     assert isinstance(page, warc.Page) and (page.kind, page.date) == ("html", "2020-01-02T03:04:05Z")

@@ -13,7 +13,7 @@ import pytest
 import zstandard
 
 from llmjax.data.config import SourceConfig
-from llmjax.data.readers import documents as readers, sources
+from llmjax.data.readers import documents as readers, raw_records, sources
 from llmjax.data.readers.documents import Document, Reject
 from llmjax.errors import UserError
 
@@ -212,7 +212,7 @@ def test_tfds_without_tensorflow(tmp_path):
     Notes(data_dir=tmp_path, file_format="array_record").download_and_prepare()
     assert sorted(texts(read(f"tfds:notes@{tmp_path}"))) == sorted(f"{i} {ODD}" for i in range(40))
     assert len(texts(read(f"tfds:notes:1.0.0:test@{tmp_path}"))) == 3
-    with pytest.raises(UserError, match="has the fields text"):
+    with pytest.raises(UserError, match="has the columns text"):
         read(f"tfds:notes@{tmp_path}", text_field="body")
     for path in (f"tfds:absent@{tmp_path}", f"tfds:notes:dev@{tmp_path}"):
         with pytest.raises(UserError, match="cannot be read"):
@@ -241,7 +241,7 @@ def test_a_folder_is_answered_with_a_glob(tmp_path):
 @pytest.mark.parametrize("text", ["para\n\n" * 500, "para\r\n\r\n" * 500, "line\n" * 500, "é" * 2000, "x", "\n" * 900])
 def test_parts_are_the_whole(text):
     data = text.encode()
-    parts = list(readers.cut_at_blank_lines([data], 100))
+    parts = list(raw_records.cut_at_blank_lines([data], 100))
     assert b"".join(parts) == data
     assert all(100 <= len(part) <= 200 for part in parts[:-1])
     assert "".join(part.decode() for part in parts) == text
@@ -250,7 +250,7 @@ def test_parts_are_the_whole(text):
 
 
 def test_a_huge_text_file_becomes_documents_of_bounded_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "MAX_TEXT_BYTES", 1000)
+    monkeypatch.setattr(raw_records, "MAX_TEXT_BYTES", 1000)
     text = "".join(f"paragraph {i} é\n\n" for i in range(1000))
     (tmp_path / "a.txt").write_text(text)
     found = texts(read(tmp_path / "a.txt"))
