@@ -194,11 +194,13 @@ def _lines(item: Item, options: ReadOptions) -> Iterator[tuple[int, int, bytes |
 
     The number is from 1, and 0 in an item that is not the first of its file.
     """
+    notes: Mapping[str, int] = {}
     if item.begin:
-        begin = item.begin - 1
+        # A line that begins earlier belongs to the item before.
+        begin = streams.find_line_begin(item.path, item.begin - 1, item.end)
+        if begin is None:
+            return
         lines = streams.lines(streams.blocks(item.path, begin), begin, max_bytes=options.max_record_bytes)
-        next(lines, None)  # the line, or its end, that the item before holds
-        notes: Mapping[str, int] = {}
     else:  # a byte order mark stays: without it, offsets would not be those of the file
         data, notes = options.utf8_blocks(item.path, keep_bom=True)
         lines = streams.lines(data, max_bytes=options.max_record_bytes)
@@ -253,7 +255,8 @@ def _parse_object(data: bytes, options: ReadOptions) -> dict[str, Any] | Fault:
 
 def _read_csv(kind: str, item: Item, options: ReadOptions) -> Iterator[RawRecord]:
     data, _ = options.utf8_blocks(item.path)
-    columns, repair = list(options.columns), _CellRepair(item.path, options)
+    repair = _CellRepair(item.path, options)
+    columns: list[str | bytes] = list(options.columns)
     if columns:
         _check_names(columns, options)
     hint = ", or name the columns of files without a header line in `columns`" if options.is_lenient else ""
@@ -275,7 +278,7 @@ def _read_csv(kind: str, item: Item, options: ReadOptions) -> Iterator[RawRecord
         elif len(cells) != len(columns):
             content = Fault("wrong number of columns", ",".join(values)[:EXCERPT])
         else:
-            content = dict(zip(columns, cells, strict=True))
+            content = dict(zip(map(str, columns), cells, strict=True))
         yield RawRecord(f":{number}", content, size, 0, notes)
         number += 1
     if not number:

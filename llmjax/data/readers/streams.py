@@ -134,12 +134,10 @@ def _gzip_blocks(file: _PushbackFile) -> Iterator[bytes]:
         member, is_empty = zlib.decompressobj(31), True
         while not member.eof:
             block = member.unconsumed_tail or file.read_block()
-            if not block and not (drained := member.decompress(b"", BLOCK_BYTES)):
-                raise Damage("the file ends inside a gzip member")
             # zlib returns nothing from a call that meets corrupt data: decompress what precedes it with a copy.
             checkpoint = member.copy()
             try:
-                data = member.decompress(block, BLOCK_BYTES) if block else drained
+                data = member.decompress(block, BLOCK_BYTES)
             except zlib.error as error:
                 data, num_used = _decompress_intact(checkpoint, block)
                 if data:
@@ -148,6 +146,8 @@ def _gzip_blocks(file: _PushbackFile) -> Iterator[bytes]:
                     return  # zeros after the last member are padding
                 file.push_back(block[max(num_used, 1) :])
                 raise Damage(f"corrupt gzip data ({error})") from None
+            if not block and not data:
+                raise Damage("the file ends inside a gzip member")
             is_empty = False
             if data:
                 yield data
@@ -292,6 +292,20 @@ def lines(
             parts = []
     if size:
         yield offset, b"".join(parts) if size <= max_bytes else size
+
+
+def find_line_begin(path: str, position: int, end: int | None) -> int | None:
+    """The offset after the first line feed at or after `position` in a plain file; None if there is none before `end`.
+
+    The search stops there, so that many spans of one long line are not all read to its end.
+    """
+    for block in blocks(path, position):
+        if (at := block.find(b"\n")) >= 0:
+            return position + at + 1
+        position += len(block)
+        if end is not None and position >= end:
+            break
+    return None
 
 
 def _with_whole_line_ends(data: Iterator[bytes]) -> Iterator[bytes]:

@@ -493,3 +493,23 @@ def test_what_a_damaged_file_lost_counts_by_bytes(tmp_path):
     (tmp_path / "b.jsonl.gz").write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match=r"bytes cannot be read \(1 unreadable\), more than"):
         curate(tmp_path / "w", {"a": f"{path.parent}/*.*"}, stages="('read',)", max_bad_fraction=0.02)
+
+
+def test_damaged_members_of_an_archive_count_by_bytes(tmp_path, capsys):
+    """One broken member of twenty: a few records of many, but more than 2% of the bytes."""
+    pages = []
+    for number, text in enumerate(corpora.documents()[:20]):
+        body = f"<p>{text}</p>".encode()
+        http = f"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+        head = f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: http://a.example/{number}\r\n"
+        head += f"Content-Type: application/http; msgtype=response\r\nContent-Length: {len(http)}\r\n\r\n"
+        pages.append(gzip.compress(head.encode() + http + b"\r\n\r\n"))
+    half = len(pages[5]) // 2
+    pages[5] = pages[5][:half] + bytes(255 - byte for byte in pages[5][half:])
+    lines = {str(number): "short text" for number in range(500)}
+    corpora.write(tmp_path / "b.jsonl", lines)
+    (tmp_path / "a.warc.gz").write_bytes(b"".join(pages))
+    settings = {"stages": "('read',)", "max_bad_fraction": 0.02}
+    with pytest.raises(UserError, match=r"bytes cannot be read \(1 damaged record, 1 unreadable\), more than"):
+        curate(tmp_path / "w", {"a": f"{tmp_path}/*.*"}, **settings)
+    assert "a: reads files: 1 as JSON lines, 1 as WARC\n" in capsys.readouterr().out

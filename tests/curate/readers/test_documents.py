@@ -1,6 +1,5 @@
 """Reading: every kind of file gives its documents, whatever is wrong beside them; the rest is refused with a reason."""
 
-from encodings.aliases import aliases
 import gzip
 import json
 import random
@@ -17,7 +16,7 @@ from llmjax.curate.config import InputConfig
 from llmjax.curate.readers import warc
 from llmjax.curate.readers.documents import Record, read_unit
 from llmjax.curate.readers.inputs import list_units
-from llmjax.data.readers import encodings, streams
+from llmjax.data.readers import encodings
 from llmjax.data.readers.documents import Reject
 from llmjax.errors import UserError
 
@@ -438,44 +437,6 @@ def test_old_encodings_are_detected(tmp_path, codec):
     assert found.text == text and list(found.notes.values()) == [1]
 
 
-def test_a_few_bad_bytes_do_not_change_the_encoding():
-    data = "naïve café, où déjà".encode() + b" \xff " + "über".encode()
-    assert encodings.decode(data) == ("naïve café, où déjà \ufffd über", {encodings.REPLACED: 1})
-
-
-def test_a_character_of_replacement_that_was_given_is_not_counted():
-    assert encodings.decode("\ufffd é é".encode() + b"\xff") == ("\ufffd é é\ufffd", {encodings.REPLACED: 1})
-
-
-def test_utf8_is_preferred_to_a_wrong_declaration():
-    assert encodings.decode("été".encode(), "iso-8859-1") == ("été", {})
-
-
-def test_a_declaration_is_preferred_to_a_guess():
-    assert encodings.decode(b"\xe9t\xe9 " * 20, "iso-8859-5").text == "щtщ " * 20
-
-
-@pytest.mark.parametrize(
-    "declared", ["utf-9", "base64", "idna", "undefined", "unicode_escape", "utf-7", "\0", "x" * 50]
-)
-def test_a_senseless_declaration_is_passed_over(declared):
-    assert encodings.decode(b"caf\xe9", declared).text == "café"
-
-
-def test_utf16_without_a_mark():
-    assert encodings.decode("plain words".encode("utf-16-le")).text == "plain words"
-    assert encodings.decode("plain words".encode("utf-16-be")).text == "plain words"
-
-
-def test_decode_never_raises():
-    names = ["", *sorted(set(aliases.values()))]
-    for seed in range(300):
-        data = noise(seed, seed)
-        encodings.decode(data)
-        text_like = data.translate(bytes(range(32, 256)) + bytes(range(32, 64)))
-        encodings.decode(text_like, names[seed % len(names)])
-
-
 # Captured pages.
 
 
@@ -584,18 +545,6 @@ def test_files_of_shared_data_are_read(shared_data):
     assert len(texts(run(shared_data / "agnews" / "test.csv.gz", columns=columns))) == 7600
     assert len(texts(run(shared_data / "sst2" / "dev.tsv", columns=("text", "label")))) == 872
     assert len(texts(run(shared_data / "common-crawl-docs" / "*.jsonl.gz"))) == 10
-
-
-def test_lines_and_damage():
-    def data():
-        yield b"a\nb"
-        yield b"c\nd"
-        raise streams.Damage("why")
-
-    lines = streams.lines(data(), max_bytes=100)
-    assert [next(lines) for _ in range(2)] == [(0, b"a\n"), (2, b"bc\n")]
-    with pytest.raises(streams.Damage):
-        next(lines)
 
 
 def test_a_page_without_headers_is_told_by_its_look(tmp_path):
