@@ -1,5 +1,6 @@
-# Targets: venv (install), quickstart (train a small model), test, parity (compare with transformers), recipes (train every
-# family), check (lint and types), docs (build the documentation site), bench.
+# Targets: venv (install), quickstart (train a small model), test (10 minutes on 2 cores), test-all (also the slow tests and
+# the comparison with transformers), parity (that comparison alone), recipes (train every family), check (lint and types),
+# docs (build the documentation site), bench.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +8,12 @@ WORKDIR ?= runs/quickstart
 # further flags for `make quickstart`, such as ARGS='--config.train.steps=50'
 ARGS ?=
 
-.PHONY: venv quickstart test parity recipes check docs bench
+# Worker processes of the tests: a test mostly compiles, on one thread. The tests of a file share fixtures and compiled
+# programs, so one worker runs them all; files start in the order that tests/conftest.py gives them.
+WORKERS ?= 2
+PYTEST = $(BIN)/pytest -n $(WORKERS) --dist=loadfile --no-loadscope-reorder
+
+.PHONY: venv quickstart test test-all parity recipes check docs bench
 
 venv: $(VENV)/.installed
 
@@ -24,10 +30,13 @@ quickstart: venv
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/llmjax train --config=configs/quickstart.py --workdir=$(WORKDIR) $(ARGS)
 
 test: venv
-	$(BIN)/pytest
+	$(PYTEST) -m "not slow"
+
+test-all: test $(VENV)/.parity
+	$(PYTEST) -m slow
 
 parity: $(VENV)/.parity
-	$(BIN)/pytest tests/parity
+	$(PYTEST) tests/parity
 
 $(VENV)/.parity: $(VENV)/.installed
 	@echo "installing torch and transformers; for torch's CPU build, install it first: docs/installation.md"

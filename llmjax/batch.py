@@ -1,25 +1,32 @@
-"""The input and output of every model: packed rows (numpy on the host, arrays on the device) and hidden states."""
+"""The input and output of every model: packed rows (numpy on the host, arrays on the device) and hidden states.
+
+Also the two parts that a model is passed around in: its graph and its parameters.
+"""
 
 import dataclasses
 from typing import Any
 
+from flax import nnx
 import jax
+
+Params = dict[str, Any]  # nested: names of modules -> names of parameters -> arrays, or their shapes or shardings
+Graph = nnx.GraphDef  # `nnx.merge(graph, params)` is the model
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Packed rows. Every field has the batch as its first dimension; an objective leaves those it has no use for None.
+    """Packed rows. The first dimension of every field is the batch; fields that an objective does not use are None.
 
-    inputs, targets   int32 [batch, seq]; what is read and what is predicted at each place
-    weights           float32 [batch, seq]; 0 where the target is not scored (padding, places that are not masked)
+    inputs, targets   int32 [batch, seq]; the token that is read and the one to predict at each position
+    weights           float32 [batch, seq]; 0 where the target is not scored (padding, positions that are not masked)
     segments          int32 [batch, seq]; 1, 2, ... number the documents of a row, 0 is padding
     positions         int32 [batch, seq]; counted from 0 in each segment
     sample            uint32 [batch, 2]; high and low word of the row's global sample index, which keys all draws
-    prefix            bool [batch, seq] or None; places that every place of their segment sees, also those before them
+    prefix            bool [batch, seq] or None; positions that every position of their segment attends to, later or not
     types             int32 [batch, seq] or None (all 0); which of two texts a token belongs to, for encoders
     source, source_segments, source_positions
-                      int32 [batch, source_seq] or None; what the encoder of an encoder-decoder reads. Segment n of the
+                      int32 [batch, source_seq] or None; input of the encoder of an encoder-decoder. Segment n of the
                       rows attends to segment n of the sources
     """
 
@@ -39,12 +46,12 @@ class Batch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Output:
-    """What a model makes of a batch.
+    """What a model returns for a batch.
 
-    hidden    [batch, seq, embed] in the compute type, ready for the model's `unembed`
-    aux_loss   float32 scalar, added to the summed nats that training lowers, its coefficient included (router losses);
-              a sum over rows, so that microbatches and replicas add up
-    aux_metrics     name -> (sum, weight), float32 each and sums over rows as well: means that are logged
+    hidden        [batch, seq, embed] in the compute type, the input of the model's `unembed`
+    aux_loss      float32 scalar, added to the summed nats of the loss, its coefficient included (router losses);
+                  a sum over rows, so that microbatches and replicas add up
+    aux_metrics   name -> (sum, weight), float32 each and also sums over rows: their quotients are logged
     """
 
     hidden: Any

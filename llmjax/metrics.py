@@ -1,38 +1,42 @@
-"""Metrics of a training run: metrics.jsonl, sinks such as TensorBoard, the console line, and MFU.
+"""Metrics of a training run: metrics.jsonl, sinks such as TensorBoard, the progress line, and MFU.
 
 A line of metrics.jsonl is one JSON object. Means and rates cover the steps since the line before it.
 
 step               optimizer steps done
-loss               mean nats per scored token of this step, the float32 value exactly
-z_loss             what train.z_loss adds to it, likewise a mean
-accuracy           share of scored tokens whose target got the highest score
+loss               mean nats per scored target of this step, the float32 value exactly
+z_loss             the mean that train.z_loss adds to it
+accuracy           share of scored targets that got the highest score
 batch_digest       uint32 hash of the global batch's rows, samples and tokens; the same on any mesh
-tokens             scored target tokens since step 0
-tokens_per_second  scored target tokens, on all devices
+num_targets        scored targets of this step
+num_tokens         tokens of this step, scored or not; padding is none
+total_targets      scored targets since step 0
+tokens_per_second  scored targets per second, on all devices
 step_seconds       wall time of a step
-data_wait_seconds  the part of it that waited for a batch
+data_wait_seconds  the part of step_seconds that waited for a batch
 learning_rate, grad_norm
-skipped_steps      steps since step 0 whose update was not finite and was left out
-load_balance_loss, router_z, max_expert_load, unused_expert_fraction  of mixtures of experts, see nn.moe.losses
-mfu                useful FLOPs over the devices' peak, or null where the peak is unknown
+skipped_steps      steps since step 0 whose update was not finite and was skipped
+load_balance_loss, router_z_loss, max_expert_load, unused_expert_fraction
+                   of mixtures of experts, see nn.moe.losses
+mfu                model FLOPs over the devices' peak FLOPs, or null where the peak is unknown
 
-NaN and the infinities are written as Python's json spells them: a loss that broke must not read as one that is absent.
+NaN and the infinities are written as Python's json spells them, so that a broken loss does not look like a missing one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import json
+import logging
 import math
 import pathlib
-import shutil
-import sys
 import time
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 from etils import epath
 
 from llmjax import atomic
 from llmjax.errors import UserError
 from llmjax.run import workdir as workdirs
+
+logger = logging.getLogger(__name__)
 
 PEAK_FLOPS = {
     "TPU v4": 275e12,
@@ -56,8 +60,9 @@ PEAK_FLOPS = {
 def peak_flops(device_kind: str) -> float | None:
     """Dense bfloat16 FLOPs a second of one JAX device by `jax.Device.device_kind`; None where unknown, as for a CPU.
 
-    TPU figures are those of Google Cloud's page of each generation; GPU figures those of NVIDIA's data sheets without
-    sparsity. A TPU's kind must match whole, a GPU's may say more ("NVIDIA A100-SXM4-80GB"), but a MIG slice is unknown.
+    TPU figures are from Google Cloud's page of each generation; GPU figures from NVIDIA's data sheets, without
+    sparsity. A TPU's kind must match exactly, a GPU's may contain more ("NVIDIA A100-SXM4-80GB"); a MIG slice is
+    unknown.
     """
     if device_kind.startswith("TPU"):
         return PEAK_FLOPS.get(device_kind)
@@ -68,16 +73,16 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def mfu(*, flops_per_token: float, tokens_per_second: float, device_kind: str, num_devices: int) -> float | None:
-    """Model FLOPs utilisation, 0 to 1, of tokens that are no padding. None where the peak is unknown."""
+    """Model FLOPs utilisation, 0 to 1; padding counts for nothing. None where the peak is unknown."""
     peak = peak_flops(device_kind)
     return None if peak is None else flops_per_token * tokens_per_second / (peak * num_devices)
 
 
 def read_metrics(workdir: epath.PathLike, *, last_step: int | None = None) -> list[dict[str, Any]]:
-    """The lines of a run in order of steps, up to `last_step`; [] where there is no file.
+    """The lines of metrics.jsonl in order of steps, up to `last_step`; [] where there is no file.
 
-    A torn line is dropped. A line whose step is not above its predecessors' replaces them from that step on: it was
-    written after a restart. Raises UserError where the file cannot be read.
+    A torn line is dropped. A line replaces earlier lines of the same or later steps: it was written after a restart.
+    Raises UserError where the file cannot be read.
     """
     path = epath.Path(workdir) / workdirs.METRICS
     kept: list[dict[str, Any]] = []
@@ -101,18 +106,20 @@ def read_metrics(workdir: epath.PathLike, *, last_step: int | None = None) -> li
 
 
 class ScalarSink(Protocol):
-    """Where scalars go beside metrics.jsonl: TensorBoard events, Weights & Biases."""
+    """Where scalars are logged beside metrics.jsonl: TensorBoard events, Weights & Biases."""
 
-    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Log numbers of one step."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Write everything and release the resources."""
 
 
 class MetricsLog:
     """metrics.jsonl and TensorBoard events (WORKDIR/events) of one run, written by the primary process alone.
 
-    Opening at `resume_step` drops what a killed run wrote beyond it. On a disk each line is appended and flushed; in an
-    object store the whole file is written again every `rewrite_seconds`, at `flush()` and at `close()`, and there are
+    Opening at `resume_step` removes later lines, which a killed run wrote. On a disk each line is appended and flushed;
+    in an object store the whole file is rewritten every `rewrite_seconds`, at `flush()` and at `close()`, and there are
     no events. Call `flush()` before a checkpoint is saved, so that a resumed run finds every line up to it.
     """
 
@@ -142,7 +149,7 @@ class MetricsLog:
             self.add_sink(EventFile(pathlib.Path(workdir) / workdirs.EVENTS, purge_step=resume_step + 1))
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Log one step. Values are numbers, texts, None, or arrays of one element; "step" must exceed the last one."""
+        """Log one step. Values are numbers, strings, None, or arrays of one element; "step" must increase."""
         if not self._primary:
             return
         plain = {name: value.item() if hasattr(value, "item") else value for name, value in record.items()}
@@ -164,7 +171,7 @@ class MetricsLog:
         self.scalars(step, {f"train/{name}": plain[name] for name in sorted(names)})
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        """Numbers for the sinks alone, such as an evaluation's; what is not a number is left out."""
+        """Log numbers to the sinks alone, such as those of an evaluation; other values are ignored."""
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
         for sink in self._sinks:
             sink.log(step, numbers)
@@ -174,7 +181,7 @@ class MetricsLog:
         self._sinks.append(sink)
 
     def flush(self) -> None:
-        """Put every line written so far where a resumed run will find it."""
+        """Write every line to the disk or object store, where a resumed run finds it."""
         if self._file:
             self._file.sync()
         elif self._primary:
@@ -208,57 +215,28 @@ def _line(record: Mapping[str, Any]) -> str:
     return json.dumps(record) + "\n"
 
 
-class Console:
-    """One progress line that is redrawn in place on a terminal, and plain lines elsewhere; `steps` is where the run
-    ends."""
+class ProgressLine:
+    """Logs a progress line for each line of the metrics, with the time left to step `last_step`."""
 
-    def __init__(self, steps: int, *, primary: bool = True, stream: TextIO | None = None, clock=time.monotonic):
-        self._steps = steps
-        self._primary = primary
-        self._stream = stream or sys.stdout
-        self._clock = clock
-        self._terminal = self._stream.isatty()
-        self._drawn = False
+    def __init__(self, last_step: int, clock: Callable[[], float] = time.monotonic):
+        self._last_step, self._clock = last_step, clock
         self._previous: tuple[int, float] | None = None
         self._seconds_per_step: float | None = None
 
     def update(self, record: Mapping[str, Any]) -> None:
-        """Show a line of the metrics with the time that is left."""
-        if not self._primary:
-            return
-        text = progress_line(record, self._steps, self._seconds_left(record))
-        if self._terminal:
-            text = text[: shutil.get_terminal_size().columns - 1]
-            self._stream.write(f"\r\x1b[K{text}")
-            self._drawn = True
-        else:
-            self._stream.write(text + "\n")
-        self._stream.flush()
+        """Log one line; the console handler redraws it in place on a terminal."""
+        text = progress_line(record, self._last_step, self._seconds_left(int(record["step"])))
+        logger.info("%s", text, extra={"progress": True})
 
-    def say(self, text: str) -> None:
-        """A message of its own, above the progress line."""
-        if not self._primary:
-            return
-        self._stream.write(("\r\x1b[K" if self._drawn else "") + text + "\n")
-        self._stream.flush()
-        self._drawn = False
-
-    def close(self) -> None:
-        """Leave the progress line as it stands."""
-        if self._drawn:
-            self._stream.write("\n")
-            self._stream.flush()
-            self._drawn = False
-
-    def _seconds_left(self, record: Mapping[str, Any]) -> float:
-        """Wall time a step, evaluations and saves included, smoothed; nan at the first line, which compiled."""
-        now, step, recent = self._clock(), int(record["step"]), math.nan
+    def _seconds_left(self, step: int) -> float:
+        """Wall time per step, evaluations and saves included, smoothed; nan at the first line, which compiled."""
+        now, recent = self._clock(), math.nan
         if self._previous and step > self._previous[0]:
             recent = (now - self._previous[1]) / (step - self._previous[0])
             old = self._seconds_per_step
             self._seconds_per_step = recent if old is None else 0.8 * old + 0.2 * recent
         self._previous = (step, now)
-        return (self._seconds_per_step or recent) * max(self._steps - step, 0)
+        return (self._seconds_per_step or recent) * max(self._last_step - step, 0)
 
 
 def progress_line(record: Mapping[str, Any], steps: int, seconds_left: float) -> str:

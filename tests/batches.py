@@ -24,18 +24,35 @@ def packed(rows: int, seq: int, vocab: int, *, first_sample: int = 0, seed: int 
     return Batch(**out, weights=(out["segments"] > 0).astype(np.float32), sample=words)
 
 
-def suiting(config, rows: int, seq: int, vocab: int, *, first_sample: int = 0, seed: int = 0) -> Batch:
-    """A packed batch of the kind that a family reads: with hidden tokens where it learns "masked", with sources for an
-    encoder-decoder, whose documents have as many tokens there, in another order."""
+def packed_for(config, rows: int, seq: int, vocab: int, *, first_sample: int = 0, seed: int = 0) -> Batch:
+    """A packed batch of the kind that a family reads: with masked tokens where it supports "masked" (and token types if
+    it has them), with sources for an encoder-decoder."""
+    if config.reads_source:
+        return packed_pairs(rows, seq, seq + 8, vocab, first_sample=first_sample)
     batch = packed(rows, seq, vocab, first_sample=first_sample, seed=seed)
-    if "masked" in config.objectives:
-        rng = np.random.default_rng((seed, first_sample, 1))
-        hidden = (rng.random(batch.targets.shape) < 0.3) & (batch.segments > 0)
-        inputs = np.where(hidden, 0, batch.targets).astype(np.int32)
-        return dataclasses.replace(batch, inputs=inputs, weights=hidden.astype(np.float32))
-    if config.family == "encdec":
-        source = np.where(batch.segments > 0, (batch.targets * 7 + 3) % vocab, 0).astype(np.int32)
-        return dataclasses.replace(
-            batch, source=source, source_segments=batch.segments, source_positions=batch.positions
-        )
-    return batch
+    if "masked" not in config.objectives:
+        return batch
+    rng = np.random.default_rng((seed, first_sample, 1))
+    is_masked = (rng.random(batch.targets.shape) < 0.3) & (batch.segments > 0)
+    return dataclasses.replace(
+        batch,
+        inputs=np.where(is_masked, vocab - 1, batch.targets).astype(np.int32),
+        weights=is_masked.astype(np.float32),
+        types=rng.integers(0, config.types, batch.inputs.shape).astype(np.int32) if config.types else None,
+    )
+
+
+def packed_pairs(rows: int, seq: int, source_seq: int, vocab: int, *, first_sample: int = 0) -> Batch:
+    """Packed targets, each document with a source of a length of its own, and padding on both sides."""
+    batch = packed(rows, seq, vocab, first_sample=first_sample)
+    names = ("source", "source_segments", "source_positions")
+    sources = {name: np.zeros((rows, source_seq), np.int32) for name in names}
+    for row in range(rows):
+        rng = np.random.default_rng((7, first_sample + row))
+        count = batch.segments[row].max()
+        edges = np.sort(rng.choice(np.arange(1, source_seq - 2), size=count, replace=False))
+        for number, (start, stop) in enumerate(zip(np.r_[0, edges[:-1]], edges, strict=True), 1):
+            sources["source"][row, start:stop] = rng.integers(1, vocab, stop - start)
+            sources["source_segments"][row, start:stop] = number
+            sources["source_positions"][row, start:stop] = np.arange(stop - start)
+    return dataclasses.replace(batch, **sources)

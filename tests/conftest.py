@@ -1,4 +1,4 @@
-"""Eight emulated CPU devices for every test, and the public texts that some of them read (docs/testdata.md)."""
+"""Eight emulated CPU devices for every test, the order of test files, and public texts (docs/testdata.md)."""
 
 import os
 import pathlib
@@ -31,15 +31,39 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
+MAX_MEMORY_MAPS = 30_000
+# Files whose tests take minutes together. They start first, so that no worker is left with one of them at the end.
+LONGEST_FILES = ("train/test_exactness.py", "test_recipes.py", "models/test_families.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the comparison with transformers as slow, and move the longest files to the front."""
+    for item in items:
+        if item.path.parent.name == "parity":
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONGEST_FILES))
+
+
 @pytest.fixture(scope="module", autouse=True)
-def forget_programs():
-    """Drop a module's compiled programs: some thousand of them exhaust the memory maps that a process may have. And
-    stop writing programs to the folder of a run that a test trained in this process."""
+def drop_programs():
+    """Drop a module's compiled programs, and stop writing programs to the folder of a run that a test trained here."""
     yield
     jax.clear_caches()
     if jax.config.jax_compilation_cache_dir is not None:
         jax.config.update("jax_compilation_cache_dir", None)
         compilation_cache.reset_cache()
+
+
+@pytest.fixture(autouse=True)
+def bound_memory_maps():
+    """Drop compiled programs before they exhaust the memory maps of the process.
+
+    Each program holds several maps, Linux allows 65,530, and XLA crashes when it gets no more.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAX_MEMORY_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture

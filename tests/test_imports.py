@@ -103,7 +103,7 @@ def test_no_circles():
 
 def test_evaluation_does_not_know_training():
     """Importing the evaluation harness, generation and the report pulls in no module of llmjax.train."""
-    verbs = "import sys, llmjax.evals.harness, llmjax.inference.sampling, llmjax.report"
+    verbs = "import sys, llmjax.evals.harness, llmjax.inference.generate, llmjax.report"
     code = f"{verbs}; print([m for m in sys.modules if 'llmjax.train' in m])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"

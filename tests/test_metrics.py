@@ -1,7 +1,7 @@
 """metrics.jsonl survives kills without a lost, doubled or rounded number; the console tells what is left."""
 
-import io
 import json
+import logging
 import math
 import os
 import pathlib
@@ -14,11 +14,11 @@ import pytest
 
 from llmjax import atomic, metrics
 from llmjax.errors import UserError
-from llmjax.metrics import Console, MetricsLog, progress_line, read_metrics
+from llmjax.metrics import MetricsLog, ProgressLine, progress_line, read_metrics
 
 
 def record(step: int, loss: float = 1.0) -> dict:
-    return {"step": step, "loss": loss, "batch_digest": step * 7, "tokens": step * 100}
+    return {"step": step, "loss": loss, "batch_digest": step * 7, "total_targets": step * 100}
 
 
 def write_steps(workdir, steps, **kwargs) -> None:
@@ -201,7 +201,7 @@ def test_tensorboard_holds_the_scalars(tmp_path):
         event = Event.FromString(data[12 : 12 + length])
         found.update({value.tag: (event.step, value.simple_value) for value in event.summary.value})
         data = data[16 + length :]
-    assert found == {"train/loss": (7, 2.5), "train/tokens": (7, 700.0), "validation/loss": (7, 3.25)}
+    assert found == {"train/loss": (7, 2.5), "train/total_targets": (7, 700.0), "validation/loss": (7, 3.25)}
 
 
 FULL = {
@@ -228,55 +228,15 @@ def test_progress_line_with_little_and_with_much():
     assert "mfu 41.2%" in full and "skipped 2" in full and "lr 0 " in full and full.endswith("ETA 1d 01:01:01")
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_a_pipe_gets_plain_lines():
-    stream = io.StringIO()
-    console = Console(1000, stream=stream)
-    console.update(FULL)
-    console.say("saved")
-    console.close()
-    first, second, rest = stream.getvalue().split("\n")
-    assert first.startswith("step  120/1000") and second == "saved" and rest == ""
-    assert "\r" not in stream.getvalue() and "\x1b" not in stream.getvalue()
-
-
-def test_a_terminal_gets_one_line_that_is_redrawn_within_its_width(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "40")
-    stream = Terminal()
-    console = Console(1000, stream=stream)
-    console.update(FULL)
-    console.update({**FULL, "step": 130})
-    assert "\n" not in stream.getvalue()
-    drawn = stream.getvalue().split("\r\x1b[K")
-    assert drawn[0] == "" and len(drawn) == 3 and all(0 < len(text) < 40 for text in drawn[1:])
-    console.say("saved")
-    assert stream.getvalue().endswith("\r\x1b[Ksaved\n")
-    console.update(FULL)
-    console.close()
-    assert stream.getvalue().endswith("\n")
-
-
-def test_time_left_counts_what_passes_between_steps():
+def test_time_left_counts_what_passes_between_steps(caplog):
+    caplog.set_level(logging.INFO, logger="llmjax")
     now = [100.0]
-    stream = io.StringIO()
-    console = Console(100, stream=stream, clock=lambda: now[0])
-    console.update({"step": 10, "step_seconds": 1.0})  # mostly the compiler's time, which says nothing
+    line = ProgressLine(100, clock=lambda: now[0])
+    line.update({"step": 10, "step_seconds": 1.0})  # mostly the compiler's time, which says nothing
     now[0] += 40.0
-    console.update({"step": 20, "step_seconds": 1.0})  # 4 s a step with an evaluation in between: 80 steps of 4 s
-    assert [line.partition("ETA ")[2] for line in stream.getvalue().splitlines()] == ["", "5:20"]
-
-
-def test_console_of_other_processes_is_silent():
-    stream = io.StringIO()
-    console = Console(10, primary=False, stream=stream)
-    console.update({"step": 1})
-    console.say("hello")
-    console.close()
-    assert stream.getvalue() == ""
+    line.update({"step": 20, "step_seconds": 1.0})  # 4 s a step with an evaluation in between: 80 steps of 4 s
+    assert [message.partition("ETA ")[2] for message in caplog.messages] == ["", "5:20"]
+    assert all(record.progress for record in caplog.records)
 
 
 @pytest.mark.parametrize(

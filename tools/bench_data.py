@@ -225,7 +225,8 @@ def preparing(folder: Path, texts: list[str], model: bytes, tokens: int, repeats
 def tokenizing_tasks(folder: Path, name: str) -> list[tuple]:
     """What `prepare` would hand to `stages.tokenize`, all documents for training."""
     place = stages.Workplace(folder / f"unfinished-{name}")
-    place.folder.mkdir()
+    for new in (place.folder, folder / f"tokens-{name}"):
+        new.mkdir()
     units = list_units("main", SourceConfig(path=f"{folder}/text/*.txt"))
     for unit in units:
         stages.scan(unit, place, None, False)

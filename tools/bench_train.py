@@ -182,7 +182,7 @@ def host(workdir: Path, store: str, steps: int) -> None:
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.suppress(Enough),
     ):
-        loop.train(config, epath.Path(workdir), say=lambda line: None)
+        loop.train(config, epath.Path(workdir))
     parts = {name: np.array(times[WARMUP:]) * 1e3 for name, times in clock.parts.items()}
     for name, times in (parts | {"together": sum(parts.values())}).items():
         limit = "< 2 ms" if name == "together" else ""

@@ -25,7 +25,7 @@ from llmjax.models.encdec import EncDecConfig
 from llmjax.models.encoder import EncoderConfig
 from llmjax.models.recurrent import RecurrentConfig
 from llmjax.optim.config import OptimizerConfig
-from llmjax.parallel.mesh import ParallelConfig
+from llmjax.parallel import axes
 from llmjax.run import state as states
 from llmjax.train.step import make_loss, train_step
 
@@ -79,11 +79,12 @@ class Run:
     def __init__(self, config, learning_rate: float, steps: int, optimizer: str = "adamw", schedule: str = "constant"):
         mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3)
         settings = OptimizerConfig(name=optimizer, learning_rate=learning_rate, schedule=schedule, warmup_steps=0)
-        spec = states.make_state_spec(config, settings, horizon=steps, mesh=mesh, rules=ParallelConfig().rules)
+        with axes.use_mesh(mesh):
+            spec = states.make_state_spec(config, settings, horizon=steps)
+            self.state = states.init_state(spec, config, seed=0)
         loss = make_loss(spec.graph, seed=0, chunk=64, z_loss=0.0)
         self.config = config
         self.step = jax.jit(functools.partial(train_step, loss=loss, optimizer=spec.optimizer))
-        self.state = states.init_state(spec, config, seed=0)
         self.activations = jax.jit(lambda params, batch: self._activations(spec.graph, params, batch))
 
     @staticmethod

@@ -24,20 +24,23 @@ def llmjax_step(tree: dict[str, Any], inputs: np.ndarray, targets: np.ndarray) -
     import jax
 
     from llmjax.batch import Batch
-    from llmjax.parallel import backends, hosts, mesh as meshes
+    from llmjax.parallel import axes, backends, hosts, mesh as meshes
     from llmjax.run import config as run_config, state as states
     from llmjax.train.step import make_loss, train_step
 
     config = run_config.apply_overrides(tree, [])
     train, mesh = config.train, meshes.make_mesh(config.mesh)
-    spec = states.make_state_spec(
-        config.model, config.optimizer, horizon=train.steps, mesh=mesh, rules=config.parallel.rules
-    )
-    rows = hosts.local_rows(backends.batch_sharding(mesh), train.global_batch)
-    loss = make_loss(spec.graph, seed=config.seed, chunk=train.loss_chunk, z_loss=train.z_loss)
-    step_function = functools.partial(train_step, loss=loss, optimizer=spec.optimizer, accumulation=train.accumulation)
-    compiled = backends.compile_step(step_function, config.parallel, mesh, spec.shardings, rows, train.global_batch)
-    state = compiled.shard_state(states.init_state(spec, config.model, config.seed))
+    with axes.use_mesh(mesh, config.parallel.rules):
+        spec = states.make_state_spec(config.model, config.optimizer, horizon=train.steps)
+        rows = hosts.local_rows(backends.batch_sharding(), train.global_batch)
+        loss = make_loss(spec.graph, seed=config.seed, chunk=train.loss_chunk, z_loss=train.z_loss)
+        step_function = functools.partial(
+            train_step, loss=loss, optimizer=spec.optimizer, accumulation=train.accumulation
+        )
+        compiled = backends.compile_step(
+            step_function, config.parallel.backend, spec.shardings, rows, train.global_batch
+        )
+        state = compiled.shard_state(states.init_state(spec, config.model, config.seed))
     batch = Batch(
         inputs=inputs,
         targets=targets,
@@ -49,7 +52,8 @@ def llmjax_step(tree: dict[str, Any], inputs: np.ndarray, targets: np.ndarray) -
 
     def step():
         nonlocal state
-        state, metrics = compiled.step(state, compiled.shard_batch(batch))
+        with axes.use_mesh(mesh, config.parallel.rules):
+            state, metrics = compiled.step(state, compiled.shard_batch(batch))
         return metrics["loss"]
 
     return step, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(spec.shapes.params))

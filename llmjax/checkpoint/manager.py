@@ -25,17 +25,19 @@ from llmjax.checkpoint.fingerprint import digests, leaf_name
 from llmjax.errors import UserError
 from llmjax.parallel import hosts
 
+logger = logging.getLogger(__name__)
+
 _NO_SPACE = ("No space left", "RESOURCE_EXHAUSTED", "File too large", "Disk quota", "ENOSPC")
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """False for the pages that Orbax's threads log of a full disk: the error they also raise is told in one line."""
+def _keep_record(record: logging.LogRecord) -> bool:
+    """False for what Orbax's threads log about a full disk: pages, where the error that they raise becomes one line."""
     error = record.exc_info[1] if record.exc_info else None
     return not any(sign in f"{record.getMessage()} {error}" for sign in _NO_SPACE)
 
 
 def _report_unraisable(hook: Callable[[Any], None], unraisable: Any) -> None:
-    """Drop what TensorStore's threads print of each write that ends after its save has failed."""
+    """Suppress what TensorStore's threads print for each write that ends after its save has failed."""
     if "Event loop is closed" not in str(unraisable.exc_value):
         hook(unraisable)
 
@@ -48,7 +50,7 @@ class CheckpointConfig:
     keep              how many of the newest are kept
     keep_every        multiples of this many steps are kept for good; 0: none
     timeout_seconds   how long a save may take before the job is stopped
-    accept_changes    resume although the tokenizer, the data or the optimizer changed since the checkpoint
+    accept_changes    resume although the tokenizer, the data or the optimizer changed; for one start
     """
 
     every: int = 1000
@@ -60,7 +62,7 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A checkpoint that was proved good: its step, its parts and the JSON object saved beside them."""
+    """A verified checkpoint: its step, its parts and the JSON object saved beside them."""
 
     step: int
     parts: dict[str, Any]
@@ -72,7 +74,7 @@ class CorruptCheckpoint(Exception):
 
 
 class Checkpoints:
-    """The checkpoints in one folder (any path that epath knows). Reading creates and cleans nothing."""
+    """The checkpoints in one folder (any path that epath supports). Reading creates and removes nothing."""
 
     def __init__(self, folder: epath.PathLike, *, keep: int = 3, keep_every: int = 0, timeout_seconds: int = 600):
         self.folder = epath.Path(folder)
@@ -81,13 +83,14 @@ class Checkpoints:
         self._keep, self._keep_every, self._timeout = keep, keep_every, timeout_seconds
         self._manager: ocp.CheckpointManager | None = None
         self._saving: int | None = None
+        self._failure = ""  # of the save under way, on any process
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, oldest first."""
         if not self.folder.exists():
             return []
-        found = (path for path in self.folder.iterdir() if path.name.isdecimal())
-        return sorted(int(path.name) for path in found if ocp.utils.is_checkpoint_finalized(path))
+        numbered = (path for path in self.folder.iterdir() if path.name.isdecimal())
+        return sorted(int(path.name) for path in numbered if ocp.utils.is_checkpoint_finalized(path))
 
     def latest(self) -> int | None:
         """The newest step, None where there is none."""
@@ -101,14 +104,14 @@ class Checkpoints:
         Raises UserError when this save, or the one before it, finds no space. A collective: all processes call it.
         """
         self.wait()
-        prints = digests(parts)
+        found = digests(parts)
         leaves = {name: describe(tree) for name, tree in parts.items()}
         body = {
             "step": step,
             "meta": meta,
-            "digests": prints,
+            "digests": found,
             "leaves": leaves,
-            "fingerprint": "".join(prints.values()),
+            "fingerprint": "".join(found.values()),
         }
         items: dict[str, Any] = {name: ocp.args.StandardSave(_nested(tree)) for name, tree in parts.items()}
         items["meta"] = ocp.args.JsonSave({"crc32": _crc32(body), **body})
@@ -140,7 +143,7 @@ class Checkpoints:
         return {**body["meta"], "fingerprint": body["fingerprint"]}
 
     def restore(self, step: int, abstract: dict[str, Any]) -> Restored:
-        """The parts of `step` named in `abstract`, laid out as its leaves' shardings say, proved good.
+        """The parts of `step` named in `abstract`, with the shardings of its leaves, verified.
 
         abstract   name -> tree of ShapeDtypeStruct with shardings, for any mesh and any number of processes
         Raises UserError where the checkpoint is damaged or its arrays have other names, shapes or types.
@@ -157,14 +160,12 @@ class Checkpoints:
         abstract: dict[str, Any],
         *,
         check: Callable[[dict[str, Any]], None] = lambda meta: None,
-        say: Callable[[str], None] = print,
         set_aside: bool = True,
     ) -> Restored | None:
-        """The newest checkpoint that proves good on all processes; None where there is no checkpoint at all.
+        """The newest checkpoint that is good on all processes; None where there is no checkpoint at all.
 
-        check      is given the checkpoint's meta before its arrays are read; raises UserError to refuse it
-        say        is told, in one line and on process 0 alone, of each damaged one
-        set_aside  move damaged ones to `damaged/`; False for those who only read, perhaps while a run is saving
+        check      is called with the checkpoint's meta before its arrays are read; raises UserError to refuse it
+        set_aside  move damaged ones to `damaged/`; False for readers, which may run while a run is saving
         Raises UserError where all of them are damaged. A collective: all processes call it.
         """
         steps: list[int] = json.loads(hosts.broadcast("checkpoint steps", json.dumps(self.steps())))
@@ -172,9 +173,8 @@ class Checkpoints:
             try:
                 return self._restore(step, abstract, check)
             except CorruptCheckpoint as error:
-                done = f"was moved to {self._set_aside(step)}" if set_aside else "was passed over"
-                if hosts.is_primary():
-                    say(f"checkpoint {step} is damaged and {done}: {error}")
+                action = f"was moved to {self._set_aside(step)}" if set_aside else "was skipped"
+                logger.info("checkpoint %d is damaged and %s: %s", step, action, error)
         if steps or hosts.broadcast("damaged", str((self.folder / "damaged").exists())) == "True":
             raise UserError(
                 f"{self.folder} holds damaged checkpoints and no good one; to start again at step 0, remove that folder"
@@ -185,10 +185,10 @@ class Checkpoints:
         self, step: int, abstract: dict[str, Any], check: Callable[[dict[str, Any]], None] = lambda meta: None
     ) -> Restored:
         """Restore without a barrier inside, so that a process that fails leaves none of the others waiting."""
-        body = self._agreed(f"meta of checkpoint {step}", lambda: self._read_body(step))
+        body = self._read_on_all(f"meta of checkpoint {step}", lambda: self._read_body(step))
         check({**body["meta"], "fingerprint": body["fingerprint"]})
         _check_leaves(step, body["leaves"], abstract)
-        parts = self._agreed(
+        parts = self._read_on_all(
             f"restore of checkpoint {step}",
             lambda: {name: self._read_part(step, name, tree) for name, tree in abstract.items()},
         )
@@ -200,8 +200,8 @@ class Checkpoints:
             )
         return Restored(step, parts, {**body["meta"], "fingerprint": body["fingerprint"]})
 
-    def _agreed(self, name: str, read: Callable[[], Any]) -> Any:
-        """What `read` returns if it works on all processes; else CorruptCheckpoint on all, naming the first failure."""
+    def _read_on_all(self, name: str, read: Callable[[], Any]) -> Any:
+        """The result of `read` if it succeeds on all processes; else CorruptCheckpoint on all of them."""
         value, problem = None, ""
         with _quiet():
             try:
@@ -226,7 +226,7 @@ class Checkpoints:
             body = json.loads((self.folder / str(step) / "meta" / "metadata").read_text())
             stored = body.pop("crc32")
             if stored != _crc32(body):
-                raise CorruptCheckpoint("its meta is not what was saved (checksum)")
+                raise CorruptCheckpoint("its meta differs from what was saved (checksum)")
             saved_as = body["step"]
         except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise CorruptCheckpoint(f"its meta cannot be read ({type(error).__name__})") from error
@@ -236,8 +236,8 @@ class Checkpoints:
 
     def _read_part(self, step: int, name: str, tree: Any) -> Any:
         me = jax.process_index()
-        alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
-        handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+        only_me = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+        handler = ocp.StandardCheckpointHandler(multiprocessing_options=only_me)
         nested = handler.restore(self.folder / str(step) / name, args=ocp.args.StandardRestore(_nested(tree)))
         handler.close()
         leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
@@ -247,7 +247,7 @@ class Checkpoints:
         aside = self.folder / "damaged"
         count = len(list(aside.glob(f"{step}-*"))) if aside.exists() else 0
         aside = aside / f"{step}-{count + 1}"
-        hosts.barrier(f"set aside {step}")  # nobody reads the folder any more, and all have counted
+        hosts.barrier(f"set aside {step}")  # no process reads the folder any more, and all have counted
         if hosts.is_primary():
             aside.parent.mkdir(parents=True, exist_ok=True)
             (self.folder / str(step)).rename(aside)
@@ -257,7 +257,7 @@ class Checkpoints:
         return aside
 
     def _open(self) -> ocp.CheckpointManager:
-        """The manager, which removes what a killed save left behind when it starts."""
+        """The manager; when it starts, it removes the remains of a killed save."""
         if self._manager is None:
             policies: list[Any] = [preservation_policy.LatestN(self._keep)]
             if self._keep_every:
@@ -265,39 +265,63 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
                 cleanup_tmp_directories=True,
-                async_options=ocp.options.AsyncOptions(timeout_secs=self._timeout),
+                async_options=ocp.options.AsyncOptions(
+                    timeout_secs=self._timeout, barrier_sync_fn=self._sync if jax.process_count() > 1 else None
+                ),
             )
             for name in ("absl", "asyncio"):
-                logging.getLogger(name).addFilter(_is_news)
+                logging.getLogger(name).addFilter(_keep_record)
             sys.unraisablehook = functools.partial(_report_unraisable, sys.unraisablehook)
             self._manager = ocp.CheckpointManager(self.folder, options=options)
         return self._manager
 
+    def _sync(self, *, key: str, timeout_ms: int) -> None:
+        """Orbax's barriers in a job of several processes, with the reason why a process failed.
+
+        A process whose write fails skips the barriers at which the others wait, but Orbax calls the last one in a
+        `finally`. The n-th call of each process belongs together, whatever its `key`, so the others learn of the error
+        there instead of waiting for `timeout_seconds`.
+        """
+        error = sys.exc_info()[1]
+        if not self._failure:
+            texts = hosts.exchange("checkpoint save", _first_line(error) if error else "", timeout_ms / 1000)
+            failures = (f"process {process}: {text}" for process, text in enumerate(texts) if text)
+            self._failure = next(failures, "")
+        if self._failure:
+            raise RuntimeError(self._failure)
+
     def _guarded(self, action: Callable[[], Any]) -> None:
+        """Run a part of a save. Raises UserError when there is no space, on any process, else RuntimeError."""
         try:
             action()
         except Exception as error:
-            step, text = self._saving, f"{type(error).__name__}: {error}"
+            step, text = self._saving, self._failure or _first_line(error)
             latest = self.latest()
             kept = "there is no complete one yet" if latest is None else f"the newest complete one is of step {latest}"
-            if any(sign in text for sign in _NO_SPACE):
+            if any(sign in f"{text} {error}" for sign in _NO_SPACE):
+                process = f" ({text.partition(':')[0]})" if self._failure else ""
                 raise UserError(
-                    f"no space left in {self.folder} for checkpoint {step}; {kept}: free some space"
+                    f"no space left in {self.folder} for checkpoint {step}{process}; {kept}: free some space"
                 ) from error
-            raise RuntimeError(
-                f"checkpoint {step} was not saved to {self.folder}; {kept}: {text.splitlines()[0]}"
-            ) from error
+            raise RuntimeError(f"checkpoint {step} was not saved to {self.folder}; {kept}: {text}") from error
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back what Orbax's coroutines print when one of them fails and the rest are dropped: pages for each file."""
+    """Suppress what Orbax's coroutines print when one of them fails and the rest are dropped: pages for each file."""
     log, hook = logging.getLogger("asyncio"), sys.unraisablehook
     before, log.disabled, sys.unraisablehook = log.disabled, True, lambda unraisable: None
     try:
         yield
     finally:
         log.disabled, sys.unraisablehook = before, hook
+
+
+def _first_line(error: BaseException) -> str:
+    """An error in one line; for a full disk, which libraries report in many, the words that tell so."""
+    text = f"{type(error).__name__}: {error}"
+    sign = next((sign for sign in _NO_SPACE if sign in text), "")
+    return f"{text.splitlines()[0][:200]}{f' ({sign})' if sign else ''}"
 
 
 def describe(tree: Any) -> dict[str, str]:
@@ -324,7 +348,7 @@ def _crc32(body: dict[str, Any]) -> int:
 
 
 def _nested(tree: Any) -> dict[str, Any]:
-    """The tree as plain nested dicts, so that what is on disk knows no container type of any library."""
+    """The tree as plain nested dicts, so that the files on disk depend on no library's container types."""
     nested: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         *parents, last = [leaf_name((key,)) for key in path]

@@ -1,6 +1,10 @@
 """`llmjax eval`: score a checkpoint on a split."""
 
-from llmjax.cli.flags import int_range, make_parser, parse, parse_workdir, say
+import logging
+
+from llmjax.cli.flags import int_range, make_parser, parse, parse_workdir
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(arguments: list[str]) -> int:
@@ -8,9 +12,9 @@ def evaluate(arguments: list[str]) -> int:
     parser = make_parser(
         "eval",
         """\
-        Score a checkpoint on every document of a split, once each: loss, perplexity, accuracy, by source; and bits per
-        byte over the original text (causal), or the accuracy of the majority-class baseline. Writes
-        WORKDIR/eval/<step>/<split>.json. Any mesh will do.""",
+        Score a checkpoint on a split: loss, perplexity and accuracy over every document, by source. For the objective
+        causal also bits per byte of the original text, for others the accuracy of a majority-class baseline. Writes
+        WORKDIR/eval/<step>/<split>.json. The scores do not depend on the mesh.""",
         "llmjax eval --workdir=runs/mine --split=test",
     )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="a run")
@@ -18,18 +22,18 @@ def evaluate(arguments: list[str]) -> int:
     splits = ("train", "validation", "test")
     parser.add_argument("--split", default="validation", choices=splits, help="which documents (default validation)")
     flags, overrides = parse(parser, arguments)
-    from llmjax.parallel import hosts
     from llmjax.run import loading
 
-    loading.initialize(parse_workdir(flags.workdir), overrides)
+    workdir = parse_workdir(flags.workdir)
+    loading.initialize(workdir, overrides)
     from llmjax import report
     from llmjax.evals import harness
+    from llmjax.parallel import hosts
 
-    path, _ = harness.evaluate(
-        parse_workdir(flags.workdir), step=flags.step, split=flags.split, overrides=overrides, say=say
-    )
+    with loading.load(workdir, step=flags.step, overrides=overrides) as loaded:
+        path = harness.evaluate(workdir, loaded, flags.split)
     if hosts.is_primary():
-        print(f"written to {path}\nreport: {report.write_report(parse_workdir(flags.workdir))}")
-    if loading.read_config(parse_workdir(flags.workdir)).model.generates:
-        say(f"next: llmjax generate --workdir={flags.workdir} --prompt='Once upon a time'")
+        logger.info("written to %s\nreport: %s", path, report.write_report(workdir))
+    if loaded.config.model.generates:
+        logger.info("next: llmjax generate --workdir=%s --prompt='Once upon a time'", flags.workdir)
     return 0

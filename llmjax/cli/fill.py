@@ -1,6 +1,11 @@
 """`llmjax fill`: predict masked tokens with a checkpoint."""
 
-from llmjax.cli.flags import int_range, make_parser, parse, parse_workdir, say
+import logging
+import sys
+
+from llmjax.cli.flags import int_range, make_parser, parse, parse_workdir
+
+logger = logging.getLogger(__name__)
 
 
 def fill(arguments: list[str]) -> int:
@@ -8,38 +13,32 @@ def fill(arguments: list[str]) -> int:
     parser = make_parser(
         "fill",
         """\
-        Say what belongs in the place of each mask of a text, the likeliest token first, with a checkpoint that was
-        trained with objective.name='masked'. A mask is [MASK], or what the tokenizer calls it, and hides one token; a
-        space before it is part of that token.""",
+        Predict the token behind each mask of a text, the most probable first, with a checkpoint that was trained with
+        objective.name='masked'. Write a mask as [MASK], or as the tokenizer names it. It stands for one token; a space
+        before it is part of that token. Predictions are printed on stdout, everything else on stderr.""",
         "llmjax fill --workdir=runs/bert --text='import [MASK] as np' --count=3",
     )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="a run")
     parser.add_argument("--text", action="append", required=True, help="text with masks; may be given several times")
     parser.add_argument("--step", type=int_range(0), help="the checkpoint (default: the newest)")
-    parser.add_argument("--count", type=int_range(1), default=5, help="tokens to name for each mask (default 5)")
+    parser.add_argument("--count", type=int_range(1), default=5, help="tokens to print for each mask (default 5)")
     flags, overrides = parse(parser, arguments)
     from llmjax.run import loading
 
     loading.initialize(parse_workdir(flags.workdir), overrides)
-    from llmjax.inference import fill_mask as filling
+    from llmjax.inference import fill_mask
+    from llmjax.parallel import hosts
 
-    loaded = loading.load(parse_workdir(flags.workdir), step=flags.step, overrides=overrides, say=say)
-    filled = filling.fill(
-        flags.text,
-        graph=loaded.graph,
-        params=loaded.params,
-        model=loaded.config.model,
-        mesh=loaded.mesh,
-        rules=loaded.config.parallel.rules,
-        tokenizer=loaded.tokenizer,
-        count=flags.count,
-    )
-    for text, masks in zip(flags.text, filled, strict=True):
-        say(text)
-        for number, fillers in enumerate(masks, 1):
-            if len(masks) > 1:
-                say(f" mask {number}")
-            for filler in fillers:
-                say(f"  {filler.probability:6.1%}  {filler.text!r}")
-    say(f"step {loaded.step} ({loaded.parameters})")
+    with loading.load(parse_workdir(flags.workdir), step=flags.step, overrides=overrides) as loaded:
+        predictions = fill_mask.fill(loaded, flags.text, flags.count)
+    if hosts.is_primary():
+        for text, masks in zip(flags.text, predictions, strict=True):
+            print(text)
+            for number, candidates in enumerate(masks, 1):
+                if len(masks) > 1:
+                    print(f" mask {number}")
+                for candidate in candidates:
+                    print(f"  {candidate.probability:6.1%}  {candidate.text!r}")
+        sys.stdout.flush()
+    logger.info("step %d (%s)", loaded.step, loaded.params_name)
     return 0

@@ -9,13 +9,16 @@ import typing
 
 from llmjax.errors import UserError
 
+if typing.TYPE_CHECKING:
+    from etils import epath
+
 CONFIG = "a name of `llmjax configs`, or a Python file with get_config(); may be left out where a workdir has a config"
 
 
 class Parser(argparse.ArgumentParser):
     """argparse, but a bad flag is a UserError: one line, like every other bad input.
 
-    completer   answers a shell that asks what may follow, in place of parsing; see llmjax.cli.completion
+    completer   called in place of parsing when a shell requests completions; see llmjax.cli.completion
     """
 
     completer: typing.ClassVar[Callable[["Parser"], None] | None] = None
@@ -26,12 +29,19 @@ class Parser(argparse.ArgumentParser):
             Parser.completer(self)
         return super().parse_args(args, namespace)
 
+    def _get_value(self, action, arg_string):
+        """As in argparse, but errors name flag and value: `--step=last: expected an integer of 0 or more`."""
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError as error:
+            self.error(f"argument {'/'.join(action.option_strings)}={arg_string}: {error.message}")
+
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{self.prog}: {message}; see `{self.prog} --help`")
 
 
 def make_parser(command: str, description: str, example: str, *, overrides: bool = True) -> Parser:
-    """The parser of a command; `overrides` says whether it takes config overrides, as `parse` reads them."""
+    """The parser of a command. `overrides`: whether the command takes `--config.FIELD=VALUE`, which `parse` reads."""
     fields = "\n\n--config.FIELD=VALUE sets any config field; `llmjax fields` lists them" if overrides else ""
     parser = Parser(
         prog=f"llmjax {command}",
@@ -46,19 +56,20 @@ def make_parser(command: str, description: str, example: str, *, overrides: bool
 
 def parse(parser: Parser, arguments: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
     """Flags, and the `--config.FIELD=VALUE` overrides in order."""
-    plain, overrides, waiting = [], [], iter(arguments)
-    for argument in waiting:
+    plain, overrides, rest = [], [], iter(arguments)
+    for argument in rest:
         if not argument.startswith("--config."):
             plain.append(argument)
             continue
         field, equals, value = argument.removeprefix("--config.").partition("=")
-        if not equals and (value := next(waiting, None)) is None:
+        if not equals and (value := next(rest, None)) is None:
             raise UserError(f"{argument}: give a value, {argument}=VALUE")
         overrides.append((field, value))
     return parser.parse_args(plain), overrides
 
 
-def parse_workdir(text: str):
+def parse_workdir(text: str) -> "epath.Path":
+    """The path of `--workdir`. Raises UserError for an empty one and for a file."""
     from etils import epath
 
     if not text or os.path.isfile(os.path.expanduser(text)):
@@ -66,20 +77,28 @@ def parse_workdir(text: str):
     return epath.Path(os.path.expanduser(text))
 
 
-def say(line: str) -> None:
-    """Print on process 0 alone."""
-    from llmjax.parallel import hosts
-
-    if hosts.is_primary():
-        print(line, flush=True)
-
-
 def int_range(least: int, most: float = math.inf) -> Callable[[str], int]:
-    def whole_number(text: str) -> int:
-        value = int(text)
+    """The type of a flag: an integer from `least` to `most`."""
+    expected = f"an integer of {least} or more" if most == math.inf else f"an integer from {least} to {most:.0f}"
+
+    def parse_int(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
         if not least <= value <= most:
-            raise ValueError
+            raise argparse.ArgumentTypeError(f"expected {expected}")
         return value
 
-    whole_number.__name__ = f"integer, {least} {'or more' if most == math.inf else f'to {most}'}"
-    return whole_number
+    return parse_int
+
+
+def number(text: str) -> float:
+    """The type of a flag: a finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError("expected a number")
+    return value

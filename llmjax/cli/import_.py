@@ -1,20 +1,23 @@
 """`llmjax import`: a Hugging Face checkpoint becomes a workdir."""
 
+import logging
 import os
 import pathlib
 
-from llmjax.cli.flags import make_parser, parse, parse_workdir, say
+from llmjax.cli.flags import make_parser, parse, parse_workdir
+
+logger = logging.getLogger(__name__)
 
 
 def import_(arguments: list[str]) -> int:
-    """Take over a published checkpoint."""
+    """Import a published checkpoint."""
     parser = make_parser(
         "import",
         """\
         Read a checkpoint of Hugging Face transformers from a local folder (config.json, model.safetensors or shards
         with their index, tokenizer.json or a SentencePiece model) into checkpoint 0 of a new workdir. Tensors go to the
-        devices part by part, so that the host holds no copy of the whole. Model and tokenizer are kept with the
-        workdir: generate, eval and export work on it at once, and train goes on from these parameters.""",
+        devices part by part, so that the host never holds a full copy. Model and tokenizer are stored in the workdir:
+        generate, eval and export work on it at once, and train starts from these parameters.""",
         "llmjax import --from=checkpoints/gpt2 --workdir=runs/gpt2 --config.model.dtype=bfloat16",
     )
     parser.add_argument("--from", dest="source", required=True, metavar="DIR", help="a folder with config.json")
@@ -24,13 +27,13 @@ def import_(arguments: list[str]) -> int:
         action="append",
         default=[],
         metavar="FIELD",
-        help="accept this unknown field of config.json, which changes no number of the model; may be repeated",
+        help="accept this unknown field of config.json if it changes no number of the model; may be repeated",
     )
     flags, overrides = parse(parser, arguments)
     from llmjax.parallel import hosts
     from llmjax.run import config as run_config
 
-    # The model is known once the source is read; what the backend needs of the config is in the overrides alone.
+    # The model is known once the source is read, but the backend's settings, which come first, are overrides.
     parallel = run_config.apply_overrides(
         {}, [(name, text) for name, text in overrides if name.startswith("parallel.")]
     )
@@ -38,15 +41,15 @@ def import_(arguments: list[str]) -> int:
     from llmjax.interop import importing
 
     source = pathlib.Path(os.path.expanduser(flags.source))
-    found = importing.import_checkpoint(
-        source, parse_workdir(flags.workdir), overrides=overrides, ignore=flags.ignore, say=say
-    )
-    model, workdir = found.config.model, flags.workdir
-    say(
-        f"{found.architecture} is now {workdir}: model.family={model.family!r}, {found.parameters:,} parameters stored "
-        f"as {model.param_dtype}, read from {found.nbytes / 1e9:.2f} GB of {', '.join(found.types)}, {found.tokenizer}"
+    workdir = flags.workdir
+    imported = importing.import_checkpoint(source, parse_workdir(workdir), overrides=overrides, ignore=flags.ignore)
+    model = imported.config.model
+    logger.info(
+        f"{imported.architecture} is now {workdir}: model.family={model.family!r}, {imported.parameters:,} parameters "
+        f"stored as {model.param_dtype}, read from {imported.nbytes / 1e9:.2f} GB of {', '.join(imported.types)}, "
+        f"{imported.tokenizer}"
     )
     if model.generates:
-        say(f"next: llmjax generate --workdir={workdir} --prompt='Once upon a time'")
-    say(f"      llmjax train --workdir={workdir} --config.data.sources.main.path='/my/texts/**/*.txt'")
+        logger.info("next: llmjax generate --workdir=%s --prompt='Once upon a time'", workdir)
+    logger.info("      llmjax train --workdir=%s --config.data.sources.main.path='/my/texts/**/*.txt'", workdir)
     return 0

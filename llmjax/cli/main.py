@@ -20,6 +20,7 @@ from llmjax.cli.fill import fill
 from llmjax.cli.generate import generate
 from llmjax.cli.import_ import import_
 from llmjax.cli.inspect import inspect
+from llmjax.cli.logs import configure_logging, end_progress
 from llmjax.cli.prepare import prepare
 from llmjax.cli.size import size
 from llmjax.cli.train import train
@@ -43,6 +44,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "configs": configs,
 }
 BAD_INPUT, HANG = 78, 75
+_RESULT_COMMANDS = ("generate", "fill")  # their results own stdout
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 OVERVIEW = """\
@@ -117,6 +119,7 @@ def _hint_for(error: Exception) -> str:
 
 
 def _fail(message: str) -> int:
+    end_progress()
     print(f"llmjax: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return BAD_INPUT
 
@@ -148,4 +151,5 @@ def run(arguments: list[str]) -> int:
     command, rest = arguments[0], arguments[1:]
     if command not in COMMANDS:
         raise UserError(f"unknown command {command!r}{suggest(command, COMMANDS)}: known are {', '.join(COMMANDS)}")
+    configure_logging("stderr" if command in _RESULT_COMMANDS else "stdout")
     return COMMANDS[command](rest)

@@ -1,9 +1,12 @@
 """`llmjax prepare`: from text to a token store."""
 
 import itertools
+import logging
 import shlex
 
 from llmjax.cli.flags import CONFIG, int_range, make_parser, parse, parse_workdir
+
+logger = logging.getLogger(__name__)
 
 
 def prepare(arguments: list[str]) -> int:
@@ -11,9 +14,9 @@ def prepare(arguments: list[str]) -> int:
     parser = make_parser(
         "prepare",
         """\
-        Read the text, split it into train, validation and test, train a tokenizer (or take a given one), write the
-        token store. Finished parts are kept: started again, it goes on where it was. Nothing is trained.
-        --preview shows what the model will see of the first samples.""",
+        Read the text, split it into train, validation and test, train a tokenizer (or read an existing one), and write
+        the token store. No model is trained. Finished parts are kept: after an interruption, the same command resumes.
+        --preview prints the first samples as the model will see them.""",
         "llmjax prepare --config=quickstart --workdir=runs/a --config.data.sources.main.path='texts/*.txt'",
     )
     parser.add_argument("--config", metavar="FILE[:SIZE]", help=CONFIG)
@@ -30,10 +33,11 @@ def prepare(arguments: list[str]) -> int:
 
     workdir = parse_workdir(flags.workdir)
     config = loading.resolve(flags.config, workdir, overrides)
+    loading.log_config_source(flags.config, workdir)
     store = loading.store_folder(config, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     with workdirs.Lock(workdir, primary=True):
-        preparing.prepare(config.data, store, say=lambda line: print(line, flush=True))
+        preparing.prepare(config.data, store)
         tokenizer = load_tokenizer(store)
         objective = run_config.objective(config, tokenizer)
         data = TrainData(store, config.data, seed=config.seed, global_batch=1, objective=objective)
@@ -41,16 +45,16 @@ def prepare(arguments: list[str]) -> int:
     if objective.target_len != config.data.seq_len:
         rows = f"{config.data.seq_len:,} source and {objective.target_len:,} target tokens"
     for name, part in data.summary().items():
-        print(f"{name}: packed in {part['rows']:,} rows of {rows}, {part['density']:.2%} full")
+        logger.info(f"{name}: packed in {part['rows']:,} rows of {rows}, {part['density']:.2%} full")
     if flags.preview:
-        print(f"\n{config.objective.name}: {preview.LEGEND}")
+        logger.info("\n%s: %s", config.objective.name, preview.LEGEND)
         left = data.remaining(data.start())
         count = flags.preview if left is None else min(flags.preview, left)
         for batch, _ in itertools.islice(data.batches(data.start(), np.arange(1)), count):
-            print("", *preview.lines(batch, objective, tokenizer), sep="\n")
+            logger.info("%s", "\n".join(["", *preview.lines(batch, objective, tokenizer)]))
         data.close()
     again = [f"--config={flags.config}"] if flags.config else []
     again += [f"--workdir={flags.workdir}"]
     again += [f"--config.{field}={value}" for field, value in overrides]
-    print(f"next: {shlex.join(['llmjax', 'train', *again])}")
+    logger.info("next: %s", shlex.join(["llmjax", "train", *again]))
     return 0

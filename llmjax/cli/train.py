@@ -1,6 +1,6 @@
 """`llmjax train`: train a model, or resume a run."""
 
-from llmjax.cli.flags import CONFIG, make_parser, parse, parse_workdir, say
+from llmjax.cli.flags import CONFIG, make_parser, parse, parse_workdir
 
 
 def train(arguments: list[str]) -> int:
@@ -8,9 +8,9 @@ def train(arguments: list[str]) -> int:
     parser = make_parser(
         "train",
         """\
-        Train a model: the token store is prepared first where it is missing, and a workdir that holds a checkpoint is
-        resumed from its newest good one; --config and overrides need not be repeated then. Ends with an evaluation,
-        samples and report.html.
+        Train a model. The token store is prepared first if it is missing. A workdir with checkpoints is resumed from
+        its newest good one; --config and overrides need not be repeated then. Training ends with an evaluation, samples
+        and report.html.
         For several processes on one machine: launch/local.py --processes=2 --devices=4 -- llmjax train ...""",
         "llmjax train --config=quickstart --workdir=runs/mine --config.train.steps=500",
     )
@@ -20,11 +20,10 @@ def train(arguments: list[str]) -> int:
     from llmjax.parallel import hosts
     from llmjax.run import loading
 
-    said: list[str] = []
-    config = loading.resolve(flags.config, parse_workdir(flags.workdir), overrides, said.append)
+    workdir = parse_workdir(flags.workdir)
+    config = loading.resolve(flags.config, workdir, overrides)
     hosts.initialize(config.parallel.cpu_threads)
-    for line in said:  # who is primary is known from here on
-        say(line)
+    loading.log_config_source(flags.config, workdir)
     from llmjax.train import loop
 
-    return loop.train(config, parse_workdir(flags.workdir), say)
+    return loop.train(config, workdir)

@@ -74,7 +74,7 @@ class PersonalConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NormaliseConfig:
-    """What is mended in every text.
+    """What is repaired in every text.
 
     mojibake   undo UTF-8 that was decoded as another encoding, such as "cafÃ©" (ftfy)
     entities   write HTML entities such as "&eacute;" as characters, but in lines that hold a "<": those show markup
@@ -248,7 +248,7 @@ class CurateConfig:
 
 # Pairs of stages that make no sense the other way round.
 _ORDER = (
-    ("extract", "normalise", "which mends text, not pages"),
+    ("extract", "normalise", "which reads text, not pages"),
     ("extract", "language", "which reads text, not pages"),
     ("extract", "quality", "which judges text, not pages"),
     ("duplicates", "split", "which keeps copies together"),

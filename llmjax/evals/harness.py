@@ -1,7 +1,8 @@
-"""Evaluation: score every example of a split exactly once, on any mesh."""
+"""Evaluation: score every document of a split exactly once, on any mesh."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import dataclasses
+import logging
 import math
 import pathlib
 import time
@@ -11,19 +12,23 @@ from etils import epath
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 import numpy as np
 
-from llmjax.batch import Batch
+from llmjax.batch import Batch, Graph, Params
 from llmjax.data.batches.pipeline import EvalData
+from llmjax.data.objectives.objective import Objective
 from llmjax.data.store import prepare
 from llmjax.data.store.token_store import fingerprint_of
-from llmjax.data.store.tokenizer import load_tokenizer
 from llmjax.errors import UserError
 from llmjax.nn import losses
-from llmjax.parallel import axes, backends as backends, hosts
-from llmjax.run import config as run_config, loading, workdir as workdirs
+from llmjax.parallel import backends, hosts
+from llmjax.run import config as run_config, workdir as workdirs
 from llmjax.run.config import RunConfig
+from llmjax.run.loading import Loaded
+
+logger = logging.getLogger(__name__)
+
+_PROGRESS_SECONDS = 5.0
 
 
 @dataclasses.dataclass
@@ -41,14 +46,15 @@ class Sums:
     targets: Any = 0
 
     def add(self, other: "Sums") -> None:
+        """Add the totals of other documents."""
         for field in dataclasses.fields(self):
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
     def scores(self) -> dict[str, Any]:
-        """loss: nats a scored token, of which accuracy is the share that had the highest probability.
+        """Means over the scored tokens. loss: nats a token. accuracy: share that had the highest probability.
 
         bits_per_byte      causal: all nats, first tokens and EOS included, over the original UTF-8 bytes; else None
-        baseline_accuracy  else: the accuracy of always guessing the most frequent target; causal: None
+        baseline_accuracy  that of always predicting the most frequent target; causal: None
         """
         loss, causal = self.nats / max(self.tokens, 1), not np.any(self.targets)
         return {
@@ -65,24 +71,29 @@ class Sums:
 
 
 class Evaluator:
-    """Scores parameters on the splits of a store; the compiled step is kept between calls."""
+    """Scores parameters on the splits of a store, on the mesh of `use_mesh`; compiles the scoring step once.
 
-    def __init__(self, graph: Any, config: RunConfig, mesh: Mesh, store: pathlib.Path):
-        self.config, self.mesh, self.store = config, mesh, store
+    manifest   that of the store
+    settings   a fingerprint of all that a score depends on beside the parameters
+    """
+
+    def __init__(
+        self, graph: Graph, config: RunConfig, objective: Objective, store: pathlib.Path, manifest: dict[str, Any]
+    ):
+        self.config, self.objective, self.store, self.manifest = config, objective, store, manifest
         self.batch = config.eval.batch or config.train.global_batch
-        self.sharding = backends.batch_sharding(mesh)
-        backends.check_batch("eval.batch" if config.eval.batch else "train.global_batch", self.batch, mesh)
+        self.sharding = backends.batch_sharding()
+        backends.check_batch("eval.batch" if config.eval.batch else "train.global_batch", self.batch)
         self.rows = hosts.local_rows(self.sharding, self.batch)
-        self.objective = run_config.objective(config, load_tokenizer(store))
-        if self.objective.min_vocab_size > config.model.vocab_size:
+        if objective.min_vocab_size > config.model.vocab_size:
             raise UserError(
-                f"objective.name={self.objective.name!r} needs {self.objective.min_vocab_size} ids, but "
+                f"objective.name={objective.name!r} needs {objective.min_vocab_size} ids, but "
                 f"model.vocab_size={config.model.vocab_size}: evaluate with the objective of training"
             )
-        self.settings = _settings(config, store)
-        self._causal = causal = self.objective.name == "causal"
+        self.settings = _fingerprint_settings(config, manifest)
+        self._causal = causal = objective.name == "causal"
 
-        def score(params: dict, batch: Batch) -> tuple[losses.LossSums, Any]:
+        def score(params: Params, batch: Batch) -> tuple[losses.LossSums, Any]:
             model = nnx.merge(graph, params)
             chunk = config.train.loss_chunk
             sums = losses.cross_entropy(
@@ -93,15 +104,20 @@ class Evaluator:
 
         self._score = jax.jit(score)
 
-    def split(self, params: dict, split: str, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-        """Scores of a split, in all and by source: {"split", "settings", "total": {...}, "sources": {name: {...}}}."""
-        manifest = prepare.read_manifest(self.store)
-        assert manifest is not None
+    def score_split(
+        self, params: Params, split: str, should_stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, Any] | None:
+        """Scores of a split, in total and by source: {"split", "settings", "total": {...}, "sources": {name: {...}}}.
+
+        should_stop   asked before each batch, on all processes alike; when it says so, the result is None
+        """
         total, sources = Sums(), {}
-        for name, source in manifest["sources"].items():
+        for name, source in self.manifest["sources"].items():
             if not source[split]["tokens"]:
                 continue
-            sums = self._source(params, name, split, say)
+            sums = self._score_source(params, name, split, should_stop)
+            if sums is None:
+                return None
             sources[name] = sums.scores()
             total.add(sums)
         if not sources:
@@ -109,69 +125,65 @@ class Evaluator:
                 f"--split={split}: that split of {self.store} is empty; raise data.split.{split} and prepare again"
             )
         scores = {"split": split, "settings": self.settings, "total": total.scores(), "sources": sources}
-        if self._causal and not manifest["tokenizer"]["lossless"]:
+        if self._causal and not self.manifest["tokenizer"]["lossless"]:
             scores["note"] = "the tokenizer loses text, so bits per byte are of what it keeps over the original bytes"
         return scores
 
-    def _source(self, params: dict, name: str, split: str, say: Callable[[str], None]) -> Sums:
+    def _score_source(self, params: Params, name: str, split: str, should_stop: Callable[[], bool]) -> Sums | None:
         data = EvalData(
             self.store, self.config.data, split=split, source=name, batch=self.batch, objective=self.objective
         )
         sums = Sums(text_bytes=data.text_bytes, documents=data.documents)
         began = last = time.monotonic()
-        with jax.set_mesh(self.mesh), axes.use_rules(self.config.parallel.rules):
-            for done, local in enumerate(data.batches(self.rows), 1):
-                # Each batch is waited for: two at once do not depend on each other, and on CPU processes their
-                # collectives could start in different orders and wait for each other for ever.
-                scored, counts = jax.device_get(self._score(params, self._place(local)))
-                targets = 0 if counts is None else counts.astype(np.float64)
-                sums.add(Sums(float(scored.nats), float(scored.weight), float(scored.correct), targets=targets))
-                if time.monotonic() - last > 5:
-                    last = time.monotonic()
-                    left = (last - began) / done * (data.num_batches - done)
-                    say(f"  evaluating {split}/{name}: {done}/{data.num_batches} batches, {left:.0f} s left")
+        for count, local in enumerate(data.batches(self.rows), 1):
+            if should_stop():
+                return None
+            # Each batch is waited for: two at once do not depend on each other, and on CPU processes their
+            # collectives could start in different orders and wait for each other for ever.
+            scored, counts = jax.device_get(self._score(params, self._to_devices(local)))
+            targets = 0 if counts is None else counts.astype(np.float64)
+            sums.add(Sums(float(scored.nats), float(scored.weight), float(scored.correct), targets=targets))
+            if time.monotonic() - last > _PROGRESS_SECONDS:
+                last = time.monotonic()
+                seconds = (last - began) / count * (data.num_batches - count)
+                text = f"{count}/{data.num_batches} batches, {seconds:.0f} s left"
+                logger.info("  evaluating %s/%s: %s", split, name, text, extra={"progress": True})
         if self._causal and sums.tokens != data.tokens:
             raise AssertionError(f"{split}/{name}: scored {sums.tokens} tokens of {data.tokens}")
         return sums
 
-    def _place(self, local: Batch) -> Batch:
+    def _to_devices(self, local: Batch) -> Batch:
         return hosts.global_batch(self.sharding, local, self.rows, self.batch)
 
 
-def _settings(config: RunConfig, store: pathlib.Path) -> str:
-    """A fingerprint of what a score depends on beside the parameters, which may be scored in many ways."""
-    manifest, told = prepare.read_manifest(store), run_config.to_json(config)
-    assert manifest is not None
-    data = {name: told["data"][name] for name in ("seq_len", "packing")}
-    asked = {"seed": config.seed, "model": told["model"], "objective": told["objective"], "data": data}
-    return fingerprint_of({**asked, "store": manifest["fingerprint"]})
+def _fingerprint_settings(config: RunConfig, manifest: dict[str, Any]) -> str:
+    section = run_config.to_json(config)
+    data = {name: section["data"][name] for name in ("seq_len", "packing")}
+    settings = {"seed": config.seed, "model": section["model"], "objective": section["objective"], "data": data}
+    return fingerprint_of({**settings, "store": manifest["fingerprint"]})
 
 
 def write(workdir: epath.Path, step: int, scores: dict[str, Any], *, parameters: str, fingerprint: str) -> epath.Path:
-    """Put scores at WORKDIR/eval/<step>/<split>.json, with the name of the parameters that were scored."""
-    path = workdir / "eval" / str(step) / f"{scores['split']}.json"
+    """Write scores to WORKDIR/eval/<step>/<split>.json, with the name of the parameters that were scored."""
+    path = workdirs.eval_path(workdir, step, scores["split"])
     if hosts.is_primary():
         path.parent.mkdir(parents=True, exist_ok=True)
         workdirs.write_json(path, {"step": step, "parameters": parameters, "fingerprint": fingerprint, **scores})
     return path
 
 
-def evaluate(
-    workdir: epath.Path,
-    *,
-    step: int | None,
-    split: str,
-    overrides: Sequence[tuple[str, str]] = (),
-    say: Callable[[str], None] = print,
-) -> tuple[epath.Path, dict[str, Any]]:
-    """`llmjax eval`: score a checkpoint on one split. Returns the file written and the scores."""
-    loaded = loading.load(workdir, step=step, overrides=overrides, say=say)
-    say(f"step {loaded.step} ({loaded.parameters}), {split} split, {jax.device_count()} device(s)")
-    scores = Evaluator(loaded.graph, loaded.config, loaded.mesh, loaded.store).split(loaded.params, split, say)
+def evaluate(workdir: epath.Path, loaded: Loaded, split: str) -> epath.Path:
+    """`llmjax eval`: score a checkpoint on one split, log the scores, and return the file that holds them."""
+    manifest = prepare.read_manifest(loaded.store)
+    if manifest is None:
+        raise UserError(f"{loaded.store}: no token store there; run `llmjax prepare` or set --config.data.store")
+    logger.info("step %d (%s), %s split, %d device(s)", loaded.step, loaded.params_name, split, jax.device_count())
+    evaluator = Evaluator(loaded.graph, loaded.config, loaded.objective, loaded.store, manifest)
+    scores = evaluator.score_split(loaded.params, split)
+    assert scores is not None
     for line in describe(scores):  # before they are written: the disk may be full or read-only
-        say(line)
-    path = write(workdir, loaded.step, scores, parameters=loaded.parameters, fingerprint=loaded.fingerprint)
-    return path, scores
+        logger.info("%s", line)
+    return write(workdir, loaded.step, scores, parameters=loaded.params_name, fingerprint=loaded.fingerprint)
 
 
 def describe(scores: dict[str, Any]) -> list[str]:
@@ -180,14 +192,14 @@ def describe(scores: dict[str, Any]) -> list[str]:
     if len(rows) > 1:
         rows["(all)"] = scores["total"]
     lines = [
-        f"  {name}: loss {s['loss']:.4f} nats/token, perplexity {s['perplexity']:.2f}, {_told(s)} "
+        f"  {name}: loss {s['loss']:.4f} nats/token, perplexity {s['perplexity']:.2f}, {_format_scores(s)} "
         f"({s['tokens']:,} tokens, {s['documents']:,} documents, {s['text_bytes']:,} bytes)"
         for name, s in rows.items()
     ]
     return [*lines, f"  note: {scores['note']}"] if "note" in scores else lines
 
 
-def _told(s: dict[str, Any]) -> str:
+def _format_scores(s: dict[str, Any]) -> str:
     if s["bits_per_byte"] is not None:
         return f"{s['bits_per_byte']:.4f} bits per byte, accuracy {s['accuracy']:.1%}"
     return f"accuracy {s['accuracy']:.1%} (majority-class baseline: {s['baseline_accuracy']:.1%})"

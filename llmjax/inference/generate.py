@@ -3,35 +3,49 @@
 from collections.abc import Sequence
 import dataclasses
 import functools
-from typing import Any
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llmjax.batch import Graph, Params
+from llmjax.data.objectives.objective import Objective
+from llmjax.data.objectives.prompts import decode_continuation, encode_prompt
+from llmjax.data.store.tokenizer import Tokenizer
 from llmjax.errors import UserError
+from llmjax.models.registry import ModelConfig
 from llmjax.nn.embedding import MASKED
+from llmjax.run.config import SampleConfig
+from llmjax.run.loading import Loaded
 
 # Prompts are padded to a multiple of this many tokens, so that few lengths are compiled.
 _BUCKET = 32
 
+Tokens = Sequence[int] | np.ndarray
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How a token is drawn from logits.
+    """How continuations are sampled.
 
+    max_tokens    new tokens of a continuation at most
     temperature   logits are divided by it, from 1e-6 to 1e6; 0: always the most likely token
     top_k         only the k most likely tokens; 0: all
     top_p         only the fewest most likely tokens whose probabilities, after temperature and top_k, reach p
+    seed          keys the draws, together with a prompt's index and the position
     """
 
+    max_tokens: int = 100
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    seed: int = 0
 
     def __post_init__(self):
-        # Beyond these, float32 knows no difference between tokens, or between one and those that are left out.
+        if self.max_tokens < 1:
+            raise UserError(f"max_tokens={self.max_tokens}: must be at least 1")
+        # Beyond these limits, float32 cannot tell one token's score from another's, or from that of an excluded token.
         if self.temperature and not 1e-6 <= self.temperature <= 1e6:
             raise UserError(f"temperature={self.temperature}: must be 0 (the most likely token), or from 1e-6 to 1e6")
         if self.top_k < 0:
@@ -40,10 +54,55 @@ class Sampling:
             raise UserError(f"top_p={self.top_p}: must be above 0 and at most 1")
 
 
+def complete(loaded: Loaded, prompts: Sequence[str], sampling: Sampling) -> list[str]:
+    """A continuation of each prompt, up to the end of the document or `sampling.max_tokens`.
+
+    The model reads prompts as its objective presents them: after BOS, or as a source with a gap at its end; those of an
+    imported model as its tokenizer frames them. Runs on the mesh of `use_mesh`.
+    Raises UserError for a prompt with special tokens that the tokenizer does not know, and where a prompt and its
+    continuation exceed a model's learned positions or the memory.
+    """
+    tokenizer, objective = loaded.tokenizer, loaded.objective
+    tokens = _encode(prompts, tokenizer, objective)
+    try:
+        continuations = generate(
+            loaded.graph, loaded.params, loaded.config.model, tokens, sampling, stop_ids=tokenizer.stop_ids
+        )
+    except jax.errors.JaxRuntimeError as error:
+        if not any(sign in str(error) for sign in ("Out of memory", "RESOURCE_EXHAUSTED")):
+            raise
+        raise UserError(
+            f"max_tokens={sampling.max_tokens}: out of memory with {len(tokens)} prompt(s) of up to "
+            f"{max(map(len, tokens))} tokens; lower it, or give fewer prompts at a time"
+        ) from error
+    if objective.answers:
+        return [tokenizer.decode(ids) for ids in continuations]
+    pairs = zip(tokens, continuations, strict=True)
+    return [decode_continuation(tokenizer, prompt, new) for prompt, new in pairs]
+
+
+def check_samples(sample: SampleConfig, model: ModelConfig, tokenizer: Tokenizer, objective: Objective) -> None:
+    """Raise UserError, before anything is trained, for samples that could not be drawn at the end of training."""
+    if not (sample.prompts and model.generates):
+        return
+    for prompt in sample.prompts:
+        if not isinstance(prompt, str):
+            raise UserError(f"sample.prompts: {prompt!r} is not a string; give strings, such as ('Once', 'Call me')")
+    try:
+        Sampling(max_tokens=sample.max_tokens, temperature=sample.temperature, top_p=sample.top_p)
+        _check(model, _encode(sample.prompts, tokenizer, objective), sample.max_tokens)
+    except UserError as error:
+        raise UserError(f"the samples after training: {error}; `llmjax fields sample` lists what to set") from None
+
+
+def _encode(prompts: Sequence[str], tokenizer: Tokenizer, objective: Objective) -> list[np.ndarray]:
+    return [objective.prompt(encode_prompt(tokenizer, prompt)) for prompt in prompts]
+
+
 def draw(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
     """One token id for each row of float32 logits [batch, vocab] and keys [batch]; int32 [batch].
 
-    Among equal logits the lowest id comes first, so top_k=k leaves exactly k.
+    Among equal logits the lowest id comes first, so top_k=k keeps exactly k tokens.
     """
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -55,45 +114,39 @@ def draw(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
     scores, ids = jax.lax.top_k(scores, k)
     probabilities = jax.nn.softmax(scores, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    # The first token stays even where rounding lets nothing else in.
-    inside = (before < sampling.top_p) | (jnp.arange(k) == 0)
-    choice = jax.vmap(jax.random.categorical)(keys, jnp.where(inside, scores, MASKED))
-    return jnp.take_along_axis(ids, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)
+    # The first token is kept even where rounding leaves no other.
+    kept = (before < sampling.top_p) | (jnp.arange(k) == 0)
+    index = jax.vmap(jax.random.categorical)(keys, jnp.where(kept, scores, MASKED))
+    return jnp.take_along_axis(ids, index[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
 
 def generate(
-    graph: Any,
-    params: dict,
-    config: Any,
-    prompts: Sequence[Sequence[int] | np.ndarray],
+    graph: Graph,
+    params: Params,
+    config: ModelConfig,
+    prompts: Sequence[Tokens],
+    sampling: Sampling,
     *,
-    max_tokens: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
     stop_ids: Sequence[int],
 ) -> list[list[int]]:
-    """New token ids for each prompt: up to one of `stop_ids`, which is not returned, or `max_tokens` of them.
+    """New token ids for each prompt: up to one of `stop_ids`, which is not returned, or `sampling.max_tokens` of them.
 
-    `nnx.merge(graph, params)` is the model of `config`; a prompt starts with the id that starts documents. Draws are
-    keyed by (seed, row, position), so a row's tokens do not depend on the other rows. UserError for settings out of
-    range, for a family that continues no text, and where a prompt is empty, holds an id that the model lacks, or is
-    too long for learned positions.
+    A prompt starts with the id that starts documents. Draws are keyed by (seed, row, position), so a row's tokens do
+    not depend on the other rows. Raises UserError for a family that does not generate text, and where a prompt is
+    empty, contains an id that the model does not have, or is too long for learned positions.
     """
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-    check(config, prompts, max_tokens)
+    _check(config, prompts, sampling.max_tokens)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     tokens = np.zeros((len(prompts), -(-int(lengths.max()) // _BUCKET) * _BUCKET), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     model = nnx.merge(graph, params)
-    logits, cache, first = _prefill(model, tokens, lengths, max_tokens=max_tokens)
-    root = jax.random.key(seed)
-    found = _decode(
-        model, logits, cache, first, root, max_tokens=max_tokens, sampling=sampling, stop_ids=tuple(stop_ids)
+    logits, cache, first = _prefill(model, tokens, lengths, max_tokens=sampling.max_tokens)
+    root = jax.random.key(sampling.seed)
+    same_program = dataclasses.replace(sampling, seed=0)  # a static argument: another seed must not compile again
+    new, counts = jax.device_get(
+        _decode(model, logits, cache, first, root, sampling=same_program, stop_ids=tuple(stop_ids))
     )
-    new, counts = jax.device_get(found)
     return [row[:count].tolist() for row, count in zip(new, counts, strict=True)]
 
 
@@ -104,10 +157,10 @@ def _prefill(model, tokens: jax.Array, lengths: jax.Array, *, max_tokens: int):
     return model.unembed(hidden), cache, positions
 
 
-@functools.partial(jax.jit, static_argnames=("max_tokens", "sampling", "stop_ids"))
-def _decode(model, logits, cache, first, root, *, max_tokens: int, sampling: Sampling, stop_ids: tuple[int, ...]):
+@functools.partial(jax.jit, static_argnames=("sampling", "stop_ids"))
+def _decode(model, logits, cache, first, root, *, sampling: Sampling, stop_ids: tuple[int, ...]):
     """New tokens [batch, max_tokens] and how many of them count in each row."""
-    batch, ends = logits.shape[0], jnp.array(stop_ids, jnp.int32)
+    batch, max_tokens, ends = logits.shape[0], sampling.max_tokens, jnp.array(stop_ids, jnp.int32)
     rows = jax.vmap(lambda row: jax.random.fold_in(root, row))(jnp.arange(batch))
 
     def unfinished(state):
@@ -129,21 +182,19 @@ def _decode(model, logits, cache, first, root, *, max_tokens: int, sampling: Sam
     return new, counts
 
 
-def check(config: Any, prompts: Sequence[Sequence[int] | np.ndarray], max_tokens: int) -> None:
+def _check(config: ModelConfig, prompts: Sequence[Tokens], max_tokens: int) -> None:
     """Raise UserError for what `generate` cannot continue with the model of `config`."""
     if not config.generates:
-        raise UserError(f"model.family={config.family!r} fills gaps and continues no text: take a family that does")
-    if max_tokens < 1:
-        raise UserError(f"max_tokens={max_tokens}: must be at least 1")
+        raise UserError(f"model.family={config.family!r} does not generate text: use a family that does, as decoder")
     if not prompts:
-        raise UserError("no prompt given")
+        raise UserError("no prompt: give at least one")
     for number, prompt in enumerate(prompts):
         if not len(prompt):
             raise UserError(f"prompt {number} has no tokens; start it with the tokenizer's BOS or EOS")
         if (low := min(prompt)) < 0 or (high := max(prompt)) >= config.vocab_size:
             raise UserError(
-                f"prompt {number} holds token id {low if low < 0 else high}; "
-                f"the model knows 0 to {config.vocab_size - 1}"
+                f"prompt {number} contains token id {low if low < 0 else high}; "
+                f"the model has ids 0 to {config.vocab_size - 1}"
             )
         # The last token drawn is never read, so it needs no position.
         needed = len(prompt) + max_tokens - 1

@@ -70,29 +70,34 @@ def export(
     """
     if to.exists():
         raise UserError(f"--to={to}: exists already; give a new folder")
-    loaded = loading.load(workdir, step=step, overrides=overrides, say=say)
+    with loading.load(workdir, step=step, overrides=overrides) as loaded:
+        return _write_folder(workdir, to, loaded, dtype, max_shard_bytes, say)
+
+
+def _write_folder(
+    workdir: epath.Path, to: Path, loaded: Loaded, dtype: str, max_shard_bytes: int, say: Callable[[str], None]
+) -> Exported:
     model = loaded.config.model
-    imported = workdirs.read_json(workdir / loading.IMPORT) or {}
+    imported = workdirs.read_json(workdir / workdirs.IMPORT) or {}
     name, architecture, hf = choose(model, imported.get("architecture"))
     table = ParamMapping(architecture.rules(model), model)
     tensors = {tensor.hf_names[0]: tensor for tensor in table.tensors}
     specs = {name: (TYPES[dtype], table.hf_shape(tensor)) for name, tensor in tensors.items()}
     total = sum(files.nbytes(spec) for spec in specs.values())
-    say(f"{name}: the {loaded.parameters} of step {loaded.step}, {len(tensors)} tensors, {total / 1e9:.2f} GB")
+    say(f"{name}: the {loaded.params_name} of step {loaded.step}, {len(tensors)} tensors, {total / 1e9:.2f} GB")
     partial = to.with_name(f"{to.name}.partial")
     if hosts.is_primary():
         shutil.rmtree(partial, ignore_errors=True)  # what an export left that was stopped
         partial.mkdir(parents=True)
     parameters, progress = sharded_io.Parameters(table, loaded.params), sharded_io.Progress("writing", total, say)
-    with jax.set_mesh(loaded.mesh):
-        paths = files.write_folder(
-            partial,
-            specs,
-            lambda name: parameters.tensor(tensors[name], jnp.dtype(dtype)),
-            limit=max_shard_bytes,
-            wrote=progress.add,
-            primary=hosts.is_primary(),
-        )
+    paths = files.write_folder(
+        partial,
+        specs,
+        lambda name: parameters.tensor(tensors[name], jnp.dtype(dtype)),
+        limit=max_shard_bytes,
+        wrote=progress.add,
+        primary=hosts.is_primary(),
+    )
     said = ""
     if hosts.is_primary():
         begin = None if _is_imported(loaded.tokenizer, imported) else _begin(loaded)
@@ -104,7 +109,7 @@ def export(
             _write_generation_config(partial, hf, token_ids)
         partial.rename(to)
     hosts.barrier("exported")
-    return Exported(name, loaded.step, loaded.parameters, [path.name for path in paths], total, said)
+    return Exported(name, loaded.step, loaded.params_name, [path.name for path in paths], total, said)
 
 
 def choose(model: Any, preferred: str | None = None) -> tuple[str, Architecture, dict[str, Any]]:
@@ -215,7 +220,7 @@ def _write_generation_config(to: Path, hf: dict[str, Any], token_ids: dict[str, 
 def _write_tokenizer(workdir: epath.Path, loaded: Loaded, to: Path, imported: dict[str, Any], begin: int | None) -> str:
     tokenizer, folder = loaded.tokenizer, epath.Path(to)
     if _is_imported(tokenizer, imported):
-        content = (workdir / loading.TOKENIZER / FILE_NAMES[tokenizer.kind]).read_bytes()
+        content = (workdir / workdirs.TOKENIZER / FILE_NAMES[tokenizer.kind]).read_bytes()
         return tokenizers.give_back(content, imported["tokenizer"]["name"], workdir, folder)
     content = b"" if tokenizer.kind == "bytes" else (loaded.store / FILE_NAMES[tokenizer.kind]).read_bytes()
     texts = _some_texts(loaded.store, tokenizer)

@@ -49,7 +49,7 @@ def import_checkpoint(
     Raises UserError where the folder is not what we know, and where the workdir holds a run. A collective: all
     processes call it, and each reads what its devices hold.
     """
-    if (workdir / "config.json").exists():
+    if (workdir / workdirs.CONFIG).exists():
         raise UserError(f"--workdir={workdir}: holds a run already; give a new folder")
     found = hf_checkpoint.read(source)
     section = found.read_model(ignore)
@@ -62,9 +62,9 @@ def import_checkpoint(
     for note in _notes(settings, tokenizer, config):
         say(f"  note: {note}")
 
-    mesh = loading.mesh_or_default(config, say)
     _, shapes, names = registry.abstract(config.model)
-    shardings = table.flat(axes.shardings(mesh, names, shapes, config.parallel.rules))
+    with axes.use_mesh(loading.mesh_or_default(config), config.parallel.rules):
+        shardings = table.flat(axes.shardings(names, shapes))
     params = sharded_io.read(table, found.tensors, shardings, say)
     workdir.mkdir(parents=True, exist_ok=True)
     with workdirs.Lock(workdir, primary=hosts.is_primary()):
@@ -83,8 +83,8 @@ def import_checkpoint(
                 "tokenizer": {"kind": tokenizer.kind, "name": name, "sha256": tokenizer.sha256},
                 "token_ids": {field: found.hf[field] for field in TOKEN_IDS if field in found.hf},
             }
-            workdirs.write_json(workdir / loading.IMPORT, record)
-            workdirs.write_json(workdir / "config.json", run_config.to_json(config))  # last: now it is a run
+            workdirs.write_json(workdir / workdirs.IMPORT, record)
+            workdirs.write_json(workdir / workdirs.CONFIG, run_config.to_json(config))  # last: now it is a run
         hosts.barrier("imported")
     return Imported(
         architecture=found.name,
@@ -127,12 +127,12 @@ def _check_copies(table: ParamMapping, found: hf_checkpoint.Checkpoint) -> None:
 
 def _save(workdir: epath.Path, config: RunConfig, params: dict, tokenizer: Tokenizer, source: Path) -> str:
     kept = config.checkpoint
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=kept.keep, timeout_seconds=kept.timeout_seconds)
+    checkpoints = Checkpoints(workdir / workdirs.CHECKPOINTS, keep=kept.keep, timeout_seconds=kept.timeout_seconds)
     meta = {
         "config": run_config.to_json(config),
         "imported": str(source.resolve()),
         "tokenizer_sha256": tokenizer.sha256,
-        "tokens": 0,
+        "total_targets": 0,
         "skipped": 0,
         "versions": {"llmjax": llmjax.__version__, "jax": jax.__version__},
     }

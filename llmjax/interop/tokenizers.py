@@ -10,7 +10,7 @@ from llmjax.data.store.tokenizer import FILE_NAMES, PIECE_CHARACTERS, Tokenizer,
 from llmjax.data.store.tokenizer_settings import FILE as SETTINGS_FILE, TokenizerSettings
 from llmjax.errors import UserError
 from llmjax.interop import special_tokens
-from llmjax.run.loading import TOKENIZER
+from llmjax.run.workdir import TOKENIZER
 
 # Beside the model itself: read by others, kept as they are.
 _BESIDE = (

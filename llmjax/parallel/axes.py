@@ -9,6 +9,7 @@ data.
 from collections.abc import Iterator, Sequence
 import contextlib
 import math
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
@@ -62,9 +63,9 @@ def complete_rules(rules: LogicalRules) -> LogicalRules:
 
 
 @contextlib.contextmanager
-def use_rules(rules: LogicalRules) -> Iterator[None]:
-    """Apply `rules` to every `constrain` traced inside."""
-    with _rules(tuple(rules)):
+def use_mesh(mesh: Mesh, rules: LogicalRules = DEFAULT_RULES) -> Iterator[None]:
+    """Inside, arrays are laid out on `mesh` by `rules`. A command enters this once, around all its work."""
+    with jax.set_mesh(mesh), _rules(tuple(rules)):
         yield
 
 
@@ -72,14 +73,15 @@ def spec(
     logical: Sequence[str | None],
     shape: Sequence[int] | None = None,
     mesh: Mesh | jax.sharding.AbstractMesh | None = None,
-    rules: LogicalRules | None = None,
 ) -> P:
-    """Mesh axes for logical axes. With `shape`, an axis whose mesh size does not divide its dimension stays unsharded.
+    """Mesh axes for logical axes, by the rules of `use_mesh` and by default on its mesh.
 
-    Axes that are already manual (inside pmap or shard_map) are left out. An unknown name is a KeyError, on purpose.
+    shape   where the mesh axes of a dimension do not divide its size, it stays unsharded
+
+    Axes that are already manual (inside pmap or shard_map) are left out. Raises KeyError for an unknown logical axis.
     """
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    table = dict(_rules.value if rules is None else rules)
+    table = dict(_rules.value)
     manual = set(getattr(mesh, "manual_axes", ()))
     entries, used = [], []
     for i, name in enumerate(logical):
@@ -105,6 +107,7 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(logical, x.shape))
 
 
-def shardings(mesh: Mesh, axes, shapes, rules: LogicalRules | None = None):
-    """NamedShardings of a tree: `axes` holds a tuple of logical axes for each leaf of `shapes`."""
-    return jax.tree.map(lambda leaf, names: NamedSharding(mesh, spec(names, leaf.shape, mesh, rules)), shapes, axes)
+def shardings(axes: Any, shapes: Any) -> Any:
+    """NamedShardings of a tree on the mesh of `use_mesh`; `axes`: a tuple of logical axes for each leaf of `shapes`."""
+    mesh = jax.sharding.get_mesh()
+    return jax.tree.map(lambda leaf, names: NamedSharding(mesh, spec(names, leaf.shape)), shapes, axes)

@@ -10,16 +10,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
 from llmjax.errors import UserError
-from llmjax.parallel import axes, hosts
-from llmjax.parallel.mesh import ParallelConfig
+from llmjax.parallel import hosts
 
 
 @dataclasses.dataclass(frozen=True)
 class Reduction:
-    """What a step must know of how its batch is cut: under jit it sees the whole batch, under pmap one replica's rows.
+    """How a step sums over the whole batch: under jit it sees all rows, under pmap those of one replica.
 
-    all_sum     a tree of sums over this piece -> the same sums over the whole batch
-    first_row   rows in this piece -> index of its first row in the global batch
+    all_sum     a tree of sums over the step's rows -> the same sums over the whole batch
+    first_row   number of the step's rows -> index of its first row in the global batch
     """
 
     all_sum: Callable[[Any], Any]
@@ -34,13 +33,13 @@ PMAP = Reduction(
 
 
 @dataclasses.dataclass(frozen=True)
-class Compiled:
-    """A compiled step with its two doors.
+class CompiledStep:
+    """The compiled train step, and the conversions between its arrays and the global arrays of the rest.
 
-    step    (state, batch) -> (state, metrics); takes the state that `place` gave and donates it
-    place   global state -> the arrays that `step` takes
-    lift    the state that `step` gave -> global arrays, as checkpoints and evaluation take them
-    feed    this process's rows of a batch (numpy) -> the batch that `step` takes
+    step            (state, batch) -> (state, metrics); takes what `shard_state` and `shard_batch` return, donates state
+    shard_state     global state -> the arrays that `step` takes
+    unshard_state   the state that `step` returned -> global arrays, as checkpoints and evaluation take them
+    shard_batch     this process's rows of a batch (numpy) -> the batch that `step` takes
     """
 
     step: Callable
@@ -49,68 +48,60 @@ class Compiled:
     shard_batch: Callable
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over every axis that splits the batch."""
-    return NamedSharding(mesh, P(("data", "fsdp")))
+def batch_sharding() -> NamedSharding:
+    """Rows over every mesh axis that splits the batch."""
+    return NamedSharding(jax.sharding.get_mesh(), P(("data", "fsdp")))
 
 
-def check_batch(name: str, size: int, mesh: Mesh, accumulation: int = 1) -> None:
+def check_batch(name: str, size: int, accumulation: int = 1) -> None:
     """Raise UserError where `size` rows cannot be cut evenly over the mesh and the microbatches."""
+    mesh = jax.sharding.get_mesh()
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if size % (shards * accumulation):
         parts = f"mesh.data x mesh.fsdp = {shards}" + (
             f" x train.accumulation = {accumulation}" if accumulation > 1 else ""
         )
         near = max(size // (shards * accumulation), 1) * shards * accumulation
-        raise UserError(f"{name}={size} is not divisible by {parts}: take {near}, or change the mesh")
+        raise UserError(f"{name}={size} is not divisible by {parts}: set it to {near}, or change the mesh")
 
 
-def check_backend(config: ParallelConfig, mesh: Mesh) -> None:
-    """Raise UserError for an unknown compiler, or one that cannot honour the mesh."""
-    if config.backend not in ("jit", "pmap"):
-        raise UserError(f"parallel.backend={config.backend!r}: known are 'jit' and 'pmap'")
-    wide = {name: size for name, size in mesh.shape.items() if name != "data" and size > 1}
-    if config.backend == "pmap" and wide:
+def check_backend(backend: str) -> None:
+    """Raise UserError for an unknown backend, and for one that does not support the mesh."""
+    if backend not in ("jit", "pmap"):
+        raise UserError(f"parallel.backend={backend!r}: expected 'jit' or 'pmap'")
+    mesh = jax.sharding.get_mesh()
+    sharded = {name: size for name, size in mesh.shape.items() if name != "data" and size > 1}
+    if backend == "pmap" and sharded:
         raise UserError(
-            f"parallel.backend='pmap' replicates the state, so it can't honour mesh {wide}: set them to 1 or use 'jit'"
+            f"parallel.backend='pmap' replicates the state and does not support mesh {sharded}: set these axes to 1, "
+            "or use 'jit'"
         )
 
 
-def compile_step(
-    step: Callable, config: ParallelConfig, mesh: Mesh, state_shardings: Any, rows: np.ndarray, batch: int
-) -> Compiled:
-    """Compile `step(state, batch, shards=...)` as `config.backend` says. `rows` are this process's rows of `batch`."""
-    check_backend(config, mesh)
-    if config.backend == "pmap":
-        return _compile_pmap(step, mesh)
-    return _compile_jit(step, mesh, config.rules, state_shardings, rows, batch)
+def compile_step(step: Callable, backend: str, state_shardings: Any, rows: np.ndarray, batch: int) -> CompiledStep:
+    """Compile `step(state, batch, reduction=...)` for the mesh. `rows` are this process's rows of `batch` rows."""
+    check_backend(backend)
+    return _compile_pmap(step) if backend == "pmap" else _compile_jit(step, state_shardings, rows, batch)
 
 
-def _compile_jit(
-    step: Callable, mesh: Mesh, rules: axes.LogicalRules, state_shardings: Any, rows: np.ndarray, batch: int
-) -> Compiled:
-    data, replicated = batch_sharding(mesh), NamedSharding(mesh, P())
+def _compile_jit(step: Callable, state_shardings: Any, rows: np.ndarray, batch: int) -> CompiledStep:
+    data, replicated = batch_sharding(), NamedSharding(jax.sharding.get_mesh(), P())
     compiled = jax.jit(
         lambda state, batch: step(state, batch, reduction=JIT),
         in_shardings=(state_shardings, data),
         out_shardings=(state_shardings, replicated),
         donate_argnums=0,
     )
-
-    def sharded(state, batch):
-        with jax.set_mesh(mesh), axes.use_rules(rules):
-            return compiled(state, batch)
-
     same = lambda state: state
-    # A process that holds the whole batch hands jit the numpy arrays: it cuts and places them faster than we could.
-    spread = lambda local: hosts.global_batch(data, local, rows, batch)
-    return Compiled(sharded, same, same, same if jax.process_count() == 1 else spread)
+    # A process that holds the whole batch passes the numpy arrays to jit, which shards them faster than this code.
+    shard_batch = lambda local: hosts.global_batch(data, local, rows, batch)
+    return CompiledStep(compiled, same, same, same if jax.process_count() == 1 else shard_batch)
 
 
-def _compile_pmap(step: Callable, mesh: Mesh) -> Compiled:
+def _compile_pmap(step: Callable) -> CompiledStep:
     devices = jax.local_devices()
-    here = NamedSharding(Mesh(np.array(devices), ("replica",)), P())
-    everywhere = NamedSharding(mesh, P())
+    local = NamedSharding(Mesh(np.array(devices), ("replica",)), P())
+    replicated = NamedSharding(jax.sharding.get_mesh(), P())
     mapped = jax.pmap(
         lambda state, batch: step(state, batch, reduction=PMAP),
         axis_name="replica",
@@ -118,21 +109,26 @@ def _compile_pmap(step: Callable, mesh: Mesh) -> Compiled:
         out_axes=(None, None),
         donate_argnums=0,
     )
+    no_mesh = Mesh(np.empty((), object), ())
+
+    def step_without_mesh(state, batch):
+        with jax.set_mesh(no_mesh):  # pmap makes a mesh of its own and refuses to run inside another one
+            return mapped(state, batch)
 
     # Placing before the first call matters: a donated state that pmap had to copy itself would be deleted under it.
-    def place(state):
-        return jax.tree.map(lambda x: jax.device_put(x.addressable_shards[0].data, here), state)
+    def shard_state(state):
+        return jax.tree.map(lambda x: jax.device_put(x.addressable_shards[0].data, local), state)
 
-    # pmap gives host-local arrays; the same buffers, seen as one array over all processes, are what the rest takes.
-    def lift(state):
+    # pmap returns host-local arrays; the rest takes the same buffers as one array over all processes.
+    def unshard_state(state):
         return jax.tree.map(
             lambda x: jax.make_array_from_single_device_arrays(
-                x.shape, everywhere, [shard.data for shard in x.addressable_shards]
+                x.shape, replicated, [shard.data for shard in x.addressable_shards]
             ),
             state,
         )
 
-    def feed(local):
-        return jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:]), local)
+    def shard_batch(rows):
+        return jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:]), rows)
 
-    return Compiled(mapped, place, lift, feed)
+    return CompiledStep(step_without_mesh, shard_state, unshard_state, shard_batch)

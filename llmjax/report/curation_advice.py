@@ -19,16 +19,17 @@ _FIELDS = {
 }
 
 
-def of(report: dict[str, Any]) -> list[str]:
-    """What a reader may want to change, said where the numbers ask for it."""
-    said, given = [], max(report["records"]["documents"], 1)
+def suggest(report: dict[str, Any]) -> list[str]:
+    """Settings that may need a change, each with the number that says so."""
+    advice, num_records = [], max(report["records"]["documents"], 1)
     for stage in report["stages"]:
         for one in stage["dropped"]:
             judged = stage["stage"] in _JUDGING and not one["reason"].startswith(NO_PAGE)
-            if one["documents"] > 0.05 * given and judged:
-                said.append(
-                    f"{one['documents'] / given:.0%} of all documents went in {stage['stage'].replace('_', ' ')} for "
-                    f"“{one['reason']}”. If its samples below are good text, change {_field(stage['stage'], one)}."
+            if one["documents"] > 0.05 * num_records and judged:
+                advice.append(
+                    f"{one['documents'] / num_records:.0%} of all documents went in "
+                    f"{stage['stage'].replace('_', ' ')} for “{one['reason']}”. "
+                    f"If its samples below are good text, change {_field(stage['stage'], one)}."
                 )
     for name, one in report["sources"].items():
         before = one["given"]["documents"]
@@ -38,26 +39,26 @@ def of(report: dict[str, Any]) -> list[str]:
                 key=lambda item: item[0],
             )
             ask = ": are its text field and format right?" if stage in _JUDGING else "."
-            said.append(
+            advice.append(
                 f"Of {name}, {count(one['documents'])} of {count(before)} documents stay; most went in "
                 f"{stage.replace('_', ' ')} for “{reason['reason']}”{ask}"
             )
         if len(report["sources"]) > 1 and one["tokens"] > 0.8 * max(report["kept"]["tokens"], 1):
-            said.append(
+            advice.append(
                 f"{one['tokens'] / report['kept']['tokens']:.1%} of all tokens are of {name}: "
                 "curate.inputs.NAME.weight and .max_tokens balance the inputs."
             )
     if "decontaminate" in report["config"]["stages"] and not report["config"]["decontaminate"]["against"]:
-        said.append("No evaluation set was looked for: name their files in curate.decontaminate.against.")
+        advice.append("No evaluation set was looked for: name their files in curate.decontaminate.against.")
     if report["personal_data"].get("action") == "count" and report["personal_data"]["kinds"]:
-        said.append("Personal data are still in the text: curate.personal_data.action='replace' hides them.")
+        advice.append("Personal data are still in the text: curate.personal_data.action='replace' hides them.")
     missing = report["licences"].get(_NOT_GIVEN, 0)
     if missing:
         which = "All documents" if missing == report["kept"]["documents"] else f"{count(missing)} documents"
-        said.append(f"{which} have no licence: set curate.inputs.NAME.licence, or carry a field named licence.")
+        advice.append(f"{which} have no licence: set curate.inputs.NAME.licence, or carry a field named licence.")
     if not report["kept"]["documents"]:
-        said.insert(0, "Nothing stays.")
-    return said
+        advice.insert(0, "Nothing stays.")
+    return advice
 
 
 def _field(stage: str, dropped: dict[str, Any]) -> str:

@@ -55,10 +55,10 @@ def read(workdir: epath.PathLike) -> RunFiles:
             unreadable.append(str(path))
             return None
 
-    config = load(root / "config.json", dict)
-    store = (config or {}).get("data", {}).get("store") or root / "store"
+    config = load(root / workdirs.CONFIG, dict)
+    store = (config or {}).get("data", {}).get("store") or root / workdirs.STORE
     evals: dict[str, dict[int, dict[str, Any]]] = {}
-    for path in sorted(root.glob("eval/*/*.json")):
+    for path in sorted(root.glob(f"{workdirs.EVAL}/*/*.json")):
         if path.parent.name.isdecimal() and (scores := load(path, dict)) is not None:
             evals.setdefault(path.stem, {})[int(path.parent.name)] = scores
     try:
@@ -69,10 +69,10 @@ def read(workdir: epath.PathLike) -> RunFiles:
     return RunFiles(
         workdir=root,
         config=config,
-        run=load(root / "run.json", dict),
-        data=load(root / "data.json", dict),
+        run=load(root / workdirs.RUN, dict),
+        data=load(root / workdirs.DATA, dict),
         manifest=load(epath.Path(store).expanduser() / "manifest.json", dict),
-        samples=load(root / "samples.json", list),
+        samples=load(root / workdirs.SAMPLES, list),
         metrics=metrics.read_metrics(root),
         evals=evals,
         profile=profile,

@@ -13,8 +13,8 @@ from llmjax.metrics import duration
 from llmjax.report import plot
 from llmjax.report.files import RunFiles, compressors, read
 from llmjax.report.markup import clean, count, figure, missing, page, pairs, section, table
+from llmjax.run import workdir as workdirs
 
-FILE = "report.html"
 MARKS = {"restart": "restarted", "skipped": "steps skipped, not finite"}
 SPLITS = ("train", "validation", "test")
 OPERATIONS = 15  # rows of the profile's table
@@ -25,7 +25,7 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
     """Make WORKDIR/report.html from the run's files and return its path; a part whose files are absent says so."""
     run = read(workdir)
     parts = (header, headline, learning, speed, profile, summary, data, evaluation, samples, config, footer)
-    path = run.workdir / FILE
+    path = run.workdir / workdirs.REPORT
     path.write_text(page(f"{run.workdir.name}: training report", "\n".join(part(run) for part in parts)))
     return path
 
@@ -107,7 +107,7 @@ def speed(run: RunFiles) -> str:
     facts = pairs(
         [
             ("time in steps", duration(_step_time(run)) if steps else None),
-            ("tokens seen", count(_last(run, "tokens"))),
+            ("targets scored", count(_last(run, "total_targets"))),
             ("median tokens per second", _median(run.curve("tokens_per_second"))),
             ("median time of a step", f"{statistics.median(y for _, y in steps):.4g} s" if steps else None),
             ("waiting for data, median", f"{statistics.median(y for _, y in shares):.2g}%" if shares else None),
@@ -155,10 +155,10 @@ def summary(run: RunFiles) -> str:
             ("device", f"{about.get('num_devices', '')} x {about.get('device', '')}"),
             ("processes", about.get("processes")),
             ("mesh", mesh),
-            ("compiled by", about.get("parallel")),
+            ("compiled by", about.get("backend")),
             ("parameters", count(about.get("parameters"))),
             ("optimizer", about.get("optimizer")),
-            ("evaluated", about.get("evaluated")),
+            ("evaluated", about.get("eval_params")),
             ("rows x tokens a step", f"{batch} x {seq_len}" if batch and seq_len else None),
             ("restarts", count(len(about.get("restarts", [])))),
             ("steps skipped, not finite", count(_last(run, "skipped_steps"))),
@@ -168,7 +168,7 @@ def summary(run: RunFiles) -> str:
     total = about.get("parameters") or math.nan
     parts = [(name, count(size), f"{size / total:.1%}") for name, size in about.get("parameters_by_part", {}).items()]
     by_part = table(("Parameters", "count", "share"), parts) if parts else ""
-    unsharded = "".join(f"<li>{clean(line)}</li>" for line in about.get("sharding_report", []))
+    unsharded = "".join(f"<li>{clean(line)}</li>" for line in about.get("unsharded_params", []))
     kept_whole = (
         f"<details><summary>Parameters that stay unsharded</summary><ul>{unsharded}</ul></details>" if unsharded else ""
     )

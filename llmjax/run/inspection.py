@@ -48,7 +48,7 @@ def describe(found: dict[str, Any]) -> str:
     """The same for people: a table of checkpoints, the config in a few lines, and the next step."""
     lines = [f"run {found['workdir']}", ""]
     if found["checkpoints"]:
-        rows = [("step", "fingerprint", "next sample", "tokens", "config")]
+        rows = [("step", "fingerprint", "next sample", "targets", "config")]
         for item in found["checkpoints"]:
             state, changed = item["data_state"] or {}, item["config_differences"]
             rows.append(
@@ -56,7 +56,7 @@ def describe(found: dict[str, Any]) -> str:
                     f"{item['step']:,}",
                     item["fingerprint"][:16],
                     f"{state['next_sample']:,}" if "next_sample" in state else "?",
-                    "?" if item["tokens"] is None else f"{item['tokens']:,}",
+                    "?" if item["total_targets"] is None else f"{item['total_targets']:,}",
                     ", ".join(changed) if changed else "as in config.json",
                 )
             )
@@ -110,7 +110,7 @@ def _checkpoints(folder: epath.Path, config: dict | None) -> tuple[list[dict[str
                 "step": step,
                 "fingerprint": meta["fingerprint"],
                 "data_state": meta.get("data_state"),
-                "tokens": meta.get("tokens"),
+                "total_targets": meta.get("total_targets"),
                 "config_differences": {field: [was, now] for field, was, now in changed},
             }
         )

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
+from llmjax.batch import Graph, Params
 from llmjax.models import registry
 from llmjax.models.registry import ModelConfig
 from llmjax.optim.config import OptimizerConfig
@@ -17,24 +18,24 @@ from llmjax.parallel import axes
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a step reads and writes: arrays, or their shapes or shardings in the same places.
+    """What a step reads and writes: arrays, or a tree of the same structure with their shapes or shardings.
 
-    step, skipped   int32 scalars: batches seen, and those of them whose update was not finite
+    step, skipped   int32 scalars: steps done, and those of them whose update was not finite
     """
 
     step: Any
     skipped: Any
-    params: dict
+    params: Params
     opt_state: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class StateSpec:
-    """Everything static about a state: the model's graph, the optimizer, logical axes, abstract leaves, shardings."""
+    """What is fixed about a state: the model's graph, the optimizer, logical axes, abstract leaves, shardings."""
 
-    graph: Any
+    graph: Graph
     optimizer: Optimizer
-    axes: dict
+    axes: Params
     shapes: TrainState
     shardings: TrainState
 
@@ -47,20 +48,16 @@ class StateSpec:
         )
 
 
-def make_state_spec(
-    model: ModelConfig,
-    optimizer: OptimizerConfig,
-    *,
-    horizon: int,
-    mesh: Mesh,
-    rules: axes.LogicalRules,
-) -> StateSpec:
-    """Shapes and shardings of a run's state, from configs alone; nothing is allocated."""
+def make_state_spec(model: ModelConfig, optimizer: OptimizerConfig, *, horizon: int) -> StateSpec:
+    """Shapes and shardings of a run's state on the mesh of `use_mesh`. Nothing is allocated.
+
+    horizon   train.steps, over which learning rate schedules run
+    """
     graph, shapes, names = registry.abstract(model)
     tx = make_optimizer(optimizer, horizon=horizon, axes=names, width=model.width_multiplier)
     opt_shapes = jax.eval_shape(tx.init, shapes)
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
-    replicated = NamedSharding(mesh, P())
+    replicated = NamedSharding(jax.sharding.get_mesh(), P())
     return StateSpec(
         graph=graph,
         optimizer=tx,
@@ -69,8 +66,8 @@ def make_state_spec(
         shardings=TrainState(
             replicated,
             replicated,
-            axes.shardings(mesh, names, shapes, rules),
-            axes.shardings(mesh, tx.state_axes(shapes), opt_shapes, rules),
+            axes.shardings(names, shapes),
+            axes.shardings(tx.state_axes(shapes), opt_shapes),
         ),
     )
 
@@ -82,10 +79,9 @@ def to_checkpoint(state: TrainState) -> dict:
 
 def from_checkpoint(spec: StateSpec, parts: dict, *, step: int, skipped: int) -> TrainState:
     """The state from a checkpoint's arrays and counters."""
-    place = lambda count, sharding: jax.device_put(jnp.asarray(count, jnp.int32), sharding)
-    return TrainState(
-        place(step, spec.shardings.step), place(skipped, spec.shardings.skipped), parts["params"], parts["opt_state"]
-    )
+    step_array = jax.device_put(jnp.int32(step), spec.shardings.step)
+    skipped_array = jax.device_put(jnp.int32(skipped), spec.shardings.skipped)
+    return TrainState(step_array, skipped_array, parts["params"], parts["opt_state"])
 
 
 def init_state(spec: StateSpec, model: ModelConfig, seed: int) -> TrainState:
@@ -99,18 +95,18 @@ def init_state(spec: StateSpec, model: ModelConfig, seed: int) -> TrainState:
     return jax.jit(create, out_shardings=spec.shardings)()
 
 
-def unsharded_params(spec: StateSpec, mesh: Mesh, rules: axes.LogicalRules) -> list[str]:
-    """One line for each parameter that the rules would shard but whose shape does not let them, with its bytes."""
-    lines = []
+def unsharded_params(spec: StateSpec) -> list[str]:
+    """One line for each parameter whose shape the rules' mesh axes do not divide, with its size in bytes."""
+    lines, mesh = [], jax.sharding.get_mesh()
     leaves = jax.tree_util.tree_leaves_with_path(spec.shapes.params)
     names = jax.tree.leaves(spec.axes, is_leaf=lambda x: isinstance(x, tuple))
     for (path, leaf), logical in zip(leaves, names, strict=True):
-        wanted, got = (_mesh_axes(axes.spec(logical, shape, mesh, rules), mesh) for shape in (None, leaf.shape))
-        if wanted - got:
+        by_rules, used = (_mesh_axes(axes.spec(logical, shape), mesh) for shape in (None, leaf.shape))
+        if by_rules - used:
             size = leaf.size * leaf.dtype.itemsize
             lines.append(
                 f"{jax.tree_util.keystr(path, simple=True, separator='.')} {logical} {leaf.shape}: {size:,} bytes "
-                f"stay unsharded over {sorted(wanted - got)}, which do not divide it"
+                f"stay unsharded over {sorted(by_rules - used)}, which do not divide it"
             )
     return lines
 

@@ -1,14 +1,15 @@
 """The workdir of a run: file names, atomic JSON files, and the lock.
 
-The lock works on any path that epath knows: it needs whole-file writes alone, so object stores serve as well. That is
-why it is no lock of the library filelock, which needs flock or exclusive creation and has no way to tell a holder that
-died on another host. The token store is locked in the same way, so that there is one implementation.
+The lock works on any path that epath supports: it only writes whole files, so object stores work too. The library
+filelock does not fit: it needs flock or exclusive creation, and cannot detect a holder that died on another host. The
+token store uses the same lock.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import pathlib
 import socket
@@ -28,31 +29,48 @@ try:
 except ImportError:  # not a Unix
     fcntl = None
 
-# What a run keeps in its workdir, beside checkpoints/<step>/ and eval/<step>/<split>.json.
+# Files of a workdir.
 CONFIG = "config.json"  # the resolved config
 RUN = "run.json"  # devices, versions, restarts
-DATA = "data.json"  # what the packed data hold
+DATA = "data.json"  # sizes of the packed data
 METRICS = "metrics.jsonl"  # one line every train.log_every steps
-SAMPLES = "samples.json"  # texts that the trained model wrote
-LOCK = "lock.json"  # which process writes here
-CHECKPOINTS, EVAL, EVENTS, STORE, PROFILE = "checkpoints", "eval", "events", "store", "profile"  # folders
+SAMPLES = "samples.json"  # texts that the trained model generated
+IMPORT = "import.json"  # where imported parameters come from
+REPORT = "report.html"
+LOCK = "lock.json"  # the process that writes here
+
+# Folders of a workdir.
+CHECKPOINTS = "checkpoints"  # checkpoints/<step>
+EVAL = "eval"  # eval/<step>/<split>.json
+EVENTS = "events"  # for TensorBoard
+STORE = "store"  # the token store, where data.store names no other folder
+PROFILE = "profile"  # traces of the JAX profiler
+TOKENIZER = "tokenizer"  # the tokenizer of an imported model
+COMPILATION_CACHE = "compilation_cache"
 
 REFRESH_SECONDS = 10.0
 EXPIRY_SECONDS = 60.0
 _POLL_SECONDS = 1.0
-_REPEAT_SECONDS = 60.0  # between two lines that tell of waiting
+_REPEAT_SECONDS = 60.0  # between two lines about waiting
 _BAD_INPUT = 78
+
+logger = logging.getLogger(__name__)
+
+
+def eval_path(workdir: epath.PathLike, step: int, split: str) -> epath.Path:
+    """The file with the scores of one split at one step."""
+    return epath.Path(workdir) / EVAL / str(step) / f"{split}.json"
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
-    """Write `value` as JSON; a reader sees the old file or the new one, never a part."""
+    """Write `value` as JSON; a reader sees the old file or the new one, never a part of it."""
     atomic.write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def read_json(path: epath.PathLike, kind: type = dict) -> Any:
     """The value in a JSON file, None where there is no file.
 
-    Raises UserError where the path cannot be read as a file, and where its content is no JSON of that kind.
+    Raises UserError where the path cannot be read, and where its content is not JSON of that kind.
     """
     try:
         value = json.loads(epath.Path(path).read_bytes())
@@ -74,10 +92,11 @@ class Lock:
 
     FOLDER/lock.json names the holder and is rewritten every 10 s. The lock of a process that died on this machine is
     taken over at once; any other after 60 s without a rewrite, or after 15 s of watching one that looks old. A machine
-    is a boot of a kernel and a namespace of process ids: two containers with one host name are two machines.
+    is identified by the boot of its kernel and the namespace of process ids: two containers with one host name are two
+    machines.
 
-    wait   called with a line for the user when the folder is in use, and the lock is waited for. Without it, a folder
-           in use raises UserError naming the process and its host.
+    wait   wait for the lock of a folder in use, and log that. Without it, a folder in use raises UserError naming the
+           process and its host.
     name   of the lock's file
     """
 
@@ -86,7 +105,7 @@ class Lock:
         folder: epath.PathLike,
         *,
         primary: bool,
-        wait: Callable[[str], None] | None = None,
+        wait: bool = False,
         name: str = LOCK,
     ):
         self._folder = epath.Path(folder)
@@ -124,7 +143,7 @@ class Lock:
     def check(self) -> None:
         """Raise UserError where the folder was removed, renamed or replaced since the lock was taken.
 
-        Called before a run writes, since a writer that creates its folders would go on in a new, empty one.
+        Call it before a run writes: writers create missing folders, and would continue in a new, empty one.
         """
         if self._primary and _inode(self._folder) != self._inode:
             raise UserError(
@@ -143,7 +162,7 @@ class Lock:
                     self._write()
                     break
             if watched is None or holder != watched:
-                if self._wait is None and (watched is not None or self._is_here(holder)):
+                if not self._wait and (watched is not None or self._is_here(holder)):
                     raise self._in_use(holder)
                 # Even a lock that looks old is watched for longer than a refresh takes: the other clock may be wrong.
                 age = time.time() - holder["refreshed"]
@@ -151,14 +170,15 @@ class Lock:
                 watched, deadline = holder, time.monotonic() + patience
             elif self._is_here(holder):
                 deadline = time.monotonic() + EXPIRY_SECONDS  # alive, only stopped or busy
-            if self._wait is not None and time.monotonic() - reported >= _REPEAT_SECONDS:
+            if self._wait and time.monotonic() - reported >= _REPEAT_SECONDS:
                 reported = time.monotonic()
-                self._wait(f"waiting for process {holder['pid']} on {holder['host']}, which uses {self._folder}")
+                name = f"process {holder['pid']} on {holder['host']}"
+                logger.info("waiting for %s, which uses %s", name, self._folder)
             time.sleep(min(_POLL_SECONDS, REFRESH_SECONDS))
         time.sleep(0.1)  # without flock, of two that start together the later writer wins; both see who that is
         if self._owner() in (None, self._me["run"]):
             return True
-        if self._wait is None:
+        if not self._wait:
             raise self._in_use(self._holder() or {"host": "unknown", "pid": "unknown"})
         return False
 
@@ -169,14 +189,14 @@ class Lock:
         )
 
     def _is_here(self, holder: dict[str, Any]) -> bool:
-        """Whether the holder's pid means something to this process."""
+        """Whether the holder's process id is one of this machine."""
         return (holder["host"], holder["machine"]) == (self._me["host"], self._me["machine"])
 
     def _died(self, holder: dict[str, Any]) -> bool:
         return self._is_here(holder) and not _alive(holder)
 
     def _holder(self) -> dict[str, Any] | None:
-        """Who holds the lock; a file that is no lock holds nothing. Raises UserError where it cannot be read."""
+        """The content of the lock; None for a file that is no lock. Raises UserError where it cannot be read."""
         try:
             holder = read_json(self._path)
         except UserError as error:
@@ -196,15 +216,15 @@ class Lock:
         while not self._released.wait(REFRESH_SECONDS):
             try:
                 if _inode(self._folder) != self._inode:
-                    continue  # removed or renamed: `check` tells, and a new folder of that name is not ours
+                    continue  # removed or renamed: `check` raises, and a new folder of that name belongs to another run
                 with _exclusive(self._folder):
                     if self._owner() in (None, self._me["run"]):
                         self._write()
                         continue
             except (OSError, UserError):
-                continue  # a disk that is full or away for a while; the lock stays ours until it expires
+                continue  # a disk that is full or away for a while; the lock stays valid until it expires
             print(
-                f"llmjax: error: workdir {self._folder} was taken over by another run while this one stood still",
+                f"llmjax: error: workdir {self._folder} was taken over by another run while this one was suspended",
                 file=sys.stderr,
                 flush=True,
             )
@@ -222,7 +242,7 @@ class Holder:
 
 
 def read_holder(folder: epath.PathLike) -> Holder | None:
-    """Who holds FOLDER/lock.json, for those who only read; None where nobody does."""
+    """The holder of FOLDER/lock.json, for commands that only read; None where nobody holds it."""
     lock = Lock(folder, primary=False)
     holder = lock._holder()
     if holder is None:
@@ -234,9 +254,9 @@ def read_holder(folder: epath.PathLike) -> Holder | None:
 
 def _is_lock(holder: dict[str, Any]) -> bool:
     """Whether a JSON object has a lock's fields, each of its type."""
-    texts = (holder.get("run"), holder.get("host"), holder.get("born"), holder.get("machine", ""))
+    strings = (holder.get("run"), holder.get("host"), holder.get("born"), holder.get("machine", ""))
     pid, refreshed = holder.get("pid"), holder.get("refreshed")
-    if not all(isinstance(text, str) for text in texts) or type(pid) is not int:
+    if not all(isinstance(text, str) for text in strings) or type(pid) is not int:
         return False
     if not isinstance(refreshed, int | float) or isinstance(refreshed, bool):
         return False
@@ -245,9 +265,9 @@ def _is_lock(holder: dict[str, Any]) -> bool:
 
 @contextlib.contextmanager
 def _exclusive(folder: epath.Path) -> Iterator[None]:
-    """Keep other processes of this machine from reading and replacing a lock at the same time, by flock on its folder.
+    """Let one process of this machine at a time read and replace a lock, by flock on its folder.
 
-    Object stores and some network file systems have no flock; there, `Lock` looks again after it has written.
+    Object stores and some network file systems have no flock; there, `Lock` reads the file again after writing it.
     """
     try:
         if fcntl is None or atomic.is_remote(folder):
@@ -267,16 +287,16 @@ def _exclusive(folder: epath.Path) -> Iterator[None]:
 
 
 def _inode(folder: epath.Path) -> tuple[int, int] | None:
-    """What tells a folder from a later one of the same name; None where there is none, and in an object store."""
+    """Identifies a folder, unlike a later one of the same name; None if missing or in an object store."""
     try:
-        found = None if atomic.is_remote(folder) else os.stat(folder)
+        stat = None if atomic.is_remote(folder) else os.stat(folder)
     except FileNotFoundError:
         return None
-    return (found.st_dev, found.st_ino) if found else None
+    return (stat.st_dev, stat.st_ino) if stat else None
 
 
 def _machine() -> str:
-    """The boot of this kernel and the namespace of process ids that this process lives in; '' where that is unknown."""
+    """The boot of this kernel and this process's namespace of process ids; '' where that is unknown."""
     try:
         boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -287,7 +307,7 @@ def _machine() -> str:
 def _start_time(pid: int) -> str:
     """When a process of this machine started, in clock ticks since boot; '' where that is unknown.
 
-    Tells a process from a later one with the same number, as in a container that is started again.
+    A later process with the same id, as in a container that is started again, has another start time.
     """
     stat = _stat(pid)
     return stat[19] if stat else ""
@@ -304,7 +324,7 @@ def _stat(pid: int) -> list[str]:
 
 
 def _alive(holder: dict[str, Any]) -> bool:
-    """Whether a holder on this machine still runs; a zombie, whose parent has not asked for its status, does not."""
+    """Whether a holder on this machine still runs; a zombie, whose parent has not read its status, does not."""
     try:
         os.kill(holder["pid"], 0)
     except (ProcessLookupError, OverflowError):

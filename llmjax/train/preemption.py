@@ -1,7 +1,6 @@
 """SIGTERM, SIGHUP or Ctrl-C during training: all processes save the same step and stop."""
 
-from collections.abc import Callable, Iterator
-import contextlib
+from collections.abc import Callable
 import os
 import signal
 
@@ -12,54 +11,48 @@ from llmjax.parallel import interrupts
 
 
 class Preemption:
-    """Whether the job was asked to stop. A second signal ends a process at once and says what is lost.
+    """Whether the job was requested to stop. A second signal ends a process at once and prints what is lost.
 
-    lost          called at that second signal: what has not been saved
-    interrupted   a block of `interruptible` was ended by a signal
+    describe_loss   called at that second signal: what has not been saved
     """
 
-    def __init__(self, lost: Callable[[], str]):
-        self._lost, self._asked, self._at_once, self.interrupted = lost, False, False, False
-        # With several processes JAX's own notifier takes SIGTERM and agrees on a step; other signals are passed to it.
+    def __init__(self, describe_loss: Callable[[], str]):
+        self._describe_loss, self._requested = describe_loss, False
+        self._checks, self._agreed = 0, False
+        # With several processes JAX's own notifier handles SIGTERM; other signals are passed on to it as SIGTERM.
         self._single = jax.process_count() == 1
         self._old = {}
         for number in interrupts.SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN and (self._single or number != signal.SIGTERM):
-                self._old[number] = signal.signal(number, self._ask)
+                self._old[number] = signal.signal(number, self._request)
         if not self._single:
             interrupts.give_back_sigterm()
         self._deferred = interrupts.deferred()
         self._deferred.__enter__()
 
-    def _ask(self, number, frame) -> None:
+    def _request(self, number, frame) -> None:
         interrupts.drop_dead_terminal()
-        if self._asked:
-            raise interrupts.Stopped(number, self._lost())
-        self._asked = True
-        if self._at_once:
-            self.interrupted = True
-            raise interrupts.Stopped(number)
+        if self._requested:
+            raise interrupts.Stopped(number, self._describe_loss())
+        self._requested = True
         if not self._single:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    @contextlib.contextmanager
-    def interruptible(self) -> Iterator[None]:
-        """Inside, the first signal of a single process ends the block: an evaluation is not worth waiting for."""
-        self._at_once = self._single
-        try:
-            yield
-        except interrupts.Stopped as stopped:
-            if stopped.lost:  # the second signal
-                raise
-        finally:
-            self._at_once = False
+    def reached(self) -> bool:
+        """Whether to stop here. All processes call it at the same points and get the same answer.
 
-    def reached(self, step: int) -> bool:
-        """Whether to stop after `step`; every process calls it at every step and gets the same answer."""
-        return self._asked if self._single else multihost_utils.reached_preemption_sync_point(step)
+        After a signal, JAX's coordination service picks the number of a call that no process has made yet: at that call
+        all of them return True. So calls are counted here, over training steps and batches of evaluations alike.
+        """
+        if self._single:
+            return self._requested
+        if not self._agreed:
+            self._checks += 1
+            self._agreed = multihost_utils.reached_preemption_sync_point(self._checks)
+        return self._agreed
 
     def close(self) -> None:
-        """Give the signals back to whoever had them."""
+        """Restore the signal handlers that were there before."""
         self._deferred.__exit__(None, None, None)
         for number, handler in self._old.items():
             signal.signal(number, handler)

@@ -1,6 +1,6 @@
 """A JAX profiler trace of some training steps, for `train.profile`."""
 
-from collections.abc import Callable
+import logging
 from typing import Any
 
 from etils import epath
@@ -11,6 +11,8 @@ from llmjax.errors import UserError
 from llmjax.parallel import hosts
 from llmjax.run import workdir as workdirs
 from llmjax.run.config import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 
 def check_profile(train: TrainConfig, workdir: epath.Path) -> None:
@@ -27,16 +29,15 @@ class Profiler:
 
     train      train.profile is (first step, number of steps), or () for no trace
     next_step  the first step that this process runs; a window that starts before it loses its first steps
-    say        called with a line for the user
     """
 
-    def __init__(self, train: TrainConfig, workdir: epath.Path, next_step: int, say: Callable[[str], None]):
+    def __init__(self, train: TrainConfig, workdir: epath.Path, next_step: int):
         first, steps = train.profile or (1, 0)
         self._window = range(first, first + steps) if hosts.is_primary() else range(0)
-        self._folder, self._say = workdir / workdirs.PROFILE, say
+        self._folder = workdir / workdirs.PROFILE
         self._first = self._last = 0  # the steps traced so far; 0: no trace is open
         if self._window and next_step >= self._window.stop:
-            say(f"train.profile={train.profile}: these steps are done, so no trace is written")
+            logger.info("train.profile=%s: these steps are done, so no trace is written", train.profile)
 
     def before_step(self, step: int, state: Any) -> None:
         """Start the trace where it is due, once the device has finished the steps before."""
@@ -68,10 +69,11 @@ class Profiler:
         try:
             jax.profiler.stop_trace()
         except jax.errors.JaxRuntimeError as error:  # a disk that is full must not end the run
-            self._say(f"no profile of steps {first} to {self._last}: {error}; training continues")
+            logger.info("no profile of steps %d to %d: %s; training continues", first, self._last, error)
             return
         newest = max(self._folder.glob("plugins/profile/*"), key=lambda folder: folder.name)
-        self._say(
-            f"profile of steps {first} to {self._last}: {newest}; open its *.trace.json.gz at "
-            f"https://ui.perfetto.dev, or run `tensorboard --logdir={self._folder}` with tensorboard-plugin-profile"
+        logger.info(
+            "profile of steps %d to %d: %s; open its *.trace.json.gz at https://ui.perfetto.dev, or run "
+            "`tensorboard --logdir=%s` with tensorboard-plugin-profile",
+            *(first, self._last, newest, self._folder),
         )

@@ -17,33 +17,28 @@ from llmjax.train.context import Progress, TrainContext
 
 
 def write_run_metadata(context: TrainContext, progress: Progress, unsharded: list[str]) -> None:
-    """Write the run's files at a start or restart; process 0 alone."""
+    """Write config.json, run.json and data.json at a start or restart; process 0 alone."""
     if not hosts.is_primary():
         return
     path = context.workdir / workdirs.RUN
-    old = (
-        workdirs.read_json(path)
-        if path.exists()
-        else {"run_id": uuid.uuid4().hex[:12], "started": time.time(), "restarts": []}
-    )
-    train = context.config.train
-    goes_on = path.exists() and progress.step < (train.stop_at or train.steps)  # else there is nothing left to train
-    restarts = old["restarts"] + ([{"step": progress.step, "time": time.time()}] if goes_on else [])
-    device = jax.devices()[0]
+    old = workdirs.read_json(path)
+    restarts = [] if old is None else old["restarts"]
+    if old is not None and progress.step < context.last_step:
+        restarts = [*restarts, {"step": progress.step, "time": time.time()}]
     by_part = registry.parameters_by_part(context.spec.shapes.params)
     workdirs.write_json(context.workdir / workdirs.CONFIG, run_config.to_json(context.config))
     workdirs.write_json(context.workdir / workdirs.DATA, context.data.summary(progress.data_state))
     workdirs.write_json(
         path,
         {
-            "run_id": old["run_id"],
-            "started": old["started"],
+            "run_id": uuid.uuid4().hex[:12] if old is None else old["run_id"],
+            "started": time.time() if old is None else old["started"],
             "restarts": restarts,
-            "device": device.device_kind,
+            "device": jax.devices()[0].device_kind,
             "num_devices": jax.device_count(),
             "processes": jax.process_count(),
-            "mesh": dict(context.mesh.shape),
-            "parallel": context.config.parallel.backend,
+            "mesh": dict(jax.sharding.get_mesh().shape),
+            "backend": context.config.parallel.backend,
             "cpu_threads": context.config.parallel.cpu_threads,
             "versions": {
                 "llmjax": llmjax.__version__,
@@ -56,16 +51,18 @@ def write_run_metadata(context: TrainContext, progress: Progress, unsharded: lis
             "parameters": sum(by_part.values()),
             "parameters_by_part": by_part,
             "optimizer": context.config.optimizer.name,
-            "evaluated": context.spec.optimizer.eval_params_name,
-            "sharding_report": unsharded,
+            "eval_params": context.spec.optimizer.eval_params_name,
+            "unsharded_params": unsharded,
         },
     )
 
 
 def run_summary(context: TrainContext) -> str:
-    """The run in one line: parameters, devices, rows, tokens a step."""
+    """The run in one line: parameters, devices, rows and tokens per step."""
     train, data = context.config.train, context.config.data
-    mesh = " x ".join(f"{name} {size}" for name, size in context.mesh.shape.items() if size > 1) or "1 device"
+    mesh = (
+        " x ".join(f"{name} {size}" for name, size in jax.sharding.get_mesh().shape.items() if size > 1) or "1 device"
+    )
     parameters = sum(registry.parameters_by_part(context.spec.shapes.params).values())
     return (
         f"{parameters:,} parameters, {jax.devices()[0].device_kind} ({mesh}), "

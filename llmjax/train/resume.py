@@ -1,7 +1,7 @@
 """Restore the newest good checkpoint or initialise, after checking that the config still fits."""
 
-from collections.abc import Callable
 import dataclasses
+import logging
 from typing import Any
 
 import jax
@@ -17,58 +17,54 @@ from llmjax.run.config import RunConfig
 from llmjax.run.state import StateSpec
 from llmjax.train.context import Progress
 
-# Fields of the model that change how it computes, not what it is.
+logger = logging.getLogger(__name__)
+
+# Fields of the model that change how it is computed, not its parameters or its function.
 _FREE_MODEL_FIELDS = {"scan", "remat", "attention", "recurrence", "unroll", "dtype", "dropout"}
-# Fields of the optimizer that make its learning rate; a change is honoured, and said.
+# Fields of the optimizer that decide its learning rate; a change is applied and logged.
 _RATE_FIELDS = {"learning_rate", "schedule", "warmup_steps", "decay_fraction", "end_fraction"}
 
 
 def restore_or_init(
-    config: RunConfig,
-    spec: StateSpec,
-    data: TrainData,
-    checkpoints: Checkpoints,
-    tokenizer_sha256: str,
-    say: Callable[[str], None],
+    config: RunConfig, spec: StateSpec, data: TrainData, checkpoints: Checkpoints, tokenizer_sha256: str
 ) -> Progress:
     """The newest good checkpoint on this mesh, or a fresh state where there is none.
 
     Raises UserError where the config changed in a way that matters, with the differences, and where every checkpoint
     is damaged.
     """
-    known = _newest_meta(checkpoints)
-    imported = known is not None and "imported" in known
-    keeps_optimizer = known is None or (not imported and _same_state(config, known, spec))
+    newest = _newest_meta(checkpoints)
+    imported = newest is not None and "imported" in newest
+    keeps_optimizer = newest is None or (not imported and _has_same_state(config, newest, spec))
     abstract = states.to_checkpoint(spec.abstract())
     if not keeps_optimizer:
         del abstract["opt_state"]
     restored = checkpoints.restore_latest_good(
-        abstract, check=lambda meta: _check_changes(config, meta, tokenizer_sha256), say=say
+        abstract, check=lambda meta: _check_changes(config, meta, tokenizer_sha256)
     )
     if restored is None:
         return Progress(0, 0, states.init_state(spec, config.model, config.seed), data.start())
     meta, parts = restored.meta, restored.parts
     for line in _changes(config, meta, tokenizer_sha256):
-        say(f"  accepted change: {line}")
-    if not keeps_optimizer:
+        logger.info("  accepted change: %s", line)
+    if keeps_optimizer:
+        _log_rate_changes(config, meta, updates=restored.step - meta["skipped"])
+    else:
         if not imported:
-            say("  the parameters are kept; the optimizer's state starts fresh, and its learning rate at update 0")
+            logger.info("  the parameters are kept; the optimizer's state and learning rate start at update 0")
         init = jax.jit(spec.optimizer.init, out_shardings=spec.shardings.opt_state)
         parts = {**parts, "opt_state": init(parts["params"])}
-    else:
-        _say_rates(config, meta, restored.step - meta["skipped"], say)
-    if not imported:
-        _say_computation(config, meta, say)
     state = states.from_checkpoint(spec, parts, step=restored.step, skipped=meta["skipped"])
     if imported:
-        say(f"  starting from the parameters that were imported from {meta['imported']}")
+        logger.info("  starting from the parameters that were imported from %s", meta["imported"])
         return Progress(0, 0, state, data.start())
-    say(f"  resuming at step {restored.step}, fingerprint {meta['fingerprint']}")
-    return Progress(restored.step, meta["tokens"], state, _data_state(config, data, meta, say))
+    _log_computation_changes(config, meta)
+    logger.info("  resuming at step %d, fingerprint %s", restored.step, meta["fingerprint"])
+    return Progress(restored.step, meta["total_targets"], state, _restore_data_state(config, data, meta))
 
 
 def _newest_meta(checkpoints: Checkpoints) -> dict[str, Any] | None:
-    """What the newest readable checkpoint says of itself; damaged ones are dealt with at the restore."""
+    """The meta of the newest readable checkpoint; the restore reports the damaged ones."""
     for step in reversed(checkpoints.steps()):
         try:
             return checkpoints.read_meta(step)
@@ -77,73 +73,83 @@ def _newest_meta(checkpoints: Checkpoints) -> dict[str, Any] | None:
     return None
 
 
-def _same_state(config: RunConfig, meta: dict[str, Any], spec: StateSpec) -> bool:
-    """Whether the saved optimizer state is one that this config's optimizer can go on with."""
-    old = bind(RunConfig, meta["config"])
+def _saved_config(meta: dict[str, Any]) -> RunConfig:
+    """The config that a checkpoint was saved with. Raises UserError where another version of llmjax wrote it."""
+    try:
+        return bind(RunConfig, meta["config"])
+    except UserError as error:
+        raise UserError(
+            f"the checkpoint's config: {error}; another version of llmjax saved it: use that version, or give a new "
+            "--workdir"
+        ) from error
+
+
+def _has_same_state(config: RunConfig, meta: dict[str, Any], spec: StateSpec) -> bool:
+    """Whether this config's optimizer can continue from the saved optimizer state."""
+    old = _saved_config(meta)
     optimizer = make_optimizer(old.optimizer, horizon=old.train.steps, axes=spec.axes)
     shapes = jax.eval_shape(optimizer.init, spec.shapes.params)
     same_leaves = jax.tree.structure(shapes) == jax.tree.structure(spec.shapes.opt_state)
     return old.optimizer.name == config.optimizer.name and same_leaves
 
 
-def _optimizer_changes(config: RunConfig, meta: dict[str, Any]) -> list[str]:
-    return _lines("optimizer", config, meta, _RATE_FIELDS)
-
-
-def _lines(section: str, config: RunConfig, meta: dict[str, Any], free: set[str]) -> list[str]:
-    old = run_config.to_json(bind(RunConfig, meta["config"]))  # a field that was not there yet had its default
-    found = differences(old[section], run_config.to_json(config)[section])
-    return [f"{section}.{field}: {was!r} -> {now!r}" for field, was, now in found if field not in free]
+def _section_changes(section: str, config: RunConfig, meta: dict[str, Any], ignore: set[str]) -> list[str]:
+    """Lines `section.field: old -> new`; a field that the checkpoint's config lacks had its default."""
+    old = run_config.to_json(_saved_config(meta))
+    changed = differences(old[section], run_config.to_json(config)[section])
+    return [f"{section}.{field}: {was!r} -> {now!r}" for field, was, now in changed if field not in ignore]
 
 
 def _changes(config: RunConfig, meta: dict[str, Any], tokenizer_sha256: str) -> list[str]:
     """Differences that matter and that `checkpoint.accept_changes` can accept."""
-    lines = [] if "imported" in meta else _optimizer_changes(config, meta)
+    lines = [] if "imported" in meta else _section_changes("optimizer", config, meta, _RATE_FIELDS)
     if meta["tokenizer_sha256"] != tokenizer_sha256:
         lines.insert(0, f"tokenizer: sha256 {meta['tokenizer_sha256'][:12]} -> {tokenizer_sha256[:12]}")
     return lines
 
 
 def _check_changes(config: RunConfig, meta: dict[str, Any], tokenizer_sha256: str) -> None:
-    model = _lines("model", config, meta, _FREE_MODEL_FIELDS)
+    model = _section_changes("model", config, meta, _FREE_MODEL_FIELDS)
     if model:
         raise UserError(
-            f"the checkpoint's model is another one ({'; '.join(model)}): undo the change or take a new --workdir"
+            f"the checkpoint's model differs from the config's ({'; '.join(model)}): undo the change or give a new "
+            "--workdir"
         )
     lines = _changes(config, meta, tokenizer_sha256)
     if lines and not config.checkpoint.accept_changes:
         raise UserError(
-            f"the config changed since the checkpoint in a way that matters ({'; '.join(lines)}): undo it, take a new "
+            f"the config changed since the checkpoint in a way that matters ({'; '.join(lines)}): undo it, give a new "
             "--workdir, or accept it with --config.checkpoint.accept_changes=true"
         )
 
 
-def _say_rates(config: RunConfig, meta: dict[str, Any], count: int, say: Callable[[str], None]) -> None:
-    old = bind(RunConfig, meta["config"])
+def _log_rate_changes(config: RunConfig, meta: dict[str, Any], updates: int) -> None:
+    old = _saved_config(meta)
     if config.train.steps != old.train.steps:
-        say("  " + schedules.describe_change(config.optimizer, old.train.steps, config.train.steps, count))
-    for line in _lines("optimizer", config, meta, set(dataclasses.asdict(config.optimizer)) - _RATE_FIELDS):
-        say(f"  changed since the checkpoint: {line}")
+        change = schedules.describe_change(config.optimizer, old.train.steps, config.train.steps, updates)
+        logger.info("  %s", change)
+    for line in _section_changes("optimizer", config, meta, set(dataclasses.asdict(config.optimizer)) - _RATE_FIELDS):
+        logger.info("  changed since the checkpoint: %s", line)
 
 
-def _say_computation(config: RunConfig, meta: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Tell changes of what is trained for, and of what decides the last bits on CPU."""
-    old = bind(RunConfig, meta["config"])
+def _log_computation_changes(config: RunConfig, meta: dict[str, Any]) -> None:
+    """Log changes of the training loss, and of what decides the last bits on CPU."""
+    old = _saved_config(meta)
     fields = (
         ("train.z_loss", old.train.z_loss, config.train.z_loss),
         ("parallel.cpu_threads", old.parallel.cpu_threads, config.parallel.cpu_threads),
     )
     for field, was, now in fields:
         if was != now:
-            say(f"  changed since the checkpoint: {field}: {was!r} -> {now!r}")
+            logger.info("  changed since the checkpoint: %s: %r -> %r", field, was, now)
 
 
-def _data_state(config: RunConfig, data: TrainData, meta: dict[str, Any], say: Callable[[str], None]) -> DataState:
+def _restore_data_state(config: RunConfig, data: TrainData, meta: dict[str, Any]) -> DataState:
     saved = DataState.from_json(meta["data_state"])
     try:
         data.check(saved)
     except UserError as error:
         if not config.checkpoint.accept_changes:
             raise UserError(f"{error}; or accept it with --config.checkpoint.accept_changes=true") from None
-        say(f"  accepted change: {error}")
+        logger.info("  accepted change: %s", error)
     return dataclasses.replace(data.start(), next_sample=saved.next_sample)

@@ -8,7 +8,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from llmjax.batch import Batch
+from llmjax.batch import Batch, Graph, Params
 from llmjax.nn import losses
 from llmjax.optim.optimizer import Optimizer
 from llmjax.parallel import axes
@@ -17,17 +17,20 @@ from llmjax.run.state import TrainState
 
 
 class Sums(NamedTuple):
-    """What a loss adds up over rows, beside its gradient: see LossSums and Output."""
+    """Sums of a loss over rows, beside its gradient: see LossSums and Output."""
 
-    tokens: losses.LossSums
-    penalty: Any
-    stats: dict
+    loss: losses.LossSums
+    aux_loss: Any
+    aux_metrics: dict
 
 
-def make_loss(graph, *, seed: int, chunk: int, z_loss: float) -> Callable:
-    """(params, batch) -> (what training lowers, Sums). Dropout is keyed by the seed and each row's sample index."""
+def make_loss(graph: Graph, *, seed: int, chunk: int, z_loss: float) -> Callable:
+    """A function (params, batch) -> (summed training loss, Sums). Dropout is keyed by seed and sample index.
 
-    def loss(params: dict, batch: Batch):
+    chunk   positions of a row whose logits exist at one time
+    """
+
+    def loss(params: Params, batch: Batch):
         model = nnx.merge(graph, params)
         out = model(batch, jax.random.fold_in(jax.random.key(seed), 1))
         sums = losses.cross_entropy(out.hidden, model.unembed, batch.targets, batch.weights, chunk=chunk, z_loss=z_loss)
@@ -51,37 +54,37 @@ def train_step(
     padding and uneven packing never bias the mean. Where loss or gradient norm is not finite, parameters and optimizer
     state (schedule and EMA counts with it) stay as they were; only the step and `skipped` advance.
     """
-    grads, (sums, penalty, stats) = reduction.all_sum(_gradients(loss, state.params, batch, accumulation))
+    grads, (sums, aux_loss, aux_metrics) = reduction.all_sum(_gradients(loss, state.params, batch, accumulation))
     weight = jnp.maximum(sums.weight, 1.0)
     grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
     params, opt_state, info = optimizer.update(grads, state.opt_state, state.params)
-    finite = jnp.isfinite(sums.nats + sums.z + penalty) & jnp.isfinite(info["grad_norm"])
+    finite = jnp.isfinite(sums.nats + sums.z + aux_loss) & jnp.isfinite(info["grad_norm"])
     keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
     skipped = state.skipped + jnp.where(finite, 0, 1)
     metrics = {
         "loss": sums.nats / weight,
         "z_loss": sums.z / weight,
         "accuracy": sums.correct / weight,
-        "tokens": sums.weight,
-        "read": reduction.all_sum(jnp.sum(batch.segments > 0)),
+        "num_targets": sums.weight,
+        "num_tokens": reduction.all_sum(jnp.sum(batch.segments > 0)),
         "grad_norm": info["grad_norm"],
         "learning_rate": info["learning_rate"],
         "skipped_steps": skipped,
         "finite": finite,
-        **{name: total / jnp.maximum(share, 1.0) for name, (total, share) in stats.items()},
+        **{name: total / jnp.maximum(weight, 1.0) for name, (total, weight) in aux_metrics.items()},
         "batch_digest": reduction.all_sum(batch_digest(batch, reduction.first_row(batch.inputs.shape[0]))),
     }
     state = TrainState(state.step + 1, skipped, keep(params, state.params), keep(opt_state, state.opt_state))
     return state, metrics
 
 
-def _gradients(loss: Callable, params: dict, batch: Batch, accumulation: int):
+def _gradients(loss: Callable, params: Params, batch: Batch, accumulation: int):
     """Gradient sums and loss sums of a batch, over `accumulation` microbatches one after another."""
     gradient = jax.grad(loss, has_aux=True)
     if accumulation == 1:
         return gradient(params, batch)
 
-    def cut(x: jax.Array) -> jax.Array:
+    def split(x: jax.Array) -> jax.Array:
         # Microbatch a takes rows a, a + accumulation, ...: each device keeps its own rows and nothing is sent.
         x = x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1)
         return axes.constrain(x, None, "batch", *(None,) * (x.ndim - 2))
@@ -89,26 +92,28 @@ def _gradients(loss: Callable, params: dict, batch: Batch, accumulation: int):
     def add(total, micro):
         return jax.tree.map(jnp.add, total, gradient(params, micro)), None
 
-    micros = jax.tree.map(cut, batch)
+    micros = jax.tree.map(split, batch)
     shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], micros))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     return jax.lax.scan(add, zeros, micros)[0]
 
 
 def batch_digest(batch: Batch, first_row) -> jax.Array:
-    """A uint32 hash of every row's place, sample index and tokens. Wrap-around sums have no order: any mesh agrees."""
+    """A uint32 hash of every row's index, sample index and tokens. Sums modulo 2^32 have no order: any mesh agrees."""
     row = jnp.arange(batch.inputs.shape[0], dtype=jnp.uint32)[:, None] + jnp.uint32(first_row)
-    total = jnp.sum(_mix(_mix(batch.sample.astype(jnp.uint32)) + row * jnp.uint32(3) + jnp.arange(2, dtype=jnp.uint32)))
+    total = jnp.sum(
+        _hash32(_hash32(batch.sample.astype(jnp.uint32)) + row * jnp.uint32(3) + jnp.arange(2, dtype=jnp.uint32))
+    )
     fields = [batch.inputs, batch.targets, batch.segments, batch.weights.astype(jnp.int32)]
     if batch.source is not None:
         fields += [batch.source, batch.source_segments]
     for field in fields:
-        place = row * jnp.uint32(65537) + jnp.arange(field.shape[1], dtype=jnp.uint32)
-        total = total * jnp.uint32(31) + jnp.sum(_mix(_mix(field.astype(jnp.uint32)) ^ place))
+        position = row * jnp.uint32(65537) + jnp.arange(field.shape[1], dtype=jnp.uint32)
+        total = total * jnp.uint32(31) + jnp.sum(_hash32(_hash32(field.astype(jnp.uint32)) ^ position))
     return total
 
 
-def _mix(x: jax.Array) -> jax.Array:
+def _hash32(x: jax.Array) -> jax.Array:
     """A bijection on uint32 with good avalanche (multiply and xor-shift rounds)."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import importlib.util
+import logging
 import pathlib
 from typing import Any
 
@@ -11,6 +12,8 @@ from llmjax.parallel import hosts
 from llmjax.run import config as run_config, workdir as workdirs
 from llmjax.run.config import TrainConfig
 from llmjax.train.context import TrainContext
+
+logger = logging.getLogger(__name__)
 
 
 def check_wandb(train: TrainConfig) -> None:
@@ -33,7 +36,7 @@ def start_wandb(context: TrainContext) -> None:
     run_id = workdirs.read_json(context.workdir / workdirs.RUN)["run_id"]
     folder = None if atomic.is_remote(context.workdir) else str(context.workdir)
     wandb_run = WandbRun(project, run_id, context.workdir.name, folder, run_config.to_json(context.config))
-    context.say(f"  W&B: run {run_id} of project {project}, {wandb_run.place}")
+    logger.info("  W&B: run %s of project %s, %s", run_id, project, wandb_run.place)
     context.log.add_sink(wandb_run)
 
 
@@ -44,14 +47,14 @@ class WandbRun:
     folder   W&B writes to FOLDER/wandb; None: where W&B itself chooses
     config   the resolved config, JSON-ready
 
-    The step is a value of its own, since W&B's own step counter drops the steps that a resumed run repeats.
+    The step is logged as a value, since W&B's own step counter drops the steps that a resumed run repeats.
     Raises UserError where W&B refuses the run or cannot be reached.
     """
 
     def __init__(self, project: str, run_id: str, name: str, folder: str | None, config: dict[str, Any]):
         import wandb  # pyright: ignore[reportMissingImports]
 
-        # The console stays ours: W&B would copy what is printed, and redraw it.
+        # console="off": W&B would copy what is printed, and redraw the progress line.
         settings = wandb.Settings(console="off", quiet=True)
         try:
             self._run = wandb.init(
@@ -72,5 +75,5 @@ class WandbRun:
         self._run.log({"step": step, **values})
 
     def close(self) -> None:
-        """Upload what is left and end the run."""
+        """Upload the rest and end the run."""
         self._run.finish()

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -30,6 +31,11 @@ def mesh(*shape: int) -> Mesh:
 
 
 MESH = mesh(2, 2, 2)
+
+
+@pytest.fixture(autouse=True)
+def _log_level(caplog):
+    caplog.set_level(logging.INFO, logger="llmjax")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -168,22 +174,21 @@ def test_too_little_memory_is_no_damage(folder, monkeypatch):
     assert Checkpoints(folder).steps() == [1, 2]
 
 
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(folder):
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(folder, caplog):
     (folder / "2" / "params" / "manifest.ocdbt").unlink()
-    said = []
-    restored = restore(folder, say=said.append)
+    restored = restore(folder)
     assert restored.step == 1
     assert_same(restored.parts, 1)
-    assert len(said) == 1
-    assert said[0].startswith(f"checkpoint 2 is damaged and was moved to {folder}/damaged/2-1: ")
-    assert "\n" not in said[0]
+    (line,) = caplog.messages
+    assert line.startswith(f"checkpoint 2 is damaged and was moved to {folder}/damaged/2-1: ")
+    assert "\n" not in line
     assert (folder / "damaged" / "2-1" / "meta").exists()
     save(folder, 2)  # the step is free again
     assert restore(folder).step == 2
 
 
 @pytest.mark.parametrize("how", ["copied", "linked", "renamed"])
-def test_a_checkpoint_under_another_steps_name_is_noticed(folder, how):
+def test_a_checkpoint_under_another_steps_name_is_noticed(folder, how, caplog):
     """Its fingerprint fits, but the run would go on from other steps' data and end with too few updates."""
     if how == "copied":
         shutil.copytree(folder / "2", folder / "7")
@@ -193,16 +198,15 @@ def test_a_checkpoint_under_another_steps_name_is_noticed(folder, how):
         (folder / "2").rename(folder / "7")
     with pytest.raises(UserError, match=r"7 is damaged: it was saved as step 2, and copied or renamed since"):
         Checkpoints(folder).read_meta(7)
-    said = []
-    assert restore(folder, say=said.append).step == (1 if how == "renamed" else 2)
-    assert len(said) == 1 and "checkpoint 7 is damaged and was moved" in said[0]
+    assert restore(folder).step == (1 if how == "renamed" else 2)
+    (line,) = caplog.messages
+    assert "checkpoint 7 is damaged and was moved" in line
 
 
-def test_a_reader_passes_damaged_ones_over(folder):
+def test_a_reader_skips_damaged_ones(folder, caplog):
     (folder / "2" / "meta" / "metadata").unlink()
-    said = []
-    assert restore(folder, say=said.append, set_aside=False).step == 1
-    assert said[0].startswith("checkpoint 2 is damaged and was passed over: its meta cannot be read")
+    assert restore(folder, set_aside=False).step == 1
+    assert caplog.messages[0].startswith("checkpoint 2 is damaged and was skipped: its meta cannot be read")
     assert Checkpoints(folder).steps() == [1, 2]
     with pytest.raises(UserError, match="2 is damaged: its meta cannot be read"):
         Checkpoints(folder).read_meta(2)
@@ -213,7 +217,7 @@ def test_with_none_left_it_stops_and_never_starts_at_zero(folder):
         shutil.rmtree(folder / step / "params")
     for _ in range(2):  # the second time, when all are set aside already
         with pytest.raises(UserError, match="holds damaged checkpoints and no good one"):
-            restore(folder, say=lambda line: None)
+            restore(folder)
 
 
 def restores(folder: pathlib.Path) -> bool:
@@ -379,7 +383,7 @@ def test_one_process_restores_what_two_saved(saved_by_two):
 def test_another_number_of_processes_restores(saved_by_two):
     folder, saved = saved_by_two
     for one in job(4, 2, "restore", folder):
-        assert (one["step"], one["said"]) == (3, [])
+        assert (one["step"], one["log"]) == (3, [])
         assert one["meta"]["fingerprint"] == saved[0]["fingerprint"]
 
 
@@ -389,10 +393,21 @@ def test_processes_agree_though_only_one_sees_the_damage(saved_by_two, tmp_path)
     first, second = job(2, 4, "restore", folder, 1)
     assert first["step"] == second["step"] == 2
     assert first["sums"] == second["sums"]
-    assert len(first["said"]) == 1
-    assert "process 1: OSError: Input/output error" in first["said"][0]
-    assert second["said"] == []
+    (line,) = first["log"]
+    assert "process 1: OSError: Input/output error" in line
+    assert second["log"] == [line]
     assert Checkpoints(folder).steps() == [1, 2]
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_full_disk_on_one_host_ends_the_save_on_all(tmp_path, process):
+    """Without waiting for the time limit of a save, which is 60 s in the worker."""
+    folder = tmp_path / "checkpoints"
+    for one in job(2, 2, "fill", folder, process):
+        newest = "the newest complete one is of step 1: free some space"
+        assert one["error"] == f"no space left in {folder} for checkpoint 2 (process {process}); {newest}"
+        assert one["seconds"] < 30
 
 
 @pytest.mark.multiprocess

@@ -1,11 +1,14 @@
 """One process of the jobs in test_checkpoint.py: saves or restores a small state, and writes what it saw.
 
-worker.py save|restore FOLDER OUT [PROCESS]: PROCESS alone sees a damaged restore.
+worker.py save|restore|fill FOLDER OUT [PROCESS]: PROCESS alone sees a damaged restore, or has a full disk at step 2.
 """
 
 import json
+import logging
 import pathlib
+import resource
 import sys
+import time
 
 from llmjax.parallel import hosts
 
@@ -22,11 +25,27 @@ from tests.checkpoint.state import abstract, state
 verb, folder, out = sys.argv[1:4]
 mesh = Mesh(np.array(jax.devices()).reshape(-1, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
 checkpoints = Checkpoints(folder, timeout_seconds=60)
-seen: dict = {"said": []}
+seen: dict = {"log": []}
+recorder = logging.Handler()
+recorder.emit = lambda record: seen["log"].append(record.getMessage())
+logging.getLogger("llmjax").addHandler(recorder)
+logging.getLogger("llmjax").setLevel(logging.INFO)
 if verb == "save":
     for step in (1, 2, 3):
         seen["fingerprint"] = checkpoints.save(step, state(mesh, step), {"data_state": {"next_sample": 8 * step}})
     checkpoints.close()
+elif verb == "fill":
+    checkpoints.save(1, state(mesh, 1), {})
+    checkpoints.wait()
+    if sys.argv[4:] == [str(jax.process_index())]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 9, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    began = time.monotonic()
+    try:
+        checkpoints.save(2, state(mesh, 2), {})
+        checkpoints.wait()
+    except UserError as error:
+        seen["error"], seen["seconds"] = str(error), time.monotonic() - began
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 else:
     if sys.argv[4:] == [str(jax.process_index())]:
         read = checkpoints._read_part
@@ -38,7 +57,7 @@ else:
 
         checkpoints._read_part = unreadable
     try:
-        restored = checkpoints.restore_latest_good(abstract(mesh), say=seen["said"].append)
+        restored = checkpoints.restore_latest_good(abstract(mesh))
         assert restored is not None
         everywhere = NamedSharding(mesh, P())
         seen["step"], seen["meta"] = restored.step, restored.meta

@@ -61,8 +61,18 @@ FLAGS = {
     "unknown command": (["llmjax", "trian"], "unknown command 'trian' (did you mean 'train'?)"),
     "missing flag": (["llmjax", "eval"], "the following arguments are required: --workdir"),
     "unknown flag": (["llmjax", "inspect", "--workdir=x", "--jsno"], "unrecognized arguments: --jsno"),
-    "flag of a wrong type": (["llmjax", "eval", "--workdir=x", "--step=last"], "argument --step: invalid whole number"),
-    "seed beyond a key": (["llmjax", "generate", "--workdir=x", "--prompt=a", "--seed=4294967296"], "0 to 4294967295"),
+    "flag of a wrong type": (
+        ["llmjax", "eval", "--workdir=x", "--step=last"],
+        "argument --step=last: expected an integer of 0 or more",
+    ),
+    "seed beyond a key": (
+        ["llmjax", "generate", "--workdir=x", "--prompt=a", "--seed=4294967296"],
+        "argument --seed=4294967296: expected an integer from 0 to 4294967295",
+    ),
+    "number of a wrong type": (
+        ["llmjax", "generate", "--workdir=x", "--prompt=a", "--top_p=most"],
+        "argument --top_p=most: expected a number",
+    ),
     "override without a value": (["llmjax", "eval", "--workdir=x", "--config.seed"], "--config.seed: give a value"),
     "workdir left empty": (["llmjax", "inspect", "--workdir="], "--workdir=: empty; give a folder"),
     "workdir that is a file": (["llmjax", "eval", f"--workdir={__file__}"], "this is a file; give a folder"),
@@ -94,7 +104,7 @@ CONFIGS = {
     ),
     "pmap and fsdp": (
         {"parallel__backend": "pmap", "mesh__data": 4, "mesh__fsdp": 2},
-        "parallel.backend='pmap' replicates the state, so it can't honour mesh {'fsdp': 2}",
+        "parallel.backend='pmap' replicates the state and does not support mesh {'fsdp': 2}",
     ),
     "optimizer": ({"optimizer__name": "adam"}, "optimizer.name='adam' (did you mean 'adamw'?)"),
     "warmup": ({"optimizer__warmup_steps": 99}, "optimizer.warmup_steps=99: must be below train.steps=2"),
@@ -187,7 +197,7 @@ def test_changes_that_matter_are_refused_and_one_word_accepts_them(refuse, run_c
         "train", run_copy, corpus, optimizer__name="lion", checkpoint__accept_changes="true", **settings
     )
     printed = jobs.run(accepted, LLMJAX_CPU_DEVICES="8")
-    assert "the optimizer's state starts fresh" in printed
+    assert "the optimizer's state and learning rate start at update 0" in printed
     assert 4 in jobs.checkpoints(run_copy)
 
 

@@ -1,7 +1,9 @@
 """Small token stores for tests."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import contextlib
 import itertools
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -53,3 +55,23 @@ def write_store(
         tokenizer_sha256="0" * 64,
     )
     return TokenStore(folder)
+
+
+@contextlib.contextmanager
+def log_lines() -> Iterator[list[str]]:
+    """The lines that llmjax logs inside the block."""
+    lines: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(self.format(record))
+
+    logger, collector = logging.getLogger("llmjax"), Collector()
+    level = logger.level
+    logger.addHandler(collector)
+    logger.setLevel(logging.INFO)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(collector)
+        logger.setLevel(level)

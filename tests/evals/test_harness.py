@@ -19,6 +19,7 @@ from llmjax.data.store.tokenizer import load_tokenizer
 from llmjax.errors import UserError
 from llmjax.evals import harness
 from llmjax.models.encoder import EncoderConfig
+from llmjax.parallel import axes
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.run import config as run_config, state as states
 from llmjax.run.config import resolve
@@ -35,19 +36,42 @@ def prepared(tmp_path_factory):
     overrides = [(name, str(value)) for name, value in settings.items()]
     overrides += [(f"data.sources.{name}.path", f"{root / name}/*.txt") for name in ("one", "two")]
     config = resolve(str(jobs.ROOT / "configs" / "quickstart.py"), overrides)
-    prepare.prepare(config.data, root / "store", say=lambda line: None)
+    prepare.prepare(config.data, root / "store")
     vocab = load_tokenizer(root / "store").vocab_size
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab)), root / "store"
 
 
 def score(prepared, mesh: Mesh, *, split: str = "validation", zero: bool = False) -> tuple[dict, dict, object]:
     config, store = prepared
-    rules = config.parallel.rules
-    plan = states.make_state_spec(config.model, config.optimizer, horizon=10, mesh=mesh, rules=rules)
-    params = states.init_state(plan, config.model, seed=1).params
-    if zero:
-        params = jax.tree.map(lambda x: x * 0, params)
-    return harness.Evaluator(plan.graph, config, mesh, store).split(params, split), params, plan.graph
+    with axes.use_mesh(mesh, config.parallel.rules):
+        spec = states.make_state_spec(config.model, config.optimizer, horizon=10)
+        params = states.init_state(spec, config.model, seed=1).params
+        if zero:
+            params = jax.tree.map(lambda x: x * 0, params)
+        scores = evaluator(config, store, spec.graph).score_split(params, split)
+    assert scores is not None
+    return scores, params, spec.graph
+
+
+def evaluator(config, store, graph) -> harness.Evaluator:
+    manifest = prepare.read_manifest(store)
+    assert manifest is not None
+    return harness.Evaluator(graph, config, run_config.objective(config, load_tokenizer(store)), store, manifest)
+
+
+def test_an_evaluation_ends_before_the_batch_at_which_it_is_asked_to(prepared):
+    config, store = prepared
+    asked = []
+
+    def should_stop() -> bool:
+        asked.append(len(asked) == 1)
+        return asked[-1]
+
+    with axes.use_mesh(one_device(), config.parallel.rules):
+        spec = states.make_state_spec(config.model, config.optimizer, horizon=10)
+        params = states.init_state(spec, config.model, seed=1).params
+        assert evaluator(config, store, spec.graph).score_split(params, "validation", should_stop) is None
+    assert asked == [False, True]
 
 
 def one_device() -> Mesh:
@@ -124,7 +148,7 @@ def test_each_document_scores_as_if_alone(prepared):
 def test_an_empty_split_is_refused(prepared, tmp_path):
     config, _ = prepared
     bare = dataclasses.replace(config.data, split=dataclasses.replace(config.data.split, test=0.0))
-    prepare.prepare(bare, tmp_path / "store", say=lambda line: None)
+    prepare.prepare(bare, tmp_path / "store")
     with pytest.raises(UserError, match=r"--split=test: that split of .* is empty; raise data.split.test"):
         score((dataclasses.replace(config, data=bare), tmp_path / "store"), one_device(), split="test")
 

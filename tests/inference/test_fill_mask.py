@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import pathlib
+import types
+from typing import Any
 
 from flax import nnx
 import jax
@@ -34,16 +36,13 @@ def filled(texts, count=3, tokenizer=None, config=CONFIG):
     graph, params = parts(config)
     auto = (jax.sharding.AxisType.Auto,) * 3
     mesh = jax.make_mesh((1, 1, 1), axes.MESH_AXES, axis_types=auto, devices=jax.devices()[:1])
-    return fill(
-        texts,
-        graph=graph,
-        params=params,
-        model=config,
-        mesh=mesh,
-        rules=axes.DEFAULT_RULES,
-        tokenizer=tokenizer or Bytes(),
-        count=count,
-    )
+    with axes.use_mesh(mesh):
+        return fill(loaded(graph, params, config, tokenizer or Bytes()), texts, count)
+
+
+def loaded(graph, params, model, tokenizer) -> Any:
+    config = types.SimpleNamespace(model=model)
+    return types.SimpleNamespace(graph=graph, params=params, config=config, tokenizer=tokenizer)
 
 
 def test_the_likeliest_tokens_are_those_of_the_full_model():
@@ -92,18 +91,9 @@ def test_the_space_before_a_mask_belongs_to_the_token():
         ("[MASK] <|user|>", CONFIG, r"<\|user\|>"),
         ("x" * 50 + "[MASK]", CONFIG, "52 tokens, its start included, and the model only 40"),
         ("[MASK]", dataclasses.replace(CONFIG, vocab_size=259), r"vocab_size=259 has no id for \[MASK\]"),
-        ("[MASK]", DecoderConfig(vocab_size=260), "model.family='decoder' predicts no masked tokens"),
+        ("[MASK]", DecoderConfig(vocab_size=260), "model.family='decoder' does not predict masked tokens"),
     ],
 )
 def test_what_cannot_be_filled_is_named(text, config, words):
     with pytest.raises(UserError, match=words):
-        fill(
-            [text],
-            graph=None,
-            params={},
-            model=config,
-            mesh=None,
-            rules=axes.DEFAULT_RULES,
-            tokenizer=Bytes(),
-            count=3,
-        )
+        fill(loaded(None, {}, config, Bytes()), [text], 3)

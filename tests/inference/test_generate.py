@@ -77,7 +77,7 @@ def test_greedy_tokens_equal_the_full_forward_pass(positions):
     settings = config(positions=positions)
     graph, params = parts(settings)
     prompt = [3, 1, 4, 1, 5]
-    new = generate(graph, params, settings, [prompt], max_tokens=10, temperature=0, stop_ids=[NO_EOS])[0]
+    new = generate(graph, params, settings, [prompt], Sampling(max_tokens=10, temperature=0), stop_ids=[NO_EOS])[0]
     full = logits_of(graph, params, prompt + new)
     assert new == full[len(prompt) - 1 : -1].argmax(-1).tolist()
     assert len(set(new)) > 2, "a constant output would prove nothing"
@@ -87,7 +87,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
     settings = config()
     graph, params = parts(settings)
     prompt, long = [7, 2, 9], list(range(1, 40))
-    go = lambda prompts: generate(graph, params, settings, prompts, max_tokens=8, seed=3, stop_ids=[NO_EOS])
+    go = lambda prompts: generate(graph, params, settings, prompts, Sampling(max_tokens=8, seed=3), stop_ids=[NO_EOS])
     alone = go([prompt])[0]
     assert go([prompt, long])[0] == alone
     assert go([long, prompt])[0] == go([long])[0]
@@ -97,14 +97,14 @@ def test_unequal_lengths_equal_single_prompts():
     settings = config()
     graph, params = parts(settings)
     prompts = [[5], list(range(1, 40)), [8, 8, 3]]
-    go = lambda some: generate(graph, params, settings, some, max_tokens=9, temperature=0, stop_ids=[NO_EOS])
+    go = lambda some: generate(graph, params, settings, some, Sampling(max_tokens=9, temperature=0), stop_ids=[NO_EOS])
     assert go(prompts) == [go([prompt])[0] for prompt in prompts]
 
 
 def test_the_seed_decides():
     settings = config()
     graph, params = parts(settings)
-    go = lambda seed: generate(graph, params, settings, [[1, 2]], max_tokens=20, seed=seed, stop_ids=[NO_EOS])
+    go = lambda seed: generate(graph, params, settings, [[1, 2]], Sampling(max_tokens=20, seed=seed), stop_ids=[NO_EOS])
     assert go(1) == go(1)
     assert go(1) != go(2)
 
@@ -112,16 +112,20 @@ def test_the_seed_decides():
 def test_stops_at_eos_and_goes_on_in_other_rows():
     settings = config()
     graph, params = parts(settings)
-    free = generate(graph, params, settings, [[3, 1], [9, 9, 4]], max_tokens=12, temperature=0, stop_ids=[NO_EOS])
+    free = generate(
+        graph, params, settings, [[3, 1], [9, 9, 4]], Sampling(max_tokens=12, temperature=0), stop_ids=[NO_EOS]
+    )
     eos = free[0][4]
-    stopped = generate(graph, params, settings, [[3, 1], [9, 9, 4]], max_tokens=12, temperature=0, stop_ids=[eos])
+    stopped = generate(
+        graph, params, settings, [[3, 1], [9, 9, 4]], Sampling(max_tokens=12, temperature=0), stop_ids=[eos]
+    )
     assert stopped == [row[: row.index(eos)] if eos in row else row for row in free]
 
 
 def test_padding_ids_are_never_drawn():
     settings = config(vocab_size=2, vocab_multiple=64)
     graph, params = parts(settings)
-    new = generate(graph, params, settings, [[0], [1]], max_tokens=40, temperature=50.0, stop_ids=[NO_EOS])
+    new = generate(graph, params, settings, [[0], [1]], Sampling(max_tokens=40, temperature=50.0), stop_ids=[NO_EOS])
     assert {token for row in new for token in row} == {0, 1}
 
 
@@ -194,10 +198,10 @@ def test_bad_input_is_named(prompts, fields, words):
     settings = config(positions="learned", max_positions=16)
     graph, params = parts(settings)
     with pytest.raises(UserError, match=words):
-        generate(graph, params, settings, prompts, **{"max_tokens": 4, "stop_ids": [NO_EOS], **fields})
+        generate(graph, params, settings, prompts, Sampling(**{"max_tokens": 4, **fields}), stop_ids=[NO_EOS])
 
 
 def test_the_last_learned_position_can_be_used():
     settings = config(positions="learned", max_positions=16)
     graph, params = parts(settings)
-    assert len(generate(graph, params, settings, [[1] * 10], max_tokens=7, stop_ids=[NO_EOS])[0]) == 7
+    assert len(generate(graph, params, settings, [[1] * 10], Sampling(max_tokens=7), stop_ids=[NO_EOS])[0]) == 7

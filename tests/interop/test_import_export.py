@@ -214,7 +214,8 @@ def test_the_padding_of_the_vocabulary_is_zero(tmp_path):
     tensors = published.random_tensors(published.llama_shapes())
     source = published.write_folder(tmp_path / "in", published.LLAMA, tensors)
     importing.import_checkpoint(source, epath.Path(tmp_path / "run"), say=quiet)
-    params = loading.load(epath.Path(tmp_path / "run"), say=quiet).params
+    with loading.load(epath.Path(tmp_path / "run")) as loaded:
+        params = loaded.params
     table, head = np.asarray(params["embed"]["table"]), np.asarray(params["head"])
     assert table.shape == (384, 32) and head.shape == (32, 384)
     assert not table[300:].any() and not head[:, 300:].any()
@@ -290,6 +291,7 @@ def test_a_run_of_our_own_is_exported(tmp_path, kind):
         assert made.tokenizer.startswith("no tokenizer") and not (tmp_path / "out" / "tokenizer.json").exists()
         return
     assert "the same ids" in made.tokenizer and hf["eos_token_id"] == 3
-    loaded = loading.load(epath.Path(run), say=quiet)
+    with loading.load(epath.Path(run)) as loaded:
+        params = loaded.params
     scale = published.read_tensors(tmp_path / "out")["model.norm.weight"]
-    np.testing.assert_array_equal(scale, loaded.params["norm"]["scale"])
+    np.testing.assert_array_equal(scale, params["norm"]["scale"])

@@ -301,7 +301,8 @@ def test_cases_with_and_without_bos(shared_data, case, expected):
 
 def test_case_of_one_id_more(shared_data, tmp_path):
     importing.import_checkpoint(shared_data / "cases" / "one-id-more", epath.Path(tmp_path / "run"), say=quiet)
-    made = loading.load(epath.Path(tmp_path / "run"), say=quiet).tokenizer
+    with loading.load(epath.Path(tmp_path / "run")) as loaded:
+        made = loaded.tokenizer
     assert made.vocab_size == 327
     assert all(max(encode_prompt(made, f"hello {name} world")) < 327 for name in ("<pad>", "[PAD]", "<s>"))
 

@@ -1,11 +1,10 @@
-"""Decoders with mixtures of experts, in every form that must not matter."""
+"""Decoders with mixtures of experts: router statistics, layouts, flops, limits."""
 
 import dataclasses
 import functools
 
 from flax import nnx
 import jax
-import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh
 import numpy as np
 import pytest
@@ -15,59 +14,13 @@ from llmjax.models import registry
 from llmjax.models.moe import MoeConfig
 from llmjax.nn import losses
 from llmjax.optim.config import OptimizerConfig
-from llmjax.parallel import backends, hosts
-from llmjax.parallel.mesh import MeshConfig, ParallelConfig, make_mesh
+from llmjax.parallel import axes, backends, hosts
+from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.run import state as states
 from llmjax.train.step import make_loss, train_step
 from tests.batches import packed
-
-VOCAB = 50
-MIXTRAL = MoeConfig(
-    vocab_size=VOCAB, vocab_multiple=16, num_layers=2, embed=32, num_heads=4, num_kv_heads=2, mlp=24, num_experts=4
-)
-DEEPSEEK = MoeConfig(
-    vocab_size=VOCAB,
-    vocab_multiple=16,
-    num_layers=3,
-    embed=32,
-    num_heads=4,
-    head_dim=8,
-    mlp=48,
-    num_experts=8,
-    experts_per_token=2,
-    expert_mlp=16,
-    shared_experts=1,
-    dense_layers=1,
-    router="sigmoid",
-    router_scale=2.5,
-    router_groups=4,
-    router_top_groups=2,
-    expert_bias=True,
-    latent=16,
-    query_latent=24,
-    rope_dim=8,
-    value_dim=12,
-)
-GPT_OSS = dataclasses.replace(
-    MIXTRAL,
-    expert_activation="clamped_swiglu",
-    biases="all",
-    attention_sinks=True,
-    window=5,
-    pattern="lg",
-    num_experts=5,
-)
-CONFIGS = {"mixtral": MIXTRAL, "deepseek": DEEPSEEK, "gpt_oss": GPT_OSS}
-
-
-@functools.cache
-def parts(config: MoeConfig):
-    """Graph and parameters, moved off their start so that no bias is 0 and no scale is 1."""
-    params = jax.jit(lambda key: registry.init(config, key))(jax.random.key(0))
-    leaves, tree = jax.tree.flatten(params)
-    rng = np.random.default_rng(0)
-    leaves = [jnp.asarray(p + 0.1 * rng.normal(size=p.shape).astype(np.float32), p.dtype) for p in leaves]
-    return registry.abstract(config)[0], tree.unflatten(leaves)
+from tests.models.programs import assert_close, init_model
+from tests.models.variants import DEEPSEEK, EXPERTS, MIXTRAL, VOCAB
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -83,54 +36,10 @@ def run(graph, params, batch):
     return jax.grad(loss, has_aux=True)(params)
 
 
-def assert_close(found, expected, rtol):
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * max(1.0, np.abs(b).max()))
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_documents_of_a_row_do_not_see_each_other(name):
-    """Another document's tokens change neither logits nor, of the cross-entropy, gradients: also where they move this
-    document's tokens to other places among an expert's rows."""
-    config = dataclasses.replace(CONFIGS[name], balance_loss=0.0, router_z_loss=0.0, expert_bias=False)
-    graph, params = parts(config)
-    row = packed(1, 24, VOCAB)
-    other = row.segments == 2
-    row = dataclasses.replace(row, weights=row.weights * ~other)
-    changed = dataclasses.replace(row, inputs=np.where(other, (row.inputs + 7) % VOCAB, row.inputs))
-    (grads, (before, *_)), (changed_grads, (after, *_)) = run(graph, params, row), run(graph, params, changed)
-    # The same products; a matmul may round a row's sum otherwise at another place of its tile.
-    scale = np.abs(before[..., :VOCAB]).max()
-    np.testing.assert_allclose(before[~other], after[~other], atol=1e-6 * scale)
-    assert np.abs(before[other] - after[other]).max() > 0.01 * scale
-    assert_close(changed_grads, grads, 1e-5)
-
-
-@pytest.mark.parametrize("fields", [dict(scan=False), dict(remat="full")], ids=str)
-def test_scan_and_remat_change_no_number(fields):
-    graph, params = parts(DEEPSEEK)
-    batch = packed(2, 24, VOCAB)
-    other = registry.abstract(dataclasses.replace(DEEPSEEK, **fields))[0]
-    assert_close(run(other, params, batch), run(graph, params, batch), 1e-5)
-
-
-def test_bfloat16_is_near_float32():
-    graph, params = parts(MIXTRAL)
-    batch = packed(2, 24, VOCAB)
-    _, (exact, penalty, _) = run(graph, params, batch)
-    half = registry.abstract(dataclasses.replace(MIXTRAL, dtype="bfloat16"))[0]
-    _, (found, half_penalty, _) = run(half, params, batch)
-    assert found.dtype == jnp.float32
-    real = np.asarray(batch.segments > 0)
-    # A router that works in float32 on inputs of 8 bits may choose otherwise for a token now and then: the mean.
-    assert 0 < np.abs(found - exact)[real][:, :VOCAB].mean() < 0.02 * np.abs(exact[..., :VOCAB]).max()
-    np.testing.assert_allclose(half_penalty, penalty, rtol=0.02)
-
-
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", EXPERTS)
 def test_every_token_is_served_and_padding_is_not_counted(name):
-    config = CONFIGS[name]
-    graph, params = parts(config)
+    config = EXPERTS[name]
+    graph, params = init_model(config)
     batch = packed(4, 24, VOCAB)
     tokens = int((batch.segments > 0).sum())
     _, (_, _, stats) = run(graph, params, batch)
@@ -145,25 +54,6 @@ def test_every_token_is_served_and_padding_is_not_counted(name):
     assert_close((penalty, padded_stats), run(graph, params, batch)[1][1:], 1e-7)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_cached_decoding_equals_the_full_pass(name):
-    config = CONFIGS[name]
-    graph, params = parts(config)
-    model = nnx.merge(graph, params)
-    batch = packed(2, 24, VOCAB)
-    one = np.ones_like(batch.inputs)
-    whole = dataclasses.replace(batch, segments=one, positions=np.broadcast_to(np.arange(24), one.shape))
-    _, (full, *_) = run(graph, params, whole)
-    step = jax.jit(lambda tokens, positions, cache: model.cached(tokens, positions, cache))
-    cache, found = model.cache(2, 32), []
-    for start, stop in ((0, 16), *((i, i + 1) for i in range(16, 24))):
-        positions = np.broadcast_to(np.arange(start, stop), (2, stop - start))
-        hidden, cache = step(batch.inputs[:, start:stop], positions, cache)
-        found.append(model.unembed(hidden))
-    full = full[..., :VOCAB]
-    np.testing.assert_allclose(np.concatenate(found, axis=1)[..., :VOCAB], full, atol=3e-5 * np.abs(full).max())
-
-
 OPTIMIZER = OptimizerConfig(
     learning_rate=1e-2, warmup_steps=2, clip_norm=0.5, ema_decay=0.9, expert_bias_update_rate=0.01
 )
@@ -172,19 +62,21 @@ ROWS, SEQ = 16, 24
 
 class Trainer:
     def __init__(self, model: MoeConfig, mesh: Mesh, backend: str, accumulation: int):
-        config = ParallelConfig(backend=backend)
-        plan = states.make_state_spec(model, OPTIMIZER, horizon=10, mesh=mesh, rules=config.rules)
-        rows = hosts.local_rows(backends.batch_sharding(mesh), ROWS)
-        loss = make_loss(plan.graph, seed=3, chunk=16, z_loss=1e-3)
-        step = functools.partial(train_step, loss=loss, optimizer=plan.optimizer, accumulation=accumulation)
-        self.compiled = backends.compile_step(step, config, mesh, plan.shardings, rows, ROWS)
-        self.state = self.compiled.shard_state(states.init_state(plan, model, seed=0))
+        self.mesh = mesh
+        with axes.use_mesh(mesh):
+            spec = states.make_state_spec(model, OPTIMIZER, horizon=10)
+            rows = hosts.local_rows(backends.batch_sharding(), ROWS)
+            loss = make_loss(spec.graph, seed=3, chunk=16, z_loss=1e-3)
+            step = functools.partial(train_step, loss=loss, optimizer=spec.optimizer, accumulation=accumulation)
+            self.compiled = backends.compile_step(step, backend, spec.shardings, rows, ROWS)
+            self.state = self.compiled.shard_state(states.init_state(spec, model, seed=0))
 
     def steps(self, count: int):
         metrics = []
         for k in range(count):
             batch = self.compiled.shard_batch(packed(ROWS, SEQ, VOCAB, first_sample=k * ROWS))
-            self.state, found = self.compiled.step(self.state, batch)
+            with axes.use_mesh(self.mesh):
+                self.state, found = self.compiled.step(self.state, batch)
             metrics.append(jax.device_get(found))
         return metrics, jax.device_get(self.compiled.unshard_state(self.state).params)
 

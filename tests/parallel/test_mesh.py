@@ -58,11 +58,10 @@ def test_changed_rules_are_traced_anew():
 
     other = tuple(("mlp", "data") if name == "mlp" else (name, found) for name, found in axes.DEFAULT_RULES)
     x = jax.numpy.ones(8)
-    with jax.set_mesh(mesh):
-        specs = []
-        for rules in (axes.DEFAULT_RULES, other, axes.DEFAULT_RULES):
-            with axes.use_rules(rules):
-                specs.append(double(x).sharding.spec)
+    specs = []
+    for rules in (axes.DEFAULT_RULES, other, axes.DEFAULT_RULES):
+        with axes.use_mesh(mesh, rules):
+            specs.append(double(x).sharding.spec)
     assert traced == [P("tensor"), P("data")]
     assert specs == [P("tensor"), P("data"), P("tensor")]
 

@@ -7,19 +7,17 @@ import pytest
 torch = pytest.importorskip("torch", reason="parity needs `make parity`")
 transformers = pytest.importorskip("transformers", reason="parity needs `make parity`")
 
-from flax import nnx
-import jax
 import numpy as np
 
 from llmjax.batch import Batch
 from llmjax.binding import bind
 from llmjax.errors import UserError
-from llmjax.inference.generate import generate
+from llmjax.inference.generate import Sampling, generate
 from llmjax.interop import mapping
 from llmjax.interop.encdec import ARCHITECTURES
 from llmjax.models import registry
 from llmjax.models.encdec import EncDecConfig
-from llmjax.nn import losses
+from tests.parity.reference import loss_logits_and_grads
 
 VOCAB = 67
 T5 = ARCHITECTURES["T5ForConditionalGeneration"]
@@ -92,17 +90,6 @@ def batch() -> Batch:
     )
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def loss_and_grads(graph, params, batch):
-    def loss(params):
-        model = nnx.merge(graph, params)
-        hidden = model(batch).hidden
-        sums = losses.cross_entropy(hidden, model.unembed, batch.targets, batch.weights, chunk=0, z_loss=0.0)
-        return sums.nats / sums.weight, model.unembed(hidden)
-
-    return jax.value_and_grad(loss, has_aux=True)(params)
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_loss_and_gradients(variant):
     config, graph, params = ours(variant)
@@ -115,7 +102,7 @@ def test_logits_loss_and_gradients(variant):
         input_ids=give(rows.source), attention_mask=give(rows.source_segments), labels=give(labels), use_cache=False
     )
     expected.loss.backward()
-    (loss, logits), grads = loss_and_grads(graph, params, rows)
+    (loss, logits), grads = loss_logits_and_grads(graph, params, rows)
     scores = expected.logits.detach().numpy()
     np.testing.assert_allclose(np.asarray(logits)[real][:, :VOCAB], scores[real], rtol=0, atol=5e-4)
     assert np.abs(scores[real]).max() > 1, "logits of a size that differences show in"
@@ -149,7 +136,7 @@ def test_greedy_text(variant):
         eos_token_id=VOCAB + 1,
         use_cache=False,  # transformers sizes its cache by the encoder's layers, and here the decoder has more
     ).numpy()
-    found = generate(graph, params, config, prompts, max_tokens=15, temperature=0, stop_ids=[-1])
+    found = generate(graph, params, config, prompts, Sampling(max_tokens=15, temperature=0), stop_ids=[-1])
     assert found == expected[:, 1:].tolist()
     assert len({tuple(row) for row in found}) == 3 and max(len(set(row)) for row in found) > 2
 

@@ -19,9 +19,7 @@ from llmjax.interop import mapping
 from llmjax.interop.encoder import ARCHITECTURES
 from llmjax.models import registry
 from llmjax.models.encoder import EncoderConfig
-from llmjax.nn import losses
-
-VOCAB, SEQ, LENGTHS = 97, 24, (24, 17, 9)
+from tests.parity.reference import LENGTHS, SEQ, VOCAB, add_noise, loss_logits_and_grads
 
 
 def _bert(**other):
@@ -84,15 +82,6 @@ GRADIENTS = {
 }
 
 
-def moved(model):
-    """Weights off their init, so that no bias is 0 and no scale is 1."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-    return model.eval()
-
-
 def masked_rows() -> Batch:
     """Rows with padding at their ends, random token types, and a third of the tokens scored."""
     rng = np.random.default_rng(0)
@@ -121,7 +110,7 @@ def imported(model):
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_loss_gradients_and_tensors(name):
     torch.manual_seed(0)
-    model = moved(MODELS[name]())
+    model = add_noise(MODELS[name](), 0.2)
     architecture, config, rules, state = imported(model)
     params = mapping.load(rules, state, config)
     back = mapping.dump(rules, params, config)
@@ -140,17 +129,7 @@ def test_logits_loss_gradients_and_tensors(name):
     found = model(**given, labels=tensor(np.where(scored, batch.targets, -100)))
     found.loss.backward()
 
-    @jax.jit
-    def ours(params):
-        def loss(params):
-            model = nnx.merge(graph, params)
-            hidden = model(batch).hidden
-            sums = losses.cross_entropy(hidden, model.unembed, batch.targets, batch.weights, chunk=8, z_loss=0.0)
-            return sums.nats / sums.weight, model.unembed(hidden)
-
-        return jax.value_and_grad(loss, has_aux=True)(params)
-
-    (loss, logits), grads = ours(params)
+    (loss, logits), grads = loss_logits_and_grads(graph, params, batch)
     theirs = found.logits.detach().numpy()
     np.testing.assert_allclose(np.asarray(logits)[used][:, :VOCAB], theirs[used], atol=2e-4, rtol=0)
     assert abs(float(loss) - found.loss.item()) < 1e-5
@@ -162,7 +141,7 @@ def test_logits_loss_gradients_and_tensors(name):
 
 def test_the_pooler():
     torch.manual_seed(0)
-    model = moved(transformers.BertModel(_bert().config))
+    model = add_noise(transformers.BertModel(_bert().config), 0.2)
     config = bind(EncoderConfig, ARCHITECTURES["BertForMaskedLM"].read_config(model.config.to_dict()), "model")
     config = dataclasses.replace(config, pooler="tanh")
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), registry.abstract(config)[1])

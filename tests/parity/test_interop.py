@@ -13,9 +13,9 @@ import numpy as np
 from llmjax.batch import Batch
 from llmjax.cli import main
 from llmjax.data.store.tokenizer_training import train_sentencepiece
-from llmjax.inference import sampling
+from llmjax.inference import generate
 from llmjax.interop import exporting, importing, tokenizers
-from llmjax.run import config as run_config, loading
+from llmjax.run import loading
 from tests import jobs
 from tests.interop import published
 
@@ -92,23 +92,11 @@ def logits(loaded, batch: Batch) -> np.ndarray:
         model = nnx.merge(loaded.graph, params)
         return model.unembed(model(batch).hidden)
 
-    with jax.set_mesh(loaded.mesh):
-        return np.asarray(jax.jit(run)(loaded.params, batch))[..., :VOCAB]
+    return np.asarray(jax.jit(run)(loaded.params, batch))[..., :VOCAB]
 
 
 def complete(loaded, prompt: str, max_tokens: int = 12) -> str:
-    return sampling.complete(
-        [prompt],
-        graph=loaded.graph,
-        params=loaded.params,
-        model=loaded.config.model,
-        mesh=loaded.mesh,
-        rules=loaded.config.parallel.rules,
-        tokenizer=loaded.tokenizer,
-        objective=run_config.objective(loaded.config, loaded.tokenizer),
-        max_tokens=max_tokens,
-        temperature=0,
-    )[0]
+    return generate.complete(loaded, [prompt], generate.Sampling(max_tokens=max_tokens, temperature=0))[0]
 
 
 def random_ids(shape: tuple[int, int]) -> np.ndarray:
@@ -136,16 +124,16 @@ def test_causal(name, tmp_path):
     assert type(back).__name__ == type(model).__name__ == found.architecture
     same_state(model, back)
 
-    loaded, ids = loading.load(workdir), random_ids((8, 20))
+    ids = random_ids((8, 20))
     with torch.no_grad():
         theirs = back(torch.tensor(ids, dtype=torch.long)).logits.numpy()
         first = model(torch.tensor(ids, dtype=torch.long)).logits.numpy()
     np.testing.assert_allclose(theirs, first, atol=1e-5)
-    np.testing.assert_allclose(logits(loaded, rows(ids)), theirs, atol=2e-4, rtol=0)
-
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     prompt = tokenizer(PROMPT)["input_ids"]  # without BOS: this tokenizer puts none
-    assert complete(loaded, PROMPT) == their_text(tmp_path / "out", back, prompt)
+    with loading.load(workdir) as loaded:
+        np.testing.assert_allclose(logits(loaded, rows(ids)), theirs, atol=2e-4, rtol=0)
+        assert complete(loaded, PROMPT) == their_text(tmp_path / "out", back, prompt)
 
 
 @pytest.mark.parametrize("kind", ["Bert", "ModernBert"])
@@ -161,7 +149,8 @@ def test_masked(kind, tmp_path):
     ids = random_ids((8, 24))
     with torch.no_grad():
         theirs = back(torch.tensor(ids, dtype=torch.long)).logits.numpy()
-    np.testing.assert_allclose(logits(loading.load(workdir), rows(ids)), theirs, atol=2e-4, rtol=0)
+    with loading.load(workdir) as loaded:
+        np.testing.assert_allclose(logits(loaded, rows(ids)), theirs, atol=2e-4, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["v1.0", "v1.1"])
@@ -174,19 +163,19 @@ def test_sequence_to_sequence(kind, tmp_path, capsys):
     exporting.export(workdir, tmp_path / "out", say=print)
     back = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
     same_state(model, back)
-    loaded, ids, source_ids = loading.load(workdir), random_ids((8, 12)), random_ids((8, 20))
+    ids, source_ids = random_ids((8, 12)), random_ids((8, 20))
     with torch.no_grad():
         theirs = back(torch.tensor(source_ids).long(), decoder_input_ids=torch.tensor(ids).long()).logits.numpy()
     read = rows(source_ids)
     batch = rows(ids, source=source_ids, source_segments=read.segments, source_positions=read.positions)
-    np.testing.assert_allclose(logits(loaded, batch), theirs, atol=5e-4, rtol=0)
-
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     text = tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
     asked, gap = (tokenizer.convert_tokens_to_ids(name) for name in ("</s>", "<extra_id_0>"))
     plain, trained = (their_text(tmp_path / "out", back, [*text, last]) for last in (asked, gap))
     assert plain != trained, "the form must matter"
-    assert complete(loaded, PROMPT) == plain
+    with loading.load(workdir) as loaded:
+        np.testing.assert_allclose(logits(loaded, batch), theirs, atol=5e-4, rtol=0)
+        assert complete(loaded, PROMPT) == plain
     command = ["generate", f"--workdir={workdir}", f"--prompt={PROMPT}", "--temperature=0", "--max_tokens=12"]
     for flags, expected in (([], plain), (["--prompt_form=trained"], PROMPT + trained)):
         capsys.readouterr()

@@ -9,18 +9,13 @@ import pytest
 torch = pytest.importorskip("torch", reason="parity needs `make parity`")
 transformers = pytest.importorskip("transformers", reason="parity needs `make parity`")
 
-from flax import nnx
-import jax
-
-from llmjax.batch import Batch
 from llmjax.binding import bind
 from llmjax.interop import files, mapping
 from llmjax.interop.moe import ARCHITECTURES
 from llmjax.models import registry
 from llmjax.models.moe import MoeConfig
-from llmjax.nn import losses
+from tests.parity.reference import VOCAB, add_noise, loss_logits_and_grads, padded_rows, score_reference
 
-VOCAB, SEQ, LENGTHS = 97, 24, (24, 17, 9)
 SIZES = dict(
     vocab_size=VOCAB,
     hidden_size=48,
@@ -104,21 +99,14 @@ CASES = {
 
 @functools.cache
 def reference(name: str):
-    """A small random model, moved off its start so that no bias is 0 and no norm multiplies by 1."""
+    """A small random model of transformers."""
     torch.manual_seed(0)
     kind, fields, _ = copy.deepcopy(CASES[name])
     config = getattr(transformers, f"{kind}Config")(
         **fields, attn_implementation="eager", experts_implementation="eager"
     )
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-        for buffer_name, buffer in model.named_buffers():
-            if "correction" in buffer_name:
-                buffer += 0.1 * torch.randn(buffer.shape, generator=generator)
-    return model.eval()
+    return add_noise(model)
 
 
 @functools.cache
@@ -143,50 +131,16 @@ def imported(tmp_path_factory):
     return read
 
 
-def rows() -> tuple[np.ndarray, Batch]:
-    """Rows of three lengths, padded on the right: which places count, and the batch."""
-    tokens = np.random.default_rng(2).integers(1, VOCAB, (len(LENGTHS), SEQ)).astype(np.int32)
-    there = np.arange(SEQ) < np.array(LENGTHS)[:, None]
-    scored = there & np.roll(there, -1, axis=1) & (np.arange(SEQ) < SEQ - 1)
-    return there, Batch(
-        inputs=np.where(there, tokens, 0),
-        targets=np.where(scored, np.roll(tokens, -1, axis=1), 0),
-        weights=scored.astype(np.float32),
-        segments=there.astype(np.int32),
-        positions=np.where(there, np.arange(SEQ), 0).astype(np.int32),
-        sample=np.zeros((len(LENGTHS), 2), np.uint32),
-    )
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def ours(graph, params, batch):
-    """((mean loss, logits), gradients)"""
-
-    def score(params):
-        model = nnx.merge(graph, params)
-        hidden = model(batch).hidden
-        sums = losses.cross_entropy(hidden, model.unembed, batch.targets, batch.weights, chunk=0, z_loss=0.0)
-        return sums.nats / sums.weight, model.unembed(hidden)
-
-    return jax.value_and_grad(score, has_aux=True)(params)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_logits_loss_and_gradients(name, imported, tmp_path):
     model = reference(name)
     architecture, config, _, params = imported(name)
-    there, batch = rows()
+    is_token, batch = padded_rows()
     twin = copy.deepcopy(model)
-    labels = np.where(there, batch.inputs, -100)
-    theirs = twin(
-        input_ids=torch.tensor(batch.inputs, dtype=torch.long),
-        attention_mask=torch.tensor(there, dtype=torch.long),
-        labels=torch.tensor(labels, dtype=torch.long),
-    )
-    theirs.loss.backward()
-    (loss, logits), grads = ours(registry.abstract(config)[0], params, batch)
-    expected = theirs.logits.detach().numpy()[there]
-    difference = np.abs(np.asarray(logits)[there][:, :VOCAB] - expected).max()
+    theirs = score_reference(twin)
+    (loss, logits), grads = loss_logits_and_grads(registry.abstract(config)[0], params, batch)
+    expected = theirs.logits.detach().numpy()[is_token]
+    difference = np.abs(np.asarray(logits)[is_token][:, :VOCAB] - expected).max()
     print(f"{name}: logits {np.abs(expected).max():.2f}, differ by {difference:.1e}", end="")
     assert difference <= 5e-4
     assert abs(float(loss) - theirs.loss.item()) <= 1e-5
@@ -224,7 +178,7 @@ def test_configs_come_back(name, imported):
     eager = dict(attn_implementation="eager", experts_implementation="eager")
     again = type(model)(type(model.config)(**written, **eager)).eval()
     again.load_state_dict(model.state_dict())
-    tokens = torch.tensor(rows()[1].inputs, dtype=torch.long)
+    tokens = torch.tensor(padded_rows()[1].inputs, dtype=torch.long)
     with torch.no_grad():
         np.testing.assert_allclose(again(tokens).logits, model(tokens).logits, atol=1e-5, rtol=0)
 
@@ -232,13 +186,18 @@ def test_configs_come_back(name, imported):
 @pytest.mark.parametrize("name", ["gpt_oss", "deepseek"])
 def test_greedy_text_is_theirs(name, imported):
     """Token by token from our cache, of latents for deepseek, against their own generation."""
-    from llmjax.inference.generate import generate
+    from llmjax.inference.generate import Sampling, generate
 
     model = reference(name)
     _, config, _, params = imported(name)
     prompts = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3, 2]]
     found = generate(
-        registry.abstract(config)[0], params, config, prompts, max_tokens=12, temperature=0, stop_ids=[VOCAB + 1]
+        registry.abstract(config)[0],
+        params,
+        config,
+        prompts,
+        Sampling(max_tokens=12, temperature=0),
+        stop_ids=[VOCAB + 1],
     )
     for prompt, tokens in zip(prompts, found, strict=True):
         theirs = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None)

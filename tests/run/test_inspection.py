@@ -25,7 +25,7 @@ def finished(tmp_path_factory):
     checkpoints, prints = Checkpoints(workdir / "checkpoints"), {}
     for step in (9, 10, 30):
         config = {**CONFIG, "train": {"steps": 30 if step == 30 else 10, "global_batch": 8}}
-        meta = {"config": config, "data_state": {**STATE, "next_sample": step * 8}, "tokens": step * 500}
+        meta = {"config": config, "data_state": {**STATE, "next_sample": step * 8}, "total_targets": step * 500}
         prints[step] = checkpoints.save(step, {"params": {"w": jnp.full((4,), step, jnp.float32)}}, meta)
     checkpoints.close()
     split = {"documents": 3, "tokens": 1000, "text_bytes": 4000}
@@ -116,7 +116,7 @@ def prepared(tmp_path):
             (tmp_path / name / f"{number}.txt").write_text(f"{name} {number} " * 50)
     sources = {name: SourceConfig(path=f"{tmp_path / name}/*.txt") for name in ("books", "code")}
     config = DataConfig(sources=sources, tokenizer=TokenizerConfig(kind="bytes"), workers=1)
-    prepare(config, tmp_path / "run" / "store", say=lambda line: None)
+    prepare(config, tmp_path / "run" / "store")
     return tmp_path / "run"
 
 

@@ -66,8 +66,18 @@ def test_what_was_accepted_once_is_not_accepted_again(tmp_path):
     path = epath.Path(tmp_path)
     kept = {"train": {"steps": 7}, "checkpoint": {"accept_changes": True, "every": 3}}
     (tmp_path / "config.json").write_text(json.dumps(kept))
-    config = loading.resolve(None, path, [("train.log_every", "2")], lambda line: None)
+    config = loading.resolve(None, path, [("train.log_every", "2")])
     assert (config.train.steps, config.train.log_every, config.checkpoint.every) == (7, 2, 3)
     assert not config.checkpoint.accept_changes
     with pytest.raises(UserError, match="--config is missing"):
         loading.resolve(None, path / "empty", [])
+
+
+def test_a_workdir_of_another_version_is_refused_in_one_line(tmp_path):
+    """As written before a field was renamed."""
+    (tmp_path / "config.json").write_text(json.dumps({"parallel": {"how": "pjit"}}))
+    message = r"config\.json: unknown config field 'parallel\.how'.*; another version of llmjax wrote this workdir: use"
+    for read in (lambda path: loading.read_config(path), lambda path: loading.resolve(None, path, [])):
+        with pytest.raises(UserError, match=message):
+            read(epath.Path(tmp_path))
+    assert loading.resolve(str(jobs.ROOT / "configs" / "quickstart.py"), epath.Path(tmp_path), []).seed == 0

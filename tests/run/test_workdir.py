@@ -196,15 +196,16 @@ def test_a_lock_that_cannot_be_read_is_refused(tmp_path):
         Lock(tmp_path, primary=True).__enter__()
 
 
-def test_who_waits_says_so_and_takes_the_lock_in_its_turn(tmp_path, holder, fast):
+def test_who_waits_logs_that_and_takes_the_lock_in_its_turn(tmp_path, holder, fast, monkeypatch):
     lines = []
 
-    def told(line):
-        lines.append(line)
+    def end_holder(message, *values):
+        lines.append(message % values)
         holder.kill()
         holder.wait()
 
-    with Lock(tmp_path, primary=True, wait=told):
+    monkeypatch.setattr(workdir.logger, "info", end_holder)
+    with Lock(tmp_path, primary=True, wait=True):
         assert lines == [f"waiting for process {holder.pid} on {socket.gethostname()}, which uses {tmp_path}"]
         assert read_json(tmp_path / "lock.json")["pid"] == os.getpid()
 
@@ -213,7 +214,7 @@ RACE = """
 import sys, time
 from llmjax.run.workdir import Lock
 sys.stdin.readline()
-with Lock(sys.argv[1], primary=True, wait=lambda line: None):
+with Lock(sys.argv[1], primary=True, wait=True):
     with open(sys.argv[1] + "/order", "a") as file:
         file.write("in ")
         file.flush()

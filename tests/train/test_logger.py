@@ -10,18 +10,19 @@ from llmjax.train.logger import MetricsLogger
 
 @pytest.mark.parametrize("max_skipped", [1, 3])
 @pytest.mark.parametrize("bad", [1, 2, 3, 4])
-def test_max_skipped_steps_in_a_row_are_told_though_a_good_one_follows(monkeypatch, max_skipped, bad):
+def test_max_skipped_steps_in_a_row_are_reported_though_a_good_one_follows(monkeypatch, max_skipped, bad):
     """A step is read when the next one was started, so a good one is always read before anybody asks."""
     monkeypatch.setattr("llmjax.train.logger.run_config.flops_per_token", lambda *_: 1.0)
-    monkeypatch.setattr(MetricsLogger, "_line", lambda *_: None)
+    monkeypatch.setattr(MetricsLogger, "_write", lambda *_: None)
     train = types.SimpleNamespace(max_skipped=max_skipped, log_every=1)
-    job = types.SimpleNamespace(
+    context = types.SimpleNamespace(
         config=types.SimpleNamespace(train=train),
-        evaluator=types.SimpleNamespace(objective=types.SimpleNamespace(target_len=1)),
+        objective=types.SimpleNamespace(target_len=1),
+        last_step=20,
     )
-    logger = MetricsLogger(job, 20, types.SimpleNamespace(tokens=0))  # pyright: ignore[reportArgumentType]
+    logger = MetricsLogger(context, types.SimpleNamespace(total_targets=0))  # pyright: ignore[reportArgumentType]
     for step in range(1, 12):
         finite = np.array(not 4 <= step < 4 + bad)
-        logger.record(step, {"finite": finite, "tokens": np.array(1), "read": np.array(1)})
+        logger.record(step, {"finite": finite, "num_targets": np.array(1), "num_tokens": np.array(1)})
     logger.flush()
     assert logger.diverged == (bad >= max_skipped)

@@ -1,13 +1,16 @@
-"""What signals mean while training steps: the first asks to save and stop, the second ends it and says what is lost."""
+"""Signals while training: the first requests to save and stop, the second ends the process and prints what is lost."""
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
 from llmjax.parallel import interrupts
 from llmjax.train.loop import _describe_loss
 from llmjax.train.preemption import Preemption
+from tests import jobs
 
 
 @pytest.fixture
@@ -23,23 +26,28 @@ def preemption():
 
 @pytest.mark.parametrize("number", interrupts.SIGNALS)
 def test_the_first_signal_asks_and_the_second_ends(preemption, number):
-    assert not preemption.reached(1)
+    assert not preemption.reached()
     os.kill(os.getpid(), number)
-    assert preemption.reached(1)
+    assert preemption.reached()
     with pytest.raises(interrupts.Stopped, match=r"; steps 5 to 7 are lost: rerun the same command") as stopped:
         os.kill(os.getpid(), number)
         signal.getsignal(number)  # Python runs the handler before this
     assert stopped.value.status == 128 + number
 
 
-def test_an_evaluation_ends_at_once(preemption):
-    with preemption.interruptible():
-        os.kill(os.getpid(), signal.SIGTERM)
-        pytest.fail("the evaluation went on")
-    assert preemption.interrupted and preemption.reached(1)
-    with pytest.raises(interrupts.Stopped), preemption.interruptible():
-        os.kill(os.getpid(), signal.SIGTERM)
-        pytest.fail("the second signal was taken for the first")
+def test_several_processes_count_every_check(preemption, monkeypatch):
+    """The coordination service answers True at one number: numbers grow by 1, and the answer stays."""
+    monkeypatch.setattr(preemption, "_single", False)
+    seen = []
+
+    def reached_sync_point(number: int) -> bool:
+        seen.append(number)
+        return number == 3
+
+    monkeypatch.setattr("llmjax.train.preemption.multihost_utils.reached_preemption_sync_point", reached_sync_point)
+    assert [preemption.reached() for _ in range(5)] == [False, False, True, True, True]
+    assert seen == [1, 2, 3]
+    preemption._single = True
 
 
 def test_what_is_ignored_stays_ignored(monkeypatch):
@@ -47,7 +55,7 @@ def test_what_is_ignored_stays_ignored(monkeypatch):
     try:
         found = Preemption(lambda: "")
         os.kill(os.getpid(), signal.SIGHUP)
-        assert not found.reached(1)
+        assert not found.reached()
         found.close()
     finally:
         signal.signal(signal.SIGHUP, old)
@@ -64,3 +72,44 @@ def test_what_is_ignored_stays_ignored(monkeypatch):
 )
 def test_what_is_lost(step, newest, expected):
     assert _describe_loss(step, newest) == expected
+
+
+SLOW_EVALUATION = """
+import sys, time
+from llmjax.cli import main
+from llmjax.evals import harness
+
+place = harness.Evaluator._to_devices
+
+def wait_and_place(evaluator, local):
+    print("a batch of the evaluation", flush=True)
+    time.sleep(0.2)
+    return place(evaluator, local)
+
+harness.Evaluator._to_devices = wait_and_place
+main.main()
+"""
+
+
+@pytest.mark.multiprocess
+def test_processes_stop_in_the_middle_of_an_evaluation(tmp_path):
+    """With 2 rows a batch the evaluation has some hundred batches; it ends some batches after the signal."""
+    corpus, workdir = jobs.write_corpus(tmp_path / "corpus"), tmp_path / "run"
+    changes = {"checkpoint__every": 100, "eval__every": 3, "eval__batch": 2, "data__split__validation": 0.3}
+    _, *arguments = jobs.command("train", workdir, corpus, **changes)
+    command = jobs.launch([sys.executable, "-c", SLOW_EVALUATION, *arguments], 2, 1)
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=jobs.environment()
+    ) as job:
+        assert job.stdout
+        printed = []
+        for line in job.stdout:
+            printed.append(line)
+            if "a batch of the evaluation" in line:
+                job.send_signal(signal.SIGTERM)
+                break
+        rest = job.stdout.read()
+    assert job.returncode == 85, "".join(printed) + rest
+    assert "stop requested: step 3 is saved; rerun the same command to resume" in rest
+    assert (workdir / "checkpoints" / "3").is_dir() and not (workdir / "eval" / "3").exists()
+    assert rest.count("a batch of the evaluation") < 40

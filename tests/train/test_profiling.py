@@ -1,5 +1,7 @@
 """`train.profile` writes a trace of its steps, whatever part of them a process runs, and one line for a bad value."""
 
+import logging
+
 from etils import epath
 import jax
 import jax.numpy as jnp
@@ -13,10 +15,14 @@ from llmjax.train.profiling import Profiler, check_profile
 RUNS = jax.jit(lambda x: jax.lax.fori_loop(0, 20, lambda _, y: jnp.sin(y @ y), x))
 
 
-def run(workdir, profile: tuple, steps: range) -> list[str]:
-    """The lines printed by a loop over `steps` that runs one program a step."""
-    said: list[str] = []
-    profiler = Profiler(TrainConfig(profile=profile), epath.Path(workdir), steps.start, said.append)
+@pytest.fixture(autouse=True)
+def _log_level(caplog):
+    caplog.set_level(logging.INFO, logger="llmjax")
+
+
+def run(workdir, profile: tuple, steps: range) -> None:
+    """A loop over `steps` that runs one program a step."""
+    profiler = Profiler(TrainConfig(profile=profile), epath.Path(workdir), steps.start)
     state = jax.block_until_ready(RUNS(jnp.ones((64, 64))))
     for step in steps:
         profiler.before_step(step, state)
@@ -24,7 +30,6 @@ def run(workdir, profile: tuple, steps: range) -> list[str]:
         profiler.after_step(step, state)
     jax.block_until_ready(state)
     profiler.close()
-    return said
 
 
 @pytest.mark.parametrize(
@@ -37,28 +42,33 @@ def run(workdir, profile: tuple, steps: range) -> list[str]:
         ((5, 1), range(1, 4), None),  # ended before the window
     ],
 )
-def test_the_steps_of_the_window_are_traced(tmp_path, profile, steps, traced):
-    said, found = run(tmp_path, profile, steps), read_profile(epath.Path(tmp_path))
+def test_the_steps_of_the_window_are_traced(tmp_path, profile, steps, traced, caplog):
+    run(tmp_path, profile, steps)
+    found = read_profile(epath.Path(tmp_path))
     if traced is None:
-        assert not said and found is None
+        assert not caplog.messages and found is None
         return
-    assert len(said) == 1 and said[0].startswith(f"profile of steps {traced[0]} to {traced[1]}: {found.path.parent}")
-    assert "ui.perfetto.dev" in said[0]
+    (line,) = caplog.messages
+    assert line.startswith(f"profile of steps {traced[0]} to {traced[1]}: {found.path.parent}")
+    assert "ui.perfetto.dev" in line
     assert found.operations and found.seconds > 0
 
 
-def test_a_window_that_has_passed_is_reported(tmp_path):
-    assert run(tmp_path, (2, 3), range(5, 8)) == ["train.profile=(2, 3): these steps are done, so no trace is written"]
+def test_a_window_that_has_passed_is_reported(tmp_path, caplog):
+    run(tmp_path, (2, 3), range(5, 8))
+    assert caplog.messages == ["train.profile=(2, 3): these steps are done, so no trace is written"]
 
 
-def test_only_the_primary_process_traces(tmp_path, monkeypatch):
+def test_only_the_primary_process_traces(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("llmjax.parallel.hosts.is_primary", lambda: False)
-    assert run(tmp_path, (2, 3), range(1, 8)) == [] and not list(tmp_path.iterdir())
+    run(tmp_path, (2, 3), range(1, 8))
+    assert not caplog.messages and not list(tmp_path.iterdir())
 
 
-def test_a_trace_that_cannot_be_written_ends_no_run(tmp_path):
+def test_a_trace_that_cannot_be_written_ends_no_run(tmp_path, caplog):
     (tmp_path / "profile").write_text("a file")
-    (line,) = run(tmp_path, (1, 2), range(1, 4))
+    run(tmp_path, (1, 2), range(1, 4))
+    (line,) = caplog.messages
     assert line.startswith("no profile of steps 1 to 2: ") and "training continues" in line
 
 

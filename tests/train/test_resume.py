@@ -1,6 +1,8 @@
 """What may change between a checkpoint and the run that goes on from it: without a word, said, or not at all."""
 
 import dataclasses
+import functools
+import logging
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -11,6 +13,7 @@ from llmjax.checkpoint.manager import Checkpoints
 from llmjax.data.batches.pipeline import DataState
 from llmjax.errors import UserError
 from llmjax.models.recurrent import RecurrentConfig
+from llmjax.parallel import axes
 from llmjax.run import config as run_config, state as states
 from llmjax.run.config import RunConfig, TrainConfig
 from llmjax.train import resume
@@ -29,8 +32,8 @@ class Data:
 
 
 @pytest.fixture(scope="module")
-def resumed(tmp_path_factory):
-    """Resume from one checkpoint with another model or training section: what was said."""
+def resume_run(tmp_path_factory):
+    """Resume from one checkpoint with another model or training section, and return the log."""
     folder = tmp_path_factory.mktemp("checkpoints")
     saved = RunConfig(model=MODEL, train=TrainConfig(steps=10))
     mesh = Mesh(
@@ -38,32 +41,37 @@ def resumed(tmp_path_factory):
     )
 
     def planned(config: RunConfig) -> states.StateSpec:
-        rules = config.parallel.rules
-        return states.make_state_spec(
-            config.model, config.optimizer, horizon=config.train.steps, mesh=mesh, rules=rules
-        )
+        with axes.use_mesh(mesh, config.parallel.rules):
+            return states.make_state_spec(config.model, config.optimizer, horizon=config.train.steps)
 
     spec = planned(saved)
     checkpoints = Checkpoints(folder)
     meta = {"config": run_config.to_json(saved), "data_state": Data().start().to_json(), "tokenizer_sha256": "a"}
-    checkpoints.save(1, states.to_checkpoint(states.init_state(spec, MODEL, 0)), {**meta, "tokens": 5, "skipped": 0})
+    meta |= {"total_targets": 5, "skipped": 0}
+    checkpoints.save(1, states.to_checkpoint(states.init_state(spec, MODEL, 0)), meta)
     checkpoints.close()
 
-    def run(model: dict | None = None, train: dict | None = None, parallel: dict | None = None) -> list[str]:
+    def run(caplog, model: dict | None = None, train: dict | None = None, parallel: dict | None = None) -> list[str]:
         config = dataclasses.replace(
             saved,
             model=dataclasses.replace(saved.model, **model or {}),
             train=dataclasses.replace(saved.train, **train or {}),
             parallel=dataclasses.replace(saved.parallel, **parallel or {}),
         )
-        said: list[str] = []
         again = Checkpoints(folder)
-        progress = resume.restore_or_init(config, planned(config), Data(), again, "a", said.append)  # pyright: ignore[reportArgumentType]
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="llmjax"):
+            progress = resume.restore_or_init(config, planned(config), Data(), again, "a")  # pyright: ignore[reportArgumentType]
         again.close()
-        assert (progress.step, progress.tokens) == (1, 5)
-        return said
+        assert (progress.step, progress.total_targets) == (1, 5)
+        return list(caplog.messages)
 
     return run
+
+
+@pytest.fixture
+def resumed(resume_run, caplog):
+    return functools.partial(resume_run, caplog)
 
 
 @pytest.mark.parametrize(
@@ -94,3 +102,9 @@ def test_another_number_of_cpu_threads_is_said(resumed):
     changed, line = resumed(parallel=dict(cpu_threads=4))
     assert changed.strip() == "changed since the checkpoint: parallel.cpu_threads: 8 -> 4"
     assert "resuming at step 1" in line
+
+
+def test_a_checkpoint_of_another_version_is_refused_in_one_line():
+    meta = {"config": {"model": {"gated": "gated"}}}
+    with pytest.raises(UserError, match=r"the checkpoint's config: .*; another version of llmjax saved it: use that"):
+        resume._saved_config(meta)

@@ -12,8 +12,8 @@ from llmjax.checkpoint.fingerprint import fingerprint
 from llmjax.errors import UserError
 from llmjax.models.decoder_config import DecoderConfig
 from llmjax.optim.config import OptimizerConfig
-from llmjax.parallel import backends, hosts
-from llmjax.parallel.mesh import MeshConfig, ParallelConfig, make_mesh
+from llmjax.parallel import axes, backends, hosts
+from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.run import state as states
 from llmjax.train.step import make_loss, train_step
 from tests.batches import packed
@@ -36,16 +36,18 @@ class Trainer:
     def __init__(
         self, mesh: Mesh, *, backend: str = "jit", accumulation: int = 1, optimizer: OptimizerConfig = OPTIMIZER
     ):
-        config = ParallelConfig(backend=backend)
-        spec = states.make_state_spec(MODEL, optimizer, horizon=10, mesh=mesh, rules=config.rules)
-        rows = hosts.local_rows(backends.batch_sharding(mesh), ROWS)
-        loss = make_loss(spec.graph, seed=3, chunk=16, z_loss=1e-3)
-        step = functools.partial(train_step, loss=loss, optimizer=spec.optimizer, accumulation=accumulation)
-        self.compiled = backends.compile_step(step, config, mesh, spec.shardings, rows, ROWS)
-        self.state = self.compiled.shard_state(states.init_state(spec, MODEL, seed=0))
+        self.mesh = mesh
+        with axes.use_mesh(mesh):
+            spec = states.make_state_spec(MODEL, optimizer, horizon=10)
+            rows = hosts.local_rows(backends.batch_sharding(), ROWS)
+            loss = make_loss(spec.graph, seed=3, chunk=16, z_loss=1e-3)
+            step = functools.partial(train_step, loss=loss, optimizer=spec.optimizer, accumulation=accumulation)
+            self.compiled = backends.compile_step(step, backend, spec.shardings, rows, ROWS)
+            self.state = self.compiled.shard_state(states.init_state(spec, MODEL, seed=0))
 
     def step(self, batch) -> dict:
-        self.state, metrics = self.compiled.step(self.state, self.compiled.shard_batch(batch))
+        with axes.use_mesh(self.mesh):
+            self.state, metrics = self.compiled.step(self.state, self.compiled.shard_batch(batch))
         return jax.device_get(metrics)
 
     def lifted(self) -> states.TrainState:
@@ -82,7 +84,7 @@ def test_layouts_agree_with_one_device(layout, oracle):
     for k, expected in enumerate(metrics):
         found = trainer.step(batch(k))
         assert found["batch_digest"] == expected["batch_digest"]
-        assert found["tokens"] == expected["tokens"]
+        assert found["num_targets"] == expected["num_targets"]
         # float32 sums of 16 x 32 terms in another order: a few units in the last place (1.2e-7), compounded over steps.
         np.testing.assert_allclose(found["loss"], expected["loss"], rtol=2e-6)
         np.testing.assert_allclose(found["grad_norm"], expected["grad_norm"], rtol=1e-5)
@@ -95,26 +97,25 @@ def test_layouts_agree_with_one_device(layout, oracle):
 def test_gradients_agree_across_meshes():
     """The gradients themselves, before any optimizer can hide or magnify a difference."""
 
-    def gradient(mesh: Mesh, rows_sharding) -> dict:
-        spec = states.make_state_spec(MODEL, OPTIMIZER, horizon=10, mesh=mesh, rules=ParallelConfig().rules)
-        loss = make_loss(spec.graph, seed=3, chunk=16, z_loss=1e-3)
-        params = states.init_state(spec, MODEL, seed=0).params
-        local = hosts.local_rows(rows_sharding, ROWS)
-        placed = hosts.global_batch(rows_sharding, batch(0), local, ROWS)
-        with jax.set_mesh(mesh):
+    def gradient(mesh: Mesh) -> dict:
+        with axes.use_mesh(mesh):
+            spec = states.make_state_spec(MODEL, OPTIMIZER, horizon=10)
+            loss = make_loss(spec.graph, seed=3, chunk=16, z_loss=1e-3)
+            params = states.init_state(spec, MODEL, seed=0).params
+            sharding = backends.batch_sharding()
+            placed = hosts.global_batch(sharding, batch(0), hosts.local_rows(sharding, ROWS), ROWS)
             return jax.device_get(jax.jit(jax.grad(loss, has_aux=True))(params, placed)[0])
 
     meshes = [one_device(), make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))]
-    one, many = (gradient(mesh, backends.batch_sharding(mesh)) for mesh in meshes)
+    one, many = map(gradient, meshes)
     for found, expected in zip(jax.tree.leaves(many), jax.tree.leaves(one), strict=True):
         # Summed (not mean) gradients of some 400 tokens: float32 rounding relative to the leaf's largest entry.
         np.testing.assert_allclose(found, expected, atol=3e-6 * np.abs(expected).max())
 
 
 def test_state_is_sharded_by_the_rules():
-    spec = states.make_state_spec(
-        MODEL, OPTIMIZER, horizon=10, mesh=make_mesh(MeshConfig(data=1, fsdp=8)), rules=ParallelConfig().rules
-    )
+    with axes.use_mesh(make_mesh(MeshConfig(data=1, fsdp=8))):
+        spec = states.make_state_spec(MODEL, OPTIMIZER, horizon=10)
     replicated = [
         jax.tree_util.keystr(path)
         for path, sharding in jax.tree_util.tree_leaves_with_path(spec.shardings)
@@ -125,14 +126,12 @@ def test_state_is_sharded_by_the_rules():
 
 
 def test_a_dimension_that_does_not_divide_is_reported():
-    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
     narrow = dataclasses.replace(MODEL, embed=36, num_heads=2, num_kv_heads=2, head_dim=18)
-    spec = states.make_state_spec(narrow, OPTIMIZER, horizon=10, mesh=mesh, rules=ParallelConfig().rules)
-    lines = states.unsharded_params(spec, mesh, ParallelConfig().rules)
+    with axes.use_mesh(make_mesh(MeshConfig(data=1, fsdp=8))):
+        lines = states.unsharded_params(states.make_state_spec(narrow, OPTIMIZER, horizon=10))
+        assert states.unsharded_params(states.make_state_spec(MODEL, OPTIMIZER, horizon=10)) == []
     table = next(line for line in lines if line.startswith("embed."))
     assert f"{256 * 36 * 4:,} bytes" in table and "fsdp" in table
-    wide = states.make_state_spec(MODEL, OPTIMIZER, horizon=10, mesh=mesh, rules=ParallelConfig().rules)
-    assert states.unsharded_params(wide, mesh, ParallelConfig().rules) == []
 
 
 def broken(step: int):
@@ -167,14 +166,16 @@ def test_pmap_refuses_a_sharded_state():
         Trainer(make_mesh(MeshConfig(data=2, fsdp=4)), backend="pmap")
 
 
-def test_unknown_compiler():
-    with pytest.raises(UserError, match=r"parallel.backend='pjit': known are"):
+def test_unknown_backend():
+    with pytest.raises(UserError, match=r"parallel.backend='pjit': expected 'jit' or 'pmap'"):
         Trainer(one_device(), backend="pjit")
 
 
 def test_batch_that_the_mesh_does_not_divide():
-    with pytest.raises(UserError, match=r"train.global_batch=12 is not divisible by mesh.data x mesh.fsdp = 8.*take 8"):
-        backends.check_batch("train.global_batch", 12, make_mesh(MeshConfig(data=4, fsdp=2)))
+    mesh = make_mesh(MeshConfig(data=4, fsdp=2))
+    message = r"train.global_batch=12 is not divisible by mesh.data x mesh.fsdp = 8: set it to 8"
+    with axes.use_mesh(mesh), pytest.raises(UserError, match=message):
+        backends.check_batch("train.global_batch", 12)
 
 
 def test_digest_sees_order_tokens_and_samples():

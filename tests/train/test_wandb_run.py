@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import json
+import logging
 import time
 import types
 
@@ -18,23 +19,24 @@ from llmjax.train.wandb_run import check_wandb, start_wandb
 PROJECT = TrainConfig(wandb_project="demo")
 
 
-def log_step(workdir, step: int, loss: float) -> list[str]:
-    """Start (or resume) a run, log one step and an evaluation; returns what was printed."""
-    said: list[str] = []
+def log_step(workdir, step: int, loss: float) -> None:
+    """Start (or resume) a run, log one step and an evaluation."""
     workdirs.write_json(workdir / "run.json", {"run_id": "abc123"})
     with MetricsLog(workdir, primary=hosts.is_primary(), resume_step=step - 1) as log:
         config = RunConfig(train=PROJECT)
-        start_wandb(types.SimpleNamespace(config=config, workdir=epath.Path(workdir), log=log, say=said.append))
+        start_wandb(types.SimpleNamespace(config=config, workdir=epath.Path(workdir), log=log))
         log.write({"step": step, "loss": loss, "mfu": None})
         log.scalars(step, {"validation/loss": loss + 0.5})
-    return said
 
 
-def test_an_offline_run_is_below_the_workdir_and_continues_under_its_id(tmp_path, monkeypatch):
+def test_an_offline_run_is_below_the_workdir_and_continues_under_its_id(tmp_path, monkeypatch, caplog):
     pytest.importorskip("wandb", reason="needs the extra wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     for step, loss in ((1, 2.625), (2, 1.125)):
-        (line,) = log_step(tmp_path, step, loss)
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="llmjax"):
+            log_step(tmp_path, step, loss)
+        (line,) = caplog.messages
         assert line.startswith(f"  W&B: run abc123 of project demo, offline in {tmp_path}/wandb/offline-run-")
         content = (epath.Path(line.partition("offline in ")[2]) / "run-abc123.wandb").read_bytes()
         for expected in ("demo", "train/loss", str(loss), "validation/loss", str(loss + 0.5)):
@@ -56,9 +58,11 @@ def test_a_run_that_wandb_refuses_is_one_line(tmp_path, monkeypatch):
         log_step(tmp_path, 1, 2.0)
 
 
-def test_only_the_primary_process_starts_a_run(tmp_path, monkeypatch):
+def test_only_the_primary_process_starts_a_run(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(hosts, "is_primary", lambda: False)
-    assert log_step(tmp_path, 1, 2.0) == [] and not (tmp_path / "wandb").exists()
+    with caplog.at_level(logging.INFO, logger="llmjax"):
+        log_step(tmp_path, 1, 2.0)
+    assert not caplog.messages and not (tmp_path / "wandb").exists()
 
 
 @pytest.mark.parametrize("spec", [None, importlib.machinery.ModuleSpec("wandb", None)])

@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from llmjax.data.hashing import splitmix64
+from llmjax.data.hashing import hash64
 from llmjax.errors import UserError
 
 _NUM_ROUNDS = 6
@@ -96,8 +96,3 @@ def _valid_span(span: tuple) -> tuple[int, int]:
     if not 0 <= span[0] < span[1]:
         raise UserError(f"data.skip entry {span!r}: from must be 0 or more and below to")
     return span
-
-
-def hash64(x: np.ndarray, key: np.uint64 | np.ndarray) -> np.ndarray:
-    """64 well-stirred bits of x and the key: what SplitMix64 that began at the key gives as its x-th."""
-    return splitmix64(x * np.uint64(0x9E3779B97F4A7C15) + key)

@@ -1,6 +1,6 @@
 """Pack documents into rows of fixed length: best-fit decreasing, planned once, or windows over the stream.
 
-Either way every token of the store is a target exactly once, and documents stay apart by their segment numbers.
+Either way every token of the store is a target exactly once, and segment numbers keep documents apart.
 """
 
 from collections import defaultdict
@@ -15,22 +15,26 @@ from typing import Protocol
 import numpy as np
 
 from llmjax.atomic import write_bytes
+from llmjax.data.store.checked_file import CheckedFile, block_checksums
 from llmjax.data.store.token_store import TokenStore
 from llmjax.errors import UserError
 
 ALGORITHMS = ("best_fit", "concat")
-_VERSION = 1
+_VERSION = 2
 _PART_TOKENS = 1 << 32  # planned at once, to bound memory; a larger store is planned by groups of whole shards
+_MAX_BYTES_IN_MEMORY = 1 << 28  # a larger array of a plan stays on disk
+_EDGE = np.dtype("<i8")
+_CHUNK = np.dtype([("start", "<i8"), ("length", "<i4"), ("continued", "|b1")])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chunks:
-    """Pieces of documents in the order in which rows hold them; every field has one entry a chunk.
+    """Spans of documents in the order in which rows hold them; every field has one entry a chunk.
 
-    row        int64, the place in the list of rows asked for
+    row        int64, index into the list of requested rows
     start      int64, offset of the first token in the store's flat stream
     length     int64, tokens
-    continued  bool, the piece begins inside its document
+    continued  bool, the chunk begins inside its document
     """
 
     row: np.ndarray
@@ -43,8 +47,8 @@ class Chunks:
 class Rows:
     """Packed rows before an objective has made a batch of them: int32 [rows, seq_len] each, 0 where padded.
 
-    tokens     the documents' tokens
-    before     the token before each in its document, or BOS (EOS where there is none) at its start
+    targets    the documents' tokens
+    inputs     the token before each target in its document, or BOS (EOS if there is none) at its start
     segments   1, 2, ... number the chunks of a row
     positions  counted from 0 in each segment
     """
@@ -59,9 +63,10 @@ class Rows:
 class RowBudget:
     """How much of a row an objective needs for a chunk.
 
-    seq_len  the room of a row
-    costs    int64 [longest chunk + 1], what a chunk of each length takes, each at most seq_len; None: its tokens
-    name     of the costs, so that plans are told apart; "" where there are none
+    seq_len  positions in a row
+    costs    int64 [longest chunk + 1], the positions that a chunk of each length needs, each at most seq_len; None:
+             its tokens
+    name     of the costs, so that plans with different costs are told apart; "" if there are none
     """
 
     seq_len: int
@@ -70,23 +75,23 @@ class RowBudget:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest chunk that a row can take."""
+        """Tokens of the longest chunk that fits a row."""
         return self.seq_len if self.costs is None else len(self.costs) - 1
 
     @property
     def capacity(self) -> int:
-        """Tokens of text that a row takes at most."""
+        """The most tokens of text that fit a row."""
         if self.costs is None:
             return self.seq_len
         return int((self.seq_len * np.arange(1, len(self.costs)) // self.costs[1:]).max())
 
     def cost(self, lengths: np.ndarray) -> np.ndarray:
-        """The room that chunks of these lengths take."""
+        """The positions that chunks of these lengths need."""
         return lengths if self.costs is None else self.costs[lengths]
 
 
 class Packing(Protocol):
-    """Which chunks stand in which row. `rows` counts them, `used` the room that their chunks take."""
+    """Which chunks each row holds. `rows` counts the rows, `used` the positions that their chunks need."""
 
     rows: int
     used: int
@@ -99,23 +104,23 @@ class Packing(Protocol):
 def open_packing(
     store: TokenStore, seq_len: int, algorithm: str, plans: Path, row_budget: RowBudget | None = None
 ) -> Packing:
-    """The packing of a store; a best-fit plan is computed at first use and kept in the folder `plans`.
+    """Open the packing of a store; a best-fit plan is computed at first use and kept in the folder `plans`.
 
-    room  what chunks take of a row; None: their tokens
+    row_budget  what chunks need of a row; None: their tokens
     """
     if seq_len < 1:
-        raise UserError(f"data.seq_len={seq_len}: a row has at least one token")
+        raise UserError(f"data.seq_len={seq_len}: a row has at least one token; set it to 1 or more")
     row_budget = row_budget or RowBudget(seq_len=seq_len)
     if algorithm == "concat":
         if row_budget.costs is not None:
             raise UserError(
-                f"data.packing='concat': windows of {seq_len} tokens leave no room for what objective.name="
-                f"{row_budget.name.split()[0]!r} makes of them; set data.packing='best_fit'"
+                f"data.packing='concat': objective.name={row_budget.name.split()[0]!r} adds tokens to the text, which "
+                f"do not fit beside windows of {seq_len} tokens; set data.packing='best_fit'"
             )
         return Windows(store, seq_len)
     if algorithm == "best_fit":
         return BestFitPlan(store, row_budget, plans)
-    raise UserError(f"data.packing={algorithm!r}: known are {', '.join(ALGORITHMS)}")
+    raise UserError(f"data.packing={algorithm!r}: expected one of {', '.join(ALGORITHMS)}")
 
 
 class Windows:
@@ -126,14 +131,15 @@ class Windows:
         self.rows, self.used = -(-store.tokens // seq_len), store.tokens
 
     def chunks(self, rows: np.ndarray) -> Chunks:
+        """The chunks of these rows, row by row."""
         starts, continued, counts, ends = [], [], [], []
         for row in rows.tolist():
             a, b = row * self._seq_len, min((row + 1) * self._seq_len, self._store.tokens)
-            heads = self._store.starts_between(a, b)
-            inside = not heads.size or heads[0] > a
-            starts += [[a] if inside else [], heads]
-            continued += [[inside] if inside else [], np.zeros(heads.size, bool)]
-            counts.append(heads.size + inside)
+            document_starts = self._store.starts_between(a, b)
+            inside = not document_starts.size or document_starts[0] > a
+            starts += [[a] if inside else [], document_starts]
+            continued += [[inside] if inside else [], np.zeros(document_starts.size, bool)]
+            counts.append(document_starts.size + inside)
             ends.append(b)
         start = np.concatenate([np.zeros(0, np.int64), *starts]).astype(np.int64)
         last = np.cumsum(counts, dtype=np.int64) - 1
@@ -148,138 +154,160 @@ class Windows:
 
 
 class BestFitPlan:
-    """A plan from lengths alone, memory-mapped: the same bytes whoever makes it, so several processes may."""
+    """A best-fit plan on disk. Every process that makes it writes the same bytes, so several may do so at once.
+
+    chunks.bin holds the chunks in row order (_CHUNK), rows.bin the index of the first chunk of each row, and the end.
+    """
 
     def __init__(self, store: TokenStore, row_budget: RowBudget, plans: Path):
-        made_of = (
-            f"{store.fingerprint}/{row_budget.seq_len}/best_fit/{_VERSION}{row_budget.name and '/' + row_budget.name}"
-        )
-        key = hashlib.sha256(made_of.encode()).hexdigest()[:24]
+        identity = f"{store.fingerprint}/{row_budget.seq_len}/best_fit/{_VERSION}"
+        if row_budget.name:
+            identity += f"/{row_budget.name}"
+        key = hashlib.sha256(identity.encode()).hexdigest()[:24]
         folder = Path(plans) / f"best_fit-{row_budget.seq_len}-{key}"
         if not folder.is_dir():
             _write_plan(store, row_budget, folder)
+        hint = f"delete {folder}; the plan is then computed again"
         try:
-            sizes = json.loads((folder / "plan.json").read_text())
-            self._starts = _map(folder / "starts.bin", "<i8", sizes["chunks"])
-            self._lengths = _map(folder / "lengths.bin", "<i4", sizes["chunks"])
-            self._continued = _map(folder / "continued.bin", "|b1", sizes["chunks"])
-            self._edges = _map(folder / "rows.bin", "<i8", sizes["rows"] + 1)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"packing plan {folder} is damaged ({error}); delete that folder, it is made again"
-            ) from None
-        self.rows: int = sizes["rows"]
-        self.used: int = sizes.get("room", store.tokens)
+            record = json.loads((folder / "plan.json").read_text())
+            self.rows: int = record["rows"]
+            self.used: int = record["used"]
+            num_chunks, checksums = record["chunks"], dict(record["block_crc32"])
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise UserError(f"packing plan {folder / 'plan.json'} is damaged ({error}); {hint}") from None
+        self._chunks = _PlanArray(folder / "chunks.bin", _CHUNK, num_chunks, checksums, hint)
+        self._edges = _PlanArray(folder / "rows.bin", _EDGE, self.rows + 1, checksums, hint)
 
     def chunks(self, rows: np.ndarray) -> Chunks:
-        first = self._edges[rows]
-        counts = self._edges[rows + 1] - first
-        index = ranges(first, counts)
+        """The chunks of these rows, row by row."""
+        edges = self._edges.read(rows, np.full(len(rows), 2)).reshape(-1, 2)
+        counts = edges[:, 1] - edges[:, 0]
+        chunks = self._chunks.read(edges[:, 0], counts)
         return Chunks(
             row=np.repeat(np.arange(len(rows)), counts),
-            start=self._starts[index],
-            length=self._lengths[index].astype(np.int64),
-            continued=self._continued[index],
+            start=chunks["start"].astype(np.int64),
+            length=chunks["length"].astype(np.int64),
+            continued=chunks["continued"].copy(),
         )
+
+
+class _PlanArray:
+    """A 1-D array on disk: held in memory if it is small, else read as needed.
+
+    It is never memory-mapped, since touching a mapping of a truncated file kills the process.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype, size: int, checksums: dict[str, str], hint: str):
+        self._dtype, nbytes = dtype, size * dtype.itemsize
+        self._file = CheckedFile(path, name="packing plan", size=nbytes, block_crc32=checksums[path.name], hint=hint)
+        in_memory = nbytes <= _MAX_BYTES_IN_MEMORY
+        data = self._file.read(0, nbytes if in_memory else dtype.itemsize)  # any read compares the size
+        self._values = np.frombuffer(data, dtype) if in_memory else None
+
+    def read(self, firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Values [first, first + count) of each pair, one after the other."""
+        if self._values is not None:
+            return self._values[ranges(firsts, counts)]
+        item = self._dtype.itemsize
+        spans = zip((firsts * item).tolist(), ((firsts + counts) * item).tolist(), strict=True)
+        return np.frombuffer(b"".join([self._file.read(start, end) for start, end in spans]), self._dtype)
 
 
 def best_fit(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, int]:
     """Best-fit decreasing: the row of each chunk (int64) and the number of rows. Lengths, or costs: 1 to seq_len.
 
-    Longest first, each chunk goes to the row with the least room that still takes it. Rows with equal room are alike
-    and so are chunks of equal length, so whole groups move at once: the work grows with seq_len, not with the chunks.
+    Longest first, each chunk goes to the fullest row that it still fits. Rows with equal free space are alike and so
+    are chunks of equal length, so whole groups move at once: the work grows with seq_len, not with the chunks.
     """
     order = np.argsort((seq_len - lengths).astype(np.min_scalar_type(seq_len)), kind="stable")
     counts = np.bincount(lengths, minlength=seq_len + 1)
-    free_space: dict[int, list[tuple[int, int]]] = defaultdict(list)  # room left -> groups of rows (first, number)
-    rooms = np.zeros(seq_len + 1, bool)
+    groups: dict[int, list[tuple[int, int]]] = defaultdict(list)  # free space -> groups of rows (first, number)
+    has_group = np.zeros(seq_len + 1, bool)
     moves = []  # (first row, rows, chunks a row); chunks follow in the order of `order`
     num_rows = 0
     for length in np.flatnonzero(counts)[::-1].tolist():
-        left = int(counts[length])
-        while left:
-            space = length + int(np.argmax(rooms[length:]))
-            if rooms[space]:
-                first, number = free_space[space].pop()
+        remaining = int(counts[length])
+        while remaining:
+            space = length + int(np.argmax(has_group[length:]))
+            if has_group[space]:
+                first, number = groups[space].pop()
             else:
-                space, first, number = seq_len, num_rows, -(-left // (seq_len // length))
+                space, first, number = seq_len, num_rows, -(-remaining // (seq_len // length))
                 num_rows += number
-            each = min(space // length, left)
-            taken = min(number, left // each)
-            if taken < number:
-                free_space[space].append((first + taken, number - taken))
-            rooms[space] = bool(free_space[space])
-            free_space[space - each * length].append((first, taken))
-            rooms[space - each * length] = True
-            moves.append((first, taken, each))
-            left -= taken * each
-    firsts, takens, each = np.array(moves, np.int64).reshape(-1, 3).T
+            each = min(space // length, remaining)
+            filled = min(number, remaining // each)
+            if filled < number:
+                groups[space].append((first + filled, number - filled))
+            has_group[space] = bool(groups[space])
+            groups[space - each * length].append((first, filled))
+            has_group[space - each * length] = True
+            moves.append((first, filled, each))
+            remaining -= filled * each
+    firsts, numbers, each = np.array(moves, np.int64).reshape(-1, 3).T
     rows = np.empty(lengths.size, np.int64)
-    rows[order] = np.repeat(ranges(firsts, takens), np.repeat(each, takens))
+    rows[order] = np.repeat(ranges(firsts, numbers), np.repeat(each, numbers))
     return rows, num_rows
 
 
 def cut(starts: np.ndarray, lengths: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Documents to chunks of at most `longest` tokens, in order: (start, length, continued) of each."""
-    pieces = -(-lengths // longest)
-    number = ranges(np.zeros_like(pieces), pieces)
-    start = np.repeat(starts, pieces) + number * longest
-    length = np.minimum(longest, np.repeat(starts + lengths, pieces) - start)
+    """Cut documents into chunks of at most `longest` tokens, in order: (start, length, continued) of each."""
+    counts = -(-lengths // longest)
+    number = ranges(np.zeros_like(counts), counts)
+    start = np.repeat(starts, counts) + number * longest
+    length = np.minimum(longest, np.repeat(starts + lengths, counts) - start)
     return start, length, number > 0
 
 
 def fill(store: TokenStore, chunks: Chunks, num_rows: int, seq_len: int) -> Rows:
-    """Read the chunks and lay them out, row by row, in rows of seq_len places (an objective's RowBudget.capacity)."""
-    tokens = store.gather(chunks.start, chunks.length)
-    before = np.empty_like(tokens)
-    before[1:] = tokens[:-1]
+    """Read the chunks into rows of seq_len positions (an objective's RowBudget.capacity)."""
+    targets = store.gather(chunks.start, chunks.length)
+    inputs = np.empty_like(targets)
+    inputs[1:] = targets[:-1]
     heads = np.cumsum(chunks.length) - chunks.length
-    before[heads] = store.eos_id if store.bos_id is None else store.bos_id
+    inputs[heads] = store.eos_id if store.bos_id is None else store.bos_id
     if chunks.continued.any():
         inside = chunks.start[chunks.continued]
-        before[heads[chunks.continued]] = store.gather(inside - 1, np.ones_like(inside))
+        inputs[heads[chunks.continued]] = store.gather(inside - 1, np.ones_like(inside))
     counts = np.bincount(chunks.row, minlength=num_rows)
     number = 1 + ranges(np.zeros_like(counts), counts)
-    positions = np.arange(tokens.size, dtype=np.int32) - np.repeat(heads.astype(np.int32), chunks.length)
+    positions = np.arange(targets.size, dtype=np.int32) - np.repeat(heads.astype(np.int32), chunks.length)
     segments = np.repeat(number.astype(np.int32), chunks.length)
     used = np.bincount(chunks.row, weights=chunks.length, minlength=num_rows).astype(np.int64)
-    flat = (tokens, before, segments, positions)
-    if tokens.size == num_rows * seq_len:
-        laid = [values.reshape(num_rows, seq_len) for values in flat]
+    flat = (targets, inputs, segments, positions)
+    if targets.size == num_rows * seq_len:
+        padded = [values.reshape(num_rows, seq_len) for values in flat]
     else:
-        laid = [np.zeros((num_rows, seq_len), np.int32) for _ in flat]
+        padded = [np.zeros((num_rows, seq_len), np.int32) for _ in flat]
         for row, (end, length) in enumerate(zip(np.cumsum(used).tolist(), used.tolist(), strict=True)):
-            for out, values in zip(laid, flat, strict=True):
+            for out, values in zip(padded, flat, strict=True):
                 out[row, :length] = values[end - length : end]
-    return Rows(targets=laid[0], inputs=laid[1], segments=laid[2], positions=laid[3])
+    return Rows(targets=padded[0], inputs=padded[1], segments=padded[2], positions=padded[3])
 
 
 def _write_plan(store: TokenStore, row_budget: RowBudget, folder: Path) -> None:
-    """Plan and write to a folder of our own, then rename it: whoever comes first wins, with the same bytes."""
+    """Write the plan to a folder of this process, then rename it: the first process to finish wins."""
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True, exist_ok=True)
         num_chunks = num_rows = used = 0
-        names = ("starts", "lengths", "continued", "rows")
-        files = {name: open(partial / f"{name}.bin", "wb") for name in names}  # noqa: SIM115
-        files["rows"].write(np.zeros(1, "<i8").tobytes())
-        for starts, lengths in store.document_groups(_PART_TOKENS):
-            start, length, continued = cut(starts, lengths, row_budget.longest)
-            costs = row_budget.cost(length)
-            row, rows = best_fit(costs, row_budget.seq_len)
-            order = np.argsort(row, kind="stable")
-            files["starts"].write(start[order].astype("<i8").tobytes())
-            files["lengths"].write(length[order].astype("<i4").tobytes())
-            files["continued"].write(continued[order].tobytes())
-            ends = num_chunks + np.cumsum(np.bincount(row, minlength=rows))
-            files["rows"].write(ends.astype("<i8").tobytes())
-            num_chunks, num_rows, used = num_chunks + len(row), num_rows + rows, used + int(costs.sum())
-        for file in files.values():
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-        sizes = {"chunks": num_chunks, "rows": num_rows} | ({} if row_budget.costs is None else {"room": used})
-        write_bytes(partial / "plan.json", json.dumps(sizes).encode())
+        with open(partial / "chunks.bin", "w+b") as chunks_file, open(partial / "rows.bin", "w+b") as rows_file:
+            rows_file.write(np.zeros(1, _EDGE).tobytes())
+            for starts, lengths in store.document_groups(_PART_TOKENS):
+                start, length, continued = cut(starts, lengths, row_budget.longest)
+                costs = row_budget.cost(length)
+                row, rows = best_fit(costs, row_budget.seq_len)
+                chunks = np.empty(len(row), _CHUNK)
+                chunks["start"], chunks["length"], chunks["continued"] = start, length, continued
+                chunks_file.write(chunks[np.argsort(row, kind="stable")].tobytes())
+                ends = num_chunks + np.cumsum(np.bincount(row, minlength=rows))
+                rows_file.write(ends.astype(_EDGE).tobytes())
+                num_chunks, num_rows, used = num_chunks + len(row), num_rows + rows, used + int(costs.sum())
+            checksums = {Path(file.name).name: block_checksums(file) for file in (chunks_file, rows_file)}
+            for file in (chunks_file, rows_file):
+                file.flush()
+                os.fsync(file.fileno())
+        record = {"chunks": num_chunks, "rows": num_rows, "used": used, "block_crc32": checksums}
+        write_bytes(partial / "plan.json", json.dumps(record).encode())
     except OSError as error:
         raise UserError(
             f"packing plan {folder} cannot be written ({error}); make it writable, or set data.packing='concat'"
@@ -290,15 +318,8 @@ def _write_plan(store: TokenStore, row_budget: RowBudget, folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _map(path: Path, dtype: str, size: int) -> np.ndarray:
-    if path.stat().st_size != size * np.dtype(dtype).itemsize:
-        raise ValueError(f"{path.name} has {path.stat().st_size} bytes")
-    # A plain view of the mapping: np.memmap's own slicing is several times slower.
-    return np.asarray(np.memmap(path, dtype, "r", shape=(size,))) if size else np.zeros(0, dtype)
-
-
 def ranges(firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """first, first + 1, ... (count of them) for each, one after the other."""
+    """The integers first, first + 1, ... (`count` of them) of each pair, one after the other."""
     ends = np.cumsum(counts)
     total = int(ends[-1]) if len(ends) else 0
     return np.arange(total, dtype=np.int64) + np.repeat(firsts - (ends - counts), counts)

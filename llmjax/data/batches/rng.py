@@ -4,7 +4,7 @@ import hashlib
 
 import numpy as np
 
-from llmjax.data.batches.order import hash64
+from llmjax.data.hashing import hash64
 
 
 class CounterRng:

@@ -4,7 +4,7 @@ import string
 
 import numpy as np
 
-from llmjax.data.hashing import splitmix64
+from llmjax.data.hashing import GOLDEN_GAMMA, splitmix64
 
 BANDS, ROWS = 14, 8  # texts of Jaccard similarity 0.75 share a band with probability 0.77, of 0.85 with 0.99
 SIZE = BANDS * ROWS
@@ -16,8 +16,7 @@ _PRODUCTS = 1 << 15  # for some of the values at once: 128 KiB stay in the cache
 _draws = np.random.Generator(np.random.PCG64(0x6D696E68)).integers(0, 1 << 32, (2, SIZE), dtype=np.uint64)
 _FACTORS, _OFFSETS = (_draws[0] | np.uint64(1)).astype(np.uint32), _draws[1].astype(np.uint32)
 
-_BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
-_INVERSE = pow(_BASE, -1, 1 << 64)
+_INVERSE = pow(GOLDEN_GAMMA, -1, 1 << 64)
 
 _byte = np.arange(256)
 _IS_WORD = (_byte >= 0x80) | np.isin(
@@ -52,7 +51,7 @@ def shingles(words: np.ndarray, size: int) -> np.ndarray:
     """uint64 [words - size + 1], a hash of every run of `size` words, 1 <= size <= words."""
     hashes = words[: words.size - size + 1].copy()
     for offset in range(1, size):
-        hashes *= np.uint64(_BASE)
+        hashes *= np.uint64(GOLDEN_GAMMA)
         hashes += words[offset : offset + hashes.size]
     return splitmix64(hashes)
 
@@ -61,7 +60,7 @@ def band_keys(signatures: np.ndarray, band: int) -> np.ndarray:
     """uint64 [documents]: documents that agree in all rows of the band have the same key."""
     keys = np.zeros(len(signatures), np.uint64)
     for row in range(band * ROWS, (band + 1) * ROWS):
-        keys = splitmix64(keys * np.uint64(_BASE) + signatures[:, row])
+        keys = splitmix64(keys * np.uint64(GOLDEN_GAMMA) + signatures[:, row])
     return keys
 
 
@@ -101,7 +100,7 @@ def _powers(size: int) -> tuple[np.ndarray, np.ndarray]:
     """Powers of the base and of its inverse, at least `size` of each."""
     if not _tables or _tables[0].size < size:
         count = 1 << max(16, (size - 1).bit_length())
-        _tables[:] = [_cumulative_powers(base, count) for base in (_BASE, _INVERSE)]
+        _tables[:] = [_cumulative_powers(base, count) for base in (GOLDEN_GAMMA, _INVERSE)]
     return _tables[0][:size], _tables[1][:size]
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 import functools
 import hashlib
 import json
+import logging
 from pathlib import Path
 import platform
 import shutil
@@ -29,7 +30,7 @@ _MAX_PART, _MIN_PART = 1 << 14, 1 << 10  # bytes of a part of a document, where 
 _SAMPLED_UNITS = 64  # of a source, that the tokenizer's training text is taken from
 _MAX_COMPRESSED = 1 << 25  # bytes of validation text up to which it is compressed for comparison
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 
 def read_manifest(folder: Path | str) -> dict | None:
@@ -74,7 +75,7 @@ def check_store(folder: Path | str, manifest: dict) -> None:
                 )
 
 
-def prepare(config: DataConfig, folder: Path | str, *, say: Say) -> dict:
+def prepare(config: DataConfig, folder: Path | str) -> dict:
     """The manifest of the store in `folder`, which is made first where it is missing.
 
     A store that is there is never replaced. One that another process is preparing is waited for, and taken if its
@@ -86,11 +87,11 @@ def prepare(config: DataConfig, folder: Path | str, *, say: Say) -> dict:
     settings = settings_of(config)
     if manifest := _take(folder, settings):
         return manifest
-    lock = workdir.Lock(folder, primary=True, wait=say, name=_LOCK)
+    lock = workdir.Lock(folder, primary=True, wait=True, name=_LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with lock:
-            return _take(folder, settings) or _Preparation(config, settings, folder, lock, say).run()
+            return _take(folder, settings) or _Preparation(config, settings, folder, lock).run()
     except OSError as error:
         if isinstance(error, PermissionError):
             raise UserError(
@@ -121,8 +122,8 @@ def _take(folder: Path, settings: dict) -> dict | None:
 class _Preparation:
     """One run of `prepare`: the stages in order, each a pass of the workers over all units."""
 
-    def __init__(self, config: DataConfig, settings: dict, folder: Path, lock: workdir.Lock, say: Say):
-        self.config, self.settings, self.folder, self.lock, self.say = config, settings, folder, lock, say
+    def __init__(self, config: DataConfig, settings: dict, folder: Path, lock: workdir.Lock):
+        self.config, self.settings, self.folder, self.lock = config, settings, folder, lock
         self.units = [u for name in settings["sources"] for u in sources.list_units(name, config.sources[name])]
         self.place = stages.Workplace(folder / "unfinished")
         self.part_bytes: dict[str, int | None] = dict.fromkeys(settings["sources"])
@@ -133,7 +134,7 @@ class _Preparation:
     def run(self) -> dict:
         self._begin()
         for name in self.settings["sources"]:
-            self.say(f"{name}: {sources.describe_formats(self._of(name))}")
+            logger.info(f"{name}: {sources.describe_formats(self._of(name))}")
         workers = min(self.config.workers or cores(), max(len(self.units), 2))
         with Workers(workers) as self.pool:
             self._scan(self.units)
@@ -150,11 +151,11 @@ class _Preparation:
         path = self.place.folder / "state.json"
         begun = workdir.read_json(path)
         if begun == state:
-            self.say("resuming the interrupted preparation")
+            logger.info("resuming the interrupted preparation")
             return
         sources = [self.folder / name for name in self.settings["sources"]]
         if begun is not None:
-            self.say("settings or files changed since the interrupted preparation: starting over")
+            logger.info("settings or files changed since the interrupted preparation: starting over")
             for source in sources:
                 shutil.rmtree(source, ignore_errors=True)
         for source in sources:
@@ -201,7 +202,7 @@ class _Preparation:
             if not documents:
                 raise UserError(f"{where}: holds no text{f' ({listed})' if listed else ''}; give files that do")
             if counts:
-                self.say(f"{name}: left out {listed}; see {self.folder / 'rejects.jsonl'}")
+                logger.info(f"{name}: left out {listed}; see {self.folder / 'rejects.jsonl'}")
 
     def _split(self) -> None:
         """Assign documents to splits; sources of too few documents are cut into parts first."""
@@ -213,7 +214,7 @@ class _Preparation:
             said = f"{name}: no record names the split {' or '.join(split.SPLITS[part] for part in lacking)}"
             if split.TRAIN in lacking:
                 raise UserError(f"data.sources.{said}: nothing to train on; give the files of all splits")
-            self.say(said)
+            logger.info(said)
         few = [name for name in few if name not in named]
         for name in few:
             size = min(max(self.text_bytes[name] // 64, _MIN_PART), _MAX_PART)
@@ -224,7 +225,7 @@ class _Preparation:
             self._assign()
             for name in few:
                 size, parts = self.part_bytes[name] or 0, len(self._splits_of(name))
-                self.say(
+                logger.info(
                     f"{name}: too few documents for data.split ({counts[name]}), so they are cut at blank lines into "
                     f"{parts} parts of {size:,} to {2 * size:,} bytes"
                 )
@@ -241,7 +242,7 @@ class _Preparation:
             parts = [functools.partial(self.place.signatures, unit) for unit in self.units]
             keys = split.near_copies(keys, near_duplicates.Signatures(parts, edges))
             copies = len(keys) - len(np.unique(keys))
-            self.say(f"{len(keys):,} documents, {copies:,} near copies of others ({time.monotonic() - began:.1f} s)")
+            logger.info(f"{len(keys):,} documents, {copies:,} near copies of others ({time.monotonic() - began:.1f} s)")
         self.keys = keys
         given = np.concatenate([scan.given for scan in scans])
         assigned = np.where(given == split.NONE, split.assign(keys, self.config.split), given)
@@ -257,7 +258,7 @@ class _Preparation:
         for i, splits in zip(chosen, np.split(filled, edges), strict=True):
             self.splits[i] = splits
         if lacking := split.missing(filled, self.config.split):
-            self.say(f"{name}: too little text for a {' and a '.join(split.SPLITS[s] for s in lacking)} split")
+            logger.info(f"{name}: too little text for a {' and a '.join(split.SPLITS[s] for s in lacking)} split")
 
     def _tokenizer(self) -> tuple[str, Path]:
         """(kind, the store's own copy of the model file): trained, or given."""
@@ -290,7 +291,7 @@ class _Preparation:
         tasks = [(unit, self.place, self.part_bytes[unit.source], share) for unit in units]
         self._map("sampling text for the tokenizer", stages.sample, tasks, None)
         size = sum(self.place.path("sample", unit).stat().st_size for unit in units)
-        self.say(f"training a {given.algorithm} tokenizer of {given.vocab_size:,} on {size / 1e6:.1f} MB")
+        logger.info(f"training a {given.algorithm} tokenizer of {given.vocab_size:,} on {size / 1e6:.1f} MB")
         task = (units, self.place, given.algorithm, given.vocab_size)
         return self._map("training the tokenizer", stages.train_tokenizer, [task], None)[0]
 
@@ -315,7 +316,7 @@ class _Preparation:
         count, first = sum(m["lossy"] for m in lossy), next((m["first_lossy"][0] for m in lossy if m["lossy"]), "")
         made = tokenizer.read_tokenizer_file(kind, model, lossless=not count)
         if count:
-            self.say(f"the tokenizer loses text: {count:,} documents do not come back as they were, such as {first}")
+            logger.info(f"the tokenizer loses text: {count:,} documents do not come back as they were, such as {first}")
         listed = {name: self._manifests(name, made) for name in self.settings["sources"]}
         digest = hashlib.sha256()
         for unit in self.units:
@@ -363,13 +364,13 @@ class _Preparation:
             )
             record[part] = {field: manifest[field] for field in ("documents", "tokens", "text_bytes", "fingerprint")}
         counted = (f"{s} {record[s]['documents']:,} documents, {record[s]['tokens']:,} tokens" for s in split.SPLITS)
-        self.say(f"{name}: {'; '.join(counted)}")
+        logger.info(f"{name}: {'; '.join(counted)}")
         return record
 
     def _map(self, what: str, function: Callable, tasks: list[tuple], sizes: list[int] | None) -> list:
         """The tasks' results in their order."""
         self.lock.check()
-        return with_progress(self.say, what, self.pool.map(function, tasks), len(tasks), sizes)
+        return with_progress(what, self.pool.map(function, tasks), len(tasks), sizes)
 
     def _of(self, name: str) -> list[Unit]:
         return [unit for unit in self.units if unit.source == name]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 import contextlib
+import logging
 import os
 import pickle
 import queue
@@ -13,6 +14,7 @@ from typing import Any, BinaryIO, Self
 
 from llmjax.errors import UserError
 
+logger = logging.getLogger(__name__)
 _SERVE = "from llmjax.data.store.workers import serve; serve()"
 
 
@@ -101,11 +103,10 @@ def _send(pipe: BinaryIO, message: Any) -> None:
     pipe.flush()
 
 
-def with_progress(
-    say: Callable[[str], None], what: str, done: Iterator[tuple[int, Any]], count: int, sizes: list[int] | None = None
-) -> list[Any]:
-    """The results of `count` tasks in their order; a line every 5 seconds with rate and time left, and one at the end.
+def with_progress(what: str, done: Iterator[tuple[int, Any]], count: int, sizes: list[int] | None = None) -> list[Any]:
+    """Return the results of `count` tasks in task order; log rate and time left every 5 seconds, and the total time.
 
+    done    (index of the task, result) of each task as it finishes
     sizes   bytes of each task; without them progress is counted in tasks
     """
     results: list[Any] = [None] * count
@@ -119,11 +120,11 @@ def with_progress(
         now = time.monotonic()
         if now - last > 5 and 0 < finished < total:
             last, rate = now, finished / (now - began)
-            say(
+            logger.info(
                 f"{what}: {finished / scale:,.0f} of {total / scale:,.0f} {unit}, {rate / scale:,.1f} {unit}/s, "
                 f"{(total - finished) / rate:.0f} s left"
             )
-    say(f"{what}: {total / scale:,.{digits}f} {unit} in {time.monotonic() - began:.1f} s")
+    logger.info(f"{what}: {total / scale:,.{digits}f} {unit} in {time.monotonic() - began:.1f} s")
     return results
 
 

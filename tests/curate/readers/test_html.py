@@ -137,7 +137,7 @@ def test_html_in_a_field_is_extracted_and_counted_unless_the_input_says_otherwis
     page = HTML[0]
     measured = STAGES["extract"].measure(Document("a", "main", page, "auto"), CurateConfig())
     assert isinstance(measured, Document) and (measured.text, measured.kind) == ("The river had risen.", "text")
-    assert measured.scores == {"mended.text extracted from HTML in a field": 1}
+    assert measured.scores == {"repaired.text extracted from HTML in a field": 1}
     for text, kind in ((page, "text"), (TEXT[1], "auto")):
         measured = STAGES["extract"].measure(Document("a", "main", text, kind), CurateConfig())
         assert isinstance(measured, Document) and (measured.text, measured.kind, measured.scores) == (text, "text", {})

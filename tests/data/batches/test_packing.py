@@ -3,6 +3,7 @@
 import gzip
 import json
 import multiprocessing
+import os
 from pathlib import Path
 
 import numpy as np
@@ -135,7 +136,7 @@ def test_plan_is_made_once_and_repeatable(tmp_path, monkeypatch):
     for plans in (tmp_path / "one", tmp_path / "two"):
         open_packing(store, SEQ_LEN, "best_fit", plans)
     files = [sorted(p for p in (tmp_path / name).rglob("*") if p.is_file()) for name in ("one", "two")]
-    assert [p.name for p in files[0]] == ["continued.bin", "lengths.bin", "plan.json", "rows.bin", "starts.bin"]
+    assert [p.name for p in files[0]] == ["chunks.bin", "plan.json", "rows.bin"]
     assert [p.read_bytes() for p in files[0]] == [p.read_bytes() for p in files[1]]
     monkeypatch.setattr(packing, "_write_plan", lambda *a: pytest.fail("the plan was made again"))
     open_packing(TokenStore(tmp_path / "s"), SEQ_LEN, "best_fit", tmp_path / "one")
@@ -177,13 +178,43 @@ def test_damaged_plan_and_bad_settings(tmp_path):
     store = write_store(tmp_path / "s", random_documents(6, 50, 40))
     open_packing(store, SEQ_LEN, "best_fit", tmp_path / "plans")
     (folder,) = (tmp_path / "plans").iterdir()
-    (folder / "starts.bin").write_bytes(b"short")
-    with pytest.raises(UserError, match=r"packing plan .* is damaged"):
+    content = (folder / "chunks.bin").read_bytes()
+    for damaged, message in (
+        (b"short", r"packing plan .*chunks\.bin has 5 bytes, expected \d+: .*delete .*best_fit-16-"),
+        (content[:-1] + b"\7", r"packing plan .*chunks\.bin is damaged between bytes 0 and"),
+    ):
+        (folder / "chunks.bin").write_bytes(damaged)
+        with pytest.raises(UserError, match=message):
+            open_packing(store, SEQ_LEN, "best_fit", tmp_path / "plans")
+    (folder / "plan.json").write_text("{}")
+    with pytest.raises(UserError, match=r"packing plan .*plan\.json is damaged"):
         open_packing(store, SEQ_LEN, "best_fit", tmp_path / "plans")
     with pytest.raises(UserError, match=r"data\.packing='first_fit'"):
         open_packing(store, SEQ_LEN, "first_fit", tmp_path)
     with pytest.raises(UserError, match=r"data\.seq_len=0"):
         open_packing(store, 0, "concat", tmp_path)
+
+
+def test_a_large_plan_is_read_from_disk(tmp_path, monkeypatch):
+    """It gives the same rows; one that is truncated or changed during a run is an error, not a crash (SIGBUS)."""
+    store = write_store(tmp_path / "s", random_documents(7, 300, 40))
+    rows = np.random.default_rng(0).permutation(open_packing(store, SEQ_LEN, "best_fit", tmp_path / "plans").rows)
+    expected = open_packing(store, SEQ_LEN, "best_fit", tmp_path / "plans").chunks(rows)
+    monkeypatch.setattr(packing, "_MAX_BYTES_IN_MEMORY", 0)
+    plan = open_packing(store, SEQ_LEN, "best_fit", tmp_path / "plans")
+    for name, values in vars(plan.chunks(rows)).items():
+        np.testing.assert_array_equal(values, getattr(expected, name), name)
+        assert values.dtype == getattr(expected, name).dtype
+    (path,) = (tmp_path / "plans").glob("*/chunks.bin")
+    content = path.read_bytes()
+    for damaged, message in ((content[:40], "has 40 bytes"), (content[::-1], "is damaged between bytes 0 and")):
+        with open(path, "r+b") as file:
+            file.truncate()
+            file.write(damaged)
+            file.truncate()
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))  # later than before even where the clock is coarse
+        with pytest.raises(UserError, match=f"packing plan .*{message}"):
+            plan.chunks(rows)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -24,7 +24,8 @@ def by_definition(text: str) -> list[int]:
     for word in re.findall(r"[a-zA-Z0-9_]+", text):
         words.append(
             splitmix64(
-                sum((byte + 1) * pow(minhash._BASE, place, 1 << 64) for place, byte in enumerate(word.encode())) & limit
+                sum((byte + 1) * pow(minhash.GOLDEN_GAMMA, place, 1 << 64) for place, byte in enumerate(word.encode()))
+                & limit
             )
         )
     size = min(minhash.SHINGLE_WORDS, len(words))
@@ -32,7 +33,7 @@ def by_definition(text: str) -> list[int]:
     for begin in range(len(words) - size + 1):
         value = 0
         for word in words[begin : begin + size]:
-            value = (value * minhash._BASE + word) & limit
+            value = (value * minhash.GOLDEN_GAMMA + word) & limit
         hashes.append(splitmix64(value) >> 32)
     pairs = zip(minhash._FACTORS.tolist(), minhash._OFFSETS.tolist(), strict=True)
     return [min((value * factor + offset) & 0xFFFFFFFF for value in hashes) for factor, offset in pairs]

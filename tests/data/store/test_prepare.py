@@ -26,6 +26,7 @@ from llmjax.data.store.token_store import TokenStore
 from llmjax.data.store.tokenizer import load_tokenizer
 from llmjax.data.store.workers import Workers
 from llmjax.errors import UserError
+from tests.data.stores import log_lines
 
 BYTES = TokenizerConfig(kind="bytes")
 SMALL = TokenizerConfig(vocab_size=300)
@@ -37,9 +38,9 @@ def config(path, **fields):
 
 
 def make(config, folder):
-    lines = []
-    manifest = prepare(config, folder, say=lines.append)
-    return manifest, lines
+    """(manifest, lines that were logged)"""
+    with log_lines() as lines:
+        return prepare(config, folder), lines
 
 
 def contents(folder):
@@ -130,12 +131,13 @@ def test_a_killed_preparation_goes_on(corpus, tmp_path):
     for part in range(6):
         (tmp_path / f"b{part}.txt").write_text("\n\n".join(sentence(rng, 200) for _ in range(300)))
     code = (
-        "import sys; from llmjax.data.readers import sources; sources.MIN_UNIT_BYTES = 100_000\n"
+        "import logging, sys; from llmjax.data.readers import sources; sources.MIN_UNIT_BYTES = 100_000\n"
+        "logging.basicConfig(format='%(message)s', stream=sys.stdout); logging.getLogger('llmjax').setLevel('INFO')\n"
         "from llmjax.data.config import *; from llmjax.data.store.prepare import prepare\n"
         f"c = DataConfig(sources={{'main': SourceConfig(path={str(tmp_path / 'b*.txt')!r}),"
         f"'more': SourceConfig(path={str(corpus[0])!r})}}, "
         "tokenizer=TokenizerConfig(vocab_size=300, training_bytes=300_000), workers=2)\n"
-        "prepare(c, sys.argv[1], say=lambda line: print(line, flush=True))"
+        "prepare(c, sys.argv[1])"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path / "quiet"], check=True, capture_output=True)
     kills = 0
@@ -409,12 +411,14 @@ def test_a_store_of_another_format_is_refused(tmp_path):
 
 
 PREPARE = """
-import sys
+import logging, sys
 from llmjax.data.store import prepare
 from llmjax.errors import UserError
 from llmjax.run import workdir
 from llmjax.data.config import *
 workdir.REFRESH_SECONDS = 0.1
+logging.basicConfig(format="%(message)s", stream=sys.stdout)
+logging.getLogger("llmjax").setLevel("INFO")
 if sys.argv[3] == "hold":  # with the tokenizer written, until a line comes
     tokenize = prepare._Preparation._tokenize
     def held(self, *arguments):
@@ -426,7 +430,7 @@ source = SourceConfig(path=sys.argv[1])
 given = TokenizerConfig(vocab_size=int(sys.argv[4]))
 config = DataConfig(sources={"main": source}, tokenizer=given, workers=1)
 try:
-    manifest = prepare.prepare(config, sys.argv[2], say=lambda line: print(line, flush=True))
+    manifest = prepare.prepare(config, sys.argv[2])
     print("done", manifest["fingerprint"])
 except UserError as error:
     print(error)

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from llmjax.data.store import token_store as store_module
+from llmjax.data.store import checked_file, token_store as store_module
 from llmjax.data.store.token_store import TokenStore, read_shard_info, token_dtype, write_manifest, write_shard
 from llmjax.errors import UserError
 from tests.data.stores import EOS, SHARD, VOCAB, random_documents, write_store
@@ -54,12 +54,12 @@ def test_few_shards_stay_open(tmp_path):
     write_store(tmp_path, documents, shards=20)
     store = TokenStore(tmp_path, max_open=3)
     np.testing.assert_array_equal(store.read(0, store.tokens), np.concatenate(documents))
-    assert len(store._open) <= 3
+    assert sum(file._file is not None for file in store._files) <= 3
 
 
 def test_opening_reads_no_shard(tmp_path, monkeypatch):
     write_store(tmp_path, random_documents(2, 40, 20), shards=20)
-    monkeypatch.setattr(store_module.os, "open", lambda *a, **k: pytest.fail("a shard was opened"))
+    monkeypatch.setattr(checked_file.os, "open", lambda *a, **k: pytest.fail("a shard was opened"))
     monkeypatch.setattr(store_module.np, "load", lambda *a, **k: pytest.fail("offsets were read at open"))
     TokenStore(tmp_path)
 
@@ -135,7 +135,7 @@ class TestDamage:
     """Each kind raises UserError that names the shard; nothing damaged is ever handed out."""
 
     def test_flipped_bit_is_noticed_at_first_touch(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(store_module, "BLOCK_BYTES", 64)
+        monkeypatch.setattr(checked_file, "BLOCK_BYTES", 64)
         documents = random_documents(4, 100, 20)
         write_store(tmp_path, documents, shards=2)
         path = tmp_path / "tokens-00001.bin"
@@ -186,7 +186,7 @@ class TestDamage:
         overwrite(path, content)
         np.testing.assert_array_equal(store.read(0, store.tokens), expected)  # the same bytes are no damage
         overwrite(path, content[2:] + content[:2])
-        with pytest.raises(UserError, match=r"tokens-00001\.bin is damaged between tokens 0 and"):
+        with pytest.raises(UserError, match=r"tokens-00001\.bin is damaged between bytes 0 and"):
             store.read(store.tokens - 1, 1)
         np.testing.assert_array_equal(store.read(0, 5), expected[:5])  # the other shard is good
 
@@ -194,14 +194,14 @@ class TestDamage:
         """What is read after a write is never returned, even where its block had been compared before."""
         store = write_store(tmp_path, random_documents(4, 100, 20))
         store.read(0, store.tokens)
-        path, read = tmp_path / "tokens-00000.bin", store_module._ShardFile.read
+        path, read = tmp_path / "tokens-00000.bin", checked_file._OpenFile.read
         content = path.read_bytes()
 
         def late(file, start, end):
             overwrite(path, content[2:] + content[:2])
             return read(file, start, end)
 
-        monkeypatch.setattr(store_module._ShardFile, "read", late)
+        monkeypatch.setattr(checked_file._OpenFile, "read", late)
         with pytest.raises(UserError, match=r"tokens-00000\.bin is damaged"):
             store.read(0, 5)
 
