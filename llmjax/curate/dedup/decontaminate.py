@@ -90,7 +90,7 @@ def examples(path: str) -> Iterator[str]:
                     yield from _texts(json.loads(value))
         else:
             yield from re.split(r"\n\s*\n", b"".join(data).decode("utf-8", "replace"))
-    except (OSError, ValueError, streams.Damage) as error:
+    except (OSError, ValueError, streams.DamageError) as error:
         raise UserError(f"{where}: cannot be read ({error}); give JSONL, JSON, CSV, Parquet or text") from None
 
 

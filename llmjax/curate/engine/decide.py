@@ -108,6 +108,7 @@ class Decisions:
 
     @property
     def kept(self) -> np.ndarray:
+        """bool [records]: no stage dropped it."""
         return self.stage == KEPT
 
 
@@ -257,12 +258,14 @@ class KeptBefore:
 
     @classmethod
     def read(cls, path: Path) -> "KeptBefore":
+        """Read what `save` wrote; empty if there is no file."""
         if not path.is_file():
             return cls(*np.zeros((3, 0), np.uint64), similarity=0.0, seed=0)
         with np.load(path) as stored:
             return cls(*stored["documents"], similarity=float(stored["similarity"]), seed=int(stored["seed"]))
 
     def save(self, path: Path) -> None:
+        """Write an .npz file atomically."""
         documents = np.stack([self.contents, self.keys, self.ids])
         with atomic_write(path) as file:
             np.savez(file, documents=documents, similarity=np.array(self.similarity), seed=np.array(self.seed))

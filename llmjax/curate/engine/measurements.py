@@ -39,21 +39,26 @@ class Measurement:
 
     @property
     def texts(self) -> Path:
+        """Zstandard file of JSON lines."""
         return self.folder / f"{self.key}.jsonl.zst"
 
     @property
     def columns(self) -> Path:
+        """The .npz file of the columns."""
         return self.folder / f"{self.key}.npz"
 
     @property
     def signatures(self) -> Path:
+        """Raw uint32 MinHash signatures."""
         return self.folder / f"{self.key}.signatures"
 
     @property
     def marker(self) -> Path:
+        """The file that is written last."""
         return self.folder / f"{self.key}.json"
 
     def is_complete(self) -> bool:
+        """Whether all files of the unit exist."""
         return all(path.is_file() for path in (self.marker, self.texts, self.columns, self.signatures))
 
     def read_signatures(self) -> np.ndarray:
@@ -63,6 +68,7 @@ class Measurement:
         return np.memmap(self.signatures, np.uint32, "r").reshape(-1, minhash.SIZE)
 
     def read_records(self) -> Iterator[dict[str, Any]]:
+        """The lines of the text file, one a record."""
         with open_lines(self.texts) as lines:
             for line in lines:
                 yield json.loads(line)
@@ -109,6 +115,7 @@ class Columns:
         self._languages += language.encode()[:_CODE].ljust(_CODE, b"\0")
 
     def arrays(self) -> dict[str, Any]:
+        """The columns by name, one row a record; `reasons` are the texts that `reason` indexes."""
         count = len(self)
         arrays = {
             "id_hash": np.frombuffer(self._id_hash, np.uint64),
@@ -145,6 +152,7 @@ class LineWriter:
         self._writer = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True).stream_writer(file, closefd=False)
 
     def write(self, record: dict[str, Any]) -> None:
+        """Append one line."""
         self._writer.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
 
     def __enter__(self) -> "LineWriter":

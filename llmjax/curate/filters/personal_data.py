@@ -28,6 +28,7 @@ class Span(NamedTuple):
 
     @property
     def placeholder(self) -> str:
+        """What replaces it in a text, such as <EMAIL>."""
         return f"<{self.kind.upper()}>"
 
 

@@ -11,7 +11,7 @@ from llmjax.curate.readers import warc
 from llmjax.curate.readers.inputs import read_options
 from llmjax.data.readers import encodings, raw_records, streams
 from llmjax.data.readers.documents import EMPTY, UNREADABLE, Reject
-from llmjax.data.readers.raw_records import CUT_OFF, BadColumns, Fault
+from llmjax.data.readers.raw_records import CUT_OFF, ColumnsError, Fault
 from llmjax.data.readers.records import EXCERPT
 from llmjax.data.readers.sources import Item, Unit
 
@@ -44,10 +44,10 @@ def read_unit(unit: Unit[InputConfig]) -> Iterator[Record | Reject]:
         name = f"{unit.source}:{name}"
         try:
             yield from _READERS.get(unit.kind, _read_records)(item, name, unit)
-        except BadColumns as error:
+        except ColumnsError as error:
             reason = f"no column {unit.config.text_field!r}"
             yield Reject(name, reason, str(error)[:EXCERPT], unit.size // len(unit.items))
-        except streams.Damage as damage:
+        except streams.DamageError as damage:
             yield Reject(f"{name}#rest", UNREADABLE, str(damage)[:EXCERPT], damage.lost_bytes)
 
 

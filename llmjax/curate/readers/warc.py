@@ -265,7 +265,7 @@ def _to_page(row: int, entry: _Entry, max_record_bytes: int) -> Page | RejectedP
         codings = [", ".join(fields.get(name, [])) for name in ("transfer-encoding", "content-encoding")]
         try:
             data = bodies.decode(body, *codings, limit=max_record_bytes)
-        except bodies.BadBody as error:
+        except bodies.BodyError as error:
             return reject(str(error))
         # A body whose coding was decoded to its end is whole.
         fault = _check_length(body, fields, fault) if data is body else ""

@@ -60,9 +60,9 @@ def _read_item(item: Item, unit: Unit[SourceConfig]) -> Iterator[Document | Reje
             record = _from_raw(place, raw, config)
             is_bad = isinstance(record, Reject) and record.reason != EMPTY
             yield record._replace(size=raw.size) if is_bad else record
-    except raw_records.BadColumns as error:
+    except raw_records.ColumnsError as error:
         raise raw_records.columns_error(error, item, options) from None
-    except streams.Damage as damage:
+    except streams.DamageError as damage:
         if not damage.truncated:
             yield Reject(item.path, UNREADABLE, str(damage)[:EXCERPT], damage.lost_bytes)
         elif config.accept_truncated:

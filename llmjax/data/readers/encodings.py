@@ -144,7 +144,7 @@ def as_utf8(data: Iterator[bytes]) -> tuple[Iterator[bytes], dict[str, int]]:
         first = next(data, b"")
         while 0 < len(first) < 4 and (more := next(data, b"")):
             first += more
-    except streams.Damage as damage:
+    except streams.DamageError as damage:
         return _fail(damage), {}
     for mark, name in _MARKS[1:]:
         if first.startswith(mark):

@@ -63,7 +63,7 @@ def _read_head(path: str) -> bytes:
             head += block
             if len(head) >= _HEAD_BYTES:
                 break
-    except (streams.Damage, OSError):
+    except (streams.DamageError, OSError):
         pass
     return head[:_HEAD_BYTES].removeprefix(_UTF8_BOM)
 

@@ -48,7 +48,7 @@ class RawRecord(NamedTuple):
     notes: Mapping[str, int] = {}
 
 
-class BadColumns(Exception):
+class ColumnsError(Exception):
     """A file lacks the column of the text, or the column has another type. The message says what to do."""
 
 
@@ -91,13 +91,14 @@ class ReadOptions:
         return (data if keep_bom else formats.without_bom(data)), notes
 
     def too_long(self, size: int) -> Fault:
+        """The fault of a record of `size` bytes, above the limit."""
         return Fault(f"longer than {self.max_record_bytes} bytes (max_record_bytes)", "")
 
 
 def read_item(kind: str, item: Item, options: ReadOptions) -> Iterator[RawRecord]:
     """The records of an item, the same ones in the same order at every call.
 
-    Raises streams.Damage after the last record of a truncated or corrupt file, BadColumns for a table without the text
+    Raises streams.DamageError after the last record of a truncated or corrupt file, ColumnsError for a table without the text
     field, and UserError if the disk or the permissions prevent reading: then the file may be readable later.
     """
     with explain_os_errors(item.path, options.where):
@@ -106,12 +107,12 @@ def read_item(kind: str, item: Item, options: ReadOptions) -> Iterator[RawRecord
 
 @contextlib.contextmanager
 def explain_os_errors(path: str, where: str) -> Iterator[None]:
-    """Raise a UserError in place of an OSError of the disk, and Damage in place of one that pyarrow raises."""
+    """Raise a UserError in place of an OSError of the disk, and DamageError in place of one that pyarrow raises."""
     try:
         yield
     except OSError as error:
         if error.errno is None:
-            raise streams.Damage(_describe(error), 1) from None
+            raise streams.DamageError(_describe(error), 1) from None
         raise UserError(
             f"{where}.path: {path} cannot be read ({error.strerror or error}); fix it and rerun the command: finished "
             "parts are kept"
@@ -129,13 +130,14 @@ def check_columns(kind: str, item: Item, options: ReadOptions) -> None:
                 _check_schema(pyarrow.parquet.read_schema(item.path), options)
         elif kind in ("csv", "tsv", "tfds"):
             next(read_item(kind, item, options), None)
-    except BadColumns as error:
+    except ColumnsError as error:
         raise columns_error(error, item, options) from None
-    except streams.Damage:
+    except streams.DamageError:
         pass
 
 
-def columns_error(error: BadColumns, item: Item, options: ReadOptions) -> UserError:
+def columns_error(error: ColumnsError, item: Item, options: ReadOptions) -> UserError:
+    """The error that names the field, the file and its columns."""
     return UserError(f"{options.where}.text_field={options.text_field!r}: {item.path} {error}")
 
 
@@ -312,14 +314,14 @@ class _CellRepair:
 def _check_names(names: Iterable[Any], options: ReadOptions, hint: str = "") -> None:
     if options.text_field not in names:
         listed = ", ".join(map(str, names))[:300]
-        raise BadColumns(f"has the columns {listed}; name the one that holds the text{hint}")
+        raise ColumnsError(f"has the columns {listed}; name the one that holds the text{hint}")
 
 
 def _check_schema(schema: Any, options: ReadOptions) -> None:
     _check_names(schema.names, options)
     kind = schema.field(schema.names.index(options.text_field)).type
     if not records.is_text(kind):
-        raise BadColumns(f"holds {kind} in that column, not text; name the column that holds the text")
+        raise ColumnsError(f"holds {kind} in that column, not text; name the column that holds the text")
 
 
 def _read_parquet(item: Item, options: ReadOptions) -> Iterator[RawRecord]:
@@ -351,7 +353,7 @@ def _read_parquet(item: Item, options: ReadOptions) -> Iterator[RawRecord]:
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of the disk
-        raise streams.Damage(_describe(error), lost_bytes or 1, truncated=not is_open) from None
+        raise streams.DamageError(_describe(error), lost_bytes or 1, truncated=not is_open) from None
 
 
 def _read_tfds(item: Item, options: ReadOptions) -> Iterator[RawRecord]:

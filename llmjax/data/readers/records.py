@@ -18,7 +18,7 @@ def json_elements(data: Iterator[bytes], max_bytes: int) -> Iterator[tuple[int, 
     """(offset, JSON) for every top-level object and every element of top-level arrays; its number of bytes in place of
     the JSON of one above `max_bytes`.
 
-    Raises Damage if the stream ends inside a value. Only brackets and strings are parsed: json.loads judges the rest.
+    Raises DamageError if the stream ends inside a value. Only brackets and strings are parsed: json.loads judges the rest.
     """
     depth, in_array, in_string, is_escaped = 0, False, False, False
     parts, size, offset = [], 0, 0  # of the current value
@@ -53,7 +53,7 @@ def json_elements(data: Iterator[bytes], max_bytes: int) -> Iterator[tuple[int, 
         size += len(block) - begin
         parts = [*parts, block[begin:]] if size <= max_bytes else []
     if in_array or depth or in_string:
-        raise streams.Damage("the file ends inside a JSON value", max(size, 1))
+        raise streams.DamageError("the file ends inside a JSON value", max(size, 1))
     if rest := b"".join(parts).strip():
         yield offset, rest
 

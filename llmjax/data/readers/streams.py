@@ -22,7 +22,7 @@ _ZSTD_STEP = 2048
 _ZSTD_MAX_WINDOW = 1 << 31  # what `zstd --long=31` needs
 
 
-class Damage(Exception):
+class DamageError(Exception):
     """The rest of a file is unreadable; everything before it was yielded. The message is the cause in a few words.
 
     lost_bytes  content that is lost, estimated; for a file that ends early the whole file, since its length is unknown
@@ -37,7 +37,7 @@ class Damage(Exception):
 def blocks(path: str, begin: int = 0) -> Iterator[bytes]:
     """The content of a file in blocks of bounded size, decompressed if its first bytes are those of a compression.
 
-    A plain file is read from byte `begin` on. Raises Damage after the last readable block of a truncated or corrupt
+    A plain file is read from byte `begin` on. Raises DamageError after the last readable block of a truncated or corrupt
     file, and OSError if the disk or the permissions prevent reading.
     """
     compression = compression_of(path) if not begin else ""
@@ -50,13 +50,13 @@ def blocks(path: str, begin: int = 0) -> Iterator[bytes]:
         for block in _DECOMPRESSORS[compression](file):
             num_bytes += len(block)
             yield block
-    except Damage as damage:
+    except DamageError as damage:
         position = max(file.position, 1)
         size = max(os.stat(path).st_size, position)
         # Before the end, the rest is estimated by the compression ratio so far.
         lost_bytes = num_bytes if position >= size else num_bytes * (size - position) // position
         cause = f"{damage} at byte {position:,} of {size:,}"
-        raise Damage(cause, max(lost_bytes, size - position, 1)) from None
+        raise DamageError(cause, max(lost_bytes, size - position, 1)) from None
 
 
 def file_state(path: str) -> tuple[int, int] | None:
@@ -81,7 +81,7 @@ def compression_of(path: str) -> str:
 def gzip_segments(path: str) -> Iterator[Iterator[bytes]]:
     """The content of a .gz file as segments without a gap, each an iterator of blocks.
 
-    A segment spans gzip members and raises Damage at corrupt data. The next segment begins at the next member that can
+    A segment spans gzip members and raises DamageError at corrupt data. The next segment begins at the next member that can
     be decompressed. Read each segment to its end before the next.
     """
     file = _PushbackFile(path)
@@ -119,14 +119,14 @@ def _gzip_segment(file: _PushbackFile) -> Iterator[bytes]:
         for block in _gzip_blocks(file):
             num_bytes += len(block)
             yield block
-    except Damage as damage:
+    except DamageError as damage:
         position = file.position
         _seek_gzip_member(file)
         num_skipped = file.position - position
         ratio = max(num_bytes / max(position - begin, 1), 1)
         # As in `blocks`: what is skipped is estimated by the compression ratio; an early end counts as a whole.
         lost_bytes = int(num_skipped * ratio) if num_skipped else num_bytes
-        raise Damage(str(damage), max(lost_bytes, 1)) from None
+        raise DamageError(str(damage), max(lost_bytes, 1)) from None
 
 
 def _gzip_blocks(file: _PushbackFile) -> Iterator[bytes]:
@@ -145,9 +145,9 @@ def _gzip_blocks(file: _PushbackFile) -> Iterator[bytes]:
                 if is_empty and not data and not any(block):
                     return  # zeros after the last member are padding
                 file.push_back(block[max(num_used, 1) :])
-                raise Damage(f"corrupt gzip data ({error})") from None
+                raise DamageError(f"corrupt gzip data ({error})") from None
             if not block and not data:
-                raise Damage("the file ends inside a gzip member")
+                raise DamageError("the file ends inside a gzip member")
             is_empty = False
             if data:
                 yield data
@@ -205,12 +205,12 @@ def _zstd_blocks(file: _PushbackFile) -> Iterator[bytes]:
                     data = frame.decompress(step)
                 except zstandard.ZstdError as error:
                     file.push_back(block[begin:])
-                    raise Damage(f"corrupt zstd data ({error})") from None
+                    raise DamageError(f"corrupt zstd data ({error})") from None
                 if data:
                     yield data
                 step, inside_frame = (frame.unused_data, False) if frame.eof else (b"", True)
     if inside_frame:
-        raise Damage("the file ends inside a zstd frame")
+        raise DamageError("the file ends inside a zstd frame")
 
 
 def _xz_or_bzip2_blocks(file: _PushbackFile, new_stream: Callable[[], Any], name: str) -> Iterator[bytes]:
@@ -220,12 +220,12 @@ def _xz_or_bzip2_blocks(file: _PushbackFile, new_stream: Callable[[], Any], name
         while not stream.eof:
             block = file.read_block() if stream.needs_input else b""
             if not block and stream.needs_input:
-                raise Damage(f"the file ends inside {name} data")
+                raise DamageError(f"the file ends inside {name} data")
             try:
                 data = stream.decompress(block, BLOCK_BYTES)
             except (lzma.LZMAError, OSError, EOFError) as error:
                 file.push_back(block)
-                raise Damage(f"corrupt {name} data ({error})") from None
+                raise DamageError(f"corrupt {name} data ({error})") from None
             if data:
                 yield data
         rest = stream.unused_data.lstrip(b"\0")
@@ -245,7 +245,7 @@ _DECOMPRESSORS: dict[str, Callable[[_PushbackFile], Iterator[bytes]]] = {
 
 
 class UntilDamage:
-    """Blocks up to Damage, which `check` raises later, after the blocks before it were used."""
+    """Blocks up to DamageError, which `check` raises later, after the blocks before it were used."""
 
     def __init__(self, data: Iterator[bytes]):
         self._data, self.damage = data, None
@@ -253,10 +253,11 @@ class UntilDamage:
     def __iter__(self) -> Iterator[bytes]:
         try:
             yield from self._data
-        except Damage as damage:
+        except DamageError as damage:
             self.damage = damage
 
     def check(self) -> None:
+        """Raise the DamageError that ended the blocks, if any."""
         if self.damage:
             raise self.damage
 
@@ -268,7 +269,7 @@ def lines(
 
     offset   of the first byte
     lone_cr  a CR without LF ends a line too
-    A line that Damage cuts off is not yielded.
+    A line that DamageError cuts off is not yielded.
     """
     parts, size = [], 0
     for block in _with_whole_line_ends(data) if lone_cr else data:
@@ -322,11 +323,11 @@ def _with_whole_line_ends(data: Iterator[bytes]) -> Iterator[bytes]:
 
 
 class Window:
-    """A stream of blocks with lookahead. It ends at Damage, which is then in `damage`."""
+    """A stream of blocks with lookahead. It ends at DamageError, which is then in `damage`."""
 
     def __init__(self, data: Iterator[bytes]):
         self._data, self._buffer = data, bytearray()
-        self.damage: Damage | None = None
+        self.damage: DamageError | None = None
 
     def peek(self, size: int) -> bytearray:
         """The stream from here on: at least `size` bytes, or all that are left."""
@@ -364,7 +365,7 @@ class Window:
     def _fill(self) -> bool:
         try:
             block = next(self._data, b"")
-        except Damage as damage:
+        except DamageError as damage:
             self.damage, block = damage, b""
         self._buffer += block
         return bool(block)

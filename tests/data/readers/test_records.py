@@ -7,7 +7,7 @@ import pytest
 
 from llmjax.data.readers import records
 from llmjax.data.readers.records import BadRow
-from llmjax.data.readers.streams import Damage
+from llmjax.data.readers.streams import DamageError
 
 
 def cut(data, size):
@@ -26,7 +26,7 @@ def test_json_elements_of_any_block_size(size):
 def test_json_elements_above_the_limit_are_numbers():
     data = json.dumps(["short", "x" * 50, "end"]).encode()
     assert [value for _, value in records.json_elements(cut(data, 7), 20)] == [b'"short"', 53, b'"end"']
-    with pytest.raises(Damage, match="ends inside a JSON value"):
+    with pytest.raises(DamageError, match="ends inside a JSON value"):
         list(records.json_elements(cut(data[:-1], 7), 20))
 
 

@@ -12,7 +12,7 @@ import pytest
 import zstandard
 
 from llmjax.data.readers import streams
-from llmjax.data.readers.streams import Damage
+from llmjax.data.readers.streams import DamageError
 from tests import jobs
 
 PACKERS = {"gz": gzip.compress, "zst": zstandard.compress, "xz": lzma.compress, "bz2": bz2.compress}
@@ -123,7 +123,7 @@ def test_corrupt_gzip_members_cost_only_their_bytes(tmp_path):
         try:
             for block in segment:
                 content += block
-        except Damage as damage:
+        except DamageError as damage:
             damages.append(damage)
     assert content.startswith(parts[0] + parts[1]) and content.endswith(b"".join(parts[3:]))
     (damage,) = damages
@@ -134,11 +134,11 @@ def test_lines_end_where_damage_begins():
     def data():
         yield b"a\nb"
         yield b"c\nd"
-        raise Damage("why")
+        raise DamageError("why")
 
     lines = streams.lines(data(), max_bytes=100)
     assert [next(lines) for _ in range(2)] == [(0, b"a\n"), (2, b"bc\n")]
-    with pytest.raises(Damage):
+    with pytest.raises(DamageError):
         next(lines)
 
 
@@ -161,7 +161,7 @@ def test_a_window_looks_ahead_and_ends_at_damage():
     def data():
         yield b"abc"
         yield b"def"
-        raise Damage("why", 5)
+        raise DamageError("why", 5)
 
     window = streams.Window(data())
     assert window.peek(1) == b"abc" and window.read(4) == b"abcd" and window.skip_to(b"x") == 2
