@@ -18,7 +18,7 @@ _FIELDS = {
 }
 
 
-def of(report: dict[str, Any]) -> list[str]:
+def suggest(report: dict[str, Any]) -> list[str]:
     """What the user may want to change; [] if no number of the report suggests it."""
     advice = _rejection_advice(report) + _source_advice(report)
     if "decontaminate" in report["config"]["stages"] and not report["config"]["decontaminate"]["against"]:

@@ -26,10 +26,12 @@ def dropped(stage: str, reason: str, documents: int, **by_source: int) -> list[d
 
 
 def test_good_numbers_give_no_advice():
-    assert curation_advice.of(report()) == []
-    assert curation_advice.of(report(stages=dropped("quality", "gopher_min_words", 5))) == []
-    assert curation_advice.of(report(stages=dropped("duplicates", "near duplicate", 60))) == [], "copies are no mistake"
-    assert curation_advice.of(report(stages=dropped("read", "content type image/png", 60))) == [], (
+    assert curation_advice.suggest(report()) == []
+    assert curation_advice.suggest(report(stages=dropped("quality", "gopher_min_words", 5))) == []
+    assert curation_advice.suggest(report(stages=dropped("duplicates", "near duplicate", 60))) == [], (
+        "copies are no mistake"
+    )
+    assert curation_advice.suggest(report(stages=dropped("read", "content type image/png", 60))) == [], (
         "nor are a crawl's pictures"
     )
 
@@ -46,7 +48,7 @@ def test_good_numbers_give_no_advice():
     ],
 )
 def test_a_frequent_reason_names_its_setting(stage, reason, field):
-    (advice,) = curation_advice.of(report(stages=dropped(stage, reason, 6)))
+    (advice,) = curation_advice.suggest(report(stages=dropped(stage, reason, 6)))
     assert advice.startswith("6% of all documents") and reason in advice and advice.endswith(f"change {field}.")
 
 
@@ -54,7 +56,7 @@ def test_an_input_that_is_nearly_lost_or_outweighs_the_others():
     few = {"documents": 5, "tokens": 50, "given": {"documents": 50}}
     most = {"documents": 50, "tokens": 950, "given": {"documents": 50}}
     stages = dropped("duplicates", "near duplicate", 45, a=45)
-    few_kept, outweighs = curation_advice.of(report(stages=stages, sources={"a": few, "b": most}))
+    few_kept, outweighs = curation_advice.suggest(report(stages=stages, sources={"a": few, "b": most}))
     assert few_kept.startswith("Of a, 5 of 50 documents are kept; most were dropped in duplicates for “near duplicate”")
     assert outweighs.startswith("95.0% of all tokens are from b")
 
@@ -62,11 +64,11 @@ def test_an_input_that_is_nearly_lost_or_outweighs_the_others():
 def test_missing_settings():
     config = {"stages": ["read", "decontaminate"], "decontaminate": {"against": []}}
     personal = {"action": "count", "kinds": {"email": {}}}
-    advice = curation_advice.of(report(config=config, personal_data=personal, licences={"not given": 100}))
+    advice = curation_advice.suggest(report(config=config, personal_data=personal, licences={"not given": 100}))
     assert [line.split(":")[0] for line in advice] == [
         "No evaluation set was looked for",
         "Personal data are still in the text",
         "All documents have no licence",
     ]
-    nothing = curation_advice.of(report(kept={"documents": 0, "tokens": 0}, sources={}, licences={}))
+    nothing = curation_advice.suggest(report(kept={"documents": 0, "tokens": 0}, sources={}, licences={}))
     assert nothing == ["No document was kept."]

@@ -96,7 +96,7 @@ def test_a_card_of_nothing(tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     report = curate(tmp_path / "w", {"none": tmp_path / "empty.jsonl"})
     assert report["records"]["documents"] == 0
-    assert "no document stays: the inputs hold none" in list(data_card.lines(report))
+    assert "no document stays: the inputs hold none" in list(data_card.summary_lines(report))
     assert "No document was kept." in Reader((tmp_path / "w" / "report.html").read_text()).text
 
 

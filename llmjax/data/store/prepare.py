@@ -143,7 +143,7 @@ class _Preparation:
     def run(self) -> Manifest:
         self._start_or_resume()
         for name in self.names:
-            logger.info("%s: %s", name, sources.recognised(self._units_of(name)))
+            logger.info("%s: %s", name, sources.describe_formats(self._units_of(name)))
         num_workers = min(self.config.workers or cores(), max(len(self.units), 2))
         with Workers(num_workers) as self.pool:
             self._scan(self.units)
