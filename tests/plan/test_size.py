@@ -98,8 +98,8 @@ def test_this_machine_is_measured():
         (["--flops=1e20", "--tokens=1e9", "--parameters=1e9"], "over-determine the size"),
         (["--flops=1e20", "--device=v7"], "--device=v7: known are"),
         (["--flops=1e20", "--mfu=1.5"], "--mfu=1.5"),
-        (["--flops=1e20", "--config=configs/quickstart.py"], "give one of the two"),
-        (["--flops=1e20", "--config.train.steps=3"], "no --config"),
+        (["--flops=1e20", "--config=configs/quickstart.py"], "set only one of them"),
+        (["--flops=1e20", "--config.train.steps=3"], "needs --config"),
     ],
 )
 def test_bad_input(arguments, words):
