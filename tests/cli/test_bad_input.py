@@ -91,7 +91,7 @@ CONFIGS = {
     "unknown field": ({"train__stepz": 3}, "unknown config field 'train.stepz' (did you mean 'steps'?)"),
     "wrong type": ({"train__steps": "many"}, "train.steps='many': expected an integer"),
     "mesh and devices": ({"mesh__data": 3}, "needs 3 devices, but there are 8"),
-    "two free axes": ({"mesh__data": -1, "mesh__fsdp": -1}, "at most one is -1"),
+    "two free axes": ({"mesh__data": -1, "mesh__fsdp": -1}, "at most one of them to -1"),
     "batch and mesh": (
         {"train__global_batch": 12},
         "train.global_batch=12 is not divisible by mesh.data x mesh.fsdp = 8",
