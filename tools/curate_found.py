@@ -15,7 +15,7 @@ import numpy as np
 from llmjax.curate.config import DuplicatesConfig
 from llmjax.curate.dedup import duplicates
 from llmjax.curate.document import content_hash
-from llmjax.curate.engine.measurements import Measured
+from llmjax.curate.engine.measurements import Measurement
 from llmjax.curate.engine.runners import LocalRunner
 from llmjax.curate.filters import personal_data
 from llmjax.curate.readers import html
@@ -143,7 +143,7 @@ def _first_of_each(texts: list[str]) -> list[int]:
     edges = np.array([0, len(texts) // 2, len(texts)])
     content = np.frombuffer(b"".join(map(content_hash, texts)), ">u8").reshape(-1, 2).astype(np.uint64)
     with tempfile.TemporaryDirectory() as folder, LocalRunner(2) as runner:
-        units = [Measured(Path(folder), str(index)) for index in range(2)]
+        units = [Measurement(Path(folder), str(index)) for index in range(2)]
         for unit, begin, end in zip(units, edges[:-1], edges[1:], strict=True):
             signatures = [minhash.signature(text.encode("utf-8", "replace")) for text in texts[begin:end]]
             unit.signatures.write_bytes(np.stack(signatures).tobytes())

@@ -1,6 +1,6 @@
 """Rows of tools/bench_curate.py: whole runs of `llmjax curate`, by the clock, on more workers, on Ray, on more data."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 import contextlib
 import json
 import os
@@ -154,12 +154,11 @@ def grow(texts: list[str], megabytes: float, path: Path) -> None:
 
 def _seconds(configs: dict[str, CurateConfig], runner: Runner, folder: Path, repeats: int) -> float:
     """By the clock, the least of some runs; the first run, on next to nothing, is not counted."""
-    silent: Callable[[str], None] = lambda line: None
     times = []
     for name in ("small", *["large"] * repeats):
         with tempfile.TemporaryDirectory(dir=folder) as workdir:
             began = time.monotonic()
-            curate.curate(configs[name], Path(workdir), runner, say=silent)
+            curate.curate(configs[name], Path(workdir), runner)
             times.append(time.monotonic() - began)
     return min(times[1:])
 

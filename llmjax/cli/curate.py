@@ -3,6 +3,7 @@
 import contextlib
 import glob
 import json
+import logging
 import math
 import os
 import pathlib
@@ -12,6 +13,8 @@ from typing import Any
 from llmjax.binding import as_tree, bind_overridden, load_file
 from llmjax.cli.flags import CONFIG, Parser, make_parser, parse, parse_workdir
 from llmjax.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 _EXAMPLE = "llmjax curate --config=curate --workdir=runs/web --config.curate.inputs.web.path='crawl/*.warc.gz'"
 
@@ -25,18 +28,18 @@ def curate(arguments: list[str]) -> int:
     parser = make_parser(
         "curate",
         """\
-        Read raw text of any kind, mend it, judge it, remove copies, evaluation sets and personal data, split it: what
-        stays goes to WORKDIR/curated, what does not to WORKDIR/dropped with the stage and the reason, and what happened
-        to WORKDIR/report.html. Finished parts are kept: started again, it goes on where it was, and where only
-        thresholds changed, nothing is measured again.
+        Read raw text of any kind, repair it, filter it, remove duplicates, evaluation data and personal data, and split
+        it. Kept documents are written to WORKDIR/curated, dropped ones to WORKDIR/dropped with the stage and the
+        reason, and the data card to WORKDIR/report.html. Rerun the same command to resume; after a change of thresholds
+        alone, nothing is measured again.
 
         llmjax curate report --workdir=DIR prints the card of a finished corpus and writes report.html again.
-        llmjax curate classifier --good=A --bad=B --to=FILE.npz learns from two folders what good text is.""",
+        llmjax curate classifier --good=A --bad=B --to=FILE.npz trains a quality classifier on two folders.""",
         _EXAMPLE,
     )
-    parser.add_argument("--config", metavar="FILE", help=f"{CONFIG.split(';')[0]}; left out with --resume")
+    parser.add_argument("--config", metavar="FILE", help=f"{CONFIG.split(';')[0]}; not needed with --resume")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the corpus goes")
-    parser.add_argument("--resume", action="store_true", help="go on with the config that the workdir was begun with")
+    parser.add_argument("--resume", action="store_true", help="use the config in the workdir")
     parser.add_argument(
         "--runner", choices=("local", "ray"), default="local", help="processes of this machine (default), or Ray"
     )
@@ -56,20 +59,22 @@ def curate(arguments: list[str]) -> int:
     from llmjax.run import workdir as workdirs
 
     workdir = _workdir(parser, flags.workdir)
-    tree = _tree(flags, workdir / "config.json")
+    tree = _read_tree(flags, workdir / "config.json")
     config = _bind(tree, overrides).curate
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--workdir={flags.workdir}: cannot be made ({error.strerror}); name another place") from None
+        raise UserError(
+            f"--workdir={flags.workdir}: cannot be created ({error.strerror}); give another folder"
+        ) from None
     with contextlib.ExitStack() as stack:
         stack.enter_context(workdirs.Lock(workdir, primary=True))
         if flags.runner == "ray":
             runner = stack.enter_context(runners.RayRunner(flags.ray_address))
         else:
             runner = stack.enter_context(runners.LocalRunner(config.workers or workers.cores()))
-        report = curating.curate(config, workdir, runner, say=_say)
-    return _show(workdir, report, list(data_card.lines(report)), data_card.page_of(report), flags.workdir)
+        report = curating.curate(config, workdir, runner)
+    return _show(workdir, report, list(data_card.summary_lines(report)), data_card.render_page(report), flags.workdir)
 
 
 def _report(arguments: list[str]) -> int:
@@ -86,12 +91,10 @@ def _report(arguments: list[str]) -> int:
     workdir = _workdir(parser, flags.workdir)
     path = workdir / "report.json"
     if not path.is_file():
-        raise UserError(
-            f"--workdir={flags.workdir}: no report.json there, so nothing was curated; run `llmjax curate` first"
-        )
+        raise UserError(f"--workdir={flags.workdir}: no report.json there, so no corpus; run `llmjax curate` first")
     try:
         report = json.loads(path.read_text())
-        lines, page = list(data_card.lines(report)), data_card.page_of(report)
+        lines, page = list(data_card.summary_lines(report)), data_card.render_page(report)
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: not a report of this version of llmjax; run `llmjax curate` again") from None
     return _show(workdir, report, lines, page, flags.workdir)
@@ -101,14 +104,13 @@ def _classifier(arguments: list[str]) -> int:
     parser = make_parser(
         "curate classifier",
         """\
-        Learn from two folders what a good text is: a linear model over words, pairs of words and pieces of four bytes,
-        which --config.curate.quality.classifier then reads. A fifth of the texts, drawn by their content,
-        measures it.""",
+        Train a linear classifier of good and bad text on words, pairs of words and pieces of four bytes, for
+        --config.curate.quality.classifier. A fifth of the texts, drawn by their content, evaluates it.""",
         "llmjax curate classifier --good=/my/good --bad=/my/bad --to=quality.npz",
         overrides=False,
     )
     parser.add_argument("--good", required=True, metavar="DIR", help="folder, file or glob of texts, JSONL, Parquet")
-    parser.add_argument("--bad", required=True, metavar="DIR", help="the same, of what should go")
+    parser.add_argument("--bad", required=True, metavar="DIR", help="the same, for texts to drop")
     parser.add_argument("--to", required=True, metavar="FILE", help="file of the model, ending in .npz")
     flags = parser.parse_args(arguments)
     from llmjax.curate import packages
@@ -117,20 +119,20 @@ def _classifier(arguments: list[str]) -> int:
     from llmjax.curate.filters import classifier
 
     if not flags.to.endswith(".npz"):
-        raise UserError(f"--to={flags.to}: has to end in .npz")
+        raise UserError(f"--to={flags.to}: must end in .npz")
     for name, path in (("good", flags.good), ("bad", flags.bad)):
         files = glob.iglob(os.path.join(path, "**") if os.path.isdir(path) else path, recursive=True)
         if not any(map(os.path.isfile, files)):
             raise UserError(f"--{name}={path}: no file there; give a folder, a file or a quoted glob of texts")
-    model, measured = classifier.train_folders(flags.good, flags.bad)
+    model, evaluation = classifier.train_folders(flags.good, flags.bad)
     model.save(flags.to)
-    if math.isnan(measured.auc):
-        _say(f"held out {measured.texts} texts: too few of both sides to measure the model by")
+    if math.isnan(evaluation.auc):
+        logger.info(f"held out {evaluation.texts} texts: too few of both sides to evaluate the model")
     else:
-        _say(f"held out {measured.texts} texts: {measured.accuracy:.1%} judged rightly (the mean of both sides);")
-        _say(f"a good one scores above a bad one with probability {measured.auc:.3f}")
-    _say(f"\nmodel: {flags.to}, learned from all texts")
-    _say(
+        logger.info(f"held out {evaluation.texts} texts: {evaluation.accuracy:.1%} correct (the mean of both sides);")
+        logger.info(f"a good one scores above a bad one with probability {evaluation.auc:.3f}")
+    logger.info(f"\nmodel: {flags.to}, trained on all texts")
+    logger.info(
         f"next: --config.curate.quality.classifier={shlex.quote(flags.to)} writes the score beside every text; "
         "--config.curate.quality.min_classifier=0.5 drops what is below"
     )
@@ -139,13 +141,13 @@ def _classifier(arguments: list[str]) -> int:
 
 def _show(workdir: pathlib.Path, report: dict[str, Any], lines: list[str], page: str, named: str) -> int:
     for line in lines:
-        _say(line)
+        logger.info(line)
     (workdir / "report.html").write_text(page)
-    _say(f"\nreport: {named.rstrip('/')}/report.html")
+    logger.info(f"\nreport: {named.rstrip('/')}/report.html")
     if not report["kept"]["documents"]:
         return 0
     pattern = shlex.quote(f"{glob.escape(named.rstrip('/'))}/curated/*.jsonl.zst")
-    _say(
+    logger.info(
         "next: llmjax prepare --config=quickstart --workdir=runs/mine "
         f"--config.data.sources.main.path={pattern}"
         + (" --config.data.sources.main.split_field=split" if report["splits"] else "")
@@ -153,11 +155,11 @@ def _show(workdir: pathlib.Path, report: dict[str, Any], lines: list[str], page:
     return 0
 
 
-def _tree(flags: Any, begun: pathlib.Path) -> dict[str, Any]:
+def _read_tree(flags: Any, path: pathlib.Path) -> dict[str, Any]:
     from llmjax.run import workdir as workdirs
 
-    held = workdirs.read_json(begun) if begun.is_file() else None
-    if held is not None and "curate" not in held:
+    saved = workdirs.read_json(path) if path.is_file() else None
+    if saved is not None and "curate" not in saved:
         raise UserError(f"--workdir={flags.workdir}: contains a training run, not a corpus; give another folder")
     if flags.config is not None:
         tree = as_tree(load_file(flags.config))
@@ -166,9 +168,9 @@ def _tree(flags: Any, begun: pathlib.Path) -> dict[str, Any]:
         return tree
     if not flags.resume:
         raise UserError("--config is missing: give a Python file with get_config(), or a name, such as --config=curate")
-    if held is None:
-        raise UserError(f"--workdir={flags.workdir} --resume: nothing was begun there; give --config")
-    return held
+    if saved is None:
+        raise UserError(f"--workdir={flags.workdir} --resume: there is no config file; give --config")
+    return saved
 
 
 def _bind(tree: dict[str, Any], overrides: list[tuple[str, str]]) -> Any:
@@ -181,8 +183,4 @@ def _workdir(parser: Parser, text: str) -> pathlib.Path:
     """A local or shared folder: parts of it are memory-mapped."""
     if "://" in text:
         raise UserError(f"--workdir={text}: {parser.prog} maps files into memory; give a local or shared folder")
-    return pathlib.Path(parse_workdir(text)).absolute()  # a process of a cluster may stand in another folder
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
+    return pathlib.Path(parse_workdir(text)).absolute()  # a process of a cluster may run in another folder

@@ -22,13 +22,17 @@ def fields(arguments: list[str]) -> int:
     from llmjax.curate.config import CurateConfig
     from llmjax.run.config import RunConfig
 
-    shown = []
+    shown, explained = [], set()
 
     def show(cls: type, path: str, family: str = "") -> None:
         hints = typing.get_type_hints(cls)
         shown.append(path)
         if not flags.section or path == flags.section:
-            print(f"[{path or 'top level'}{family}] {textwrap.dedent('    ' + (cls.__doc__ or '')).strip()}\n")
+            print(f"[{path or 'top level'}{family}] ", end="")
+            for base in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
+                if base not in explained:  # families share base classes
+                    print(f"{textwrap.dedent('    ' + (base.__doc__ or '')).strip()}\n")
+                    explained.add(base)
             for field in dataclasses.fields(cls):
                 if not dataclasses.is_dataclass(hints[field.name]) and field.default is not dataclasses.MISSING:
                     print(f"  --config.{path}{'.' if path else ''}{field.name}={field.default!r}")

@@ -32,7 +32,7 @@ def watch(arguments: list[str]) -> int:
     from llmjax.report import terminal
 
     snapshot = terminal.read(workdir)
-    if not snapshot.metrics and (flags.once or not snapshot.running):
+    if not snapshot.metrics and (flags.once or not snapshot.is_running):
         raise UserError(
             f"{workdir}: no step was logged there yet; start the run with `llmjax train --workdir={flags.workdir}`, "
             "or wait for its first step"
@@ -77,7 +77,7 @@ def _print_changes(workdir: epath.Path, every: int) -> None:
     shown = None
     while True:
         snapshot = terminal.read(workdir)
-        if (state := (snapshot.step, snapshot.running, snapshot.eval_step)) != shown:
+        if (state := (snapshot.step, snapshot.is_running, snapshot.eval_step)) != shown:
             _print([*terminal.describe(snapshot), ""])
             shown = state
         time.sleep(every)

@@ -32,6 +32,7 @@ class InputConfig:
                 "parquet", "csv", "tsv", "html" or "warc" (ARC too); empty: JSON by its content, others by the name
     text_field  the field or column that holds the text in JSONL, Parquet, CSV, TSV and TFDS records
     id_field    the field that holds a record's id; a record without one is named after its file and place
+    max_record_bytes  a longer record, page or row is left out and counted; text files are no records
     content     what text_field holds: "text", "html", or "auto": HTML where a text is a page or a part of one, such as
                 `<div class=a><p>...</div>`; code, XML, Markdown and prose in which tags occur stay as they are
     encoding    of text, CSV, TSV and JSONL files that are not UTF-8; empty: it is detected (in JSONL, refused)
@@ -47,6 +48,7 @@ class InputConfig:
     format: str = ""
     text_field: str = "text"
     id_field: str = "id"
+    max_record_bytes: int = 1 << 26
     content: str = "auto"
     encoding: str = ""
     columns: tuple[str, ...] = ()
@@ -72,7 +74,7 @@ class PersonalConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NormaliseConfig:
-    """What is mended in every text.
+    """What is repaired in every text.
 
     mojibake   undo UTF-8 that was decoded as another encoding, such as "cafÃ©" (ftfy)
     entities   write HTML entities such as "&eacute;" as characters, but in lines that hold a "<": those show markup
@@ -246,7 +248,7 @@ class CurateConfig:
 
 # Pairs of stages that make no sense the other way round.
 _ORDER = (
-    ("extract", "normalise", "which mends text, not pages"),
+    ("extract", "normalise", "which reads text, not pages"),
     ("extract", "language", "which reads text, not pages"),
     ("extract", "quality", "which judges text, not pages"),
     ("duplicates", "split", "which keeps copies together"),

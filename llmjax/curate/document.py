@@ -38,9 +38,11 @@ class Document:
     signature: np.ndarray | None = None
 
     def with_text(self, text: str, **scores: float) -> "Document":
+        """Return a copy with another text and more scores."""
         return dataclasses.replace(self, text=text, scores={**self.scores, **scores})
 
     def with_scores(self, scores: Mapping[str, float], **notes: Any) -> "Document":
+        """Return a copy with more scores and notes."""
         return dataclasses.replace(self, scores={**self.scores, **scores}, notes={**self.notes, **notes})
 
 

@@ -1,0 +1,1 @@
+"""Find duplicates, and documents of evaluation sets."""

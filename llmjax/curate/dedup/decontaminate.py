@@ -5,7 +5,6 @@ but has at least `min_words` is looked for as a whole; shorter ones say nothing:
 """
 
 from collections.abc import Iterator
-import csv
 import functools
 import json
 from pathlib import Path
@@ -14,14 +13,13 @@ import re
 import numpy as np
 
 from llmjax.curate.config import DecontaminateConfig
-from llmjax.curate.readers import tables
-from llmjax.curate.readers.units import kind_of
 from llmjax.data.readers import formats, records, streams
-from llmjax.data.readers.streams import MAX_RECORD
+from llmjax.data.readers.raw_records import ReadOptions
 from llmjax.data.store import minhash
 from llmjax.errors import UserError
 
 _VAGUE = ("train", "test", "dev", "valid", "validation", "val", "data", "eval", "examples", "questions")
+_OPTIONS = ReadOptions(where="curate.decontaminate.against", is_lenient=True)
 _MARK = re.compile(r"[^\w\s]|_")
 
 
@@ -31,7 +29,7 @@ def hits(text: str, config: DecontaminateConfig) -> dict[str, int]:
     found = {}
     for path in config.against:
         count = 0
-        for size, grams in _grams(path, streams.state_of(path), config.words, config.min_words).items():
+        for size, grams in _grams(path, streams.file_state(path), config.words, config.min_words).items():
             if words.size >= size:
                 runs = minhash.shingles(words, size)
                 # Searched, not `np.isin`: that sorts the set anew for every document.
@@ -45,7 +43,7 @@ def hits(text: str, config: DecontaminateConfig) -> dict[str, int]:
 def check(config: DecontaminateConfig) -> None:
     """Raises UserError for an evaluation set that cannot be read, or that holds nothing to look for."""
     for path in config.against:
-        if not _grams(path, streams.state_of(path), config.words, config.min_words):
+        if not _grams(path, streams.file_state(path), config.words, config.min_words):
             raise UserError(
                 f"curate.decontaminate.against names {path!r}: it holds no text of {config.min_words} words "
                 "(curate.decontaminate.min_words) or more, so nothing of it would be found"
@@ -70,27 +68,29 @@ def examples(path: str) -> Iterator[str]:
     if not file.is_file():
         raise UserError(f"{where}: no such file; give files of the evaluation sets")
     try:
-        kind = kind_of(path)
+        kind = formats.detect(path, formats.CURATE_FORMATS)
         if kind == "parquet":
             import pyarrow.parquet
 
             for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
                 yield from _texts(batch.to_pylist())
-        elif kind in ("csv", "tsv"):
-            for row in tables.rows(str(file), kind):
-                yield from row
+            return
+        data, _ = _OPTIONS.utf8_blocks(str(file))
+        if kind in ("csv", "tsv"):
+            for row in records.csv_rows(data, kind, _OPTIONS.max_record_bytes):
+                if isinstance(row, records.BadRow):
+                    raise ValueError(f"a row that is not {kind.upper()}: {row.reason}")
+                yield from row[0]
         elif kind in ("jsonl", "json"):
-            data = formats.without_mark(streams.blocks(str(file)))
-            found = records.json_elements(data, MAX_RECORD) if kind == "json" else streams.lines(data)
-            for _, value in found:
+            split = records.json_elements if kind == "json" else streams.lines
+            for _, value in split(data, max_bytes=_OPTIONS.max_record_bytes):
                 if isinstance(value, int):
                     raise ValueError(f"a record of {value:,} bytes")
                 if value.strip():
                     yield from _texts(json.loads(value))
         else:
-            data = b"".join(streams.blocks(str(file))).decode("utf-8-sig", "replace")
-            yield from re.split(r"\n\s*\n", data)
-    except (OSError, ValueError, csv.Error, streams.Damage) as error:
+            yield from re.split(r"\n\s*\n", b"".join(data).decode("utf-8", "replace"))
+    except (OSError, ValueError, streams.DamageError) as error:
         raise UserError(f"{where}: cannot be read ({error}); give JSONL, JSON, CSV, Parquet or text") from None
 
 

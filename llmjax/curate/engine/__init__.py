@@ -1,0 +1,1 @@
+"""Measure, decide and write, on one machine or many."""

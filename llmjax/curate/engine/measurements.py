@@ -1,12 +1,12 @@
-"""What measuring a unit writes: texts with their scores, and the scores as columns.
+"""The files of a measured unit: texts, and their scores as columns.
 
-KEY.jsonl.zst        one line a record in the unit's order: a document, or an excerpt of what was dropped on the way
+KEY.jsonl.zst        one line a record in the unit's order: a document, or an excerpt of one that a stage dropped
 KEY.npz              columns, one row a record
-KEY.signatures       uint32 [records, minhash.SIZE], where duplicates are looked for
+KEY.signatures       uint32 [records, minhash.SIZE], empty without the stage duplicates
 KEY.json             written last: the unit is complete
 
-KEY is a hash of VERSION, the unit, its files' state and every setting that measuring depends on, so a changed threshold
-finds the measurement there already.
+KEY is a hash of VERSION, the unit, its files' state and every setting that measuring depends on. After a change of a
+threshold the measurement is still valid.
 """
 
 import array
@@ -17,21 +17,21 @@ import io
 import json
 import math
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import zstandard
 
 from llmjax.data.store import minhash
 
-VERSION = 3  # of these files, and of what the stages measure: another one, and all is measured again
-EARLY = -1  # column "early" of a document that was not dropped while it was measured
+VERSION = 4  # of these files and of what the stages measure; with another one, everything is measured again
+NOT_DROPPED = -1  # in the column "early": no stage dropped the record while it was measured
 _CODE = 8  # bytes of a language's code
-_LEVEL = 3  # of Zstandard: more saves a tenth of the space for three times the work
+_LEVEL = 3  # of Zstandard: a higher one saves a tenth of the space for three times the time
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class Measurement:
     """The files of one unit."""
 
     folder: Path
@@ -39,21 +39,26 @@ class Measured:
 
     @property
     def texts(self) -> Path:
+        """Zstandard file of JSON lines."""
         return self.folder / f"{self.key}.jsonl.zst"
 
     @property
     def columns(self) -> Path:
+        """The .npz file of the columns."""
         return self.folder / f"{self.key}.npz"
 
     @property
     def signatures(self) -> Path:
+        """Raw uint32 MinHash signatures."""
         return self.folder / f"{self.key}.signatures"
 
     @property
     def marker(self) -> Path:
+        """The file that is written last."""
         return self.folder / f"{self.key}.json"
 
-    def complete(self) -> bool:
+    def is_complete(self) -> bool:
+        """Whether all files of the unit exist."""
         return all(path.is_file() for path in (self.marker, self.texts, self.columns, self.signatures))
 
     def read_signatures(self) -> np.ndarray:
@@ -62,14 +67,15 @@ class Measured:
             return np.zeros((0, minhash.SIZE), np.uint32)
         return np.memmap(self.signatures, np.uint32, "r").reshape(-1, minhash.SIZE)
 
-    def records(self) -> Iterator[dict[str, Any]]:
+    def read_records(self) -> Iterator[dict[str, Any]]:
+        """The lines of the text file, one a record."""
         with open_lines(self.texts) as lines:
             for line in lines:
                 yield json.loads(line)
 
 
 class Columns:
-    """Columns of a unit while it is measured, some 400 bytes a record. Scores that a record lacks are NaN."""
+    """Columns of a unit while it is measured, some 400 bytes a record. Missing scores are NaN."""
 
     def __init__(self, stages: Sequence[str]):
         self._stages = list(stages)
@@ -92,8 +98,8 @@ class Columns:
         language: str,
         early: tuple[str, str] | None,
     ) -> None:
-        """One record. `sizes`: bytes and tokens before each stage and after the last, 0 from where it was dropped."""
-        stage, reason = EARLY, 0
+        """Add one record. `sizes`: bytes and tokens before each stage and after the last; 0 after it was dropped."""
+        stage, reason = NOT_DROPPED, 0
         if early:
             stage, reason = self._stages.index(early[0]), self._reasons.setdefault(early[1], len(self._reasons))
         for name, value in scores.items():
@@ -108,9 +114,10 @@ class Columns:
             self._sizes.extend(pair)
         self._languages += language.encode()[:_CODE].ljust(_CODE, b"\0")
 
-    def arrays(self) -> dict[str, np.ndarray]:
+    def arrays(self) -> dict[str, Any]:
+        """The columns by name, one row a record; `reasons` are the texts that `reason` indexes."""
         count = len(self)
-        made = {
+        arrays = {
             "id_hash": np.frombuffer(self._id_hash, np.uint64),
             "content": np.frombuffer(self._content, ">u8").reshape(count, 2).astype(np.uint64),
             "early": np.frombuffer(self._early, np.int16),
@@ -121,12 +128,12 @@ class Columns:
         }
         for name, column in sorted(self._scores.items()):
             _fill(column, count)
-            made[f"score.{name}"] = np.frombuffer(column, np.float32)
-        return made
+            arrays[f"score.{name}"] = np.frombuffer(column, np.float32)
+        return arrays
 
 
 def _fill(column: array.array, count: int) -> None:
-    """NaN for the records that lacked the score, up to so many."""
+    """Extend a column to `count` records with NaN."""
     if len(column) < count:
         column.extend([math.nan] * (count - len(column)))
 
@@ -135,16 +142,17 @@ def _fill(column: array.array, count: int) -> None:
 def open_lines(path: Path) -> Iterator[io.BufferedReader]:
     """Lines of a Zstandard file."""
     with open(path, "rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as stream:
-        yield io.BufferedReader(stream, 1 << 20)  # type: ignore[arg-type]
+        yield io.BufferedReader(cast(io.RawIOBase, stream), 1 << 20)
 
 
 class LineWriter:
-    """JSON lines into a Zstandard file. It holds no time and no name: the same lines are the same bytes."""
+    """Writes JSON lines to a Zstandard file without time and name: equal lines give equal bytes."""
 
     def __init__(self, file: BinaryIO):
         self._writer = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True).stream_writer(file, closefd=False)
 
     def write(self, record: dict[str, Any]) -> None:
+        """Append one line."""
         self._writer.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
 
     def __enter__(self) -> "LineWriter":

@@ -29,6 +29,8 @@ Reducer = Callable[..., Any]  # (rows of all tasks in any order, *shared) -> res
 
 
 class Runner(Protocol):
+    """Executes functions over tasks; the results depend on the tasks alone."""
+
     def map(self, function: Callable, tasks: list[tuple]) -> Iterator[tuple[int, Any]]:
         """(index of the task, function(*task)), in any order."""
         ...

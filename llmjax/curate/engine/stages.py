@@ -1,7 +1,7 @@
-"""The stages by name: what each computes for a document, and which settings it depends on.
+"""The stages by name: what each computes for a document, and which settings this depends on.
 
-A stage's `measure` is a pure function of a document and the config: it returns the document, changed or with more
-scores, or the reason why it is dropped whatever the thresholds are. What thresholds drop is decided later.
+A stage's `measure` is a pure function of a document and the config. It returns the document, changed or with more
+scores, or the reason why it is dropped with any thresholds. Thresholds are applied later.
 """
 
 from collections.abc import Callable
@@ -17,22 +17,21 @@ from llmjax.curate.dedup import decontaminate
 from llmjax.curate.document import Document, content_hash
 from llmjax.curate.filters import classifier, language, normalise, personal_data, quality, terms
 from llmjax.curate.readers import html, markup
-from llmjax.curate.readers.units import kind_of
-from llmjax.data.readers import streams
+from llmjax.data.readers import formats, streams
 from llmjax.data.store import minhash
 from llmjax.errors import UserError
 
-Measure = Callable[[Document, CurateConfig], Document | str]
+MeasureFn = Callable[[Document, CurateConfig], Document | str]
 
 
 class Stage(NamedTuple):
-    """`measured`: of a config, what `measure` depends on, besides the text."""
+    """`settings`: the part of the config that `measure` depends on."""
 
-    measure: Measure
-    measured: Callable[[CurateConfig], Any]
+    measure: MeasureFn
+    settings: Callable[[CurateConfig], Any]
 
 
-def _nothing(document: Document, config: CurateConfig) -> Document:
+def _unchanged(document: Document, config: CurateConfig) -> Document:
     return document
 
 
@@ -41,7 +40,7 @@ def _extract(document: Document, config: CurateConfig) -> Document | str:
     if document.kind == "text":
         return document
     if document.kind == "auto":
-        page, scores = markup.html_of(document.text), {"mended.text extracted from HTML in a field": 1}
+        page, scores = markup.html_of(document.text), {"repaired.text extracted from HTML in a field": 1}
         if page is None:
             return dataclasses.replace(document, kind="text")
     found = html.main_text(page, str(document.meta.get("url", "")))
@@ -55,7 +54,7 @@ def _normalise(document: Document, config: CurateConfig) -> Document | str:
     text, counts = normalise.normalise(document.text, config.normalise)
     if not text.strip():
         return "empty"
-    return document.with_text(text, **{f"mended.{what}": count for what, count in counts.items() if count})
+    return document.with_text(text, **{f"repaired.{what}": count for what, count in counts.items() if count})
 
 
 def _language(document: Document, config: CurateConfig) -> Document:
@@ -69,11 +68,11 @@ def _quality(document: Document, config: CurateConfig) -> Document | str:
         return "no line left"
     document = document if text == document.text else document.with_text(text)
     lines = {f"lines.{what}": count for what, count in counts.items() if count}
-    judged = quality.scores(text)
+    scores = quality.scores(text)
     if config.quality.classifier:
         path = config.quality.classifier
-        judged["classifier"] = _classifier(path, streams.state_of(path)).score(text)
-    return document.with_scores({**lines, **judged})
+        scores["classifier"] = _classifier(path, streams.file_state(path)).score(text)
+    return document.with_scores({**lines, **scores})
 
 
 @functools.lru_cache(maxsize=1)
@@ -110,20 +109,20 @@ def _sample(document: Document, config: CurateConfig) -> Document:
     return document.with_scores({f"term.{name}": count for name, count in counts.items()})
 
 
-def _contents(field: str, paths: tuple) -> list[str]:
-    """Hashes of files that measuring reads."""
-    found = []
+def _hash_files(field: str, paths: tuple[str, ...]) -> list[str]:
+    """Hashes of files that measuring reads, named by curate.FIELD."""
+    hashes = []
     for path in filter(None, paths):
         file = Path(path).expanduser()
         try:
-            found.append(_hash(file, streams.state_of(path)))
+            hashes.append(_hash_file(file, streams.file_state(path)))
         except OSError as error:
             raise UserError(f"curate.{field} names {path!r}: cannot be read ({error.strerror}); give a file") from None
-    return found
+    return hashes
 
 
 @functools.lru_cache(maxsize=256)
-def _hash(path: Path, _state: tuple[int, int] | None) -> str:
+def _hash_file(path: Path, _state: tuple[int, int] | None) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -132,17 +131,18 @@ def _version(package: str) -> str:
     return f"{package} {importlib.metadata.version(package)}"
 
 
-def _sets(config: CurateConfig) -> list[Any]:
-    """Of every evaluation set: what it is called, how it is read, what it holds."""
+def _evaluation_sets(config: CurateConfig) -> list[Any]:
+    """(name, format, hash) of every evaluation set."""
     against = config.decontaminate.against
     names = decontaminate.set_names(against)
-    hashes = _contents("decontaminate.against", against)
-    return [(names[path], kind_of(path), digest) for path, digest in zip(against, hashes, strict=True)]
+    hashes = _hash_files("decontaminate.against", against)
+    kinds = [formats.detect(path, formats.CURATE_FORMATS) for path in against]
+    return list(zip(map(names.get, against), kinds, hashes, strict=True))
 
 
-def _judged(config: CurateConfig) -> list[Any]:
-    """What judging depends on: the rules that change the text, and the classifier. All others read scores."""
-    told = config.quality
+def _quality_settings(config: CurateConfig) -> list[Any]:
+    """The rules that change the text, and the classifier. All other rules read scores."""
+    quality_config = config.quality
     lines = (
         "c4_citations",
         "c4_terminal_punctuation",
@@ -152,26 +152,26 @@ def _judged(config: CurateConfig) -> list[Any]:
         "c4_policy",
     )
     return [
-        "c4" in told.rules,
-        [getattr(told, name) for name in lines],
-        _contents("quality.classifier", (told.classifier,)),
+        "c4" in quality_config.rules,
+        [getattr(quality_config, name) for name in lines],
+        _hash_files("quality.classifier", (quality_config.classifier,)),
     ]
 
 
 # In the order in which they run unless curate.stages says otherwise.
 STAGES: dict[str, Stage] = {
-    "read": Stage(_nothing, lambda c: _version("charset-normalizer")),
+    "read": Stage(_unchanged, lambda c: _version("charset-normalizer")),
     "extract": Stage(_extract, lambda c: html.version()),
     "normalise": Stage(_normalise, lambda c: (repr(c.normalise), _version("ftfy"))),
     "language": Stage(_language, lambda c: (c.language.characters, c.language.places, _version("py3langid"))),
-    "quality": Stage(_quality, _judged),
+    "quality": Stage(_quality, _quality_settings),
     "duplicates": Stage(_duplicates, lambda c: None),
     "decontaminate": Stage(
         _decontaminate,
-        lambda c: (_sets(c), c.decontaminate.words, c.decontaminate.min_words),
+        lambda c: (_evaluation_sets(c), c.decontaminate.words, c.decontaminate.min_words),
     ),
     "personal_data": Stage(_personal, lambda c: repr(c.personal_data)),
-    "sample": Stage(_sample, lambda c: _contents("sample.terms", c.sample.terms)),
-    "split": Stage(_nothing, lambda c: None),
-    "augment": Stage(_nothing, lambda c: None),
+    "sample": Stage(_sample, lambda c: _hash_files("sample.terms", c.sample.terms)),
+    "split": Stage(_unchanged, lambda c: None),
+    "augment": Stage(_unchanged, lambda c: None),
 }

@@ -16,54 +16,58 @@ _CONTEXTS = 3  # documents with each kind of personal data that are shown, maske
 _LENGTHS = (0, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)  # tokens
 
 
-def choose_samples(table: Table, made: Decisions, config: CurateConfig) -> np.ndarray:
-    """int64 [rows], sorted: records whose text the card shows. A hash chooses, so they are no stretch of one file."""
-    rows = [row for chosen in _dropped(table, made, config).values() for row in chosen]
-    rows += [row for cluster in _clusters(made, table) for row in cluster]
+def choose_samples(table: Table, decisions: Decisions, config: CurateConfig) -> np.ndarray:
+    """int64 [rows], sorted: records whose text the card shows. A hash chooses them, so they come from all files."""
+    rows = [row for chosen in _dropped(table, decisions, config).values() for row in chosen]
+    rows += [row for cluster in _clusters(decisions, table) for row in cluster]
     for _, counts in table.scores("personal."):
-        rows += _first(np.flatnonzero(_reach(made, config, "personal_data") & (counts > 0)), table, _CONTEXTS)
+        rows += _first(
+            np.flatnonzero(_reaches_stage(decisions, config, "personal_data") & (counts > 0)), table, _CONTEXTS
+        )
     return np.unique(np.array(rows, np.int64))
 
 
-def _reach(made: Decisions, config: CurateConfig, stage: str) -> np.ndarray:
-    """bool [rows]: records that come as far as a stage."""
-    return made.kept | (made.stage >= config.stages.index(stage))
+def _reaches_stage(decisions: Decisions, config: CurateConfig, stage: str) -> np.ndarray:
+    """bool [rows]: records that no stage before this one drops."""
+    return decisions.kept | (decisions.stage >= config.stages.index(stage))
 
 
 def _first(rows: np.ndarray, table: Table, count: int) -> list[int]:
     return rows[np.argsort(table["id_hash"][rows], kind="stable")[:count]].tolist()
 
 
-def _dropped(table: Table, made: Decisions, config: CurateConfig) -> dict[tuple[int, int], list[int]]:
+def _dropped(table: Table, decisions: Decisions, config: CurateConfig) -> dict[tuple[int, int], list[int]]:
     """(stage, reason) -> sampled rows."""
     found = {}
     for stage in range(len(config.stages)):
-        here = made.stage == stage
-        for reason in np.unique(made.reason[here]).tolist():
-            found[stage, reason] = _first(np.flatnonzero(here & (made.reason == reason)), table, SAMPLES)
+        here = decisions.stage == stage
+        for reason in np.unique(decisions.reason[here]).tolist():
+            found[stage, reason] = _first(np.flatnonzero(here & (decisions.reason == reason)), table, SAMPLES)
     return found
 
 
-def _clusters(made: Decisions, table: Table) -> list[list[int]]:
-    """Of the largest clusters of copies, the document that stays and some that go."""
-    if made.copies is None:
+def _clusters(decisions: Decisions, table: Table) -> list[list[int]]:
+    """Rows of the largest clusters of copies: the kept document first, and some of its copies."""
+    if decisions.copies is None:
         return []
-    firsts, counts = np.unique(made.copies.kept_as, return_counts=True)
+    firsts, counts = np.unique(decisions.copies.kept_as, return_counts=True)
     largest = np.lexsort((table["id_hash"][firsts], -counts))[:_CLUSTERS]
     found = []
     for first, count in zip(firsts[largest].tolist(), counts[largest].tolist(), strict=True):
         if count > 1:
-            others = np.flatnonzero(made.copies.kept_as == first)
+            others = np.flatnonzero(decisions.copies.kept_as == first)
             found.append([first, *_first(others[others != first], table, _MEMBERS - 1)])
     return found
 
 
-def summarise(table: Table, made: Decisions, results: list[dict[str, Any]], config: CurateConfig) -> dict[str, Any]:
+def summarise(
+    table: Table, decisions: Decisions, results: list[dict[str, Any]], config: CurateConfig
+) -> dict[str, Any]:
     """All that report.json says of the documents. `results` are those of write.write, by unit."""
     samples = {}
     for begin, result in zip(table.edges.tolist(), results, strict=False):
         samples |= {begin + int(row): sample for row, sample in result["samples"].items()}
-    kept, last = made.kept, table["sizes"][:, -1]
+    kept, last = decisions.kept, table["sizes"][:, -1]
     stated: dict[str, Counter[str]] = {"licences": Counter(), "origins": Counter()}
     for result in results:
         for field, counts in stated.items():
@@ -71,13 +75,13 @@ def summarise(table: Table, made: Decisions, results: list[dict[str, Any]], conf
     return {
         "records": _amount(np.ones(len(table), bool), table["sizes"][:, 0]),
         "kept": _amount(kept, last),
-        "stages": _stages(table, made, samples, config),
-        "mended": _mended(table),
+        "stages": _stages(table, decisions, samples, config),
+        "repaired": _repaired(table),
         "lengths": _lengths(table, kept),
         "languages": _languages(table, kept),
-        "duplicates": _duplicates(table, made, samples),
-        "contamination": _contamination(table, made, config),
-        "personal_data": _personal(table, made, samples, config),
+        "duplicates": _duplicates(table, decisions, samples),
+        "contamination": _contamination(table, decisions, config),
+        "personal_data": _personal(table, decisions, samples, config),
         "sources": {
             name: _amount(kept & (table.source == index), last)
             | {"given": _amount(table.source == index, table["sizes"][:, 0])}
@@ -85,7 +89,7 @@ def summarise(table: Table, made: Decisions, results: list[dict[str, Any]], conf
         },
         "terms": _terms(table, kept),
         "splits": {
-            name: _amount(kept & (made.split == index), last)
+            name: _amount(kept & (decisions.split == index), last)
             for index, name in enumerate(SPLITS)
             if "split" in config.stages
         },
@@ -100,15 +104,15 @@ def _amount(which: np.ndarray, sizes: np.ndarray) -> dict[str, int]:
     return {"documents": int(which.sum()), "bytes": int(held[0]), "tokens": int(held[1])}
 
 
-def _stages(table: Table, made: Decisions, samples: dict[int, dict], config: CurateConfig) -> list[dict[str, Any]]:
-    shown, stages = _dropped(table, made, config), []
-    there = np.ones(len(table), bool)
+def _stages(table: Table, decisions: Decisions, samples: dict[int, dict], config: CurateConfig) -> list[dict[str, Any]]:
+    shown, stages = _dropped(table, decisions, config), []
+    is_left = np.ones(len(table), bool)
     for place, name in enumerate(config.stages):
         before, after = table["sizes"][:, place], table["sizes"][:, place + 1]
-        gone = made.stage == place
+        is_dropped = decisions.stage == place
         dropped = []
-        for reason in np.unique(made.reason[gone]).tolist():
-            which = gone & (made.reason == reason)
+        for reason in np.unique(decisions.reason[is_dropped]).tolist():
+            which = is_dropped & (decisions.reason == reason)
             dropped.append(
                 {
                     "reason": table.reasons[reason],
@@ -124,34 +128,34 @@ def _stages(table: Table, made: Decisions, samples: dict[int, dict], config: Cur
         stages.append(
             {
                 "stage": name,
-                "in": _amount(there, before),
-                "out": _amount(there & ~gone, after),
+                "in": _amount(is_left, before),
+                "out": _amount(is_left & ~is_dropped, after),
                 "by_source": {
                     source: {
-                        "in": _amount(there & (table.source == index), before),
-                        "out": _amount(there & ~gone & (table.source == index), after),
+                        "in": _amount(is_left & (table.source == index), before),
+                        "out": _amount(is_left & ~is_dropped & (table.source == index), after),
                     }
                     for index, source in enumerate(table.names)
                 },
                 "dropped": sorted(dropped, key=lambda one: (-one["documents"], one["reason"])),
             }
         )
-        there &= ~gone
+        is_left &= ~is_dropped
     return stages
 
 
-def _mended(table: Table) -> dict[str, dict[str, int]]:
-    """What reading, normalising and C4's line rules changed: documents and places."""
-    made = {}
-    for prefix, label in (("lines.", "removed lines: "), ("mended.", "")):
+def _repaired(table: Table) -> dict[str, dict[str, int]]:
+    """Documents and places that reading, normalising and C4's line rules changed."""
+    repairs = {}
+    for prefix, label in (("lines.", "removed lines: "), ("repaired.", "")):
         for name, counts in table.scores(prefix):
             found = np.nan_to_num(counts)
-            made[label + name] = {"documents": int((found > 0).sum()), "places": int(found.sum(dtype=np.float64))}
-    return dict(sorted(made.items(), key=lambda item: -item[1]["documents"]))
+            repairs[label + name] = {"documents": int((found > 0).sum()), "places": int(found.sum(dtype=np.float64))}
+    return dict(sorted(repairs.items(), key=lambda item: -item[1]["documents"]))
 
 
 def _lengths(table: Table, kept: np.ndarray) -> dict[str, list[int]]:
-    """Documents by tokens: those that were given (as the stage after reading saw them), and those that stay."""
+    """Histograms of documents by tokens: all documents after reading, and kept documents."""
     edges = [*_LENGTHS, np.iinfo(np.int64).max]
     given = table["sizes"][:, 0, 1]
     return {
@@ -163,35 +167,35 @@ def _lengths(table: Table, kept: np.ndarray) -> dict[str, list[int]]:
 
 def _languages(table: Table, kept: np.ndarray) -> dict[str, dict[str, int]]:
     codes, given = np.unique(table["language"], return_counts=True)
-    made = {}
+    languages = {}
     for code, count in sorted(zip(codes.tolist(), given.tolist(), strict=True), key=lambda item: -item[1]):
         if code:
-            made[code.decode()] = {"documents": count, "kept": int((kept & (table["language"] == code)).sum())}
-    return made
+            languages[code.decode()] = {"documents": count, "kept": int((kept & (table["language"] == code)).sum())}
+    return languages
 
 
-def _duplicates(table: Table, made: Decisions, samples: dict[int, dict]) -> dict[str, Any]:
-    if made.copies is None:
+def _duplicates(table: Table, decisions: Decisions, samples: dict[int, dict]) -> dict[str, Any]:
+    if decisions.copies is None:
         return {}
-    _, counts = np.unique(made.copies.kept_as, return_counts=True)
+    _, counts = np.unique(decisions.copies.kept_as, return_counts=True)
     sizes, clusters = np.unique(counts[counts > 1], return_counts=True)
-    gone = made.copies.kept_as != np.arange(len(table))
+    is_dropped = decisions.copies.kept_as != np.arange(len(table))
     return {
-        "exact": int((gone & made.copies.exact).sum()),
-        "near": int((gone & ~made.copies.exact).sum()),
+        "exact": int((is_dropped & decisions.copies.exact).sum()),
+        "near": int((is_dropped & ~decisions.copies.exact).sum()),
         "clusters": {str(size): count for size, count in zip(sizes.tolist(), clusters.tolist(), strict=True)},
-        "examples": [[samples[row] for row in cluster if row in samples] for cluster in _clusters(made, table)],
+        "examples": [[samples[row] for row in cluster if row in samples] for cluster in _clusters(decisions, table)],
     }
 
 
-def _contamination(table: Table, made: Decisions, config: CurateConfig) -> dict[str, dict[str, int]]:
+def _contamination(table: Table, decisions: Decisions, config: CurateConfig) -> dict[str, dict[str, int]]:
     if "decontaminate" not in config.stages:
         return {}
-    there = _reach(made, config, "decontaminate")
+    reaches = _reaches_stage(decisions, config, "decontaminate")
     found = {}
     for name in decontaminate.set_names(config.decontaminate.against).values():
         hits = table.score(f"contaminated.{name}")
-        with_hits = there & (hits > 0)
+        with_hits = reaches & (hits > 0)
         found[name] = {
             "documents": int(with_hits.sum()),
             "dropped": int((with_hits & (hits >= config.decontaminate.min_hits)).sum()),
@@ -200,26 +204,26 @@ def _contamination(table: Table, made: Decisions, config: CurateConfig) -> dict[
     return found
 
 
-def _personal(table: Table, made: Decisions, samples: dict[int, dict], config: CurateConfig) -> dict[str, Any]:
+def _personal(table: Table, decisions: Decisions, samples: dict[int, dict], config: CurateConfig) -> dict[str, Any]:
     if "personal_data" not in config.stages:
         return {}
-    there = _reach(made, config, "personal_data")
+    reaches = _reaches_stage(decisions, config, "personal_data")
     kinds: dict[str, Any] = {}
     for kind, counts in table.scores("personal."):
-        having = there & (counts > 0)
-        if not having.any():
+        has_kind = reaches & (counts > 0)
+        if not has_kind.any():
             continue
         contexts = []
-        for row in _first(np.flatnonzero(having), table, _CONTEXTS):
+        for row in _first(np.flatnonzero(has_kind), table, _CONTEXTS):
             notes = samples.get(row, {}).get("notes", {}).get("personal", [])
             contexts += [context for found, context in notes if found == kind][:1]
-        places = int(counts[having].sum(dtype=np.float64))
-        kinds[kind] = {"documents": int(having.sum()), "places": places, "contexts": contexts}
+        places = int(counts[has_kind].sum(dtype=np.float64))
+        kinds[kind] = {"documents": int(has_kind.sum()), "places": places, "contexts": contexts}
     return {"action": config.personal_data.action, "kinds": kinds}
 
 
 def _terms(table: Table, kept: np.ndarray) -> dict[str, dict[str, Any]]:
-    """Topic -> group -> documents and occurrences in what stays, and the share of the topic's occurrences."""
+    """Topic -> group -> kept documents, occurrences in them, and the share of the topic's occurrences."""
     topics: dict[str, dict[str, Any]] = {}
     for name, counts in table.scores("term."):
         topic, _, group = name.partition("/")

@@ -1,4 +1,4 @@
-"""Write a unit: kept documents by split, and dropped ones with stage and reason."""
+"""Write the documents of a unit: kept ones by split, dropped ones with stage and reason."""
 
 from collections import Counter
 import contextlib
@@ -14,8 +14,9 @@ from llmjax.atomic import atomic_write, write_bytes
 from llmjax.curate.config import CurateConfig
 from llmjax.curate.document import EXCERPT
 from llmjax.curate.engine.decide import KEPT
-from llmjax.curate.engine.measurements import LineWriter, Measured
-from llmjax.curate.filters import augment, personal_data
+from llmjax.curate.engine.measurements import LineWriter, Measurement
+from llmjax.curate.filters import augment
+from llmjax.curate.filters.personal_data import masked_excerpt
 from llmjax.data.store.split import SPLITS
 
 
@@ -26,12 +27,12 @@ class Task:
     name             of its files, such as web-00003
     stage, reason    int [records], see decide.Decisions
     split            uint8 [records]
-    samples          records to be shown on the card
+    samples          rows of records that the card shows
     """
 
     name: str
     source: str
-    measured: Measured
+    measurement: Measurement
     stage: np.ndarray
     reason: np.ndarray
     split: np.ndarray
@@ -39,17 +40,17 @@ class Task:
 
 
 def write(task: Task, reasons: list[str], config: CurateConfig, folder: Path) -> dict[str, Any]:
-    """Write curated/ and dropped/ files of a unit into `folder`; returns what they hold, and the sampled records.
+    """Write curated/ and dropped/ files of a unit into `folder`; return a summary of them and the sampled records.
 
-    A unit without a document of a split has no file for it.
+    A split without documents has no file.
     """
     samples: dict[str, Any] = {}
     licences, origins = Counter(), Counter()
     with _Files(folder) as files:
-        for row, record in enumerate(task.measured.records()):
+        for row, record in enumerate(task.measurement.read_records()):
             if row in task.samples:
-                text = personal_data.shown(record["text"], 3 * EXCERPT) if "text" in record else record["excerpt"]
-                name = personal_data.shown(record["id"], EXCERPT)
+                text = masked_excerpt(record["text"], 3 * EXCERPT) if "text" in record else record["excerpt"]
+                name = masked_excerpt(record["id"], EXCERPT)
                 samples[str(row)] = {"id": name, "text": text, "notes": record["notes"]}
             if task.stage[row] != KEPT:
                 stage, reason = config.stages[task.stage[row]], reasons[task.reason[row]]
@@ -63,7 +64,7 @@ def write(task: Task, reasons: list[str], config: CurateConfig, folder: Path) ->
                 kept |= {field: value} if value else {}
             files.write(name, kept)
             for counts, field in ((licences, "licence"), (origins, "origin")):
-                counts[personal_data.shown(str(record["meta"].get(field) or "not given"), 80)] += 1
+                counts[masked_excerpt(str(record["meta"].get(field) or "not given"), 80)] += 1
             if "augment" in config.stages and split == "train":
                 for number in range(1, config.augment.copies + 1):
                     text = augment.augment(record["text"], copy=number, id=record["id"], config=config.augment)
@@ -73,19 +74,19 @@ def write(task: Task, reasons: list[str], config: CurateConfig, folder: Path) ->
     return result
 
 
-def finished(folder: Path, name: str) -> dict[str, Any] | None:
-    """What `write` returned of a unit that it has written, else None."""
+def read_result(folder: Path, name: str) -> dict[str, Any] | None:
+    """The result of `write` for a unit that is written, else None."""
     marker = _marker(folder, name)
     return json.loads(marker.read_text()) if marker.is_file() else None
 
 
 def _marker(folder: Path, name: str) -> Path:
-    """Written when a unit's files are complete."""
+    """The file that is written last, when all others of the unit are complete."""
     return folder / "done" / f"{name}.json"
 
 
 class _Files:
-    """Files that are opened as they are needed, and that all get their names at the end, or none does."""
+    """Opens files when they are needed; at the end all get their names, after an error none."""
 
     def __init__(self, folder: Path):
         self._folder, self._stack = folder, contextlib.ExitStack()

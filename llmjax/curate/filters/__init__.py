@@ -1,0 +1,1 @@
+"""Measurements and repairs of one text at a time."""

@@ -15,7 +15,7 @@ from llmjax.atomic import atomic_write
 from llmjax.curate.filters.normalise import normalise
 from llmjax.curate.filters.quality_config import ClassifierConfig
 from llmjax.data.config import SourceConfig
-from llmjax.data.hashing import hash64
+from llmjax.data.hashing import GOLDEN_GAMMA, hash64
 from llmjax.data.readers.documents import Document, read_unit
 from llmjax.data.readers.sources import list_units
 from llmjax.errors import UserError
@@ -24,11 +24,11 @@ _FORMAT = 1
 _DEFAULTS = ClassifierConfig()
 
 
-class Measured(NamedTuple):
-    """How a model that learned from the other texts judges those held out. NaN where none of a side is among them.
+class Evaluation(NamedTuple):
+    """Metrics on held-out texts of a model trained on the others. NaN if all held-out texts are of one side.
 
-    texts      number of those held out
-    accuracy   fraction judged rightly at 0.5, the mean of both sides
+    texts      number of held-out texts
+    accuracy   fraction of correct decisions at 0.5, the mean of both sides
     auc        probability that a good text scores above a bad one
     """
 
@@ -39,7 +39,12 @@ class Measured(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-    """weights   float32 [buckets + 1]; the last is the bias"""
+    """A linear model.
+
+    weights     float32 [buckets + 1]; the last is the bias
+    characters  read from the beginning of a text
+    seed        of the hashes of its features
+    """
 
     weights: np.ndarray
     characters: int
@@ -61,7 +66,7 @@ class Classifier:
 
 
 def load(path: str | os.PathLike) -> Classifier:
-    """What `save` wrote. Raises UserError for another file, or none."""
+    """Read a file that `save` wrote. Raises UserError if it does not exist or is another file."""
     path = Path(path).expanduser()
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -81,7 +86,7 @@ def load(path: str | os.PathLike) -> Classifier:
 
 def train_folders(
     good: str | os.PathLike, bad: str | os.PathLike, config: ClassifierConfig = _DEFAULTS
-) -> tuple[Classifier, Measured]:
+) -> tuple[Classifier, Evaluation]:
     """`train` on all texts in two folders: text files, JSONL, Parquet. Each text is normalised first, as in curating.
 
     Raises UserError for a folder without texts.
@@ -97,12 +102,14 @@ def _texts(folder: str | os.PathLike) -> Iterator[str]:
                 yield normalise(record.text)[0]
 
 
-def train(good: Iterable[str], bad: Iterable[str], config: ClassifierConfig = _DEFAULTS) -> tuple[Classifier, Measured]:
-    """A classifier, and how one that has not seen the texts held out judges those.
+def train(
+    good: Iterable[str], bad: Iterable[str], config: ClassifierConfig = _DEFAULTS
+) -> tuple[Classifier, Evaluation]:
+    """(a classifier trained on all texts, the evaluation of one trained without the held-out texts).
 
-    Logistic regression by AdaGrad; both sides weigh alike, however many texts each has. The same texts give the same
-    model bit for bit, in whatever order they come: they are sorted by their content, copies count once.
-    Raises UserError where a side has no texts, and for a text that is on both.
+    Logistic regression by AdaGrad; both sides have equal weight, whatever their number of texts. Equal texts in any
+    order give a bitwise equal model: they are sorted by content, and copies count once.
+    Raises UserError for a side without texts, and for a text that is on both sides.
     """
     sides = [_by_content(texts) for texts in (bad, good)]
     for name, side in zip(("bad", "good"), sides, strict=True):
@@ -117,13 +124,13 @@ def train(good: Iterable[str], bad: Iterable[str], config: ClassifierConfig = _D
     examples = [_features(text, config.buckets, config.characters, config.seed) for text in texts]
     order = np.random.Generator(np.random.PCG64(config.seed)).permutation(len(examples))
     place = np.array([int.from_bytes(digest[:4], "big") / 2**32 for digest in digests])
-    held = place < config.held_out
-    weights = _fit([examples[i] for i in order if not held[i]], labels[order[~held[order]]], config)
-    logits = np.array([_sum(weights, examples[i]) for i in np.flatnonzero(held)])
-    measured = _measure(logits, labels[held])
-    if held.any():
+    held_out = place < config.held_out
+    weights = _fit([examples[i] for i in order if not held_out[i]], labels[order[~held_out[order]]], config)
+    logits = np.array([_sum(weights, examples[i]) for i in np.flatnonzero(held_out)])
+    evaluation = _evaluate(logits, labels[held_out])
+    if held_out.any():
         weights = _fit([examples[i] for i in order], labels[order], config)
-    return Classifier(weights, config.characters, config.seed), measured
+    return Classifier(weights, config.characters, config.seed), evaluation
 
 
 def _by_content(texts: Iterable[str]) -> dict[bytes, str]:
@@ -141,17 +148,17 @@ def _features(text: str, buckets: int, characters: int, seed: int) -> _Features:
     data = text[:characters].lower().encode("utf-8", "replace")
     words = data.split()
     hashes = np.fromiter((zlib.crc32(word) for word in words), np.uint64, len(words))
-    pairs = _stirred(hashes[:-1] * np.uint64(0x9E3779B97F4A7C15) + hashes[1:], seed + 1)
+    pairs = _salted_hash(hashes[:-1] * np.uint64(GOLDEN_GAMMA) + hashes[1:], seed + 1)
     byte = np.frombuffer(b" " + b" ".join(words) + b" ", np.uint8).astype(np.uint64)
     pieces = byte[:-3] | byte[1:-2] << np.uint64(8) | byte[2:-1] << np.uint64(16) | byte[3:] << np.uint64(24)
-    groups = [_stirred(hashes, seed), pairs, _stirred(pieces, seed + 2)]
+    groups = [_salted_hash(hashes, seed), pairs, _salted_hash(pieces, seed + 2)]
     found = [np.unique(group & np.uint64(buckets - 1)).astype(np.int32) for group in groups]
     found.append(np.array([buckets], np.int32))  # the bias
     values = [np.full(len(part), 1 / np.sqrt(len(found) * max(1, len(part))), np.float32) for part in found]
     return _Features(np.concatenate(found), np.concatenate(values))
 
 
-def _stirred(values: np.ndarray, seed: int) -> np.ndarray:
+def _salted_hash(values: np.ndarray, seed: int) -> np.ndarray:
     return hash64(np.array([seed + 1], np.uint64), values)
 
 
@@ -184,11 +191,11 @@ def _fit(examples: list[_Features], labels: np.ndarray, config: ClassifierConfig
     return weights.astype(np.float32)
 
 
-def _measure(logits: np.ndarray, labels: np.ndarray) -> Measured:
+def _evaluate(logits: np.ndarray, labels: np.ndarray) -> Evaluation:
     good, bad = logits[labels], logits[~labels]
     if not good.size or not bad.size:
-        return Measured(len(logits), float("nan"), float("nan"))
+        return Evaluation(len(logits), float("nan"), float("nan"))
     accuracy = ((good > 0).mean() + (bad <= 0).mean()) / 2
     bad = np.sort(bad)
     below, upto = np.searchsorted(bad, good, "left"), np.searchsorted(bad, good, "right")
-    return Measured(len(logits), float(accuracy), float((below + upto).mean() / 2 / bad.size))
+    return Evaluation(len(logits), float(accuracy), float((below + upto).mean() / 2 / bad.size))

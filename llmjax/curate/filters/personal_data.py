@@ -1,17 +1,17 @@
 """Find personal data and secrets in a text and replace them by typed placeholders.
 
-Every kind has a cheap sign (an @, a digit, a marker); its rules run only where the sign is. Names and addresses of
-people are no kind: no rule tells them from other words.
+Every kind has a cheap sign (an @, a digit, a marker); its patterns are matched only there. Names and postal addresses
+of people are not found: no pattern distinguishes them from other words.
 """
 
 from collections.abc import Iterable, Iterator
 import ipaddress
 import itertools
-import math
 import re
 from typing import NamedTuple
 
 from llmjax.curate.config import PersonalConfig
+from llmjax.curate.filters import secrets
 from llmjax.errors import UserError, suggest
 
 # In order of priority, where two findings overlap.
@@ -20,7 +20,7 @@ ACTIONS = ("replace", "drop", "count")
 
 
 class Span(NamedTuple):
-    """A finding: its kind, and where it begins and ends in the text."""
+    """Personal data in a text: its kind, begin and end."""
 
     kind: str
     begin: int
@@ -28,31 +28,32 @@ class Span(NamedTuple):
 
     @property
     def placeholder(self) -> str:
+        """What replaces it in a text, such as <EMAIL>."""
         return f"<{self.kind.upper()}>"
 
 
 def find(text: str, kinds: Iterable[str] = KINDS) -> list[Span]:
-    """What is found, in order and without overlaps: of two that overlap, the kind that comes first in KINDS stays."""
-    wanted = frozenset(kinds)
+    """Personal data in order, without overlaps: of two that overlap, the kind that comes first in KINDS is kept."""
+    selected = frozenset(kinds)
     found: list[Span] = []
-    if "secret" in wanted:
-        found += _secrets(text)
+    if "secret" in selected:
+        found += (Span("secret", *span) for span in secrets.find_secrets(text))
     if not text.isascii():
-        text = _folded(text)
-    if "@" in text and wanted & {"email", "secret"}:
-        found += (span for span in _at_signs(text) if span.kind in wanted)
-    if "iban" in wanted:
-        found += _ibans(text)
-    if wanted & {"card", "ssn", "ip", "phone"}:
-        for run in _RUN.finditer(text):
-            found += _in_run(text, run.start(), run.end(), wanted)
-    if "ip" in wanted and ":" in text:
-        found += _ipv6(text)
-    return _apart(found) if len(found) > 1 else found
+        text = _fold_to_ascii(text)
+    if "@" in text and selected & {"email", "secret"}:
+        found += (span for span in _find_emails(text) if span.kind in selected)
+    if "iban" in selected:
+        found += _find_ibans(text)
+    if selected & {"card", "ssn", "ip", "phone"}:
+        for run in _DIGIT_RUN.finditer(text):
+            found += _find_in_digit_run(text, run.start(), run.end(), selected)
+    if "ip" in selected and ":" in text:
+        found += _find_ipv6(text)
+    return _remove_overlaps(found) if len(found) > 1 else found
 
 
 def replace(text: str, spans: list[Span]) -> str:
-    """The text with <EMAIL>, <IP>, <PHONE>, <CARD>, <IBAN>, <SSN> and <SECRET> in place of what was found."""
+    """The text with placeholders such as <EMAIL> in place of the spans."""
     parts, last = [], 0
     for span in spans:
         parts += (text[last : span.begin], span.placeholder)
@@ -61,21 +62,21 @@ def replace(text: str, spans: list[Span]) -> str:
 
 
 def mask(text: str, spans: list[Span], index: int, width: int = 40) -> str:
-    """The context of finding `index` for a report: `width` characters each side, with every finding replaced and any
-    other digit as #, so that no value is shown, not even in part."""
+    """The context of span `index` for a report: `width` characters on each side, with every span replaced and any other
+    digit as #, so that no part of a value is shown."""
     span = spans[index]
     low, high = max(span.begin - width, 0), min(span.end + width, len(text))
     near = [other for other in spans[max(index - width, 0) : index + width] if other.end > low and other.begin < high]
     low, high = min(low, near[0].begin), max(high, near[-1].end)
-    shown = [Span(other.kind, other.begin - low, other.end - low) for other in near]
-    return " ".join(re.sub("[0-9]", "#", replace(text[low:high], shown)).split())
+    shifted = [Span(other.kind, other.begin - low, other.end - low) for other in near]
+    return " ".join(re.sub("[0-9]", "#", replace(text[low:high], shifted)).split())
 
 
-def shown(text: str, limit: int) -> str:
-    """The beginning of a text for a report, at most `limit` characters, with everything that `find` finds replaced,
-    whatever the config looks for. What stands at the cut is looked at whole, so that no half of it remains."""
-    whole = text[: 2 * limit + 200]
-    return replace(whole, find(whole))[:limit]
+def masked_excerpt(text: str, limit: int) -> str:
+    """The beginning of a text for a report, at most `limit` characters, with personal data of all kinds replaced."""
+    # Longer than the excerpt, so that no half of a value remains at its end.
+    text = text[: 2 * limit + 200]
+    return replace(text, find(text))[:limit]
 
 
 def check(config: PersonalConfig, where: str = "curate.personal_data") -> None:
@@ -99,12 +100,12 @@ _TO_FOLD = re.compile(f"[{''.join(_WIDE)}{_DASHES}]")
 _BESIDE_DASH = frozenset("0123456789() ")
 
 
-def _folded(text: str) -> str:
-    """The text with full-width letters and digits, other digits, dashes and spaces as in ASCII; no place changes."""
-    return _TO_FOLD.sub(_ascii, text)
+def _fold_to_ascii(text: str) -> str:
+    """The text with full-width letters and digits, other digits, dashes and spaces as in ASCII; no position changes."""
+    return _TO_FOLD.sub(_to_ascii, text)
 
 
-def _ascii(match: re.Match) -> str:
+def _to_ascii(match: re.Match) -> str:
     character = match[0]
     if plain := _WIDE.get(character):
         return plain
@@ -113,8 +114,8 @@ def _ascii(match: re.Match) -> str:
     return "-" if {_WIDE.get(c, c) for c in around} <= _BESIDE_DASH else character
 
 
-def _apart(found: list[Span]) -> list[Span]:
-    """Findings without overlaps, in order."""
+def _remove_overlaps(found: list[Span]) -> list[Span]:
+    """The spans in order, without overlaps."""
     found.sort(key=lambda span: (span.begin, span.end))
     if all(a.end <= b.begin for a, b in itertools.pairwise(found)):
         return found
@@ -159,11 +160,11 @@ _FILES = "png jpg jpeg gif svg webp ico css js jsx ts tsx py rb html htm json xm
 _NO_DOMAIN = frozenset(_FILES.split())
 
 
-def _at_signs(text: str) -> Iterator[Span]:
+def _find_emails(text: str) -> Iterator[Span]:
     at = text.find("@")
     while at >= 0:
         if password := _IN_URL.search(text, max(at - 200, 0), at):
-            if not _NO_SECRET.search(password[1]):
+            if not secrets.is_placeholder(password[1]):
                 yield Span("secret", password.start(1), at)
         elif (domain := _DOMAIN.match(text, at)) and (local := _LOCAL.search(text, max(at - 65, 0), at)):
             begin, end = _local_begin(local, domain[0].isascii()), domain.end()
@@ -200,7 +201,7 @@ _IBAN_LENGTH = {country: length for length, listed in _IBAN_COUNTRIES.items() fo
 _IBAN = re.compile(r"[0-9]{2}(?<=\b[A-Za-z]{2}[0-9]{2})(?:[ -]?[A-Za-z0-9]){11,29}", re.ASCII)
 
 
-def _ibans(text: str) -> Iterator[Span]:
+def _find_ibans(text: str) -> Iterator[Span]:
     for match in _IBAN.finditer(text):
         begin = match.start() - 2
         length = _IBAN_LENGTH.get(text[begin : begin + 2].upper())
@@ -221,7 +222,7 @@ def _mod_97(iban: str) -> int:
 
 # Numbers: a run of digits and what may stand between them is looked at once, for every kind.
 
-_RUN = re.compile(r"[0-9][0-9 .()/-]{5,}[0-9]")
+_DIGIT_RUN = re.compile(r"[0-9][0-9 .()/-]{5,}[0-9]")
 _IPV4 = re.compile(r"(?<![\w.])([0-9]{1,3})\.([0-9]{1,3})\.([0-9]{1,3})\.([0-9]{1,3})(?![\w]|\.[0-9])", re.ASCII)
 _SSN = re.compile(r"(?<![\w-])(?!000|666|9)[0-9]{3}([- ])(?!00)[0-9]{2}\1(?!0000)[0-9]{4}(?![\w]|-[0-9])", re.ASCII)
 _CARD = re.compile(
@@ -275,30 +276,30 @@ _DATE = re.compile(
 )
 
 
-def _in_run(text: str, begin: int, end: int, wanted: frozenset[str]) -> Iterator[Span]:
-    """Findings in text[begin:end], a stretch of digits, spaces and punctuation."""
+def _find_in_digit_run(text: str, begin: int, end: int, selected: frozenset[str]) -> Iterator[Span]:
+    """Numbers of the selected kinds in text[begin:end], a run of digits, spaces and punctuation."""
     # What a number may begin and end with lies just outside of the run.
     low, high = max(begin - 2, 0), min(end + 8, len(text))
-    if "ip" in wanted and text.count(".", begin, end) >= 3:
+    if "ip" in selected and text.count(".", begin, end) >= 3:
         for match in _IPV4.finditer(text, low, high):
             if _is_address(match):
                 yield Span("ip", match.start(), match.end())
-    if "ssn" in wanted and end - begin >= 11:
+    if "ssn" in selected and end - begin >= 11:
         for match in _SSN.finditer(text, low, high):
             if match[1] == "-" or re.search(
                 r"ssn|social|security", text[max(match.start() - 40, 0) : match.start()], re.I
             ):
                 yield Span("ssn", match.start(), match.end())
-    if "card" in wanted and end - begin >= 12:
+    if "card" in selected and end - begin >= 12:
         for match in _CARD.finditer(text, low, high):
             if _is_card(match[0]):
                 yield Span("card", match.start(), match.end())
-    if "phone" in wanted:
-        yield from _phones(text, low, high)
+    if "phone" in selected:
+        yield from _find_phones(text, low, high)
 
 
 def _is_address(match: re.Match) -> bool:
-    """Whether four numbers are an address of the net: none of this machine's own, no mask, and likely no version."""
+    """Whether four numbers are an IP address: not local, not a mask, and likely not a version."""
     octets = [int(octet) for octet in match.groups()]
     if max(octets) > 255 or octets[0] in (0, 127) or octets[0] >= 240:
         return False
@@ -319,7 +320,7 @@ def _is_card(written: str) -> bool:
     return (sum(numbers[::2]) + sum(sum(divmod(2 * number, 10)) for number in numbers[1::2])) % 10 == 0
 
 
-def _phones(text: str, low: int, high: int) -> Iterator[Span]:
+def _find_phones(text: str, low: int, high: int) -> Iterator[Span]:
     at = low
     while match := _PHONE.search(text, at, high):
         at = match.end()
@@ -342,7 +343,7 @@ _HEX = re.compile(r"[0-9A-Fa-f:]+(?:\.[0-9]{1,3}){0,3}")
 _NOT_HEX_END = re.compile(r"[0-9A-Fa-f:]*\Z")
 
 
-def _ipv6(text: str) -> Iterator[Span]:
+def _find_ipv6(text: str) -> Iterator[Span]:
     last = 0
     for colons in _COLONS.finditer(text):
         if colons.start() < last:
@@ -366,91 +367,3 @@ def _ipv6(text: str) -> Iterator[Span]:
             continue
         if not address.is_loopback and not address.is_unspecified:
             yield Span("ip", begin, begin + len(written))
-
-
-# Secrets: what their issuers mark, and what is assigned to a name that says so.
-
-_KEY_END = r"-----END (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----"
-_MARKED: tuple[tuple[tuple[str, ...], str], ...] = (
-    (
-        ("-----BEGIN ",),
-        r"-----BEGIN (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----"
-        rf"(?s:.{{0,16384}}?{_KEY_END}|(?:\s{{0,4}}[A-Za-z0-9+/=]{{16,}}){{0,999}})",
-    ),
-    (("AKIA", "ASIA", "ABIA", "ACCA"), r"\bA(?:KIA|SIA|BIA|CCA)[A-Z2-7]{16}\b"),  # Amazon
-    (("ghp_", "gho_", "ghu_", "ghs_", "ghr_"), r"\bgh[pousr]_[A-Za-z0-9]{36,251}\b"),  # GitHub
-    (("github_pat_",), r"\bgithub_pat_[A-Za-z0-9_]{60,100}\b"),
-    (("glpat-",), r"\bglpat-[A-Za-z0-9_-]{20,}"),  # GitLab
-    (("xox",), r"\bxox[abeoprs]-[A-Za-z0-9-]{10,250}"),  # Slack
-    (("xapp-",), r"\bxapp-[0-9]-[A-Za-z0-9-]{10,250}"),
-    (("hooks.slack.com/services/",), r"hooks\.slack\.com/services/T[A-Z0-9]{5,}/B[A-Z0-9]{5,}/[A-Za-z0-9]{20,}"),
-    (("AIza",), r"\bAIza[A-Za-z0-9_-]{35}(?![A-Za-z0-9_-])"),  # Google
-    (("ya29.",), r"\bya29\.[A-Za-z0-9_-]{20,}"),
-    (("GOCSPX-",), r"\bGOCSPX-[A-Za-z0-9_-]{28}"),
-    (("eyJ",), r"\beyJ[A-Za-z0-9_-]{8,4000}\.eyJ[A-Za-z0-9_-]{8,8000}(?:\.[A-Za-z0-9_-]{0,4000})?"),  # JSON web tokens
-    (("sk_live_", "rk_live_", "sk_test_"), r"\b[sr]k_(?:live|test)_[A-Za-z0-9]{16,}"),  # Stripe
-    (("sk-",), r"\bsk-(?:[A-Za-z0-9]{2,8}-)*[A-Za-z0-9_]{20,200}"),  # model services
-    (("hf_",), r"\bhf_[A-Za-z0-9]{30,}\b"),  # Hugging Face
-    (("npm_",), r"\bnpm_[A-Za-z0-9]{36}\b"),
-    (("pypi-",), r"\bpypi-[A-Za-z0-9_-]{50,}"),
-    (("SG.",), r"\bSG\.[A-Za-z0-9_-]{16,32}\.[A-Za-z0-9_-]{32,64}"),  # SendGrid
-)
-_MARKERS = tuple((markers, re.compile(pattern, re.ASCII)) for markers, pattern in _MARKED)
-_NAMES = ("password", "passwd", "passphrase", "pwd", "secret", "token", "api_key", "apikey", "api-key", "access_key")
-_NAMES += ("accesskey", "private_key", "auth_key", "credential")
-_ASSIGNED = re.compile(
-    r"""[A-Za-z0-9_-]{0,24}["']?\]?[ \t]{0,4}(?::=|=>|[:=])[ \t]{0,4}(["'`]?)([^\s"'`,;<>(){}\[\]]{6,256})(.?)""",
-    re.ASCII,
-)
-_NO_SECRET = re.compile(
-    r"\$|%[sd(]|your|example|change.?me|placeholder|x{4}|\*{3}|\.{3}|://|[{}<>]"
-    r"|^(?:none|null|true|false|undefined|pass|passwd|password|pwd|secret)$",
-    re.I,
-)
-_DRAWN = re.compile(r"[0-9][A-Za-z]|[A-Za-z][0-9]")
-
-
-def _secrets(text: str) -> Iterator[Span]:
-    for markers, pattern in _MARKERS:
-        if any(marker in text for marker in markers):
-            for match in pattern.finditer(text):
-                yield Span("secret", match.start(), match.end())
-    if "=" in text or ":" in text:
-        yield from _assigned(text)
-
-
-def _assigned(text: str) -> Iterator[Span]:
-    lower = text.lower()
-    if len(lower) != len(text):  # a few letters, such as U+0130, become two
-        lower = "".join(c.lower() if c.isascii() else c for c in text)
-    for name in _NAMES:
-        at = lower.find(name)
-        while at >= 0:
-            match = _ASSIGNED.match(text, at + len(name))
-            if match and _is_secret(match[2], name.startswith("pass") or name == "pwd", bool(match[1]), match[3]):
-                yield Span("secret", match.start(2), match.end(2))
-            at = lower.find(name, match.end() if match else at + len(name))
-
-
-def _is_secret(value: str, password: bool, quoted: bool, following: str) -> bool:
-    """Whether a value is likely one: letters and digits that look drawn by chance, no name and no call in code.
-
-    Of a password less is asked: a quoted one need only be no plain word.
-    """
-    if _NO_SECRET.search(value) or following in ("(", "["):
-        return False
-    digits, letters = sum(c.isdigit() for c in value), sum(c.isalpha() for c in value)
-    if password:
-        odd = digits + sum(not c.isalnum() and c not in "._-/" for c in value)
-        return (
-            odd > 0 and letters > 0
-            if quoted
-            else digits > 0 and letters > 0 and len(value) >= 8 and entropy(value) > 2.5
-        )
-    return len(value) >= 16 and digits > 1 and len(_DRAWN.findall(value)) > 1 and entropy(value) > 3.0
-
-
-def entropy(value: str) -> float:
-    """Bits per character, by Shannon's formula over the characters of the value."""
-    counts = [value.count(c) for c in set(value)]
-    return -sum(n / len(value) * math.log2(n / len(value)) for n in counts)

@@ -71,6 +71,7 @@ class Rule:
 
     @property
     def rule_set(self) -> str:
+        """The set of rules it is from, such as gopher."""
         return self.name.split("_")[0]
 
     @property

@@ -37,7 +37,7 @@ tone/profanity: damn, crap, bastard, bitch, shit, fuck, fucking
 
 def count(text: str, files: tuple) -> dict[str, int]:
     """Topic/group -> how often the text has one of its words; groups that it has nothing of are left out."""
-    pattern, names = _compiled(files, tuple(map(streams.state_of, files)))
+    pattern, names = _compiled(files, tuple(map(streams.file_state, files)))
     found: dict[str, int] = {}
     for match in pattern.finditer(text.lower()):
         for name in names[match[0]]:

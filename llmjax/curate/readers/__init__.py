@@ -1,0 +1,1 @@
+"""Read inputs of curation: archives, pages and records in any encoding."""

@@ -22,7 +22,7 @@ _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\n]*)?\r?\n")
 _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 
 
-class BadBody(Exception):
+class BodyError(Exception):
     """The body cannot be decoded to its end. The text is the reason, in a few words."""
 
 
@@ -34,18 +34,18 @@ def decode(body: bytes, transfer: str, content: str, limit: int) -> bytes:
 
     Some servers, and some crawlers that decode bodies and keep the headers, name a coding that was not applied: a body
     that plainly lacks it is returned as it is.
-    Raises BadBody where the body is cut off, damaged, longer than the limit, or in an unknown coding.
+    Raises BodyError where the body is cut off, damaged, longer than the limit, or in an unknown coding.
     """
     codings = [name for value in (content, transfer) for name in value.lower().replace(",", " ").split()]
     codings = [name.removeprefix("x-") for name in codings if name not in _PLAIN]
     if len(codings) > _MAX_CODINGS:
-        raise BadBody(f"content encoding of {len(codings)} layers")
+        raise BodyError(f"content encoding of {len(codings)} layers")
     for name in reversed(codings):
         if name not in _DECODERS:
-            raise BadBody(f"content encoding {name[:20]}")
+            raise BodyError(f"content encoding {name[:20]}")
         try:
             body = _DECODERS[name](body, limit)
-        except BadBody:
+        except BodyError:
             if name == "chunked" or not _is_plain(body):
                 raise
     return body
@@ -67,7 +67,7 @@ def _dechunk(body: bytes, limit: int) -> bytes:
         at += 2 if body[at : at + 2] == b"\r\n" else 1 if body[at : at + 1] == b"\n" else 0
     if not parts:
         return body  # not chunked
-    raise BadBody("cut off" if at >= len(body) else "damaged chunks")
+    raise BodyError("cut off" if at >= len(body) else "damaged chunks")
 
 
 def _inflate(body: bytes, limit: int) -> bytes:
@@ -137,18 +137,18 @@ def _stream(body: bytes, new: Callable[[], Any], limit: int, error: type[Excepti
     decoder, parts, size, at = new(), [], 0, 0
     while not decoder.eof:
         if at >= len(body):
-            raise BadBody("cut off")
+            raise BodyError("cut off")
         step = body[at : at + _STEP]
         try:
             parts.append(decoder.decompress(step, limit - size + 1))
         except error:
-            raise BadBody("damaged content encoding") from None
+            raise BodyError("damaged content encoding") from None
         size += len(parts[-1])
         if size > limit:
-            raise BadBody(f"longer than {limit >> 20} MiB")
+            raise BodyError(f"longer than {limit >> 20} MiB")
         at += len(step) - len(decoder.unused_data)
         if decoder.eof and magic and body.startswith(magic, at):
             decoder = new()
     if body[at:].strip(_PADDING):
-        raise BadBody("damaged content encoding")
+        raise BodyError("damaged content encoding")
     return b"".join(parts)

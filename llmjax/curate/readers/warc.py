@@ -2,7 +2,7 @@
 
 Formats: ISO 28500 (WARC 1.0 and 1.1) and the ARC file format of the Internet Archive, version 1. FastWARC 2.0 reads
 WARC at twice the speed, but not ARC, and it ends at the first damaged place: of the whole pages in files with one such
-place it returns 53% (this reader: 98%). A page whose end is missing is refused, never returned in part.
+place it returns 53% (this reader: 98%). A page whose end is missing is rejected, never returned in part.
 """
 
 from collections.abc import Iterator
@@ -11,19 +11,21 @@ from typing import NamedTuple
 
 from llmjax.curate.readers import bodies
 from llmjax.data.readers import streams
-from llmjax.data.readers.streams import MAX_RECORD
+from llmjax.data.readers.documents import UNREADABLE
+from llmjax.data.readers.records import EXCERPT
+from llmjax.data.readers.streams import Window
 
-_HEADER_BYTES = 1 << 16  # a longer header is damage
-_NEXT = re.compile(rb"\n(?=WARC/\d\.\d\r?\n)")
+_MAX_HEADER_BYTES = 1 << 16  # a longer header is damage
+_NEXT_RECORD = re.compile(rb"\n(?=WARC/\d\.\d\r?\n)")
 _HEADER_END = re.compile(rb"\r?\n\r?\n")
 # URL, IP address, date of 14 digits, content type, length; URLs of old crawls hold spaces.
 _ARC_LINE = re.compile(rb"(\S.*) (\S+) (\d{8,14}) (\S+) (\d{1,18})\r?\n")
 _TRUNCATED = "truncated by the crawler"
-# What a crawl holds beside whole pages, such as pictures: no fault of the file.
+# What a crawl holds beside whole pages, such as pictures: no damage of the file.
 NO_PAGE = ("content type ", "HTTP status ", _TRUNCATED)
 CUT_OFF, DAMAGED = "cut off", "damaged record"
-_ESSENCE = re.compile(r"\s*([\w.+-]+/[\w.+-]+)")
-_CAPTURED = ("response", "resource", "conversion")
+_MEDIA_TYPE = re.compile(r"\s*([\w.+-]+/[\w.+-]+)")
+_CAPTURE_TYPES = ("response", "resource", "conversion")
 _KINDS = {"text/html": "html", "application/xhtml+xml": "html", "text/plain": "text"}
 
 
@@ -34,8 +36,8 @@ class Page(NamedTuple):
     id            the record's own, or ""
     url, date     as in the record; the date in ISO 8601
     kind          "html" or "text"
-    data          the page's bytes, unpacked
-    content_type  its media type, with the charset where the header states one
+    data          the decompressed bytes of the page
+    content_type  its media type, with the charset if the header states one
     """
 
     row: int
@@ -47,17 +49,22 @@ class Page(NamedTuple):
     content_type: str
 
 
-class Refused(NamedTuple):
-    """A record that gives no page: why, and its address or the first bytes of what was there."""
+class RejectedPage(NamedTuple):
+    """A record without a page.
+
+    excerpt  its URL or first bytes
+    size     bytes that damage costs, estimated; 0 for a record that is whole, such as a picture
+    """
 
     row: int
     id: str
     reason: str
     excerpt: str
+    size: int = 0
 
 
 class _Entry(NamedTuple):
-    """A record as it lies in the file; `fault`: why no page can be made of it, "" where it is whole."""
+    """A record of the archive. `fault`: why it gives no page, "" if it is whole. `size`: bytes of its block."""
 
     type: str
     id: str
@@ -66,49 +73,56 @@ class _Entry(NamedTuple):
     content_types: list[str]
     block: bytes
     fault: str
+    size: int
 
 
-def pages(path: str) -> Iterator[Page | Refused]:
-    """The pages of a WARC or ARC file, packed or not, and what was captured or left there that is no page.
+class _Gap(NamedTuple):
+    """Bytes of the archive that are no record."""
 
-    Records that hold no captured document (requests, metadata, revisits) are passed over.
+    reason: str
+    excerpt: str
+    size: int
+
+
+def pages(path: str, max_record_bytes: int) -> Iterator[Page | RejectedPage]:
+    """The pages of a WARC or ARC file, compressed or not, and a reject for every other captured or damaged record.
+
+    Records without a captured document (requests, metadata, revisits) are skipped.
     """
     row = 0
-    stretches = streams.gzip_stretches(path) if streams.compression_of(path) == "gzip" else iter([streams.blocks(path)])
-    arc = False
-    for stretch in stretches:
-        window = streams.Window(stretch)
-        arc = arc or window.look(11).startswith(b"filedesc://")
-        for entry in _arc_entries(window) if arc else _warc_entries(window):
-            if isinstance(entry, _Entry):
-                if entry.type in _CAPTURED:
-                    yield _page(row, entry)
-            else:
-                yield Refused(row, "", *entry)
+    is_gzip = streams.compression_of(path) == "gzip"
+    segments = streams.gzip_segments(path) if is_gzip else iter([streams.blocks(path)])
+    is_arc = False
+    for segment in segments:
+        window = Window(segment)
+        is_arc = is_arc or window.peek(11).startswith(b"filedesc://")
+        for entry in (_arc_entries if is_arc else _warc_entries)(window, max_record_bytes):
+            if isinstance(entry, _Gap):
+                yield RejectedPage(row, "", *entry)
+            elif entry.type in _CAPTURE_TYPES:
+                yield _to_page(row, entry, max_record_bytes)
             row += 1
         if window.damage:
-            yield Refused(row, "", "unreadable", window.damage)
+            yield RejectedPage(row, "", UNREADABLE, str(window.damage), window.damage.lost_bytes)
             row += 1
 
 
-def _warc_entries(window: streams.Window) -> Iterator[_Entry | tuple[str, str]]:
-    """Records, and (reason, excerpt) for what is none."""
-    while _pass_blank_lines(window):
-        held = window.look(_HEADER_BYTES)
-        end = _HEADER_END.search(held, 0, _HEADER_BYTES)
-        if not held.startswith(b"WARC/") or end is None:
-            yield DAMAGED, _excerpt(held)
-            _to_next(window)
+def _warc_entries(window: Window, max_record_bytes: int) -> Iterator[_Entry | _Gap]:
+    while _skip_blank_lines(window):
+        data = window.peek(_MAX_HEADER_BYTES)
+        end = _HEADER_END.search(data, 0, _MAX_HEADER_BYTES)
+        if not data.startswith(b"WARC/") or end is None:
+            yield _skip_gap(window)
             continue
-        fields = _fields(bytes(held[: end.start()]))
+        fields = _parse_header(bytes(data[: end.start()]))
         first = {name: values[0] for name, values in fields.items()}
         length = first.get("content-length", "")
         if not re.fullmatch(r"[0-9]{1,18}", length) or "warc-type" not in fields:
-            yield DAMAGED, _excerpt(held)
-            _to_next(window)
+            yield _skip_gap(window)
             continue
-        window.take(end.end())
-        block, fault = _block(window, int(length))
+        window.read(end.end())
+        block, fault = _read_block(window, int(length), max_record_bytes)
+        size = max(len(block), int(length)) if fault.startswith("longer") else len(block)
         if "warc-truncated" in fields:
             fault = fault or _TRUNCATED
         elif "warc-segment-number" in fields:
@@ -121,55 +135,60 @@ def _warc_entries(window: streams.Window) -> Iterator[_Entry | tuple[str, str]]:
             content_types=fields.get("content-type", []),
             block=block,
             fault=fault,
+            size=size,
         )
 
 
-def _block(window: streams.Window, length: int) -> tuple[bytes, str]:
-    """(the block of a record, why it is not whole or ""). The stated length is not trusted.
+def _read_block(window: Window, length: int, max_record_bytes: int) -> tuple[bytes, str]:
+    """(the block of a record, why it is not whole or ""). The stated length may be wrong.
 
-    A record ends with two line ends, and another one follows, or nothing. Where that is not so, the length is wrong or
-    bytes are missing: the record then ends before the next header, wherever that is.
+    A record ends with two line ends, and another record follows, or nothing. Otherwise the length is wrong or bytes
+    are missing: the record then ends before the next header, wherever that is.
     """
-    held = window.look(min(length, MAX_RECORD) + 64)
-    following = bytes(held[length : length + 64]).lstrip(b"\r\n")
-    if length <= MAX_RECORD and len(held) >= length and (following.startswith(b"WARC/") or not following):
-        return window.take(length), ""
-    if following_header := _NEXT.search(window.look(MAX_RECORD), 0, MAX_RECORD):
-        return window.take(following_header.start()), DAMAGED
-    if length > MAX_RECORD:
-        _skip(window, length)
-        return b"", f"longer than {MAX_RECORD >> 20} MiB"
-    block = window.take(length)
+    data = window.peek(min(length, max_record_bytes) + 64)
+    following = bytes(data[length : length + 64]).lstrip(b"\r\n")
+    is_within_limit = length <= max_record_bytes
+    if is_within_limit and len(data) >= length and (following.startswith(b"WARC/") or not following):
+        return window.read(length), ""
+    if next_record := _NEXT_RECORD.search(window.peek(max_record_bytes), 0, max_record_bytes):
+        return window.read(next_record.start()), DAMAGED
+    if not is_within_limit:
+        window.skip(length)
+        return b"", _too_long(max_record_bytes)
+    block = window.read(length)
     return block, CUT_OFF if len(block) < length else DAMAGED
 
 
-def _skip(window: streams.Window, length: int) -> None:
-    while length > 0 and (taken := len(window.take(min(length, streams.BLOCK)))):
-        length -= taken
+def _too_long(max_record_bytes: int) -> str:
+    return f"longer than {max_record_bytes} bytes (max_record_bytes)"
 
 
-def _pass_blank_lines(window: streams.Window) -> bool:
-    """Go to the next byte that is no line end; False at the end of the stream."""
-    while held := window.look(64):
-        blank = len(held) - len(held.lstrip(b"\r\n"))
-        if not blank:
+def _skip_blank_lines(window: Window) -> bool:
+    """Move to the next byte that is no line end; False at the end of the stream."""
+    while data := window.peek(64):
+        num_blank = len(data) - len(data.lstrip(b"\r\n"))
+        if not num_blank:
             return True
-        window.take(blank)
+        window.read(num_blank)
     return False
 
 
-def _to_next(window: streams.Window) -> None:
-    """Go to the next record's header, past the byte at hand."""
-    window.take(1)
-    while window.skip_to(b"\nWARC/") or window.look(1):
-        if _NEXT.match(window.look(16)):
-            window.take(1)
-            return
-        if not window.take(1):
-            return
+def _skip_gap(window: Window) -> _Gap:
+    """Move to the next record's header, at least one byte on."""
+    excerpt = _excerpt(window.peek(_MAX_HEADER_BYTES))
+    size = len(window.read(1))
+    while (num_skipped := window.skip_to(b"\nWARC/")) or window.peek(1):
+        size += num_skipped
+        if _NEXT_RECORD.match(window.peek(16)):
+            window.read(1)
+            break
+        if not window.read(1):
+            break
+        size += 1
+    return _Gap(DAMAGED, excerpt, size)
 
 
-def _fields(header: bytes) -> dict[str, list[str]]:
+def _parse_header(header: bytes) -> dict[str, list[str]]:
     """Values of the header fields by their lower-case names; a line that begins with a space continues the last one."""
     fields: dict[str, list[str]] = {}
     values: list[str] = []
@@ -185,84 +204,88 @@ def _fields(header: bytes) -> dict[str, list[str]]:
     return fields
 
 
-def _arc_entries(window: streams.Window) -> Iterator[_Entry | tuple[str, str]]:
-    while _pass_blank_lines(window):
-        held = window.look(_HEADER_BYTES)
-        line = bytes(held[: held.find(b"\n") + 1])
-        found = _ARC_LINE.fullmatch(line)
-        if not found:
+def _arc_entries(window: Window, max_record_bytes: int) -> Iterator[_Entry | _Gap]:
+    while _skip_blank_lines(window):
+        data = window.peek(_MAX_HEADER_BYTES)
+        line = bytes(data[: data.find(b"\n") + 1])
+        match = _ARC_LINE.fullmatch(line)
+        if not match:
             if line.startswith(b"filedesc://"):
-                _pass_arc_head(window)
-                continue
-            yield DAMAGED, _excerpt(held)
-            while (held := window.look(_HEADER_BYTES)) and (line := window.take(held.find(b"\n") + 1 or len(held))):
-                following = window.look(_HEADER_BYTES)
-                if _ARC_LINE.match(following):
-                    break
+                _skip_arc_header(window)
+            else:
+                yield _skip_arc_gap(window)
             continue
-        window.take(len(line))
-        url, _, date, content_type, length = (part.decode("utf-8", "replace") for part in found.groups())
-        if int(length) > MAX_RECORD:
-            _skip(window, int(length))
-            yield f"longer than {MAX_RECORD >> 20} MiB", url[:120]
+        window.read(len(line))
+        url, _, date, content_type, length = (part.decode("utf-8", "replace") for part in match.groups())
+        if int(length) > max_record_bytes:
+            window.skip(int(length))
+            yield _Gap(_too_long(max_record_bytes), url[:EXCERPT], int(length))
             continue
-        block = window.take(int(length))
+        block = window.read(int(length))
         if not url.startswith("filedesc:"):
-            iso = (
-                f"{date[:4]}-{date[4:6]}-{date[6:8]}T{date[8:10]}:{date[10:12]}:{date[12:14]}Z"
-                if len(date) == 14
-                else date
-            )
+            if len(date) == 14:
+                date = f"{date[:4]}-{date[4:6]}-{date[6:8]}T{date[8:10]}:{date[10:12]}:{date[12:14]}Z"
             fault = CUT_OFF if len(block) < int(length) else ""
-            yield _Entry("response", "", url.replace(" ", "%20"), iso, [content_type], block, fault)
+            yield _Entry("response", "", url.replace(" ", "%20"), date, [content_type], block, fault, len(block))
 
 
-def _pass_arc_head(window: streams.Window) -> None:
-    """The first record of an ARC file, whose length is wrong: it ends at a blank line."""
-    while (held := window.look(_HEADER_BYTES)) and held[:1] not in b"\r\n":
-        window.take(held.find(b"\n") + 1 or len(held))
+def _skip_arc_gap(window: Window) -> _Gap:
+    """Move to the next line that is a record's header."""
+    excerpt, size = _excerpt(window.peek(_MAX_HEADER_BYTES)), 0
+    while data := window.peek(_MAX_HEADER_BYTES):
+        size += len(window.read(data.find(b"\n") + 1 or len(data)))
+        if _ARC_LINE.match(window.peek(_MAX_HEADER_BYTES)):
+            break
+    return _Gap(DAMAGED, excerpt, size)
 
 
-def _page(row: int, entry: _Entry) -> Page | Refused:
-    def refused(reason: str) -> Refused:
-        return Refused(row, entry.id, reason, entry.url[:120])
+def _skip_arc_header(window: Window) -> None:
+    """Pass over the first record of an ARC file, whose stated length is wrong: it ends at a blank line."""
+    while (data := window.peek(_MAX_HEADER_BYTES)) and data[:1] not in b"\r\n":
+        window.read(data.find(b"\n") + 1 or len(data))
+
+
+def _to_page(row: int, entry: _Entry, max_record_bytes: int) -> Page | RejectedPage:
+    def reject(reason: str) -> RejectedPage:
+        size = 0 if reason.startswith(NO_PAGE) else max(entry.size, 1)
+        return RejectedPage(row, entry.id, reason, entry.url[:EXCERPT], size)
 
     if entry.fault not in ("", CUT_OFF, DAMAGED):
-        return refused(entry.fault)
+        return reject(entry.fault)
     data, content_types, fault = entry.block, entry.content_types, entry.fault
     if data.startswith(b"HTTP/"):
         end = _HEADER_END.search(data)
         if end is None:
-            return refused(CUT_OFF)
+            return reject(CUT_OFF)
         status = re.match(rb"HTTP/[\d.]+ +(\d{3})", data)
         if status and status[1] != b"200":
-            return refused(f"HTTP status {int(status[1])}")
-        fields = _fields(data[: end.start()])
+            return reject(f"HTTP status {int(status[1])}")
+        fields = _parse_header(data[: end.start()])
         body, content_types = data[end.end() :], fields.get("content-type", [])
         codings = [", ".join(fields.get(name, [])) for name in ("transfer-encoding", "content-encoding")]
         try:
-            data = bodies.decode(body, *codings, limit=MAX_RECORD)
-        except bodies.BadBody as error:
-            return refused(str(error))
-        # A coding that was undone to its end proves the body whole.
-        fault = _fault_by_length(body, fields, fault) if data is body else ""
+            data = bodies.decode(body, *codings, limit=max_record_bytes)
+        except bodies.BodyError as error:
+            return reject(str(error))
+        # A body whose coding was decoded to its end is whole.
+        fault = _check_length(body, fields, fault) if data is body else ""
     elif content_types and content_types[0].startswith("application/http"):
         content_types = []
     if fault:
-        return refused(fault)
-    content_type = _media_type(content_types)
+        return reject(fault)
+    content_type = _select_media_type(content_types)
     name = re.split("[; ,]", content_type)[0].lower()
     kind = _KINDS.get(name) if name else ("html" if _looks_like_html(data) else "text")
     if kind is None:
-        return refused(f"content type {name[:60]}")
+        return reject(f"content type {name[:60]}")
     return Page(row, entry.id, entry.url, entry.date, kind, data, content_type)
 
 
-def _fault_by_length(body: bytes, fields: dict[str, list[str]], fault: str) -> str:
-    """Why a body is not whole, "" where it is, judged by Content-Length and by what is wrong with its record.
+def _check_length(body: bytes, fields: dict[str, list[str]], fault: str) -> str:
+    """Why a body is not whole, "" if it is, judged by Content-Length and by the fault of its record.
 
-    A length that fits proves a body whole whose record is damaged. Some crawlers leave wrong lengths, so that a body
-    which is shorter counts as cut off only where no end of a page is there.
+    A body of the stated length is whole even if its record is damaged. Some crawlers write wrong lengths, so a shorter
+    body is cut off only if it lacks the end of a page too.
     """
     length = fields.get("content-length", [""])[0]
     if not re.fullmatch(r"[0-9]{1,18}", length) or "transfer-encoding" in fields:
@@ -272,14 +295,14 @@ def _fault_by_length(body: bytes, fields: dict[str, list[str]], fault: str) -> s
     return CUT_OFF if 0 < len(body) < int(length) and b"</html" not in body[-1024:].lower() else ""
 
 
-def _media_type(values: list[str]) -> str:
-    """One Content-Type of all that a header states: the last one, as browsers do (fetch.spec.whatwg.org, "extract a
-    MIME type"). A charset stated earlier for the same type holds on."""
+def _select_media_type(values: list[str]) -> str:
+    """One Content-Type of all that a header states: the last one, as in browsers (fetch.spec.whatwg.org, "extract a
+    MIME type"). A charset stated earlier for the same type stays valid."""
     essence, parameters = "", ""
     for value in re.split(r",(?=\s*[\w.+*-]+/)", ",".join(values)):
-        if not (found := _ESSENCE.match(value)):
+        if not (match := _MEDIA_TYPE.match(value)):
             continue
-        name, rest = found[1].lower(), value[found.end() :]
+        name, rest = match[1].lower(), value[match.end() :]
         if name != essence or "charset" in rest.lower():
             essence, parameters = name, rest
     return essence + parameters if essence else ",".join(values)

@@ -1,64 +1,67 @@
-"""Records of JSON streams and CSV files in bounded memory; values of Parquet columns."""
+"""Parse JSON streams and CSV files in bounded memory; read the values of Parquet columns."""
 
 from collections import deque
 from collections.abc import Iterator
+import contextlib
 import csv
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llmjax.data.readers import streams
 
+EXCERPT = 120  # characters of a rejected record that are shown
 _STRUCTURE = re.compile(rb'["{}\[\],]')
 _STRING_END = re.compile(rb'(?:[^"\\]|\\.)*+"', re.S)
 
 
-def json_elements(data: Iterator[bytes], limit: int) -> Iterator[tuple[int, bytes | int]]:
-    """(offset, JSON) for every object, and for every element of arrays, at the top of a stream; its number of bytes in
-    place of one longer than `limit`.
+def json_elements(data: Iterator[bytes], max_bytes: int) -> Iterator[tuple[int, bytes | int]]:
+    """(offset, JSON) for every top-level object and every element of top-level arrays; its number of bytes in place of
+    the JSON of one above `max_bytes`.
 
-    Raises Damage where the stream ends inside a value. Only brackets and strings are looked at: json.loads judges.
+    Raises DamageError if the stream ends inside a value. Only brackets and strings are parsed here; json.loads
+    checks the rest.
     """
-    depth, array, inside, escaped = 0, False, False, False
-    held, size, offset = [], 0, 0  # of the value at hand
+    depth, in_array, in_string, is_escaped = 0, False, False, False
+    parts, size, offset = [], 0, 0  # of the current value
     for block in data:
         at = begin = 0
         while at < len(block):
-            if inside:
-                at, inside, escaped = _pass_string(block, at, escaped)
+            if in_string:
+                at, in_string, is_escaped = _skip_string(block, at, is_escaped)
                 continue
-            found = _STRUCTURE.search(block, at)
-            if not found:
+            match = _STRUCTURE.search(block, at)
+            if not match:
                 break
-            mark, at = found[0], found.end()
+            mark, at = match[0], match.end()
             if mark == b'"':
-                inside, escaped = True, False
+                in_string, is_escaped = True, False
                 continue
             opens, closes = mark in b"{[", mark in b"}]"
             depth += opens - closes
-            if mark == b"[" and depth == 1 and not array:
-                array, end, skip = True, at - 1, 1
-            elif array and ((mark == b"," and depth == 1) or depth <= 0):
-                array, depth, end, skip = depth > 0, max(depth, 0), at - 1, 1
-            elif closes and not array and depth <= 0:
+            if mark == b"[" and depth == 1 and not in_array:
+                in_array, end, skip = True, at - 1, 1
+            elif in_array and ((mark == b"," and depth == 1) or depth <= 0):
+                in_array, depth, end, skip = depth > 0, max(depth, 0), at - 1, 1
+            elif closes and not in_array and depth <= 0:
                 depth, end, skip = 0, at, 0
             else:
                 continue
-            held.append(block[begin:end])
+            parts.append(block[begin:end])
             size += end - begin
-            if value := (size if size > limit else b"".join(held).strip()):
+            if value := (size if size > max_bytes else b"".join(parts).strip()):
                 yield offset, value
-            offset, held, size, begin = offset + size + skip, [], 0, end + skip
+            offset, parts, size, begin = offset + size + skip, [], 0, end + skip
         size += len(block) - begin
-        held = [*held, block[begin:]] if size <= limit else []
-    if array or depth or inside:
-        raise streams.Damage("the file ends inside a JSON value", max(size, 1))
-    if rest := b"".join(held).strip():
+        parts = [*parts, block[begin:]] if size <= max_bytes else []
+    if in_array or depth or in_string:
+        raise streams.DamageError("the file ends inside a JSON value", max(size, 1))
+    if rest := b"".join(parts).strip():
         yield offset, rest
 
 
-def _pass_string(block: bytes, at: int, escaped: bool) -> tuple[int, bool, bool]:
-    """(place after the string or the block, whether still inside the string, whether the next byte is escaped)."""
-    at += escaped
+def _skip_string(block: bytes, at: int, is_escaped: bool) -> tuple[int, bool, bool]:
+    """(position after the string or the block, still inside the string, the next byte is escaped)."""
+    at += is_escaped
     if end := _STRING_END.match(block, at):
         return end.end(), False, False
     tail = block[at:]
@@ -66,23 +69,23 @@ def _pass_string(block: bytes, at: int, escaped: bool) -> tuple[int, bool, bool]
 
 
 class BadRow(NamedTuple):
-    """Lines of a CSV file that are no row."""
+    """Lines of a CSV file that are not a row."""
 
     reason: str
     excerpt: str
     size: int
 
 
-def csv_rows(data: Iterator[bytes], kind: str, limit: int) -> Iterator[tuple[list[str], int] | BadRow]:
-    """(values, bytes) of the rows of a CSV or TSV file, header included. Bytes that are not UTF-8 come as surrogates.
+def csv_rows(data: Iterator[bytes], kind: str, max_bytes: int) -> Iterator[tuple[list[str], int] | BadRow]:
+    """(values, bytes) of the rows of a CSV or TSV file, header included. Bytes that are not UTF-8 become surrogates.
 
     CSV as in RFC 4180; TSV as registered with IANA: a tab or a line end is never part of a field, a quote is a quote.
-    A quote that is never closed costs the line that opens it; the lines after it are read on their own.
+    An unclosed quote invalidates only the line that opens it; the lines after it are parsed again without it.
     """
-    csv.field_size_limit(max(limit, csv.field_size_limit()))
-    feed = _Feed(streams.lines(data, limit=limit, lone_cr=True), limit)
-    style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == "tsv" else {}
-    reader = csv.reader(feed, **style)  # type: ignore[arg-type]
+    csv.field_size_limit(max(max_bytes, csv.field_size_limit()))
+    feed = _LineFeed(streams.lines(data, max_bytes=max_bytes, lone_cr=True), max_bytes)
+    style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == "tsv" else {}
+    reader = csv.reader(feed, **style)
     while True:
         feed.row.clear()
         try:
@@ -97,37 +100,37 @@ def csv_rows(data: Iterator[bytes], kind: str, limit: int) -> Iterator[tuple[lis
         size = sum(map(len, feed.row))
         if feed.fault:
             first = feed.row[0] if feed.row else ""
-            yield BadRow(feed.fault, first[:120].strip(), feed.long or len(first))
-            feed.again.extendleft(reversed(feed.row[1:]))
-            feed.fault, feed.long = "", 0
-            reader = csv.reader(feed, **style)  # type: ignore[arg-type]
+            yield BadRow(feed.fault, first[:EXCERPT].strip(), feed.long_line or len(first))
+            feed.parse_again.extendleft(reversed(feed.row[1:]))
+            feed.fault, feed.long_line = "", 0
+            reader = csv.reader(feed, **style)
         elif values:
             yield values, size
 
 
-class _Feed:
-    """Lines for a csv.reader, which asks for another one inside a row only where a quote is open."""
+class _LineFeed:
+    """Lines for a csv.reader, which requests another one inside a row only if a quote is open."""
 
-    def __init__(self, lines: Iterator[tuple[int, bytes | int]], limit: int):
-        self._lines, self._limit, self._size = lines, limit, 0
+    def __init__(self, lines: Iterator[tuple[int, bytes | int]], max_bytes: int):
+        self._lines, self._max_bytes, self._size = lines, max_bytes, 0
         self.row: list[str] = []
-        self.again: deque[str] = deque()
-        self.fault, self.long = "", 0
+        self.parse_again: deque[str] = deque()
+        self.fault, self.long_line = "", 0
 
-    def __iter__(self) -> "_Feed":
+    def __iter__(self) -> "_LineFeed":
         return self
 
     def __next__(self) -> str:
         self._size = self._size if self.row else 0
-        if self.row and self._size > self._limit:
-            self.fault = f"a quote that stays open for more than {self._limit} bytes"
+        if self.row and self._size > self._max_bytes:
+            self.fault = f"a quote that stays open for more than {self._max_bytes} bytes"
             raise StopIteration
-        line = self.again.popleft() if self.again else next(self._lines, (0, None))[1]
+        line = self.parse_again.popleft() if self.parse_again else next(self._lines, (0, None))[1]
         if line is None:
             self.fault = "the file ends inside a quote" if self.row else ""
             raise StopIteration
         if isinstance(line, int):
-            self.fault, self.long = f"longer than {self._limit} bytes", line
+            self.fault, self.long_line = f"longer than {self._max_bytes} bytes", line
             raise StopIteration
         text = line if isinstance(line, str) else line.decode("utf-8", "surrogateescape")
         self.row.append(text)
@@ -135,19 +138,29 @@ class _Feed:
         return text
 
 
-def as_bytes(column):
-    """An Arrow column of any kind of text as large_binary, since texts may hold bytes that are no UTF-8; others as they
-    are. Extension types and dictionaries are unwrapped."""
+def column_values(column: Any) -> list:
+    """The values of an Arrow column; text as bytes, since it may not be UTF-8. Extension types are unwrapped."""
     import pyarrow
 
-    while isinstance(column.type, pyarrow.BaseExtensionType) or pyarrow.types.is_dictionary(column.type):
-        is_dictionary = pyarrow.types.is_dictionary(column.type)
-        column = column.dictionary_decode() if is_dictionary else column.storage
-    return column.cast(pyarrow.large_binary()) if is_text(column.type) else column
+    try:
+        while isinstance(column.type, pyarrow.BaseExtensionType) or pyarrow.types.is_dictionary(column.type):
+            is_dictionary = pyarrow.types.is_dictionary(column.type)
+            column = column.dictionary_decode() if is_dictionary else column.storage
+        return (column.cast(pyarrow.large_binary()) if is_text(column.type) else column).to_pylist()
+    except Exception:  # text in lists that is not UTF-8, dates beyond Python's calendar, unknown time zones
+        return [_to_python(value) for value in column]
 
 
-def is_text(kind) -> bool:
-    """Whether an Arrow type holds text, under whatever wrapping."""
+def _to_python(value: Any) -> object:
+    """The value as a Python object, else its representation, else None."""
+    for convert in (lambda: value.as_py(), lambda: str(value)[:EXCERPT]):
+        with contextlib.suppress(Exception):
+            return convert()
+    return None
+
+
+def is_text(kind: Any) -> bool:
+    """Whether an Arrow type holds text, also inside dictionaries and extension types."""
     import pyarrow
 
     while isinstance(kind, pyarrow.BaseExtensionType) or pyarrow.types.is_dictionary(kind):

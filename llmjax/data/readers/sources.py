@@ -1,4 +1,4 @@
-"""List the documents of a source as units of work that processes share."""
+"""List the files of a source as units of work that processes share."""
 
 from collections.abc import Callable, Iterator
 import dataclasses
@@ -7,22 +7,25 @@ import os
 from pathlib import Path
 import re
 import sysconfig
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from llmjax.data.config import SourceConfig
-from llmjax.data.readers import formats, streams
+from llmjax.data.readers import encodings, formats, streams
 from llmjax.errors import UserError, suggest
 
 MIN_UNIT_BYTES, MAX_UNIT_BYTES = 1 << 20, 1 << 28
 _TARGET_UNITS = 64  # of a source: enough for the cores of a large machine, few enough for a store that opens at once
 _TFDS_RECORDS = 8192  # in a unit
 _TFDS = re.compile(r"(?P<name>[^:@]+(:\d+\.\d+\.\d+)?)(:(?P<split>[^@]+))?(@(?P<folder>.+))?")
-# Left out of the standard library: tests, and files that are generated or differ from machine to machine.
+# Not read from the standard library: tests, and files that are generated or differ from machine to machine.
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "encodings", "pydoc_data"}
+
+Config = TypeVar("Config", bound=Any)  # SourceConfig of `prepare`, InputConfig of `curate`
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """A span of one file: bytes of JSONL, row groups of Parquet, records of TFDS; whole where end is None."""
+    """A span of one file: bytes of lines, row groups of Parquet, records of TFDS; the whole file if `end` is None."""
 
     path: str
     begin: int = 0
@@ -30,70 +33,102 @@ class Item:
 
 
 @dataclasses.dataclass(frozen=True)
-class Unit:
-    """Documents that one process reads, splits and tokenizes: the shard of the token store that they become.
+class Unit(Generic[Config]):
+    """Records that one process reads, and the shard that they become.
 
-    kind         a format of SourceConfig, or "tfds"
-    text_field   of a record
-    split_field  of a record; empty: none
-    items        files or spans of one file, read in this order
-    state        size and time of change of the files: an interrupted preparation starts over when they differ
+    source  name of the source in the config
+    kind    a format, or "tfds"
+    config  of the source
+    items   files or spans of one file, read in this order
+    size    bytes on disk (of TFDS: records)
+    state   sizes and modification times of the files: if they differ, finished work is repeated
+    base    the folder that the file names in ids are relative to
     """
 
     source: str
     index: int
     kind: str
-    text_field: str
+    config: Config
     items: tuple[Item, ...]
+    size: int
     state: str
-    split_field: str = ""
-    max_record_bytes: int = 1 << 26
-    accept_truncated: bool = False
+    base: str = ""
 
 
-def list_units(name: str, source: SourceConfig) -> list[Unit]:
-    """The units of one source, in an order that depends on the path names alone.
+class _Span(NamedTuple):
+    kind: str
+    item: Item
+    size: int
+    state: str
 
-    Raises UserError for a path that does not exist, that matches no file, or whose Parquet files lack the text field.
+
+def list_units(name: str, source: SourceConfig) -> list[Unit[SourceConfig]]:
+    """The units of a source of `prepare`, in an order that depends on the path names alone.
+
+    Raises UserError for a path that does not exist or matches no file, and for an invalid field.
     """
-    where = f"data.sources.{name}.path={source.path!r}"
-    if source.format not in ("", *formats.FORMATS):
-        raise UserError(
-            f"data.sources.{name}.format={source.format!r}{suggest(source.format, formats.FORMATS)}: expected one of "
-            f"{', '.join(formats.FORMATS)}"
-        )
-    if source.max_record_bytes < 1:
-        raise UserError(f"data.sources.{name}.max_record_bytes={source.max_record_bytes}: must be at least 1")
-    if source.path.startswith("tfds:"):
-        groups = tfds_groups(source.path, len(open_tfds(source.path, where)))
-    else:
-        files = stdlib_files(where) if source.path == "stdlib:" else matching_files(source.path, where)
-        given = source.format or ("text" if source.path == "stdlib:" else "")
-        plain = lambda path, kind: kind == "jsonl" and not streams.compression_of(path)
-        groups = grouped(file_spans(files, lambda path: given or formats.detect(path), plain))
-    units = [
-        Unit(
-            name,
-            index,
-            kind,
-            source.text_field,
-            tuple(items),
-            state,
-            source.split_field,
-            source.max_record_bytes,
-            source.accept_truncated,
-        )
-        for index, (kind, items, state) in enumerate(groups)
-    ]
+    where = f"data.sources.{name}"
+    check_format(source, where, formats.FORMATS)
+    units = make_units(name, dataclasses.replace(source, weight=None), where, formats.FORMATS)
     if source.split_field and (other := next((unit for unit in units if unit.kind not in ("jsonl", "json")), None)):
         raise UserError(
-            f"data.sources.{name}.split_field={source.split_field!r}: {other.items[0].path} is no JSONL; leave it unset"
+            f"{where}.split_field={source.split_field!r}: {other.items[0].path} is no JSONL; leave it unset"
         )
     return units
 
 
-def recognised(units: list[Unit]) -> str:
-    """How the files of a source are read, such as "3 files as JSON lines, 1 as text"."""
+def check_format(config: Any, where: str, known: tuple[str, ...]) -> None:
+    """Raise UserError for an unknown format or an invalid limit."""
+    if config.format not in ("", *known):
+        raise UserError(
+            f"{where}.format={config.format!r}: expected one of {', '.join(known)}{suggest(config.format, known)}"
+        )
+    if config.max_record_bytes < 1:
+        raise UserError(f"{where}.max_record_bytes={config.max_record_bytes}: must be at least 1")
+
+
+def make_units(
+    name: str, config: Config, where: str, known: tuple[str, ...], absolute: bool = False
+) -> list[Unit[Config]]:
+    """The units of a source with fields `path` and `format`.
+
+    where     names the config in error messages
+    known     formats to recognise
+    absolute  make paths absolute, for processes that run in another folder
+    """
+    field = f"{where}.path={config.path!r}"
+    base = ""
+    if config.path.startswith("tfds:"):
+        num_records = len(open_tfds(config.path, field))
+        spans = [_tfds_span(config.path, begin, num_records) for begin in range(0, num_records, _TFDS_RECORDS)]
+        groups = [[span] for span in spans]
+    elif config.path == "stdlib:":
+        files = list_stdlib_files(field)
+        base = os.path.commonpath(files)
+        groups = list(_group(_make_spans(files, lambda path: config.format or "text")))
+    else:
+        path = os.path.expanduser(config.path)
+        path = os.path.abspath(path) if absolute else path
+        files = list_files(path, field)
+        base = _fixed_folder(path, files)
+        groups = list(_group(_make_spans(files, lambda path: config.format or formats.detect(path, known))))
+    return [
+        Unit(
+            source=name,
+            index=index,
+            kind=group[0].kind,
+            config=config,
+            items=tuple(span.item for span in group),
+            size=sum(span.size for span in group),
+            state=",".join(span.state for span in group),
+            base=base,
+        )
+        for index, group in enumerate(groups)
+    ]
+
+
+def describe_formats(units: list[Unit]) -> str:
+    """How the files of a source are read, such as "3 as JSON lines, 1 as text"."""
     files: dict[str, set[str]] = {}
     for unit in units:
         files.setdefault(unit.kind, set()).update(item.path for item in unit.items)
@@ -101,20 +136,31 @@ def recognised(units: list[Unit]) -> str:
     return f"reads files: {', '.join(counts)}"
 
 
-def matching_files(path: str, where: str) -> list[str]:
-    """The file, or the files of a glob in order of their names; UserError, begun with `where`, where there is none."""
-    path = os.path.expanduser(path)
+def list_files(path: str, where: str) -> list[str]:
+    """The file, or the files of a glob in order of their names. Raises UserError, begun with `where`, for none."""
     if os.path.isdir(path):
         raise UserError(f"{where}: this is a folder; give a glob such as '{path.rstrip('/')}/**/*.txt'")
     # A name that holds glob characters, such as a[1].txt, still names its file.
-    found = [path] if os.path.isfile(path) else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
-    if not found:
+    files = [path] if os.path.isfile(path) else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
+    if not files:
         what = "no file matches this glob" if glob.has_magic(path) else "no such file"
         raise UserError(f"{where}: {what}; give a file, a quoted glob such as '/texts/**/*.txt', or 'stdlib:'")
-    return found
+    return files
 
 
-def stdlib_files(where: str) -> list[str]:
+def _fixed_folder(path: str, files: list[str]) -> str:
+    """The part of a glob before its first wildcard, so that ids stay the same if the folder is moved."""
+    if files == [path]:
+        return os.path.dirname(path)
+    fixed = []
+    for part in Path(path).parts[:-1]:
+        if glob.has_magic(part):
+            break
+        fixed.append(part)
+    return str(Path(*fixed)) if fixed else ""
+
+
+def list_stdlib_files(where: str) -> list[str]:
     """Python's own sources, in order of their names."""
     root = Path(sysconfig.get_path("stdlib"))
     files = []
@@ -128,31 +174,32 @@ def stdlib_files(where: str) -> list[str]:
     return [str(path) for path in sorted(files, key=lambda path: path.relative_to(root).as_posix())]
 
 
-def file_spans(
-    files: list[str], kind_of: Callable[[str], str], cuts: Callable[[str, str], bool]
-) -> list[tuple[str, Item, int, str]]:
-    """(kind, item, bytes, state) for every file; files of lines and Parquet are cut, so that one feeds many units.
-
-    cuts   whether a file of this path and kind may be cut between any two lines
-    """
+def _make_spans(files: list[str], kind_of: Callable[[str], str]) -> list[_Span]:
+    """Spans of every file; large files of lines, and Parquet, are cut, so that one file becomes many units."""
     stats = [os.stat(path) for path in files]
     limit = unit_bytes(sum(stat.st_size for stat in stats))
     spans = []
     for path, stat in zip(files, stats, strict=True):
         kind, state = kind_of(path), f"{stat.st_size}:{stat.st_mtime_ns}"
         if kind == "parquet":
-            spans += [(kind, item, size, state) for item, size in row_groups(path, stat.st_size)]
-        elif stat.st_size > limit and cuts(path, kind):
+            spans += [_Span(kind, item, size, state) for item, size in _row_groups(path, stat.st_size)]
+        elif stat.st_size > limit and kind in ("jsonl", "lines") and _can_cut(path):
             for begin in range(0, stat.st_size, limit):
                 end = min(begin + limit, stat.st_size)
-                spans.append((kind, Item(path, begin, end), end - begin, state))
+                spans.append(_Span(kind, Item(path, begin, end), end - begin, state))
         else:
-            spans.append((kind, Item(path), stat.st_size, state))
+            spans.append(_Span(kind, Item(path), stat.st_size, state))
     return spans
 
 
-def row_groups(path: str, size: int) -> Iterator[tuple[Item, int]]:
-    """(item, bytes) for every row group; a file whose footer cannot be read stays whole, for the reader to reject."""
+def _can_cut(path: str) -> bool:
+    """Whether every line feed byte of a file ends a line."""
+    with open(path, "rb") as file:
+        return not streams.compression_of(path) and not encodings.is_wide(file.read(4))
+
+
+def _row_groups(path: str, size: int) -> Iterator[tuple[Item, int]]:
+    """(item, bytes) for every row group; a file with an unreadable footer stays whole, and its reader rejects it."""
     import pyarrow
     import pyarrow.parquet
 
@@ -165,13 +212,12 @@ def row_groups(path: str, size: int) -> Iterator[tuple[Item, int]]:
         yield Item(path, group, group + 1), metadata.row_group(group).total_byte_size
 
 
-def tfds_groups(path: str, records: int) -> Iterator[tuple[str, list[Item], str]]:
-    """(kind, items, state) of the units of a TFDS source of so many records."""
-    for begin in range(0, records, _TFDS_RECORDS):
-        yield "tfds", [Item(path, begin, min(begin + _TFDS_RECORDS, records))], f"{records} records"
+def _tfds_span(path: str, begin: int, num_records: int) -> _Span:
+    end = min(begin + _TFDS_RECORDS, num_records)
+    return _Span("tfds", Item(path, begin, end), end - begin, f"{num_records} records")
 
 
-def open_tfds(path: str, where: str):
+def open_tfds(path: str, where: str) -> Any:
     """The records of `tfds:NAME[:SPLIT][@DATA_DIR]` by index, read without TensorFlow. The default split is train.
 
     Raises UserError for a set that is not in the folder, a split that it lacks, or files other than ArrayRecord.
@@ -182,8 +228,9 @@ def open_tfds(path: str, where: str):
     if not match:
         raise UserError(f"{where}: expected tfds:NAME[:SPLIT][@DATA_DIR]")
     name, split, folder = match["name"], match["split"] or "train", match["folder"]
+    builder: Any = tfds.builder  # the stubs lack its keywords
     try:
-        return tfds.builder(name, data_dir=folder, try_gcs=False).as_data_source(split=split)  # type: ignore[call-arg]
+        return builder(name, data_dir=folder, try_gcs=False).as_data_source(split=split)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
@@ -197,16 +244,16 @@ def unit_bytes(total: int) -> int:
     return min(max(total // _TARGET_UNITS, MIN_UNIT_BYTES), MAX_UNIT_BYTES)
 
 
-def grouped(spans: list[tuple[str, Item, int, str]]) -> Iterator[tuple[str, list[Item], str]]:
-    """Neighbours of one kind put together up to the size of a unit."""
-    limit = unit_bytes(sum(size for _, _, size, _ in spans))
-    kind, items, size, states = "", [], 0, []
-    for span_kind, item, span_size, state in spans:
-        if items and (span_kind != kind or size + span_size > limit):
-            yield kind, items, ",".join(states)
-            items, size, states = [], 0, []
-        kind, size = span_kind, size + span_size
-        items.append(item)
-        states.append(state)
-    if items:
-        yield kind, items, ",".join(states)
+def _group(spans: list[_Span]) -> Iterator[list[_Span]]:
+    """Neighbouring spans of one kind, joined up to the size of a unit."""
+    limit = unit_bytes(sum(span.size for span in spans))
+    group: list[_Span] = []
+    size = 0
+    for span in spans:
+        if group and (span.kind != group[0].kind or size + span.size > limit):
+            yield group
+            group, size = [], 0
+        group.append(span)
+        size += span.size
+    if group:
+        yield group

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator
 import lzma
 import os
 import re
+from typing import Any
 import zlib
 
-BLOCK = 1 << 18
-MAX_RECORD = 1 << 26  # bytes; the default limit on a record, so that memory stays bounded
+BLOCK_BYTES = 1 << 18
 _GZIP_MAGIC = b"\x1f\x8b\x08"
 # The first bytes of a file -> its compression. The second of zstd is a skippable frame, as pzstd writes first.
 _MAGIC = (
@@ -17,49 +17,50 @@ _MAGIC = (
     ("xz", re.compile(rb"\xfd7zXZ\0")),
     ("bzip2", re.compile(rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)")),
 )
-# A block of zstd has at least 4 bytes and gives at most 128 KiB, so that a step of this size gives at most 64 MiB.
+# A compressed block of zstd has at least 4 bytes and expands to at most 128 KiB: a step expands to at most 64 MiB.
 _ZSTD_STEP = 2048
-_ZSTD_WINDOW = 1 << 31  # what `zstd --long=31` needs
+_ZSTD_MAX_WINDOW = 1 << 31  # what `zstd --long=31` needs
 
 
-class Damage(Exception):
-    """The rest of a file cannot be read; everything before it was given. The text says why, in a few words.
+class DamageError(Exception):
+    """The rest of a file is unreadable; everything before it was yielded. The message is the cause in a few words.
 
-    lost       bytes of content that are lost, estimated; a file that ends early counts whole, as nobody knows more
-    truncated  the end of the file is missing, or what is missing cannot be measured
+    lost_bytes  content that is lost, estimated; for a file that ends early the whole file, since its length is unknown
+    truncated   the file ends early, or the size of the missing part is unknown
     """
 
-    def __init__(self, why: str, lost: int = 0, truncated: bool = True):
-        super().__init__(why)
-        self.lost, self.truncated = lost, truncated
+    def __init__(self, cause: str, lost_bytes: int = 0, truncated: bool = True):
+        super().__init__(cause)
+        self.lost_bytes, self.truncated = lost_bytes, truncated
 
 
 def blocks(path: str, begin: int = 0) -> Iterator[bytes]:
-    """The content of a file from byte `begin` on (of a plain file), unpacked by its first bytes, in bounded blocks.
+    """The content of a file in blocks of bounded size, decompressed if its first bytes are those of a compression.
 
-    Raises Damage after the last block that could be read, where the file is truncated or broken, and OSError where the
-    disk or its permissions do not let it be read: that is no property of the file.
+    A plain file is read from byte `begin` on. Raises DamageError after the last readable block of a truncated or
+    corrupt file, and OSError if the disk or the permissions prevent reading.
     """
     compression = compression_of(path) if not begin else ""
-    source = _Source(path, begin)
+    file = _PushbackFile(path, begin)
     if not compression:
-        yield from iter(source.next, b"")
+        yield from iter(file.read_block, b"")
         return
-    given = 0
+    num_bytes = 0
     try:
-        for block in _DECOMPRESSORS[compression](source):
-            given += len(block)
+        for block in _DECOMPRESSORS[compression](file):
+            num_bytes += len(block)
             yield block
-    except Damage as damage:
-        at = max(source.offset, 1)
-        size = max(os.stat(path).st_size, at)
-        # At the end nobody knows what is missing: the file counts whole. Before it, by the ratio up to the break.
-        lost = given if at >= size else given * (size - at) // at
-        raise Damage(f"{damage} at byte {at:,} of {size:,}", max(lost, size - at, 1)) from None
+    except DamageError as damage:
+        position = max(file.position, 1)
+        size = max(os.stat(path).st_size, position)
+        # Before the end, the rest is estimated by the compression ratio so far.
+        lost_bytes = num_bytes if position >= size else num_bytes * (size - position) // position
+        cause = f"{damage} at byte {position:,} of {size:,}"
+        raise DamageError(cause, max(lost_bytes, size - position, 1)) from None
 
 
-def state_of(path: str) -> tuple[int, int] | None:
-    """Time of change and size of a file, None where there is none: what was read of it holds while they do."""
+def file_state(path: str) -> tuple[int, int] | None:
+    """(modification time in ns, size) of a file, None if it does not exist. A cached result is valid while equal."""
     try:
         stat = os.stat(os.path.expanduser(path))
     except OSError:
@@ -68,7 +69,7 @@ def state_of(path: str) -> tuple[int, int] | None:
 
 
 def compression_of(path: str) -> str:
-    """ "gzip", "zstd", "xz", "bzip2" or "", by the first bytes of a file; "" where it cannot be opened."""
+    """ "gzip", "zstd", "xz", "bzip2" or "", by the first bytes of a file; "" if it cannot be opened."""
     try:
         with open(path, "rb") as file:
             head = file.read(16)
@@ -77,110 +78,125 @@ def compression_of(path: str) -> str:
     return next((name for name, magic in _MAGIC if magic.match(head)), "")
 
 
-def gzip_stretches(path: str) -> Iterator[Iterator[bytes]]:
-    """The unpacked content of a .gz file as iterators of blocks, each one contiguous.
+def gzip_segments(path: str) -> Iterator[Iterator[bytes]]:
+    """The content of a .gz file as segments without a gap, each an iterator of blocks.
 
-    A stretch goes on over the edges of gzip members and raises Damage where the data breaks off; the next stretch
-    begins at the next member that can be unpacked. Each must be read to its end before the next is asked for.
+    A segment spans gzip members and raises DamageError at corrupt data. The next segment begins at the next member
+    that can be decompressed. Read each segment to its end before the next.
     """
-    source = _Source(path)
-    while source.more():
-        yield _gzip_stretch(source)
+    file = _PushbackFile(path)
+    while file.has_more():
+        yield _gzip_segment(file)
 
 
-class _Source:
-    """A file in blocks of which the unread part can be put back; `offset` is that of the next byte."""
+class _PushbackFile:
+    """A file read in blocks; unused bytes can be pushed back. `position` is that of the next byte."""
 
     def __init__(self, path: str, begin: int = 0):
-        self._file, self._held, self.offset = open(path, "rb"), b"", begin  # noqa: SIM115 (closed at its end)
+        self._file, self._pushed_back, self.position = open(path, "rb"), b"", begin  # noqa: SIM115 (closed at its end)
         self._file.seek(begin)
 
-    def next(self) -> bytes:
-        block, self._held = self._held, b""
-        if not block and not (block := b"" if self._file.closed else self._file.read(BLOCK)):
+    def read_block(self) -> bytes:
+        block, self._pushed_back = self._pushed_back, b""
+        if not block and not (block := b"" if self._file.closed else self._file.read(BLOCK_BYTES)):
             self._file.close()
-        self.offset += len(block)
+        self.position += len(block)
         return block
 
-    def put_back(self, data: bytes) -> None:
-        self._held = data + self._held
-        self.offset -= len(data)
+    def push_back(self, data: bytes) -> None:
+        self._pushed_back = data + self._pushed_back
+        self.position -= len(data)
 
-    def more(self) -> bool:
-        self.put_back(self.next())
-        return bool(self._held)
+    def has_more(self) -> bool:
+        self.push_back(self.read_block())
+        return bool(self._pushed_back)
 
 
-def _gzip_stretch(source: _Source, seek: bool = True) -> Iterator[bytes]:
-    while source.more():
-        member, out = zlib.decompressobj(31), False
+def _gzip_segment(file: _PushbackFile) -> Iterator[bytes]:
+    """Blocks up to the end of the file or to corrupt data; the file is then at the next intact member."""
+    begin, num_bytes = file.position, 0
+    try:
+        for block in _gzip_blocks(file):
+            num_bytes += len(block)
+            yield block
+    except DamageError as damage:
+        position = file.position
+        _seek_gzip_member(file)
+        num_skipped = file.position - position
+        ratio = max(num_bytes / max(position - begin, 1), 1)
+        # As in `blocks`: what is skipped is estimated by the compression ratio; an early end counts as a whole.
+        lost_bytes = int(num_skipped * ratio) if num_skipped else num_bytes
+        raise DamageError(str(damage), max(lost_bytes, 1)) from None
+
+
+def _gzip_blocks(file: _PushbackFile) -> Iterator[bytes]:
+    while file.has_more():
+        member, is_empty = zlib.decompressobj(31), True
         while not member.eof:
-            block = member.unconsumed_tail or source.next()
-            if not block and not (drained := member.decompress(b"", BLOCK)):
-                raise Damage("the file ends inside a gzip member")
-            # zlib gives nothing of a call that meets a break: a copy made before reads again what precedes it.
-            before = member.copy()
+            block = member.unconsumed_tail or file.read_block()
+            # zlib returns nothing from a call that meets corrupt data: decompress what precedes it with a copy.
+            checkpoint = member.copy()
             try:
-                data = member.decompress(block, BLOCK) if block else drained
+                data = member.decompress(block, BLOCK_BYTES)
             except zlib.error as error:
-                data, used = _before_break(before, block)
+                data, num_used = _decompress_intact(checkpoint, block)
                 if data:
                     yield data
-                if not out and not data and not any(block):
+                if is_empty and not data and not any(block):
                     return  # zeros after the last member are padding
-                source.put_back(block[max(used, 1) :])
-                if seek:
-                    _seek_member(source)
-                raise Damage(f"broken gzip data ({error})") from None
-            out = True
+                file.push_back(block[max(num_used, 1) :])
+                raise DamageError(f"corrupt gzip data ({error})") from None
+            if not block and not data:
+                raise DamageError("the file ends inside a gzip member")
+            is_empty = False
             if data:
                 yield data
-        source.put_back(member.unused_data)
+        file.push_back(member.unused_data)
 
 
-def _before_break(member, block: bytes) -> tuple[bytes, int]:
-    """(content, bytes used) of the part of a block that precedes the break, found by halving."""
-    content, used, step = [], 0, len(block)
+def _decompress_intact(member: Any, block: bytes) -> tuple[bytes, int]:
+    """(content, number of compressed bytes) of the intact beginning of a block, found by bisection."""
+    content, num_used, step = [], 0, len(block)
     while step:
         trial = member.copy()
         try:
-            content.append(trial.decompress(block[used : used + step]))
+            content.append(trial.decompress(block[num_used : num_used + step]))
         except zlib.error:
             step //= 2
             continue
-        member, used = trial, used + step
-    return b"".join(content), used
+        member, num_used = trial, num_used + step
+    return b"".join(content), num_used
 
 
-def _seek_member(source: _Source) -> None:
-    """Leave the source at the next member that begins to unpack, or at its end."""
-    data = source.next()
+def _seek_gzip_member(file: _PushbackFile) -> None:
+    """Move to the next gzip member whose beginning can be decompressed, or to the end of the file."""
+    data = file.read_block()
     while True:
-        at = data.find(_GZIP_MAGIC)
-        if at < 0:
-            more = source.next()
+        begin = data.find(_GZIP_MAGIC)
+        if begin < 0:
+            more = file.read_block()
             if not more:
                 return
             data = data[-2:] + more
             continue
-        data = data[at:]
-        while len(data) < 4096 and (more := source.next()):
+        data = data[begin:]
+        while len(data) < 4096 and (more := file.read_block()):
             data += more
         try:
             if zlib.decompressobj(31).decompress(data[:4096], 64):
-                source.put_back(data)
+                file.push_back(data)
                 return
         except zlib.error:
             pass
         data = data[1:]
 
 
-def _zstd_blocks(source: _Source) -> Iterator[bytes]:
+def _zstd_blocks(file: _PushbackFile) -> Iterator[bytes]:
     import zstandard
 
-    new = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj
-    frame, inside = new(), False
-    while block := source.next():
+    new = zstandard.ZstdDecompressor(max_window_size=_ZSTD_MAX_WINDOW).decompressobj
+    frame, inside_frame = new(), False
+    while block := file.read_block():
         for begin in range(0, len(block), _ZSTD_STEP):
             step = block[begin : begin + _ZSTD_STEP]
             while step:
@@ -188,48 +204,48 @@ def _zstd_blocks(source: _Source) -> Iterator[bytes]:
                 try:
                     data = frame.decompress(step)
                 except zstandard.ZstdError as error:
-                    source.put_back(block[begin:])
-                    raise Damage(f"broken zstd data ({error})") from None
+                    file.push_back(block[begin:])
+                    raise DamageError(f"corrupt zstd data ({error})") from None
                 if data:
                     yield data
-                step, inside = (frame.unused_data, False) if frame.eof else (b"", True)
-    if inside:
-        raise Damage("the file ends inside a zstd frame")
+                step, inside_frame = (frame.unused_data, False) if frame.eof else (b"", True)
+    if inside_frame:
+        raise DamageError("the file ends inside a zstd frame")
 
 
-def _stream_blocks(source: _Source, new: Callable, name: str) -> Iterator[bytes]:
-    """xz and bzip2, whose decompressors have one interface. Zeros between and after streams are padding."""
-    while source.more():
-        stream = new()
+def _xz_or_bzip2_blocks(file: _PushbackFile, new_stream: Callable[[], Any], name: str) -> Iterator[bytes]:
+    """Both decompressors have one interface. Zeros between and after streams are padding."""
+    while file.has_more():
+        stream = new_stream()
         while not stream.eof:
-            block = source.next() if stream.needs_input else b""
+            block = file.read_block() if stream.needs_input else b""
             if not block and stream.needs_input:
-                raise Damage(f"the file ends inside {name} data")
+                raise DamageError(f"the file ends inside {name} data")
             try:
-                data = stream.decompress(block, BLOCK)
+                data = stream.decompress(block, BLOCK_BYTES)
             except (lzma.LZMAError, OSError, EOFError) as error:
-                source.put_back(block)
-                raise Damage(f"broken {name} data ({error})") from None
+                file.push_back(block)
+                raise DamageError(f"corrupt {name} data ({error})") from None
             if data:
                 yield data
         rest = stream.unused_data.lstrip(b"\0")
-        while not rest and (rest := source.next()):
+        while not rest and (rest := file.read_block()):
             rest = rest.lstrip(b"\0")
-            if not rest and not source.more():
+            if not rest and not file.has_more():
                 return
-        source.put_back(rest)
+        file.push_back(rest)
 
 
-_DECOMPRESSORS: dict[str, Callable[[_Source], Iterator[bytes]]] = {
-    "gzip": lambda source: _gzip_stretch(source, seek=False),
+_DECOMPRESSORS: dict[str, Callable[[_PushbackFile], Iterator[bytes]]] = {
+    "gzip": _gzip_blocks,
     "zstd": _zstd_blocks,
-    "xz": lambda source: _stream_blocks(source, lzma.LZMADecompressor, "xz"),
-    "bzip2": lambda source: _stream_blocks(source, bz2.BZ2Decompressor, "bzip2"),
+    "xz": lambda file: _xz_or_bzip2_blocks(file, lzma.LZMADecompressor, "xz"),
+    "bzip2": lambda file: _xz_or_bzip2_blocks(file, bz2.BZ2Decompressor, "bzip2"),
 }
 
 
 class UntilDamage:
-    """Blocks up to Damage, which is kept, to be raised by `check` after what precedes it was used."""
+    """Blocks up to DamageError, which `check` raises later, after the blocks before it were used."""
 
     def __init__(self, data: Iterator[bytes]):
         self._data, self.damage = data, None
@@ -237,98 +253,119 @@ class UntilDamage:
     def __iter__(self) -> Iterator[bytes]:
         try:
             yield from self._data
-        except Damage as damage:
+        except DamageError as damage:
             self.damage = damage
 
     def check(self) -> None:
+        """Raise the DamageError that ended the blocks, if any."""
         if self.damage:
             raise self.damage
 
 
 def lines(
-    data: Iterator[bytes], offset: int = 0, limit: int = MAX_RECORD, lone_cr: bool = False
+    data: Iterator[bytes], offset: int = 0, *, max_bytes: int, lone_cr: bool = False
 ) -> Iterator[tuple[int, bytes | int]]:
-    """(offset, line with its end) for every line; its number of bytes in place of a line longer than `limit`.
+    """(offset, line with its line end) for every line; its number of bytes in place of a line above `max_bytes`.
 
     offset   of the first byte
-    lone_cr  a CR alone ends a line too
-    Where Damage ends the data, the line that it cuts is not given.
+    lone_cr  a CR without LF ends a line too
+    A line that DamageError cuts off is not yielded.
     """
-    held, size = [], 0
-    for block in _whole_line_ends(data) if lone_cr else data:
+    parts, size = [], 0
+    for block in _with_whole_line_ends(data) if lone_cr else data:
         pieces = block.splitlines(keepends=True) if lone_cr else block.split(b"\n")
         if lone_cr and pieces[-1][-1:] in b"\r\n":
             pieces.append(b"")
-        end = b"" if lone_cr else b"\n"
+        line_end = b"" if lone_cr else b"\n"
         for piece in pieces[:-1]:
-            size += len(piece) + len(end)
-            if size > limit:
+            size += len(piece) + len(line_end)
+            if size > max_bytes:
                 yield offset, size
-            elif held:
-                yield offset, b"".join((*held, piece, end))
+            elif parts:
+                yield offset, b"".join((*parts, piece, line_end))
             else:
-                yield offset, piece + end
-            offset, held, size = offset + size, [], 0
+                yield offset, piece + line_end
+            offset, parts, size = offset + size, [], 0
         size += len(pieces[-1])
-        if size <= limit:
-            held.append(pieces[-1])
+        if size <= max_bytes:
+            parts.append(pieces[-1])
         else:
-            held = []
+            parts = []
     if size:
-        yield offset, b"".join(held) if size <= limit else size
+        yield offset, b"".join(parts) if size <= max_bytes else size
 
 
-def _whole_line_ends(data: Iterator[bytes]) -> Iterator[bytes]:
-    """The same bytes in blocks that part no CR from its LF."""
-    held = b""
+def find_line_begin(path: str, position: int, end: int | None) -> int | None:
+    """The offset after the first line feed at or after `position` in a plain file; None if there is none before `end`.
+
+    The search stops there, so that many spans of one long line are not all read to its end.
+    """
+    for block in blocks(path, position):
+        if (at := block.find(b"\n")) >= 0:
+            return position + at + 1
+        position += len(block)
+        if end is not None and position >= end:
+            break
+    return None
+
+
+def _with_whole_line_ends(data: Iterator[bytes]) -> Iterator[bytes]:
+    """The same bytes in blocks that do not separate CR from LF."""
+    last = b""
     for block in data:
-        block, held = held + block, b""
+        block, last = last + block, b""
         if block.endswith(b"\r"):
-            block, held = block[:-1], b"\r"
+            block, last = block[:-1], b"\r"
         if block:
             yield block
-    if held:
-        yield held
+    if last:
+        yield last
 
 
 class Window:
-    """A stream of blocks that can be looked at before it is taken. After Damage it ends; `damage` says why."""
+    """A stream of blocks with lookahead. It ends at DamageError, which is then in `damage`."""
 
     def __init__(self, data: Iterator[bytes]):
-        self._data, self._held, self.damage = data, bytearray(), ""
+        self._data, self._buffer = data, bytearray()
+        self.damage: DamageError | None = None
 
-    def look(self, size: int) -> bytearray:
-        """The stream from here on: `size` bytes or more, or all there are."""
-        while len(self._held) < size and self._pull():
+    def peek(self, size: int) -> bytearray:
+        """The stream from here on: at least `size` bytes, or all that are left."""
+        while len(self._buffer) < size and self._fill():
             pass
-        return self._held
+        return self._buffer
 
-    def take(self, size: int) -> bytes:
+    def read(self, size: int) -> bytes:
         """The next `size` bytes, or fewer at the end."""
-        self.look(size)
-        taken = bytes(memoryview(self._held)[:size])
-        del self._held[:size]
-        return taken
+        self.peek(size)
+        data = bytes(memoryview(self._buffer)[:size])
+        del self._buffer[:size]
+        return data
+
+    def skip(self, size: int) -> None:
+        """Pass over `size` bytes, or fewer at the end, in bounded memory."""
+        while size > 0 and (num_read := len(self.read(min(size, BLOCK_BYTES)))):
+            size -= num_read
 
     def skip_to(self, marker: bytes) -> int:
-        """Go to the next `marker`, or to the end; returns the number of bytes passed over."""
-        passed = 0
+        """Move to the next `marker`, or to the end. Returns the number of bytes that were skipped."""
+        num_skipped = 0
         while True:
-            at = self._held.find(marker)
-            gone = at if at >= 0 else max(len(self._held) - len(marker) + 1, 0)
-            del self._held[:gone]
-            passed += gone
+            at = self._buffer.find(marker)
+            count = at if at >= 0 else max(len(self._buffer) - len(marker) + 1, 0)
+            del self._buffer[:count]
+            num_skipped += count
             if at >= 0:
-                return passed
-            if not self._pull():
-                passed += len(self._held)
-                self._held.clear()
-                return passed
+                return num_skipped
+            if not self._fill():
+                num_skipped += len(self._buffer)
+                self._buffer.clear()
+                return num_skipped
 
-    def _pull(self) -> bool:
+    def _fill(self) -> bool:
         try:
             block = next(self._data, b"")
-        except Damage as error:
-            self.damage, block = str(error), b""
-        self._held += block
+        except DamageError as damage:
+            self.damage, block = damage, b""
+        self._buffer += block
         return bool(block)

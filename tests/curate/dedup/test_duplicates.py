@@ -10,7 +10,7 @@ import pytest
 from llmjax.curate.config import DuplicatesConfig
 from llmjax.curate.dedup import duplicates
 from llmjax.curate.document import content_hash
-from llmjax.curate.engine.measurements import Measured
+from llmjax.curate.engine.measurements import Measurement
 from llmjax.data.store import minhash, near_duplicates
 from tests.curate import corpora
 
@@ -34,7 +34,7 @@ def found(folder, texts, *, rank=None, alive=None, stays=None, cuts=(), config=N
     """duplicates.find for texts in as many units as the cuts make."""
     folder.mkdir(exist_ok=True)
     edges = np.array([0, *cuts, len(texts)])
-    units = [Measured(folder, str(number)) for number in range(len(edges) - 1)]
+    units = [Measurement(folder, str(number)) for number in range(len(edges) - 1)]
     signatures = [minhash.signature(text.encode()) for text in texts]
     for unit, begin, end in zip(units, edges[:-1], edges[1:], strict=True):
         unit.signatures.write_bytes(b"".join(one.tobytes() for one in signatures[begin:end]))
@@ -165,12 +165,12 @@ def test_only_rank_says_which_stays(tmp_path, cuts):
 
 def test_a_band_of_many_unlike_texts_ends(tmp_path, monkeypatch):
     """More leaders than are compared: what shares one band with them by chance is left alone, real copies are found."""
-    monkeypatch.setattr(near_duplicates, "_MAX_LEADERS", 3)
+    monkeypatch.setattr(near_duplicates, "_MAX_ROUNDS", 3)
     draw = np.random.default_rng(0)
     signatures = draw.integers(0, 1 << 32, (40, minhash.SIZE), np.uint32)
     signatures[:, : minhash.ROWS] = 7  # one band that all share
     signatures[20:] = signatures[:20]
-    unit = Measured(tmp_path, "0")
+    unit = Measurement(tmp_path, "0")
     unit.signatures.write_bytes(signatures.tobytes())
     content = draw.integers(0, 1 << 63, (40, 2), np.uint64)
     edges, rank, alive, stays = np.array([0, 40]), np.arange(40), np.ones(40, bool), np.zeros(40, bool)

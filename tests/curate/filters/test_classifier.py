@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llmjax.cli import main
-from llmjax.curate.filters.classifier import Classifier, Measured, load, train, train_folders
+from llmjax.curate.filters.classifier import Classifier, Evaluation, load, train, train_folders
 from llmjax.curate.filters.quality_config import ClassifierConfig
 from llmjax.errors import UserError
 
@@ -113,7 +113,7 @@ def test_nothing_held_out_is_nothing_measured():
     model, measured = train(good, bad, ClassifierConfig(buckets=1 << 12, held_out=0.0))
     assert measured.texts == 0 and math.isnan(measured.accuracy) and math.isnan(measured.auc)
     assert model.score(good[0]) > 0.5 > model.score(bad[0])
-    assert isinstance(measured, Measured) and isinstance(model, Classifier)
+    assert isinstance(measured, Evaluation) and isinstance(model, Classifier)
 
 
 @pytest.mark.parametrize("text", ["", "\n", "a", "漢" * 10_000, "😀", "\ud800", "x" * 1_000_000, " " * 1_000_000])
@@ -147,10 +147,10 @@ def test_the_command_learns_from_two_folders_and_tells_how_well(tmp_path, capsys
             (tmp_path / name / f"{number}.txt").write_text(text)
     command = ["curate", "classifier", f"--good={tmp_path}/good", f"--bad={tmp_path}/bad"]
     assert main.run([*command, f"--to={tmp_path}/model.npz"]) == 0
-    told = capsys.readouterr().out
-    assert "100.0% judged rightly" in told and "curate.quality.classifier=" in told
+    out = capsys.readouterr().out
+    assert "100.0% correct" in out and "curate.quality.classifier=" in out
     assert load(tmp_path / "model.npz").score("The teacher that we knew found a letter.") > 0.5
-    with pytest.raises(UserError, match="has to end in"):
+    with pytest.raises(UserError, match="must end in"):
         main.run([*command, "--to=model"])
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="none: no file there"):

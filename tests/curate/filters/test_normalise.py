@@ -1,4 +1,4 @@
-"""Text is mended where it is broken, and left alone where it only looks unusual."""
+"""Broken text is repaired; text that only looks unusual stays."""
 
 # ruff: noqa: RUF001  (letters and marks of other scripts are meant)
 
@@ -33,7 +33,7 @@ from llmjax.curate.filters.normalise import normalise
         ("\n\n\n", "", {"edges": 3}),
     ],
 )
-def test_what_is_broken_is_mended_and_counted(broken, whole, counts):
+def test_broken_text_is_repaired_and_counted(broken, whole, counts):
     assert normalise(broken) == (whole, counts)
 
 
@@ -65,7 +65,7 @@ def test_choices():
     assert normalise(text, NormaliseConfig(spaces=False))[0] == "café & 5\xa0km"
 
 
-def test_mended_text_is_whole():
+def test_repaired_text_is_whole():
     broken = "cafÃ©\r\n&amp;amp;lt;\0\x07e\u0301\xa0\u200b\ud800"
     once, _ = normalise(broken)
     assert normalise(once) == (once, {})

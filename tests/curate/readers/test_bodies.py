@@ -9,7 +9,7 @@ import brotli
 import pytest
 import zstandard
 
-from llmjax.curate.readers.bodies import BadBody, decode
+from llmjax.curate.readers.bodies import BodyError, decode
 
 LIMIT = 1 << 20
 PAGE = b"<html><p>" + random.Random(0).randbytes(2000).hex().encode() + b"</html>"
@@ -71,31 +71,31 @@ def test_a_body_is_decoded_whole(body, transfer, content):
 )
 def test_a_body_that_is_cut_or_damaged_is_refused(body, coding):
     for at in (20, len(body) // 2, len(body) - 1):
-        with pytest.raises(BadBody, match="cut off"):
+        with pytest.raises(BodyError, match="cut off"):
             decode(body[:at], "", coding, LIMIT)
-    with pytest.raises(BadBody, match="damaged content encoding"):
+    with pytest.raises(BodyError, match="damaged content encoding"):
         decode(body + b"<p>more\x01", "", coding, LIMIT)
     for seed in range(20):  # damage may go unseen where a format has no check sum, but it never passes for text
         at = random.Random(seed).randrange(10, len(body) - 20)
         try:
             decode(body[:at] + random.Random(seed).randbytes(8) + body[at + 8 :], "", coding, LIMIT)
-        except BadBody as error:
+        except BodyError as error:
             assert str(error) in ("damaged content encoding", "cut off", "longer than 1 MiB")
 
 
 def test_a_second_gzip_member_that_is_damaged_refuses_the_body():
     first, second = gzip.compress(PAGE[:99]), gzip.compress(PAGE[99:])
     for broken in (second[:-9], second[:3], b"\x1f\x8b\x09" + second[3:], b"\0" + second):
-        with pytest.raises(BadBody):
+        with pytest.raises(BodyError):
             decode(first + broken, "", "gzip", LIMIT)
 
 
 def test_chunks_that_are_cut_or_damaged_are_refused():
     whole = chunked(PAGE)
     for at in (50, len(whole) // 2, len(whole) - 5):
-        with pytest.raises(BadBody, match="cut off"):
+        with pytest.raises(BodyError, match="cut off"):
             decode(whole[:at], "chunked", "", LIMIT)
-    with pytest.raises(BadBody, match="damaged chunks"):
+    with pytest.raises(BodyError, match="damaged chunks"):
         decode(whole.replace(b"\r\n64\r\n", b"\r\n\xff\xff\r\n"), "chunked", "", LIMIT)
     assert decode(PAGE, "chunked", "", LIMIT) == PAGE  # never chunked
 
@@ -117,7 +117,7 @@ def zstd_bomb(size):
 )
 def test_a_body_over_the_limit_is_refused_before_it_is_unpacked(coding, bomb):
     began = time.process_time()
-    with pytest.raises(BadBody, match="longer than 1 MiB"):
+    with pytest.raises(BodyError, match="longer than 1 MiB"):
         decode(bomb, "", coding, LIMIT)
     assert time.process_time() - began < 5  # 0.05 s were measured
 
@@ -125,12 +125,12 @@ def test_a_body_over_the_limit_is_refused_before_it_is_unpacked(coding, bomb):
 def test_a_body_just_at_the_limit_is_taken():
     for name, pack in PACKERS.items():
         assert decode(pack(PAGE), "", name, len(PAGE)) == PAGE
-        with pytest.raises(BadBody, match="longer than 0 MiB"):
+        with pytest.raises(BodyError, match="longer than 0 MiB"):
             decode(pack(PAGE), "", name, len(PAGE) - 1)
 
 
 def test_codings_that_are_unknown_or_too_many_are_refused():
-    with pytest.raises(BadBody, match="content encoding rot13"):
+    with pytest.raises(BodyError, match="content encoding rot13"):
         decode(PAGE, "", "gzip, rot13", LIMIT)
-    with pytest.raises(BadBody, match="content encoding of 6 layers"):
+    with pytest.raises(BodyError, match="content encoding of 6 layers"):
         decode(PAGE, "", "gzip," * 6, LIMIT)

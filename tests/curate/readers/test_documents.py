@@ -1,6 +1,5 @@
 """Reading: every kind of file gives its documents, whatever is wrong beside them; the rest is refused with a reason."""
 
-from encodings.aliases import aliases
 import gzip
 import json
 import random
@@ -14,9 +13,11 @@ import pytest
 import zstandard
 
 from llmjax.curate.config import InputConfig
-from llmjax.curate.readers import encodings, warc
-from llmjax.curate.readers.documents import Record, Reject, list_units, read
-from llmjax.data.readers import streams
+from llmjax.curate.readers import warc
+from llmjax.curate.readers.documents import Record, read_unit
+from llmjax.curate.readers.inputs import list_units
+from llmjax.data.readers import encodings
+from llmjax.data.readers.documents import Reject
 from llmjax.errors import UserError
 
 # ruff: noqa: RUF001 (letters of other alphabets are meant)
@@ -32,7 +33,7 @@ LEGACY = {
 
 
 def run(path, **fields):
-    return [record for unit in list_units("main", InputConfig(path=str(path), **fields)) for record in read(unit)]
+    return [record for unit in list_units("main", InputConfig(path=str(path), **fields)) for record in read_unit(unit)]
 
 
 def texts(records):
@@ -170,7 +171,7 @@ def test_html_in_a_field(tmp_path):
 
 def test_stdlib():
     units = list_units("python", InputConfig())
-    first = next(read(units[0]))
+    first = next(read_unit(units[0]))
     assert isinstance(first, Record) and first.id == "python:__future__.py"
 
 
@@ -213,7 +214,7 @@ def test_ids_are_relative_to_the_fixed_part_of_a_glob(tmp_path):
 
 
 def test_a_long_text_becomes_several_documents(tmp_path, monkeypatch):
-    monkeypatch.setattr("llmjax.curate.readers.documents.MAX_TEXT_BYTES", 100)
+    monkeypatch.setattr("llmjax.data.readers.raw_records.MAX_TEXT_BYTES", 100)
     text = "\n\n".join(f"paragraph {i}" for i in range(50))
     (tmp_path / "a.txt").write_text(text)
     found = run(tmp_path / "a.txt")
@@ -309,16 +310,27 @@ def test_a_word_of_a_megabyte(tmp_path):
     assert texts(run(tmp_path / "*")) == [word] * 3
 
 
-def test_a_record_without_end_is_refused_in_bounded_memory(tmp_path, monkeypatch):
-    for module in ("documents", "tables", "warc"):
-        monkeypatch.setattr(f"llmjax.curate.readers.{module}.MAX_RECORD", 1000)
+def test_a_record_above_the_limit_is_refused(tmp_path):
     write(tmp_path / "a.jsonl", {"text": "a"}, {"text": "x" * 5000}, {"text": "b"})
-    found = run(tmp_path / "a.jsonl")
-    assert texts(found) == ["a", "b"] and [reason for _, reason in refused(found)] == ["longer than 0 MiB"]
+    found = run(tmp_path / "a.jsonl", max_record_bytes=1000)
+    assert texts(found) == ["a", "b"]
+    assert refused(found) == [("main:a.jsonl@14", "longer than 1000 bytes (max_record_bytes)")]
     (tmp_path / "a.csv").write_text('text\na\n"' + "unclosed\n" * 500 + "\n")
-    assert texts(run(tmp_path / "a.csv"))[0] == "a" and refused(run(tmp_path / "a.csv"))[0][1] == "not CSV"
+    found = run(tmp_path / "a.csv", max_record_bytes=1000)
+    assert texts(found)[0] == "a" and refused(found)[0][1].startswith("not CSV: a quote that stays open")
     (tmp_path / "b.csv").write_text("text\na\n" + "x" * 5000 + "\nb\n")
-    assert texts(run(tmp_path / "b.csv")) == ["a", "b"] and refused(run(tmp_path / "b.csv"))[0][1] == "not CSV"
+    found = run(tmp_path / "b.csv", max_record_bytes=1000)
+    assert texts(found) == ["a", "b"] and refused(found) == [("main:b.csv:1", "not CSV: longer than 1000 bytes")]
+    (tmp_path / "a.warc").write_bytes(response(b"<p>a") + response(b"<p>" + b"x" * 5000) + response(b"<p>b"))
+    found = run(tmp_path / "a.warc", max_record_bytes=1000)
+    assert texts(found) == ["<p>a", "<p>b"] and refused(found)[0][1].startswith("longer than 1000 bytes")
+
+
+def test_csv_that_ends_inside_a_quote_loses_one_row(tmp_path):
+    write(tmp_path / "a.csv", b'id,text\n1,one\n2,"open\n3,three\n4,four\n')
+    found = run(tmp_path / "a.csv")
+    assert texts(found) == ["one", "three", "four"]
+    assert refused(found) == [("main:a.csv:1", "not CSV: the file ends inside a quote")]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl.gz", "a.csv", "a.html", "a.warc", "a.parquet", "a.txt.zst"])
@@ -339,8 +351,8 @@ def test_a_file_that_cannot_be_read_now_stops_the_command(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     units = list_units("main", InputConfig(path=str(tmp_path / "a.txt")))
     (tmp_path / "a.txt").unlink()
-    with pytest.raises(UserError, match=r"curate\.inputs\.main\.path=.*a\.txt cannot be read \(No such file"):
-        list(read(units[0]))
+    with pytest.raises(UserError, match=r"curate\.inputs\.main\.path: .*a\.txt cannot be read \(No such file"):
+        list(read_unit(units[0]))
 
 
 @pytest.mark.parametrize("suffix", ["gz", "zst"])
@@ -373,7 +385,7 @@ def test_broken_parquet(tmp_path):
     data = (tmp_path / "a.parquet").read_bytes()
     (tmp_path / "b.parquet").write_bytes(data[: len(data) // 2])
     found = run(tmp_path / "*.parquet")
-    assert len(texts(found)) == 10 and refused(found) == [("main:b.parquet:0#rest", "unreadable")]
+    assert len(texts(found)) == 10 and refused(found) == [("main:b.parquet#rest", "unreadable")]
 
 
 def test_parquet_strings_that_are_not_utf8(tmp_path):
@@ -423,44 +435,6 @@ def test_old_encodings_are_detected(tmp_path, codec):
     (tmp_path / "a.txt").write_bytes(text.encode(codec))
     (found,) = run(tmp_path / "a.txt")
     assert found.text == text and list(found.notes.values()) == [1]
-
-
-def test_a_few_bad_bytes_do_not_change_the_encoding():
-    data = "naïve café, où déjà".encode() + b" \xff " + "über".encode()
-    assert encodings.decode(data) == ("naïve café, où déjà \ufffd über", {encodings.REPLACED: 1})
-
-
-def test_a_character_of_replacement_that_was_given_is_not_counted():
-    assert encodings.decode("\ufffd é é".encode() + b"\xff") == ("\ufffd é é\ufffd", {encodings.REPLACED: 1})
-
-
-def test_utf8_is_preferred_to_a_wrong_declaration():
-    assert encodings.decode("été".encode(), "iso-8859-1") == ("été", {})
-
-
-def test_a_declaration_is_preferred_to_a_guess():
-    assert encodings.decode(b"\xe9t\xe9 " * 20, "iso-8859-5").text == "щtщ " * 20
-
-
-@pytest.mark.parametrize(
-    "declared", ["utf-9", "base64", "idna", "undefined", "unicode_escape", "utf-7", "\0", "x" * 50]
-)
-def test_a_senseless_declaration_is_passed_over(declared):
-    assert encodings.decode(b"caf\xe9", declared).text == "café"
-
-
-def test_utf16_without_a_mark():
-    assert encodings.decode("plain words".encode("utf-16-le")).text == "plain words"
-    assert encodings.decode("plain words".encode("utf-16-be")).text == "plain words"
-
-
-def test_decode_never_raises():
-    names = ["", *sorted(set(aliases.values()))]
-    for seed in range(300):
-        data = noise(seed, seed)
-        encodings.decode(data)
-        text_like = data.translate(bytes(range(32, 256)) + bytes(range(32, 64)))
-        encodings.decode(text_like, names[seed % len(names)])
 
 
 # Captured pages.
@@ -573,18 +547,6 @@ def test_files_of_shared_data_are_read(shared_data):
     assert len(texts(run(shared_data / "common-crawl-docs" / "*.jsonl.gz"))) == 10
 
 
-def test_lines_and_damage():
-    def data():
-        yield b"a\nb"
-        yield b"c\nd"
-        raise streams.Damage("why")
-
-    lines = streams.lines(data())
-    assert [next(lines) for _ in range(2)] == [(0, b"a\n"), (2, b"bc\n")]
-    with pytest.raises(streams.Damage):
-        next(lines)
-
-
 def test_a_page_without_headers_is_told_by_its_look(tmp_path):
     path = tmp_path / "a.arc"
     body = b"<html>x"
@@ -594,5 +556,5 @@ def test_a_page_without_headers_is_told_by_its_look(tmp_path):
         + body
         + b"\n"
     )
-    (page,) = warc.pages(str(path))
+    (page,) = warc.pages(str(path), 1000)
     assert isinstance(page, warc.Page) and (page.kind, page.date) == ("html", "2020-01-02T03:04:05Z")

@@ -13,8 +13,9 @@ from llmjax.curate.config import CurateConfig, InputConfig
 from llmjax.curate.document import Document
 from llmjax.curate.engine.stages import STAGES
 from llmjax.curate.readers import html
-from llmjax.curate.readers.documents import Record, list_units, read
+from llmjax.curate.readers.documents import Record, read_unit
 from llmjax.curate.readers.html import main_text
+from llmjax.curate.readers.inputs import list_units
 from llmjax.curate.readers.markup import html_of
 
 STORY = [
@@ -136,7 +137,7 @@ def test_html_in_a_field_is_extracted_and_counted_unless_the_input_says_otherwis
     page = HTML[0]
     measured = STAGES["extract"].measure(Document("a", "main", page, "auto"), CurateConfig())
     assert isinstance(measured, Document) and (measured.text, measured.kind) == ("The river had risen.", "text")
-    assert measured.scores == {"mended.text extracted from HTML in a field": 1}
+    assert measured.scores == {"repaired.text extracted from HTML in a field": 1}
     for text, kind in ((page, "text"), (TEXT[1], "auto")):
         measured = STAGES["extract"].measure(Document("a", "main", text, kind), CurateConfig())
         assert isinstance(measured, Document) and (measured.text, measured.kind, measured.scores) == (text, "text", {})
@@ -154,7 +155,7 @@ def test_no_source_of_python_is_html():
 
 def test_captured_pages_give_their_text(shared_data):
     path = shared_data / "warc" / "dolma-sample-0000.warc.gz"
-    records = [record for unit in list_units("web", InputConfig(path=str(path))) for record in read(unit)]
+    records = [record for unit in list_units("web", InputConfig(path=str(path))) for record in read_unit(unit)]
     found = [main_text(record.text, record.meta["url"]) for record in records if isinstance(record, Record)]
     assert len(found) == 24 and sum(bool(page.text) for page in found) >= 20
 

@@ -21,7 +21,7 @@ def record(body=BODY, head=b"", fields="", url="http://a/", length=None):
 
 def read(folder, *records):
     (folder / "a.warc").write_bytes(b"".join(records))
-    return list(warc.pages(str(folder / "a.warc")))
+    return list(warc.pages(str(folder / "a.warc"), 1 << 26))
 
 
 def reasons(pages):
@@ -29,7 +29,7 @@ def reasons(pages):
 
 
 def test_a_body_of_two_transfer_codings(shared_data):
-    (page,) = warc.pages(str(shared_data / "cases" / "warc" / "gzip-chunked.warc"))
+    (page,) = warc.pages(str(shared_data / "cases" / "warc" / "gzip-chunked.warc"), 1 << 26)
     assert isinstance(page, Page) and len(page.data) == 677 and page.kind == "html"
 
 

@@ -1,23 +1,12 @@
-"""Sources: every kind of file gives its documents untouched, by units that are the whole; the rest is counted."""
+"""Sources: their files in order, as units that together are the whole."""
 
-import bz2
-import gzip
 import json
-import lzma
-import random
-from typing import ClassVar
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import zstandard
 
 from llmjax.data.config import SourceConfig
-from llmjax.data.readers import documents as readers, sources
-from llmjax.data.readers.documents import Document, Reject
+from llmjax.data.readers import documents as readers, sources, streams
 from llmjax.errors import UserError
-
-ODD = "\ttab\r\nCRLF\r\n\n  two spaces  \n\u2581 \0 \u2585 é 😀"
 
 
 def read(path, **fields):
@@ -26,20 +15,7 @@ def read(path, **fields):
 
 
 def texts(records):
-    return [record.text for record in records if isinstance(record, Document)]
-
-
-def reasons(records):
-    return [record.reason for record in records if isinstance(record, Reject)]
-
-
-@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.py", "a", "a.txt.gz", "A.TXT.GZ", "a.txt.zst"])
-def test_text_comes_back_untouched(tmp_path, name):
-    data = ODD.encode()
-    data = gzip.compress(data) if name.lower().endswith(".gz") else data
-    data = zstandard.compress(data) if name.endswith(".zst") else data
-    (tmp_path / name).write_bytes(data)
-    assert texts(read(tmp_path / name)) == [ODD]
+    return [record.text for record in records if isinstance(record, readers.Document)]
 
 
 def test_glob_crosses_folders_in_order_of_names(tmp_path):
@@ -47,22 +23,6 @@ def test_glob_crosses_folders_in_order_of_names(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     assert texts(read(tmp_path / "**/*.txt")) == ["a/1.txt", "b/2.txt", "c.txt"]
-
-
-@pytest.mark.parametrize("suffix", ["", ".gz", ".GZ", ".zst"])
-def test_jsonl(tmp_path, suffix):
-    lines = "".join(json.dumps({"body": f"{i} {ODD}"}) + "\n\n" for i in range(50)).encode()
-    data = {"": bytes, ".gz": gzip.compress, ".GZ": gzip.compress, ".zst": zstandard.compress}[suffix](lines)
-    (tmp_path / f"a.jsonl{suffix}").write_bytes(data)
-    records = read(tmp_path / f"a.jsonl{suffix}", text_field="body")
-    assert texts(records) == [f"{i} {ODD}" for i in range(50)]
-    assert records[3].id.endswith(":7")  # the line
-
-
-def test_several_zstd_frames(tmp_path):
-    parts = [zstandard.compress(json.dumps({"text": f"{i}"}).encode() + b"\n") for i in range(3)]
-    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(parts))
-    assert texts(read(tmp_path / "a.jsonl.zst")) == ["0", "1", "2"]
 
 
 def test_a_large_jsonl_is_shared_by_lines(tmp_path, monkeypatch):
@@ -74,149 +34,6 @@ def test_a_large_jsonl_is_shared_by_lines(tmp_path, monkeypatch):
     assert len(units) > 20
     found = [record.text.split()[0] for unit in units for record in readers.read_unit(unit)]
     assert found == [str(i) for i in range(500)]
-
-
-def test_bad_records_are_named(tmp_path):
-    lines = [
-        b'{"text": "good"}',
-        b"\xff\xfe",
-        b"{not json",
-        b"[1, 2]",
-        b'{"other": "x"}',
-        b'{"text": 7}',
-        b'{"text": null}',
-        b'{"text": "\\ud800"}',
-        b'{"text": "  \\n"}',
-        b"[" * 100_000,
-    ]
-    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
-    records = read(tmp_path / "a.jsonl")
-    assert texts(records) == ["good"]
-    assert reasons(records) == [
-        "not UTF-8",
-        "not JSON",
-        "not a JSON object",
-        "no field 'text'",
-        "field 'text' is not a text",
-        "field 'text' is not a text",
-        "lone surrogate",
-        "empty",
-        "not JSON",
-    ]
-    assert records[2].id.endswith("a.jsonl:3") and records[2].excerpt == "{not json"
-
-
-def test_a_text_file_that_is_not_utf8_is_one_reject(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"caf\xe9 au lait")
-    (tmp_path / "b.txt").write_text("good")
-    records = read(tmp_path / "*.txt")
-    assert reasons(records) == ["not UTF-8"] and texts(records) == ["good"] and "caf" in records[0].excerpt
-
-
-PACKERS = {"gz": gzip.compress, "zst": zstandard.compress, "xz": lzma.compress, "bz2": bz2.compress}
-
-
-@pytest.mark.parametrize("suffix", PACKERS)
-def test_a_truncated_file_is_an_error_unless_accepted(tmp_path, suffix):
-    whole = b"".join(json.dumps({"text": random.Random(i).randbytes(40).hex()}).encode() + b"\n" for i in range(20000))
-    path, data = tmp_path / f"a.jsonl.{suffix}", PACKERS[suffix](whole)
-    path.write_bytes(data)
-    assert len(texts(read(path))) == 20000
-    path.write_bytes(data[: len(data) // 2])
-    with pytest.raises(UserError, match=r"a\.jsonl.*ends inside.*at byte.*accept_truncated=true"):
-        read(path)
-    records = read(path, accept_truncated=True)
-    assert reasons(records) == ["truncated"] and 2000 < len(texts(records)) < 20000
-
-
-def test_a_bomb_is_read_in_bounded_memory(tmp_path):
-    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(b" " * 200_000_000 + b'\n{"text": "x"}\n'))
-    found = read(tmp_path / "a.jsonl.zst")
-    assert texts(found) == ["x"] and isinstance(found[0], Reject) and found[0].size == 200_000_001
-
-
-@pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.jsonl.zst", "a.json.zstd", "a", "a.txt.xz"])
-@pytest.mark.parametrize("form", ["lines", "array", "element a line", "indented"])
-def test_json_is_recognised_by_its_content(tmp_path, name, form):
-    records = [{"text": f'{i} ]}}"\\ é'} for i in range(100)]
-    data = json.dumps(records, indent=1 if form == "indented" else None).encode()
-    if form == "element a line":
-        data = b"[\n" + b",\n".join(json.dumps(record).encode() for record in records) + b"\n]"
-    if form == "lines":
-        data = b"".join(json.dumps(record).encode() + b"\n" for record in records)
-    pack = {"gz": gzip.compress, "zst": zstandard.compress, "zstd": zstandard.compress, "xz": lzma.compress}
-    (tmp_path / name).write_bytes(pack.get(name.rpartition(".")[2], bytes)(b"\xef\xbb\xbf" + data))
-    assert texts(read(tmp_path / name)) == [record["text"] for record in records]
-    assert texts(read(tmp_path / name, format="text"))[0].startswith(data[:5].decode())
-
-
-def test_csv(tmp_path):
-    (tmp_path / "a.csv").write_bytes(b'\xef\xbb\xbfid,text\r1,one\r2,"two ""2"""\r3,"open\r4,four\r')
-    found = read(tmp_path / "a.csv")
-    assert texts(found) == ["one", 'two "2"', "four"] and reasons(found) == ["not CSV: the file ends inside a quote"]
-    with pytest.raises(UserError, match="has the columns id, text; name the one"):
-        read(tmp_path / "a.csv", text_field="body")
-
-
-@pytest.mark.parametrize("kind", [pa.string_view(), pa.binary_view(), pa.large_string(), pa.json_()])
-def test_parquet_types_of_text(tmp_path, kind):
-    pq.write_table(pa.table({"text": pa.array(["a", "é"], pa.string()).cast(kind)}), tmp_path / "a.parquet")
-    assert texts(read(tmp_path / "a.parquet")) == ["a", "é"]
-
-
-def test_small_inputs_that_went_wrong(shared_data):
-    folder = shared_data / "cases" / "corpora"
-    assert len(texts(read(folder / "lines.json"))) == len(texts(read(folder / "string_view.parquet"))) == 100
-    with pytest.raises(UserError, match=r"b\.jsonl\.gz is damaged"):
-        read(folder / "half-lost" / "*")
-
-
-def test_parquet(tmp_path):
-    values = [f"{i} {ODD}" for i in range(100)]
-    pq.write_table(pa.table({"text": values, "n": range(100)}), tmp_path / "a.parquet", row_group_size=7)
-    assert texts(read(tmp_path / "a.parquet")) == values
-    mixed = pa.array([b"good", None, b"\xff", b""], pa.binary())
-    pq.write_table(pa.table({"text": mixed}), tmp_path / "b.parquet")
-    assert reasons(read(tmp_path / "b.parquet")) == ["field 'text' is not a text", "not UTF-8", "empty"]
-    pq.write_table(pa.table({"text": pa.array(["x", "y", "x"]).dictionary_encode()}), tmp_path / "c.parquet")
-    assert texts(read(tmp_path / "c.parquet")) == ["x", "y", "x"]
-    (tmp_path / "d.parquet").write_bytes(b"PAR1 no")
-    with pytest.raises(UserError, match="is damaged"):
-        read(tmp_path / "d.parquet")
-
-
-@pytest.mark.parametrize(("field", "message"), [("body", "has the columns text, n"), ("n", "holds int64")])
-def test_parquet_without_the_text(tmp_path, field, message):
-    pq.write_table(pa.table({"text": ["a"], "n": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=message):
-        read(tmp_path / "a.parquet", text_field=field)
-
-
-def test_tfds_without_tensorflow(tmp_path):
-    import tensorflow_datasets as tfds
-
-    class Notes(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version("1.0.0")
-        url_infos: ClassVar = {}  # nothing to download
-
-        def _info(self):
-            return self.dataset_info_from_configs(features=tfds.features.FeaturesDict({"text": tfds.features.Text()}))
-
-        def _split_generators(self, dl_manager):
-            return {"train": self._generate_examples(40), "test": self._generate_examples(3)}
-
-        def _generate_examples(self, count):
-            for i in range(count):
-                yield i, {"text": f"{i} {ODD}"}
-
-    Notes(data_dir=tmp_path, file_format="array_record").download_and_prepare()
-    assert sorted(texts(read(f"tfds:notes@{tmp_path}"))) == sorted(f"{i} {ODD}" for i in range(40))
-    assert len(texts(read(f"tfds:notes:1.0.0:test@{tmp_path}"))) == 3
-    with pytest.raises(UserError, match="has the fields text"):
-        read(f"tfds:notes@{tmp_path}", text_field="body")
-    for path in (f"tfds:absent@{tmp_path}", f"tfds:notes:dev@{tmp_path}"):
-        with pytest.raises(UserError, match="cannot be read"):
-            read(path)
 
 
 def test_stdlib_is_its_code_without_tests():
@@ -238,20 +55,31 @@ def test_a_folder_is_answered_with_a_glob(tmp_path):
         read(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["para\n\n" * 500, "para\r\n\r\n" * 500, "line\n" * 500, "é" * 2000, "x", "\n" * 900])
-def test_parts_are_the_whole(text):
-    data = text.encode()
-    parts = list(readers.cut_at_blank_lines([data], 100))
-    assert b"".join(parts) == data
-    assert all(100 <= len(part) <= 200 for part in parts[:-1])
-    assert "".join(part.decode() for part in parts) == text
-    if "para" in text:
-        assert all(part.startswith(b"para") and part.endswith(b"\n") for part in parts)
+def test_files_are_described_by_how_they_are_read(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.json").write_text('{"text": "x"}\n')
+    (tmp_path / "c.jsonl").write_text('{"text": "x"}\n')
+    units = sources.list_units("main", SourceConfig(path=f"{tmp_path}/*"))
+    assert sources.describe_formats(units) == "reads files: 2 as JSON lines, 1 as text"
 
 
-def test_a_huge_text_file_becomes_documents_of_bounded_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "MAX_TEXT_BYTES", 1000)
-    text = "".join(f"paragraph {i} é\n\n" for i in range(1000))
-    (tmp_path / "a.txt").write_text(text)
-    found = texts(read(tmp_path / "a.txt"))
-    assert "".join(found) == text and len(found) > 5 and max(map(len, found)) <= 2000
+def test_spans_of_one_long_line_are_searched_once(tmp_path, monkeypatch):
+    """Each span stops at its end: all together read the file once, not each of them up to the end of the line."""
+    monkeypatch.setattr(sources, "MIN_UNIT_BYTES", 1000)
+    monkeypatch.setattr("llmjax.data.readers.streams.BLOCK_BYTES", 100)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "a"}\n{"text": "' + b"x" * 100_000 + b'"}\n{"text": "b"}\n')
+    blocks, num_bytes = streams.blocks, 0
+
+    def count(*arguments):
+        nonlocal num_bytes
+        for block in blocks(*arguments):
+            num_bytes += len(block)
+            yield block
+
+    monkeypatch.setattr(streams, "blocks", count)
+    units = sources.list_units("main", SourceConfig(path=str(path), max_record_bytes=5000))
+    assert len(units) > 50
+    found = [record for unit in units for record in readers.read_unit(unit)]
+    assert texts(found) == ["a", "b"] and len(found) == 3
+    assert num_bytes < 3 * path.stat().st_size

@@ -50,7 +50,7 @@ SURROGATES = "lone surrogates replaced"
 
 
 class Decoded(NamedTuple):
-    """Text and what was mended on the way, by name; `text` is None where the bytes are no text at all."""
+    """Text, and what was repaired: name -> count; `text` is None if the bytes are no text at all."""
 
     text: str | None
     notes: dict[str, int]
@@ -121,7 +121,7 @@ def declared_in_header(content_type: str) -> str:
     return found[1] if found else ""
 
 
-def mend_surrogates(text: str) -> Decoded:
+def replace_surrogates(text: str) -> Decoded:
     """The text with lone surrogates, which no encoding can hold, replaced by U+FFFD."""
     try:
         text.encode()
@@ -129,8 +129,8 @@ def mend_surrogates(text: str) -> Decoded:
     except UnicodeEncodeError:
         # A pair that was escaped as two characters is one.
         joined = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
-        mended, count = _SURROGATE.subn("\ufffd", joined)
-        return Decoded(mended, {SURROGATES: count} if count else {})
+        repaired, count = _SURROGATE.subn("\ufffd", joined)
+        return Decoded(repaired, {SURROGATES: count} if count else {})
 
 
 def is_wide(head: bytes) -> bool:
@@ -144,7 +144,7 @@ def as_utf8(data: Iterator[bytes]) -> tuple[Iterator[bytes], dict[str, int]]:
         first = next(data, b"")
         while 0 < len(first) < 4 and (more := next(data, b"")):
             first += more
-    except streams.Damage as damage:
+    except streams.DamageError as damage:
         return _fail(damage), {}
     for mark, name in _MARKS[1:]:
         if first.startswith(mark):

@@ -1,0 +1,42 @@
+"""The format of a file by its content, and by its name where the content leaves it open."""
+
+import gzip
+
+import pytest
+
+from llmjax.data.readers import formats
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "prepared", "curated"),
+    [
+        ("a.json", b'{"text": "x"}\n{"text": "y"}\n', "jsonl", "jsonl"),
+        ("a.txt", b'{"text": "x"}\n{"text": "y"}\n', "jsonl", "jsonl"),
+        ("a", b'[{"text": "x"}]', "json", "json"),
+        ("a.json", b'{\n "text": "x"\n}', "json", "json"),
+        ("a.md", b"[link](x) {y}\n", "text", "text"),
+        ("a.csv", b"a,b\n", "csv", "csv"),
+        ("a.tsv", b"a\tb\n", "tsv", "tsv"),
+        ("a", b"PAR1....", "parquet", "parquet"),
+        ("a.pq", b"", "parquet", "parquet"),
+        ("a.html", b"<p>x", "text", "html"),
+        ("a", b"WARC/1.0\r\n", "text", "warc"),
+        ("a", b"filedesc://x 0.0.0.0", "text", "warc"),
+        ("a.wet", b"", "text", "warc"),
+        ("a", b"", "text", "text"),
+    ],
+)
+@pytest.mark.parametrize("is_compressed", [False, True])
+def test_detection(tmp_path, name, data, prepared, curated, is_compressed):
+    path = tmp_path / (f"{name}.gz" if is_compressed else name)
+    path.write_bytes(gzip.compress(data) if is_compressed else data)
+    assert formats.detect(str(path)) == prepared
+    assert formats.detect(str(path), formats.CURATE_FORMATS) == curated
+
+
+def test_a_byte_order_mark_is_not_text():
+    for size in (1, 2, 3, 9):
+        data = b"\xef\xbb\xbfab"
+        blocks = (data[at : at + size] for at in range(0, len(data), size))
+        assert b"".join(formats.without_bom(blocks)) == b"ab"
+    assert b"".join(formats.without_bom(iter([b"\xef"]))) == b"\xef"
