@@ -1,4 +1,4 @@
-"""BERT (Devlin et al., 2018, arXiv 1810.04805) in its two published sizes, and a tiny one of the same make.
+"""BERT (Devlin et al., 2018, arXiv 1810.04805) in its two published sizes, and a tiny one of the same architecture.
 
 llmjax train --config=bert --workdir=runs/bert
 llmjax fill --workdir=runs/bert --text='import [MASK] as np'
@@ -16,15 +16,14 @@ SIZES = {
     "large": (24, 1024, 16, 0.1),
 }
 
-# Of the hidden tokens of the validation split; always the commonest one would be right in 3%.
+# On the masked tokens of the validation split, where the majority-class baseline is 3%.
 EXPECTED_SCORE = {"tiny": ("accuracy", 0.12)}
 
 
 def get_config(size: str = "tiny") -> ConfigDict:
-    """Model and recipe as published (appendix A.2), but for the second task, next-sentence prediction, which later work
-    found to be of no use (Liu et al., 2019, arXiv 1907.11692). Tiny reads the standard library in a few minutes, and
-    only begins to find out what its learned positions are good for; configs/modernbert.py, with rotary ones, is past
-    that."""
+    """Model and recipe as published (appendix A.2), but without next-sentence prediction, which later work found
+    unhelpful (Liu et al., 2019, arXiv 1907.11692). Tiny reads the standard library in a few minutes. That is too short
+    to learn positions well; configs/modernbert.py, with rotary ones, scores better."""
     if size not in SIZES:
         raise UserError(f"--config=bert:{size}: no such size; choose one of {', '.join(SIZES)}")
     layers, embed, heads, dropout = SIZES[size]
@@ -41,10 +40,10 @@ def get_config(size: str = "tiny") -> ConfigDict:
         norm_eps=1e-12,
         positions="learned",
         max_positions=512,
-        types=2,
+        token_types=2,
         biases="all",
         dropout=dropout,
-        scan=not tiny,  # so short a stack is compiled as quickly unrolled, and runs faster that way
+        scan=not tiny,  # a short stack compiles as fast unrolled, and runs faster
         dtype="float32" if tiny else "bfloat16",
         remat="none" if tiny else "attention",
     )

@@ -17,12 +17,12 @@ SIZES = {
     "16B": (27, 1, 2048, 16, 128, 64, 512, 0, 11264, 64, 2, 6, 1408, 1, 1, 2.446, 5e4),
     "671B": (61, 3, 7168, 128, 128, 64, 512, 1536, 18432, 256, 1, 8, 2048, 8, 4, 2.5, 1e4),
 }
-# size -> what it reaches on the validation split of the standard library, which `make recipes` asserts
+# size -> score on the validation split of the standard library, which `make recipes` checks
 EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.99)}
 
 
 def get_config(size: str = "tiny") -> ConfigDict:
-    """The shapes as published, with the paper's balance: by a bias, and a loss of rows that is all but nothing."""
+    """The shapes as published, with load balance as in the paper: by a bias, and by a very small loss per row."""
     if size not in SIZES:
         raise UserError(f"--config=deepseek:{size}: no such size; choose one of {', '.join(SIZES)}")
     layers, dense, embed, heads, head_dim, rope_dim, latent, query, mlp, *rest = SIZES[size]

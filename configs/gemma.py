@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from llmjax.errors import UserError
 
-# generation, layers, embed, heads, kv heads, head width, mlp, window, number that scores are divided by the root of,
+# generation, layers, embed, heads, kv heads, head width, mlp, window, number whose root divides the scores,
 # tensor axis, sequence length
 SIZES = {
     "tiny": (3, 6, 160, 4, 1, 40, 448, 64, 40, 1, 256),
@@ -26,8 +26,8 @@ EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.88)}
 
 
 def get_config(size: str = "tiny") -> ConfigDict:
-    """The language models' shapes as published, without the later stretching of the rotary frequencies to longer
-    contexts. Recipes were not published; this is Llama's."""
+    """The language models' shapes as published, without the later extension of the rotary frequencies to longer
+    contexts. No recipe was published; this is Llama's."""
     if size not in SIZES:
         raise UserError(f"--config=gemma:{size}: no such size; choose one of {', '.join(SIZES)}")
     generation, layers, embed, heads, kv_heads, head_dim, mlp, window, scalar, tensor, seq_len = SIZES[size]
@@ -52,9 +52,9 @@ def get_config(size: str = "tiny") -> ConfigDict:
         remat="attention",
     )
     if generation == 2:
-        c.model.update(pattern="lg", score_softcap=50.0, logit_softcap=30.0)
+        c.model.update(attention_pattern="lg", score_softcap=50.0, logit_softcap=30.0)
     else:
-        c.model.update(pattern="lllllg", qk_norm="head", rope_base=1e6, rope_local_base=1e4)
+        c.model.update(attention_pattern="lllllg", qk_norm="head", rope_base=1e6, rope_local_base=1e4)
     c.data = dict(seq_len=seq_len, sources=dict(main=dict(path="")))
     c.train = dict(steps=100_000, global_batch=512)
     c.optimizer = dict(name="adamw", learning_rate=3e-4, schedule="cosine", warmup_steps=2_000, weight_decay=0.1)

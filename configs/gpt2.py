@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al., 2019) in its four published sizes, and a tiny one of the same make.
+"""GPT-2 (Radford et al., 2019) in its four published sizes, and a tiny one of the same architecture.
 
 llmjax train --config=gpt2 --workdir=runs/gpt2
 llmjax train --config=gpt2:124M --workdir=runs/gpt2 --config.data.sources.main.path='/my/texts/**/*.txt'
@@ -17,7 +17,7 @@ SIZES = {
     "1.5B": (48, 1600, 25, 2e-4),
 }
 
-# Of the validation documents. Learned positions take longer to be of use than rotary ones, hence more steps.
+# On the validation documents. Learned positions need more steps than rotary ones.
 EXPECTED_SCORE = {"tiny": ("bits_per_byte", 2.11)}
 
 

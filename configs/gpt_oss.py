@@ -1,4 +1,4 @@
-"""gpt-oss 20B and 120B (OpenAI, 2025, arXiv 2508.10925), and a tiny one of the same make.
+"""gpt-oss 20B and 120B (OpenAI, 2025, arXiv 2508.10925), and a tiny one of the same architecture.
 
 llmjax train --config=gpt_oss --workdir=runs/gpt_oss
 llmjax train --config=gpt_oss:20B --workdir=runs/gpt_oss --config.data.sources.main.path='/my/texts/**/*.txt'
@@ -19,8 +19,8 @@ EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.96)}
 
 
 def get_config(size: str = "tiny") -> ConfigDict:
-    """The shapes as published, without the later stretching of the rotary frequencies to longer contexts: windows in
-    every other layer, sinks, biases everywhere, 4 experts for each token. Recipes were not; this is Llama's."""
+    """The shapes as published, without the later extension of the rotary frequencies to longer contexts: windows in
+    every other layer, sinks, biases everywhere, 4 experts for each token. No recipe was published; this is Llama's."""
     if size not in SIZES:
         raise UserError(f"--config=gpt_oss:{size}: no such size; choose one of {', '.join(SIZES)}")
     layers, embed, heads, kv_heads, head_dim, window, experts, mlp, seq_len = SIZES[size]
@@ -33,7 +33,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         window=window,
-        pattern="lg",
+        attention_pattern="lg",
         attention_sinks=True,
         biases="all",
         num_experts=experts,

@@ -1,4 +1,4 @@
-"""Llama 3 (Llama Team, 2024, arXiv 2407.21783) from 1B to 405B, and a tiny one of the same make.
+"""Llama 3 (Llama Team, 2024, arXiv 2407.21783) from 1B to 405B, and a tiny one of the same architecture.
 
 llmjax train --config=llama --workdir=runs/llama
 llmjax train --config=llama:1B --workdir=runs/llama --config.data.sources.main.path='/my/texts/**/*.txt'
@@ -22,7 +22,7 @@ EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.97)}
 
 
 def get_config(size: str = "tiny") -> ConfigDict:
-    """The shapes as published, without the later stretching of the rotary frequencies to longer contexts."""
+    """The shapes as published, without the later extension of the rotary frequencies to longer contexts."""
     if size not in SIZES:
         raise UserError(f"--config=llama:{size}: no such size; choose one of {', '.join(SIZES)}")
     layers, embed, heads, kv_heads, mlp, tied, tensor, seq_len, batch, learning_rate = SIZES[size]

@@ -1,4 +1,4 @@
-"""Mistral 7B (Jiang et al., 2023, arXiv 2310.06825) and NeMo 12B, and a tiny one of the same make.
+"""Mistral 7B (Jiang et al., 2023, arXiv 2310.06825) and NeMo 12B, and a tiny one of the same architecture.
 
 llmjax train --config=mistral --workdir=runs/mistral
 llmjax train --config=mistral:7B --workdir=runs/mistral --config.data.sources.main.path='/my/texts/**/*.txt'
@@ -19,7 +19,7 @@ EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.93)}
 
 
 def get_config(size: str = "tiny") -> ConfigDict:
-    """The shapes as published: Llama's, with a window in every layer of the 7B. Recipes were not; this is Llama's."""
+    """Llama's shapes with a window in every layer of the 7B, as published. No recipe was published; this is Llama's."""
     if size not in SIZES:
         raise UserError(f"--config=mistral:{size}: no such size; choose one of {', '.join(SIZES)}")
     layers, embed, heads, kv_heads, head_dim, mlp, window, base, seq_len = SIZES[size]
@@ -33,7 +33,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
         head_dim=head_dim,
         mlp=mlp,
         window=window,
-        pattern="l",
+        attention_pattern="l",
         rope_base=base,
         tie_embeddings=size == "tiny",
         dtype="bfloat16",

@@ -1,4 +1,4 @@
-r"""Mixtral 8x7B and 8x22B (Jiang et al., 2024, arXiv 2401.04088), and a tiny one of the same make.
+r"""Mixtral 8x7B and 8x22B (Jiang et al., 2024, arXiv 2401.04088), and a tiny one of the same architecture.
 
 llmjax train --config=mixtral --workdir=runs/mixtral
 llmjax train --config=mixtral:8x7B --workdir=runs/mixtral \
@@ -15,12 +15,12 @@ SIZES = {
     "8x7B": (32, 4096, 32, 8, 128, 14336, 8192),
     "8x22B": (56, 6144, 48, 8, 128, 16384, 8192),
 }
-# size -> what it reaches on the validation split of the standard library, which `make recipes` asserts
+# size -> score on the validation split of the standard library, which `make recipes` checks
 EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.96)}
 
 
 def get_config(size: str = "tiny") -> ConfigDict:
-    """The shapes as published: 8 experts a layer, 2 for each token. Recipes were not; this is Llama's."""
+    """The shapes as published: 8 experts a layer, 2 for each token. No recipe was published; this is Llama's."""
     if size not in SIZES:
         raise UserError(f"--config=mixtral:{size}: no such size; choose one of {', '.join(SIZES)}")
     layers, embed, heads, kv_heads, head_dim, mlp, seq_len = SIZES[size]

@@ -23,7 +23,7 @@ EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.89)}
 
 
 def get_config(size: str = "tiny") -> ConfigDict:
-    """Shapes and pretraining recipes as published, without the later stretching of the rotary frequencies to longer
+    """Shapes and pretraining recipes as published, without the later extension of the rotary frequencies to longer
     contexts; norms inside the residual, one norm over all queries and one over all keys of a layer."""
     if size not in SIZES:
         raise UserError(f"--config=olmo:{size}: no such size; choose one of {', '.join(SIZES)}")
@@ -45,7 +45,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
         remat="attention",
     )
     if generation == 3:
-        c.model.update(window=4096, pattern="lllg")
+        c.model.update(window=4096, attention_pattern="lllg")
     c.data = dict(seq_len=seq_len, sources=dict(main=dict(path="")))
     c.train = dict(steps=100_000, global_batch=batch, z_loss=1e-5)
     c.optimizer = dict(

@@ -10,13 +10,14 @@ EXPECTED_SCORE = {"": ("bits_per_byte", 1.97)}
 
 
 def get_config() -> ConfigDict:
+    """A decoder of 2.5 million parameters; its validation score is EXPECTED_SCORE."""
     c = ConfigDict()
     c.data = dict(
         sources=dict(python=dict(path="stdlib:")),
         tokenizer=dict(kind="sentencepiece", algorithm="bpe", vocab_size=4096),
         seq_len=256,
     )
-    # So short a stack is compiled as quickly unrolled, and runs faster that way.
+    # A short stack compiles as fast unrolled, and runs faster.
     c.model = dict(num_layers=4, embed=192, num_heads=6, mlp=512, tie_embeddings=True, scan=False)
     c.optimizer = dict(name="adamw", learning_rate=3e-3, schedule="wsd", decay_fraction=0.4, end_fraction=0.02)
     c.train = dict(steps=600, global_batch=8, log_every=20)

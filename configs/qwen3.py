@@ -1,4 +1,4 @@
-"""Qwen3 (Qwen Team, 2025, arXiv 2505.09388), the dense ones from 0.6B to 32B, and a tiny one of the same make.
+"""Qwen3 (Qwen Team, 2025, arXiv 2505.09388), the dense ones from 0.6B to 32B, and a tiny one of the same architecture.
 
 llmjax train --config=qwen3 --workdir=runs/qwen3
 llmjax train --config=qwen3:0.6B --workdir=runs/qwen3 --config.data.sources.main.path='/my/texts/**/*.txt'
@@ -23,7 +23,7 @@ EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.95)}
 
 
 def get_config(size: str = "tiny") -> ConfigDict:
-    """The shapes as published: queries and keys normed head by head. Recipes were not; this is Llama's."""
+    """The shapes as published: queries and keys normed head by head. No recipe was published; this is Llama's."""
     if size not in SIZES:
         raise UserError(f"--config=qwen3:{size}: no such size; choose one of {', '.join(SIZES)}")
     layers, embed, heads, kv_heads, head_dim, mlp, tied, tensor, seq_len = SIZES[size]

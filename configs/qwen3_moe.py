@@ -1,4 +1,4 @@
-r"""Qwen3 with experts (Qwen Team, 2025, arXiv 2505.09388), 30B and 235B, and a tiny one of the same make.
+r"""Qwen3 with experts (Qwen Team, 2025, arXiv 2505.09388), 30B and 235B, and a tiny one of the same architecture.
 
 llmjax train --config=qwen3_moe --workdir=runs/qwen3_moe
 llmjax train --config=qwen3_moe:30B --workdir=runs/qwen3_moe \

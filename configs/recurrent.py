@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from llmjax.errors import UserError
 
-# what differs in the model, sequence length, sequences a step, peak learning rate
+# model fields, sequence length, sequences a step, peak learning rate
 SIZES: dict[str, tuple[dict[str, Any], int, int, float]] = {
     "lstm": (dict(cell="lstm", embed=256, hidden=384), 256, 8, 6e-3),
     "gru": (dict(cell="gru", embed=256, hidden=448), 256, 8, 6e-3),
@@ -23,11 +23,11 @@ SIZES: dict[str, tuple[dict[str, Any], int, int, float]] = {
         4e-3,
     ),
     # the large model of Zaremba et al., 2014, arXiv 1409.2329, with AdamW in place of their SGD
-    "zaremba": (dict(cell="lstm", embed=1500, norm="none", residual="none", dropout=0.65), 256, 32, 1e-3),
-    # Hawk of De et al., 2024, arXiv 2402.19427. Theirs: widths and depth (table 2: 2048, 2560, 24, and an mlp of
-    # 3 x 2048), the 16 blocks of each gate (section 4.1), the shared embedding (2), AdamW and rows of 2048 (3.1).
-    # Ours, as they print none: rows in a step, steps, rates. They fold the recurrence token by token in a kernel of
-    # their own, as they found an associative scan slower on a TPU v3.
+    "zaremba": (dict(cell="lstm", embed=1500, norm="none", residual=False, dropout=0.65), 256, 32, 1e-3),
+    # Hawk of De et al., 2024, arXiv 2402.19427. From the paper: widths and depth (table 2: 2048, 2560, 24, and an mlp
+    # of 3 x 2048), the 16 blocks of each gate (section 4.1), the shared embedding (2), AdamW and rows of 2048 (3.1).
+    # Not in the paper: rows in a step, steps, rates. The authors compute the recurrence token by token in their own
+    # kernel, because an associative scan was slower on a TPU v3.
     "hawk-1.3B": (
         dict(
             cell="rglru",
@@ -57,7 +57,7 @@ EXPECTED_SCORE = {
 
 def get_config(size: str = "lstm") -> ConfigDict:
     """lstm, gru, rnn and rglru read the standard library for 600 steps, a few minutes on two cores, to the bits per
-    byte of its validation documents that EXPECTED_SCORE bounds. The published shapes want a text of their own."""
+    byte of its validation documents that EXPECTED_SCORE bounds. The published shapes need your own text."""
     if size not in SIZES:
         raise UserError(f"--config=recurrent:{size}: no such size; choose one of {', '.join(SIZES)}")
     model, seq_len, batch, learning_rate = SIZES[size]
@@ -76,7 +76,7 @@ def get_config(size: str = "lstm") -> ConfigDict:
         tokenizer=dict(kind="sentencepiece", algorithm="bpe", vocab_size=4096),
         seq_len=seq_len,
     )
-    # So short a stack is compiled as quickly unrolled, and four tokens at a time spare the loop's overhead.
+    # A short stack compiles as fast unrolled. Four tokens per iteration reduce the overhead of the loop.
     c.model.update(tie_embeddings=True, scan=False, unroll=1 if size == "rglru" else 4)
     c.optimizer = dict(name="adamw", learning_rate=learning_rate, schedule="wsd", decay_fraction=0.4, end_fraction=0.02)
     c.train = dict(steps=600, global_batch=batch, log_every=20)

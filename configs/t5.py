@@ -18,13 +18,13 @@ SIZES = {
     "xxl": (24, 4096, 64, 64, 10240),
 }
 
-# What a size without texts of its own comes to on its validation split; sentinels, a quarter of the targets, included.
+# On the validation split of the standard library, including sentinels, which are a quarter of the targets.
 EXPECTED_SCORE = {"tiny": ("accuracy", 0.25)}
 
 
 def get_config(size: str = "tiny") -> ConfigDict:
-    """The published models and the paper's baseline recipe (Adafactor, 2^19 steps of 128 rows), or "tiny": half of its
-    text is hidden, where T5 hides 15%, as so few tokens then hold four times as many to learn from."""
+    """The published models and the paper's baseline recipe (Adafactor, 2^19 steps of 128 rows), or "tiny", in which
+    half of the text is masked instead of 15%, so that a small corpus has more targets."""
     if size not in SIZES:
         raise UserError(f"--config=t5:{size}: no such size; choose one of {', '.join(SIZES)}")
     layers, embed, heads, head_dim, mlp = SIZES[size]

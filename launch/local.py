@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Several processes on this machine as one job: for tests, for trying out a mesh, for one process per accelerator."""
+"""Run several processes on this machine as one job: for tests, to try a mesh, or one process per accelerator."""
 
 import argparse
 import contextlib
@@ -15,26 +15,27 @@ import threading
 import time
 from typing import NoReturn
 
-BAD_INPUT, PREEMPTED = 78, 85  # the two exit statuses that decide about a restart
-STOPPED = (129, 130, 143)  # by SIGHUP, Ctrl-C or SIGTERM outside the steps of training
-KNOWN = (75, 76, BAD_INPUT, PREEMPTED, *STOPPED)
+BAD_INPUT, PREEMPTED = 78, 85  # exit statuses that decide about a restart
+STOPPED = (129, 130, 143)  # by SIGHUP, Ctrl-C or SIGTERM outside the training loop
+REASONS = (75, 76, BAD_INPUT, PREEMPTED, *STOPPED)  # exit statuses that name a reason
 
 HELP = """\
 Runs a command as one job of several processes on this machine:
 
   launch/local.py --processes=2 --devices=4 -- llmjax train --config=configs/quickstart.py --workdir=runs/two
 
-Every process gets LLMJAX_COORDINATOR, LLMJAX_NUM_PROCESSES and LLMJAX_PROCESS_ID; its lines are marked [p0], [p1], ...
-With --devices=M each emulates M CPU devices (JAX_PLATFORMS=cpu), so that 2 x 4 acts as a mesh of 8.
-SIGTERM, SIGHUP and Ctrl-C go to all processes as SIGTERM, and they save and end with 85; what still runs after the
-grace is killed. A second one kills them at once, and what was not saved is lost.
-When one process fails, the others are ended too. The exit status is that of the first that failed with a reason
-(75 hang, 76 diverged, 78 bad input, 85 stopped on request and saved, 143 stopped with nothing to save), else of the
-first that crashed; 0 when all are done.
+Every process gets LLMJAX_COORDINATOR, LLMJAX_NUM_PROCESSES and LLMJAX_PROCESS_ID; its lines begin with [p0], [p1], ...
+With --devices=M each process emulates M CPU devices (JAX_PLATFORMS=cpu), so that 2 x 4 devices form a mesh of 8.
+SIGTERM, SIGHUP and Ctrl-C are sent to all processes as SIGTERM: they save a checkpoint and exit with 85. Processes
+that still run after --grace seconds are killed. A second signal kills them at once, and unsaved steps are lost.
+When one process fails, the others are stopped too. The exit status is that of the first process that failed with a
+reason (75 hang, 76 diverged, 78 bad input, 85 stopped and saved, 143 stopped with nothing to save), else that of the
+first process that crashed; 0 when all succeeded.
 """
 
 
 def main() -> int:
+    """Run the job, restart it as --restarts says, and return its exit status."""
     options = parse(sys.argv[1:])
     stop = threading.Event()
     restarts, pause = options.restarts, 1.0
@@ -45,23 +46,25 @@ def main() -> int:
             return status
         restarts -= 1
         if status != PREEMPTED:
-            say(f"exit status {status}: starting again in {pause:g} s, {restarts} restarts left")
+            log(f"exit status {status}: starting again in {pause:g} s, {restarts} restarts left")
             if stop.wait(pause):
                 return status
             pause = min(2 * pause, 60.0)
         else:
-            say(f"stopped on request: starting again, {restarts} restarts left")
+            log(f"stopped on request: starting again, {restarts} restarts left")
 
 
 class Parser(argparse.ArgumentParser):
     """argparse, but a bad flag is one line and status 78, as it is for llmjax."""
 
     def error(self, message: str) -> NoReturn:
+        """Print the error and exit."""
         print(f"launch/local.py: error: {message}; see launch/local.py --help", file=sys.stderr)
         sys.exit(BAD_INPUT)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
+    """The options, with `command` as the list of what every process runs."""
     parser = Parser(
         prog="launch/local.py",
         usage="launch/local.py --processes=N [--devices=M] [options] -- COMMAND ...",
@@ -75,7 +78,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         type=count,
         default=0,
         metavar="R",
-        help="start the job again up to R times: at once after 85, with a growing pause after a crash, never after 78",
+        help="restart the job up to R times: at once after 85, after a growing pause after a crash, never after 78",
     )
     parser.add_argument(
         "--grace", type=seconds, default=30.0, metavar="S", help="seconds from SIGTERM to SIGKILL (default 30)"
@@ -91,18 +94,21 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def positive(text: str) -> int:
+    """The type of a flag: an integer above 0."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer above 0")
     return int(text)
 
 
 def count(text: str) -> int:
+    """The type of a flag: an integer."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer")
     return int(text)
 
 
 def seconds(text: str) -> float:
+    """The type of a flag: a duration in seconds."""
     try:
         value = float(text)
     except ValueError:
@@ -121,12 +127,14 @@ def resolve(command: str) -> str:
     return shutil.which(command) or command
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
+    """Print a line of the launcher."""
     with contextlib.suppress(OSError):  # the terminal is gone
         print(f"[local] {line}", flush=True)
 
 
 def free_port() -> int:
+    """A port on which no program listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -141,7 +149,7 @@ class Job:
         self.deadline: float | None = None
 
     def run(self) -> int:
-        """Start, wait, end. Returns 0 or the status that tells most: a known one rather than the crashes it caused."""
+        """Run the job to its end. Returns 0, the first exit status with a reason, or else the first of a crash."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 signal.signal(number, self._forward)
@@ -150,17 +158,17 @@ class Job:
         try:
             for index in range(self.options.processes):
                 self.processes.append(self._start(index, coordinator))
-                readers.append(threading.Thread(target=self._mark, args=(index,), daemon=True))
+                readers.append(threading.Thread(target=self._print_lines, args=(index,), daemon=True))
                 readers[-1].start()
-            if self.stop.is_set():  # asked while they were being started
+            if self.stop.is_set():  # a signal arrived while they were being started
                 self._signal(signal.SIGTERM)
-            waiting = dict(enumerate(self.processes))
-            while waiting:
-                for index in [index for index, process in waiting.items() if process.poll() is not None]:
-                    status = exit_status(waiting.pop(index).returncode)
+            running = dict(enumerate(self.processes))
+            while running:
+                for index in [index for index, process in running.items() if process.poll() is not None]:
+                    status = exit_status(running.pop(index).returncode)
                     if status:
                         failed.append(status)
-                        self._end_soon(index, status, len(waiting))
+                        self._set_deadline(index, status, len(running))
                 if self.deadline is not None and time.monotonic() > self.deadline:
                     self._signal(signal.SIGKILL)
                 time.sleep(0.02)
@@ -168,7 +176,7 @@ class Job:
             self._signal(signal.SIGKILL)
             for reader in readers:
                 reader.join(timeout=5)
-        return next((status for status in failed if status in KNOWN), failed[0] if failed else 0)
+        return next((status for status in failed if status in REASONS), failed[0] if failed else 0)
 
     def _start(self, index: int, coordinator: str) -> subprocess.Popen:
         environment = {
@@ -183,7 +191,7 @@ class Job:
         if self.options.devices:
             environment |= {"LLMJAX_CPU_DEVICES": str(self.options.devices), "JAX_PLATFORMS": "cpu"}
         try:
-            # A session of its own: Ctrl-C reaches the processes once, through us.
+            # In a new session, Ctrl-C reaches the processes once, through this launcher.
             return subprocess.Popen(
                 self.options.command,
                 env=environment,
@@ -196,29 +204,29 @@ class Job:
             print(f"launch/local.py: error: cannot run {self.options.command[0]}: {error.strerror}", file=sys.stderr)
             raise SystemExit(BAD_INPUT) from None
 
-    def _mark(self, index: int) -> None:
-        """Pass a process's lines on, marked with its number."""
+    def _print_lines(self, index: int) -> None:
+        """Print a process's lines, marked with its index."""
         stream = self.processes[index].stdout
         assert stream is not None
         for line in stream:
-            with contextlib.suppress(OSError):  # the terminal may be gone; what is not read would block the process
+            with contextlib.suppress(OSError):  # the terminal may be gone; unread output would block the process
                 sys.stdout.write(f"[p{index}] {line.decode(errors='replace').rstrip()}\n")
                 sys.stdout.flush()
 
     def _forward(self, number: int, frame) -> None:
         if self.stop.is_set():
             with contextlib.suppress(OSError):
-                os.write(1, b"[local] asked twice: killing all processes; steps since the last checkpoint are lost\n")
+                os.write(1, b"[local] second signal: killing all processes; steps since the last checkpoint are lost\n")
             self._signal(signal.SIGKILL)
         self.stop.set()
         self._signal(signal.SIGTERM)
         self.deadline = time.monotonic() + self.options.grace
 
-    def _end_soon(self, index: int, status: int, left: int) -> None:
-        """After one process's failure: the others notice by themselves within seconds, or are ended."""
-        if left and self.deadline is None:
+    def _set_deadline(self, index: int, status: int, running: int) -> None:
+        """After a process failed, give the others some seconds to notice by themselves."""
+        if running and self.deadline is None:
             seconds = min(self.options.grace, 10.0)
-            say(f"process {index} ended with {status}; the other {left} get {seconds:g} s")
+            log(f"process {index} ended with {status}; the other {running} get {seconds:g} s")
             self.deadline = time.monotonic() + seconds
 
     def _signal(self, number: int) -> None:
@@ -229,7 +237,7 @@ class Job:
 
 
 def exit_status(code: int) -> int:
-    """A shell's view of an exit: 128 + signal for a process that a signal ended."""
+    """The exit status as a shell shows it: 128 + signal for a process that a signal ended."""
     return 128 - code if code < 0 else code
 
 

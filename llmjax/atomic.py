@@ -20,9 +20,9 @@ def is_remote(path: epath.PathLike) -> bool:
 
 @contextlib.contextmanager
 def atomic_write(path: epath.PathLike) -> Iterator[BinaryIO]:
-    """A local file to write and read, which gets its name when it is complete and on disk.
+    """A local file to write and read, which is renamed to `path` when it is complete and on disk.
 
-    The folder is created. After an error nothing is left. An OSError, such as that of a full disk, names `path`.
+    The folder is created. An error leaves no file. An OSError, such as that of a full disk, names `path`.
     """
     path = pathlib.Path(path)
     partial = path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:8]}")
@@ -43,7 +43,7 @@ def atomic_write(path: epath.PathLike) -> Iterator[BinaryIO]:
 
 
 class AppendFile:
-    """A local file that is appended to without a buffer, so that nothing is left to be written when a write fails.
+    """Appends to a local file without a buffer, so that no data remain unwritten when a write fails.
 
     Raises OSError naming the file, such as that of a full disk.
     """
@@ -53,6 +53,7 @@ class AppendFile:
         self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (open until `close`)
 
     def write(self, data: bytes) -> None:
+        """Append all of `data`."""
         try:
             while data:
                 data = data[self._file.write(data) :]
@@ -61,17 +62,18 @@ class AppendFile:
             raise
 
     def sync(self) -> None:
-        """Have the data on disk."""
+        """Write the data to disk."""
         os.fsync(self._file.fileno())
 
     def is_in_place(self) -> bool:
-        """Whether the file still has its name: it was neither removed, renamed nor replaced."""
+        """Whether the file still has its path: it was neither removed, renamed nor replaced."""
         try:
             return os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
         except FileNotFoundError:
             return False
 
     def close(self) -> None:
+        """Close the file; the system writes the data to disk later, unless `sync` did."""
         self._file.close()
 
 
@@ -85,6 +87,6 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
 
 
 def remove_partial(folder: pathlib.Path) -> None:
-    """Remove what killed writers left in a folder, not in those below it."""
-    for leftover in folder.glob("*.partial-*"):
-        leftover.unlink(missing_ok=True)
+    """Remove the partial files of killed writers in a folder, not in its subfolders."""
+    for path in folder.glob("*.partial-*"):
+        path.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ class Batch:
     positions         int32 [batch, seq]; counted from 0 in each segment
     sample            uint32 [batch, 2]; high and low word of the row's global sample index, which keys all draws
     prefix            bool [batch, seq] or None; positions that every position of their segment attends to, later or not
-    types             int32 [batch, seq] or None (all 0); which of two texts a token belongs to, for encoders
+    token_types       int32 [batch, seq] or None (all 0); which of two texts a token belongs to, for encoders
     source, source_segments, source_positions
                       int32 [batch, source_seq] or None; input of the encoder of an encoder-decoder. Segment n of the
                       rows attends to segment n of the sources
@@ -37,7 +37,7 @@ class Batch:
     positions: Any
     sample: Any
     prefix: Any = None
-    types: Any = None
+    token_types: Any = None
     source: Any = None
     source_segments: Any = None
     source_positions: Any = None

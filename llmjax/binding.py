@@ -27,7 +27,7 @@ def _open_map(hint: Any) -> Any | None:
 
 
 def families_of(hint: Any) -> dict[str, type]:
-    """Family -> dataclass of a union such as DecoderConfig | RecurrentConfig, told apart by their field `family`."""
+    """Family -> dataclass of a union such as DecoderConfig | RecurrentConfig, by their field `family`."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else ()
     if not options or not all(dataclasses.is_dataclass(option) for option in options):
         return {}
@@ -35,7 +35,7 @@ def families_of(hint: Any) -> dict[str, type]:
 
 
 def bind(cls: type, section: Mapping[str, Any], path: str = "") -> Any:
-    """A frozen dataclass from a mapping; nested sections and open maps are bound too.
+    """A frozen dataclass from a mapping, nested sections and open maps included.
 
     Raises UserError for an unknown field (with the nearest known one) and for a value of a wrong type.
     """
@@ -53,7 +53,9 @@ def _bind_value(hint: Any, value: Any, where: str) -> Any:
     if families := families_of(hint):
         name = value.get("family", next(iter(families))) if isinstance(value, Mapping) else next(iter(families))
         if name not in families:
-            raise UserError(f"{where}.family={name!r}{suggest(str(name), families)}: known are {', '.join(families)}")
+            raise UserError(
+                f"{where}.family={name!r}{suggest(str(name), families)}: choose one of {', '.join(families)}"
+            )
         hint = families[name]
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
@@ -61,7 +63,7 @@ def _bind_value(hint: Any, value: Any, where: str) -> Any:
                 f"{where}={value!r}: this is a section; set one of its fields, such as {where}."
                 f"{dataclasses.fields(hint)[0].name}"
             )
-        return bind(hint, value, where)  # type: ignore[arg-type]
+        return bind(typing.cast(type, hint), value, where)
     if (entry := _open_map(hint)) is not None:
         if not isinstance(value, Mapping):
             raise UserError(f"{where}={value!r}: this is a map of named entries; set {where}.NAME.FIELD")
@@ -70,7 +72,7 @@ def _bind_value(hint: Any, value: Any, where: str) -> Any:
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the field's type. Ints pass for floats, lists for tuples; nothing else is bent."""
+    """`value` as the field's type. Integers are accepted as floats and lists as tuples; nothing else is converted."""
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         options = typing.get_args(hint)
@@ -112,7 +114,7 @@ def _describe(kind: type) -> str:
 
 
 def as_dict(config: Any) -> Any:
-    """A plain nested dict (JSON-ready but for tuples) of a bound config."""
+    """A plain nested dict of a bound config, JSON-ready except for tuples."""
     return dataclasses.asdict(config)
 
 
@@ -130,7 +132,7 @@ def shipped_files() -> dict[str, pathlib.Path]:
 def find_file(spec: str) -> pathlib.Path:
     """The file of `FILE.py[:ARG]`, or of `NAME[:ARG]` for a config that ships with llmjax.
 
-    Raises UserError where there is none, with the nearest name.
+    Raises UserError where there is none, and suggests the nearest name.
     """
     file, _, argument = spec.partition(":")
     path, shipped = pathlib.Path(file).expanduser(), shipped_files()
@@ -138,7 +140,7 @@ def find_file(spec: str) -> pathlib.Path:
         if file not in shipped:
             near = suggest(file.lower(), shipped)
             raise UserError(
-                f"--config={spec}: no config of the name {file!r}{near}; known are {', '.join(shipped)}; "
+                f"--config={spec}: there is no config {file!r}{near}; choose one of {', '.join(shipped)}, "
                 "or give a Python file with get_config()"
             )
         return shipped[file]
@@ -154,13 +156,13 @@ def load_file(spec: str) -> ml_collections.ConfigDict:
     """`FILE.py[:ARG]` or `NAME[:ARG]` -> the locked ConfigDict that its get_config(ARG) returns."""
     file, _, argument = spec.partition(":")
     path = find_file(spec)
-    with _told(spec, path):
+    with _as_user_error(spec, path):
         module = load_module(path)
     if not callable(getattr(module, "get_config", None)):
         raise UserError(f"--config={spec}: {file} has no function get_config()")
     if argument and not inspect.signature(module.get_config).parameters:
         raise UserError(f"--config={spec}: {file} has no sizes; remove {':' + argument!r}")
-    with _told(spec, path):
+    with _as_user_error(spec, path):
         config = module.get_config(argument) if argument else module.get_config()
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(
@@ -170,8 +172,8 @@ def load_file(spec: str) -> ml_collections.ConfigDict:
 
 
 @contextlib.contextmanager
-def _told(spec: str, path: pathlib.Path) -> Iterator[None]:
-    """What a config file raises, as one line that says where in the file."""
+def _as_user_error(spec: str, path: pathlib.Path) -> Iterator[None]:
+    """Turn any error of a config file into a UserError that names the line."""
     try:
         yield
     except UserError:
@@ -183,12 +185,12 @@ def _told(spec: str, path: pathlib.Path) -> Iterator[None]:
 
 
 def specs(path: pathlib.Path) -> list[str]:
-    """What `--config` can be for a config file: FILE.py, and FILE.py:SIZE for every size in its table SIZES."""
+    """The values of `--config` for a config file: FILE.py, and FILE.py:SIZE for every size in its table SIZES."""
     return [str(path), *(f"{path}:{size}" for size in getattr(load_module(path), "SIZES", ()))]
 
 
 def load_module(path: pathlib.Path) -> Any:
-    """A config file, imported."""
+    """Import a config file as a module."""
     module_spec = importlib.util.spec_from_file_location(f"llmjax_config_{path.stem}", path)
     assert module_spec and module_spec.loader
     module = importlib.util.module_from_spec(module_spec)
@@ -199,15 +201,15 @@ def load_module(path: pathlib.Path) -> Any:
 def parse_override(cls: type, field: str, text: str) -> Any:
     """The typed value of one `--config.FIELD=TEXT`, by the type that the field has in `cls`."""
     hint: Any = cls
-    walked: list[str] = []
+    parents: list[str] = []
     for name in field.split("."):
-        walked.append(name)
-        where = ".".join(walked)
-        if families := families_of(hint):  # a field that several families have is of one type in all of them
-            known = {n: h for family in reversed(families.values()) for n, h in typing.get_type_hints(family).items()}
-            if name not in known:
-                raise UserError(f"unknown config field {where!r}{suggest(name, known)}")
-            hint = known[name]
+        parents.append(name)
+        where = ".".join(parents)
+        if families := families_of(hint):  # families give a shared field the same type
+            hints = {n: h for family in reversed(families.values()) for n, h in typing.get_type_hints(family).items()}
+            if name not in hints:
+                raise UserError(f"unknown config field {where!r}{suggest(name, hints)}")
+            hint = hints[name]
         elif dataclasses.is_dataclass(hint):
             hints = typing.get_type_hints(hint)
             if name not in hints:
@@ -216,7 +218,7 @@ def parse_override(cls: type, field: str, text: str) -> Any:
         elif (entry := _open_map(hint)) is not None:
             hint = entry
         else:
-            raise UserError(f"unknown config field {where!r}: {'.'.join(walked[:-1])} is a value, not a section")
+            raise UserError(f"unknown config field {where!r}: {'.'.join(parents[:-1])} is a value, not a section")
     if dataclasses.is_dataclass(hint) or families_of(hint) or _open_map(hint) is not None:
         raise UserError(f"--config.{field}={text}: this is a section; set one of its fields")
     options = [o for o in typing.get_args(hint)] if isinstance(hint, types.UnionType) else [hint]
@@ -242,9 +244,8 @@ def set_field(tree: dict, field: str, value: Any) -> None:
 def bind_overridden(cls: type, tree: dict[str, Any], overrides: Sequence[tuple[str, str]], *, inputs: str) -> Any:
     """`cls` from a nested dict and `(FIELD, TEXT)` overrides.
 
-    inputs   the open map of named texts, such as data.sources: a name on the command line that the config lacks takes
-             the place of its `stdlib:` entries, which are only there so that a config runs before the user has named
-             any text
+    inputs   the open map of named texts, such as data.sources: a new name on the command line replaces the config's
+             `stdlib:` entries, which exist so that a config runs before the user has named any text
     """
     section, _, leaf = inputs.partition(".")
     entries = tree.setdefault(section, {}).setdefault(leaf, {})
@@ -267,8 +268,8 @@ def as_tree(config: ml_collections.ConfigDict) -> dict[str, Any]:
 def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
     """(field, old value, new value) for every leaf that differs between two nested dicts; lists equal tuples."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        found = []
+        changed = []
         for name in dict.fromkeys([*old, *new]):
-            found += differences(old.get(name), new.get(name), f"{path}.{name}" if path else name)
-        return found
+            changed += differences(old.get(name), new.get(name), f"{path}.{name}" if path else name)
+        return changed
     return [] if _tuples(old) == _tuples(new) else [(path, old, new)]

@@ -5,7 +5,7 @@ import difflib
 
 
 class UserError(ValueError):
-    """Something the user typed or provided cannot be honoured: one line that names the field, the value and the fix."""
+    """Bad input that the user can fix: one line that names the field, the value and the fix."""
 
 
 def suggest(name: str, options: Iterable[str]) -> str:

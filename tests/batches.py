@@ -38,7 +38,9 @@ def packed_for(config, rows: int, seq: int, vocab: int, *, first_sample: int = 0
         batch,
         inputs=np.where(is_masked, vocab - 1, batch.targets).astype(np.int32),
         weights=is_masked.astype(np.float32),
-        types=rng.integers(0, config.types, batch.inputs.shape).astype(np.int32) if config.types else None,
+        token_types=rng.integers(0, config.token_types, batch.inputs.shape).astype(np.int32)
+        if config.token_types
+        else None,
     )
 
 

@@ -71,7 +71,7 @@ MISTAKES = {
     "more than a key holds": ("seed", "4294967296", r"seed=4294967296: must be below 4294967296"),
     "no processes": ("data.workers", "-1", r"data.workers=-1: must not be negative"),
     "out of range": ("train.steps", "0", r"train.steps=0: must be at least 1"),
-    "stop beyond the end": ("train.stop_at", "100000", r"train.stop_at=100000 lies beyond train.steps"),
+    "stop beyond the end": ("train.stop_at", "100000", r"train.stop_at=100000 is beyond train.steps"),
     "uneven accumulation": (
         "train.accumulation",
         "3",

@@ -49,10 +49,10 @@ def test_a_name_finds_the_shipped_config(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("quikstart", "(did you mean 'quickstart'?); known are bert, curate, "),
+        ("quikstart", "(did you mean 'quickstart'?); choose one of bert, curate, "),
         ("LLAMA:8B", "(did you mean 'llama'?)"),
-        ("__init__", "known are bert, "),
-        ("", "no config of the name ''; known are bert"),
+        ("__init__", "choose one of bert, "),
+        ("", "there is no config ''; choose one of bert"),
         ("configs/llama.py:8B", "no such file (did you mean --config=llama:8B, which ships with llmjax?)"),
         ("nowhere/xyz.py", "no such file; give a Python file"),
         ("quickstart:8B", "has no sizes"),

@@ -54,13 +54,13 @@ def main() -> None:
         tokens = sum(map(len, documents))
         print(f"{tokens:,} tokens; tokens/s on one core, best of {options.repeats} by processor time of all threads\n")
         print(f"{'':44}{'llmjax':>12}{'peer or limit':>16}   what")
-        assembling(Path(folder), options.repeats)
-        objectives(Path(folder), tokenizer, options.repeats)
-        planning(Path(folder), options.repeats)
-        starting(Path(folder))
+        bench_assembly(Path(folder), options.repeats)
+        bench_objectives(Path(folder), tokenizer, options.repeats)
+        bench_planning(Path(folder), options.repeats)
+        bench_startup(Path(folder))
         if cores:
             os.sched_setaffinity(0, cores)
-        preparing(Path(folder), texts, model, tokens, options.repeats)
+        bench_prepare(Path(folder), texts, model, tokens, options.repeats)
 
 
 def parse_options() -> argparse.Namespace:
@@ -78,33 +78,33 @@ def open_data(folder: Path, config: DataConfig) -> TrainData:
     return TrainData(folder, config, seed=0, global_batch=BATCH, objective=causal_objective(SEQ_LEN))
 
 
-def assembling(folder: Path, repeats: int) -> None:
+def bench_assembly(folder: Path, repeats: int) -> None:
     """Tokens a second: rows to batch, batches through Grain, beside Grain's packer and bare reads."""
     for packing in ("best_fit", "concat"):
         config = DataConfig(sources={"main": SourceConfig()}, seq_len=SEQ_LEN, packing=packing)
         source = PackedSource(folder, "main", "train", config)
         rows = np.random.default_rng(0).permutation(source.rows)
         batches = [rows[a : a + BATCH] for a in range(0, len(rows) - BATCH + 1, BATCH)]
-        bare = windows(source.store)
+        bare = read_windows(source.store)
         ours = rate(lambda b=batches, s=source: [causal(s.fill(r), r) for r in b], len(batches), repeats)
         limit = rate(lambda b=bare: [None for _ in b()], source.rows // BATCH, repeats)
-        row(f"assemble, {packing}, M tokens/s", ours, limit, "limit: memory-mapped windows, ids only")
+        print_row(f"assemble, {packing}, M tokens/s", ours, limit, "limit: memory-mapped windows, ids only")
         for prefetch in (0, 3):
             data = open_data(folder, dataclasses.replace(config, prefetch=prefetch))
             stream = data.batches(data.start(), np.arange(BATCH))
             through = rate(lambda s=stream: [next(s) for _ in range(200)], 200, repeats)
             data.close()
             peer, density = grain_first_fit(source.store, repeats)
-            row(
+            print_row(
                 f"batches through Grain, {packing}, prefetch {prefetch}",
                 through,
                 peer,
                 "peer: Grain's FirstFit, 64 bins; ours >= 25",
             )
-        row(f"density, {packing}", f"{source.summary()['density']:.4f}", f"{density:.4f}", "peer: the same")
+        print_row(f"density, {packing}", f"{source.summary()['density']:.4f}", f"{density:.4f}", "peer: the same")
 
 
-def objectives(folder: Path, tokenizer: Tokenizer, repeats: int) -> None:
+def bench_objectives(folder: Path, tokenizer: Tokenizer, repeats: int) -> None:
     """Tokens of text a second from rows to batch, and how full its rows are, for every objective."""
     configs = [ObjectiveConfig(name=name) for name in OBJECTIVES] + [ObjectiveConfig(name="masked", whole_words=True)]
     for config in configs:
@@ -112,15 +112,17 @@ def objectives(folder: Path, tokenizer: Tokenizer, repeats: int) -> None:
         objective = open_objective(config, tokenizer, seq_len=SEQ_LEN, start_id=start)
         source = PackedSource(folder, "main", "train", DataConfig(seq_len=SEQ_LEN), objective.row_budget)
         rows = np.random.default_rng(0).permutation(source.rows)
-        batches, draws = [rows[a : a + BATCH] for a in range(0, len(rows) - BATCH + 1, BATCH)], CounterRng(0)
-        work = lambda b=batches, s=source, o=objective, d=draws: [o.build_batch(s.fill(r), r, d) for r in b]
+        batches, rng = [rows[a : a + BATCH] for a in range(0, len(rows) - BATCH + 1, BATCH)], CounterRng(0)
+        work = lambda b=batches, s=source, o=objective, g=rng: [o.build_batch(s.fill(r), r, g) for r in b]
         text = source.store.tokens / (source.rows * SEQ_LEN)
-        made = work()
-        full = {"places": np.mean([batch.segments > 0 for batch in made])}
-        if made[0].source is not None:
-            full["source"] = np.mean([batch.source_segments > 0 for batch in made])
-        told = ", ".join(f"{what} {share:.4f}" for what, share in full.items())
-        row(f"assemble, {objective.fingerprint[:30]}", rate(work, len(batches), repeats, text), "", f"full: {told}")
+        built = work()
+        full = {"places": np.mean([batch.segments > 0 for batch in built])}
+        if built[0].source is not None:
+            full["source"] = np.mean([batch.source_segments > 0 for batch in built])
+        listed = ", ".join(f"{what} {share:.4f}" for what, share in full.items())
+        print_row(
+            f"assemble, {objective.fingerprint[:30]}", rate(work, len(batches), repeats, text), "", f"full: {listed}"
+        )
 
 
 def grain_first_fit(store: TokenStore, repeats: int) -> tuple[str, float]:
@@ -134,15 +136,15 @@ def grain_first_fit(store: TokenStore, repeats: int) -> tuple[str, float]:
     ).batch(BATCH)
     best, density = float("inf"), 0.0
     for _ in range(max(2, repeats // 2)):
-        started, tokens, room = time.process_time(), 0, 0
+        started, tokens, positions = time.process_time(), 0, 0
         for batch in packed:
             segments = batch["tokens_segment_ids"]
-            tokens, room = tokens + int((segments > 0).sum()), room + segments.size
-        best, density = min(best, (time.process_time() - started) / tokens), tokens / room
+            tokens, positions = tokens + int((segments > 0).sum()), positions + segments.size
+        best, density = min(best, (time.process_time() - started) / tokens), tokens / positions
     return f"{1 / best / 1e6:.1f}", density
 
 
-def windows(store: TokenStore) -> Callable[[], Iterator[np.ndarray]]:
+def read_windows(store: TokenStore) -> Callable[[], Iterator[np.ndarray]]:
     """Random windows of a memory-mapped shard, int32 by the batch: what reading alone allows."""
     tokens = np.memmap(store.folder / "tokens-00000.bin", store.dtype, "r")
     rng = np.random.default_rng(0)
@@ -155,7 +157,7 @@ def windows(store: TokenStore) -> Callable[[], Iterator[np.ndarray]]:
     return read
 
 
-def planning(folder: Path, repeats: int) -> None:
+def bench_planning(folder: Path, repeats: int) -> None:
     store = TokenStore(folder / "main" / "train")
     lengths = np.tile(store.lengths(), 1 + 500_000 // store.documents)
     starts = np.cumsum(lengths) - lengths
@@ -166,10 +168,10 @@ def planning(folder: Path, repeats: int) -> None:
         return len(chunks)
 
     seconds = min(cpu_seconds(plan) for _ in range(repeats))
-    row("packing plan, M chunks/s", f"{plan() / seconds / 1e6:.1f}", "", "the text repeated to 500,000 documents")
+    print_row("packing plan, M chunks/s", f"{plan() / seconds / 1e6:.1f}", "", "the text repeated to 500,000 documents")
 
 
-def starting(folder: Path) -> None:
+def bench_startup(folder: Path) -> None:
     """From opening to the first batch; resuming far away."""
     config = DataConfig(sources={"thousand": SourceConfig()}, seq_len=SEQ_LEN)
     open_data(folder, config)  # makes the plan
@@ -180,7 +182,7 @@ def starting(folder: Path) -> None:
         data.close()
 
     seconds = statistics.median(wall_seconds(open_and_read) for _ in range(5))
-    row("open 1,000 shards to first batch, ms", f"{1e3 * seconds:.0f}", "500", "the target")
+    print_row("open 1,000 shards to first batch, ms", f"{1e3 * seconds:.0f}", "500", "the target")
     mixed = {"main": SourceConfig(weight=0.7), "thousand": SourceConfig(weight=0.3)}
 
     def resume() -> float:
@@ -189,7 +191,7 @@ def starting(folder: Path) -> None:
         data.close()
         return seconds
 
-    row(
+    print_row(
         "resume at sample 10^9, two sources, ms",
         f"{1e3 * statistics.median(resume() for _ in range(5)):.1f}",
         "50",
@@ -197,7 +199,7 @@ def starting(folder: Path) -> None:
     )
 
 
-def preparing(folder: Path, texts: list[str], model: bytes, tokens: int, repeats: int) -> None:
+def bench_prepare(folder: Path, texts: list[str], model: bytes, tokens: int, repeats: int) -> None:
     """The tokenizing stage of `prepare`, reading and writing included, beside the bare tokenizer; then by two."""
     (folder / "text").mkdir()
     (folder / "tokenizer.model").write_bytes(model)
@@ -210,7 +212,7 @@ def preparing(folder: Path, texts: list[str], model: bytes, tokens: int, repeats
         tasks = tokenizing_tasks(folder, f"alone-{turn}")
         stage.append(cpu_seconds(lambda t=tasks: [stages.tokenize(*task) for task in t]))
     ours, peer = (f"{tokens / min(seconds) / 1e6:.2f}" for seconds in (stage, alone))
-    row("tokenize to store, M tokens/s", ours, peer, f"the tokenizer alone: {min(alone) / min(stage):.0%} of it")
+    print_row("tokenize to store, M tokens/s", ours, peer, f"the tokenizer alone: {min(alone) / min(stage):.0%} of it")
     clock = {1: [], 2: []}
     for turn in range(repeats):
         for workers, seconds in clock.items():
@@ -219,30 +221,32 @@ def preparing(folder: Path, texts: list[str], model: bytes, tokens: int, repeats
                 list(pool.map(stages.tokenize, tasks[:1] * workers))  # starts the processes
                 seconds.append(wall_seconds(lambda p=pool, t=tasks: list(p.map(stages.tokenize, t[1:]))))
     speedup = f"{min(clock[1]) / min(clock[2]):.2f}"
-    row("two processes against one, times", speedup, "1.7", f"the target; by the clock, {os.cpu_count()} cores here")
+    print_row(
+        "two processes against one, times", speedup, "1.7", f"the target; by the clock, {os.cpu_count()} cores here"
+    )
 
 
 def tokenizing_tasks(folder: Path, name: str) -> list[tuple]:
     """What `prepare` would hand to `stages.tokenize`, all documents for training."""
-    place = stages.Workplace(folder / f"unfinished-{name}")
-    for new in (place.folder, folder / f"tokens-{name}"):
+    scratch = stages.ScratchDir(folder / f"unfinished-{name}")
+    for new in (scratch.folder, folder / f"tokens-{name}"):
         new.mkdir()
     units = list_units("main", SourceConfig(path=f"{folder}/text/*.txt"))
     for unit in units:
-        stages.scan(unit, place, None, False)
-        splits = np.full(len(place.load_scan(unit).sizes), TRAIN, np.uint8)
-        np.save(place.path("splits", unit).with_suffix(".npy"), splits)
+        stages.scan(unit, scratch, None, False)
+        splits = np.full(len(scratch.load_scan(unit).sizes), TRAIN, np.uint8)
+        np.save(scratch.path("splits", unit, ".npy"), splits)
     model = folder / "tokenizer.model"
-    return [(unit, place, None, "sentencepiece", model, folder / f"tokens-{name}") for unit in units]
+    return [(unit, scratch, "sentencepiece", model, folder / f"tokens-{name}") for unit in units]
 
 
 def read_texts(pattern: str, megabytes: float) -> list[str]:
     """UTF-8 files of the pattern, in order, up to a size."""
     files = sorted(glob.glob(pattern or f"{sysconfig.get_paths()['stdlib']}/**/*.py", recursive=True))
     texts: list[str] = []
-    left = megabytes * 1e6
+    remaining = megabytes * 1e6
     for file in files:
-        if "site-packages" in file or left <= 0 or not os.path.isfile(file):
+        if "site-packages" in file or remaining <= 0 or not os.path.isfile(file):
             continue
         try:
             text = Path(file).read_text(encoding="utf-8")
@@ -250,7 +254,7 @@ def read_texts(pattern: str, megabytes: float) -> list[str]:
             continue
         if text:
             texts.append(text)
-            left -= len(text)
+            remaining -= len(text)
     if not texts:
         sys.exit(f"--text={pattern}: no UTF-8 text matches; give a glob such as '/my/texts/**/*.txt'")
     return texts
@@ -298,7 +302,7 @@ def wall_seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def row(name: str, ours: str, other: str, what: str) -> None:
+def print_row(name: str, ours: str, other: str, what: str) -> None:
     print(f"{name:44}{ours:>12}{other:>16}   {what}", flush=True)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 from pathlib import Path
 import subprocess
@@ -65,15 +66,20 @@ def measure(folder: Path, workdir: Path) -> dict[str, int]:
     watch = Watch()
     before, peaks = resident(), {}
 
-    def say(line: str) -> None:
-        if line.startswith("writing checkpoint"):
-            peaks["reading"] = watch.take()
-            peaks["held"] = resident()
-        print(line, file=sys.stderr)
+    class PeakAtSaving(logging.StreamHandler):  # to stderr
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage().startswith("writing checkpoint"):
+                peaks["reading"] = watch.take()
+                peaks["held"] = resident()
+            super().emit(record)
+
+    logger = logging.getLogger("llmjax")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(PeakAtSaving())
 
     from etils import epath
 
-    found = importing.import_checkpoint(folder, epath.Path(workdir), say=say)
+    found = importing.import_checkpoint(folder, epath.Path(workdir))
     peaks["saving"] = watch.take()
     return {"before": before, "parameters": 4 * found.parameters, **{k: v - before for k, v in peaks.items()}}
 

@@ -1,0 +1,1 @@
+"""Checkpoints: saved asynchronously, verified by fingerprint."""

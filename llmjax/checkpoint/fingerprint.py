@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Odd constants, one per dimension: an index is mixed from its coordinates, so that arrays of over 2^32 elements need no
-# 64-bit arithmetic. The last one serves every further dimension in turn.
+# Odd constants, one per dimension, which mix the coordinates of an element: arrays of over 2^32 elements need no 64-bit
+# arithmetic. Further dimensions use them again in turn.
 _STRIDES = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1, 0x2C1B3C6D)
 
 
@@ -25,31 +25,31 @@ def fingerprint(params: Any, opt_state: Any) -> str:
 def digests(parts: dict[str, Any]) -> dict[str, str]:
     """8 hex digits for each tree of arrays in `parts`. A collective: all processes call it with the same trees.
 
-    A sum over all elements modulo 2^32 is free of order, hence equal on any sharding. Its terms are the elements' bits,
-    mixed with the leaf's name and the element's index by a function that maps different bits to different terms: a
-    change in a single element always changes the sum, any other change does so but for a chance of about 2^-32.
+    A sum over all elements modulo 2^32 does not depend on their order: it is equal on any sharding. Its terms are the
+    elements' bits, mixed with the leaf's name and the element's index by a bijection of the bits: a change of a single
+    element always changes the sum, any other change does so with a probability of about 1 - 2^-32.
     """
     sums = {name: _leaf_sums(tree) for name, tree in parts.items()}
-    # The order is fixed here, parameters first: that of a dict does not survive a jax.tree.map.
+    # Parameters first: jax.tree.map does not keep the order of a dict.
     order = sorted(parts, key=lambda name: (name != "params", name))
     return {name: f"{sums[name] % 2**32:08x}" for name in order}
 
 
 def _leaf_sums(tree: Any) -> int:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    # One leaf after the other: programs that do not depend on each other may start in another order on each CPU
-    # process, and their collectives would then wait for each other for ever.
+    # One leaf after the other: independent programs may start in another order on each CPU process, and their
+    # collectives would then wait for each other forever.
     return sum(int(_leaf_sum(np.uint32(zlib.crc32(leaf_name(path).encode())), leaf)) for path, leaf in leaves)
 
 
 @jax.jit
 def _leaf_sum(seed: jax.Array, leaf: Any) -> jax.Array:
     """One leaf's sum: uint32 scalar. Compiled once for each shape, so parameters and their moments share a program."""
-    bits, place = _bits(jnp.asarray(leaf)), seed
+    bits, position = _bits(jnp.asarray(leaf)), seed
     for dim in range(bits.ndim):
         stride = np.uint32(_STRIDES[dim % len(_STRIDES)])
-        place = place + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, dim) * stride
-    mixed = bits ^ place  # from here on the finaliser of MurmurHash3: every step can be undone, so no bit gets lost
+        position = position + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, dim) * stride
+    mixed = bits ^ position  # then the finaliser of MurmurHash3, whose steps are bijections
     mixed = (mixed ^ (mixed >> 16)) * np.uint32(0x85EBCA6B)
     mixed = (mixed ^ (mixed >> 13)) * np.uint32(0xC2B2AE35)
     return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)

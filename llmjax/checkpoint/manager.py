@@ -1,7 +1,7 @@
 """Checkpoints: saved asynchronously and atomically, and verified by fingerprint before they are used.
 
 WORKDIR/checkpoints/<step>/ holds one Orbax item for each part (`params`, `opt_state`) and `meta`, a JSON object.
-Parts are any trees of arrays. Neither Orbax nor TensorStore notices a flipped bit, so every checkpoint carries the
+A part is any tree of arrays. Neither Orbax nor TensorStore detects a flipped bit, so every checkpoint contains the
 fingerprints of its parts, which are computed again after each restore.
 """
 
@@ -69,7 +69,7 @@ class Restored:
     meta: dict[str, Any]
 
 
-class CorruptCheckpoint(Exception):
+class CorruptCheckpointError(Exception):
     """A checkpoint that cannot be read, or whose bits are not the ones that were saved."""
 
 
@@ -138,7 +138,7 @@ class Checkpoints:
         """The JSON object saved with `step`, and its "fingerprint". No array is read. Raises UserError if damaged."""
         try:
             body = self._read_body(step)
-        except CorruptCheckpoint as error:
+        except CorruptCheckpointError as error:
             raise UserError(f"checkpoint {self.folder / str(step)} is damaged: {error}; use another step") from error
         return {**body["meta"], "fingerprint": body["fingerprint"]}
 
@@ -152,7 +152,7 @@ class Checkpoints:
             raise UserError(f"no checkpoint of step {step} in {self.folder}; there are {self.steps() or 'none'}")
         try:
             return self._restore(step, abstract)
-        except CorruptCheckpoint as error:
+        except CorruptCheckpointError as error:
             raise UserError(f"checkpoint {self.folder / str(step)} is damaged: {error}; use another step") from error
 
     def restore_latest_good(
@@ -172,7 +172,7 @@ class Checkpoints:
         for step in reversed(steps):
             try:
                 return self._restore(step, abstract, check)
-            except CorruptCheckpoint as error:
+            except CorruptCheckpointError as error:
                 action = f"was moved to {self._set_aside(step)}" if set_aside else "was skipped"
                 logger.info("checkpoint %d is damaged and %s: %s", step, action, error)
         if steps or hosts.broadcast("damaged", str((self.folder / "damaged").exists())) == "True":
@@ -195,18 +195,18 @@ class Checkpoints:
         found = digests(parts)
         stored = {name: body["digests"][name] for name in found}
         if not hosts.agree(found == stored, f"fingerprint of checkpoint {step}"):
-            raise CorruptCheckpoint(
+            raise CorruptCheckpointError(
                 f"its fingerprint is {'-'.join(found.values())}, but {'-'.join(stored.values())} was saved"
             )
         return Restored(step, parts, {**body["meta"], "fingerprint": body["fingerprint"]})
 
     def _read_on_all(self, name: str, read: Callable[[], Any]) -> Any:
-        """The result of `read` if it succeeds on all processes; else CorruptCheckpoint on all of them."""
+        """The result of `read` if it succeeds on all processes; else CorruptCheckpointError on all of them."""
         value, problem = None, ""
         with _quiet():
             try:
                 value = read()
-            except CorruptCheckpoint as error:
+            except CorruptCheckpointError as error:
                 problem = str(error)
             except Exception as error:
                 problem = f"{type(error).__name__}: {error}".splitlines()[0].split(". See full")[0][:200]
@@ -218,7 +218,7 @@ class Checkpoints:
             raise MemoryError(f"{name}: process {failed[0]}: {problems[failed[0]]}")
         if failed:
             where = f"process {failed[0]}: " if len(problems) > 1 else ""
-            raise CorruptCheckpoint(where + problems[failed[0]])
+            raise CorruptCheckpointError(where + problems[failed[0]])
         return value
 
     def _read_body(self, step: int) -> dict[str, Any]:
@@ -226,12 +226,12 @@ class Checkpoints:
             body = json.loads((self.folder / str(step) / "meta" / "metadata").read_text())
             stored = body.pop("crc32")
             if stored != _crc32(body):
-                raise CorruptCheckpoint("its meta differs from what was saved (checksum)")
+                raise CorruptCheckpointError("its meta differs from what was saved (checksum)")
             saved_as = body["step"]
         except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-            raise CorruptCheckpoint(f"its meta cannot be read ({type(error).__name__})") from error
+            raise CorruptCheckpointError(f"its meta cannot be read ({type(error).__name__})") from error
         if saved_as != step:
-            raise CorruptCheckpoint(f"it was saved as step {saved_as}, and copied or renamed since")
+            raise CorruptCheckpointError(f"it was saved as step {saved_as}, and copied or renamed since")
         return body
 
     def _read_part(self, step: int, name: str, tree: Any) -> Any:

@@ -17,13 +17,13 @@ from llmjax.cli.flags import Parser
 
 
 def complete(commands: Mapping[str, Callable[[list[str]], int]]) -> None:
-    """Answer the shell's question in COMP_LINE and end the process.
+    """Print the completions of the command line in COMP_LINE and end the process.
 
-    The command builds its parser and hands it its arguments; `Parser.completer` then answers in its place.
+    The command builds its parser and calls `parse_args`, where `Parser.completer` prints the completions.
     """
     _, prefix, _, words, _ = split_line(os.environ["COMP_LINE"], int(os.environ["COMP_POINT"]))
     fields = prefix.startswith("--config.")
-    Parser.completer = lambda parser: _answer(parser, fields)
+    Parser.completer = lambda parser: _print_completions(parser, fields)
     if len(words) > 1 and words[1] in commands:
         commands[words[1]](words[2:])
     parser = Parser(prog="llmjax")
@@ -31,7 +31,7 @@ def complete(commands: Mapping[str, Callable[[list[str]], int]]) -> None:
     parser.parse_args([])
 
 
-def _answer(parser: Parser, fields: bool) -> None:
+def _print_completions(parser: Parser, fields: bool) -> None:
     for action in parser._actions:
         name = action.dest
         if name == "config":
@@ -41,7 +41,9 @@ def _answer(parser: Parser, fields: bool) -> None:
     if fields and parser.takes_overrides:
         for field in _fields(parser.prog):
             parser.add_argument(f"--config.{field}")
-    os.environ["_ARGCOMPLETE"] = str(len(parser.prog.split()))  # the words of COMP_LINE before the parser's own
+    os.environ["_ARGCOMPLETE"] = str(
+        len(parser.prog.split())
+    )  # number of words in COMP_LINE before the parser's arguments
     argcomplete.autocomplete(parser, validator=lambda value, prefix: value.startswith(prefix))
 
 
@@ -50,12 +52,15 @@ def _config_names(prefix: str, **context: typing.Any) -> list[str]:
 
 
 def _fields(prog: str) -> Iterator[str]:
-    """Every dotted field of the config that a command takes; entries of open maps, which have no fixed names, end in a
-    dot."""
+    """Every dotted field of a command's config. Open maps, whose entries have no fixed names, end in a dot."""
     if prog.startswith("llmjax curate"):
-        from llmjax.curate.config import Curation as root
+        from llmjax.curate.config import Curation
+
+        root: type = Curation
     else:
-        from llmjax.run.config import RunConfig as root
+        from llmjax.run.config import RunConfig
+
+        root = RunConfig
 
     def walk(cls: type, path: str) -> Iterator[str]:
         for name, hint in typing.get_type_hints(cls).items():

@@ -14,12 +14,12 @@ def configs(arguments: list[str]) -> int:
     parser = make_parser(
         "configs",
         """\
-        List the configs that ship with llmjax: the name that --config takes, its sizes, what it trains. With a NAME:
-        its commands and its file, which can be copied and given as --config=FILE.py.""",
+        List the configs that ship with llmjax: the name for --config, its sizes, what it trains. With a NAME, print its
+        commands and its file, which you can copy, change and use as --config=FILE.py.""",
         "llmjax configs\n  llmjax configs llama",
         overrides=False,
     )
-    parser.add_argument("name", nargs="?", metavar="NAME", help="one config")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="print one config in detail")
     flags = parser.parse_args(arguments)
     files = shipped_files()
     if flags.name is None:
@@ -28,7 +28,7 @@ def configs(arguments: list[str]) -> int:
         return 0
     if flags.name not in files:
         near = suggest(flags.name.lower(), files)
-        raise UserError(f"no config of the name {flags.name!r}{near}; known are {', '.join(files)}")
+        raise UserError(f"there is no config {flags.name!r}{near}; choose one of {', '.join(files)}")
     path = files[flags.name]
     module = load_module(path)
     print(f"{inspect.getdoc(module)}\n")
@@ -37,7 +37,7 @@ def configs(arguments: list[str]) -> int:
 
 
 def _entry(name: str, path: pathlib.Path) -> str:
-    """`name   summary`, and below it `--config=NAME:SIZE` for the sizes."""
+    """`name   summary`, and below it the sizes."""
     module = load_module(path)
     lines = [f"{name:<12} {(inspect.getdoc(module) or '').splitlines()[0]}"]
     if sizes := ", ".join(getattr(module, "SIZES", ())):

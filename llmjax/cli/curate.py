@@ -74,7 +74,7 @@ def curate(arguments: list[str]) -> int:
         else:
             runner = stack.enter_context(runners.LocalRunner(config.workers or workers.cores()))
         report = curating.curate(config, workdir, runner)
-    return _show(workdir, report, list(data_card.summary_lines(report)), data_card.render_page(report), flags.workdir)
+    return _show(workdir, report, list(data_card.lines(report)), data_card.page_of(report), flags.workdir)
 
 
 def _report(arguments: list[str]) -> int:
@@ -94,7 +94,7 @@ def _report(arguments: list[str]) -> int:
         raise UserError(f"--workdir={flags.workdir}: no report.json there, so no corpus; run `llmjax curate` first")
     try:
         report = json.loads(path.read_text())
-        lines, page = list(data_card.summary_lines(report)), data_card.render_page(report)
+        lines, page = list(data_card.lines(report)), data_card.page_of(report)
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: not a report of this version of llmjax; run `llmjax curate` again") from None
     return _show(workdir, report, lines, page, flags.workdir)

@@ -24,10 +24,11 @@ class Parser(argparse.ArgumentParser):
     completer: typing.ClassVar[Callable[["Parser"], None] | None] = None
     takes_overrides = False
 
-    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+    def parse_args(self, *args: typing.Any, **named: typing.Any) -> typing.Any:
+        """As in argparse, unless a shell requests completions."""
         if Parser.completer:
             Parser.completer(self)
-        return super().parse_args(args, namespace)
+        return super().parse_args(*args, **named)
 
     def _get_value(self, action, arg_string):
         """As in argparse, but errors name flag and value: `--step=last: expected an integer of 0 or more`."""
@@ -37,6 +38,7 @@ class Parser(argparse.ArgumentParser):
             self.error(f"argument {'/'.join(action.option_strings)}={arg_string}: {error.message}")
 
     def error(self, message: str) -> typing.NoReturn:
+        """Raise UserError; argparse prints the usage and exits."""
         raise UserError(f"{self.prog}: {message}; see `{self.prog} --help`")
 
 

@@ -21,6 +21,7 @@ class ConsoleHandler(logging.Handler):
         self._progress_is_drawn = False
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Print one record. Errors of the stream, such as a closed pipe, are those of the command."""
         if not _is_primary():
             return
         stream: TextIO = getattr(sys, self._stream_name)
@@ -50,6 +51,11 @@ def configure_logging(stream: Literal["stdout", "stderr"] = "stdout") -> None:
         _LOGGER.removeHandler(handler)
     _LOGGER.addHandler(ConsoleHandler(stream))
     _LOGGER.setLevel(logging.INFO)
+    if not logging.getLogger().handlers:  # absl, which Orbax uses, would add one that prints all of this a second time
+        others = logging.StreamHandler()
+        others.setLevel(logging.WARNING)
+        others.addFilter(lambda record: not record.name.startswith("llmjax"))
+        logging.getLogger().addHandler(others)
 
 
 def end_progress() -> None:

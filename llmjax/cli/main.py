@@ -55,26 +55,26 @@ data
   llmjax prepare   --config=NAME --workdir=DIR   text -> tokenizer, token store, packing plan
 
 train
-  llmjax train     --config=NAME --workdir=DIR   prepares if needed, trains, resumes, evaluates, writes report.html
+  llmjax train     --config=NAME --workdir=DIR   prepares if needed, trains or resumes, evaluates, writes report.html
   llmjax watch     --workdir=DIR                 follows a run in the terminal: loss, speed, time left
   llmjax inspect   --workdir=DIR                 checkpoints, their fingerprints, the config
 
 evaluate
   llmjax eval      --workdir=DIR                 scores a checkpoint on a split
-  llmjax generate  --workdir=DIR --prompt=TEXT   writes text with a checkpoint
-  llmjax fill      --workdir=DIR --text=TEXT     fills the masks of a text with a masked-LM checkpoint
+  llmjax generate  --workdir=DIR --prompt=TEXT   continues a prompt with a checkpoint
+  llmjax fill      --workdir=DIR --text=TEXT     predicts the masked tokens of a text
 
 interop
   llmjax import    --from=DIR --workdir=DIR      a Hugging Face checkpoint on disk -> a workdir
   llmjax export    --workdir=DIR --to=DIR        a checkpoint -> a folder that transformers loads
 
 tools
-  llmjax size      --flops=1e21 | --config=NAME  what to train for a budget; what a model is made of and costs
+  llmjax size      --flops=1e21 | --config=NAME  model size for a budget; parameters and FLOPs of a model
   llmjax fields    [SECTION]                     every config field, its meaning and its default
   llmjax configs   [NAME]                        the configs that ship with llmjax, and their sizes
 
 Every config field can be set on the command line: --config.train.steps=500
---config takes a name that `llmjax configs` lists, or a Python file. `llmjax COMMAND --help` says more.
+--config takes a name that `llmjax configs` lists, or a Python file. `llmjax COMMAND --help` explains a command.
 To begin: llmjax train --config=quickstart --workdir=runs/quickstart
 Completion in bash and zsh: eval "$(register-python-argcomplete llmjax)"
 """
@@ -82,7 +82,7 @@ Completion in bash and zsh: eval "$(register-python-argcomplete llmjax)"
 
 def main() -> typing.NoReturn:
     """Run a command and exit: 0 done, 75 hang, 76 diverged, 78 bad input (no restart helps), 85 saved on request, 129,
-    130 or 143 stopped by SIGHUP, Ctrl-C or SIGTERM, 141 nobody reads the output, else a crash."""
+    130 or 143 stopped by SIGHUP, Ctrl-C or SIGTERM, 141 the output was closed, else a crash."""
     try:
         interrupts.install()
         status = run(sys.argv[1:])
@@ -91,7 +91,7 @@ def main() -> typing.NoReturn:
     except TimeoutError as error:
         print(f"llmjax: error: {error}", file=sys.stderr, flush=True)
         status = HANG
-    except BrokenPipeError:  # `llmjax inspect ... | head`: the reader has seen enough
+    except BrokenPipeError:  # `llmjax inspect ... | head`: the reader has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     except KeyboardInterrupt as error:
@@ -106,15 +106,15 @@ def main() -> typing.NoReturn:
 
 
 def _hint_for(error: Exception) -> str:
-    """One line for what the system refuses and only the user can fix; '' for any other error."""
+    """One line for an error of the system that the user can fix; '' for any other error."""
     if not isinstance(error, OSError):
         return ""
     if error.errno in NO_SPACE:
-        return f"no space left{f' for {error.filename}' if error.filename else ''}: free some and start again"
+        return f"no space left{f' for {error.filename}' if error.filename else ''}: free some and rerun the command"
     if error.errno in (errno.EISDIR, errno.ENOTEMPTY) and error.filename:
-        return f"{error.filename}: is a folder, and a file is expected there; remove it or rename it"
+        return f"{error.filename}: is a folder where a file is expected; remove it or rename it"
     if error.errno in _REFUSED and error.filename:
-        return f"{error.filename}: {os.strerror(error.errno).lower()}; make it accessible, or name another place"
+        return f"{error.filename}: {os.strerror(error.errno).lower()}; make it accessible, or give another path"
     return ""
 
 
@@ -125,7 +125,7 @@ def _fail(message: str) -> int:
 
 
 def _exit(status: int) -> typing.NoReturn:
-    """In a job of several processes, one that failed must not wait for the others in JAX's shutdown barrier."""
+    """Exit. A failed process of a job does not wait for the others in JAX's shutdown barrier."""
     if status and "jax" in sys.modules:
         import jax
 
@@ -138,7 +138,7 @@ def _exit(status: int) -> typing.NoReturn:
 
 def run(arguments: list[str]) -> int:
     """Run one command line (without the program's name) and return its exit status."""
-    if "_ARGCOMPLETE" in os.environ:  # a shell asks what may follow, in COMP_LINE
+    if "_ARGCOMPLETE" in os.environ:  # a shell requests completions of COMP_LINE
         from llmjax.cli import completion
 
         completion.complete(COMMANDS)
@@ -150,6 +150,6 @@ def run(arguments: list[str]) -> int:
         return 0
     command, rest = arguments[0], arguments[1:]
     if command not in COMMANDS:
-        raise UserError(f"unknown command {command!r}{suggest(command, COMMANDS)}: known are {', '.join(COMMANDS)}")
+        raise UserError(f"unknown command {command!r}{suggest(command, COMMANDS)}: choose one of {', '.join(COMMANDS)}")
     configure_logging("stderr" if command in _RESULT_COMMANDS else "stdout")
     return COMMANDS[command](rest)

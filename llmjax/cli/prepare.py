@@ -48,8 +48,8 @@ def prepare(arguments: list[str]) -> int:
         logger.info(f"{name}: packed in {part['rows']:,} rows of {rows}, {part['density']:.2%} full")
     if flags.preview:
         logger.info("\n%s: %s", config.objective.name, preview.LEGEND)
-        left = data.remaining(data.start())
-        count = flags.preview if left is None else min(flags.preview, left)
+        remaining = data.remaining(data.start())
+        count = flags.preview if remaining is None else min(flags.preview, remaining)
         for batch, _ in itertools.islice(data.batches(data.start(), np.arange(1)), count):
             logger.info("%s", "\n".join(["", *preview.lines(batch, objective, tokenizer)]))
         data.close()

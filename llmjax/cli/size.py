@@ -1,32 +1,34 @@
 """`llmjax size`: choose a model size for a budget, or describe one."""
 
-from llmjax.cli.flags import int_range, make_parser, parse
+from llmjax.cli.flags import int_range, make_parser, number, parse
 from llmjax.errors import UserError
 
 
 def size(arguments: list[str]) -> int:
-    """Choose a size, or look at one."""
+    """Choose a model size, or describe one."""
     parser = make_parser(
         "size",
         """\
-        Which size to train: from a budget (--flops, or --budget_hours on --devices of a --device), a number of
-        --tokens or of --parameters, or two of them; what is left open follows from published scaling laws, each named.
-        Or, with --config, what a config's model is made of: parameters by part, FLOPs per token, memory by remat
-        policy. Nothing is trained.""",
+        Choose a model size for a budget. Give one or two of: FLOPs (--flops, or --budget_hours on --devices of a
+        --device), --tokens, --parameters. The rest follows from published scaling laws, which the output names.
+        With --config, describe the model of a config: parameters by part, FLOPs per token, memory by remat policy.
+        Nothing is trained.""",
         "llmjax size --budget_hours=24 --device=v5e --devices=8\n  llmjax size --config=llama:8B",
     )
     from llmjax.plan.devices import NAMES
 
-    parser.add_argument("--flops", type=float, help="arithmetic to spend, such as 1e21")
-    parser.add_argument("--budget_hours", type=float, help="the same as hours of --devices")
-    parser.add_argument("--tokens", type=float, help="tokens to train on, such as 20e9")
-    parser.add_argument("--parameters", type=float, help="size of the model, such as 1.3e9")
-    parser.add_argument("--device", default="v5e", help=f"one of {', '.join(NAMES)} (default v5e; here: this machine)")
-    parser.add_argument("--devices", type=int_range(1), default=8, help="for --budget_hours (default 8)")
-    parser.add_argument("--mfu", type=float, default=0.4, help="part of the peak that training reaches (default 0.4)")
+    parser.add_argument("--flops", type=number, help="floating-point operations of the budget, such as 1e21")
+    parser.add_argument("--budget_hours", type=number, help="the budget as hours on --devices")
+    parser.add_argument("--tokens", type=number, help="tokens to train on, such as 20e9")
+    parser.add_argument("--parameters", type=number, help="size of the model, such as 1.3e9")
+    parser.add_argument(
+        "--device", default="v5e", help=f"one of {', '.join(NAMES)} (default v5e; `here` is this machine)"
+    )
+    parser.add_argument("--devices", type=int_range(1), default=8, help="devices for --budget_hours (default 8)")
+    parser.add_argument("--mfu", type=number, default=0.4, help="model FLOPs utilisation, 0 to 1 (default 0.4)")
     parser.add_argument("--seq_len", type=int_range(1), default=2048, help="tokens in a row (default 2048)")
-    parser.add_argument("--config", metavar="FILE[:SIZE]", help="look at this config instead")
-    parser.add_argument("--vocab_size", type=int_range(1), help="for --config (default: its tokenizer's)")
+    parser.add_argument("--config", metavar="FILE[:SIZE]", help="describe the model of this config")
+    parser.add_argument("--vocab_size", type=int_range(1), help="vocabulary for --config (default: its tokenizer's)")
     flags, overrides = parse(parser, arguments)
     from llmjax.plan import budget, devices, size as sizes
 
@@ -34,19 +36,21 @@ def size(arguments: list[str]) -> int:
     if not 0 < flags.mfu <= 1:
         raise UserError(f"--mfu={flags.mfu}: must be above 0 and at most 1")
     if flags.config:
-        spent = [name for name in ("flops", "budget_hours", "tokens", "parameters") if getattr(flags, name) is not None]
-        if spent:
-            raise UserError(f"--{spent[0]} chooses a size and --config looks at one: give one of the two")
+        budget_flags = [
+            name for name in ("flops", "budget_hours", "tokens", "parameters") if getattr(flags, name) is not None
+        ]
+        if budget_flags:
+            raise UserError(f"--{budget_flags[0]} chooses a size and --config describes one: set only one of them")
         config = sizes.resolve(flags.config, flags.vocab_size, tuple(overrides))
         print("\n".join(sizes.describe_config(config, flags.config, device)))
         return 0
     if overrides:
-        raise UserError(f"--config.{overrides[0][0]}: there is no --config whose field this could set")
+        raise UserError(f"--config.{overrides[0][0]}: needs --config, whose field it sets")
     flops = flags.flops
     if flags.budget_hours is not None:
         if flops is not None:
             raise UserError("--flops and --budget_hours say the same thing: set only one of them")
         flops = flags.budget_hours * 3600 * flags.devices * device.peak * flags.mfu
-    chosen = budget.choose(flops=flops, tokens=flags.tokens, parameters=flags.parameters)
-    print("\n".join(sizes.describe_budget(chosen, device, mfu=flags.mfu, seq_len=flags.seq_len)))
+    choice = budget.choose(flops=flops, tokens=flags.tokens, parameters=flags.parameters)
+    print("\n".join(sizes.describe_budget(choice, device, mfu=flags.mfu, seq_len=flags.seq_len)))
     return 0

@@ -4,6 +4,8 @@ import signal
 import sys
 import time
 
+from etils import epath
+
 from llmjax.cli.flags import int_range, make_parser, parse_workdir
 from llmjax.errors import UserError
 
@@ -13,24 +15,24 @@ def watch(arguments: list[str]) -> int:
     parser = make_parser(
         "watch",
         """\
-        Show the state of a run, read from the files of its workdir: whether it is running, the loss curve, learning
-        rate, tokens per second, time left, the last evaluation and samples. On a terminal the view is redrawn until
-        Ctrl-C; elsewhere a new snapshot is printed when the last step changes. It can run on another machine that
-        sees the workdir.""",
+        Show the state of a run from the files of its workdir: whether it is running, the loss curve, learning rate,
+        tokens per second, time left, the last evaluation and samples. On a terminal the view is updated until Ctrl-C;
+        elsewhere a new snapshot is printed when the last step changes. Any machine that sees the workdir can run
+        it.""",
         "llmjax watch --workdir=runs/mine",
         overrides=False,
     )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="a run")
     parser.add_argument("--once", action="store_true", help="print one snapshot and exit")
     parser.add_argument(
-        "--every", type=int_range(1), default=5, metavar="SECONDS", help="between two reads (default 5)"
+        "--every", type=int_range(1), default=5, metavar="SECONDS", help="interval between updates (default 5)"
     )
     flags = parser.parse_args(arguments)
     workdir = parse_workdir(flags.workdir)
     from llmjax.report import terminal
 
     snapshot = terminal.read(workdir)
-    if not snapshot.metrics and (flags.once or not snapshot.running):
+    if not snapshot.metrics and (flags.once or not snapshot.is_running):
         raise UserError(
             f"{workdir}: no step was logged there yet; start the run with `llmjax train --workdir={flags.workdir}`, "
             "or wait for its first step"
@@ -40,14 +42,14 @@ def watch(arguments: list[str]) -> int:
         return 0
     try:
         (_redraw if sys.stdout.isatty() else _print_changes)(workdir, flags.every)
-    except KeyboardInterrupt as stop:  # Ctrl-C is how to leave; other signals end the command as usual
+    except KeyboardInterrupt as stop:  # Ctrl-C leaves; other signals end the command as usual
         if getattr(stop, "number", signal.SIGINT) != signal.SIGINT:
             raise
     return 0
 
 
-def _redraw(workdir, every: int) -> None:
-    """Redraw the whole terminal every `every` seconds, and leave the last view on it."""
+def _redraw(workdir: epath.Path, every: int) -> None:
+    """Redraw the whole terminal every `every` seconds; at the end print the last view below the prompt."""
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
@@ -59,7 +61,9 @@ def _redraw(workdir, every: int) -> None:
         with Live(console=console, screen=True, auto_refresh=False) as live:
             while True:
                 lines = terminal.describe(terminal.read(workdir), width=console.width)
-                text = Text("\n".join([*lines, "", "Ctrl-C to leave; the run goes on"]), no_wrap=True, overflow="crop")
+                text = Text(
+                    "\n".join([*lines, "", "Ctrl-C to leave; the run continues"]), no_wrap=True, overflow="crop"
+                )
                 text.stylize("bold", 0, len(lines[0]))
                 live.update(text, refresh=True)
                 time.sleep(every)
@@ -67,19 +71,19 @@ def _redraw(workdir, every: int) -> None:
         _print(lines)
 
 
-def _print_changes(workdir, every: int) -> None:
+def _print_changes(workdir: epath.Path, every: int) -> None:
     from llmjax.report import terminal
 
     shown = None
     while True:
         snapshot = terminal.read(workdir)
-        if (state := (snapshot.step, snapshot.running, snapshot.eval_step)) != shown:
+        if (state := (snapshot.step, snapshot.is_running, snapshot.eval_step)) != shown:
             _print([*terminal.describe(snapshot), ""])
             shown = state
         time.sleep(every)
 
 
 def _print(lines: list[str]) -> None:
-    """Print lines; what the output's encoding lacks becomes '?'."""
+    """Print lines; characters that the output's encoding cannot represent become '?'."""
     encoding = sys.stdout.encoding or "utf-8"
     print("\n".join(lines).encode(encoding, errors="replace").decode(encoding), flush=True)

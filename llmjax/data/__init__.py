@@ -1,0 +1,1 @@
+"""Data: documents, token stores, batches and objectives."""

@@ -5,7 +5,7 @@ import dataclasses
 
 from llmjax.errors import UserError, suggest
 
-# The fields of ObjectiveConfig that each objective has a use for.
+# The fields of ObjectiveConfig that each objective uses.
 OBJECTIVES: dict[str, tuple[str, ...]] = {
     "causal": (),
     "prefix": ("target_len", "prompt_form"),
@@ -22,14 +22,14 @@ class SourceConfig:
     """One named source of documents.
 
     path         a file, a glob (`**` crosses folders), `tfds:NAME[:SPLIT][@DATA_DIR]`, or `stdlib:` (Python's sources)
-    weight       relative share of training samples; None: its share of the tokens (give all sources a weight, or none)
+    weight       relative share of training samples; None: its share of the tokens. Set it for all sources, or for none
     text_field   the field that holds the text in JSONL, Parquet and TFDS records
     split_field  the field of JSONL records that names their split (train, validation, test), as `llmjax curate` writes
                  it; empty: data.split decides
     format       "text", "jsonl", "json" (arrays, or objects over several lines), "csv", "tsv" or "parquet"; empty: by
                  each file's content, its ending a hint
-    max_record_bytes  a longer record is left out and counted; text files are no records
-    accept_truncated  use what precedes the damage of a file that ends early or is broken, instead of an error
+    max_record_bytes  a longer record is left out and counted; text files are not records
+    accept_truncated  use what precedes the damage of a file that ends early or is damaged, instead of an error
     """
 
     path: str = "stdlib:"
@@ -46,10 +46,10 @@ class TokenizerConfig:
     """Text to token ids.
 
     kind            "sentencepiece", "huggingface" (a tokenizer.json) or "bytes"
-    path            a given model file; empty: `prepare` trains one (SentencePiece only)
+    path            a model file; empty: `prepare` trains one (SentencePiece only)
     algorithm       "bpe" or "unigram", for training
     vocab_size      tokens, for training
-    training_bytes  text that training reads at most, in bytes, spread over the training documents
+    training_bytes  the most bytes of text that training reads, sampled across the training documents
     """
 
     kind: str = "sentencepiece"
@@ -61,7 +61,7 @@ class TokenizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FractionsConfig:
-    """Which documents train, validate and test: by hash of the content, or of the cluster of copies it is in.
+    """Which documents are for training, validation and test: by a hash of the content, or of its cluster of copies.
 
     validation, test   fractions of the documents
     """
@@ -72,10 +72,10 @@ class FractionsConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SplitConfig(FractionsConfig):
-    """Which documents train, validate and test: by hash of the content, so adding data moves no old document.
+    """Which documents are for training, validation and test: by a hash of the content, so new data moves none.
 
     validation, test   fractions of the documents
-    near_copies        keep near copies of a document on its side (MinHash of 5-word shingles)
+    near_copies        put near-duplicates of a document into its split (MinHash of 5-word shingles)
     """
 
     near_copies: bool = True
@@ -85,17 +85,17 @@ class SplitConfig(FractionsConfig):
 class DataConfig:
     """Everything between text on disk and a batch.
 
-    sources           named entries; a name that is new gets SourceConfig's defaults
-    tokenizer, split  see there
+    sources           SourceConfig by name; a new name gets the defaults
+    tokenizer, split  see TokenizerConfig and SplitConfig
     store             folder of the token store; empty: WORKDIR/store
     seq_len           tokens in a row
     packing           "best_fit" (a plan that keeps documents whole) or "concat" (windows over the stream)
-    mixture_block     samples in a mixture block; at its edges every source is within one sample of its share
+    mixture_block     samples in a mixture block; at the end of each, every source is within one sample of its share
     weight_schedule   ((from_sample, ((name, weight), ...)), ...): weights from that global sample index on
     at_source_end     "repeat" (a new epoch in a new order) or "redistribute" (its weight goes to the others)
-    skip              ((from, to), ...): spans of global sample indices that training leaves out
-    max_bad_fraction  of unreadable records before `prepare` stops; they are counted, and kept in rejects.jsonl anyway
-    workers           processes that prepare the store; 0: one a core
+    skip              ((from, to), ...): spans of global sample indices that training skips
+    max_bad_fraction  fraction of unreadable records from which `prepare` stops; rejects.jsonl lists them in any case
+    workers           processes that prepare the store; 0: one per core
     prefetch          batches assembled ahead of the step, by one thread
     """
 
@@ -116,20 +116,20 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """What a model has to find out about a text. A field that the named objective has no use for must stay unset.
+    """What a model predicts of a text. A field that the objective does not use must stay unset.
 
-    name         causal (each token from those before it), prefix (a random first part is given, the rest is predicted),
-                 masked (hidden tokens from both sides: BERT), span (hidden spans, written by the decoder: T5),
-                 ul2 (spans of seven kinds, told apart by a mode token), fim (causal, and a part moved to the end, to
-                 be filled in)
-    rate         masked, span: share of tokens that is hidden, above 0 and below 1; None: 0.15
-    mean_span    span: mean tokens of a hidden span, at least 1; None: 3.0
-    whole_words  masked: the tokens of a word are hidden together
-    fim_rate     fim: share of chunks whose middle is moved, above 0 and up to 1; None: 0.5
+    name         causal (each token from those before it), prefix (the rest of a chunk from a random prefix),
+                 masked (masked tokens from both sides: BERT), span (corrupted spans, written by the decoder: T5),
+                 ul2 (corrupted spans of seven denoisers, with a mode token), fim (causal, with the middle of a chunk
+                 moved to the end)
+    rate         masked, span: fraction of tokens that is masked or corrupted, above 0 and below 1; None: 0.15
+    mean_span    span: mean tokens of a corrupted span, at least 1; None: 3.0
+    whole_words  masked: the tokens of a word are masked together
+    fim_rate     fim: fraction of chunks whose middle is moved, above 0 and up to 1; None: 0.5
     target_len   span, ul2, and prefix of an encoder-decoder: tokens in a row of the decoder, where data.seq_len is the
                  encoder's; 0: what full rows of the encoder need
-    prompt_form  span, ul2, and prefix of an encoder-decoder: what the encoder reads of a prompt. trained: what training
-                 shows it, such as the text with a gap at its end, for a model that only learned to complete texts;
+    prompt_form  span, ul2, and prefix of an encoder-decoder: the form of a prompt for the encoder. trained: as in the
+                 training batches, such as the text and a sentinel, for a model that only learned to complete texts;
                  plain: the text and EOS, for one that was tuned on instructions. No batch depends on it
     """
 
@@ -144,14 +144,14 @@ class ObjectiveConfig:
     def __post_init__(self):
         if self.name not in OBJECTIVES:
             raise UserError(
-                f"objective.name={self.name!r}{suggest(self.name, OBJECTIVES)}: known are {', '.join(OBJECTIVES)}"
+                f"objective.name={self.name!r}{suggest(self.name, OBJECTIVES)}: expected one of {', '.join(OBJECTIVES)}"
             )
         for field in dataclasses.fields(self)[1:]:
             value = getattr(self, field.name)
             if value != field.default and field.name not in OBJECTIVES[self.name]:
                 users = ", ".join(name for name, used in OBJECTIVES.items() if field.name in used)
                 raise UserError(
-                    f"objective.{field.name}={value!r}: objective.name={self.name!r} has no use for it, only {users}; "
+                    f"objective.{field.name}={value!r}: objective.name={self.name!r} does not use it, only {users}; "
                     "leave it unset"
                 )
         if self.rate is not None and not 0 < self.rate < 1:
@@ -162,7 +162,7 @@ class ObjectiveConfig:
             raise UserError(f"objective.fim_rate={self.fim_rate}: must be above 0 and at most 1")
         if self.prompt_form not in PROMPT_FORMS:
             raise UserError(
-                f"objective.prompt_form={self.prompt_form!r}{suggest(self.prompt_form, PROMPT_FORMS)}: known are "
+                f"objective.prompt_form={self.prompt_form!r}{suggest(self.prompt_form, PROMPT_FORMS)}: expected one of "
                 f"{', '.join(PROMPT_FORMS)}"
             )
         if self.target_len < 0:

@@ -1,0 +1,1 @@
+"""Evaluation of checkpoints on the splits of a token store."""

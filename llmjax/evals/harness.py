@@ -109,7 +109,7 @@ class Evaluator:
     ) -> dict[str, Any] | None:
         """Scores of a split, in total and by source: {"split", "settings", "total": {...}, "sources": {name: {...}}}.
 
-        should_stop   asked before each batch, on all processes alike; when it says so, the result is None
+        should_stop   called before each batch, on all processes; where it returns True, the result is None
         """
         total, sources = Sums(), {}
         for name, source in self.manifest["sources"].items():
@@ -138,8 +138,8 @@ class Evaluator:
         for count, local in enumerate(data.batches(self.rows), 1):
             if should_stop():
                 return None
-            # Each batch is waited for: two at once do not depend on each other, and on CPU processes their
-            # collectives could start in different orders and wait for each other for ever.
+            # Wait for each batch: two batches at once are independent programs, and on CPU processes their collectives
+            # could start in different orders and wait for each other forever.
             scored, counts = jax.device_get(self._score(params, self._to_devices(local)))
             targets = 0 if counts is None else counts.astype(np.float64)
             sums.add(Sums(float(scored.nats), float(scored.weight), float(scored.correct), targets=targets))

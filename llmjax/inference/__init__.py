@@ -1,0 +1,1 @@
+"""Text from checkpoints: continuations of prompts, predictions of masked tokens."""

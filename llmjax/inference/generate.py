@@ -191,11 +191,11 @@ def _check(config: ModelConfig, prompts: Sequence[Tokens], max_tokens: int) -> N
     for number, prompt in enumerate(prompts):
         if not len(prompt):
             raise UserError(f"prompt {number} has no tokens; start it with the tokenizer's BOS or EOS")
-        if (low := min(prompt)) < 0 or (high := max(prompt)) >= config.vocab_size:
-            raise UserError(
-                f"prompt {number} contains token id {low if low < 0 else high}; "
-                f"the model has ids 0 to {config.vocab_size - 1}"
-            )
+        for token_id in (min(prompt), max(prompt)):
+            if not 0 <= token_id < config.vocab_size:
+                raise UserError(
+                    f"prompt {number} contains token id {token_id}; the model has ids 0 to {config.vocab_size - 1}"
+                )
         # The last token drawn is never read, so it needs no position.
         needed = len(prompt) + max_tokens - 1
         if config.max_seq_len is not None and needed > config.max_seq_len:

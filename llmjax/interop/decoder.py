@@ -10,6 +10,7 @@ from llmjax.interop.hf_config import (
     NUMBER,
     SLIDING,
     Fields,
+    attention_pattern,
     read_rope,
     read_rope_by_kind,
     write_rope,
@@ -18,7 +19,7 @@ from llmjax.interop.hf_config import (
 from llmjax.interop.mapping import Architecture
 from llmjax.models.decoder_config import DecoderConfig
 
-# The names differ by file, the functions do not: gelu_new and gelu_pytorch_tanh are one.
+# Several names mean the same function.
 _ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -26,33 +27,20 @@ _ACTIVATIONS = {
     "relu": "relu",
     "silu": "silu",
 }
-_LOCAL = {True: SLIDING, False: FULL}
-_GEMMA3_IMAGES = (
-    "boi_token_index",
-    "eoi_token_index",
-    "image_token_index",
-    "boi_token_id",
-    "eoi_token_id",
-    "image_token_id",
-    "mm_tokens_per_image",
-    "vision_config",
-)
+_GEMMA3_IMAGES = """
+    boi_token_index eoi_token_index image_token_index boi_token_id eoi_token_id image_token_id mm_tokens_per_image
+    vision_config
+""".split()  # noqa: SIM905
 _GPT2_ALIASES = {
     "hidden_size": "n_embd",
     "num_hidden_layers": "n_layer",
     "num_attention_heads": "n_head",
     "max_position_embeddings": "n_positions",
 }
-_GPT2_NEUTRAL = (
-    "n_ctx",
-    "n_special",
-    "predict_special_tokens",
-    "summary_type",
-    "summary_use_proj",
-    "summary_activation",
-    "summary_proj_to_labels",
-    "summary_first_dropout",
-)
+_GPT2_NEUTRAL = """
+    n_ctx n_special predict_special_tokens summary_type summary_use_proj summary_activation summary_proj_to_labels
+    summary_first_dropout
+""".split()  # noqa: SIM905
 
 
 def _read_gpt2(hf: dict[str, Any]) -> dict[str, Any]:
@@ -99,17 +87,17 @@ def _write_gpt2(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _gpt2_name(name: str) -> str | None:
-    """The first published files lack the prefix, and hold the causal mask as a buffer."""
+    """Add the prefix that the first published files lack, and leave out their causal masks."""
     name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
     return None if name.endswith((".attn.bias", ".attn.masked_bias")) else name
 
 
-def shared_fields(
+def read_shared_fields(
     fields: Fields, *, eps: float = 1e-6, positions: int = 2048, kv_heads: int = 0, tied: bool = False
 ) -> dict[str, Any]:
-    """What all successors of Llama have in common but for their rotary frequencies; the defaults are their classes'.
+    """The fields that all successors of Llama share, without their rotary frequencies.
 
-    kv_heads 0: as many as query heads.
+    The arguments are the defaults of the class; kv_heads 0: as many as query heads.
     """
     return {
         "vocab_size": fields["vocab_size"],
@@ -129,8 +117,8 @@ def shared_fields(
     }
 
 
-def shared_json(config: DecoderConfig, model_type: str) -> dict[str, Any]:
-    """The part of config.json that `shared_fields` reads."""
+def write_shared_fields(config: DecoderConfig, model_type: str) -> dict[str, Any]:
+    """The part of config.json that `read_shared_fields` reads."""
     return {
         "model_type": model_type,
         "vocab_size": config.vocab_size,
@@ -147,47 +135,51 @@ def shared_json(config: DecoderConfig, model_type: str) -> dict[str, Any]:
     }
 
 
-def windows(fields: Fields, *, default: list[str], window: int = 4096) -> dict[str, Any]:
-    """window and pattern of section `model` from layer_types (`default` where there are none) and sliding_window."""
+def read_local_layers(fields: Fields, *, default: list[str], window: int = 4096) -> dict[str, Any]:
+    """The fields window and attention_pattern of section `model`, from sliding_window and layer_types.
+
+    `default` stands for an absent layer_types, `window` for an absent sliding_window.
+    """
     types = fields.layer_types(fields["num_hidden_layers"]) or default
     size = fields.optional_size("sliding_window", window)
-    if _LOCAL[True] not in types:
+    if SLIDING not in types:
         return {}
     if not size:
-        raise UserError(f"config.json: sliding_window={size or None} with layer_types that slide; expected a number")
-    letters = "".join("l" if kind == _LOCAL[True] else "g" for kind in types)
-    repeats = lambda period: (letters[:period] * len(letters))[: len(letters)] == letters
-    return {"window": size, "pattern": next(letters[:n] for n in range(1, len(letters) + 1) if repeats(n))}
+        raise UserError(f"config.json: sliding_window={size or None}: expected a number, as layer_types has {SLIDING}")
+    return {"window": size, "attention_pattern": attention_pattern(types)}
 
 
-def layer_types(config: DecoderConfig, unused: int | None = 4096) -> dict[str, Any]:
-    """The part of config.json that `windows` reads; `unused` is written for a window where no layer slides, as most
-    classes make the mask of sliding layers whether there are any or not."""
-    return {"sliding_window": config.window or unused, "layer_types": [_LOCAL[local] for local in config.local_layers]}
+def write_local_layers(config: DecoderConfig, unused_window: int | None = 4096) -> dict[str, Any]:
+    """The part of config.json that `read_local_layers` reads.
+
+    `unused_window` is written if no layer is local: most classes make the mask of local layers in any case.
+    """
+    types = [SLIDING if local else FULL for local in config.local_layers]
+    return {"sliding_window": config.window or unused_window, "layer_types": types}
 
 
-def every(count: Any, period: int) -> list[str]:
-    """layer_types of `count` layers of which each `period`th is global."""
-    return [_LOCAL[(layer + 1) % period != 0] for layer in range(count)]
+def every_nth_global(num_layers: int, n: int) -> list[str]:
+    """layer_types of a model whose every n-th layer is global, the n-th as the first."""
+    return [SLIDING if (layer + 1) % n else FULL for layer in range(num_layers)]
 
 
-def _activation(fields: Fields, name: str = "hidden_act", default: str = "silu") -> dict[str, Any]:
+def _read_activation(fields: Fields, name: str = "hidden_act", default: str = "silu") -> dict[str, Any]:
     return {"activation": fields.choice(name, _ACTIVATIONS, default)}
 
 
-def _activation_json(config: DecoderConfig, name: str = "hidden_act") -> dict[str, str]:
+def _write_activation(config: DecoderConfig, name: str = "hidden_act") -> dict[str, str]:
     return {name: {"gelu_tanh": "gelu_pytorch_tanh"}.get(config.activation, config.activation)}
 
 
-def _without_local(section: dict[str, Any]) -> dict[str, Any]:
-    """Where no layer is local, the base of local ones is left away."""
+def _drop_unused_base(section: dict[str, Any]) -> dict[str, Any]:
+    """Without rope_local_base if no layer is local."""
     return {name: value for name, value in section.items() if name != "rope_local_base" or "window" in section}
 
 
 def _read_llama(hf: dict[str, Any]) -> dict[str, Any]:
     fields = Fields(hf)
-    section = shared_fields(fields) | _activation(fields)
-    section |= read_rope(fields, base=10_000.0, longest=section["max_positions"])
+    section = read_shared_fields(fields) | _read_activation(fields)
+    section |= read_rope(fields, base=10_000.0, max_length=section["max_positions"])
     if section["biases"] == "none":
         fields.require("mlp_bias", False)
     elif fields.get("mlp_bias", False):
@@ -200,22 +192,22 @@ def _read_llama(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_llama(config: DecoderConfig) -> dict[str, Any]:
-    shared = shared_json(config, "llama") | _activation_json(config) | write_rope(config)
+    shared = write_shared_fields(config, "llama") | _write_activation(config) | write_rope(config)
     return shared | {"mlp_bias": config.biases == "all"}
 
 
 def _read_mistral(hf: dict[str, Any]) -> dict[str, Any]:
     fields = Fields(hf)
     fields.require("attention_bias", False)
-    section = shared_fields(fields, kv_heads=8, positions=4096 * 32) | _activation(fields)
-    section |= read_rope(fields, base=10_000.0, longest=section["max_positions"])
+    section = read_shared_fields(fields, kv_heads=8, positions=4096 * 32) | _read_activation(fields)
+    section |= read_rope(fields, base=10_000.0, max_length=section["max_positions"])
     window = fields.optional_size("sliding_window", 4096)
     fields.reject_unread()
-    return section | ({"window": window, "pattern": "l"} if window else {})
+    return section | ({"window": window, "attention_pattern": "l"} if window else {})
 
 
 def _write_mistral(config: DecoderConfig) -> dict[str, Any]:
-    shared = shared_json(config, "mistral") | _activation_json(config) | write_rope(config)
+    shared = write_shared_fields(config, "mistral") | _write_activation(config) | write_rope(config)
     if not shared.pop("attention_bias"):
         return shared | {"sliding_window": config.window or None}
     raise UserError(f"model.biases={config.biases!r}: a checkpoint of MistralForCausalLM has none")
@@ -223,86 +215,91 @@ def _write_mistral(config: DecoderConfig) -> dict[str, Any]:
 
 def _read_qwen3(hf: dict[str, Any]) -> dict[str, Any]:
     fields = Fields({"head_dim": 128} | hf)
-    section = shared_fields(fields, kv_heads=32, positions=32768) | _activation(fields)
-    section |= read_rope(fields, base=10_000.0, longest=section["max_positions"]) | {"qk_norm": "head"}
+    section = read_shared_fields(fields, kv_heads=32, positions=32768) | _read_activation(fields)
+    section |= read_rope(fields, base=10_000.0, max_length=section["max_positions"]) | {"qk_norm": "head"}
     slides, full = fields.get("use_sliding_window", False), fields.optional_size("max_window_layers", 28)
-    types = [_LOCAL[bool(slides and layer >= full)] for layer in range(section["num_layers"])]
-    section |= windows(fields, default=types)
+    types = [SLIDING if slides and layer >= full else FULL for layer in range(section["num_layers"])]
+    section |= read_local_layers(fields, default=types)
     fields.reject_unread()
     return section
 
 
 def _write_qwen3(config: DecoderConfig) -> dict[str, Any]:
-    shared = shared_json(config, "qwen3") | _activation_json(config) | write_rope(config)
-    return shared | layer_types(config, unused=None) | {"use_sliding_window": bool(config.window)}
+    shared = write_shared_fields(config, "qwen3") | _write_activation(config) | write_rope(config)
+    return shared | write_local_layers(config, unused_window=None) | {"use_sliding_window": bool(config.window)}
 
 
 def _read_gemma(hf: dict[str, Any], *, model_type: str) -> dict[str, Any]:
-    third = model_type == "gemma3_text"
+    is_gemma3 = model_type == "gemma3_text"
     fields = Fields({"head_dim": 256} | hf)
-    section = shared_fields(fields, kv_heads=4, positions=131_072 if third else 8192, tied=True)
+    section = read_shared_fields(fields, kv_heads=4, positions=131_072 if is_gemma3 else 8192, tied=True)
     # Published files also have hidden_act, which the reference does not read.
-    section |= _activation(fields, "hidden_activation", "gelu_pytorch_tanh")
+    section |= _read_activation(fields, "hidden_activation", "gelu_pytorch_tanh")
     fields.require("use_bidirectional_attention", False, None)
-    longest = section["max_positions"]
+    max_length = section["max_positions"]
     scale = fields.positive("query_pre_attn_scalar", 256)
     section |= {
         "norm": "rmsnorm1p",
         "norm_position": "both",
         "embed_multiplier": section["embed"] ** 0.5,
         "score_scale": 0.0 if scale == section["head_dim"] else scale**-0.5,
-        "logit_softcap": fields.get("final_logit_softcapping", None if third else 30.0, *NUMBER) or 0.0,
+        "logit_softcap": fields.get("final_logit_softcapping", None if is_gemma3 else 30.0, *NUMBER) or 0.0,
     }
-    if third:
+    if is_gemma3:
         # A field of the class that its attention does not pass on: the reference caps nothing.
         fields.require("attn_logit_softcapping", None)
         new, old = (fields.optional_size(name) for name in ("_sliding_window_pattern", "sliding_window_pattern"))
         period = new or old or 6
-        section |= {"qk_norm": "head"} | windows(fields, default=every(section["num_layers"], period))
+        section |= {"qk_norm": "head"} | read_local_layers(
+            fields, default=every_nth_global(section["num_layers"], period)
+        )
         section |= read_rope_by_kind(
-            fields, base=1e6, longest=longest, local_base=1e4, old_local="rope_local_base_freq"
+            fields, base=1e6, max_length=max_length, local_base=1e4, old_local="rope_local_base_freq"
         )
     else:
         section |= {"score_softcap": fields.get("attn_logit_softcapping", 50.0) or 0.0}
         fields.require("sliding_window_size", fields.optional_size("sliding_window", 4096), None)
-        section |= windows(fields, default=every(section["num_layers"], 2))
-        section |= read_rope(fields, base=10_000.0, longest=longest)
+        section |= read_local_layers(fields, default=every_nth_global(section["num_layers"], 2))
+        section |= read_rope(fields, base=10_000.0, max_length=max_length)
     fields.reject_unread("hidden_act", "sliding_window_pattern")
-    return _without_local(section)
+    return _drop_unused_base(section)
 
 
 def _write_gemma(config: DecoderConfig, *, model_type: str) -> dict[str, Any]:
-    third = model_type == "gemma3_text"
-    shared = shared_json(config, model_type) | _activation_json(config, "hidden_activation") | layer_types(config)
+    shared = (
+        write_shared_fields(config, model_type)
+        | _write_activation(config, "hidden_activation")
+        | write_local_layers(config)
+    )
     scale = round(config.score_scale**-2) if config.score_scale else config.head_size
     shared |= {"query_pre_attn_scalar": scale, "final_logit_softcapping": config.logit_softcap or None}
-    if third:
+    if model_type == "gemma3_text":
         return shared | write_rope_by_kind(config)
     return shared | write_rope(config) | {"attn_logit_softcapping": config.score_softcap or None}
 
 
 def _read_olmo(hf: dict[str, Any], *, model_type: str) -> dict[str, Any]:
     fields = Fields(hf)
-    section = shared_fields(fields, eps=1e-5) | _activation(fields)
+    section = read_shared_fields(fields, eps=1e-5) | _read_activation(fields)
     section |= {"qk_norm": "all", "norm_position": "inner"}
     if model_type == "olmo2":
-        section |= read_rope(fields, base=10_000.0, longest=section["max_positions"])
+        section |= read_rope(fields, base=10_000.0, max_length=section["max_positions"])
     else:
-        section |= windows(fields, default=every(section["num_layers"], 4))
-        section |= read_rope_by_kind(fields, base=5e5, longest=section["max_positions"], local_base=5e5)
+        section |= read_local_layers(fields, default=every_nth_global(section["num_layers"], 4))
+        section |= read_rope_by_kind(fields, base=5e5, max_length=section["max_positions"], local_base=5e5)
     fields.reject_unread()
-    return _without_local(section)
+    return _drop_unused_base(section)
 
 
 def _write_olmo(config: DecoderConfig, *, model_type: str) -> dict[str, Any]:
-    shared = shared_json(config, model_type) | _activation_json(config)
+    shared = write_shared_fields(config, model_type) | _write_activation(config)
     if model_type == "olmo2":
         return shared | write_rope(config)
-    return shared | layer_types(config) | write_rope_by_kind(config)
+    return shared | write_local_layers(config) | write_rope_by_kind(config)
 
 
 def _read_gemma3_text(hf: dict[str, Any]) -> dict[str, Any]:
-    """The language model inside a checkpoint that also reads images."""
+    """The language model of a checkpoint that also reads images."""
     fields = Fields(hf)
     text = fields.section("text_config")
     if not text:
@@ -314,11 +311,11 @@ def _read_gemma3_text(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_gemma3_text(config: DecoderConfig) -> dict[str, Any]:
-    raise UserError("Gemma3ForConditionalGeneration: its images are not kept; export as Gemma3ForCausalLM")
+    raise UserError("Gemma3ForConditionalGeneration: the image encoder is not imported; export as Gemma3ForCausalLM")
 
 
 def _gemma3_text_name(name: str) -> str | None:
-    """As in Gemma3ForCausalLM, from the names of published files and from those of the newest transformers."""
+    """The name in Gemma3ForCausalLM, from that in published files or in the newest transformers."""
     bare = name.removeprefix("model.")
     if bare.startswith(("vision_tower.", "multi_modal_projector.")):
         return None
@@ -328,14 +325,14 @@ def _gemma3_text_name(name: str) -> str | None:
 
 
 def _llama_name(name: str) -> str | None:
-    """Older files hold the frequencies as a buffer."""
+    """Leave out the rotary frequencies, which older files hold as a buffer."""
     return None if name.endswith("rotary_emb.inv_freq") else name
 
 
-def _like_llama(read: Any, write: Any, **fixed: Any) -> Architecture:
+def _llama_architecture(read: Any, write: Any, **model_type: str) -> Architecture:
     return Architecture(
-        read_config=lambda hf: read(hf, **fixed),
-        write_config=lambda config: write(config, **fixed),
+        read_config=lambda hf: read(hf, **model_type),
+        write_config=lambda config: write(config, **model_type),
         rules=decoder_rules.llama,
         rename=_llama_name,
     )
@@ -347,19 +344,19 @@ ARCHITECTURES = {
         write_config=_write_gpt2,
         rules=decoder_rules.gpt2,
         rename=_gpt2_name,
-        free=("rope_base",),
+        unused_fields=("rope_base",),
     ),
-    "LlamaForCausalLM": _like_llama(_read_llama, _write_llama),
-    "MistralForCausalLM": _like_llama(_read_mistral, _write_mistral),
-    "Qwen3ForCausalLM": _like_llama(_read_qwen3, _write_qwen3),
-    "Gemma2ForCausalLM": _like_llama(_read_gemma, _write_gemma, model_type="gemma2"),
-    "Gemma3ForCausalLM": _like_llama(_read_gemma, _write_gemma, model_type="gemma3_text"),
+    "LlamaForCausalLM": _llama_architecture(_read_llama, _write_llama),
+    "MistralForCausalLM": _llama_architecture(_read_mistral, _write_mistral),
+    "Qwen3ForCausalLM": _llama_architecture(_read_qwen3, _write_qwen3),
+    "Gemma2ForCausalLM": _llama_architecture(_read_gemma, _write_gemma, model_type="gemma2"),
+    "Gemma3ForCausalLM": _llama_architecture(_read_gemma, _write_gemma, model_type="gemma3_text"),
     "Gemma3ForConditionalGeneration": Architecture(
         read_config=_read_gemma3_text,
         write_config=_write_gemma3_text,
         rules=decoder_rules.llama,
         rename=_gemma3_text_name,
     ),
-    "Olmo2ForCausalLM": _like_llama(_read_olmo, _write_olmo, model_type="olmo2"),
-    "Olmo3ForCausalLM": _like_llama(_read_olmo, _write_olmo, model_type="olmo3"),
+    "Olmo2ForCausalLM": _llama_architecture(_read_olmo, _write_olmo, model_type="olmo2"),
+    "Olmo3ForCausalLM": _llama_architecture(_read_olmo, _write_olmo, model_type="olmo3"),
 }

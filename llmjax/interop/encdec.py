@@ -4,10 +4,10 @@ from typing import Any
 
 from llmjax.errors import UserError
 from llmjax.interop.hf_config import MAX_LAYERS, Fields
-from llmjax.interop.mapping import Architecture, Rule, matrix, transposed
+from llmjax.interop.mapping import Architecture, Rule, linear, transposed
 from llmjax.models.encdec import EncDecConfig
 
-# Their word for the feed-forward layer -> our activation and form; "gated-gelu" has always meant the tanh form.
+# feed_forward_proj -> activation, gated; "gated-gelu" has always meant the tanh form.
 _FEED_FORWARD = {
     "relu": ("relu", False),
     "gated-gelu": ("gelu_tanh", True),
@@ -30,12 +30,12 @@ _ACTIVATIONS = {"relu": ("relu",), "gelu": ("gelu",), "gelu_tanh": ("gelu_new",)
 def _read(hf: dict[str, Any]) -> dict[str, Any]:
     fields = Fields(hf)
     fields.require("is_decoder", False)
-    word = fields.choice("feed_forward_proj", {name: name for name in _FEED_FORWARD}, "relu")
-    activation, gated = _FEED_FORWARD[word]
+    feed_forward = fields.choice("feed_forward_proj", {name: name for name in _FEED_FORWARD}, "relu")
+    activation, gated = _FEED_FORWARD[feed_forward]
     fields.require("is_gated_act", gated)
     fields.require("dense_act_fn", *_ACTIVATIONS[activation])
-    # A head of its own and unscaled hidden states go together in all published checkpoints; transformers 5 writes the
-    # second down, and says that the head is tied even where the file holds another.
+    # In all published checkpoints hidden states are unscaled exactly if the head is not tied. transformers 5 writes
+    # whether they are scaled, and that the head is tied even if it is not.
     tied = fields.get("tie_word_embeddings", True)
     scaled = fields.get("scale_decoder_outputs", tied)
     if scaled and not tied:
@@ -65,10 +65,12 @@ def _read(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(config: EncDecConfig) -> dict[str, Any]:
-    form = (config.activation, config.gated)
-    word = next((word for word, ours in _FEED_FORWARD.items() if ours == form), None)
-    if word is None:
-        raise UserError(f"model.activation={config.activation!r}, {config.gated}: T5's config.json has no word for it")
+    names = [name for name, form in _FEED_FORWARD.items() if form == (config.activation, config.gated)]
+    if not names:
+        raise UserError(
+            f"model.activation={config.activation!r} with model.gated={config.gated}: T5's feed_forward_proj cannot "
+            "express it"
+        )
     start = {} if config.start_id < 0 else {"decoder_start_token_id": config.start_id}
     return {
         "model_type": "t5",
@@ -81,7 +83,7 @@ def _write(config: EncDecConfig) -> dict[str, Any]:
         "num_heads": config.num_heads,
         "d_kv": config.head_size,
         "d_ff": config.mlp_size,
-        "feed_forward_proj": word,
+        "feed_forward_proj": names[0],
         "layer_norm_epsilon": config.norm_eps,
         "relative_attention_num_buckets": config.relative_buckets,
         "relative_attention_max_distance": config.relative_distance,
@@ -91,8 +93,8 @@ def _write(config: EncDecConfig) -> dict[str, Any]:
 
 def _rules(config: EncDecConfig) -> list[Rule]:
     tied = config.tie_embeddings
-    copies = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", *(("lm_head.weight",) if tied else ()))
-    rules = [Rule("shared.weight", ("embed.table",), copies=copies)]
+    aliases = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", *(("lm_head.weight",) if tied else ()))
+    rules = [Rule("shared.weight", ("embed.table",), aliases=aliases)]
     rules += _stack(config, "encoder", {"SelfAttention": "attention"})
     rules += _stack(config, "decoder", {"SelfAttention": "attention", "EncDecAttention": "cross"})
     return rules if tied else [*rules, Rule("lm_head.weight", ("head",), **transposed())]
@@ -101,28 +103,27 @@ def _rules(config: EncDecConfig) -> list[Rule]:
 def _stack(config: EncDecConfig, side: str, attentions: dict[str, str]) -> list[Rule]:
     """The rules of the encoder or the decoder, whose blocks number their sub-blocks."""
     embed, mlp, heads = (config.embed,), (config.mlp_size,), (config.num_heads, config.head_size)
-    block, ours = f"{side}.block.{{layer}}.layer.", f"{side}.blocks."
+    hf_block, block = f"{side}.block.{{layer}}.layer.", f"{side}.blocks."
     rules = [
         Rule(f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight", (f"{side}.bias.table",)),
         Rule(f"{side}.final_layer_norm.weight", (f"{side}.norm.scale",)),
     ]
-    for number, (theirs, name) in enumerate(attentions.items()):
+    for number, (hf_name, name) in enumerate(attentions.items()):
         maps = {"q": ("query", embed, heads), "k": ("key", embed, heads), "v": ("value", embed, heads)}
         for letter, (part, inputs, outputs) in (maps | {"o": ("out", heads, embed)}).items():
-            rule = matrix(inputs, outputs)
-            rules.append(Rule(f"{block}{number}.{theirs}.{letter}.weight", (f"{ours}{name}.{part}.weight",), **rule))
-        rules.append(Rule(f"{block}{number}.layer_norm.weight", (f"{ours}{name}_norm.scale",)))
-    last = len(attentions)
-    first = {"wi_0": "gate", "wi_1": "up"} if config.gated else {"wi": "up"}
-    for theirs, part in first.items():
-        name = f"{block}{last}.DenseReluDense.{theirs}.weight"
-        rules.append(Rule(name, (f"{ours}mlp.{part}.weight",), **matrix(embed, mlp)))
-    rules.append(Rule(f"{block}{last}.DenseReluDense.wo.weight", (f"{ours}mlp.down.weight",), **matrix(mlp, embed)))
-    return [*rules, Rule(f"{block}{last}.layer_norm.weight", (f"{ours}mlp_norm.scale",))]
+            names = (f"{block}{name}.{part}.weight",)
+            rules.append(Rule(f"{hf_block}{number}.{hf_name}.{letter}.weight", names, **linear(inputs, outputs)))
+        rules.append(Rule(f"{hf_block}{number}.layer_norm.weight", (f"{block}{name}_norm.scale",)))
+    hf_mlp = f"{hf_block}{len(attentions)}."
+    for hf_name, part in {"wi_0": "gate", "wi_1": "up"}.items() if config.gated else [("wi", "up")]:
+        names = (f"{block}mlp.{part}.weight",)
+        rules.append(Rule(f"{hf_mlp}DenseReluDense.{hf_name}.weight", names, **linear(embed, mlp)))
+    rules.append(Rule(f"{hf_mlp}DenseReluDense.wo.weight", (f"{block}mlp.down.weight",), **linear(mlp, embed)))
+    return [*rules, Rule(f"{hf_mlp}layer_norm.weight", (f"{block}mlp_norm.scale",))]
 
 
 def _name(name: str) -> str | None:
-    """The first published files hold a position bias between decoder and source, which no model reads."""
+    """Leave out a position bias between decoder and source, which the first published files hold and no model reads."""
     return None if name == "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight" else name
 
 

@@ -41,7 +41,7 @@ _INDEX = "model.safetensors.index.json"
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies."""
+    """Where a tensor is stored."""
 
     path: Path
     dtype: str
@@ -50,22 +50,23 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
+        """Size in bytes."""
         return TYPES[self.dtype].itemsize * math.prod(self.shape)
 
     def read(self, box: tuple[slice, ...] | None = None) -> np.ndarray:
-        """The part `box` (None: all), copied out of the file; no more of it than that stays in memory."""
+        """A copy of the part `box` (None: all); nothing else of the file stays in memory."""
         if not self.nbytes:
-            whole = np.zeros(self.shape, TYPES[self.dtype])
+            tensor = np.zeros(self.shape, TYPES[self.dtype])
         else:
-            whole = np.memmap(self.path, TYPES[self.dtype], "r", self.offset, self.shape or (1,)).reshape(self.shape)
-        return np.array(whole if box is None else whole[box])
+            tensor = np.memmap(self.path, TYPES[self.dtype], "r", self.offset, self.shape or (1,)).reshape(self.shape)
+        return np.array(tensor if box is None else tensor[box])
 
 
 def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of one file.
 
-    Raises UserError where it is no safetensors file, or where its tensors do not fill it: each must have as many bytes
-    as its type and shape need, and they must follow each other without gaps or overlaps up to the end of the file.
+    Raises UserError if it is no safetensors file, or if its tensors do not fill it: each must have as many bytes as its
+    type and shape need, and they must follow each other without gaps or overlaps up to the end of the file.
     """
     try:
         size = path.stat().st_size
@@ -128,7 +129,7 @@ def _not_safetensors(path: Path, reason: str) -> UserError:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError where there is none."""
+    """The object in a JSON file. Raises UserError if there is none."""
     try:
         size = path.stat().st_size
         if size > _LONGEST_HEADER:
@@ -143,46 +144,46 @@ def read_json(path: Path) -> dict[str, Any]:
 def parse_json(content: bytes, where: str) -> dict[str, Any]:
     """The object in `content`. Raises UserError for anything else, nesting too deep to parse, and a repeated key."""
     try:
-        found = json.loads(content.decode(), object_pairs_hook=_reject_repeated_keys)
+        value = json.loads(content.decode(), object_pairs_hook=_reject_repeated_keys)
     except RecursionError:
         raise UserError(f"{where}: not JSON that can be read (nested too deeply); fetch it again") from None
     except ValueError as error:
         raise UserError(f"{where}: not JSON ({error}); fetch it again") from None
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise UserError(f"{where}: not a JSON object; fetch it again")
-    return found
+    return value
 
 
 def _reject_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"the key {shown(next(name for name in names if names.count(name) > 1))} is repeated")
-    return found
+    return unique
 
 
 def read_folder(folder: Path) -> dict[str, Entry]:
     """All tensors of model.safetensors, else of the shards that model.safetensors.index.json names.
 
-    A whole file goes before an index, which an earlier version of the checkpoint may have left. A tensor that the index
-    names and no shard holds is absent from the result: it may be a tied head, which only the architecture knows.
-    Raises UserError where neither file is there, or a shard is missing.
+    The single file takes precedence over an index, which may be left from an earlier version of the checkpoint. A
+    tensor that the index names and no shard holds is absent from the result: it may be a tied head, which only the
+    architecture knows. Raises UserError if neither file exists, or a shard is missing.
     """
     single, index = folder / "model.safetensors", folder / _INDEX
     if single.is_file():
         return read_header(single)
     if not index.is_file():
-        raise UserError(f"{folder}: neither model.safetensors nor {_INDEX} there; other formats are not read")
-    named = read_json(index).get("weight_map")
-    if not isinstance(named, dict) or not all(isinstance(shard, str) for shard in named.values()):
-        raise UserError(f"{index}: weight_map={shown(named)}: expected a map from tensor to file; fetch it again")
-    found: dict[str, Entry] = {}
-    for shard in sorted(set(named.values())):
+        raise UserError(f"{folder}: has neither model.safetensors nor {_INDEX}; other formats are not supported")
+    shard_of = read_json(index).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
+        raise UserError(f"{index}: weight_map={shown(shard_of)}: expected a map from tensor to file; fetch it again")
+    entries: dict[str, Entry] = {}
+    for shard in sorted(set(shard_of.values())):
         if Path(shard).name != shard or "\0" in shard or not (folder / shard).is_file():
             name = shown(shard, quote=False)
             raise UserError(f"{folder}: the shard {name} that {_INDEX} names is missing; fetch it")
-        found |= {name: entry for name, entry in read_header(folder / shard).items() if named.get(name) == shard}
-    return found
+        entries |= {name: entry for name, entry in read_header(folder / shard).items() if shard_of.get(name) == shard}
+    return entries
 
 
 def nbytes(spec: tuple[str, tuple[int, ...]]) -> int:
@@ -191,7 +192,7 @@ def nbytes(spec: tuple[str, tuple[int, ...]]) -> int:
 
 
 def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Names in order, cut into files of at most `limit` bytes; a tensor that is larger has a file of its own."""
+    """Names in order, split into files of at most `limit` bytes; a larger tensor has a file of its own."""
     shards: list[list[str]] = [[]]
     used = 0
     for name, size in sizes.items():
@@ -206,31 +207,31 @@ def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 def write_folder(
     folder: Path,
     tensors: Mapping[str, tuple[str, tuple[int, ...]]],
-    make: Callable[[str], np.ndarray],
+    get_tensor: Callable[[str], np.ndarray],
     *,
     limit: int,
-    wrote: Callable[[int], None] = lambda nbytes: None,
+    report_bytes: Callable[[int], None] = lambda nbytes: None,
     primary: bool = True,
 ) -> list[Path]:
-    """Write `make(name)` for each name of `tensors` (name -> type such as "F32", shape) as one file or several.
+    """Write `get_tensor(name)` for each name of `tensors` (name -> type such as "F32", shape) into one file or several.
 
-    No more than one tensor is held at a time. `make` is called for all of them in order, in a process that is not
-    `primary` too, and only the primary one writes. `wrote` is told the bytes of each tensor. Returns the files.
+    Only one tensor is in memory at a time. Every process calls `get_tensor` for all names in order, and only the
+    `primary` one writes. `report_bytes` gets the bytes of each tensor that is written. Returns the files.
     """
     sizes = {name: nbytes(spec) for name, spec in tensors.items()}
     shards = plan_shards(sizes, limit)
     paths = [folder / _shard_name(number, len(shards)) for number in range(len(shards))]
     for path, names in zip(paths, shards, strict=True):
-        parts = (_checked(name, make(name), *tensors[name]) for name in names)
+        arrays = (_check_array(name, get_tensor(name), *tensors[name]) for name in names)
         if primary:
-            _write_file(path, {name: tensors[name] for name in names}, _told(parts, wrote))
+            _write_file(path, {name: tensors[name] for name in names}, arrays, report_bytes)
         else:
-            for _ in parts:
+            for _ in arrays:
                 pass
     if primary and len(shards) > 1:
-        named = {name: path.name for path, names in zip(paths, shards, strict=True) for name in names}
+        shard_of = {name: path.name for path, names in zip(paths, shards, strict=True) for name in names}
         total = {"total_size": sum(sizes.values())}
-        (folder / _INDEX).write_text(json.dumps({"metadata": total, "weight_map": named}, indent=2) + "\n")
+        (folder / _INDEX).write_text(json.dumps({"metadata": total, "weight_map": shard_of}, indent=2) + "\n")
     return paths
 
 
@@ -238,18 +239,17 @@ def _shard_name(number: int, count: int) -> str:
     return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
-def _checked(name: str, array: np.ndarray, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+def _check_array(name: str, array: np.ndarray, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     assert _NAMES[array.dtype] == dtype and array.shape == shape, (name, array.dtype, array.shape, dtype, shape)
     return array
 
 
-def _told(parts: Iterable[np.ndarray], wrote: Callable[[int], None]) -> Iterable[np.ndarray]:
-    for part in parts:
-        yield part
-        wrote(part.nbytes)
-
-
-def _write_file(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], parts: Iterable[np.ndarray]) -> None:
+def _write_file(
+    path: Path,
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    arrays: Iterable[np.ndarray],
+    report_bytes: Callable[[int], None],
+) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (dtype, shape) in tensors.items():
@@ -259,7 +259,8 @@ def _write_file(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], 
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for part in parts:
-            np.ascontiguousarray(part).reshape(-1).view(np.uint8).tofile(file)
+        for array in arrays:
+            np.ascontiguousarray(array).reshape(-1).view(np.uint8).tofile(file)
+            report_bytes(array.nbytes)
         file.flush()
         os.fsync(file.fileno())

@@ -1,6 +1,6 @@
-"""Read config.json: every field is used, known to have no effect, or refused; and its rotary frequencies."""
+"""Read config.json so that each field is used, known to have no effect, or refused; and its rotary frequencies."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import re
 from typing import Any
 
@@ -11,16 +11,15 @@ from llmjax.nn.rotary import yarn_attention_factor
 _MISSING = object()
 NUMBER = (int, float)
 FULL, SLIDING = "full_attention", "sliding_attention"
-# What a value of a type is called in errors; bool is a subclass of int in Python alone.
-_CALLED = {bool: "true or false", int: "a number", float: "a number", str: "a string", list: "a list"}
+_TYPE_NAMES = {bool: "true or false", int: "a number", float: "a number", str: "a string", list: "a list"}
 # Bounds far above every published model, so that a damaged config.json is refused before anything is allocated.
 _MAX_NUMBER = 1e15
 _MAX_SIZE = 1 << 24
 MAX_LAYERS = 1 << 12
 MAX_EXPERTS = 1 << 16
 
-# Fields that the base class of all configs keeps, in transformers 2 to 5, and that change no number of a forward pass
-# in float32 without dropout.
+# Fields of the base class of all configs, in transformers 2 to 5, that change no number of a forward pass in float32
+# without dropout.
 _BASE = frozenset(
     """
     add_cross_attention architectures attn_implementation auto_map bos_token_id chunk_size_feed_forward cls_token_id
@@ -31,7 +30,7 @@ _BASE = frozenset(
     transformers_version unk_token_id use_bfloat16 use_cache use_return_dict
     """.split()  # noqa: SIM905
 )
-# How text is generated: fields of GenerationConfig, which older releases kept in config.json.
+# Fields of GenerationConfig, which older releases kept in config.json.
 _GENERATION = frozenset(
     """
     bad_words_ids begin_suppress_tokens cache_config cache_implementation compile_config constraints disable_compile
@@ -49,7 +48,7 @@ _GENERATION = frozenset(
 _NEUTRAL_PATTERN = re.compile(r"_.*|unsloth_\w+|initializer_\w+|init_std|(\w+_)?(dropout|pdrop)(_prob|_rate)?")
 
 
-class UnknownField(UserError):
+class UnknownFieldError(UserError):
     """A field of config.json that no reader knows; `name` is its path, such as `rope_scaling.new_field`."""
 
     def __init__(self, name: str, value: Any):
@@ -61,10 +60,10 @@ class UnknownField(UserError):
 
 
 class Fields:
-    """The fields of a config.json, or of a section of it (`where` is put before their names in errors)."""
+    """The fields of config.json, or of a section of it, whose path such as "rope_scaling." errors put before a name."""
 
-    def __init__(self, fields: Mapping[str, Any], where: str = ""):
-        self._fields, self._where = fields, where
+    def __init__(self, fields: Mapping[str, Any], path: str = ""):
+        self._fields, self._path = fields, path
         self._read: set[str] = set()
 
     def __getitem__(self, name: str) -> int:
@@ -72,7 +71,7 @@ class Fields:
         return self.size(name)
 
     def get(self, name: str, default: Any, *kinds: type) -> Any:
-        """The value, or the default of their config class where it is absent. null passes: it often means `none`.
+        """The value, or the default of the Hugging Face class if it is absent. null passes: it often means `none`.
 
         UserError for a value of another type than `kinds`, by default that of `default`, and for a number that is
         negative, not finite or above 1e15.
@@ -84,20 +83,20 @@ class Fields:
         if value is None or not kinds:
             return value
         if type(value) not in kinds:
-            raise self._error(name, value, _CALLED[kinds[0]])
+            raise self._error(name, value, _TYPE_NAMES[kinds[0]])
         if type(value) in NUMBER and not 0 <= value <= _MAX_NUMBER:
             raise self._error(name, value, "a number from 0 to 1e15")
         return value
 
     def positive(self, name: str, default: float | None = None) -> Any:
-        """A number above 0, which must be there where it has no default."""
+        """A number above 0; the field is required if it has no default."""
         value = self.get(name, default, *NUMBER)
         if value is None or value == 0:
             raise self._missing(name) if name not in self._fields else self._error(name, value, "a number above 0")
         return value
 
     def size(self, name: str, default: int | None = None, most: int = _MAX_SIZE) -> int:
-        """A whole number from 1 to `most`, which must be there where it has no default."""
+        """An integer from 1 to `most`; the field is required if it has no default."""
         self._read.add(name)
         value = self._fields.get(name, default)
         if value is None and default is None:
@@ -107,7 +106,7 @@ class Fields:
         return value
 
     def optional_size(self, name: str, default: int = 0, most: int = _MAX_SIZE) -> int:
-        """A whole number from 0 to `most`; null stands for 0."""
+        """An integer from 0 to `most`; null stands for 0."""
         self._read.add(name)
         value = self._fields.get(name, default)
         if value is not None and (type(value) is not int or not 0 <= value <= most):
@@ -115,14 +114,14 @@ class Fields:
         return value or 0
 
     def section(self, name: str) -> dict[str, Any]:
-        """A section, empty where it is absent or null."""
+        """A section, empty if it is absent or null."""
         value = self.get(name, None)
         if not isinstance(value, Mapping | None):
             raise self._error(name, value, "a section, such as {}")
         return dict(value or {})
 
     def layer_types(self, layers: int) -> list[str] | None:
-        """Whether each layer attends to everything or to a sliding window; None where the field is absent."""
+        """The field layer_types, FULL or SLIDING for each layer; None if it is absent."""
         types = self.get("layer_types", None, list)
         if not types:
             return None
@@ -134,37 +133,37 @@ class Fields:
         return types
 
     def require(self, name: str, *allowed: Any) -> None:
-        """UserError where the field is there and has another value than `allowed`, those that are implemented."""
+        """UserError if the field is present and its value is not one of `allowed`, those that are implemented."""
         self._read.add(name)
         value = self._fields.get(name, _MISSING)
-        same = lambda one: value == one and (type(value) is bool) == (type(one) is bool)  # True equals 1
-        if value is not _MISSING and not any(map(same, allowed)):
-            known = " or ".join(repr(value) for value in allowed)
-            raise UserError(f"config.json: {self._where}{name}={shown(value)} is not supported, only {known}")
+        # In Python True equals 1.
+        is_equal = lambda other: value == other and (type(value) is bool) == (type(other) is bool)
+        if value is not _MISSING and not any(map(is_equal, allowed)):
+            supported = " or ".join(repr(value) for value in allowed)
+            raise UserError(f"config.json: {self._path}{name}={shown(value)} is not supported, only {supported}")
 
     def choice(self, name: str, names: Mapping[str, str], default: str) -> str:
-        """Our name for theirs; UserError for one that is not in `names`."""
+        """The llmjax name of a Hugging Face name; UserError for one that is not in `names`."""
         value = self.get(name, None) or default
         if not isinstance(value, str) or value not in names:
-            known = ", ".join(names)
-            raise UserError(f"config.json: {self._where}{name}={shown(value)} is not supported, only {known}")
+            raise UserError(f"config.json: {self._path}{name}={shown(value)} is not supported, only {', '.join(names)}")
         return names[value]
 
     def reject_unread(self, *neutral: str) -> None:
-        """UnknownField for the first field that was not read; `neutral` are further ones that change no number."""
-        if not self._where:
+        """UnknownFieldError for the first field that was not read; `neutral` are further ones that change no number."""
+        if not self._path:
             self.require("pruned_heads", {}, None)
             self.require("tie_encoder_decoder", False, None)
         for name, value in self._fields.items():
-            if name in self._read or name in neutral or value is None or (not self._where and _is_neutral(name)):
+            if name in self._read or name in neutral or value is None or (not self._path and _is_neutral(name)):
                 continue
-            raise UnknownField(f"{self._where}{name}", value)
+            raise UnknownFieldError(f"{self._path}{name}", value)
 
     def _missing(self, name: str) -> UserError:
-        return UserError(f"config.json has no {self._where}{name}")
+        return UserError(f"config.json has no {self._path}{name}")
 
     def _error(self, name: str, value: Any, expected: str) -> UserError:
-        return UserError(f"config.json: {self._where}{name}={shown(value)}: expected {expected}")
+        return UserError(f"config.json: {self._path}{name}={shown(value)}: expected {expected}")
 
 
 def shown(value: Any, quote: bool = True) -> str:
@@ -176,6 +175,13 @@ def shown(value: Any, quote: bool = True) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def attention_pattern(layer_types: Sequence[str]) -> str:
+    """The shortest model.attention_pattern that gives these layer types."""
+    letters = "".join("l" if kind == SLIDING else "g" for kind in layer_types)
+    repeats = lambda period: (letters[:period] * len(letters)).startswith(letters)
+    return next(letters[:period] for period in range(1, len(letters) + 1) if repeats(period))
+
+
 def _is_neutral(name: str) -> bool:
     return name in _BASE or name in _GENERATION or _NEUTRAL_PATTERN.fullmatch(name) is not None
 
@@ -184,43 +190,44 @@ def _is_neutral(name: str) -> bool:
 _ROPE_KINDS = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
 
 
-def read_rope(fields: Fields, *, base: float, longest: int) -> dict[str, Any]:
-    """The rope_* fields of section `model`, for a model whose layers are all turned alike; `base` where none is
-    given, and `longest` for the length of the texts that it was first trained on.
+def read_rope(fields: Fields, *, base: float, max_length: int) -> dict[str, Any]:
+    """The rope_* fields of section `model`, for a model whose layers all have the same frequencies.
 
-    Where that length stands both beside the section and in it, the reference takes the one beside it.
+    base         if config.json has none
+    max_length   the length of the texts of the first training, unless config.json has one. If it has one in the section
+                 and one beside it, the reference uses the one beside it.
     """
     theta, new, old = fields.get("rope_theta", base), fields.section("rope_parameters"), fields.section("rope_scaling")
     original = fields.optional_size("original_max_position_embeddings") or None
-    return _read_rope(old or new, "rope_scaling." if old else "rope_parameters.", theta, longest, original)
+    return _read_rope(old or new, "rope_scaling." if old else "rope_parameters.", theta, max_length, original)
 
 
 def read_rope_by_kind(
-    fields: Fields, *, base: float, longest: int, local_base: float, old_local: str | None = None
+    fields: Fields, *, base: float, max_length: int, local_base: float, old_local: str | None = None
 ) -> dict[str, Any]:
     """The same for a model with frequencies for full_attention and others for sliding_attention.
 
-    The older fields rope_scaling and rope_theta are those of the full layers; `old_local` names the one that holds
-    the base of the sliding layers, if there is any.
+    The older fields rope_scaling and rope_theta are those of the full layers; `old_local` names the one with the base
+    of the sliding layers, if there is any.
     """
     both = Fields(fields.section("rope_parameters"), "rope_parameters.")
     old = fields.section("rope_scaling")
     full, sliding = both.section(FULL) | old, both.section(SLIDING)
     both.reject_unread()
     theta, local_theta = fields.get("rope_theta", base), fields.get(old_local, local_base) if old_local else local_base
-    fields.get("original_max_position_embeddings", None)  # without effect in the reference: the sections have their own
-    section = _read_rope(full, "rope_scaling." if old else "rope_parameters.full_attention.", theta, longest)
+    fields.get("original_max_position_embeddings", None)  # the reference reads only those of the sections
+    section = _read_rope(full, "rope_scaling." if old else "rope_parameters.full_attention.", theta, max_length)
     if not section.get("rope_truncate", True):
-        # The reference asks for it where these models do not have it, and always truncates.
+        # The reference looks for it in the wrong section, and always truncates.
         raise UserError("config.json: rope_parameters.full_attention.truncate=False is not supported, only True")
-    local = _read_rope(sliding, "rope_parameters.sliding_attention.", local_theta, longest)
+    local = _read_rope(sliding, "rope_parameters.sliding_attention.", local_theta, max_length)
     if "rope_scaling" in local:
         kind = sliding.get("rope_type")
         raise UserError(
             f"config.json: rope_parameters.sliding_attention.rope_type={kind!r} is not supported, only 'default'"
         )
-    alike = local["rope_base"] == section["rope_base"] and "rope_scaling" not in section
-    return section | {"rope_local_base": 0.0 if alike else local["rope_base"]}
+    is_same = local["rope_base"] == section["rope_base"] and "rope_scaling" not in section
+    return section | {"rope_local_base": 0.0 if is_same else local["rope_base"]}
 
 
 def write_rope(config: DecoderConfig) -> dict[str, Any]:
@@ -239,31 +246,31 @@ def write_rope_by_kind(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _read_rope(
-    given: Mapping[str, Any], where: str, theta: Any, longest: int, original: int | None = None
+    rope_fields: Mapping[str, Any], path: str, theta: Any, max_length: int, original: int | None = None
 ) -> dict[str, Any]:
-    rope = Fields(given, where)
+    rope = Fields(rope_fields, path)
     name = "rope_type" if rope.get("rope_type", None) else "type"
     kind = rope.choice(name, _ROPE_KINDS, "default")
     rope.get("type", None)
     rope.require("partial_rotary_factor", 1.0, None)
     section: dict[str, Any] = {"rope_base": float(rope.get("rope_theta", None, *NUMBER) or theta or 0)}
-    inner = rope.optional_size("original_max_position_embeddings")
-    start = original or inner or longest
+    original_in_section = rope.optional_size("original_max_position_embeddings")
+    original = original or original_in_section or max_length
     if kind != "none":
         section |= {"rope_scaling": kind}
     if kind == "linear":
         section |= {"rope_factor": float(rope.positive("factor"))}
     if kind == "llama3":
-        section |= {"rope_factor": float(rope.positive("factor")), "rope_original": start}
+        section |= {"rope_factor": float(rope.positive("factor")), "rope_original": original}
         section |= {
             "rope_low": float(rope.positive("low_freq_factor")),
             "rope_high": float(rope.positive("high_freq_factor")),
         }
     if kind == "yarn":
-        if "factor" not in given:  # null has a meaning: as many times as longer texts are longer
-            raise UserError(f"config.json has no {where}factor")
-        factor = float(rope.get("factor", None, *NUMBER) or longest / start)
-        section |= {"rope_factor": factor, "rope_original": start, "rope_truncate": rope.get("truncate", True)}
+        if "factor" not in rope_fields:  # null means the quotient of the two lengths
+            raise UserError(f"config.json has no {path}factor")
+        factor = float(rope.get("factor", None, *NUMBER) or max_length / original)
+        section |= {"rope_factor": factor, "rope_original": original, "rope_truncate": rope.get("truncate", True)}
         section |= {"rope_low": float(rope.get("beta_slow", None, *NUMBER) or 1)}
         section |= {"rope_high": float(rope.get("beta_fast", None, *NUMBER) or 32)}
         section |= {"rope_attention_factor": _attention_factor(rope, factor)}
@@ -272,11 +279,12 @@ def _read_rope(
 
 
 def _attention_factor(rope: Fields, factor: float) -> float:
-    own, weight, all_dims = (rope.get(name, None, *NUMBER) for name in ("attention_factor", "mscale", "mscale_all_dim"))
-    if own is not None:
-        return float(own)
-    if weight and all_dims:
-        return yarn_attention_factor(factor, weight) / yarn_attention_factor(factor, all_dims)
+    names = ("attention_factor", "mscale", "mscale_all_dim")
+    attention_factor, weight, weight_all_dims = (rope.get(name, None, *NUMBER) for name in names)
+    if attention_factor is not None:
+        return float(attention_factor)
+    if weight and weight_all_dims:
+        return yarn_attention_factor(factor, weight) / yarn_attention_factor(factor, weight_all_dims)
     return yarn_attention_factor(factor)
 
 

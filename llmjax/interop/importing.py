@@ -1,7 +1,8 @@
 """`llmjax import`: a published checkpoint becomes step 0 of a workdir."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,23 +10,32 @@ from etils import epath
 import jax
 
 import llmjax
+from llmjax.batch import Params
 from llmjax.checkpoint.manager import Checkpoints
 from llmjax.data.store.tokenizer import Tokenizer
 from llmjax.data.store.tokenizer_settings import TokenizerSettings
 from llmjax.errors import UserError
 from llmjax.interop import hf_checkpoint, sharded_io, tokenizers
-from llmjax.interop.mapping import ParamMapping
+from llmjax.interop.mapping import ParamMapping, flatten
 from llmjax.models import registry
 from llmjax.parallel import axes, hosts
 from llmjax.run import config as run_config, loading, workdir as workdirs
 from llmjax.run.config import RunConfig
 
-TOKEN_IDS = ("bos_token_id", "pad_token_id")  # of config.json, which only other readers use
+logger = logging.getLogger(__name__)
+
+_TOKEN_IDS = ("bos_token_id", "pad_token_id")  # fields of config.json that llmjax does not use, and export writes back
 
 
 @dataclasses.dataclass(frozen=True)
 class Imported:
-    """What was read: class name, parameters (without the padding of the vocabulary), files, and the config made."""
+    """What was read.
+
+    parameters   their number, without the padding of the vocabulary
+    types        of the tensors in the files
+    tokenizer    name of its file
+    config       of the new run
+    """
 
     architecture: str
     parameters: int
@@ -41,93 +51,96 @@ def import_checkpoint(
     *,
     overrides: Sequence[tuple[str, str]] = (),
     ignore: Sequence[str] = (),
-    say: Callable[[str], None] = print,
 ) -> Imported:
-    """Read the folder `source` into a checkpoint of step 0 in `workdir`: parameters alone, so that any optimizer can go
-    on with them. `ignore` names unknown fields of config.json that are accepted.
+    """Read the folder `source` into checkpoint 0 of `workdir`, without optimizer state, so that any optimizer can
+    continue.
 
-    Raises UserError where the folder is not what we know, and where the workdir holds a run. A collective: all
-    processes call it, and each reads what its devices hold.
+    ignore   unknown fields of config.json that are accepted
+    Raises UserError if the folder is not supported, or if the workdir contains a run. A collective: all processes call
+    it, and each reads what its devices hold.
     """
     if (workdir / workdirs.CONFIG).exists():
-        raise UserError(f"--workdir={workdir}: holds a run already; give a new folder")
-    found = hf_checkpoint.read(source)
-    section = found.read_model(ignore)
-    name, content, settings, tokenizer = tokenizers.find(epath.Path(source), found.hf, num_rows=section["vocab_size"])
-    config = _config(section, tokenizer, workdir, overrides)
-    table = ParamMapping(found.architecture.rules(config.model), config.model)
-    table.check(found.tensors)
-    _check_copies(table, found)
-    say(f"{found.name}: {len(found.tensors.shapes())} tensors of {', '.join(found.tensors.types)}, {_size(found)}")
-    for note in _notes(settings, tokenizer, config):
-        say(f"  note: {note}")
+        raise UserError(f"--workdir={workdir}: already contains a run; give a new folder")
+    checkpoint = hf_checkpoint.read(source)
+    tensors, folder = checkpoint.tensors, epath.Path(source)
+    section = checkpoint.read_model(ignore)
+    tokenizer_file = tokenizers.find(folder, checkpoint.hf, num_rows=section["vocab_size"])
+    tokenizer = tokenizer_file.tokenizer
+    config = _run_config(section, tokenizer, workdir, overrides)
+    table = ParamMapping(checkpoint.architecture.rules(config.model), config.model)
+    table.check_tensors(tensors)
+    _check_aliases(table, tensors)
+    types, gigabytes = ", ".join(tensors.types), tensors.nbytes / 1e9
+    logger.info("%s: %d tensors of %s, %.2f GB", checkpoint.name, len(tensors.shapes()), types, gigabytes)
+    for note in _notes(tokenizer_file.settings, tokenizer, config):
+        logger.info("  note: %s", note)
 
     _, shapes, names = registry.abstract(config.model)
     with axes.use_mesh(loading.mesh_or_default(config), config.parallel.rules):
-        shardings = table.flat(axes.shardings(names, shapes))
-    params = sharded_io.read(table, found.tensors, shardings, say)
+        shardings = flatten(axes.shardings(names, shapes))
+    params = sharded_io.read(table, tensors, shardings)
     workdir.mkdir(parents=True, exist_ok=True)
     with workdirs.Lock(workdir, primary=hosts.is_primary()):
         if hosts.is_primary():
-            tokenizers.keep(epath.Path(source), content, settings, tokenizer, workdir)
-        say("writing checkpoint 0")
+            tokenizers.copy_to_workdir(folder, tokenizer_file, workdir)
+        logger.info("writing checkpoint 0")
         fingerprint = _save(workdir, config, params, tokenizer, source)
         if hosts.is_primary():
             record = {
                 "from": str(source.resolve()),
-                "architecture": found.name,
-                "types": found.tensors.types,
+                "architecture": checkpoint.name,
+                "types": tensors.types,
                 "ignored": list(ignore),
                 "fingerprint": fingerprint,
                 "model": run_config.to_json(config)["model"],
-                "tokenizer": {"kind": tokenizer.kind, "name": name, "sha256": tokenizer.sha256},
-                "token_ids": {field: found.hf[field] for field in TOKEN_IDS if field in found.hf},
+                "tokenizer": {"kind": tokenizer.kind, "name": tokenizer_file.name, "sha256": tokenizer.sha256},
+                "token_ids": {field: checkpoint.hf[field] for field in _TOKEN_IDS if field in checkpoint.hf},
             }
             workdirs.write_json(workdir / workdirs.IMPORT, record)
-            workdirs.write_json(workdir / workdirs.CONFIG, run_config.to_json(config))  # last: now it is a run
+            workdirs.write_json(workdir / workdirs.CONFIG, run_config.to_json(config))  # last: this makes it a run
         hosts.barrier("imported")
     return Imported(
-        architecture=found.name,
+        architecture=checkpoint.name,
         parameters=table.count(),
-        nbytes=found.tensors.nbytes,
-        types=found.tensors.types,
-        tokenizer=name,
+        nbytes=tensors.nbytes,
+        types=tensors.types,
+        tokenizer=tokenizer_file.name,
         config=config,
     )
 
 
-def _config(
+def _run_config(
     section: dict[str, Any], tokenizer: Tokenizer, workdir: epath.Path, overrides: Sequence[tuple[str, str]]
 ) -> RunConfig:
+    family = registry.config_class(section["family"])
+    # No file says whether an encoder-decoder is tuned on instructions. Most that generate text are, and their prompts
+    # are text and EOS, which is what the tokenizers of the others make of a prompt, too.
+    prompt_form = {"prompt_form": "plain"} if family.reads_source else {}
     tree: dict[str, Any] = {
         "model": section,
-        "objective": _objective(registry.config_class(section["family"])),
+        "objective": {"name": family.objectives[0], **prompt_form},
         "data": {"tokenizer": loading.tokenizer_section(workdir, tokenizer.kind)},
     }
     return run_config.apply_overrides(tree, overrides)
 
 
-def _objective(family: Any) -> dict[str, Any]:
-    """The config's section. A file does not tell whether an encoder-decoder was tuned on instructions; most that are
-    asked for text were, and text and EOS is what the tokenizer beside it makes of a prompt for others, too."""
-    return {"name": family.objectives[0]} | ({"prompt_form": "plain"} if family.reads_source else {})
-
-
-def _check_copies(table: ParamMapping, found: hf_checkpoint.Checkpoint) -> None:
-    """Process 0 compares, as this reads tensors as a whole; all of them hear what it found."""
+def _check_aliases(table: ParamMapping, tensors: hf_checkpoint.Tensors) -> None:
+    """Compare on process 0, which reads whole tensors for it; all processes raise its error."""
     problem = ""
     if hosts.is_primary():
         try:
-            table.check_copies(found.tensors)
+            table.check_aliases(tensors)
         except UserError as error:
             problem = str(error)
     if problem := hosts.broadcast("tied tensors", problem, timeout_seconds=3600):
         raise UserError(problem)
 
 
-def _save(workdir: epath.Path, config: RunConfig, params: dict, tokenizer: Tokenizer, source: Path) -> str:
-    kept = config.checkpoint
-    checkpoints = Checkpoints(workdir / workdirs.CHECKPOINTS, keep=kept.keep, timeout_seconds=kept.timeout_seconds)
+def _save(workdir: epath.Path, config: RunConfig, params: Params, tokenizer: Tokenizer, source: Path) -> str:
+    """Write checkpoint 0 and return its fingerprint."""
+    checkpoints = Checkpoints(
+        workdir / workdirs.CHECKPOINTS, keep=config.checkpoint.keep, timeout_seconds=config.checkpoint.timeout_seconds
+    )
     meta = {
         "config": run_config.to_json(config),
         "imported": str(source.resolve()),
@@ -142,28 +155,26 @@ def _save(workdir: epath.Path, config: RunConfig, params: dict, tokenizer: Token
 
 
 def _notes(settings: TokenizerSettings, tokenizer: Tokenizer, config: RunConfig) -> list[str]:
+    """What the user should know about prompts and generation."""
     notes = []
     if config.model.generates:
-        ends = ", ".join(_shown(i, tokenizer) for i in settings.stop_ids)
-        begin = " ".join(_shown(i, tokenizer) for i in settings.prefix) or "nothing"
-        notes.append(f"generation stops at {ends}; the tokenizer puts {begin} before a prompt")
+        stop_tokens = ", ".join(_describe_token(i, tokenizer) for i in settings.stop_ids)
+        prefix = " ".join(_describe_token(i, tokenizer) for i in settings.prefix) or "nothing"
+        notes.append(f"generation stops at {stop_tokens}; the tokenizer puts {prefix} before a prompt")
     if config.objective.prompt_form == "plain":
         notes.append(
             "objective.prompt_form='plain': prompts are text and EOS, as instruction-tuned models read them; for one "
             "that only fills gaps, `llmjax generate --prompt_form=trained`"
         )
-    if (needed := run_config.objective(config, tokenizer).min_vocab_size) > config.model.vocab_size:
+    min_vocab_size = run_config.objective(config, tokenizer).min_vocab_size
+    if min_vocab_size > config.model.vocab_size:
         notes.append(
-            f"objective.name={config.objective.name!r} needs {needed} ids and the model has {config.model.vocab_size}: "
-            "the tokenizer lacks its marks"
+            f"objective.name={config.objective.name!r} needs {min_vocab_size} ids and the model has "
+            f"{config.model.vocab_size}: the tokenizer lacks the special tokens of this objective"
         )
     return notes
 
 
-def _shown(number: int, tokenizer: Tokenizer) -> str:
-    name = tokenizer.piece(number).decode(errors="replace") if number < tokenizer.vocab_size else ""
-    return f"{name or 'id'} ({number})"
-
-
-def _size(found: hf_checkpoint.Checkpoint) -> str:
-    return f"{found.tensors.nbytes / 1e9:.2f} GB"
+def _describe_token(token_id: int, tokenizer: Tokenizer) -> str:
+    piece = tokenizer.piece(token_id).decode(errors="replace") if token_id < tokenizer.vocab_size else ""
+    return f"{piece or 'id'} ({token_id})"

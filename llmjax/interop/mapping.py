@@ -1,4 +1,4 @@
-"""Mappings between tensors of Hugging Face and parameters here, declared once and applied in both directions."""
+"""Mappings between Hugging Face tensors and llmjax parameters, declared once and applied in both directions."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
@@ -9,51 +9,53 @@ import mmap
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from llmjax.batch import Params
 from llmjax.checkpoint.fingerprint import leaf_name
 from llmjax.errors import UserError
 from llmjax.models import registry
 from llmjax.models.registry import ModelConfig
 
+Slices = tuple[slice, ...]
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One tensor on disk, or one for each layer and expert, and the parameters that it becomes.
+    """A Hugging Face tensor, or one for each layer and expert, and the parameters that it becomes.
 
-    hf_name  name on disk. {layer} in it stands for the leading "layers" dimension of the parameters, {expert} for the
-             next one
+    hf_name  name of the tensor. {layer} in it stands for the leading "layers" dimension of the parameters, {expert} for
+             the next one
     names    dotted names of the parameters
     from_hf  tensor -> one array for each name, without those leading dimensions: transposes, reshapes and slices
     to_hf    those arrays -> the tensor, bit by bit
-    copies   further names under which the same tensor may, or may not, lie on disk again (tied heads). One of all its
-             names must be there; where several are, they must be equal
-    layers   the number that stands for {layer}, for each of our layers; None there: on disk that layer has no such
-             tensor, and ours is `fill`. None: 0, 1, 2, ...
+    aliases  further names under which the checkpoint may hold the same tensor (tied heads). It must hold one of all its
+             names; if it holds several, they must be equal
+    layers   the number that stands for {layer}, for each layer of the parameters; None there: the checkpoint has no
+             such tensor for that layer, and the parameter is `default`. None: 0, 1, 2, ...
     """
 
     hf_name: str
     names: tuple[str, ...]
     from_hf: Callable[[Any], tuple[Any, ...]] = lambda tensor: (tensor,)
     to_hf: Callable[..., Any] = lambda array: array
-    copies: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
     layers: Sequence[int | None] | None = None
-    fill: float = 0.0
+    default: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Architecture:
     """One class name in config.json's "architectures".
 
-    read_config    config.json -> fields of the config's section `model`; raises UserError by name for what cannot be
-                   honoured
-    write_config   config of the model -> config.json without "architectures"; may raise UserError. What it cannot
-                   express need not be refused there: the result is read back and compared
+    read_config    config.json -> fields of the config's section `model`; raises UserError by name for a field that is
+                   not supported
+    write_config   config of the model -> config.json without "architectures"; may raise UserError. It need not refuse
+                   what it cannot express: the result is read back and compared
     rules          config of the model -> all its rules
     rename         a tensor's name in published files -> the name that the rules know; None: not read (buffers, heads
-                   of a task that is not continued)
-    free           fields of the model that change nothing in models of this class, such as the rotary base of one with
+                   of other tasks)
+    unused_fields  fields of the model that change nothing in models of this class, such as the rotary base of one with
                    learned positions
     """
 
@@ -61,151 +63,140 @@ class Architecture:
     write_config: Callable[[Any], dict[str, Any]]
     rules: Callable[[Any], list[Rule]]
     rename: Callable[[str], str | None] = lambda name: name
-    free: tuple[str, ...] = ()
+    unused_fields: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One tensor on disk: its names, the first of which is the one that is written, its rule, and the layer and the
-    expert of ours that it holds, as far as the rule has them."""
+    """One Hugging Face tensor.
+
+    hf_names  its names; the first one is written
+    rule      where it comes from
+    index     the layer and the expert of the parameters that it holds, if the rule has them
+    """
 
     hf_names: tuple[str, ...]
     rule: Rule
-    at: tuple[int, ...]
+    index: tuple[int, ...]
 
 
 class Source(Protocol):
     """Tensors by name, read in parts."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of all there are."""
+        """The shape of every tensor by name."""
         ...
 
-    def read(self, name: str, box: tuple[slice, ...]) -> np.ndarray:
+    def read(self, name: str, box: Slices) -> np.ndarray:
         """The part `box` of a tensor."""
         ...
 
 
-class InMemory:
-    """A Source over a dict of numpy arrays."""
-
-    def __init__(self, tensors: Mapping[str, np.ndarray]):
-        self._tensors = tensors
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
-
-    def read(self, name: str, box: tuple[slice, ...]) -> np.ndarray:
-        return np.asarray(self._tensors[name])[box]
-
-
 class ParamMapping:
-    """Every tensor on disk and every parameter of one model, tied to each other by rules.
+    """Every Hugging Face tensor and every parameter of one model, connected by rules.
 
-    `shapes` and `axes` are those of our parameters by dotted name; `tensors` what lies on disk, in the rules' order.
+    shapes, axes  shape and logical axes of each parameter by dotted name
+    tensors       the Hugging Face tensors, in the order of the rules
     """
 
     def __init__(self, rules: Iterable[Rule], config: ModelConfig):
         _, shapes, axes = registry.abstract(config)
-        self.shapes: dict[str, jax.ShapeDtypeStruct] = _flat(shapes)
-        self.axes: dict[str, tuple[str, ...]] = _flat(axes)
+        self.shapes: dict[str, jax.ShapeDtypeStruct] = flatten(shapes)
+        self.axes: dict[str, tuple[str, ...]] = flatten(axes)
         self._tree, self._vocab = jax.tree.structure(shapes), config.vocab_size
         self.tensors: list[Tensor] = []
-        self._owners: dict[str, list[tuple[Tensor, int]]] = {name: [] for name in self.shapes}
+        # Parameter -> the tensors that it is made from, each with the parameter's position in the rule's names.
+        self._tensors_of: dict[str, list[tuple[Tensor, int]]] = {name: [] for name in self.shapes}
         for rule in rules:
             for tensor in self._expand(rule):
                 self.tensors.append(tensor)
                 for position, name in enumerate(rule.names):
-                    self._owners[name].append((tensor, position))
+                    self._tensors_of[name].append((tensor, position))
         self._check_rules()
 
-    def tree(self, parameters: Mapping[str, Any]) -> dict:
+    def unflatten(self, parameters: Mapping[str, Any]) -> Params:
         """The nested dict of parameters by dotted name."""
         return jax.tree.unflatten(self._tree, [parameters[name] for name in self.shapes])
 
-    def flat(self, params: dict) -> dict[str, Any]:
-        """Parameters by dotted name."""
-        return _flat(params)
-
-    def used_shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a parameter without the padding of its vocabulary: what lies on disk."""
+    def unpadded_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a parameter without the padding of its vocabulary, which checkpoints do not hold."""
         sizes = zip(self.shapes[name].shape, self.axes[name], strict=True)
         return tuple(self._vocab if axis == "vocab" else size for size, axis in sizes)
 
     def count(self) -> int:
-        """Number of parameters, padding left out."""
-        return sum(math.prod(self.used_shape(name)) for name in self.shapes)
+        """Number of parameters without padding."""
+        return sum(math.prod(self.unpadded_shape(name)) for name in self.shapes)
 
     def hf_shape(self, tensor: Tensor) -> tuple[int, ...]:
-        """The shape of a tensor on disk."""
-        return self._hf_shape(tensor.rule, len(tensor.at))
+        """The shape of a Hugging Face tensor."""
+        return self._hf_shape(tensor.rule, len(tensor.index))
 
     @functools.cache  # noqa: B019  (lives as long as its few rules)
-    def _hf_shape(self, rule: Rule, taken: int) -> tuple[int, ...]:
-        parts = [_reserved(self.used_shape(name)[taken:]) for name in rule.names]
+    def _hf_shape(self, rule: Rule, num_leading: int) -> tuple[int, ...]:
+        parts = [_reserve(self.unpadded_shape(name)[num_leading:]) for name in rule.names]
         return tuple(rule.to_hf(*parts).shape)
 
-    def check(self, source: Source) -> None:
-        """UserError for the first tensor that is missing, superfluous or of a shape that does not fit."""
-        found = source.shapes()
+    def check_tensors(self, source: Source) -> None:
+        """UserError for the first tensor that is missing, of another shape, or of no parameter."""
+        shapes = source.shapes()
         for tensor in self.tensors:
-            there = [name for name in tensor.hf_names if name in found]
-            if not there:
+            names = [name for name in tensor.hf_names if name in shapes]
+            if not names:
                 raise UserError(f"tensor {tensor.hf_names[0]} is missing; expected shape {list(self.hf_shape(tensor))}")
-            for name in there:
-                if found[name] != self.hf_shape(tensor):
+            for name in names:
+                if shapes[name] != self.hf_shape(tensor):
                     raise UserError(
-                        f"tensor {name} has shape {list(found[name])}; expected {list(self.hf_shape(tensor))}"
+                        f"tensor {name} has shape {list(shapes[name])}; expected {list(self.hf_shape(tensor))}"
                     )
-        known = {name for tensor in self.tensors for name in tensor.hf_names}
-        for name, shape in found.items():
-            if name not in known:
-                raise UserError(f"tensor {name} of shape {list(shape)} has no place in this model")
+        known_names = {name for tensor in self.tensors for name in tensor.hf_names}
+        for name, shape in shapes.items():
+            if name not in known_names:
+                raise UserError(f"tensor {name} of shape {list(shape)} belongs to no parameter of this model")
 
-    def check_copies(self, source: Source, rows: int = 1 << 12) -> None:
-        """UserError where a tensor lies on disk twice and the two differ (a head that is not tied after all)."""
-        found = source.shapes()
+    def check_aliases(self, source: Source, rows: int = 1 << 12) -> None:
+        """UserError if a source holds a tensor under several names and they differ (a head that is not tied).
+
+        rows   rows compared at a time
+        """
+        shapes = source.shapes()
         for tensor in self.tensors:
-            first, *others = [name for name in tensor.hf_names if name in found]
+            first, *others = [name for name in tensor.hf_names if name in shapes]
             for name in others:
-                for start in range(0, (found[first] or (1,))[0], rows):
-                    box = (slice(start, start + rows),) if found[first] else ()
-                    box += tuple(slice(0, size) for size in found[first][1:])
+                for start in range(0, (shapes[first] or (1,))[0], rows):
+                    box = (slice(start, start + rows),) if shapes[first] else ()
+                    box += tuple(slice(0, size) for size in shapes[first][1:])
                     if not np.array_equal(source.read(first, box), source.read(name, box), equal_nan=False):
                         raise UserError(
                             f"tensor {name} differs from {first}; expected an equal copy, as config.json ties them"
                         )
 
-    def read(self, name: str, index: tuple[slice, ...], source: Source) -> np.ndarray:
-        """The part `index` of one of our parameters, in its own type, from those parts of tensors that hold it."""
-        shape, used = self.shapes[name].shape, self.used_shape(name)
-        index = tuple(slice(*part.indices(size)) for part, size in zip(index, shape, strict=True))
-        out = np.zeros([part.stop - part.start for part in index], self.shapes[name].dtype)
-        found = source.shapes()
-        for tensor, position in self._owners[name]:
-            taken = len(tensor.at)
-            if not all(part.start <= i < part.stop for i, part in zip(tensor.at, index, strict=False)):
+    def read(self, name: str, slices: Slices, source: Source) -> np.ndarray:
+        """A part of a parameter, in the parameter's type; only the tensor parts that hold it are read."""
+        shape, unpadded = self.shapes[name].shape, self.unpadded_shape(name)
+        slices = tuple(slice(*part.indices(size)) for part, size in zip(slices, shape, strict=True))
+        out = np.zeros([part.stop - part.start for part in slices], self.shapes[name].dtype)
+        shapes = source.shapes()
+        for tensor, position in self._tensors_of[name]:
+            num_leading = len(tensor.index)
+            if not all(part.start <= i < part.stop for i, part in zip(tensor.index, slices, strict=False)):
                 continue
-            inner = tuple(
-                slice(part.start, min(part.stop, size)) for part, size in zip(index[taken:], used[taken:], strict=True)
-            )
+            sizes = zip(slices[num_leading:], unpadded[num_leading:], strict=True)
+            inner = tuple(slice(part.start, min(part.stop, size)) for part, size in sizes)
             if any(part.start >= part.stop for part in inner):  # padding alone
                 continue
-            there = next(n for n in tensor.hf_names if n in found)
-            place = tuple(i - part.start for i, part in zip(tensor.at, index, strict=False))
-            place += tuple(slice(0, part.stop - part.start) for part in inner)
-            out[place] = _read_part(
-                tensor.rule, found[there], position, inner, lambda box, n=there: source.read(n, box)
-            )
-        self._fill(name, index, out)
+            hf_name = next(n for n in tensor.hf_names if n in shapes)
+            target = tuple(i - part.start for i, part in zip(tensor.index, slices, strict=False))
+            target += tuple(slice(0, part.stop - part.start) for part in inner)
+            out[target] = _read_part(source, hf_name, tensor.rule, shapes[hf_name], position, inner)
+        self._fill_missing_layers(name, slices, out)
         return out
 
-    def write(self, tensor: Tensor, part: Callable[[str, tuple[int, ...]], np.ndarray]) -> np.ndarray:
-        """A tensor as it lies on disk; `part(name, at)` is our parameter at a layer and an expert, padding and all."""
+    def to_hf(self, tensor: Tensor, get_param: Callable[[str, tuple[int, ...]], np.ndarray]) -> np.ndarray:
+        """A Hugging Face tensor; get_param(name, index) gives a parameter of a layer and an expert, with padding."""
         arrays = []
         for name in tensor.rule.names:
-            cut = tuple(slice(0, size) for size in self.used_shape(name)[len(tensor.at) :])
-            arrays.append(np.asarray(part(name, tensor.at))[cut])
+            unpadded = tuple(slice(0, size) for size in self.unpadded_shape(name)[len(tensor.index) :])
+            arrays.append(np.asarray(get_param(name, tensor.index))[unpadded])
         return np.ascontiguousarray(tensor.rule.to_hf(*arrays)).reshape(self.hf_shape(tensor))
 
     def _expand(self, rule: Rule) -> Iterator[Tensor]:
@@ -214,71 +205,51 @@ class ParamMapping:
         fields = [field for field in ("layer", "expert") if f"{{{field}}}" in rule.hf_name]
         sizes = {self.shapes[name].shape[: len(fields)] for name in rule.names}
         assert len(sizes) == 1, f"rule {rule.hf_name}: layers or experts of {rule.names} differ"
-        for at in itertools.product(*(range(size) for size in sizes.pop())):
-            numbers: dict[str, int | None] = dict(zip(fields, at, strict=True))
+        for index in itertools.product(*(range(size) for size in sizes.pop())):
+            numbers: dict[str, int | None] = dict(zip(fields, index, strict=True))
             if rule.layers is not None:
-                numbers["layer"] = rule.layers[at[0]]
+                numbers["layer"] = rule.layers[index[0]]
             if None not in numbers.values():
-                yield Tensor(tuple(name.format(**numbers) for name in (rule.hf_name, *rule.copies)), rule, at)
+                yield Tensor(tuple(name.format(**numbers) for name in (rule.hf_name, *rule.aliases)), rule, index)
 
     def _check_rules(self) -> None:
-        for name, owners in self._owners.items():
-            assert owners, f"no rule makes parameter {name!r}"
-            places = [tensor.at for tensor, _ in owners]
-            assert len(set(places)) == len(places), f"several rules make parameter {name!r}"
+        for name, tensors in self._tensors_of.items():
+            assert tensors, f"no rule makes parameter {name!r}"
+            indices = [tensor.index for tensor, _ in tensors]
+            assert len(set(indices)) == len(indices), f"several rules make parameter {name!r}"
         names = [name for tensor in self.tensors for name in tensor.hf_names]
         assert len(set(names)) == len(names), "two rules make one tensor"
 
-    def _fill(self, name: str, index: tuple[slice, ...], out: np.ndarray) -> None:
-        """Layers without a tensor on disk."""
-        for rule in {id(tensor.rule): tensor.rule for tensor, _ in self._owners[name]}.values():
+    def _fill_missing_layers(self, name: str, slices: Slices, out: np.ndarray) -> None:
+        """Write the default of the layers for which there is no tensor into `out`, the part `slices` of a parameter."""
+        for rule in {id(tensor.rule): tensor.rule for tensor, _ in self._tensors_of[name]}.values():
             for layer, number in enumerate(rule.layers or ()):
-                if number is None and index[0].start <= layer < index[0].stop:
-                    out[layer - index[0].start] = rule.fill
+                if number is None and slices[0].start <= layer < slices[0].stop:
+                    out[layer - slices[0].start] = rule.default
 
 
-def load(rules: Iterable[Rule], tensors: Mapping[str, np.ndarray], config: ModelConfig) -> dict:
-    """Parameters from a state dict of numpy arrays, with the vocabulary's padding at zero. UserError where they do not
-    fit each other."""
-    table, source = ParamMapping(rules, config), InMemory(tensors)
-    table.check(source)
-    table.check_copies(source)
-    everything = {name: tuple(slice(0, size) for size in leaf.shape) for name, leaf in table.shapes.items()}
-    return table.tree({name: jnp.asarray(table.read(name, index, source)) for name, index in everything.items()})
-
-
-def dump(rules: Iterable[Rule], params: dict, config: ModelConfig) -> dict[str, np.ndarray]:
-    """The state dict of parameters, as torch's state_dict() names it: copies included."""
-    table = ParamMapping(rules, config)
-    flat = {name: np.asarray(array) for name, array in table.flat(params).items()}
-    found = {}
-    for tensor in table.tensors:
-        array = table.write(tensor, lambda name, at: flat[name][at])
-        found |= dict.fromkeys(tensor.hf_names, array)
-    return found
-
-
-def _flat(tree: Any) -> dict[str, Any]:
+def flatten(tree: Params) -> dict[str, Any]:
+    """The leaves of a nested dict by dotted name."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, tuple))
     return {leaf_name(path): leaf for path, leaf in leaves}
 
 
-# Pairs of `from_hf` and `to_hf` for rules, as keywords of a Rule.
+# Pairs of `from_hf` and `to_hf`, as keywords of a Rule.
 
 
-def matrix(inputs: Sequence[int], outputs: Sequence[int]) -> dict[str, Any]:
-    """torch's Linear: [product of outputs, product of inputs] on disk, [*inputs, *outputs] here."""
+def linear(inputs: Sequence[int], outputs: Sequence[int]) -> dict[str, Any]:
+    """torch's Linear: [product of outputs, product of inputs] <-> [*inputs, *outputs]."""
     out = len(outputs)
     forward = (*range(out, out + len(inputs)), *range(out))
-    back = (*range(len(inputs), len(inputs) + out), *range(len(inputs)))
+    backward = (*range(len(inputs), len(inputs) + out), *range(len(inputs)))
     return {
         "from_hf": lambda tensor: (tensor.reshape(*outputs, *inputs).transpose(forward),),
-        "to_hf": lambda array: array.transpose(back).reshape(math.prod(outputs), math.prod(inputs)),
+        "to_hf": lambda array: array.transpose(backward).reshape(math.prod(outputs), math.prod(inputs)),
     }
 
 
-def straight(inputs: Sequence[int], outputs: Sequence[int]) -> dict[str, Any]:
-    """GPT-2's Conv1D: [product of inputs, product of outputs] on disk, [*inputs, *outputs] here."""
+def conv1d(inputs: Sequence[int], outputs: Sequence[int]) -> dict[str, Any]:
+    """GPT-2's Conv1D: [product of inputs, product of outputs] <-> [*inputs, *outputs]."""
     return {
         "from_hf": lambda tensor: (tensor.reshape(*inputs, *outputs),),
         "to_hf": lambda array: array.reshape(math.prod(inputs), math.prod(outputs)),
@@ -286,7 +257,7 @@ def straight(inputs: Sequence[int], outputs: Sequence[int]) -> dict[str, Any]:
 
 
 def vector(outputs: Sequence[int]) -> dict[str, Any]:
-    """A bias: [product of outputs] on disk, [*outputs] here."""
+    """A bias: [product of outputs] <-> [*outputs]."""
     return {
         "from_hf": lambda tensor: (tensor.reshape(*outputs),),
         "to_hf": lambda array: array.reshape(math.prod(outputs)),
@@ -294,49 +265,49 @@ def vector(outputs: Sequence[int]) -> dict[str, Any]:
 
 
 def transposed() -> dict[str, Any]:
-    """A plain matrix the other way round, such as an untied head: [vocab, embed] on disk, [embed, vocab] here."""
+    """A plain matrix, such as an untied head: [vocab, embed] <-> [embed, vocab]."""
     return {"from_hf": lambda tensor: (tensor.T,), "to_hf": lambda array: array.T}
 
 
-# Which part of a tensor on disk a part of a parameter needs, from the strides of a view before any byte is read.
+# Which part of a tensor holds a part of a parameter, from the strides of a view before any byte is read.
 
 
 @dataclasses.dataclass(frozen=True)
-class Window:
-    """The box of a tensor that holds a wanted part, and where the part lies inside that box.
+class TensorSlice:
+    """The smallest box of a tensor that holds a part of a parameter, and where the part lies inside that box.
 
-    box       a slice for each dimension of the tensor on disk
+    box       a slice for each dimension of the tensor
     steps     for each dimension of the part: (dimension of the tensor, step along it)
     shape     of the part
-    whole     the layout is no view of the tensor (it merges dimensions that do not lie together): read it all, then
-              lay it out and cut it
+    reads_all the transform makes no view of the tensor (it merges dimensions that do not lie together): read the whole
+              tensor, then transform and slice it
     """
 
-    box: tuple[slice, ...]
+    box: Slices
     steps: tuple[tuple[int, int], ...]
     shape: tuple[int, ...]
-    whole: bool = False
+    reads_all: bool = False
 
-    def view(self, read: np.ndarray) -> np.ndarray:
-        """The wanted part of `read`, the content of the box; nothing is copied."""
-        read = np.ascontiguousarray(read)
-        strides = [step * read.strides[dimension] for dimension, step in self.steps]
-        return np.lib.stride_tricks.as_strided(read, self.shape, strides, writeable=False)
+    def view(self, content: np.ndarray) -> np.ndarray:
+        """The part inside `content`, which is the content of the box; nothing is copied."""
+        content = np.ascontiguousarray(content)
+        strides = [step * content.strides[dimension] for dimension, step in self.steps]
+        return np.lib.stride_tricks.as_strided(content, self.shape, strides, writeable=False)
 
 
-def find_window(
-    from_hf: Callable[[Any], tuple[Any, ...]], shape: tuple[int, ...], position: int, index: tuple[slice, ...]
-) -> Window:
-    """The window of `from_hf(tensor)[position][index]`, for a tensor of `shape`.
+def find_slice(
+    from_hf: Callable[[Any], tuple[Any, ...]], shape: tuple[int, ...], position: int, slices: Slices
+) -> TensorSlice:
+    """Where `from_hf(tensor)[position][slices]` lies in a tensor of `shape`.
 
-    `from_hf` is tried on a tensor that is reserved and never touched, so this costs no memory where it makes views.
+    `from_hf` is applied to an array that is reserved and never touched, so views cost no memory.
     """
-    nothing = _reserved(shape)
-    part = from_hf(nothing)[position][index]
-    everything = Window(tuple(slice(0, size) for size in shape), (), part.shape, whole=True)
-    if part.size == 0 or not np.may_share_memory(part, nothing):
+    reserved = _reserve(shape)
+    part = from_hf(reserved)[position][slices]
+    everything = TensorSlice(tuple(slice(0, size) for size in shape), (), part.shape, reads_all=True)
+    if part.size == 0 or not np.may_share_memory(part, reserved):
         return everything
-    offset = part.__array_interface__["data"][0] - nothing.__array_interface__["data"][0]
+    offset = part.__array_interface__["data"][0] - reserved.__array_interface__["data"][0]
     start = [int(coordinate) for coordinate in np.unravel_index(offset, shape)] if shape else []
     strides = [math.prod(shape[dimension + 1 :]) for dimension in range(len(shape))]
     stop, steps = [coordinate + 1 for coordinate in start], []
@@ -344,31 +315,32 @@ def find_window(
         if size == 1:
             steps.append((0, 0))
             continue
-        fits = [d for d in range(len(shape)) if shape[d] > 1 and 0 < strides[d] <= stride]
-        if not fits or stride % strides[fits[0]]:
+        candidates = [d for d in range(len(shape)) if shape[d] > 1 and 0 < strides[d] <= stride]
+        if not candidates or stride % strides[candidates[0]]:
             return everything
-        steps.append((fits[0], stride // strides[fits[0]]))
-        stop[fits[0]] += (size - 1) * steps[-1][1]
+        steps.append((candidates[0], stride // strides[candidates[0]]))
+        stop[candidates[0]] += (size - 1) * steps[-1][1]
     if any(end > size for end, size in zip(stop, shape, strict=True)):  # a dimension that runs over a row's end
         return everything
-    return Window(tuple(slice(a, b) for a, b in zip(start, stop, strict=True)), tuple(steps), part.shape)
+    return TensorSlice(tuple(slice(a, b) for a, b in zip(start, stop, strict=True)), tuple(steps), part.shape)
 
 
-def _reserved(shape: tuple[int, ...]) -> np.ndarray:
-    """Zeros, uint8, that take addresses but no memory, however many: the system accounts for no read-only pages."""
+def _reserve(shape: tuple[int, ...]) -> np.ndarray:
+    """Zeros, uint8, that take addresses but no memory, however many: the system commits no read-only pages."""
     size = math.prod(shape)
     pages = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ)
     return np.frombuffer(pages, np.uint8)[:size].reshape(shape)
 
 
 @functools.lru_cache(maxsize=1024)
-def _window(from_hf: Callable, shape: tuple[int, ...], position: int, index: tuple) -> Window:
-    return find_window(from_hf, shape, position, tuple(slice(*part) for part in index))
+def _find_slice(from_hf: Callable, shape: tuple[int, ...], position: int, bounds: tuple) -> TensorSlice:
+    return find_slice(from_hf, shape, position, tuple(slice(*pair) for pair in bounds))
 
 
 def _read_part(
-    rule: Rule, shape: tuple[int, ...], position: int, index: tuple[slice, ...], read: Callable
+    source: Source, hf_name: str, rule: Rule, shape: tuple[int, ...], position: int, slices: Slices
 ) -> np.ndarray:
-    window = _window(rule.from_hf, shape, position, tuple((part.start, part.stop) for part in index))
-    tensor = read(window.box)
-    return rule.from_hf(tensor)[position][index] if window.whole else window.view(tensor)
+    """The part `slices` of the parameter at `position` in the names of a rule, for one layer and expert."""
+    tensor_slice = _find_slice(rule.from_hf, shape, position, tuple((part.start, part.stop) for part in slices))
+    content = source.read(hf_name, tensor_slice.box)
+    return rule.from_hf(content)[position][slices] if tensor_slice.reads_all else tensor_slice.view(content)

@@ -1,7 +1,7 @@
-"""Transfer between files and sharded arrays without a full copy in host memory."""
+"""Transfer between tensor files and sharded arrays without a full copy in host memory."""
 
-from collections.abc import Callable
 import functools
+import logging
 import math
 import time
 from typing import Any
@@ -11,36 +11,39 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 
-from llmjax.interop.mapping import ParamMapping, Source, Tensor
+from llmjax.batch import Params
+from llmjax.interop.mapping import ParamMapping, Source, Tensor, flatten
 
-EVERY_SECONDS = 5.0
+logger = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_LINES = 5.0
 
 
 class Progress:
-    """A line now and then: how much of `total` bytes is done, the rate and the time left."""
+    """Logs every few seconds how much of `total` bytes is done, and the time left."""
 
-    def __init__(self, what: str, total: int, say: Callable[[str], None]):
-        self._what, self._total, self._say = what, total, say
-        self._done, self._began = 0, time.monotonic()
-        self._last = self._began
+    def __init__(self, action: str, total: int):
+        self._action, self._total = action, total
+        self._done, self._started = 0, time.monotonic()
+        self._last_line = self._started
 
     def add(self, nbytes: int) -> None:
-        """So much more is done."""
+        """Count `nbytes` more bytes as done."""
         self._done += nbytes
         now = time.monotonic()
-        if now - self._last > EVERY_SECONDS:
-            self._last, rate = now, self._done / (now - self._began)
-            left = max(self._total - self._done, 0) / rate
-            self._say(f"{self._what}: {self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB, {left:.0f} s left")
+        if now - self._last_line > _SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            seconds_left = max(self._total - self._done, 0) * (now - self._started) / self._done
+            logger.info(
+                "%s: %.2f of %.2f GB, %.0f s left", self._action, self._done / 1e9, self._total / 1e9, seconds_left
+            )
 
 
-def read(
-    table: ParamMapping, source: Source, shardings: dict[str, NamedSharding], say: Callable[[str], None]
-) -> dict[str, Any]:
-    """The parameters as sharded arrays. Every process reads what its own devices hold, each part of it once."""
+def read(table: ParamMapping, source: Source, shardings: dict[str, NamedSharding]) -> Params:
+    """The parameters as sharded arrays. Every process reads what its own devices hold, each part once."""
     sizes = {name: _local_bytes(leaf, shardings[name]) for name, leaf in table.shapes.items()}
-    progress = Progress("reading", sum(sizes.values()), say)
-    return table.tree({name: _read_array(table, source, name, shardings[name], progress) for name in table.shapes})
+    progress = Progress("reading", sum(sizes.values()))
+    return table.unflatten({name: _read_array(table, source, name, shardings[name], progress) for name in table.shapes})
 
 
 def _parts(shape: tuple[int, ...], sharding: NamedSharding) -> dict[tuple, list[Any]]:
@@ -62,33 +65,33 @@ def _read_array(
 ) -> jax.Array:
     shape, arrays = table.shapes[name].shape, []
     for part, devices in _parts(shape, sharding).items():
-        shard = table.read(name, tuple(slice(*ends) for ends in part), source)
-        # Waited for one by one, so that no more than one shard is on the host beside what the devices hold.
+        shard = table.read(name, tuple(slice(*bounds) for bounds in part), source)
+        # Wait for each transfer, so that the host never holds more than one shard besides what the devices hold.
         arrays += [jax.block_until_ready(jax.device_put(shard, device)) for device in devices]
         progress.add(shard.nbytes)
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
-class Parameters:
-    """Sharded parameters, handed out tensor by tensor as numpy arrays. A collective: all processes ask alike."""
+class TensorGatherer:
+    """Gathers sharded parameters into Hugging Face tensors, one at a time. A collective: all processes take part."""
 
-    def __init__(self, table: ParamMapping, params: dict):
-        self._table, self._arrays = table, table.flat(params)
+    def __init__(self, table: ParamMapping, params: Params):
+        self._table, self._arrays = table, flatten(params)
 
-    def tensor(self, tensor: Tensor, dtype: Any) -> np.ndarray:
-        """A tensor as it lies on disk, in `dtype`."""
-        return self._table.write(tensor, lambda name, at: self._part(name, at, dtype))
+    def gather(self, tensor: Tensor, dtype: Any) -> np.ndarray:
+        """One tensor as it is stored in a file, in `dtype`."""
+        return self._table.to_hf(tensor, lambda name, index: self._gather_layer(name, index, dtype))
 
-    def _part(self, name: str, at: tuple[int, ...], dtype: Any) -> np.ndarray:
+    def _gather_layer(self, name: str, index: tuple[int, ...], dtype: Any) -> np.ndarray:
         array = self._arrays[name]
-        # In one process the shards are put together on the host; several need a copy that each of them can read.
-        whole = None if jax.process_count() == 1 else NamedSharding(array.sharding.mesh, P())
-        return np.asarray(_pick(array, tuple(map(jnp.int32, at)), whole, jnp.dtype(dtype)))
+        # One process assembles the shards on the host; several processes need a replicated copy that each can read.
+        replicated = None if jax.process_count() == 1 else NamedSharding(array.sharding.mesh, P())
+        return np.asarray(_index_layer(array, tuple(map(jnp.int32, index)), replicated, jnp.dtype(dtype)))
 
 
 @functools.partial(jax.jit, static_argnames=("sharding", "dtype"))
-def _pick(array: jax.Array, at: tuple[jax.Array, ...], sharding: NamedSharding | None, dtype: Any) -> jax.Array:
-    for i in at:
+def _index_layer(array: jax.Array, index: tuple[jax.Array, ...], sharding: NamedSharding | None, dtype: Any):
+    for i in index:
         array = jax.lax.dynamic_index_in_dim(array, i, axis=0, keepdims=False)
     array = array.astype(dtype)
     return array if sharding is None else jax.lax.with_sharding_constraint(array, sharding)

@@ -1,21 +1,15 @@
-"""Fields, checks and width scaling that every model family shares."""
+"""Config fields that model families share, their checks, and width scaling (muP)."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
 from typing import ClassVar
 
 from llmjax.errors import UserError, suggest
+from llmjax.nn.mlp import ACTIVATIONS
 from llmjax.nn.stack import REMAT
 
 PARAMETRIZATIONS = ("standard", "mup")
 _DTYPES = ("float32", "bfloat16")
-_CHOICES = {
-    "remat": tuple(REMAT),
-    "dtype": _DTYPES,
-    "param_dtype": _DTYPES,
-    "parametrization": PARAMETRIZATIONS,
-}
-_AT_LEAST = {"vocab_size": 0, "vocab_multiple": 1, "num_layers": 1, "embed": 1, "base_embed": 1}
 _MUP_HEAD_DIM = 64  # the head width at which muP scales attention scores as the standard parametrization does
 
 
@@ -23,16 +17,13 @@ _MUP_HEAD_DIM = 64  # the head width at which muP scales attention scores as the
 class BaseModelConfig:
     """Fields of every family.
 
-    objectives      (of the class) objectives that the family supports
-    generates       (of the class) whether it continues text
-    reads_source    (of the class) whether an encoder reads a source and a decoder writes targets
-
     family          name of the family
     vocab_size      number of token ids; 0: the tokenizer's, filled in by the run
     vocab_multiple  embedding and head are padded to a multiple of this many ids, so that they can be sharded;
                     padding ids are never predicted
     num_layers      number of blocks
     embed           width of the residual stream
+    norm_eps        added to the variance (rmsnorm: to the mean square) in a norm
     parametrization standard, or mup: learning rates tuned at width base_embed hold at every width (docs/optimizers.md)
     base_embed      mup: the width at which both parametrizations are equal
     dropout         rate after the embedding and at the end of each sub-block; from 0 to below 1
@@ -44,15 +35,34 @@ class BaseModelConfig:
     param_dtype     type in which parameters are stored: float32 or bfloat16
     """
 
+    # Facts of a family: the objectives that it supports, whether it continues text, and whether an encoder reads a
+    # source and a decoder writes targets.
     objectives: ClassVar[tuple[str, ...]] = ()
     generates: ClassVar[bool] = True
     reads_source: ClassVar[bool] = False
+    # Checks of fields: their allowed values, their smallest values, and those that must be above 0.
+    choices: ClassVar[Mapping[str, Sequence[str]]] = {
+        "remat": tuple(REMAT),
+        "dtype": _DTYPES,
+        "param_dtype": _DTYPES,
+        "parametrization": PARAMETRIZATIONS,
+    }
+    minimums: ClassVar[Mapping[str, float]] = {
+        "vocab_size": 0,
+        "vocab_multiple": 1,
+        "num_layers": 1,
+        "embed": 1,
+        "base_embed": 1,
+        "dropout": 0,
+    }
+    above_zero: ClassVar[tuple[str, ...]] = ("norm_eps",)
 
     family: str = ""
     vocab_size: int = 0
     vocab_multiple: int = 128
     num_layers: int = 4
     embed: int = 256
+    norm_eps: float = 1e-5
     parametrization: str = "standard"
     base_embed: int = 256
     dropout: float = 0.0
@@ -60,6 +70,21 @@ class BaseModelConfig:
     remat: str = "none"
     dtype: str = "float32"
     param_dtype: str = "float32"
+
+    def __post_init__(self):
+        for field, allowed in {"family": (type(self).family,), **self.choices}.items():
+            value = getattr(self, field)
+            if value not in allowed:
+                listed = ", ".join(name or "''" for name in allowed)
+                raise UserError(f"model.{field}={value!r}: choose one of {listed}{suggest(value, allowed)}")
+        for field, minimum in self.minimums.items():
+            if not getattr(self, field) >= minimum:
+                raise UserError(f"model.{field}={getattr(self, field)}: must be at least {minimum}")
+        if not self.dropout < 1:
+            raise UserError(f"model.dropout={self.dropout}: must be at least 0 and below 1")
+        for field in self.above_zero:
+            if not getattr(self, field) > 0:
+                raise UserError(f"model.{field}={getattr(self, field)}: must be above 0")
 
     @property
     def padded_vocab(self) -> int:
@@ -104,30 +129,104 @@ class BaseModelConfig:
                 f"data.seq_len={seq_len}: the model has only model.max_positions={self.max_seq_len} learned positions"
             )
 
-    def check_choices(self, choices: Mapping[str, Sequence[str]]) -> None:
-        """UserError for a field whose value is not one of its `choices`; shared fields are checked too."""
-        for field, allowed in {"family": (type(self).family,), **choices, **_CHOICES}.items():
-            value = getattr(self, field)
-            if value not in allowed:
-                raise UserError(f"model.{field}={value!r}: choose one of {', '.join(allowed)}{suggest(value, allowed)}")
 
-    def check_ranges(self, at_least: Mapping[str, float], above_zero: Sequence[str]) -> None:
-        """UserError for a field below its minimum, or not above 0; shared fields are checked too."""
-        for field, least in {**_AT_LEAST, **at_least}.items():
-            if not getattr(self, field) >= least:
-                raise UserError(f"model.{field}={getattr(self, field)}: must be at least {least}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"model.dropout={self.dropout}: must be at least 0 and below 1")
-        for field in above_zero:
-            if not getattr(self, field) > 0:
-                raise UserError(f"model.{field}={getattr(self, field)}: must be above 0")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig(BaseModelConfig):
+    """Fields of every family with attention.
+
+    num_heads       number of (query) heads
+    head_dim        width of a head; 0: embed / num_heads
+    mlp             width of the feed-forward layer; 0: 4 embed, or if gated 8/3 embed rounded up to a multiple of 128
+    activation      of the feed-forward layer: silu, gelu (by erf), gelu_tanh, relu, relu2 (relu squared)
+    gated           feed-forward layer: True: two matrices in, one out; False: one in, one out
+    """
+
+    choices: ClassVar = {**BaseModelConfig.choices, "activation": tuple(ACTIVATIONS)}
+    minimums: ClassVar = {**BaseModelConfig.minimums, "num_heads": 1, "head_dim": 0, "mlp": 0}
+
+    num_heads: int = 4
+    head_dim: int = 0
+    mlp: int = 0
+    activation: str = "silu"
+    gated: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.head_dim and self.embed % self.num_heads:
+            raise UserError(
+                f"model.num_heads={self.num_heads}: must divide model.embed={self.embed}, or set model.head_dim"
+            )
+
+    @property
+    def head_size(self) -> int:
+        """Width of a head."""
+        return self.head_dim or self.embed // self.num_heads
+
+    @property
+    def mlp_size(self) -> int:
+        """Width of the feed-forward layer."""
+        if self.mlp:
+            return self.mlp
+        return round_up(-(-8 * self.embed // 3), 128) if self.gated else 4 * self.embed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SingleStackConfig(TransformerConfig):
+    """Fields of decoders and encoders: one stack of layers, with learned or rotary positions and local attention.
+
+    positions          rotary (in every attention) or learned (added to the token embedding)
+    max_positions      number of learned positions, and so the longest sequence; unused with rotary positions
+    rope_base          base of the rotary frequencies; unused with learned positions
+    rope_local_base    base of the rotary frequencies in local layers; 0: rope_base
+    window             a local layer attends only to tokens less than this many positions away; 0: no layer is local
+    attention_pattern  one letter a layer, repeated over the layers: l (local) or g (global); unused without a window
+    """
+
+    choices: ClassVar = {**TransformerConfig.choices, "positions": ("rotary", "learned")}
+    minimums: ClassVar = {**TransformerConfig.minimums, "max_positions": 1, "rope_local_base": 0, "window": 0}
+    above_zero: ClassVar = (*TransformerConfig.above_zero, "rope_base")
+
+    positions: str = "rotary"
+    max_positions: int = 1024
+    rope_base: float = 10_000.0
+    rope_local_base: float = 0.0
+    window: int = 0
+    attention_pattern: str = "l"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.attention_pattern or set(self.attention_pattern) - set("lg"):
+            raise UserError(
+                f"model.attention_pattern={self.attention_pattern!r}: one letter a layer, l (local) or g (global), "
+                "such as 'lg'"
+            )
+        if self.positions == "rotary" and self.head_size % 2:
+            raise UserError(f"model.head_dim={self.head_size}: rotary positions pair dimensions, so it must be even")
+        if self.positions == "learned" and self.rope_local_base:
+            raise UserError(
+                f"model.rope_local_base={self.rope_local_base}: model.positions='learned' has no rotary frequencies; "
+                "set it to 0"
+            )
+        if self.rope_local_base and not any(self.local_layers):
+            raise UserError(f"model.rope_local_base={self.rope_local_base}: no layer is local; set model.window")
+
+    @property
+    def local_layers(self) -> tuple[bool, ...]:
+        """For each layer whether it attends only to its window."""
+        pattern = self.attention_pattern if self.window else "g"
+        return tuple(pattern[layer % len(pattern)] == "l" for layer in range(self.num_layers))
+
+    @property
+    def max_seq_len(self) -> int | None:
+        """The longest sequence that the model can read; None: no limit."""
+        return self.max_positions if self.positions == "learned" else None
+
+    @property
+    def residual_init_scale(self) -> float:
+        """First scale of what each of the 2 num_layers residual branches adds, so that the sum has variance 1."""
+        return (2 * self.num_layers) ** -0.5
 
 
 def round_up(number: int, multiple: int) -> int:
     """The smallest multiple of `multiple` that is at least `number`."""
     return -(-number // multiple) * multiple
-
-
-def default_mlp_size(embed: int, gated: bool) -> int:
-    """Width of a feed-forward layer whose config leaves it open: 4 embed, or 8/3 embed if gated, rounded up to 128."""
-    return round_up(-(-8 * embed // 3), 128) if gated else 4 * embed

@@ -10,14 +10,12 @@ import jax.numpy as jnp
 from llmjax.batch import Batch, Output
 from llmjax.models.decoder_config import DecoderConfig
 from llmjax.nn import attention, dropout, embedding, rotary, stack, weights
-from llmjax.nn.attention import Attention
+from llmjax.nn.attention import Attention, Cache, Rope
 from llmjax.nn.dropout import Dropout
 from llmjax.nn.embedding import Embedding
 from llmjax.nn.mlp import Mlp
 from llmjax.nn.norm import NORMS
 
-Cache = tuple[jax.Array, jax.Array]
-Rope = tuple[jax.Array, jax.Array] | None
 _NO_DROPOUT = Dropout(None, 0.0)
 
 
@@ -94,11 +92,11 @@ class Block(nnx.Module):
         start: jax.Array | None = None,
         token_mask: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None, Any]:
-        """x [batch, seq, embed] -> (x, cache, what the feed-forward reports, such as the router's load).
+        """x [batch, seq, embed] -> (x, cache, statistics of the feed-forward, such as the router's load).
 
-        mask        what the attention kernel's `make_mask` returned; with a cache, bool [batch, seq, slots]
-        cache       one layer's, extended from position `start` [batch] on; None: the whole sequence is in x
-        token_mask  bool [batch, seq], False for padding; None: the feed-forward reports nothing
+        mask        from the attention kernel's `make_mask`; with a cache, bool [batch, seq, slots]
+        cache       of this layer, extended from position `start` [batch] on; None: x is the whole sequence
+        token_mask  bool [batch, seq], False for padding; None: no statistics
         """
         y = self._pre_norm(self.attention_norm, x)
         if cache is None:
@@ -110,14 +108,14 @@ class Block(nnx.Module):
         return self._add_residual(x, y, self.mlp_norm, self.mlp_post_norm, drop.at(1)), cache, aux
 
     def feed_forward(self, x: jax.Array, token_mask: jax.Array | None) -> tuple[jax.Array, Any]:
-        """x [batch, seq, embed] -> (same, what is reported of the tokens in `token_mask`)."""
+        """x [batch, seq, embed] -> (same, statistics over the tokens in `token_mask`)."""
         return self.mlp(x), None
 
     def _pre_norm(self, norm: Any, x: jax.Array) -> jax.Array:
         return norm(x) if self.norm_position in ("pre", "both") else x
 
     def _add_residual(self, x: jax.Array, y: jax.Array, norm: Any, post_norm: Any, drop: Dropout) -> jax.Array:
-        """x plus the output y of a sub-block, normed where `norm_position` says."""
+        """x plus the output y of a sub-block, with the norms after the sub-block or after the addition."""
         if self.norm_position in ("inner", "both"):
             y = (post_norm or norm)(y)
         x = x + drop(y)
@@ -127,11 +125,11 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """Batch -> Output with hidden states [batch, seq, embed], ready for `unembed`.
 
-    Parameters: embed, positions (learned only), blocks (every leaf with a leading "layers" dimension), norm (none where
-    norm_position is post: its blocks end normed), head (untied only).
+    Parameters: embed, positions (learned only), blocks (every leaf with a leading "layers" dimension), norm (not if
+    norm_position is post), head (untied only).
 
-    Layers are of one or two kinds, global and local, which differ in their mask and in their rotary frequencies. Both
-    are computed once, and a flag that is scanned along with the blocks selects one.
+    Global and local layers differ in their mask and in their rotary frequencies. Both kinds are computed once, and a
+    flag that is scanned along with the blocks selects one.
 
     A family that is a decoder with another block (a mixture of experts) sets `block` and overrides `_output`.
     """
@@ -164,16 +162,17 @@ class Decoder(nnx.Module):
         make_mask = attention.KERNELS[config.attention].make_mask
         drop = dropout.for_samples(key, batch.sample, config.dropout)
         window = lambda local: config.window if local else None
-        kinds = self._by_kind(
+        kinds = stack.by_kind(
             lambda local: (
                 self._rope(batch.positions, local),
                 make_mask(batch.segments, batch.positions, batch.prefix, window(local)),
-            )
+            ),
+            config.local_layers,
         )
 
         def layer(x, item):
             block, (index, local) = item
-            rope, mask = _select(kinds, local)
+            rope, mask = stack.select(kinds, local)
             x, _, aux = block(x, rope, mask, drop.at(index + 1), token_mask=token_mask)
             return x, (None, aux)
 
@@ -183,11 +182,10 @@ class Decoder(nnx.Module):
         return self._output(x if self.norm is None else self.norm(x), aux)
 
     def prefill(self, tokens: jax.Array, lengths: jax.Array, max_tokens: int) -> tuple[jax.Array, Cache, jax.Array]:
-        """Read prompts: tokens [batch, seq], of which the first `lengths` [batch] count, into a cache with space for
-        them and for `max_tokens` new ones.
+        """Read prompts: tokens [batch, seq] with `lengths` [batch], into a cache with slots for `max_tokens` more.
 
         Returns the hidden state [batch, embed] that predicts the next token, the cache, and that token's position
-        [batch]. What padding writes to the cache is overwritten before it is attended to.
+        [batch]. Later tokens overwrite the cached padding before anything attends to it.
         """
         batch, seq = tokens.shape
         positions = jnp.broadcast_to(jnp.arange(seq), tokens.shape)
@@ -201,16 +199,17 @@ class Decoder(nnx.Module):
         return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
 
     def cached(self, tokens: jax.Array, positions: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """(hidden states, cache) of tokens [batch, seq] at consecutive positions [batch, seq], after those cached."""
+        """(hidden states, cache) of tokens [batch, seq] at the next consecutive positions [batch, seq]."""
         slots, start = jax.tree.leaves(cache)[0].shape[2], positions[:, 0]
         window = lambda local: self.config.window if local else None
-        kinds = self._by_kind(
-            lambda local: (self._rope(positions, local), attention.cache_mask(positions, slots, window(local)))
+        kinds = stack.by_kind(
+            lambda local: (self._rope(positions, local), attention.cache_mask(positions, slots, window(local))),
+            self.config.local_layers,
         )
 
         def layer(x, item):
             block, (local, layer_cache) = item
-            rope, mask = _select(kinds, local)
+            rope, mask = stack.select(kinds, local)
             x, layer_cache, _ = block(x, rope, mask, _NO_DROPOUT, cache=layer_cache, start=start)
             return x, (layer_cache, None)
 
@@ -226,7 +225,7 @@ class Decoder(nnx.Module):
         return embedding.logits(hidden, table, vocab_size=config.vocab_size, scale=scale, softcap=softcap)
 
     def _output(self, hidden: jax.Array, aux: Any) -> Output:
-        """`aux` is what the feed-forwards reported, stacked over layers."""
+        """The output; `aux` has the statistics of the feed-forwards, stacked over layers."""
         return Output(hidden=hidden)
 
     def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
@@ -243,18 +242,7 @@ class Decoder(nnx.Module):
             return rotary.angles(positions, config.head_size, config.rope_local_base)
         return rotary.angles(positions, config.head_size, config.rope_base, config.scaling)
 
-    def _by_kind(self, make: Callable[[bool], Any]) -> dict[bool, Any]:
-        """make(local) for the kinds of layers that the config has: local (True) and global (False)."""
-        return {local: make(local) for local in sorted(set(self.config.local_layers))}
-
     def _run_layers(self, layer: Callable, x: jax.Array, per_layer: Any, remat: str) -> tuple[jax.Array, Any]:
         """Fold layer(x, (block, item)) over the blocks and over `per_layer`, whose leaves have a leading "layers"
         dimension. `layer` returns (x, (cache, aux)); both are stacked over layers."""
         return stack.run(layer, x, (self.blocks, per_layer), scan=self.config.scan, remat=remat)
-
-
-def _select(kinds: dict[bool, Any], local: jax.Array) -> Any:
-    """The entry of `kinds` for a traced flag `local`; without selection where there is one kind only."""
-    if len(kinds) == 1:
-        return next(iter(kinds.values()))
-    return jax.tree.map(lambda a, b: jnp.where(local, b, a), kinds[False], kinds[True])

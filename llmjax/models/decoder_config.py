@@ -4,44 +4,31 @@ import dataclasses
 from typing import ClassVar
 
 from llmjax.errors import UserError
-from llmjax.models.base import BaseModelConfig, default_mlp_size
+from llmjax.models.base import SingleStackConfig
 from llmjax.nn import rotary
 from llmjax.nn.attention import KERNELS
-from llmjax.nn.mlp import ACTIVATIONS
 from llmjax.nn.norm import NORMS
 from llmjax.nn.rotary import SCALINGS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DecoderConfig(BaseModelConfig):
+class DecoderConfig(SingleStackConfig):
     """A decoder-only transformer.
 
     family          "decoder"
     embed_multiplier  what a token's embedding is multiplied by as it enters the stream; Gemma: sqrt(embed)
-    num_heads       number of query heads
     num_kv_heads    number of key and value heads, a divisor of num_heads; 0: num_heads
-    head_dim        width of a head; 0: embed / num_heads
     score_scale     what the products of queries and keys are multiplied by; 0: 1 / sqrt(head_dim)
     score_softcap   attention scores become c tanh(score / c); 0: they are not capped
     attention_sinks whether each head has a learned score that takes part in the softmax and has no value (gpt-oss)
     qk_norm         norm of queries and keys before they are rotated: none, head (each head by itself, as in Qwen3) or
                     all (all heads of the layer together, as in OLMo 2)
-    window          local layers see only keys less than this many positions away; 0: there are no local layers
-    pattern         one letter a layer, repeated over the layers: l (local) or g (global, sees everything before it);
-                    unused without a window
-    mlp             width of the feed-forward layer; 0: 4 embed, or if gated 8/3 embed rounded up to a multiple of
-                    128
-    activation      of the feed-forward layer: silu, gelu (by erf), gelu_tanh, relu, relu2 (relu squared)
-    gated           feed-forward layer: True: two matrices in, one out; False: one in, one out
     norm            rmsnorm, rmsnorm1p (multiplies by 1 + scale, as Gemma does) or layernorm
-    norm_eps        added to the variance in a norm
     norm_position   of each sub-block f with residual stream x: pre (x + f(norm(x)), as in Llama), both (x +
                     norm(f(norm(x))), as in Gemma), inner (x + norm(f(x)), as in OLMo 2) or post (norm(x + f(x)), as in
                     the first transformers); all but post have one more norm at the end
-    positions       rotary (in every attention) or learned (added to the token embedding)
-    rope_base       base of the rotary frequencies; this and the next fields are unused with learned positions
-    rope_local_base base in local layers, whose frequencies are then never scaled; 0: those of the global layers
-    rope_scaling    how frequencies are lowered so that longer texts can be read: none, linear, llama3 or yarn
+    rope_scaling    how frequencies are lowered so that longer texts can be read: none, linear, llama3 or yarn; never in
+                    local layers with a base of their own. This and the next fields are unused with learned positions
     rope_factor     frequencies are divided by it: all (linear), or the slow ones (llama3, yarn)
     rope_original   llama3, yarn: number of positions of the text that the model was first trained on
     rope_low        llama3, yarn: frequencies that turn less often than this over rope_original positions are divided;
@@ -49,8 +36,6 @@ class DecoderConfig(BaseModelConfig):
                     for llama3, 1 and 32 for yarn)
     rope_truncate   yarn: the blend begins and ends at whole dimensions
     rope_attention_factor  yarn: what cos and sin are multiplied by; 0: 0.1 log(rope_factor) + 1
-    max_positions   number of learned positions; the longest sequence a learned table can read; unused with rotary
-                    positions
     tie_embeddings  whether the head is the token embedding instead of a matrix of its own
     logit_softcap   logits become c tanh(logit / c); 0: they are not capped
     biases          all (every linear map of the blocks, and layernorm), attention (its four linear maps) or none
@@ -58,27 +43,38 @@ class DecoderConfig(BaseModelConfig):
     """
 
     objectives: ClassVar[tuple[str, ...]] = ("causal", "prefix", "fim")
+    choices: ClassVar = {
+        **SingleStackConfig.choices,
+        "qk_norm": ("none", "head", "all"),
+        "norm": tuple(NORMS),
+        "norm_position": ("pre", "both", "inner", "post"),
+        "rope_scaling": ("none", *SCALINGS),
+        "biases": ("none", "attention", "all"),
+        "attention": tuple(KERNELS),
+    }
+    minimums: ClassVar = {
+        **SingleStackConfig.minimums,
+        "num_kv_heads": 0,
+        "score_scale": 0,
+        "score_softcap": 0,
+        "rope_factor": 1,
+        "rope_original": 0,
+        "rope_low": 0,
+        "rope_high": 0,
+        "rope_attention_factor": 0,
+        "logit_softcap": 0,
+    }
+    above_zero: ClassVar = (*SingleStackConfig.above_zero, "embed_multiplier")
 
     family: str = "decoder"
     embed_multiplier: float = 1.0
-    num_heads: int = 4
     num_kv_heads: int = 0
-    head_dim: int = 0
     score_scale: float = 0.0
     score_softcap: float = 0.0
     attention_sinks: bool = False
     qk_norm: str = "none"
-    window: int = 0
-    pattern: str = "l"
-    mlp: int = 0
-    activation: str = "silu"
-    gated: bool = True
     norm: str = "rmsnorm"
-    norm_eps: float = 1e-5
     norm_position: str = "pre"
-    positions: str = "rotary"
-    rope_base: float = 10_000.0
-    rope_local_base: float = 0.0
     rope_scaling: str = "none"
     rope_factor: float = 1.0
     rope_original: int = 0
@@ -86,44 +82,22 @@ class DecoderConfig(BaseModelConfig):
     rope_high: float = 0.0
     rope_truncate: bool = True
     rope_attention_factor: float = 0.0
-    max_positions: int = 1024
     tie_embeddings: bool = False
     logit_softcap: float = 0.0
     biases: str = "none"
     attention: str = "dot"
 
     def __post_init__(self):
-        _check_names(self)
-        _check_numbers(self)
-        _check_positions(self)
+        super().__post_init__()
+        if self.num_heads % self.kv_heads:
+            raise UserError(f"model.num_kv_heads={self.kv_heads}: must divide model.num_heads={self.num_heads}")
+        _check_rope_scaling(self)
         _check_kernel(self)
 
     @property
     def kv_heads(self) -> int:
         """Number of key and value heads."""
         return self.num_kv_heads or self.num_heads
-
-    @property
-    def head_size(self) -> int:
-        """Width of a head."""
-        return self.head_dim or self.embed // self.num_heads
-
-    @property
-    def mlp_size(self) -> int:
-        """Width of the feed-forward layer."""
-        return self.mlp or default_mlp_size(self.embed, self.gated)
-
-    @property
-    def residual_init_scale(self) -> float:
-        """First scale of what each of the 2 num_layers residual branches adds, so that the sum has variance 1."""
-        return (2 * self.num_layers) ** -0.5
-
-    @property
-    def local_layers(self) -> tuple[bool, ...]:
-        """Of each layer, whether it sees only its window."""
-        if not self.window:
-            return (False,) * self.num_layers
-        return tuple(self.pattern[layer % len(self.pattern)] == "l" for layer in range(self.num_layers))
 
     @property
     def scaling(self) -> rotary.Scaling | None:
@@ -143,11 +117,6 @@ class DecoderConfig(BaseModelConfig):
             if yarn
             else 1.0,
         )
-
-    @property
-    def max_seq_len(self) -> int | None:
-        """The longest sequence that the model can read; None: no limit."""
-        return self.max_positions if self.positions == "learned" else None
 
     def check(self, *, seq_len: int, tensor: int) -> None:
         """UserError where the model cannot read rows of `seq_len` tokens, or cannot be cut over `tensor` devices."""
@@ -183,58 +152,12 @@ class DecoderConfig(BaseModelConfig):
         return 2 * self.head_size
 
 
-_NAMES = {
-    "qk_norm": ("none", "head", "all"),
-    "activation": tuple(ACTIVATIONS),
-    "norm": tuple(NORMS),
-    "norm_position": ("pre", "both", "inner", "post"),
-    "positions": ("rotary", "learned"),
-    "rope_scaling": ("none", *SCALINGS),
-    "biases": ("none", "attention", "all"),
-    "attention": tuple(KERNELS),
-}
-_AT_LEAST = {
-    "num_heads": 1,
-    "num_kv_heads": 0,
-    "head_dim": 0,
-    "score_scale": 0,
-    "score_softcap": 0,
-    "window": 0,
-    "mlp": 0,
-    "rope_local_base": 0,
-    "rope_factor": 1,
-    "rope_original": 0,
-    "rope_low": 0,
-    "rope_high": 0,
-    "rope_attention_factor": 0,
-    "max_positions": 1,
-    "logit_softcap": 0,
-}
-
-
-def _check_names(config: DecoderConfig) -> None:
-    config.check_choices(_NAMES)
-    if not config.pattern or set(config.pattern) - set("lg"):
-        raise UserError(f"model.pattern={config.pattern!r}: one letter a layer, l (local) or g (global), such as 'lg'")
-
-
-def _check_numbers(config: DecoderConfig) -> None:
-    config.check_ranges(_AT_LEAST, ("norm_eps", "rope_base", "embed_multiplier"))
-    if config.num_heads % config.kv_heads:
-        raise UserError(f"model.num_kv_heads={config.kv_heads}: must divide model.num_heads={config.num_heads}")
-    if not config.head_dim and config.embed % config.num_heads:
+def _check_rope_scaling(config: DecoderConfig) -> None:
+    if config.positions == "learned" and config.rope_scaling != "none":
         raise UserError(
-            f"model.num_heads={config.num_heads}: must divide model.embed={config.embed}, or set model.head_dim"
+            f"model.rope_scaling={config.rope_scaling!r}: model.positions='learned' has no rotary frequencies; set it "
+            "to 'none'"
         )
-
-
-def _check_positions(config: DecoderConfig) -> None:
-    if config.positions == "rotary" and config.head_size % 2:
-        raise UserError(f"model.head_dim={config.head_size}: rotary positions pair dimensions, so it must be even")
-    if config.positions == "learned" and (config.rope_scaling != "none" or config.rope_local_base):
-        raise UserError("model.positions='learned': has no rotary frequencies; unset rope_scaling and rope_local_base")
-    if config.rope_local_base and not any(config.local_layers):
-        raise UserError(f"model.rope_local_base={config.rope_local_base}: no layer is local; set model.window")
     if config.rope_scaling in ("llama3", "yarn"):
         scaling = config.scaling
         assert scaling is not None
@@ -253,17 +176,17 @@ def _check_positions(config: DecoderConfig) -> None:
 
 
 def _check_kernel(config: DecoderConfig) -> None:
-    """Refuse what the attention kernel would have to leave out."""
-    asked = {
+    """UserError for a field that needs a feature which the attention kernel lacks."""
+    fields_in_use = {
         "scale": ("score_scale", bool(config.score_scale)),
         "softcap": ("score_softcap", bool(config.score_softcap)),
         "sinks": ("attention_sinks", config.attention_sinks),
         "window": ("window", any(config.local_layers)),
-        "pattern": ("pattern", len(set(config.local_layers)) > 1),
+        "pattern": ("attention_pattern", len(set(config.local_layers)) > 1),
     }
-    for feature, (field, wanted) in asked.items():
-        if wanted and feature not in KERNELS[config.attention].supports:
+    for feature, (field, is_used) in fields_in_use.items():
+        if is_used and feature not in KERNELS[config.attention].supports:
             raise UserError(
-                f"model.{field}={getattr(config, field)!r}: model.attention={config.attention!r} cannot honour it; "
-                "take model.attention='dot'"
+                f"model.{field}={getattr(config, field)!r}: model.attention={config.attention!r} does not support it; "
+                "use model.attention='dot'"
             )

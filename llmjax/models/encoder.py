@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from llmjax.batch import Batch, Output
-from llmjax.errors import UserError
-from llmjax.models.base import BaseModelConfig, default_mlp_size
+from llmjax.models.base import SingleStackConfig
 from llmjax.nn import attention, dropout, embedding, rotary, stack, weights
-from llmjax.nn.attention import Attention
+from llmjax.nn.attention import Attention, Rope
 from llmjax.nn.dropout import Dropout
 from llmjax.nn.embedding import Embedding
 from llmjax.nn.linear import Linear
@@ -21,81 +20,44 @@ from llmjax.parallel.axes import constrain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EncoderConfig(BaseModelConfig):
+class EncoderConfig(SingleStackConfig):
     """A bidirectional encoder with a masked-LM head: BERT, ModernBERT and what lies between them.
 
-
-    family          "encoder"
-    num_heads       number of attention heads, a divisor of embed
-    mlp             width of the feed-forward layer; 0: 4 embed when plain, 8/3 embed rounded up to a multiple of 128
-                    when gated
-    activation      of the feed-forward layer and of the masked-LM head: gelu (by erf), gelu_tanh, silu, relu, relu2
-    gated           feed-forward layer: True: two matrices in, one out; False: one in, one out
-    norm_eps        added to the variance in a layer norm
+    activation      also that of the masked-LM head
+    window          of a local layer: counted on both sides of a token
     norm_position   post (after each residual addition) or pre (before each sub-block but the first attention, which
                     reads the normed embedding as it is; and once at the end)
-    positions       learned (added to the token embedding) or rotary (in every attention)
-    max_positions   number of learned positions; the longest sequence a learned table can read; unused with rotary
-                    positions
-    rope_base       base of the rotary frequencies; unused with learned positions
-    window          a local layer sees tokens less than this many positions away, on both sides; 0: all layers see all
-    global_every    every so many layers, from the first one on, a layer sees all; the others are local. Unused without
-                    a window
-    rope_local_base  base of the rotary frequencies in local layers; unused without a window
-    types           number of token types (which of two texts a token belongs to), each with an embedding; 0: none
-    pooler          what `pool` makes of a row's first token: none (as it is) or tanh (a linear map and tanh, BERT's).
-                    Masked LM does not train it
+    token_types     number of token types (which of two texts a token belongs to), each with an embedding; 0: none
+    pooler          whether `pool` applies a linear map and tanh to a row's first token, as BERT does. Masked LM does
+                    not train them
     biases          all (every linear map and layer norm) or none; the vocabulary's bias in the head is always there
     """
 
     objectives: ClassVar[tuple[str, ...]] = ("masked",)
     generates: ClassVar[bool] = False
+    choices: ClassVar = {
+        **SingleStackConfig.choices,
+        "norm_position": ("post", "pre"),
+        "biases": ("all", "none"),
+    }
+    minimums: ClassVar = {**SingleStackConfig.minimums, "token_types": 0}
 
     family: str = "encoder"
-    num_heads: int = 4
-    mlp: int = 0
     activation: str = "gelu"
     gated: bool = False
     norm_eps: float = 1e-12
     norm_position: str = "post"
     positions: str = "learned"
     max_positions: int = 512
-    rope_base: float = 10_000.0
-    window: int = 0
-    global_every: int = 3
-    rope_local_base: float = 10_000.0
-    types: int = 0
-    pooler: str = "none"
+    attention_pattern: str = "gll"
+    token_types: int = 0
+    pooler: bool = False
     biases: str = "all"
 
-    def __post_init__(self):
-        self.check_choices(_NAMES)
-        _check_numbers(self)
-
     @property
-    def head_size(self) -> int:
-        """Width of a head."""
-        return self.embed // self.num_heads
-
-    @property
-    def mlp_size(self) -> int:
-        """Width of the feed-forward layer."""
-        return self.mlp or default_mlp_size(self.embed, self.gated)
-
-    @property
-    def max_seq_len(self) -> int | None:
-        """The longest sequence that the model can read; None: no limit."""
-        return self.max_positions if self.positions == "learned" else None
-
-    @property
-    def bare_layers(self) -> int:
-        """Leading layers whose attention has no norm of its own, as the embedding is normed already."""
+    def num_unnormed(self) -> int:
+        """Number of first layers without attention norm, because the embedding is normed."""
         return 1 if self.norm_position == "pre" else 0
-
-    @property
-    def local_layers(self) -> tuple[bool, ...]:
-        """For each layer whether it sees its window only."""
-        return tuple(bool(self.window and layer % self.global_every) for layer in range(self.num_layers))
 
     def check(self, *, seq_len: int, tensor: int) -> None:
         """UserError where the model cannot read rows of `seq_len` tokens, or cannot be cut over `tensor` devices."""
@@ -105,64 +67,30 @@ class EncoderConfig(BaseModelConfig):
     def flops_per_token(self, seq_len: int) -> float:
         """Model flops of one training token, for model flops utilisation.
 
-        6 flops for each weight of a matmul (2 forward, 4 backward; the head counts, for every token though only hidden
-        ones are scored; lookups and the pooler, which masked LM leaves alone, do not), plus attention's two products:
-        12 embed keys a layer, with seq_len keys for each token in a layer that sees all and the 2 window - 1 nearest
-        in a local one (at most seq_len). Recomputation is not counted.
+        6 flops for each weight of a matmul (2 forward, 4 backward; with the head, for every token though only masked
+        ones are scored; without lookups and the pooler, which masked LM does not use), plus attention's two products:
+        12 heads head_dim keys a layer. A token has seq_len keys in a global layer, and in a local one the 2 window - 1
+        nearest, at most seq_len. Recomputation is not counted.
         """
         matrices = 3 if self.gated else 2
-        block = self.embed * (4 * self.embed + matrices * self.mlp_size)
+        width = self.num_heads * self.head_size
+        block = self.embed * (4 * width + matrices * self.mlp_size)
         weights = self.num_layers * block + self.embed * (self.embed + self.vocab_size)
         keys = sum(min(seq_len, 2 * self.window - 1) if local else seq_len for local in self.local_layers)
-        return 6.0 * weights + 12.0 * self.embed * keys
-
-
-_NAMES = {
-    "activation": tuple(ACTIVATIONS),
-    "norm_position": ("post", "pre"),
-    "positions": ("learned", "rotary"),
-    "pooler": ("none", "tanh"),
-    "biases": ("all", "none"),
-}
-_AT_LEAST = {
-    "num_heads": 1,
-    "mlp": 0,
-    "max_positions": 1,
-    "window": 0,
-    "types": 0,
-}
-
-
-def _check_numbers(config: EncoderConfig) -> None:
-    config.check_ranges(_AT_LEAST, ("norm_eps", "rope_base", "rope_local_base"))
-    if config.embed % config.num_heads:
-        raise UserError(f"model.num_heads={config.num_heads}: must divide model.embed={config.embed}")
-    if config.positions == "rotary" and config.head_size % 2:
-        raise UserError(
-            f"model.num_heads={config.num_heads}: rotary positions pair dimensions, so a head's width "
-            f"{config.head_size} must be even"
-        )
-    if config.window and config.global_every < 2:
-        raise UserError(
-            f"model.global_every={config.global_every}: must be at least 2 with a window; for layers that all see all, "
-            "set model.window=0"
-        )
-
-
-Angles = tuple[jax.Array, jax.Array] | None
+        return 6.0 * weights + 12.0 * width * keys
 
 
 class Block(nnx.Module):
     """One layer: attention and feed-forward, each with its norm, residual and dropout.
 
-    `bare`: the attention has no norm before it.
+    normed   whether the attention has a norm
     """
 
-    def __init__(self, config: EncoderConfig, key: jax.Array, *, bare: bool):
+    def __init__(self, config: EncoderConfig, key: jax.Array, *, normed: bool):
         k_attention, k_mlp = jax.random.split(key)
         bias, dtype = config.biases == "all", config.param_dtype
-        scale = (2 * config.num_layers) ** -0.5  # each residual branch adds its share of variance
-        self.attention_norm = None if bare else _norm(config)
+        scale = config.residual_init_scale
+        self.attention_norm = _norm(config) if normed else None
         self.mlp_norm = _norm(config)
         self.attention = Attention(
             k_attention,
@@ -188,30 +116,31 @@ class Block(nnx.Module):
         )
         self.norm_position = config.norm_position
 
-    def __call__(self, x: jax.Array, angles: Angles, mask: jax.Array, drop: Dropout) -> jax.Array:
+    def __call__(self, x: jax.Array, rope: Rope, mask: jax.Array, drop: Dropout) -> jax.Array:
         """x [batch, seq, embed], mask bool [batch, seq, seq] -> same as x."""
-        norm = self.attention_norm or (lambda y: y)
+        attention_norm = self.attention_norm or (lambda y: y)
         if self.norm_position == "pre":
-            x = x + drop.at(0)(self.attention(norm(x), angles, mask))
+            x = x + drop.at(0)(self.attention(attention_norm(x), rope, mask))
             return x + drop.at(1)(self.mlp(self.mlp_norm(x)))
-        x = norm(x + drop.at(0)(self.attention(x, angles, mask)))
+        x = attention_norm(x + drop.at(0)(self.attention(x, rope, mask)))
         return self.mlp_norm(x + drop.at(1)(self.mlp(x)))
 
 
 class Head(nnx.Module):
-    """hidden [..., embed] -> norm(activation(dense(hidden))), which the token embedding then turns into logits.
+    """hidden [..., embed] -> norm(activation(dense(hidden))), the input of the token embedding that gives the logits.
 
-    Parameters: dense, norm, bias (of each id's logit).
+    Parameters: dense, norm, bias (of the logits).
     """
 
     def __init__(self, config: EncoderConfig, key: jax.Array):
-        self.dense = _square(config, key)
+        self.dense = _embed_to_embed(config, key)
         self.norm = _norm(config)
         self.bias = weights.constant(0.0, {"vocab": config.padded_vocab}, dtype=config.param_dtype)
         self.activation = config.activation
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
-        # Gathered before the norm: a norm's own parameters are cut by fsdp, the map's output by tensor.
+        """hidden [..., embed] -> same."""
+        # Gather before the norm, whose parameters are sharded over fsdp, while the output of dense is over tensor.
         y = constrain(self.dense(hidden), "batch", *(None,) * (hidden.ndim - 1))
         return self.norm(ACTIVATIONS[self.activation](y))
 
@@ -221,60 +150,61 @@ class Encoder(nnx.Module):
 
     BERT: Devlin et al., 2018, arXiv 1810.04805. ModernBERT: Warner et al., 2024, arXiv 2412.13663.
 
-    Parameters: embed, positions (learned only), types (where there are token types), embed_norm, first (the leading
-    layer without attention norm, pre-norm only) and blocks (every leaf of both with a leading "layers" dimension),
-    norm (pre-norm only: post-norm ends normed), head, pooler (tanh only).
+    Parameters: embed, positions (learned only), token_types (if there are any), embed_norm, first (the first layer,
+    without attention norm; pre-norm only) and blocks (every leaf of both with a leading "layers" dimension), norm
+    (pre-norm only), head, pooler (if the config has one).
     """
 
     def __init__(self, config: EncoderConfig, key: jax.Array):
         k_embed, k_positions, k_types, k_blocks, k_head, k_pooler = jax.random.split(key, 6)
-        dtype, bare = config.param_dtype, config.bare_layers
-        # A table that is looked up has an axis that no rule shards: "seq", for types as well.
+        dtype, first = config.param_dtype, config.num_unnormed
+        # No rule shards the axis "seq", so that rows can be looked up.
         table = lambda key, entries: Embedding(key, entries, config.embed, entries="seq", dtype=dtype)
         self.config = config
         self.embed = Embedding(k_embed, config.padded_vocab, config.embed, entries="vocab", dtype=dtype)
         self.positions = table(k_positions, config.max_positions) if config.positions == "learned" else None
-        self.types = table(k_types, config.types) if config.types else None
+        self.token_types = table(k_types, config.token_types) if config.token_types else None
         self.embed_norm = _norm(config)
         keys = jax.random.split(k_blocks, config.num_layers)
-        blocks = lambda keys, bare: jax.vmap(lambda k: Block(config, k, bare=bare))(keys) if len(keys) else None
-        self.first, self.blocks = blocks(keys[:bare], True), blocks(keys[bare:], False)
+        blocks = lambda keys, normed: jax.vmap(lambda k: Block(config, k, normed=normed))(keys) if len(keys) else None
+        self.first, self.blocks = blocks(keys[:first], False), blocks(keys[first:], True)
         self.norm = _norm(config) if config.norm_position == "pre" else None
         self.head = Head(config, k_head)
-        self.pooler = _square(config, k_pooler) if config.pooler == "tanh" else None
+        self.pooler = _embed_to_embed(config, k_pooler) if config.pooler else None
 
     def __call__(self, batch: Batch, key: jax.Array | None = None) -> Output:
         """Hidden states in the compute type; `key` switches dropout on, with draws by (key, sample, layer, site)."""
         config, drop = self.config, dropout.for_samples(key, batch.sample, self.config.dropout)
-        seen = lambda window: attention.attention_mask(batch.segments, batch.positions, causal=False, window=window)
-        everywhere = (self._angles(batch.positions, config.rope_base), seen(None))
-        nearby = (self._angles(batch.positions, config.rope_local_base), seen(config.window)) if config.window else None
+        mask = lambda window: attention.attention_mask(batch.segments, batch.positions, causal=False, window=window)
+        kinds = stack.by_kind(
+            lambda local: (self._rope(batch.positions, local), mask(config.window if local else None)),
+            config.local_layers,
+        )
 
         def layer(x, item):
             block, index, local = item
-            chosen = everywhere
-            if nearby is not None:
-                chosen = jax.tree.map(lambda near, far: jnp.where(local, near, far), nearby, everywhere)
-            return block(x, *chosen, drop.at(index + 1)), None
+            rope, mask = stack.select(kinds, local)
+            return block(x, rope, mask, drop.at(index + 1)), None
 
         x = drop.at(0)(self._embed(batch))
-        layers, split = (jnp.arange(config.num_layers), jnp.array(config.local_layers)), config.bare_layers
+        index, local, split = jnp.arange(config.num_layers), jnp.array(config.local_layers), config.num_unnormed
         for blocks, part in ((self.first, slice(split)), (self.blocks, slice(split, None))):
             if blocks is not None:
-                items = (blocks, *(each[part] for each in layers))
+                items = (blocks, index[part], local[part])
                 x, _ = stack.run(layer, x, items, scan=config.scan, remat=config.remat)
         return Output(hidden=x if self.norm is None else self.norm(x))
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states [..., embed] -> float32 logits [..., padded vocab]; padding ids get one that no softmax
-        sees."""
+        """Hidden states [..., embed] -> float32 logits [..., padded vocab]; padding ids get the lowest one."""
         table, scale = self.embed.table[...].T, 1 / self.config.width_multiplier
         logits = embedding.logits(self.head(hidden), table, vocab_size=self.config.vocab_size, scale=scale)
         return logits + self.head.bias[...].astype(jnp.float32)
 
     def pool(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [batch, seq, embed] -> [batch, embed]: each row's first token, through the pooler if there is
-        one. In a packed row it speaks for the first segment alone: for one vector a text, give each a row of its own.
+        one.
+
+        In a packed row it represents the first segment only, so give each text its own row.
         """
         first = hidden[:, 0]
         return first if self.pooler is None else jnp.tanh(self.pooler(first))
@@ -284,19 +214,23 @@ class Encoder(nnx.Module):
         x = self.embed(batch.inputs, dtype)
         if self.positions is not None:
             x = x + self.positions(batch.positions, dtype)
-        if self.types is not None:
-            x = x + self.types(jnp.zeros_like(batch.inputs) if batch.types is None else batch.types, dtype)
+        if self.token_types is not None:
+            x = x + self.token_types(
+                jnp.zeros_like(batch.inputs) if batch.token_types is None else batch.token_types, dtype
+            )
         return self.embed_norm(x)
 
-    def _angles(self, positions: jax.Array, base: float) -> Angles:
-        return rotary.angles(positions, self.config.head_size, base) if self.config.positions == "rotary" else None
+    def _rope(self, positions: jax.Array, local: bool) -> Rope:
+        config = self.config
+        base = config.rope_local_base or config.rope_base if local else config.rope_base
+        return rotary.angles(positions, config.head_size, base) if config.positions == "rotary" else None
 
 
 def _norm(config: EncoderConfig) -> LayerNorm:
     return LayerNorm(config.embed, eps=config.norm_eps, bias=config.biases == "all", dtype=config.param_dtype)
 
 
-def _square(config: EncoderConfig, key: jax.Array) -> Linear:
-    """embed -> embed; its output is named "mlp", as one parameter cannot have an axis twice."""
+def _embed_to_embed(config: EncoderConfig, key: jax.Array) -> Linear:
+    """A map from embed to embed. Its output axis is "mlp", as a parameter cannot have one axis twice."""
     bias, dtype = config.biases == "all", config.param_dtype
     return Linear(key, {"embed": config.embed}, {"mlp": config.embed}, bias=bias, dtype=dtype)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from llmjax.batch import Output
-from llmjax.errors import UserError, suggest
+from llmjax.errors import UserError
 from llmjax.models.decoder import Block, Cache, Decoder, Rope
 from llmjax.models.decoder_config import DecoderConfig
 from llmjax.nn import moe, rotary, stack
@@ -18,41 +18,57 @@ from llmjax.nn.moe import GLU_ACTIVATIONS, MoeMlp, Routing
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoeConfig(DecoderConfig):
-    """A decoder in whose layers each token goes through a few of many feed-forward networks. No token is ever dropped.
+    """A decoder in whose layers each token goes through a few of many feed-forward networks. No token is dropped.
 
-    Every field of the family "decoder" holds here too, with two limits: `gated` is gated, and where `latent` is set,
-    heads have no num_kv_heads, attention_sinks, qk_norm, score_softcap, window or biases. Added are:
-
+    It has every field of the family "decoder", but `gated` must be True, and with `latent` the fields num_kv_heads,
+    attention_sinks, qk_norm, score_softcap, window and biases must keep their defaults.
 
     family              "moe"
     num_experts         number of experts in a layer
-    experts_per_token   number of them that a token goes through
+    experts_per_token   number of experts that a token goes through
     expert_mlp          width of an expert; 0: mlp
     expert_activation   of the experts: one that `activation` can be, or clamped_swiglu (as in gpt-oss); "": activation
-    shared_experts      experts that every token goes through, whatever the router says, as one network of their width
-                        in all
-    dense_layers        so many first layers have a plain feed-forward network of width mlp
+    shared_experts      number of experts that every token goes through, computed as one network of their total width
+    dense_layers        number of first layers that have a feed-forward network of width mlp instead of experts
     router              softmax (over all experts) or sigmoid (each expert by itself)
-    renormalise         whether the weights of a token's experts sum to 1 (Mixtral, gpt-oss) or stay what they are
-    router_scale        what the weights are multiplied by last
-    router_groups       experts lie in so many groups of neighbours, and
-    router_top_groups   a token's experts come from so many of them: those whose two best scores sum highest. 1 and 1:
-                        no groups
-    expert_bias     whether a bias takes part in choosing experts, though not in weighing them, which the optimizer
-                        moves against each expert's load by optimizer.expert_bias_update_rate an update (DeepSeek-V3)
-    balance_loss        coefficient of the balance loss, which is 1 for an evenly loaded layer; of each row and layer,
-                        weighed by the row's tokens, summed over layers
-    router_z_loss       coefficient of the squared log of the router's partition function, of each token and layer,
-                        summed over layers
-    latent              width of the vector that keys and values of all heads are made from, and which is all that is
-                        cached (multi-head latent attention); 0: grouped-query attention
-    query_latent        width of the vector that queries are made from; 0: they are made from the residual stream
-    rope_dim            width of the rotated part of a query, beside head_dim, which is not rotated; its key is one for
-                        all heads
-    value_dim           width of a head's value; 0: head_dim. Those four are unused without `latent`
+    renormalise         whether the weights of a token's experts are scaled to sum 1 (Mixtral, gpt-oss)
+    router_scale        factor of the weights, applied last
+    router_groups       number of groups of consecutive experts
+    router_top_groups   number of groups from which a token's experts come: those with the highest sum of their two best
+                        scores. 1 and 1: no groups
+    expert_bias         whether a bias takes part in the selection of experts, not in their weights. The optimizer moves
+                        it against each expert's load by optimizer.expert_bias_update_rate per update (DeepSeek-V3)
+    balance_loss        coefficient of the load-balance loss, which is 1 for an evenly loaded layer: computed for each
+                        row and layer, weighted by the row's tokens, summed over layers
+    router_z_loss       coefficient of the squared log of the router's partition function, summed over tokens and layers
+    latent              width of the vector from which keys and values of all heads are computed, and which is cached
+                        instead of them (multi-head latent attention); 0: grouped-query attention
+    query_latent        width of the vector from which queries are computed; 0: from the residual stream
+    rope_dim            width of the rotated part of a query, in addition to head_dim, which is not rotated; all heads
+                        share its key
+    value_dim           width of a head's value; 0: head_dim. These four are unused without `latent`
     """
 
     objectives: ClassVar[tuple[str, ...]] = ("causal", "prefix", "fim")
+    choices: ClassVar = {
+        **DecoderConfig.choices,
+        "expert_activation": (*GLU_ACTIVATIONS, ""),
+        "router": ("softmax", "sigmoid"),
+    }
+    minimums: ClassVar = {
+        **DecoderConfig.minimums,
+        "num_experts": 1,
+        "experts_per_token": 1,
+        "expert_mlp": 0,
+        "shared_experts": 0,
+        "dense_layers": 0,
+        "balance_loss": 0,
+        "router_z_loss": 0,
+        "latent": 0,
+        "query_latent": 0,
+        "value_dim": 0,
+    }
+    above_zero: ClassVar = (*DecoderConfig.above_zero, "router_scale")
 
     family: str = "moe"
     num_experts: int = 8
@@ -92,15 +108,15 @@ class MoeConfig(DecoderConfig):
 
     @property
     def latent_scale(self) -> float:
-        """What latent attention multiplies its scores by, where score_scale is 0."""
+        """The factor of latent attention's scores if score_scale is 0."""
         return (self.head_size + self.rope_dim) ** -0.5
 
     @property
     def routing(self) -> Routing:
-        """How a layer's router chooses."""
+        """How a layer's router selects experts."""
         return Routing(
-            experts=self.num_experts,
-            chosen=self.experts_per_token,
+            num_experts=self.num_experts,
+            experts_per_token=self.experts_per_token,
             score=self.router,
             renormalise=self.renormalise,
             scale=self.router_scale,
@@ -118,7 +134,7 @@ class MoeConfig(DecoderConfig):
 
     @property
     def matmul_params(self) -> int:
-        """Number of weights that one token is multiplied with: of the experts, those that it goes through."""
+        """Number of weights that one token is multiplied with: of all experts, only its own count."""
         if self.latent:
             per_head = self.head_size + self.rope_dim
             from_query = self.embed * (self.query_latent or self.num_heads * per_head)
@@ -141,26 +157,15 @@ class MoeConfig(DecoderConfig):
 
     @property
     def inactive_params(self) -> int:
-        """Number of parameters that one token does not meet: those of the experts that it does not go through."""
-        one = 3 * self.embed * self.expert_size
-        one += 2 * self.expert_size + self.embed if self.biases == "all" else 0
-        return (self.num_layers - self.dense_layers) * (self.num_experts - self.experts_per_token) * one
+        """Number of parameters of the experts that one token does not go through."""
+        per_expert = 3 * self.embed * self.expert_size
+        per_expert += 2 * self.expert_size + self.embed if self.biases == "all" else 0
+        return (self.num_layers - self.dense_layers) * (self.num_experts - self.experts_per_token) * per_expert
 
 
 def _check_experts(config: MoeConfig) -> None:
-    at_least = dict(num_experts=1, experts_per_token=1, expert_mlp=0, shared_experts=0, dense_layers=0)
-    for field, least in at_least.items():
-        if getattr(config, field) < least:
-            raise UserError(f"model.{field}={getattr(config, field)}: must be at least {least}")
     if not config.gated:
-        raise UserError(f"model.gated={config.gated!r}: experts are gated; set 'gated'")
-    names = ("", *GLU_ACTIVATIONS)
-    if config.expert_activation not in names:
-        near = suggest(config.expert_activation, names)
-        raise UserError(
-            f"model.expert_activation={config.expert_activation!r}: choose one of {', '.join(GLU_ACTIVATIONS)}, "
-            f"or ''{near}"
-        )
+        raise UserError(f"model.gated={config.gated!r}: experts are gated; set it to True")
     if config.dense_layers >= config.num_layers:
         raise UserError(
             f"model.dense_layers={config.dense_layers}: must be below model.num_layers={config.num_layers}; "
@@ -169,29 +174,23 @@ def _check_experts(config: MoeConfig) -> None:
 
 
 def _check_router(config: MoeConfig) -> None:
-    if config.router not in ("softmax", "sigmoid"):
-        raise UserError(f"model.router={config.router!r}: choose softmax or sigmoid")
-    for field in ("balance_loss", "router_z_loss"):
-        if not getattr(config, field) >= 0:
-            raise UserError(f"model.{field}={getattr(config, field)}: must be at least 0")
-    if not config.router_scale > 0:
-        raise UserError(f"model.router_scale={config.router_scale}: must be above 0")
     groups, top = config.router_groups, config.router_top_groups
     if groups < 1 or config.num_experts % groups:
         raise UserError(f"model.router_groups={groups}: must divide model.num_experts={config.num_experts}")
     if not 1 <= top <= groups:
         raise UserError(f"model.router_top_groups={top}: must be from 1 to model.router_groups={groups}")
     if groups > 1 and config.num_experts // groups < 2:
-        raise UserError(f"model.router_groups={groups}: leaves a group one expert; it is judged by its best two")
-    open_experts = config.num_experts // groups * top
-    if config.experts_per_token > open_experts:
-        raise UserError(f"model.experts_per_token={config.experts_per_token}: only {open_experts} are open to a token")
+        raise UserError(
+            f"model.router_groups={groups}: leaves one expert in a group, whose two best are compared; use fewer groups"
+        )
+    available = config.num_experts // groups * top
+    if config.experts_per_token > available:
+        raise UserError(
+            f"model.experts_per_token={config.experts_per_token}: must be at most {available}, the available experts"
+        )
 
 
 def _check_latent(config: MoeConfig) -> None:
-    for field in ("latent", "query_latent", "value_dim"):
-        if getattr(config, field) < 0:
-            raise UserError(f"model.{field}={getattr(config, field)}: must be at least 0")
     if not config.latent:
         for field in ("query_latent", "value_dim"):
             if getattr(config, field):
@@ -203,16 +202,17 @@ def _check_latent(config: MoeConfig) -> None:
     for field in ("num_kv_heads", "attention_sinks", "qk_norm", "score_softcap", "window", "biases", "positions"):
         if getattr(config, field) != defaults[field]:
             raise UserError(
-                f"model.{field}={getattr(config, field)!r}: latent attention has no such thing; leave it at "
+                f"model.{field}={getattr(config, field)!r}: is not supported with latent attention; leave it at "
                 f"{defaults[field]!r}, or set model.latent=0"
             )
 
 
 class DenseBlock(Block):
-    """A layer with a plain feed-forward network, such as some models begin with."""
+    """A layer with a plain feed-forward network, like the first layers of some models."""
 
     @staticmethod
     def make_attention(config: Any, key: jax.Array) -> Any:
+        """Latent attention if the config has a latent, else that of Decoder."""
         if not config.latent:
             return Block.make_attention(config, key)
         return LatentAttention(
@@ -236,6 +236,7 @@ class MoeBlock(DenseBlock):
 
     @staticmethod
     def make_mlp(config: Any, key: jax.Array) -> Any:
+        """The experts and their router."""
         return MoeMlp(
             key,
             config.embed,
@@ -258,7 +259,7 @@ class MoeBlock(DenseBlock):
 
 
 class MoeDecoder(Decoder):
-    """Batch -> Output with hidden states [batch, seq, embed], the routers' losses and what they count.
+    """Batch -> Output with hidden states [batch, seq, embed], the routers' losses and metrics.
 
     Parameters: those of Decoder, and dense_blocks (stacked as blocks are) for the dense layers at the beginning.
     """
@@ -267,12 +268,13 @@ class MoeDecoder(Decoder):
     config: MoeConfig
 
     def make_blocks(self, keys: jax.Array) -> Any:
+        """Stacked blocks with experts; those of the dense layers go to `dense_blocks`."""
         dense, config = self.config.dense_layers, self.config
         self.dense_blocks = jax.vmap(lambda key: DenseBlock(config, key))(keys[:dense]) if dense else None
         return super().make_blocks(keys[dense:])
 
     def cache(self, batch: int, slots: int) -> Cache:
-        """Empty keys and values as in Decoder, or latents and rotated keys, [layers, batch, slots, width]."""
+        """Empty keys and values as in Decoder, or latents and rotated keys [layers, batch, slots, width]."""
         config = self.config
         if not config.latent:
             return super().cache(batch, slots)

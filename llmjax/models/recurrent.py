@@ -32,14 +32,20 @@ class RecurrentConfig(BaseModelConfig):
     mlp             width of a gated feed-forward sub-block after each cell; 0: none
     gate_blocks     rglru: number of blocks on the diagonal of its gates' matrices, a divisor of the state's width
     norm            before each sub-block and once at the end: none, rmsnorm or layernorm
-    norm_eps        added to the variance in a norm
-    residual        add (each sub-block's output is added to its input) or none (it replaces it)
+    residual        whether each sub-block's output is added to its input; False: it replaces the input
     tie_embeddings  whether the head is the token embedding instead of a matrix of its own
     recurrence      over time: sequential (token by token, any cell) or associative (a parallel scan, rglru alone)
     unroll          tokens in one turn of the sequential loop; more compile longer and may run faster
     """
 
     objectives: ClassVar[tuple[str, ...]] = ("causal", "fim")
+    choices: ClassVar = {
+        **BaseModelConfig.choices,
+        "cell": (*CELLS, "rglru"),
+        "norm": ("none", *NORMS),
+        "recurrence": RECURRENCES,
+    }
+    minimums: ClassVar = {**BaseModelConfig.minimums, "hidden": 0, "mlp": 0, "gate_blocks": 1, "unroll": 1}
 
     family: str = "recurrent"
     num_layers: int = 2
@@ -48,15 +54,26 @@ class RecurrentConfig(BaseModelConfig):
     mlp: int = 0
     gate_blocks: int = 1
     norm: str = "rmsnorm"
-    norm_eps: float = 1e-5
-    residual: str = "add"
+    residual: bool = True
     tie_embeddings: bool = False
     recurrence: str = "sequential"
     unroll: int = 1
 
     def __post_init__(self):
-        _check_names(self)
-        _check_numbers(self)
+        super().__post_init__()
+        if self.cell != "rglru" and self.gate_blocks != 1:
+            raise UserError(f"model.gate_blocks={self.gate_blocks}: only model.cell='rglru' has them; leave it at 1")
+        if self.state_size % self.gate_blocks:
+            raise UserError(
+                f"model.gate_blocks={self.gate_blocks}: must divide the state's width, model.hidden={self.state_size}"
+            )
+        if self.recurrence == "associative" and self.cell != "rglru":
+            raise UserError(
+                f"model.recurrence='associative': the state of model.cell={self.cell!r} passes through a nonlinearity "
+                "at every token; use cell='rglru', or recurrence='sequential'"
+            )
+        if self.recurrence == "associative" and self.unroll != 1:
+            raise UserError(f"model.unroll={self.unroll}: an associative recurrence has no loop; leave it at 1")
 
     @property
     def state_size(self) -> int:
@@ -87,57 +104,27 @@ class RecurrentConfig(BaseModelConfig):
         return 6.0 * (self.num_layers * (block + 3 * embed * self.mlp) + embed * self.vocab_size)
 
 
-_NAMES = {
-    "cell": (*CELLS, "rglru"),
-    "norm": ("none", *NORMS),
-    "residual": ("add", "none"),
-    "recurrence": RECURRENCES,
-}
-_AT_LEAST = {
-    "hidden": 0,
-    "mlp": 0,
-    "gate_blocks": 1,
-    "unroll": 1,
-}
-
-
-def _check_names(config: RecurrentConfig) -> None:
-    config.check_choices(_NAMES)
-    if config.recurrence == "associative" and config.cell != "rglru":
-        raise UserError(
-            f"model.recurrence='associative': the state of model.cell={config.cell!r} passes through a nonlinearity "
-            "at every token; take cell='rglru', or recurrence='sequential'"
-        )
-
-
-def _check_numbers(config: RecurrentConfig) -> None:
-    config.check_ranges(_AT_LEAST, ("norm_eps",))
-    if config.cell != "rglru" and config.gate_blocks != 1:
-        raise UserError(f"model.gate_blocks={config.gate_blocks}: only model.cell='rglru' has them; leave it at 1")
-    if config.state_size % config.gate_blocks:
-        raise UserError(
-            f"model.gate_blocks={config.gate_blocks}: must divide the state's width, model.hidden={config.state_size}"
-        )
-    if config.recurrence == "associative" and config.unroll != 1:
-        raise UserError(f"model.unroll={config.unroll}: an associative recurrence has no loop; leave it at 1")
-
-
 Cache = tuple[jax.Array, ...]
 
 
 class Block(nnx.Module):
-    """One layer: a cell and, where asked for, a feed-forward, each with its norm, residual and dropout."""
+    """One layer: a cell and an optional feed-forward, each with its norm, residual and dropout."""
 
     def __init__(self, config: RecurrentConfig, key: jax.Array):
         k_cell, k_mlp = jax.random.split(key)
-        self.added, dtype = config.residual == "add", config.param_dtype
-        # each residual branch adds its share of variance
-        scale = (config.num_layers * (2 if config.mlp else 1)) ** -0.5 if self.added else 1.0
+        self.residual, dtype = config.residual, config.param_dtype
+        # So that the sum of all residual branches has variance 1.
+        scale = (config.num_layers * (2 if config.mlp else 1)) ** -0.5 if self.residual else 1.0
         self.cell_norm = _norm(config)
         shape: dict[str, Any] = dict(scale=scale, unroll=config.unroll, dtype=dtype)
         if config.cell == "rglru":
             self.cell = rglru.RgLru(
-                k_cell, config.embed, config.state_size, blocks=config.gate_blocks, how=config.recurrence, **shape
+                k_cell,
+                config.embed,
+                config.state_size,
+                blocks=config.gate_blocks,
+                recurrence=config.recurrence,
+                **shape,
             )
         else:
             self.cell = recurrent.Recurrence(k_cell, config.embed, config.state_size, cell=config.cell, **shape)
@@ -157,19 +144,19 @@ class Block(nnx.Module):
             else None
         )
 
-    def __call__(self, x: jax.Array, recur: Callable, drop: Dropout) -> tuple[jax.Array, Any]:
-        """x [batch, seq, embed] -> (x, what `recur` gave beside its output).
+    def __call__(self, x: jax.Array, run_cell: Callable, drop: Dropout) -> tuple[jax.Array, Any]:
+        """x [batch, seq, embed] -> (x, second result of `run_cell`).
 
-        `recur(cell, x)` returns (output, anything): from a state of 0 or from a given one.
+        `run_cell(cell, x)` returns (output, anything). It starts from a state of 0 or from a cached one.
         """
-        y, out = recur(self.cell, _apply(self.cell_norm, x))
-        x = self._join(x, drop.at(0)(y))
+        y, out = run_cell(self.cell, _apply_norm(self.cell_norm, x))
+        x = self._add_residual(x, drop.at(0)(y))
         if self.mlp is not None:
-            x = self._join(x, drop.at(1)(self.mlp(_apply(self.mlp_norm, x))))
+            x = self._add_residual(x, drop.at(1)(self.mlp(_apply_norm(self.mlp_norm, x))))
         return x, out
 
-    def _join(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        return x + y if self.added else y
+    def _add_residual(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        return x + y if self.residual else y
 
 
 class Recurrent(nnx.Module):
@@ -204,14 +191,14 @@ class Recurrent(nnx.Module):
 
         x = drop.at(0)(self.embed(batch.inputs, self.config.dtype))
         x, _ = self._run(layer, x, (self.blocks, jnp.arange(self.config.num_layers)), self.config.remat)
-        return Output(hidden=_apply(self.norm, x))
+        return Output(hidden=_apply_norm(self.norm, x))
 
     def prefill(self, tokens: jax.Array, lengths: jax.Array, max_tokens: int) -> tuple[jax.Array, Cache, jax.Array]:
-        """Read prompts: tokens [batch, seq], of which `lengths` [batch] count.
+        """Read prompts: tokens [batch, seq] with `lengths` [batch].
 
-        Returns the hidden state [batch, embed] that predicts the next token, the state after the last token that
-        counts (padding behind it has no part in it), and the next token's position [batch]. `max_tokens` is of no
-        account: a state has one size, however long the text.
+        Returns the hidden state [batch, embed] that predicts the next token, the state after the last token before the
+        padding, and the next token's position [batch]. `max_tokens` is unused: the size of a state does not depend on
+        the length of the text.
         """
         batch, seq = tokens.shape
         positions = jnp.broadcast_to(jnp.arange(seq), tokens.shape)
@@ -229,27 +216,29 @@ class Recurrent(nnx.Module):
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (config.num_layers, *x.shape)), state)
 
     def cached(self, tokens: jax.Array, positions: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """(hidden states, state) of tokens [batch, seq] at consecutive positions [batch, seq], after the state."""
+        """(hidden states, state) of tokens [batch, seq] at the next consecutive positions [batch, seq]."""
         return self._advance(tokens, positions, cache, jnp.full(tokens.shape[0], tokens.shape[1] - 1))
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states [..., embed] -> float32 logits [..., padded vocab]; padding ids get one that no softmax
-        sees."""
+        """Hidden states [..., embed] -> float32 logits [..., padded vocab]; padding ids get the lowest one."""
         table = self.embed.table[...].T if self.head is None else self.head[...]
         scale = 1 / self.config.width_multiplier
         return embedding.logits(hidden, table, vocab_size=self.config.vocab_size, scale=scale)
 
-    def _advance(self, tokens, positions, cache, last) -> tuple[jax.Array, Cache]:
-        none = Dropout(None, 0.0)
+    def _advance(
+        self, tokens: jax.Array, positions: jax.Array, cache: Cache, last: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        """(hidden states, state after token `last` [batch] of each row)."""
+        no_dropout = Dropout(None, 0.0)
 
         def layer(x, item):
             block, state = item
-            return block(x, lambda cell, y: cell.advance(y, positions, state, last), none)
+            return block(x, lambda cell, y: cell.advance(y, positions, state, last), no_dropout)
 
         x, cache = self._run(layer, self.embed(tokens, self.config.dtype), (self.blocks, cache), "none")
-        return _apply(self.norm, x), cache
+        return _apply_norm(self.norm, x), cache
 
-    def _run(self, layer, x, stacked, remat: str):
+    def _run(self, layer: Callable, x: jax.Array, stacked: Any, remat: str) -> tuple[jax.Array, Any]:
         return stack.run(layer, x, stacked, scan=self.config.scan, remat=remat)
 
 
@@ -259,5 +248,5 @@ def _norm(config: RecurrentConfig) -> nnx.Module | None:
     return NORMS[config.norm](config.embed, eps=config.norm_eps, bias=True, dtype=config.param_dtype)
 
 
-def _apply(norm: Any, x: jax.Array) -> jax.Array:
+def _apply_norm(norm: Any, x: jax.Array) -> jax.Array:
     return x if norm is None else norm(x)

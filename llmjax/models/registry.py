@@ -7,6 +7,7 @@ from typing import Any
 from flax import nnx
 import jax
 
+from llmjax.batch import Graph, Params
 from llmjax.models.decoder import Decoder
 from llmjax.models.decoder_config import DecoderConfig
 from llmjax.models.encdec import EncDec, EncDecConfig
@@ -14,7 +15,7 @@ from llmjax.models.encoder import Encoder, EncoderConfig
 from llmjax.models.moe import MoeConfig, MoeDecoder
 from llmjax.models.recurrent import Recurrent, RecurrentConfig
 
-# One line a family, here and below: its module, and its config, which `model.family` chooses.
+# Family -> module. ModelConfig lists the config classes, of which `model.family` selects one.
 FAMILIES: dict[str, Any] = {
     "decoder": Decoder,
     "moe": MoeDecoder,
@@ -36,11 +37,11 @@ def build(config: ModelConfig, key: jax.Array) -> nnx.Module:
     return FAMILIES[config.family](config, key)
 
 
-def abstract(config: ModelConfig) -> tuple[nnx.GraphDef, dict, dict]:
+def abstract(config: ModelConfig) -> tuple[Graph, Params, Params]:
     """(graph, shapes, axes) without computing anything: `nnx.merge(graph, params)` is the model.
 
-    Shapes and axes are nested dicts alike, with a ShapeDtypeStruct or a tuple of logical axes for each parameter;
-    stacked parameters have "layers" as their first axis.
+    shapes   a ShapeDtypeStruct for each parameter
+    axes     a tuple of logical axes for each parameter; stacked ones have "layers" as their first axis
     """
     graph, state = nnx.split(jax.eval_shape(lambda key: build(config, key), jax.random.key(0)))
     shapes = nnx.to_pure_dict(state)
@@ -48,12 +49,12 @@ def abstract(config: ModelConfig) -> tuple[nnx.GraphDef, dict, dict]:
     return graph, shapes, jax.tree.map(_axes, _as_dict(state), is_leaf=is_param)
 
 
-def init(config: ModelConfig, key: jax.Array) -> dict:
+def init(config: ModelConfig, key: jax.Array) -> Params:
     """Fresh parameters as a nested dict of arrays; the same numbers under jit on any mesh."""
     return nnx.to_pure_dict(nnx.state(build(config, key)))
 
 
-def parameters_by_part(shapes: dict) -> dict[str, int]:
+def parameters_by_part(shapes: Params) -> dict[str, int]:
     """Number of parameters under each top-level name of the shapes of a model, padding of the vocabulary included."""
     return {name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(part)) for name, part in shapes.items()}
 

@@ -23,9 +23,9 @@ class Kernel:
     """One way to compute causal attention.
 
     make_mask     (segments and positions int [batch, seq], prefix bool [batch, seq] or None, window int or None) ->
-                  what the kernel needs of them, computed once for all layers of that window
+                  the kernel's form of the mask, computed once for all layers with that window
     attention_fn  (q [batch, seq, heads, head_dim], k and v [batch, seq, kv_heads, head_dim], mask, *, scale, softcap,
-                  sinks) -> like q, with the meaning that these have in `dot`
+                  sinks) -> like q; arguments as in `dot`
     supports      the FEATURES that it can compute; a config that needs another one is refused
     """
 
@@ -34,8 +34,8 @@ class Kernel:
     supports: frozenset[str]
 
 
-# What a model may need of a kernel beyond causal attention inside segments: a scale of its own, a soft-cap, sinks, a
-# window, and windows that differ between layers (one mask is selected from several by a traced index).
+# What a model may need besides causal attention inside segments: another scale, a soft-cap, sinks, a window, and
+# windows that differ between layers (so that a traced flag selects the mask).
 FEATURES = frozenset({"scale", "softcap", "sinks", "window", "pattern"})
 
 
@@ -47,7 +47,7 @@ def attention_mask(
     prefix: jax.Array | None = None,
     window: int | jax.Array | None = None,
 ) -> jax.Array:
-    """segments, positions [batch, seq] -> bool [batch, seq (queries), seq (keys)]: True inside a segment.
+    """segments, positions [batch, seq] -> bool [batch, seq (queries), seq (keys)]: True for keys of the same segment.
 
     causal   no key after its query, except keys in the segment's `prefix` (bool [batch, seq])
     window   only keys less than this many positions away; None: all
@@ -85,21 +85,21 @@ def dot(
     sinks: jax.Array | None = None,
     bias: jax.Array | None = None,
 ) -> jax.Array:
-    """Plain attention with a float32 softmax: the oracle for every other kernel.
+    """Plain attention with a float32 softmax: the reference for every other kernel.
 
-    q [batch, s, heads, head_dim]; k, v [batch, t, kv_heads, head_dim], v's head_dim its own; mask bool [batch, s, t].
-    Returns [batch, s, heads, v's head_dim]. Query heads are grouped by the key head they share, so keys and values are
-    never repeated.
+    q [batch, s, heads, head_dim]; k, v [batch, t, kv_heads, head_dim], where v may have another head_dim; mask bool
+    [batch, s, t]. Returns [batch, s, heads, v's head_dim]. Query heads are grouped by the key head that they share, so
+    keys and values are never repeated.
 
     scale     of the products; None: 1 / sqrt(head_dim)
     softcap   scores become softcap tanh(scores / softcap) before the mask (Gemma Team, 2024, arXiv 2408.00118)
-    sinks     [heads], one more score a query, whose weight takes part in the softmax and is given to no value (OpenAI,
-              2025, arXiv 2508.10925)
+    sinks     [heads], one more score per query, which takes part in the softmax and has no value (OpenAI, 2025, arXiv
+              2508.10925)
     bias      [batch or 1, heads, s, t], added to the scores
     """
     batch, s, heads, head_dim = q.shape
     groups, repeats = k.shape[2], heads // k.shape[2]
-    # Head-major, and the heads of a group one below the other: plain batched matmuls with nothing to transpose inside.
+    # Heads first, and those of a group concatenated along the sequence: batched matmuls without transposes inside.
     q = (q * (head_dim**-0.5 if scale is None else scale)).reshape(batch, s, groups, repeats, head_dim)
     q = q.transpose(0, 2, 3, 1, 4).reshape(batch, groups, repeats * s, head_dim)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
@@ -109,17 +109,17 @@ def dot(
     if bias is not None:
         scores += bias.astype(jnp.float32).reshape(bias.shape[0], groups, repeats * s, -1)
     scores = jnp.where(jnp.tile(mask, (1, repeats, 1))[:, None], scores, MASKED)
-    # Softmax, divided after the product with the values: head_dim numbers a query instead of t.
-    highest = jnp.max(scores, axis=-1, keepdims=True)
+    # The softmax is divided by its sum after the product with the values: head_dim numbers per query instead of t.
+    highest, sink = jnp.max(scores, axis=-1, keepdims=True), None
     if sinks is not None:
         sink = jnp.repeat(sinks.astype(jnp.float32).reshape(groups, repeats), s, axis=1)[None, :, :, None]
         highest = jnp.maximum(highest, sink)
     highest = jax.lax.stop_gradient(highest)
-    parts = jnp.exp(scores - highest)
-    total = jnp.sum(parts, axis=-1, keepdims=True)
-    if sinks is not None:
+    exponentials = jnp.exp(scores - highest)
+    total = jnp.sum(exponentials, axis=-1, keepdims=True)
+    if sink is not None:
         total += jnp.exp(sink - highest)
-    out = jnp.einsum("bgst,bgtk->bgsk", parts.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out = jnp.einsum("bgst,bgtk->bgsk", exponentials.astype(v.dtype), v, preferred_element_type=jnp.float32)
     out = (out / total).astype(v.dtype)
     out = out.reshape(batch, groups, repeats, s, -1).transpose(0, 3, 1, 2, 4)
     return out.reshape(batch, s, heads, -1)
@@ -135,8 +135,12 @@ KERNELS = {"dot": Kernel(_causal_mask, dot, FEATURES)}
 class Attention(nnx.Module):
     """Multi-head attention with shared key and value heads.  [batch, seq, embed] -> same.
 
-    `bias` adds one to all four linear maps, `sinks` a learned score to each head; `query_norm` and `key_norm`, where
-    given, act on [batch, seq, heads, head_dim] before the rotation. `score_scale` and `softcap` as in `dot`.
+    bias                   whether the four linear maps have biases
+    sinks                  whether each head has a learned score without a value, as in `dot`
+    query_norm, key_norm   applied to [batch, seq, heads, head_dim] before the rotation; None: no norm
+    score_scale, softcap   as in `dot`
+    scale                  factor of the initial output weights
+
     (Grouped queries: Ainslie et al., 2023, arXiv 2305.13245; normed queries and keys: Henry et al., 2020, arXiv
     2010.04245)
     """
@@ -170,8 +174,10 @@ class Attention(nnx.Module):
         self.kernel, self.score_scale, self.softcap = kernel, score_scale, softcap
 
     def project(self, x: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x [batch, seq, embed] -> q [batch, seq, heads, head_dim]; k, v [batch, seq, kv_heads, head_dim]; q and k
-        normed and rotated."""
+        """x [batch, seq, embed] -> q [batch, seq, heads, head_dim]; k, v [batch, seq, kv_heads, head_dim].
+
+        q and k are normed and rotated.
+        """
         q = constrain(self.query(x), "batch", "seq", "heads", "head_dim")
         k = constrain(self.key(x), "batch", "seq", "kv_heads", "head_dim")
         v = constrain(self.value(x), "batch", "seq", "kv_heads", "head_dim")
@@ -193,8 +199,8 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, Cache]:
         """The same over a cache of keys and values, each [batch, slots, kv_heads, head_dim]; slot i holds position i.
 
-        x [batch, seq, embed] stands at consecutive positions from `start` [batch] on, where its keys and values are
-        written first; `mask` is `cache_mask`'s. Returns (output, cache).
+        x [batch, seq, embed] is at consecutive positions from `start` [batch] on. Its keys and values are written to
+        the cache first; `mask` is from `cache_mask`. Returns (output, cache).
         """
         q, *new = self.project(x, rope)
         k, v = cache = update_cache(cache, new, start)

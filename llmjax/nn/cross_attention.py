@@ -3,9 +3,8 @@
 from flax import nnx
 import jax
 from jax.ad_checkpoint import checkpoint_name
-import jax.numpy as jnp
 
-from llmjax.nn.attention import dot
+from llmjax.nn.attention import cache_mask, dot, update_cache
 from llmjax.nn.linear import Linear
 from llmjax.parallel.axes import constrain
 
@@ -15,8 +14,8 @@ KeysValues = tuple[jax.Array, jax.Array]
 class CrossAttention(nnx.Module):
     """x [batch, s, embed] attends to a source [batch, t, embed] -> [batch, s, embed].
 
-    Scores are the products of queries and keys times `score_scale`, 1 in T5: the queries' weights start smaller by
-    sqrt(head_dim) instead. No biases.
+    Scores are the products of queries and keys times `score_scale`. That is 1 in T5, whose query weights start smaller
+    by sqrt(head_dim) instead. No biases.
     """
 
     def __init__(
@@ -30,29 +29,27 @@ class CrossAttention(nnx.Module):
         self.out = Linear(k_out, heads, {"embed": embed}, bias=False, dtype=dtype)
         self.score_scale = score_scale
 
-    def keys(self, source: jax.Array) -> KeysValues:
-        """Keys and values of a source [batch, t, embed], each [batch, t, heads, head_dim]; they can be kept."""
+    def keys_values(self, source: jax.Array) -> KeysValues:
+        """Keys and values of a source [batch, t, embed], each [batch, t, heads, head_dim]; decoding caches them."""
         k = constrain(self.key(source), "batch", "seq", "heads", "head_dim")
         return k, constrain(self.value(source), "batch", "seq", "heads", "head_dim")
 
-    def __call__(self, x: jax.Array, keys: KeysValues, mask: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-        """mask bool [batch, s, t] says who sees whom; bias float32 [batch, heads, s, t] is added to the scores."""
+    def __call__(
+        self, x: jax.Array, keys_values: KeysValues, mask: jax.Array, bias: jax.Array | None = None
+    ) -> jax.Array:
+        """mask bool [batch, s, t], True where a query attends to a key; bias of scores float32 [batch, heads, s, t]."""
         q = constrain(self.query(x), "batch", "seq", "heads", "head_dim")
-        k, v = (side.astype(x.dtype) for side in keys)
+        k, v = (array.astype(x.dtype) for array in keys_values)
         heads = checkpoint_name(dot(q, k, v, mask, scale=self.score_scale, bias=bias), "attention")
         return self.out(constrain(heads, "batch", "seq", "heads", "head_dim"))
 
-    def cached(
+    def decode(
         self, x: jax.Array, positions: jax.Array, cache: KeysValues, bias: jax.Array
     ) -> tuple[jax.Array, KeysValues]:
-        """Causal attention of x [batch, s, embed] to itself and to what came before it; returns (output, cache).
+        """Causal attention of x [batch, s, embed] to itself and to the cached tokens; returns (output, cache).
 
-        x stands at consecutive `positions` int [batch, s]; its keys and values are written to the cache [batch, slots,
+        x is at consecutive `positions` int [batch, s]. Its keys and values are written to the cache [batch, slots,
         heads, head_dim], whose slot i holds position i. bias [batch, heads, s, slots].
         """
-        write = jax.vmap(lambda old, rows, start: jax.lax.dynamic_update_slice_in_dim(old, rows, start, axis=0))
-        k, v = (
-            write(old, new.astype(old.dtype), positions[:, 0]) for old, new in zip(cache, self.keys(x), strict=True)
-        )
-        mask = jnp.arange(k.shape[1]) <= positions[:, :, None]
-        return self(x, (k, v), mask, bias), (k, v)
+        cache = update_cache(cache, self.keys_values(x), positions[:, 0])
+        return self(x, cache, cache_mask(positions, cache[0].shape[1]), bias), cache

@@ -9,17 +9,17 @@ import jax.numpy as jnp
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Dropout:
-    """One key for each row, folded on by layer and site; without keys it does nothing.
+    """Dropout with one key for each row; without keys it does nothing.
 
     keys   [batch] typed keys, or None
-    rate   the part of the values that is set to 0; the others are divided by 1 - rate
+    rate   fraction of the values that is set to 0; the others are divided by 1 - rate
     """
 
     keys: jax.Array | None
     rate: float = dataclasses.field(metadata={"static": True})
 
     def at(self, site: int | jax.Array) -> "Dropout":
-        """The draws of one layer, or of one site in a layer."""
+        """The dropout of one layer, or of one site in a layer: the keys are folded with its number."""
         if self.keys is None:
             return self
         return Dropout(jax.vmap(lambda key: jax.random.fold_in(key, site))(self.keys), self.rate)
@@ -33,7 +33,7 @@ class Dropout:
 
 
 def for_samples(key: jax.Array | None, sample: jax.Array, rate: float) -> Dropout:
-    """Draws keyed by (key, global sample index: uint32 [batch, 2], high and low word). Key None: no dropout."""
+    """Dropout keyed by `key` and the global sample indices, uint32 [batch, 2] (high and low word). None: no dropout."""
     if key is None or rate == 0:
         return Dropout(None, rate)
     fold = lambda words: jax.random.fold_in(jax.random.fold_in(key, words[0]), words[1])

@@ -8,19 +8,23 @@ from llmjax.nn import weights
 from llmjax.nn.linear import project
 from llmjax.parallel.axes import constrain
 
-# What a padding id's logit is set to: exp() of it is exactly 0, and unlike -inf it gives no NaN in a difference.
+# Logit of a padding id and score of a masked key: its exp() is 0, and unlike -inf it gives no NaN in a difference.
 MASKED = -1e30
 
 
 class Embedding(nnx.Module):
-    """tokens [batch, seq] -> [batch, seq, embed], in the compute type `dtype`."""
+    """A table of vectors that are looked up: token embeddings, learned positions.
+
+    entries   logical axis of the rows
+    """
 
     def __init__(self, key: jax.Array, num_entries: int, embed: int, *, entries: str, dtype: str, std: float = 0.02):
         self.table = weights.normal(key, {entries: num_entries, "embed": embed}, std=std, dtype=dtype)
         self.entries = entries
 
     def __call__(self, tokens: jax.Array, dtype: str) -> jax.Array:
-        # Batch and the table's embed are both cut by fsdp: gather embed before the lookup, or the partitioner
+        """tokens [batch, seq] -> [batch, seq, embed], in the compute type `dtype`."""
+        # fsdp shards both the batch and the table's embed. Gather embed before the lookup; otherwise the partitioner
         # replicates the batch.
         table = constrain(self.table[...].astype(dtype), self.entries, None)
         return constrain(jnp.take(table, tokens, axis=0, mode="clip"), "batch", "seq", None)
@@ -31,7 +35,7 @@ def logits(
 ) -> jax.Array:
     """hidden [..., embed] times table [embed, vocab] -> float32 [..., vocab]; padding ids (>= vocab_size) get MASKED.
 
-    The others are multiplied by `scale`; with `softcap` they then become softcap tanh(logits / softcap).
+    The others are multiplied by `scale`; with `softcap` they become softcap tanh(logits / softcap).
     """
     if scale != 1:
         hidden = hidden * jnp.asarray(scale, hidden.dtype)

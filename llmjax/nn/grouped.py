@@ -6,18 +6,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# The most and the fewest rows of one matmul on CPU: with fewer, copying the group's matrix costs more than the product.
-_TILES = (128, 8)
+_MAX_TILE, _MIN_TILE = 128, 8  # rows of one matmul on CPU; below, copying the matrix costs more than the product
 
 
 @jax.custom_vjp
 def grouped_matmul(x: jax.Array, matrices: jax.Array, sizes: jax.Array) -> jax.Array:
-    """x [rows, inputs], whose first sizes[0] rows meet matrices[0], the next sizes[1] rows matrices[1], and so on.
+    """Multiply the first sizes[0] rows of x by matrices[0], the next sizes[1] rows by matrices[1], and so on.
 
-    matrices [groups, inputs, outputs], sizes int [groups] with the sum of rows. Returns [rows, outputs] in x's type.
+    x [rows, inputs], matrices [groups, inputs, outputs], sizes int [groups] whose sum is rows. Returns [rows, outputs]
+    in x's type.
 
-    `jax.lax.ragged_dot` on accelerators. On CPU that is a dense product of every row with every matrix, so there the
-    rows are cut into tiles of one group each, as many as the sizes need.
+    On accelerators this is `jax.lax.ragged_dot`. On CPU that would multiply every row by every matrix, so there the
+    rows are split into tiles of one group each.
     """
     return jax.lax.platform_dependent(x, matrices, sizes, cpu=_tiled, default=jax.lax.ragged_dot)
 
@@ -50,7 +50,7 @@ def _tiled(x, matrices, sizes):
     def body(out, group, start, _):
         rows = jax.lax.dynamic_slice_in_dim(padded, start, tile)
         product = rows @ jax.lax.dynamic_index_in_dim(matrices, group, keepdims=False)
-        # Rows of the next group are wrong here, and written over by that group's own tile.
+        # Rows of the next group are wrong here; the next tile overwrites them.
         return jax.lax.dynamic_update_slice_in_dim(out, product, start, 0)
 
     return _over_tiles(body, jnp.zeros((padded.shape[0], matrices.shape[2]), x.dtype), sizes, tile)[: x.shape[0]]
@@ -85,9 +85,8 @@ def _over_tiles(body: Callable[..., Any], out: jax.Array, sizes: jax.Array, tile
 
 
 def _tile(rows: int, groups: int) -> int:
-    """The power of two next above a group's share of the rows, within _TILES."""
-    most, fewest = _TILES
-    return min(most, max(fewest, 1 << (-(-rows // groups) - 1).bit_length()))
+    """Rows of a tile: the mean size of a group, rounded up to a power of two."""
+    return min(_MAX_TILE, max(_MIN_TILE, 1 << (-(-rows // groups) - 1).bit_length()))
 
 
 def _pad(x: jax.Array, rows: int) -> jax.Array:

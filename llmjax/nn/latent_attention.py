@@ -15,19 +15,18 @@ from llmjax.parallel.axes import constrain
 
 Rope = tuple[jax.Array, jax.Array]
 
-# Of the norms of the latents, whatever that of the residual stream has.
-_EPS = 1e-6
+_EPS = 1e-6  # of the norms of the latents, independent of the config's norm_eps
 
 
 class LatentAttention(nnx.Module):
     """Self-attention over latents.  [batch, seq, embed] -> same.  (DeepSeek-AI, 2024, arXiv 2405.04434, section 2.1)
 
-    latent      width of the normed vector from which every head's keys and values are made
-    query_rank  width of the normed vector from which the queries are made; 0: they are made from x
-    head_dim    width of the part of queries and keys that has no position
-    rope_dim    width of the part that is rotated; its key is one for all heads, and made from x
+    latent      width of the normed vector from which every head's keys and values are computed
+    query_rank  width of the normed vector from which the queries are computed; 0: from x
+    head_dim    width of the part of queries and keys that is not rotated
+    rope_dim    width of the rotated part, whose key is computed from x and shared by all heads
     value_dim   width of a value
-    score_scale what the products of queries and keys are multiplied by
+    score_scale factor of the products of queries and keys
     """
 
     def __init__(
@@ -63,8 +62,11 @@ class LatentAttention(nnx.Module):
         self.head_dim, self.score_scale, self.kernel = head_dim, score_scale, kernel
 
     def project(self, x: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """x [batch, seq, embed] -> the two parts of the queries, [batch, seq, heads, head_dim] and [.., rope_dim], the
-        latents [batch, seq, latent] and the rotated part of the keys [batch, seq, rope_dim]."""
+        """x [batch, seq, embed] -> both parts of the queries, latents, rotated part of the keys.
+
+        Shapes [batch, seq, heads, head_dim], [batch, seq, heads, rope_dim], [batch, seq, latent], [batch, seq,
+        rope_dim].
+        """
         q = x if self.query_down is None or self.query_norm is None else self.query_norm(self.query_down(x))
         q = constrain(self.query(q), "batch", "seq", "heads", "head_dim")
         plain_q, rope_q = q[..., : self.head_dim], rotary.rotate(q[..., self.head_dim :], *rope)
@@ -86,8 +88,8 @@ class LatentAttention(nnx.Module):
     ) -> tuple[jax.Array, Cache]:
         """The same over a cache of latents and rotated keys, [batch, slots, latent] and [batch, slots, rope_dim].
 
-        Arguments as in `Attention.decode`. No key or value is computed: queries are projected into the latent space,
-        where all heads share the latents as keys and values, and the result is projected to values.
+        Arguments as in `Attention.decode`. No key or value is computed: queries are projected into the latent space, in
+        which the latents are the keys and values of all heads, and the result is projected to values.
 
         Returns (output, cache).
         """

@@ -13,14 +13,14 @@ from llmjax.parallel.axes import constrain
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossSums:
-    """Sums over scored tokens, float32 scalars; divide once, after all shards and microbatches are added.
+    """Sums over scored tokens, float32 scalars; divide them once, after all shards and microbatches are added.
 
     nats      cross-entropy
-    z         z-loss, its coefficient included: the objective is nats + z
+    z         z-loss times its coefficient: the objective is nats + z
     weight    of the scored tokens
-    correct   weight of the tokens whose target had the highest logit (ties count)
+    correct   weight of the tokens whose target has the highest logit (ties count)
 
-    Differentiate nats + z, nothing else: the gradient of that sum flows through `nats`, and `z` carries none.
+    Only nats + z can be differentiated: the gradient of `nats` is that of the sum, and the gradient of `z` is 0.
     """
 
     nats: jax.Array
@@ -40,17 +40,17 @@ def cross_entropy(
 ) -> LossSums:
     """Weighted cross-entropy of hidden states [batch, seq, embed] against targets [batch, seq], summed.
 
-    `unembed` gives float32 logits [..., vocab] of `chunk` positions at a time (0: all at once). Where a gradient is
-    wanted, each chunk's is made while its logits are there, so that no logits are kept or computed twice. `z_loss`
-    times the squared log partition function keeps logits near 0 (PaLM, arXiv 2204.02311).
+    `unembed` returns float32 logits [..., vocab] for `chunk` positions at a time (0: all at once). Under
+    differentiation, each chunk's gradient is computed together with its logits, so logits are neither stored nor
+    computed twice. `z_loss` times the squared log partition function keeps logits near 0 (PaLM, arXiv 2204.02311).
     """
     seq = hidden.shape[1]
-    # Pinned here and, by the transpose, on the way back: where a recurrence led time and the mesh had three axes, the
-    # partitioner (jax 0.10.2) gave each device the gradient of another one's rows.
+    # This also constrains the gradient. Without it, the partitioner (jax 0.10.2) gave devices the gradient of other
+    # devices' rows, for recurrent models on a mesh with three axes.
     hidden = constrain(hidden, "batch", "seq", None)
-    pieces = tuple(_split(x, min(chunk or seq, seq)) for x in (hidden, targets, weights))
-    head, parameters = jax.closure_convert(unembed, pieces[0][0])
-    return _cross_entropy(head, z_loss, parameters, *pieces)
+    chunks = tuple(_split(x, min(chunk or seq, seq)) for x in (hidden, targets, weights))
+    head, parameters = jax.closure_convert(unembed, chunks[0][0])
+    return _cross_entropy(head, z_loss, parameters, *chunks)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -68,14 +68,14 @@ def _forward(head, z_loss, parameters, hidden, targets, weights):
 
     (sums, d_parameters), d_hidden = _sum(score, (hidden, targets, weights))
     d_hidden = constrain(d_hidden, None, "batch", None, None)
-    # Of the parameters only their types go on to the backward pass.
+    # The backward pass needs the types of the parameters, which empty arrays carry.
     return sums, (d_parameters, d_hidden, [jnp.zeros(0, p.dtype) for p in parameters])
 
 
 def _backward(head, z_loss, saved, cotangent):
-    d_parameters, d_hidden, like = saved
+    d_parameters, d_hidden, typed = saved
     scale = lambda d, dtype: (d * cotangent.nats).astype(dtype)
-    d_parameters = [scale(d, p.dtype) for d, p in zip(d_parameters, like, strict=True)]
+    d_parameters = [scale(d, p.dtype) for d, p in zip(d_parameters, typed, strict=True)]
     return d_parameters, scale(d_hidden, d_hidden.dtype), None, None
 
 
@@ -83,14 +83,13 @@ _cross_entropy.defvjp(_forward, _backward)
 
 
 def _token_sums(logits, targets, weights, *, z_loss: float) -> tuple[LossSums, jax.Array]:
-    """Sums, and the objective's gradient by the logits. Vocab is reduced over, never looked up in, so it may be
-    sharded."""
+    """(sums, gradient of nats + z by the logits). Targets are compared, not looked up, so that vocab may be sharded."""
     highest = jnp.max(logits, axis=-1, keepdims=True)
     exponents = jnp.exp(logits - highest)
     partition = jnp.sum(exponents, axis=-1, keepdims=True)
     log_z = highest + jnp.log(partition)
-    hit = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) == targets[..., None]
-    target = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1, keepdims=True)
+    is_target = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) == targets[..., None]
+    target = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1, keepdims=True)
     weights = weights[..., None]
     sums = LossSums(
         nats=jnp.sum(weights * (log_z - target)),
@@ -99,23 +98,23 @@ def _token_sums(logits, targets, weights, *, z_loss: float) -> tuple[LossSums, j
         correct=jnp.sum(weights * (target >= highest)),
     )
     d_log_z = weights * (1.0 + 2.0 * z_loss * log_z)
-    return sums, exponents * (d_log_z / partition) - jnp.where(hit, weights, 0.0)
+    return sums, exponents * (d_log_z / partition) - jnp.where(is_target, weights, 0.0)
 
 
 def _split(x: jax.Array, chunk: int) -> jax.Array:
-    """[batch, seq, ...] -> [pieces, batch, chunk, ...]; the last piece is filled up with zeros, which weigh nothing."""
+    """[batch, seq, ...] -> [chunks, batch, chunk, ...]; the last chunk is padded with zeros, which have weight 0."""
     batch, seq, *rest = x.shape
-    if short := -seq % chunk:
-        x = jnp.pad(x, [(0, 0), (0, short)] + [(0, 0)] * len(rest))
+    if padding := -seq % chunk:
+        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * len(rest))
     return jnp.moveaxis(x.reshape(batch, -1, chunk, *rest), 1, 0)
 
 
-def _sum(score, pieces):
-    """`score(*piece) -> (totals, out)` over all pieces: totals added, outs stacked."""
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(score, *(x[0] for x in pieces))[0])
+def _sum(score, chunks):
+    """Apply `score(*chunk) -> (sums, out)` to all chunks; returns (total sums, stacked outs)."""
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(score, *(x[0] for x in chunks))[0])
 
-    def body(totals, piece):
-        more, out = score(*piece)
-        return jax.tree.map(jnp.add, totals, more), out
+    def body(total, chunk):
+        sums, out = score(*chunk)
+        return jax.tree.map(jnp.add, total, sums), out
 
-    return jax.lax.scan(body, zeros, pieces)
+    return jax.lax.scan(body, zeros, chunks)

@@ -43,6 +43,7 @@ class Mlp(nnx.Module):
         self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """x [batch, seq, embed] -> same."""
         activation = ACTIVATIONS[self.activation]
         h = activation(self.up(x)) if self.gate is None else activation(self.gate(x)) * self.up(x)
         return self.down(constrain(h, "batch", "seq", "mlp"))

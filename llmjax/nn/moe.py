@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from llmjax.batch import Params
 from llmjax.nn import weights
 from llmjax.nn.grouped import grouped_matmul
 from llmjax.nn.mlp import ACTIVATIONS, Mlp
 from llmjax.parallel import axes
 
-_SMALL = 1e-20  # keeps the sum of the chosen probabilities above 0
+_EPSILON = 1e-20  # keeps a sum of probabilities above 0
 
 
 def clamped_swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -27,7 +28,7 @@ def _gated(activation: Callable) -> Callable:
     return lambda gate, up: activation(gate) * up
 
 
-# How an expert joins its two inner layers, by the name of its activation.
+# Activation -> function of the outputs of an expert's two inner maps, gate and up.
 GLU_ACTIVATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     **{name: _gated(activation) for name, activation in ACTIVATIONS.items()},
     "clamped_swiglu": clamped_swiglu,
@@ -36,19 +37,20 @@ GLU_ACTIVATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Routing:
-    """How a router chooses.
+    """How a router selects experts.
 
-    experts      number of them
-    chosen       how many each token goes to
-    score        softmax (over all experts) or sigmoid (each expert alone)
-    renormalise  whether the weights of the chosen sum to 1 (softmax: the same as a softmax over the chosen alone)
-    scale        that the weights are multiplied by last
-    groups       experts form so many groups of neighbours, and a token's experts come from `top_groups` of them: those
-                 with the highest sum of their two best scores (DeepSeek-AI, 2024, arXiv 2412.19437)
+    num_experts        number of experts
+    experts_per_token  number of experts that each token goes to
+    score              softmax (over all experts) or sigmoid (each expert by itself)
+    renormalise        whether the weights of the selected experts sum to 1 (with softmax, the softmax over them alone)
+    scale              factor of the weights
+    groups             consecutive experts form so many groups of equal size. A token's experts come from `top_groups`
+                       of them, those with the highest sum of their two best scores (DeepSeek-AI, 2024, arXiv
+                       2412.19437)
     """
 
-    experts: int
-    chosen: int
+    num_experts: int
+    experts_per_token: int
     score: str
     renormalise: bool
     scale: float = 1.0
@@ -57,11 +59,11 @@ class Routing:
 
 
 class RouterOutput(NamedTuple):
-    """What a router says of each token.
+    """The experts of each token.
 
-    ids            int [..., chosen], different experts
-    weights        float32 [..., chosen]
-    probabilities  float32 [..., experts], of sum 1: what the balance loss works on
+    ids            int [..., experts_per_token], different experts
+    weights        float32 [..., experts_per_token]
+    probabilities  float32 [..., experts] with sum 1, for the load-balance loss
     """
 
     ids: jax.Array
@@ -75,38 +77,38 @@ def route(logits: jax.Array, expert_bias: jax.Array | None, routing: Routing) ->
         scores = probabilities = jax.nn.softmax(logits, axis=-1)
     else:
         scores = jax.nn.sigmoid(logits)
-        probabilities = scores / (jnp.sum(scores, axis=-1, keepdims=True) + _SMALL)
-    # Without an expert bias the logits have the order of the scores, and no two of them round to the same value.
-    ranks = jax.lax.stop_gradient(logits if expert_bias is None and routing.groups == 1 else scores)
+        probabilities = scores / (jnp.sum(scores, axis=-1, keepdims=True) + _EPSILON)
+    # Without expert bias and groups, select by logits: different ones may round to equal scores.
+    selection = jax.lax.stop_gradient(logits if expert_bias is None and routing.groups == 1 else scores)
     if expert_bias is not None:
-        ranks += jax.lax.stop_gradient(expert_bias)
+        selection += jax.lax.stop_gradient(expert_bias)
     if routing.groups > 1:
-        ranks = jnp.where(_open_experts(ranks, routing), ranks, -jnp.inf)
-    ids = jax.lax.top_k(ranks, routing.chosen)[1]
+        selection = jnp.where(_in_top_groups(selection, routing), selection, -jnp.inf)
+    ids = jax.lax.top_k(selection, routing.experts_per_token)[1]
     if routing.score == "softmax" and routing.renormalise:
-        chosen = jax.nn.softmax(jnp.take_along_axis(logits, ids, axis=-1), axis=-1)
+        combine_weights = jax.nn.softmax(jnp.take_along_axis(logits, ids, axis=-1), axis=-1)
     else:
-        chosen = jnp.take_along_axis(scores, ids, axis=-1)
+        combine_weights = jnp.take_along_axis(scores, ids, axis=-1)
         if routing.renormalise:
-            chosen /= jnp.sum(chosen, axis=-1, keepdims=True) + _SMALL
-    return RouterOutput(ids, chosen * routing.scale, probabilities)
+            combine_weights /= jnp.sum(combine_weights, axis=-1, keepdims=True) + _EPSILON
+    return RouterOutput(ids, combine_weights * routing.scale, probabilities)
 
 
-def _open_experts(ranks: jax.Array, routing: Routing) -> jax.Array:
-    """Whether each expert's group is among the best: bool [..., experts]."""
-    grouped = ranks.reshape(*ranks.shape[:-1], routing.groups, -1)
-    best = jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
-    top = jax.lax.top_k(best, routing.top_groups)[1]
-    chosen = jnp.any(top[..., None] == jnp.arange(routing.groups), axis=-2)
-    return jnp.repeat(chosen, routing.experts // routing.groups, axis=-1)
+def _in_top_groups(scores: jax.Array, routing: Routing) -> jax.Array:
+    """Whether each expert's group is among the top groups: bool [..., experts]."""
+    grouped = scores.reshape(*scores.shape[:-1], routing.groups, -1)
+    group_scores = jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
+    top = jax.lax.top_k(group_scores, routing.top_groups)[1]
+    is_top = jnp.any(top[..., None] == jnp.arange(routing.groups), axis=-2)
+    return jnp.repeat(is_top, routing.num_experts // routing.groups, axis=-1)
 
 
 class RouterStats(NamedTuple):
-    """What a layer's router did with each row, padding left out; float32.
+    """Sums over the tokens of each row, without padding; float32.
 
-    counts         [batch, experts], tokens that each expert got
-    probabilities  [batch, experts], summed over tokens
-    z              [batch], squared log of the softmax's denominator, summed over tokens
+    counts         [batch, experts], tokens that each expert received
+    probabilities  [batch, experts], sums of the router's probabilities
+    z              [batch], sums of the squared log of the softmax's denominator
     """
 
     counts: jax.Array
@@ -115,11 +117,11 @@ class RouterStats(NamedTuple):
 
 
 class Router(nnx.Module):
-    """x [..., embed] -> float32 logits [..., experts].
+    """Parameters of a router, a linear map from embed to experts.
 
-    bias         one for each logit, learned
-    expert_bias  the bias that balances load (Wang et al., 2024, arXiv 2408.15664): it has no gradient of its own. The
-                 optimizer moves it against the load of its expert, as it does every parameter of axes ("experts",)
+    bias         whether the logits have learned biases
+    expert_bias  whether a bias that balances load takes part in the selection (Wang et al., 2024, arXiv 2408.15664).
+                 The optimizer moves it, like every parameter of axes ("experts",), against the load of its expert
     """
 
     def __init__(self, key: jax.Array, embed: int, experts: int, *, bias: bool, expert_bias: bool, dtype: str):
@@ -129,7 +131,7 @@ class Router(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """Feed-forward networks of one shape: down(join(gate x, up x)), each map with an optional bias.
+    """Parameters of feed-forward networks down(activation(gate x, up x)) of equal sizes, with optional biases.
 
     Weights [experts, embed, mlp] and [experts, mlp, embed], biases [experts, mlp] and [experts, embed].
     """
@@ -147,10 +149,12 @@ class Experts(nnx.Module):
 
 
 class MoeMlp(nnx.Module):
-    """Sum over a token's experts of weight times expert, plus an expert for all tokens.  [batch, seq, embed] -> same.
+    """Weighted sum of the outputs of a token's experts, plus that of a shared expert.  [batch, seq, embed] -> same.
 
-    The shared expert (DeepSeekMoE: Dai et al., 2024, arXiv 2401.06066) is a gated feed-forward layer of width `shared`;
-    0: none. `activation` is its own. `bias` is that of the experts' maps and of the router's logits.
+    shared       width of the shared expert, a gated feed-forward layer for all tokens (DeepSeekMoE: Dai et al., 2024,
+                 arXiv 2401.06066); 0: none
+    activation   of the shared expert
+    bias         whether the experts' maps and the router's logits have biases
     """
 
     def __init__(
@@ -169,7 +173,7 @@ class MoeMlp(nnx.Module):
         dtype: str,
     ):
         k_router, k_experts, k_shared = jax.random.split(key, 3)
-        count = routing.experts
+        count = routing.num_experts
         self.router = Router(k_router, embed, count, bias=bias, expert_bias=expert_bias, dtype=dtype)
         self.experts = Experts(k_experts, embed, mlp, count, bias=bias, scale=scale, dtype=dtype)
         self.shared = (
@@ -180,56 +184,60 @@ class MoeMlp(nnx.Module):
         self.routing, self.activation = routing, expert_activation
 
     def __call__(self, x: jax.Array, token_mask: jax.Array) -> tuple[jax.Array, RouterStats]:
-        """x [batch, seq, embed], token_mask bool [batch, seq] (False: padding, not counted) -> (like x, stats)."""
-        router, experts = (nnx.to_pure_dict(nnx.state(part)) for part in (self.router, self.experts))
-        out, stats = _on_shards(self._shard, x, token_mask, router, experts)
+        """x [batch, seq, embed], token_mask bool [batch, seq] (False: padding, not in the stats) -> (like x, stats)."""
+        router, experts = (nnx.to_pure_dict(nnx.state(module)) for module in (self.router, self.experts))
+        out, stats = _map_shards(self._forward_shard, x, token_mask, router, experts)
         return out if self.shared is None else out + self.shared(x), stats
 
-    def _shard(
-        self, x: jax.Array, token_mask: jax.Array, router: dict, experts: dict, is_first_shard: Any
+    def _forward_shard(
+        self, x: jax.Array, token_mask: jax.Array, router: Params, experts: Params, is_first_shard: Any
     ) -> tuple[jax.Array, RouterStats]:
-        """One shard's rows; `experts` may be a shard of the width, of which one is the first and adds the bias."""
+        """The rows of one device. `experts` may be a shard of the width; the first one adds the output bias."""
         batch, _, embed = x.shape
         logits = jnp.matmul(
             x.astype(jnp.float32), router["weight"].astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
         )
         if "bias" in router:
             logits += router["bias"].astype(jnp.float32)
-        choice = route(logits, router.get("expert_bias"), self.routing)
-        chosen = choice.ids.reshape(-1, self.routing.chosen)
+        routed = route(logits, router.get("expert_bias"), self.routing)
+        ids = routed.ids.reshape(-1, self.routing.experts_per_token)
         out = dispatch_and_combine(
-            x.reshape(-1, embed), chosen, choice.weights.reshape(chosen.shape), experts, self.activation, is_first_shard
+            x.reshape(-1, embed), ids, routed.weights.reshape(ids.shape), experts, self.activation, is_first_shard
         )
-        counted = jnp.broadcast_to(token_mask[..., None], choice.ids.shape).astype(jnp.float32)
-        count = lambda ids, one: jnp.zeros(self.routing.experts).at[ids.reshape(-1)].add(one.reshape(-1))
+        is_counted = jnp.broadcast_to(token_mask[..., None], routed.ids.shape).astype(jnp.float32)
+        count = lambda ids, ones: jnp.zeros(self.routing.num_experts).at[ids.reshape(-1)].add(ones.reshape(-1))
         stats = RouterStats(
-            counts=jax.vmap(count)(choice.ids, counted),
-            probabilities=jnp.sum(jnp.where(token_mask[..., None], choice.probabilities, 0.0), axis=1),
+            counts=jax.vmap(count)(routed.ids, is_counted),
+            probabilities=jnp.sum(jnp.where(token_mask[..., None], routed.probabilities, 0.0), axis=1),
             z=jnp.sum(jnp.where(token_mask, jax.nn.logsumexp(logits, axis=-1) ** 2, 0.0), axis=1),
         )
         return out.reshape(batch, -1, embed), stats
 
 
 def dispatch_and_combine(
-    x: jax.Array, ids: jax.Array, combine_weights: jax.Array, experts: dict, activation: str, is_first_shard: Any
+    x: jax.Array, ids: jax.Array, combine_weights: jax.Array, experts: Params, activation: str, is_first_shard: Any
 ) -> jax.Array:
-    """x [tokens, embed] through experts `ids` [tokens, chosen], weighted by combine_weights [tokens, chosen] -> like x.
+    """Send x [tokens, embed] through experts `ids` [tokens, experts_per_token] and sum by combine_weights -> like x.
 
-    (token, expert) pairs are sorted by expert, so that each expert meets its tokens in one matmul.
+    (token, expert) pairs are sorted by expert, so that each map of all experts is one grouped matmul.
     """
-    flat = ids.reshape(-1)
-    order = jnp.argsort(flat, stable=True)
-    inverse = jnp.zeros_like(order).at[order].set(jnp.arange(len(flat), dtype=order.dtype), unique_indices=True)
-    expert, sizes = flat[order], jnp.bincount(flat, length=experts["gate"].shape[0]).astype(jnp.int32)
+    expert_of_pair = ids.reshape(-1)
+    order = jnp.argsort(expert_of_pair, stable=True)
+    positions = jnp.arange(len(order), dtype=order.dtype)
+    inverse = jnp.zeros_like(order).at[order].set(positions, unique_indices=True)
+    expert_of_row = expert_of_pair[order]
+    sizes = jnp.bincount(expert_of_pair, length=experts["gate"].shape[0]).astype(jnp.int32)
 
     def linear(rows, name):
         product = grouped_matmul(rows, experts[name].astype(rows.dtype), sizes)
         bias = experts.get(f"{name}_bias")
         if bias is None:
             return product
-        return product + (bias if name != "down" else jnp.where(is_first_shard, bias, 0)).astype(rows.dtype)[expert]
+        return (
+            product + (bias if name != "down" else jnp.where(is_first_shard, bias, 0)).astype(rows.dtype)[expert_of_row]
+        )
 
-    rows = _spread(x, order, inverse)
+    rows = _dispatch(x, order, inverse)
     out = linear(GLU_ACTIVATIONS[activation](linear(rows, "gate"), linear(rows, "up")), "down")
     out = _permute(out, inverse, order).reshape(*ids.shape, -1)
     return jnp.einsum("sk,skd->sd", combine_weights, out, preferred_element_type=jnp.float32).astype(x.dtype)
@@ -237,7 +245,7 @@ def dispatch_and_combine(
 
 @jax.custom_vjp
 def _permute(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
-    """Rows of x in another order. JAX's own gradient of a gather is a scatter; that of a permutation is its inverse."""
+    """Reorder rows. JAX's gradient of a gather is a scatter; that of a permutation is the inverse permutation."""
     return x[order]
 
 
@@ -245,33 +253,34 @@ _permute.defvjp(lambda x, order, inverse: (x[order], inverse), lambda inverse, d
 
 
 @jax.custom_vjp
-def _spread(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
-    """x [tokens, embed] -> [pairs, embed]: each token once for each of its experts, in the order of the experts."""
+def _dispatch(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
+    """x [tokens, embed] -> [pairs, embed]: each token once for each of its experts, sorted by expert."""
     return x[order // (len(order) // len(x))]
 
 
-def _spread_backward(saved, dy):
+def _dispatch_backward(saved, dy):
     inverse, tokens = saved
     return jnp.sum(dy[inverse].reshape(tokens.shape[0], -1, dy.shape[-1]), axis=1), None, None
 
 
-_spread.defvjp(lambda x, order, inverse: (_spread(x, order, inverse), (inverse, x[:, :0])), _spread_backward)
+_dispatch.defvjp(lambda x, order, inverse: (_dispatch(x, order, inverse), (inverse, x[:, :0])), _dispatch_backward)
 
 
-def _on_shards(
-    shard_fn: Callable, x: jax.Array, token_mask: jax.Array, router: dict, experts: dict
+def _map_shards(
+    shard_fn: Callable, x: jax.Array, token_mask: jax.Array, router: Params, experts: Params
 ) -> tuple[jax.Array, RouterStats]:
-    """`shard_fn` on every device's own rows, so that sorting moves no token to another device.
+    """Apply `shard_fn` to the rows of each device, so that sorting moves no token to another device.
 
-    Rows are cut as the batch is, the experts' width as "mlp" is: each device gives its part of the sum over the width.
+    Rows are sharded like the batch, and the experts' width like "mlp": each device computes a part of the sum over the
+    width.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or set(mesh.manual_axes) == set(mesh.axis_names):
         return shard_fn(x, token_mask, router, experts, True)
     (rows,) = axes.spec(("batch",), x.shape[:1])
     (width,) = axes.spec(("mlp",), experts["down"].shape[1:2])
-    cut = {"gate": P(None, None, width), "up": P(None, None, width), "down": P(None, width), "down_bias": P()}
-    cut |= {"gate_bias": P(None, width), "up_bias": P(None, width)}
+    specs = {"gate": P(None, None, width), "up": P(None, None, width), "down": P(None, width), "down_bias": P()}
+    specs |= {"gate_bias": P(None, width), "up_bias": P(None, width)}
 
     def local(x, token_mask, router, experts):
         is_first_shard = True if width is None else jax.lax.axis_index(width) == 0
@@ -280,7 +289,7 @@ def _on_shards(
 
     out, stats = jax.shard_map(
         local,
-        in_specs=(P(rows), P(rows), P(), {name: cut[name] for name in experts}),
+        in_specs=(P(rows), P(rows), P(), {name: specs[name] for name in experts}),
         out_specs=(P(width, rows), P(rows)),
         check_vma=False,
     )(x, token_mask, router, experts)
@@ -288,7 +297,7 @@ def _on_shards(
 
 
 class Losses(NamedTuple):
-    """Sums over all layers, as `Output` has them."""
+    """Sums over all layers, as in `Output`."""
 
     aux_loss: jax.Array
     aux_metrics: dict[str, tuple[jax.Array, jax.Array]]
@@ -297,33 +306,34 @@ class Losses(NamedTuple):
 def losses(
     stats: RouterStats, expert_bias: jax.Array | None, routing: Routing, *, balance_loss: float, router_z_loss: float
 ) -> Losses:
-    """Sums over rows of `stats`, whose fields have a leading layers dimension; `expert_bias` [layers, experts] or None.
+    """Losses and metrics from `stats`, whose fields have a leading layers dimension.
 
-    balance      of each row: experts times the sum over experts of its share of the choices times its mean probability,
-                 1 where both are even (Fedus et al., 2021, arXiv 2101.03961; for each row as in DeepSeek-V3, arXiv
-                 2412.19437). The loss weights it by the row's tokens and adds the layers up.
-    z            squared log of the softmax's denominator (Zoph et al., 2022, arXiv 2202.08906), likewise
-    expert_bias  a term of value 0 whose gradient is each expert's load above the mean
+    load balance  of each row: experts times the sum over experts of (fraction of the row's tokens) x (mean
+                  probability), 1 if both are uniform (Fedus et al., 2021, arXiv 2101.03961; per row as in DeepSeek-V3,
+                  arXiv 2412.19437). The loss is the sum over layers and rows, weighted by the row's tokens.
+    z             squared log of the softmax's denominator (Zoph et al., 2022, arXiv 2202.08906), summed alike
+    expert_bias   [layers, experts] or None. It adds a term of value 0, whose gradient is each expert's load above the
+                  mean
 
-    The metrics are means over tokens and layers: of balance and z, of the fraction of the row's choices that its most
-    loaded expert received, and of the fraction of experts that received no token of the row.
+    The metrics are means over tokens and layers: of both losses, of the fraction of a row's pairs that its most loaded
+    expert received, and of the fraction of experts that received no token of the row.
     """
-    chosen = jnp.sum(stats.counts, axis=-1)  # [layers, batch]
-    tokens = chosen / routing.chosen
-    some = jnp.maximum(tokens, 1.0)[..., None]
-    shares = stats.counts / (routing.chosen * some)
-    even = routing.experts * jnp.sum(tokens * jnp.sum(shares * stats.probabilities / some, axis=-1))
+    pairs = jnp.sum(stats.counts, axis=-1)  # (token, expert) pairs [layers, batch]
+    tokens = pairs / routing.experts_per_token
+    at_least_one = jnp.maximum(tokens, 1.0)[..., None]
+    load = stats.counts / (routing.experts_per_token * at_least_one)
+    balance = routing.num_experts * jnp.sum(tokens * jnp.sum(load * stats.probabilities / at_least_one, axis=-1))
     z, weight = jnp.sum(stats.z), jnp.sum(tokens)
-    aux_loss = balance_loss * even + router_z_loss * z
+    aux_loss = balance_loss * balance + router_z_loss * z
     if expert_bias is not None:
-        # Times the number of experts: whole numbers, which add up to the same in any order.
-        excess = routing.experts * jnp.sum(stats.counts, axis=1) - jnp.sum(chosen, axis=1)[:, None]
+        # Times the number of experts, so that these are integers, whose sum does not depend on the order.
+        excess = routing.num_experts * jnp.sum(stats.counts, axis=1) - jnp.sum(pairs, axis=1)[:, None]
         aux_loss += jnp.sum(jax.lax.stop_gradient(excess) * (expert_bias - jax.lax.stop_gradient(expert_bias)))
-    mean = lambda of_row: (jnp.sum(tokens * of_row), weight)
+    mean = lambda row_values: (jnp.sum(tokens * row_values), weight)
     metrics = {
-        "load_balance_loss": (even, weight),
+        "load_balance_loss": (balance, weight),
         "router_z_loss": (z, weight),
-        "max_expert_load": mean(jnp.max(shares, axis=-1)),
+        "max_expert_load": mean(jnp.max(load, axis=-1)),
         "unused_expert_fraction": mean(jnp.mean(stats.counts == 0, axis=-1)),
     }
     return Losses(aux_loss, jax.tree.map(jax.lax.stop_gradient, metrics))

@@ -12,33 +12,35 @@ from llmjax.nn import weights
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale, without a bias.  [..., *dims] -> same.  (Zhang and Sennrich, 2019, arXiv 1910.07467)
 
-    `dims` maps logical axes to sizes, such as {"heads": 8, "head_dim": 64}, and x is normed over all of them together;
-    a number n means {"embed": n}.
+    `dims` maps logical axes to sizes, such as {"heads": 8, "head_dim": 64}; the mean is over all of them together. A
+    number n stands for {"embed": n}.
     """
 
     def __init__(self, dims: int | Mapping[str, int], *, eps: float, bias: bool, dtype: str):
         del bias
-        self.scale = weights.constant(1.0, _named(dims), dtype=dtype)
+        self.scale = weights.constant(1.0, _as_mapping(dims), dtype=dtype)
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., *dims] -> same."""
         y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=_last(self.scale), keepdims=True) + self.eps)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=_dims_of(self.scale), keepdims=True) + self.eps)
         return (y * self.factor()).astype(x.dtype)
 
     def factor(self) -> jax.Array:
-        """What the normed values are multiplied by, float32 [*dims]."""
+        """The factor of the normed values, float32 [*dims]."""
         return self.scale[...].astype(jnp.float32)
 
 
 class RMSNorm1p(RMSNorm):
-    """x / rms(x) * (1 + scale), with a scale that starts at 0, so that weight decay draws to 1 (Gemma)."""
+    """x / rms(x) * (1 + scale) with a scale that starts at 0, so that weight decay pulls the factor to 1 (Gemma)."""
 
     def __init__(self, dims: int | Mapping[str, int], *, eps: float, bias: bool, dtype: str):
         super().__init__(dims, eps=eps, bias=bias, dtype=dtype)
-        self.scale = weights.constant(0.0, _named(dims), dtype=dtype)
+        self.scale = weights.constant(0.0, _as_mapping(dims), dtype=dtype)
 
     def factor(self) -> jax.Array:
+        """The factor of the normed values, float32 [*dims]."""
         return 1 + super().factor()
 
 
@@ -49,12 +51,13 @@ class LayerNorm(nnx.Module):
     """
 
     def __init__(self, dims: int | Mapping[str, int], *, eps: float, bias: bool, dtype: str):
-        self.scale = weights.constant(1.0, _named(dims), dtype=dtype)
-        self.bias = weights.constant(0.0, _named(dims), dtype=dtype) if bias else None
+        self.scale = weights.constant(1.0, _as_mapping(dims), dtype=dtype)
+        self.bias = weights.constant(0.0, _as_mapping(dims), dtype=dtype) if bias else None
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y, last = x.astype(jnp.float32), _last(self.scale)
+        """x [..., *dims] -> same."""
+        y, last = x.astype(jnp.float32), _dims_of(self.scale)
         y = y - jnp.mean(y, axis=last, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=last, keepdims=True) + self.eps)
         y = y * self.scale[...].astype(jnp.float32)
@@ -64,9 +67,9 @@ class LayerNorm(nnx.Module):
 NORMS = {"rmsnorm": RMSNorm, "rmsnorm1p": RMSNorm1p, "layernorm": LayerNorm}
 
 
-def _named(dims: int | Mapping[str, int]) -> Mapping[str, int]:
+def _as_mapping(dims: int | Mapping[str, int]) -> Mapping[str, int]:
     return {"embed": dims} if isinstance(dims, int) else dims
 
 
-def _last(scale: nnx.Param) -> tuple[int, ...]:
+def _dims_of(scale: nnx.Param) -> tuple[int, ...]:
     return tuple(range(-scale[...].ndim, 0))

@@ -18,17 +18,18 @@ State = tuple[jax.Array, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One recurrence.
+    """One kind of recurrent cell.
 
-    gates      names, in the order of the "gates" dimension
-    states     number of arrays [batch, hidden] in its state; the first is what other layers see
-    separate   gates whose recurrent product has a bias of its own, because it is not merely added to the input's
-    step       (from the input, from the state: float32 [batch, gates, hidden] each, state) -> next state
+    gates               names, in the order of the "gates" dimension
+    num_states          number of arrays [batch, hidden] in its state; the first one is its output
+    two_bias_gates      gates with a second bias, of the recurrent product, which is not only added to that of the input
+    step                (products of the input and of the state, float32 [batch, gates, hidden] each, state) -> next
+                        state
     """
 
     gates: tuple[str, ...]
-    states: int
-    separate: tuple[str, ...]
+    num_states: int
+    two_bias_gates: tuple[str, ...]
     step: Callable[[jax.Array, jax.Array, State], State]
 
 
@@ -39,9 +40,9 @@ def _rnn(x: jax.Array, h: jax.Array, state: State) -> State:
 
 def _lstm(x: jax.Array, h: jax.Array, state: State) -> State:
     total = x + h
-    enter, forget, new, leave = (total[:, i] for i in range(4))
-    memory = jax.nn.sigmoid(forget) * state[1] + jax.nn.sigmoid(enter) * jnp.tanh(new)
-    return jax.nn.sigmoid(leave) * jnp.tanh(memory), memory
+    input_gate, forget_gate, new, output_gate = (total[:, i] for i in range(4))
+    memory = jax.nn.sigmoid(forget_gate) * state[1] + jax.nn.sigmoid(input_gate) * jnp.tanh(new)
+    return jax.nn.sigmoid(output_gate) * jnp.tanh(memory), memory
 
 
 def _gru(x: jax.Array, h: jax.Array, state: State) -> State:
@@ -50,8 +51,8 @@ def _gru(x: jax.Array, h: jax.Array, state: State) -> State:
     return (new + update * (state[0] - new),)
 
 
-# Elman, 1990; Hochreiter and Schmidhuber, 1997, with Gers et al.'s forget gate; Cho et al., 2014, in the form whose
-# reset gate acts after the product, so that one matmul makes all gates (that of cuDNN and torch).
+# Elman, 1990; Hochreiter and Schmidhuber, 1997, with the forget gate of Gers et al.; Cho et al., 2014, with the reset
+# gate applied after the product, as in cuDNN and torch, so that one matmul computes all gates.
 CELLS = {
     "rnn": Cell(("new",), 1, (), _rnn),
     "lstm": Cell(("input", "forget", "new", "output"), 2, (), _lstm),
@@ -62,19 +63,21 @@ CELLS = {
 def run(
     cell: str, inputs: jax.Array, weight: jax.Array, bias: jax.Array, resets: jax.Array, state: State, *, unroll: int
 ) -> tuple[State, jax.Array]:
-    """Scan over time. Returns (states, products): each state after each step [seq, batch, hidden], and what the state
-    before it gave, products [seq, batch, gates, hidden]; float32.
+    """Scan over time. Returns float32 (states, products).
 
-    inputs   [seq, batch, gates, hidden], biases included
+    The states after each step are arrays [seq, batch, hidden]; products [seq, batch, gates, hidden] are the weight
+    times the state before each step, plus bias.
+
+    inputs   products of the inputs [seq, batch, gates, hidden], biases included
     weight   [hidden, gates, hidden] in the type of the recurrent matmul
     bias     float32 [gates, hidden], added to the product
-    resets   bool [seq, batch]; True: the state before this token is 0
+    resets   bool [seq, batch]; True: the state is set to 0 before this token
     state    float32 arrays [batch, hidden] before the first token
     """
 
     def step(state: State, item):
         x, reset = item
-        state = _cleared(reset, state)
+        state = _reset(reset, state)
         product = jnp.einsum("bk,kgh->bgh", state[0].astype(weight.dtype), weight, preferred_element_type=jnp.float32)
         product += bias
         state = CELLS[cell].step(x.astype(jnp.float32), product, state)
@@ -84,10 +87,10 @@ def run(
 
 
 def scan(cell: str, unroll: int, inputs: jax.Array, weight: jax.Array, bias: jax.Array, resets: jax.Array) -> jax.Array:
-    """The first state of `run` from a state of 0: [seq, batch, hidden], float32.
+    """The first of the states of `run` from a state of 0: [seq, batch, hidden], float32.
 
-    Its gradient scans backwards over what must be done in order, the state's; the weight's is one matmul over all
-    steps afterwards, where JAX's own rule would add a product of `batch` rows to the whole matrix at every step.
+    The backward scan computes only the gradient of the state. That of the weight is one matmul over all steps
+    afterwards; JAX's own rule would add a product of `batch` rows to the whole matrix at every step.
     """
     return _scan(cell, unroll, inputs, weight, bias, resets)  # type: ignore[return-value]
 
@@ -98,23 +101,23 @@ def _scan(cell, unroll, inputs, weight, bias, resets):
 
 
 def _forward(cell, unroll, inputs, weight, bias, resets):
-    scanned = run(cell, inputs, weight, bias, resets, _zeros(cell, inputs), unroll=unroll)
-    # Where only this is kept, the backward pass makes everything else again but does not run the scan a second time.
-    states, products = checkpoint_name(scanned, "attention")
+    result = run(cell, inputs, weight, bias, resets, _zeros(cell, inputs), unroll=unroll)
+    # With remat "attention" the backward pass does not run the scan a second time.
+    states, products = checkpoint_name(result, "attention")
     return states[0], (inputs, weight, resets, states, products)
 
 
 def _backward(cell, unroll, saved, cotangent):
     inputs, weight, resets, states, products = saved
     before = tuple(jnp.concatenate([jnp.zeros_like(s[:1]), s[:-1]]) for s in states)
-    before = _cleared(resets, before)
+    before = _reset(resets, before)
 
     def step(d_state: State, item):
         x, product, state, reset, d_out = item
         _, pull = jax.vjp(CELLS[cell].step, x.astype(jnp.float32), product, state)
         d_x, d_product, d_before = pull((d_state[0] + d_out, *d_state[1:]))
         d_hidden = jnp.einsum("bgh,kgh->bk", d_product.astype(weight.dtype), weight, preferred_element_type=jnp.float32)
-        return _cleared(reset, (d_before[0] + d_hidden, *d_before[1:])), (d_x.astype(inputs.dtype), d_product)
+        return _reset(reset, (d_before[0] + d_hidden, *d_before[1:])), (d_x.astype(inputs.dtype), d_product)
 
     items = (inputs, products, before, resets, cotangent)
     _, (d_inputs, d_products) = jax.lax.scan(step, _zeros(cell, inputs), items, reverse=True, unroll=unroll)
@@ -128,23 +131,23 @@ _scan.defvjp(_forward, _backward)
 
 
 def _zeros(cell: str, inputs: jax.Array) -> State:
-    return (jnp.zeros((inputs.shape[1], inputs.shape[3]), jnp.float32),) * CELLS[cell].states
+    return (jnp.zeros((inputs.shape[1], inputs.shape[3]), jnp.float32),) * CELLS[cell].num_states
 
 
-def _cleared(resets: jax.Array, state: State) -> State:
+def _reset(resets: jax.Array, state: State) -> State:
     return tuple(jnp.where(resets[..., None], 0.0, s) for s in state)
 
 
 class Recurrence(nnx.Module):
-    """x [batch, seq, embed] -> same: a cell over time, and a projection back where its width is another.
+    """x [batch, seq, embed] -> same: a cell over time, and a projection to embed if the state has another width.
 
     The state is 0 at every position 0, so nothing passes from one segment of a row to the next. A chunk that continues
-    a document of another row starts from 0 as well: rows are shuffled, so the row before it is not at hand.
+    a document of another row also starts from 0, because rows are shuffled.
 
-    Every gate has weights of its own, so that optimizers see each as the matrix it is; they are laid side by side for
-    one matmul. A recurrent weight [hidden, hidden] is cut as a matrix between two widths is: its inputs as "embed" is,
-    its outputs as "mlp". The inputs' products are one matmul over the whole sequence, outside of the scan. The forget
-    gate's bias starts at 1 (Jozefowicz et al., 2015), all other biases at 0.
+    Each gate has its own weights, which optimizers treat as a matrix; they are concatenated for one matmul. A recurrent
+    weight [hidden, hidden] has the axes ("embed", "mlp"), so that its inputs and outputs are sharded differently. The
+    products of the inputs are one matmul over the whole sequence, outside the scan. The bias of the forget gate starts
+    at 1 (Jozefowicz et al., 2015), all other biases at 0.
     """
 
     def __init__(self, key: jax.Array, embed: int, hidden: int, *, cell: str, unroll: int, scale: float, dtype: str):
@@ -156,48 +159,48 @@ class Recurrence(nnx.Module):
         self.inputs = nnx.Dict({gate: Linear(k, {"embed": embed}, width, bias=True, dtype=dtype) for gate, k in inputs})
         self.recurrent = nnx.Dict(
             {
-                gate: Linear(k, {"embed": hidden}, width, bias=gate in kind.separate, dtype=dtype)
+                gate: Linear(k, {"embed": hidden}, width, bias=gate in kind.two_bias_gates, dtype=dtype)
                 for gate, k in recurrent
             }
         )
         if cell == "lstm":
             self.inputs["forget"].bias = weights.constant(1.0, width, dtype=dtype)
-        other = hidden != embed
-        self.out = Linear(k_out, width, {"embed": embed}, bias=True, dtype=dtype, scale=scale) if other else None
+        projects = hidden != embed
+        self.out = Linear(k_out, width, {"embed": embed}, bias=True, dtype=dtype, scale=scale) if projects else None
         self.cell, self.unroll = cell, unroll
 
     def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """positions int [batch, seq]: a segment starts where they are 0."""
-        weight, bias = self._side_by_side(self.recurrent, x.dtype)
-        hidden = scan(self.cell, self.unroll, self._project(x), weight, bias.astype(jnp.float32), (positions == 0).T)
-        return self._leave(hidden.astype(x.dtype))
+        weight, bias = self._concatenate_gates(self.recurrent, x.dtype)
+        hidden = scan(self.cell, self.unroll, self._project_in(x), weight, bias.astype(jnp.float32), (positions == 0).T)
+        return self._project_out(hidden.astype(x.dtype))
 
     def advance(self, x: jax.Array, positions: jax.Array, state: State, last: jax.Array) -> tuple[jax.Array, State]:
-        """The same from a state: (output, the state after token `last` int [batch] of each row)."""
-        weight, bias = self._side_by_side(self.recurrent, x.dtype)
-        inputs, resets = self._project(x), (positions == 0).T
+        """The same from a state. Returns (output, the state after token `last` int [batch] of each row)."""
+        weight, bias = self._concatenate_gates(self.recurrent, x.dtype)
+        inputs, resets = self._project_in(x), (positions == 0).T
         states, _ = run(self.cell, inputs, weight, bias.astype(jnp.float32), resets, state, unroll=self.unroll)
-        return self._leave(states[0].astype(x.dtype)), tuple(s[last, jnp.arange(len(last))] for s in states)
+        return self._project_out(states[0].astype(x.dtype)), tuple(s[last, jnp.arange(len(last))] for s in states)
 
-    def _project(self, x: jax.Array) -> jax.Array:
-        """x [batch, seq, embed] -> [seq, batch, gates, hidden]: time leads, as the scan reads it."""
-        weight, bias = self._side_by_side(self.inputs, x.dtype)
+    def _project_in(self, x: jax.Array) -> jax.Array:
+        """x [batch, seq, embed] -> [seq, batch, gates, hidden], with time first for the scan."""
+        weight, bias = self._concatenate_gates(self.inputs, x.dtype)
         return constrain(project(x.swapaxes(0, 1), weight) + bias, "seq", "batch", None, "mlp")
 
-    def _leave(self, hidden: jax.Array) -> jax.Array:
+    def _project_out(self, hidden: jax.Array) -> jax.Array:
         hidden = constrain(hidden.swapaxes(0, 1), "batch", "seq", "mlp")
         return hidden if self.out is None else self.out(hidden)
 
-    def _side_by_side(self, maps: nnx.Dict, dtype) -> tuple[jax.Array, jax.Array]:
+    def _concatenate_gates(self, maps: nnx.Dict, dtype) -> tuple[jax.Array, jax.Array]:
         """(weights [inputs, gates, hidden], biases [gates, hidden]) of all gates."""
         linears = [maps[gate] for gate in CELLS[self.cell].gates]
         weight = jnp.stack([linear.weight[...].astype(dtype) for linear in linears], axis=1)
         zero = jnp.zeros(weight.shape[-1], dtype)
         bias = jnp.stack([zero if linear.bias is None else linear.bias[...].astype(dtype) for linear in linears])
-        # Gathered here, once, not at every step of the scan.
+        # Gather the weight once, not at every step of the scan.
         return constrain(weight, None, None, "mlp"), bias
 
 
 def start(cell: str, batch: int, hidden: int) -> State:
     """The state before a document."""
-    return (jnp.zeros((batch, hidden), jnp.float32),) * CELLS[cell].states
+    return (jnp.zeros((batch, hidden), jnp.float32),) * CELLS[cell].num_states

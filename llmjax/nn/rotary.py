@@ -10,15 +10,15 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scaling:
-    """How frequencies are lowered so that a model reads further than the `original` positions it was trained on.
+    """How frequencies are lowered so that a model can read more than the `original` positions that it was trained on.
 
     kind              linear: all are divided by `factor` (Chen et al., 2023, arXiv 2306.15595)
-                      llama3, yarn: those that make fewer than `low` turns over the original positions are divided by
-                      `factor`, those that make more than `high` stay, and between them the two are blended: linearly in
-                      the number of turns (llama3; Llama Team, 2024, arXiv 2407.21783) or linearly in the dimension
+                      llama3, yarn: those with fewer than `low` turns over the original positions are divided by
+                      `factor`, those with more than `high` turns are kept, and in between the two are interpolated:
+                      linearly in the number of turns (llama3; Llama Team, 2024, arXiv 2407.21783) or in the dimension
                       (yarn; Peng et al., 2023, arXiv 2309.00071)
-    truncate          yarn: the dimensions where the blend begins and ends are rounded outwards to whole numbers
-    attention_factor  yarn: cos and sin are multiplied by it, and so scores by its square
+    truncate          yarn: the first and last interpolated dimensions are rounded outwards to integers
+    attention_factor  yarn: factor of cos and sin, so scores get its square
     """
 
     kind: str
@@ -30,35 +30,35 @@ class Scaling:
     attention_factor: float = 1.0
 
 
-# Kind -> (low, high) of the paper.
+# Kind -> (low, high) in the paper.
 SCALINGS = {"linear": (1.0, 4.0), "llama3": (1.0, 4.0), "yarn": (1.0, 32.0)}
 
 
 def yarn_attention_factor(factor: float, weight: float = 1.0) -> float:
-    """The attention factor that YaRN advises for a frequency factor: 0.1 weight log(factor) + 1."""
+    """The attention factor that YaRN recommends for a frequency factor: 0.1 weight log(factor) + 1."""
     return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
 
 
 def frequencies(head_dim: int, base: float, scaling: Scaling | None = None) -> np.ndarray:
-    """Radians a position of each pair of dimensions, float64 [head_dim / 2], from fast to slow."""
+    """Radians per position for each pair of dimensions, float64 [head_dim / 2], from fast to slow."""
     plain = base ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if scaling is None:
         return plain
-    slow = plain / scaling.factor
+    lowered = plain / scaling.factor
     if scaling.kind == "linear":
-        return slow
+        return lowered
     if scaling.kind == "llama3":
         turns = scaling.original * plain / (2 * math.pi)
-        kept = np.clip((turns - scaling.low) / (scaling.high - scaling.low), 0, 1)
+        share_kept = np.clip((turns - scaling.low) / (scaling.high - scaling.low), 0, 1)
     else:
-        # The dimension, counted over half a head, whose frequency makes so many turns over the original positions.
+        # The pair of dimensions whose frequency makes a number of turns over the original positions.
         dimension = lambda turns: head_dim * math.log(scaling.original / (turns * 2 * math.pi)) / (2 * math.log(base))
         first, last = dimension(scaling.high), dimension(scaling.low)
         if scaling.truncate:
             first, last = math.floor(first), math.ceil(last)
         first, last = max(first, 0), min(last, head_dim - 1)
-        kept = 1 - np.clip((np.arange(head_dim // 2) - first) / max(last - first, 1e-3), 0, 1)
-    return plain * kept + slow * (1 - kept)
+        share_kept = 1 - np.clip((np.arange(head_dim // 2) - first) / max(last - first, 1e-3), 0, 1)
+    return plain * share_kept + lowered * (1 - share_kept)
 
 
 def angles(
@@ -72,6 +72,6 @@ def angles(
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """x [batch, seq, heads, head_dim] turned by its position; float32 inside, the type of x outside."""
+    """Rotate x [batch, seq, heads, head_dim] by the angles of its positions, in float32; returns the type of x."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

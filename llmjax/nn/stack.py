@@ -1,11 +1,12 @@
 """Run stacked blocks by a scan or unrolled, with a rematerialisation policy chosen by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-# What each policy saves of a block beside its input; everything else is computed again in the backward pass.
+# What each policy saves of a block besides its input; the backward pass computes everything else again.
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -19,18 +20,29 @@ def run(
 ) -> tuple[jax.Array, Any]:
     """Fold `body(x, layer) -> (x, out)` over the leading "layers" dimension of `stacked`; returns (x, stacked outs).
 
-    The unrolled form reads the same stacked parameters, so that checkpoints and optimizers see no difference.
+    The unrolled form reads the same stacked parameters, so checkpoints and optimizers do not depend on it.
     """
     if remat != "none":
         body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=not scan)
     if scan:
         return jax.lax.scan(body, x, stacked)
     leaves, tree = jax.tree.flatten(stacked)
-    # lax.split, because its gradient is one concatenation; that of indexing is a sum of padded copies of the whole
-    # stack.
+    # The gradient of lax.split is one concatenation; that of indexing would sum padded copies of the whole stack.
     slices = [jax.lax.split(leaf, (1,) * leaf.shape[0], axis=0) for leaf in leaves]
     outs = []
     for layer in zip(*slices, strict=True):
         x, out = body(x, tree.unflatten([piece.squeeze(0) for piece in layer]))
         outs.append(out)
-    return x, jax.tree.map(lambda *pieces: jax.numpy.stack(pieces), *outs)
+    return x, jax.tree.map(lambda *pieces: jnp.stack(pieces), *outs)
+
+
+def by_kind(make: Callable[[bool], Any], local_layers: Sequence[bool]) -> dict[bool, Any]:
+    """make(local) for each kind of layer in `local_layers`: local (True) and global (False)."""
+    return {local: make(local) for local in sorted(set(local_layers))}
+
+
+def select(kinds: dict[bool, Any], local: jax.Array) -> Any:
+    """The entry of `kinds` for a traced flag `local`; nothing is computed where there is one kind only."""
+    if len(kinds) == 1:
+        return next(iter(kinds.values()))
+    return jax.tree.map(lambda a, b: jnp.where(local, b, a), kinds[False], kinds[True])

@@ -6,7 +6,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-# Shardings are derived from the axes in one place (llmjax.parallel.axes), never while a layer is constructed.
+# llmjax.parallel.axes derives shardings from the axes; constructors of layers do not.
 nnx.use_eager_sharding(False)
 
 
@@ -21,6 +21,6 @@ def constant(value: float, dims: Mapping[str, int], *, dtype: str) -> nnx.Param:
     return nnx.Param(jnp.full(tuple(dims.values()), value, dtype), out_sharding=tuple(dims))
 
 
-def given(value: jax.Array, axes: tuple[str, ...], *, dtype: str) -> nnx.Param:
+def from_array(value: jax.Array, axes: tuple[str, ...], *, dtype: str) -> nnx.Param:
     """A parameter that starts at `value`, one logical axis for each of its dimensions."""
     return nnx.Param(value.astype(dtype), out_sharding=axes)

@@ -1,0 +1,1 @@
+"""Optimizers by name, their schedules, and their state per layer."""

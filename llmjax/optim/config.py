@@ -1,11 +1,12 @@
 """Config of the optimizer: name, schedule and hyperparameters, with their checks."""
 
+from collections.abc import Callable
 import dataclasses
 from typing import Any
 
 from llmjax.errors import UserError, suggest
 
-# Each optimizer's own values for the fields that are left at None. A name that is missing here has no such quantity.
+# The values of fields that are None, by optimizer. A field that is missing does not exist for that optimizer.
 DEFAULTS: dict[str, dict[str, float | str]] = {
     "adamw": dict(learning_rate=1e-3, schedule="cosine", weight_decay=0.1, b1=0.9, b2=0.95, eps=1e-8),
     "adafactor": dict(learning_rate=1e-2, schedule="cosine", weight_decay=0.0, eps=1e-30),
@@ -34,9 +35,9 @@ class OptimizerConfig:
     eps             added to the denominator (adafactor: to the squared gradient)
     momentum        sgd and muon: decay of the momentum; 0 for plain sgd
     clip_norm       largest global norm of the gradient, over all parameters; 0: no clipping
-    ema_decay       decay of an average of the parameters, which is then what is evaluated; 0: no average
-    expert_bias_update_rate  step by which a router's expert bias moves against the load of its expert at each update;
-                    no gradient moves it and no schedule lowers the step; 0: it stays as it is
+    ema_decay       decay of an average of the parameters, which is then evaluated and exported; 0: no average
+    expert_bias_update_rate  step by which a router's expert bias moves against the load of its expert at each update,
+                    without gradient, schedule or weight decay; 0: it does not change
     """
 
     name: str = "adamw"
@@ -71,30 +72,30 @@ class OptimizerConfig:
         for field in ("b1", "b2", "eps", "momentum"):
             value = getattr(self, field)
             if value is not None and field not in DEFAULTS[self.name]:
-                raise UserError(f"optimizer.{field}={value}: {self.name} has no such quantity; leave it at None")
+                raise UserError(f"optimizer.{field}={value}: unused by optimizer.name={self.name!r}; leave it at None")
         if self.ema_decay and self.name == "schedule_free_adamw":
             raise UserError(
-                f"optimizer.ema_decay={self.ema_decay}: {self.name} has an average of its own; leave it at 0"
+                f"optimizer.ema_decay={self.ema_decay}: optimizer.name={self.name!r} has its own average; leave it at 0"
             )
 
     def _check_ranges(self):
-        def demand(ok, field, mend):
+        def require(is_valid: Callable[[float], bool], field: str, expected: str) -> None:
             value = getattr(self, field)
-            if value is not None and not ok(value):
-                raise UserError(f"optimizer.{field}={value}: must be {mend}")
+            if value is not None and not is_valid(value):
+                raise UserError(f"optimizer.{field}={value}: must be {expected}")
 
-        demand(lambda x: x > 0, "learning_rate", "above 0")
+        require(lambda x: x > 0, "learning_rate", "above 0")
         for field in ("weight_decay", "clip_norm", "warmup_steps", "expert_bias_update_rate"):
-            demand(lambda x: x >= 0, field, "0 or more")
+            require(lambda x: x >= 0, field, "0 or more")
         for field in ("b1", "b2", "momentum", "ema_decay"):
-            demand(lambda x: 0 <= x < 1, field, "at least 0 and below 1")
-        demand(lambda x: x > 0, "eps", "above 0")
-        demand(lambda x: 0 <= x <= 1, "end_fraction", "between 0 and 1")
-        demand(lambda x: 0 < x <= 1, "decay_fraction", "above 0 and at most 1")
+            require(lambda x: 0 <= x < 1, field, "at least 0 and below 1")
+        require(lambda x: x > 0, "eps", "above 0")
+        require(lambda x: 0 <= x <= 1, "end_fraction", "between 0 and 1")
+        require(lambda x: 0 < x <= 1, "decay_fraction", "above 0 and at most 1")
         if self.name == "schedule_free_adamw":
-            demand(lambda x: x > 0, "b1", "above 0 (the averaged point is recovered by dividing by it)")
+            require(lambda x: x > 0, "b1", "above 0 (the averaged point is recovered by dividing by it)")
 
     def resolved(self) -> Any:
-        """The same with every None that this optimizer has a value for filled in (hence no longer optional: Any)."""
+        """The config with the optimizer's values in place of None. Any: its fields are no longer optional."""
         missing = {field: value for field, value in DEFAULTS[self.name].items() if getattr(self, field) is None}
         return dataclasses.replace(self, **missing)

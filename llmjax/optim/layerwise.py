@@ -1,8 +1,8 @@
 """Classify parameters by their logical axes, and apply a transformation to each layer of a stack separately.
 
-Blocks are stacked along a leading "layers" axis, experts, or the blocks of a block-diagonal matrix, along an axis after
-it, and heads keep an axis of their own, so the number of dimensions says nothing: ("layers", "embed") is a norm scale,
-("heads", "head_dim") a bias, ("embed", "heads", "head_dim") a matrix.
+Layers are stacked along a leading "layers" axis, experts and the blocks of a block-diagonal matrix along the axis after
+it, and heads have an axis, so the number of dimensions does not tell matrices from vectors: ("layers", "embed") is a
+norm scale, ("heads", "head_dim") a bias, ("embed", "heads", "head_dim") a matrix.
 """
 
 from collections.abc import Callable
@@ -11,21 +11,23 @@ import math
 import jax
 import optax
 
+from llmjax.batch import Params
+
 LogicalAxes = tuple[str | None, ...]
 Dims = tuple[int, ...]
 
 
 def stack_depth(axes: LogicalAxes) -> int:
-    """How many leading dimensions count layers, or experts or diagonal blocks of a layer: each is a parameter alone."""
+    """Number of leading dimensions that stack separate parameters: layers, and experts or diagonal blocks."""
     depth = int(axes[:1] == ("layers",))
     return depth + (axes[depth : depth + 1] in (("experts",), ("blocks",)) and len(axes) > depth + 1)
 
 
 def matrix_dims(axes: LogicalAxes) -> tuple[Dims, Dims] | None:
-    """(input dims, output dims) of the matrix that one layer's, or one expert's, weight is; None for a vector.
+    """(input dims, output dims) of the weight of one layer or expert; None for a vector.
 
-    "head_dim" belongs to the heads before it. With more than two groups the weight maps its first group to the rest,
-    or, where it ends in "embed", the rest to that.
+    "head_dim" belongs to the heads before it. With more than two groups of dims, the last group is the output if it is
+    "embed"; otherwise the first group is the input.
     """
     groups: list[Dims] = []
     for dim in range(stack_depth(axes), len(axes)):
@@ -55,7 +57,7 @@ def kind(axes: LogicalAxes) -> str:
 def matrix_view(shape: tuple[int, ...], axes: LogicalAxes) -> tuple[tuple[int, ...], LogicalAxes]:
     """(shape, axes) of the parameter as [layers, experts,] input, output; a vector as [layers, experts,] size.
 
-    A merged dimension bears the name of its first axis, which is the one that shards it.
+    A merged dimension has the name of its first axis, which is the one that shards it.
     """
     stack = stack_depth(axes)
     groups = matrix_dims(axes) or (tuple(range(stack, len(shape))),)
@@ -64,10 +66,10 @@ def matrix_view(shape: tuple[int, ...], axes: LogicalAxes) -> tuple[tuple[int, .
     return shape[:stack] + sizes, axes[:stack] + names
 
 
-def per_layer(inner: optax.GradientTransformation, axes: dict) -> optax.GradientTransformation:
-    """`inner` on every parameter alone, and on every layer and expert of a stacked one alone, in its matrix view.
+def per_layer(inner: optax.GradientTransformation, axes: Params) -> optax.GradientTransformation:
+    """Apply `inner` to the matrix view of every parameter, and separately to each layer and expert of a stacked one.
 
-    The state is a tree like the parameters with a state of `inner` at each leaf, layers and experts leading.
+    The state is a tree like `axes` with a state of `inner` at each leaf; layers and experts are its leading dimensions.
     """
 
     def view(leaf: jax.Array, names: LogicalAxes) -> jax.Array:

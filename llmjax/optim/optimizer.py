@@ -9,46 +9,50 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from llmjax.batch import Params
 from llmjax.errors import UserError
 from llmjax.optim.config import OptimizerConfig
 from llmjax.optim.layerwise import kind, matrix_dims, matrix_view, per_layer, stack_depth
 from llmjax.optim.schedules import make_schedule
 
-# RMS of an AdamW update in practice; Muon's is scaled to it, so that both kinds of parameters share one learning rate.
+# RMS of an AdamW update in practice. Muon's updates are scaled to it, so that all parameters share one learning rate.
 MUON_RMS = 0.2
 
-# muP: the power of the width by which a hidden matrix's update shrinks, so that what it does to activations stays. Adam
-# and its like move every entry alike, so the sum over a fan-in grows with the width; Muon's and Adafactor's moves have
-# an RMS that keeps step with the matrix's own, 1 / sqrt(fan-in), or a spectral norm that grows as its root
-# (Yang et al., 2022, arXiv 2203.03466, table 8; Yang et al., 2023, arXiv 2310.17813).
+# muP: the power of the width by which updates of hidden matrices shrink, so that they change activations equally at
+# any width. Adam-like updates have the same size in every entry, so their sum over a fan-in grows with the width.
+# Updates of Adafactor have an RMS proportional to the matrix's own, 1 / sqrt(fan-in), and those of Muon a spectral norm
+# that grows as the root of the width (Yang et al., 2022, arXiv 2203.03466, table 8; Yang et al., 2023, arXiv
+# 2310.17813).
 WIDTH_POWERS = {"adamw": 1.0, "lion": 1.0, "schedule_free_adamw": 1.0, "muon": 0.5, "adafactor": 0.5}
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """Pure functions on (params, state); a caller that keeps the old pair has skipped the step, counts included.
+    """Pure functions on (params, state); to skip a step, a caller keeps the old pair.
 
-    The state is a dict: "count" (updates done), "inner" (optax's own) and, where asked for, "ema".
+    The state is a dict: "count" (updates so far), "inner" (optax's state) and, if there is an average, "ema".
     """
 
     learning_rate: Callable[[jax.typing.ArrayLike], jax.Array]
     inner: optax.GradientTransformation
-    axes: dict
+    axes: Params
     clip_norm: float
     ema_decay: float
     expert_bias_update_rate: float
     eval_params_name: str
 
-    def init(self, params: dict) -> dict:
-        """The state before the first update; no array is shared with `params`, so that both can be donated."""
+    def init(self, params: Params) -> dict[str, Any]:
+        """The state before the first update. It shares no array with `params`, so both can be donated."""
         state = {"count": jnp.zeros((), jnp.int32), "inner": self.inner.init(params)}
         return state | ({"ema": jax.tree.map(jnp.copy, params)} if self.ema_decay else {})
 
-    def update(self, grads: dict, state: dict, params: dict) -> tuple[dict, dict, dict[str, jax.Array]]:
+    def update(
+        self, grads: Params, state: dict[str, Any], params: Params
+    ) -> tuple[Params, dict[str, Any], dict[str, jax.Array]]:
         """(params, state, {"learning_rate", "grad_norm"}) after one update; grad_norm is that before clipping.
 
-        An "expert_bias" parameter is not touched by any of that: it takes a step of `expert_bias_update_rate` against
-        the sign of its gradient.
+        The inner optimizer does not update an expert bias. Its gradient is the load of its expert above the mean, and
+        it takes a step of `expert_bias_update_rate` against the sign of that.
         """
         loads = grads
         grads = self._map_expert_bias(lambda g: jnp.zeros_like(g), lambda g: g, grads)
@@ -62,12 +66,12 @@ class Optimizer:
         new_params: Any = optax.apply_updates(params, updates)
         new = {"count": state["count"] + 1, "inner": inner}
         if self.ema_decay:
-            # A plain mean until it spans as many updates as the decay does: no trace of the initial parameters stays.
-            share = jnp.maximum(1 - self.ema_decay, 1 / new["count"])
-            new["ema"] = optax.incremental_update(new_params, state["ema"], share)
+            # A plain mean at the start, so that the initial parameters have no weight in it.
+            weight = jnp.maximum(1 - self.ema_decay, 1 / new["count"])
+            new["ema"] = optax.incremental_update(new_params, state["ema"], weight)
         return new_params, new, {"learning_rate": self.learning_rate(state["count"]), "grad_norm": norm}
 
-    def eval_params(self, params: dict, state: dict) -> dict:
+    def eval_params(self, params: Params, state: dict[str, Any]) -> dict[str, Any]:
         """The parameters to evaluate, sample from and export; `eval_params_name` says which they are."""
         if self.ema_decay:
             return state["ema"]
@@ -76,12 +80,12 @@ class Optimizer:
             return self._map_expert_bias(lambda _, param: param, lambda average, _: average, averages, params)
         return params
 
-    def _map_expert_bias(self, expert_bias: Callable, rest: Callable, *trees: Any) -> dict:
+    def _map_expert_bias(self, expert_bias: Callable, rest: Callable, *trees: Any) -> dict[str, Any]:
         """`expert_bias` applied to the leaves that are expert biases, `rest` to the others."""
-        choose = lambda names, *leaves: (expert_bias if kind(names) == "expert_bias" else rest)(*leaves)
-        return jax.tree.map(choose, self.axes, *trees, is_leaf=lambda node: isinstance(node, tuple))
+        apply = lambda names, *leaves: (expert_bias if kind(names) == "expert_bias" else rest)(*leaves)
+        return jax.tree.map(apply, self.axes, *trees, is_leaf=lambda node: isinstance(node, tuple))
 
-    def state_axes(self, shapes: dict) -> Any:
+    def state_axes(self, shapes: Params) -> Any:
         """Logical axes for every leaf of the state of parameters with these `shapes` (arrays or ShapeDtypeStructs)."""
         leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
         params = {
@@ -98,12 +102,12 @@ class Optimizer:
 
 
 def _dict_keys(path) -> tuple:
-    """The dict keys of a path: a parameter's own are the last ones in the path of each of its statistics."""
+    """The dict keys of a path. The path of a statistic ends with the keys of its parameter."""
     return tuple(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
 
 
 def _axes_like(field: str, shape: tuple, param_shape: tuple, param_axes: tuple) -> tuple:
-    """Axes of one statistic of a parameter: all of them, those that remain of a factored one, or only the layers."""
+    """Axes of a statistic of a parameter: those of the parameter, of a factored moment, or only the stacked ones."""
     if shape == param_shape:
         return param_axes
     view_shape, view_axes = matrix_view(param_shape, param_axes)
@@ -111,22 +115,22 @@ def _axes_like(field: str, shape: tuple, param_shape: tuple, param_axes: tuple) 
         return view_axes
     stack = stack_depth(param_axes)
     if field in (".v_row", ".v_col") and shape[stack:] != (1,):
-        # As optax chooses: the rows' moment drops the larger dimension, the columns' the smaller.
+        # In optax the moment of the rows drops the larger dimension, and that of the columns the smaller one.
         small, large = np.argsort(view_shape[stack:], kind="stable")
-        kept = small if field == ".v_row" else large
-        return (*view_axes[:stack], view_axes[stack + kept])
+        remaining = small if field == ".v_row" else large
+        return (*view_axes[:stack], view_axes[stack + remaining])
     return (*param_axes[:stack], *(None,) * (len(shape) - stack))
 
 
-def make_optimizer(config: OptimizerConfig, *, horizon: int, axes: dict, width: float = 1.0) -> Optimizer:
+def make_optimizer(config: OptimizerConfig, *, horizon: int, axes: Params, width: float = 1.0) -> Optimizer:
     """The named optimizer over a schedule of `horizon` updates, for parameters with these logical `axes`.
 
-    width   of the model over its base width under muP; 1: the standard parametrization
-    Raises UserError where the schedule does not fit the horizon, and for an optimizer that has no rule for widths.
+    width   the model's width over its base width under muP; 1: the standard parametrization
+    Raises UserError if the schedule does not fit the horizon, or if the optimizer has no muP rule.
     """
     resolved = config.resolved()
     learning_rate = make_schedule(resolved, horizon)
-    step = optax.chain(_for_width(resolved, axes, width), _decay_and_rate(resolved, axes, learning_rate))
+    step = optax.chain(_scale_for_width(resolved, axes, width), _decay_and_rate(resolved, axes, learning_rate))
     match resolved.name:
         case "adamw":
             inner = optax.chain(optax.scale_by_adam(resolved.b1, resolved.b2, resolved.eps), step)
@@ -152,18 +156,18 @@ def make_optimizer(config: OptimizerConfig, *, horizon: int, axes: dict, width: 
     )
 
 
-def _tree_of(function: Callable, axes: dict) -> dict:
-    """`function` of every leaf's axes."""
+def _tree_of(function: Callable, axes: Params) -> dict[str, Any]:
+    """A tree like the parameters with `function` of each one's axes."""
     return jax.tree.map(function, axes, is_leaf=lambda node: isinstance(node, tuple))
 
 
-def _for_width(config: Any, axes: dict, width: float) -> optax.GradientTransformation:
-    """muP's smaller learning rate for hidden matrices, as a smaller direction: their weight decay stays what it is."""
+def _scale_for_width(config: Any, axes: Params, width: float) -> optax.GradientTransformation:
+    """Scale updates of hidden matrices by muP's factor; their weight decay stays the same."""
     if width == 1:
         return optax.identity()
     if config.name not in WIDTH_POWERS:
         raise UserError(
-            f"optimizer.name={config.name!r}: has no muP rule here; take one of {', '.join(WIDTH_POWERS)}, or "
+            f"optimizer.name={config.name!r}: has no muP rule; use one of {', '.join(WIDTH_POWERS)}, or "
             "model.parametrization='standard'"
         )
     factor = width ** -WIDTH_POWERS[config.name]
@@ -171,10 +175,10 @@ def _for_width(config: Any, axes: dict, width: float) -> optax.GradientTransform
     return optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, factors))
 
 
-def _decay_and_rate(config: Any, axes: dict, learning_rate: Callable) -> optax.GradientTransformation:
+def _decay_and_rate(config: Any, axes: Params, learning_rate: Callable) -> optax.GradientTransformation:
     """direction -> -learning_rate * (direction + weight_decay * parameter), the decay on matrices and the head only.
 
-    Tables are left alone: rows that a batch does not look up get no gradient, and would shrink for being rare.
+    Tables are not decayed: rows of rare tokens get few gradients, so decay would shrink them.
     """
     decayed = _tree_of(lambda names: kind(names) in ("matrix", "head"), axes)
     decay = optax.add_decayed_weights(config.weight_decay, decayed) if config.weight_decay else optax.identity()
@@ -190,7 +194,7 @@ def _adafactor(config: Any) -> optax.GradientTransformation:
     )
 
 
-def _muon(config: Any, axes: dict) -> optax.GradientTransformation:
+def _muon(config: Any, axes: Params) -> optax.GradientTransformation:
     """Orthogonalised momentum for matrices at the RMS of AdamW (arXiv 2502.16982), AdamW's direction for the rest.
 
     An orthogonal [input, output] matrix has RMS 1 / sqrt(max(input, output)), hence the scale.
@@ -222,7 +226,7 @@ def _schedule_free(
 ) -> optax.GradientTransformation:
     """AdamW whose momentum is replaced by interpolation with an average (arXiv 2405.15682, algorithm 1)."""
     direction = optax.scale_by_rms(config.b2, config.eps, eps_in_sqrt=False, bias_correction=True)
-    # optax counts this rate's steps from 1 and the inner optimizer's from 0; both have to be the same rate.
+    # optax counts steps from 1 for this rate and from 0 for the inner optimizer's; both must be the same rate.
     return optax.contrib.schedule_free(
         optax.chain(direction, step), learning_rate=lambda count: learning_rate(count - 1), b1=config.b1
     )

@@ -14,8 +14,8 @@ from llmjax.optim.config import OptimizerConfig
 def make_schedule(config: OptimizerConfig, horizon: int) -> Callable[[jax.typing.ArrayLike], jax.Array]:
     """count -> learning rate. Update `count` (from 0) of a warmup of w steps runs at (count + 1) / (w + 1) of the peak.
 
-    So no update is spent at rate 0, update w is the first at the peak, and count = horizon gives the end. Beyond the
-    horizon the rate stays there. Raises UserError for a warmup (and, with wsd, a decay) that the horizon cannot hold.
+    So no update has rate 0, update w is the first at the peak, and count = horizon gives the end. Beyond the horizon
+    the rate stays there. Raises UserError if the warmup (with wsd, also the decay) does not fit into the horizon.
     """
     resolved = config.resolved()
     peak, warmup = resolved.learning_rate, _warmup_steps(resolved, horizon)
@@ -35,7 +35,7 @@ def _warmup_steps(config: OptimizerConfig, horizon: int) -> int:
 
 
 def _after_warmup(config: Any, horizon: int, warmup: int) -> optax.Schedule:
-    """The schedule from the end of the warmup on: count 0 is the first update at the peak."""
+    """The schedule after the warmup: count 0 is the first update at the peak."""
     peak, end, span = config.learning_rate, config.end_fraction, horizon - warmup
     match config.schedule:
         case "cosine":
@@ -58,7 +58,7 @@ def _after_warmup(config: Any, horizon: int, warmup: int) -> optax.Schedule:
 
 
 def describe_change(config: OptimizerConfig, old_horizon: int, new_horizon: int, count: int) -> str:
-    """One line: what the learning rate does when a run at update `count` goes on with another horizon."""
+    """One line: how the learning rate changes if a run at update `count` continues with another horizon."""
     old, new = make_schedule(config, old_horizon), make_schedule(config, new_horizon)
     return (
         f"train.steps {old_horizon} -> {new_horizon}: at update {count} the learning rate goes from {old(count):.3g} "

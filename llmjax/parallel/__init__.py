@@ -1,0 +1,1 @@
+"""Meshes, sharding rules, compilation and jobs of several processes."""

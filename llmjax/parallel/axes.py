@@ -1,9 +1,8 @@
 """Logical axes, and the rules that map them to mesh axes.
 
-The names stand in docstrings as shapes, on parameters as shardings, on activations as constraints:
-batch seq embed mlp blocks heads kv_heads head_dim vocab layers experts (networks of a mixture, and what counts them)
-router (a router's logits) latent (what keys and values are made from). The rules (logical axis -> mesh axes) are config
-data.
+The names appear in docstrings as shapes, on parameters as shardings, on activations as constraints: batch seq embed mlp
+blocks heads kv_heads head_dim vocab layers, experts (of a mixture), router (a router's logits), latent (from which keys
+and values are computed). The rules (logical axis -> mesh axes) are data in the config.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,26 +35,25 @@ DEFAULT_RULES: LogicalRules = (
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
-# A user context is part of jit's cache key, so that changed rules never meet a stale executable.
+# A user context is part of jit's cache key, so that other rules compile another program.
 _rules = jax.make_user_context(DEFAULT_RULES)
 
 
 def complete_rules(rules: LogicalRules) -> LogicalRules:
-    """The whole table: `rules`, and the default for every logical axis that they leave out.
+    """`rules`, with the default for every logical axis that they do not name.
 
-    A run keeps its table, and a table that was whole when the run was trained lacks each axis that came later; to
-    refuse it would put old checkpoints out of reach. A table that someone writes is filled in the same way, in silence:
-    rules decide where numbers lie and never what they are, and a default that clashes with another rule is named when
-    it would cut an array twice. UserError where a rule is malformed or names an unknown axis.
+    The config of an old run has no rule for an axis that was added later, and must stay loadable. Defaults are safe:
+    rules decide on which device numbers are, never their values, and `spec` raises where a default and a rule would
+    shard two dimensions of an array by one mesh axis. Raises UserError for a malformed rule and for an unknown axis.
     """
     known = dict(DEFAULT_RULES)
     for rule in rules:
         if not (isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], str)):
             raise UserError(f"parallel.rules: {rule!r} is not a pair (logical axis, mesh axes)")
-        logical, found = rule
+        logical, mesh_axes = rule
         if logical not in known:
             raise UserError(f"parallel.rules: there is no logical axis {logical!r}{suggest(logical, known)}")
-        for name in () if found is None else found if isinstance(found, tuple) else (found,):
+        for name in () if mesh_axes is None else mesh_axes if isinstance(mesh_axes, tuple) else (mesh_axes,):
             if name not in MESH_AXES:
                 near = suggest(str(name), MESH_AXES)
                 raise UserError(f"parallel.rules: {logical!r} -> {name!r}: there is no such mesh axis{near}")
@@ -85,22 +83,23 @@ def spec(
     manual = set(getattr(mesh, "manual_axes", ()))
     entries, used = [], []
     for i, name in enumerate(logical):
-        found = table[name] if name is not None else None
-        found = (found,) if isinstance(found, str) else tuple(found or ())
-        found = tuple(a for a in found if a in mesh.axis_names and a not in manual)
-        if shape is not None and shape[i] % math.prod(mesh.shape[a] for a in found):
-            found = ()
-        if twice := [a for a in found if a in used]:
+        rule = table[name] if name is not None else None
+        rule = (rule,) if isinstance(rule, str) else tuple(rule or ())
+        mesh_axes = tuple(axis for axis in rule if axis in mesh.axis_names and axis not in manual)
+        if shape is not None and shape[i] % math.prod(mesh.shape[axis] for axis in mesh_axes):
+            mesh_axes = ()
+        if twice := [axis for axis in mesh_axes if axis in used]:
             raise UserError(
-                f"parallel.rules: {twice[0]!r} would cut two dimensions of ({', '.join(map(str, logical))})"
+                f"parallel.rules: {twice[0]!r} would shard two dimensions of ({', '.join(map(str, logical))}); change "
+                "the rule of one of them"
             )
-        used += found
-        entries.append(found if len(found) > 1 else found[0] if found else None)
+        used += mesh_axes
+        entries.append(mesh_axes if len(mesh_axes) > 1 else mesh_axes[0] if mesh_axes else None)
     return P(*entries)
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
-    """Pin an activation's sharding by logical axes; nothing happens without a mesh or inside pmap."""
+    """Constrain an activation's sharding by logical axes; does nothing without a mesh or inside pmap."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or set(mesh.manual_axes) == set(mesh.axis_names):
         return x

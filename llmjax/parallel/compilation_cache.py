@@ -7,12 +7,12 @@ from typing import Any
 
 import jax
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 _MIN_COMPILE_SECONDS = 0.2  # programs that compile faster are not worth a file
 
 
 def enable(folder: str, cpu_threads: int) -> None:
-    """Read and write compiled programs in a subfolder of `folder` from here on; "off": do not.
+    """Read and write compiled programs in a subfolder of `folder` from now on; "off": do not.
 
     The subfolder is named after `cpu_threads` (parallel.cpu_threads), which decides how XLA:CPU splits matrix products
     but is not part of JAX's cache key: a program compiled for 2 threads would be loaded for 8.
@@ -20,19 +20,19 @@ def enable(folder: str, cpu_threads: int) -> None:
     if folder == "off":
         return
     if jax.process_count() > 1 and jax.default_backend() == "cpu" and not _write_on_every_process():
-        _log.warning("no compilation cache: jax %s keeps its process index somewhere else", jax.__version__)
+        logger.warning("no compilation cache: jax %s keeps its process index elsewhere", jax.__version__)
         return
     jax.config.update("jax_compilation_cache_dir", f"{folder}/cpu_threads_{cpu_threads}")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS)
 
 
 def _write_on_every_process() -> bool:
-    """Let JAX write the programs of every process, not of process 0 alone; whether that was possible.
+    """Make JAX write the programs of every process, not of process 0 alone. False where that is not possible.
 
-    On GPU and TPU all processes share one cache key, so one writer is enough. On CPU the key holds a fingerprint of the
-    topology as this process sees it: no other process finds what process 0 wrote, and without this they would compile
-    again at each start. Keys differ, so two processes never write the same file. JAX has no public switch; what is
-    replaced is the view that its compiler alone has of the process index.
+    On GPU and TPU all processes share one cache key, so one writer is enough. On CPU the key contains a fingerprint of
+    the topology as the process sees it: other processes never find what process 0 wrote, and would compile again at
+    each start. As keys differ, two processes never write the same file. JAX has no public switch, so this replaces the
+    process index that its compiler module reads.
     """
     try:
         compiler: Any = importlib.import_module("jax._src.compiler")

@@ -1,4 +1,4 @@
-"""Multi-process jobs: initialisation, agreement, bounded waiting, and the rows of the global batch per process."""
+"""Jobs of several processes: initialisation, agreement, bounded waiting, rows of the global batch per process."""
 
 import collections
 import ctypes
@@ -20,15 +20,15 @@ from llmjax.errors import UserError
 from llmjax.parallel import interrupts
 
 CPU_THREADS = 8  # default of parallel.cpu_threads
-_calls: collections.Counter[str] = collections.Counter()  # how often each name was exchanged; equal on all processes
+_calls: collections.Counter[str] = collections.Counter()  # exchanges of each name; equal on all processes
 
 
 def set_cpu_threads(count: int) -> None:
     """Give XLA's CPU backend `count` threads; must run before anything touches a device.
 
-    XLA splits matrix products by the size of its thread pool, and where a product is split, its sums are rounded. Left
-    alone, the size is max(cores, local devices): it would differ between machines and between process layouts. The
-    variable wins over NPROC, which XLA reads as well.
+    XLA splits matrix products by the size of its thread pool, and a split changes how sums are rounded. The default
+    size is max(cores, local devices), which differs between machines and between process layouts. PJRT_NPROC takes
+    precedence over NPROC, which XLA reads as well.
     """
     os.environ["PJRT_NPROC"] = str(count)
 
@@ -41,15 +41,15 @@ def initialize(cpu_threads: int = CPU_THREADS) -> None:
     LLMJAX_COORDINATOR (host:port), LLMJAX_NUM_PROCESSES and LLMJAX_PROCESS_ID name a job explicitly.
     LLMJAX_DISTRIBUTED=auto lets JAX find Slurm, GKE or TPU pods itself. With neither, this process is the whole job.
     LLMJAX_CPU_DEVICES emulates that many devices in this process. LLMJAX_INIT_SECONDS (60) bounds the wait for the
-    others to arrive, LLMJAX_HEARTBEAT_SECONDS (100) the silence after which a process counts as dead.
-    LLMJAX_LAUNCHER_PID is the process that started this one; on Linux this one ends with it, however it ends.
-    Raises UserError for incomplete or malformed variables, where JAX_PLATFORMS names a platform that is not here, and
-    where this process has more CPU devices than threads; TimeoutError where process 0 is not there in time.
+    other processes, LLMJAX_HEARTBEAT_SECONDS (100) the silence after which a process counts as dead.
+    LLMJAX_LAUNCHER_PID is the process that started this one; on Linux this process ends when the launcher does.
+    Raises UserError for incomplete or malformed variables, where JAX_PLATFORMS names a platform that is not installed,
+    and where this process has more CPU devices than threads; TimeoutError where process 0 cannot be reached in time.
     """
     set_cpu_threads(cpu_threads)
     if (devices := _number("LLMJAX_CPU_DEVICES")) is not None:
         jax.config.update("jax_num_cpu_devices", devices)
-    _end_with(_number("LLMJAX_LAUNCHER_PID"))
+    _end_with_launcher(_number("LLMJAX_LAUNCHER_PID"))
     seconds = _number("LLMJAX_INIT_SECONDS", 60)
     limits = {
         "initialization_timeout": seconds,
@@ -58,22 +58,22 @@ def initialize(cpu_threads: int = CPU_THREADS) -> None:
     }
     coordinator = os.environ.get("LLMJAX_COORDINATOR")
     count, index = _number("LLMJAX_NUM_PROCESSES"), _number("LLMJAX_PROCESS_ID", least=0)
-    given = (coordinator is not None, count is not None, index is not None)
-    if any(given) and not all(given):
+    is_set = (coordinator is not None, count is not None, index is not None)
+    if any(is_set) and not all(is_set):
         raise UserError(
-            "LLMJAX_COORDINATOR, LLMJAX_NUM_PROCESSES and LLMJAX_PROCESS_ID go together: set all three, or none"
+            "LLMJAX_COORDINATOR, LLMJAX_NUM_PROCESSES and LLMJAX_PROCESS_ID belong together: set all three, or none"
         )
     automatic = os.environ.get("LLMJAX_DISTRIBUTED")
     if automatic not in (None, "auto"):
-        raise UserError(f"LLMJAX_DISTRIBUTED={automatic!r}: the only value is 'auto'")
+        raise UserError(f"LLMJAX_DISTRIBUTED={automatic!r}: set it to 'auto', or unset it")
     if coordinator is not None and count is not None and index is not None:
         if not re.fullmatch(r".+:\d+", coordinator):
             raise UserError(f"LLMJAX_COORDINATOR={coordinator!r}: expected host:port")
         if index >= count:
             raise UserError(f"LLMJAX_PROCESS_ID={index}: must be below LLMJAX_NUM_PROCESSES={count}")
         if index > 0:
-            _reach(coordinator, seconds, index)
-        if count > 1:  # a job of one adds its sums as a plain process does, not through the network's collectives
+            _wait_for_coordinator(coordinator, seconds, index)
+        if count > 1:  # a job of one process needs no network collectives, whose sums may round differently
             jax.distributed.initialize(coordinator, count, index, cluster_detection_method="deactivate", **limits)
     elif automatic:
         try:
@@ -92,23 +92,23 @@ def initialize(cpu_threads: int = CPU_THREADS) -> None:
         )
 
 
-def _check_platform(asked: str | None) -> None:
-    """JAX itself ends with an empty AssertionError, or a page, where JAX_PLATFORMS asks for what is not installed."""
+def _check_platform(platforms: str | None) -> None:
+    """Raise UserError where JAX_PLATFORMS is not installed; JAX raises an empty AssertionError, or prints a page."""
     try:
         jax.devices()
     except (AssertionError, RuntimeError) as error:
-        if not asked or "known backends" not in (str(error) or "known backends"):
+        if not platforms or "known backends" not in (str(error) or "known backends"):
             raise
         raise UserError(
-            f"JAX_PLATFORMS={asked!r}: this installation has no such devices; install their extra, or leave it unset"
+            f"JAX_PLATFORMS={platforms!r}: this installation has no such devices; install their extra, or unset it"
         ) from error
 
 
-def _end_with(launcher: int | None) -> None:
-    """Have the kernel kill this process when its launcher dies: nobody else would, and it would hold the workdir."""
+def _end_with_launcher(launcher: int | None) -> None:
+    """Let the kernel kill this process when its launcher dies; otherwise it would keep the workdir locked."""
     if launcher is not None and launcher == os.getppid() and sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def _number(variable: str, default: int | None = None, least: int = 1) -> Any:
@@ -120,8 +120,8 @@ def _number(variable: str, default: int | None = None, least: int = 1) -> Any:
     return int(text)
 
 
-def _reach(coordinator: str, seconds: int, index: int) -> None:
-    """Wait until process 0 listens: JAX itself would abort, with a page of C++ frames, where it can't be reached."""
+def _wait_for_coordinator(coordinator: str, seconds: int, index: int) -> None:
+    """Wait until process 0 listens; JAX would abort with a page of C++ frames."""
     host, _, port = coordinator.rpartition(":")
     end = time.monotonic() + seconds
     while True:
@@ -145,7 +145,8 @@ def _client() -> Any:
         client = global_state.client
     except (ImportError, AttributeError) as error:
         raise RuntimeError(
-            f"jax {jax.__version__} keeps its coordination client somewhere else: mend llmjax/parallel/hosts.py"
+            f"jax {jax.__version__} keeps its coordination client elsewhere: install an older jax, or adapt "
+            "llmjax/parallel/hosts.py"
         ) from error
     if client is None and jax.process_count() > 1:
         raise RuntimeError("a job of several processes must start with llmjax.parallel.hosts.initialize()")
@@ -153,12 +154,12 @@ def _client() -> Any:
 
 
 def is_primary() -> bool:
-    """Whether this process writes what a job writes once."""
+    """Whether this process is process 0, which writes the files of the job."""
     return jax.process_index() == 0
 
 
 def exchange(name: str, text: str = "", timeout_seconds: float = 300) -> list[str]:
-    """Every process's short `text`, in process order, through the coordination service (no device takes part).
+    """Every process's short `text`, in process order, through the coordination service, without devices.
 
     All processes call it with the same name, in the same order. Raises TimeoutError naming the processes that did not.
     """
@@ -189,7 +190,7 @@ def _arrived(client: Any, folder: str) -> dict[int, str]:
 
 
 def barrier(name: str, timeout_seconds: float = 300) -> None:
-    """Wait until every process is here. Raises TimeoutError naming the processes that are not."""
+    """Wait until every process calls this. Raises TimeoutError naming the processes that did not."""
     exchange(f"barrier/{name}", "", timeout_seconds)
 
 
@@ -204,7 +205,7 @@ def broadcast(name: str, text: str, timeout_seconds: float = 300) -> str:
 
 
 def all_equal(name: str, text: str) -> None:
-    """Check that every process brought the same `text`. Raises UserError naming the ones that differ from process 0."""
+    """Check that every process has the same `text`. Raises UserError naming the ones that differ from process 0."""
     texts = exchange(name, text)
     different = [process for process, other in enumerate(texts) if other != texts[0]]
     if different:
@@ -217,7 +218,7 @@ def all_equal(name: str, text: str) -> None:
 def local_rows(sharding: NamedSharding, global_batch: int) -> np.ndarray:
     """Rows of the global batch that this process's devices hold: sorted indices, int64 [local rows].
 
-    sharding    how a batch's first dimension is laid over the mesh; rows held by several devices appear once
+    sharding    that of a batch; rows that several devices hold appear once
     """
     rows = NamedSharding(sharding.mesh, P(*sharding.spec[:1])).devices_indices_map((global_batch,))
     mine = {
@@ -229,7 +230,7 @@ def local_rows(sharding: NamedSharding, global_batch: int) -> np.ndarray:
 
 
 def global_batch(sharding: NamedSharding, local: Batch, rows: np.ndarray, global_batch: int) -> Batch:
-    """The Batch of global arrays [global_batch, ...] whose rows `rows` (of `local_rows`) this process brings."""
+    """The Batch of global arrays [global_batch, ...]; `local` has this process's `rows` (of `local_rows`)."""
     if jax.process_count() == 1:
         return jax.device_put(local, sharding)
 
@@ -247,9 +248,9 @@ def global_batch(sharding: NamedSharding, local: Batch, rows: np.ndarray, global
 def exit_now(code: int) -> NoReturn:
     """End this process at once, logs flushed.
 
-    After a failure in a job of several processes the ordinary exit would wait for the others in JAX's shutdown barrier,
-    then abort with a code of its own. Process 0 leaves a second later: with it goes the coordination service, which
-    aborts the others before they could say what their own trouble is.
+    After a failure in a job of several processes an ordinary exit would wait for the others in JAX's shutdown barrier,
+    then abort with another code. Process 0 exits a second later: its coordination service ends with it, which aborts
+    the others before they can print their own errors.
     """
     logging.shutdown()
     sys.stdout.flush()

@@ -1,6 +1,6 @@
 """SIGTERM, SIGHUP and Ctrl-C end any command with one line and exit status 128 + signal.
 
-Training handles them itself while it steps (train.preemption): it saves and ends with 85.
+The training loop has handlers of its own (train.preemption): it saves a checkpoint and ends with status 85.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,12 +19,12 @@ SIGNALS = tuple(
     for name in ("SIGTERM", "SIGHUP", "SIGINT")
     if (number := getattr(signal, name, None)) is not None  # Windows has no SIGHUP
 )
-_PATIENCE_SECONDS = 10.0  # for Python code to end: while it compiles, the main thread runs no handler
-_BUFFER_BYTES = 1024  # more than a C library's struct sigaction takes
+_REACTION_SECONDS = 10.0  # while the main thread compiles, it runs no Python signal handler
+_BUFFER_BYTES = 1024  # more than the size of struct sigaction in any C library
 
 
 class Stopped(KeyboardInterrupt):
-    """Raised in the main thread by a signal that asks to stop. `lost` says what an unfinished save costs, or ''."""
+    """Raised in the main thread by a signal that requests a stop. `lost`: which steps are lost, or ''."""
 
     def __init__(self, number: int, lost: str = ""):
         super().__init__(number, lost)
@@ -35,6 +35,7 @@ class Stopped(KeyboardInterrupt):
 
     @property
     def status(self) -> int:
+        """The exit status."""
         return 128 + self.number
 
 
@@ -44,41 +45,41 @@ def describe(number: int, lost: str = "") -> str:
     return f"stopped by {name}{f'; {lost}' if lost else ''}: rerun the same command to resume"
 
 
-_deferred = threading.Event()  # set while training handles the first signal itself
-_handlers: list[Any] = []  # the C handler of SIGTERM that was there before `install`, if there was one
+_deferred = threading.Event()  # set while the training loop handles the first signal
+_handlers: list[Any] = []  # the C handler of SIGTERM before `take_over_sigterm`, if there was one
 _watching = False
 
 
 def install() -> None:
-    """Have the signals raise Stopped in the main thread. One that the parent ignores (nohup) stays ignored.
+    """Make the signals raise Stopped in the main thread. A signal that the parent ignores (nohup) stays ignored.
 
-    Where the main thread does not react within 10 s, as in a long compilation, the process ends all the same.
+    If the main thread does not react within 10 s, as in a long compilation, the process ends anyway.
     """
     global _watching
-    with contextlib.suppress(ValueError):  # not the main thread: a command that was started as a function
+    with contextlib.suppress(ValueError):  # not the main thread: a command that runs as a function of a program
         for number in SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, _stop)
+                signal.signal(number, _raise_stopped)
         if not _watching:
             reader, writer = os.pipe()
             os.set_blocking(writer, False)
             signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-            sys.unraisablehook = functools.partial(_raise_again, sys.unraisablehook)
-            threading.Thread(target=_watch, args=(reader,), name="signals", daemon=True).start()
+            sys.unraisablehook = functools.partial(_resend_signal, sys.unraisablehook)
+            threading.Thread(target=_end_if_unresponsive, args=(reader,), name="signals", daemon=True).start()
             _watching = True
 
 
 def take_over_sigterm() -> None:
     """Replace the SIGTERM handler of JAX's preemption notifier until `give_back_sigterm`.
 
-    It only takes note of the signal, so that a job of several processes could not be stopped outside its step loop.
+    The notifier only records the signal, so a job of several processes could not be stopped outside its step loop.
     """
     if not _watching:
         return
     previous = ctypes.create_string_buffer(_BUFFER_BYTES)
     ctypes.CDLL(None).sigaction(int(signal.SIGTERM), None, previous)
     _handlers[:] = [previous]
-    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGTERM, _raise_stopped)
 
 
 def give_back_sigterm() -> None:
@@ -89,7 +90,7 @@ def give_back_sigterm() -> None:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Inside, the first signal is left to a handler that the caller installed, however long it takes."""
+    """Inside, the caller's own handler has all the time it needs for the first signal."""
     _deferred.set()
     try:
         yield
@@ -98,7 +99,7 @@ def deferred() -> Iterator[None]:
 
 
 def drop_dead_terminal() -> None:
-    """Send output nowhere if its terminal is gone, as after a broken ssh connection: printing would raise."""
+    """Discard output if its terminal is gone, as after a broken ssh connection: printing would raise."""
     for descriptor in (1, 2):
         try:
             os.write(descriptor, b"")
@@ -107,7 +108,7 @@ def drop_dead_terminal() -> None:
 
 
 def exit_now(stopped: Stopped) -> NoReturn:
-    """Print why the command ends and end it, without waiting for threads that may still be working."""
+    """Print why the command ends and end it, without waiting for other threads."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     drop_dead_terminal()
@@ -117,12 +118,12 @@ def exit_now(stopped: Stopped) -> NoReturn:
     os._exit(stopped.status)
 
 
-def _stop(number: int, frame: Any) -> None:
+def _raise_stopped(number: int, frame: Any) -> None:
     raise Stopped(number)
 
 
-def _raise_again(hook: Callable[[Any], None], unraisable: Any) -> None:
-    """Python drops an exception that is raised in a destructor or a callback; the signal is then sent once more."""
+def _resend_signal(hook: Callable[[Any], None], unraisable: Any) -> None:
+    """Send the signal again where Python dropped its exception, which was raised in a destructor or a callback."""
     if isinstance(unraisable.exc_value, Stopped):
         number = unraisable.exc_value.number
         threading.Timer(0.1, lambda: os.kill(os.getpid(), number)).start()
@@ -130,18 +131,18 @@ def _raise_again(hook: Callable[[Any], None], unraisable: Any) -> None:
         hook(unraisable)
 
 
-def _watch(reader: int) -> None:
-    """End the process some seconds after a signal that its main thread did not react to."""
-    earlier = 0
+def _end_if_unresponsive(reader: int) -> None:
+    """End the process some seconds after a signal to which the main thread did not react."""
+    first = 0
     while True:
         number = os.read(reader, 1)[0]
         if number not in SIGNALS:
             continue
-        if _deferred.is_set() and not earlier:
-            earlier = number
+        if _deferred.is_set() and not first:
+            first = number
             continue
-        time.sleep(_PATIENCE_SECONDS)
+        time.sleep(_REACTION_SECONDS)
         drop_dead_terminal()
-        lost = "the steps since the newest checkpoint are lost" if earlier else ""
+        lost = "the steps since the newest checkpoint are lost" if first else ""
         print(f"llmjax: {describe(number, lost)}", file=sys.stderr, flush=True)
         os._exit(128 + number)

@@ -31,11 +31,11 @@ class MeshConfig:
 class ParallelConfig:
     """How the step is compiled.
 
-    backend     "jit" shards by the rules; "pmap" maps the step over replicas (data axis only)
-    rules   (logical axis, mesh axis | tuple of mesh axes | None), ...; an axis that is left out keeps its default
-    cpu_threads   size of XLA's thread pool on CPU, in each process. XLA splits matrix products by it, so it is part of
-                  the result: never derived from cores or devices, at least the CPU devices of a process. Accelerators
-                  ignore it
+    backend       "jit" shards by the rules; "pmap" maps the step over replicas (data axis only)
+    rules         (logical axis, mesh axis | tuple of mesh axes | None), ...; a missing axis keeps its default
+    cpu_threads   size of XLA's thread pool on CPU, in each process. XLA splits matrix products by it, so it changes the
+                  last bits of results: it does not follow the cores or devices, and is at least the CPU devices of a
+                  process. Accelerators ignore it
     """
 
     backend: str = "jit"
@@ -54,11 +54,11 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
     free = [name for name, size in sizes.items() if size == -1]
     bad = {name: size for name, size in sizes.items() if size < 1 and size != -1}
     if bad or len(free) > 1:
-        raise UserError(f"mesh={sizes}: sizes are positive, and at most one is -1")
+        raise UserError(f"mesh={sizes}: set sizes of 1 or more, and at most one of them to -1")
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if free and num_devices % fixed:
         raise UserError(
-            f"mesh={sizes}: {fixed} does not divide the {num_devices} devices; change mesh.{free[0]}'s partners"
+            f"mesh={sizes}: {fixed} does not divide the {num_devices} devices; change a size other than mesh.{free[0]}"
         )
     if not free and fixed != num_devices:
         raise UserError(
@@ -69,7 +69,7 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-    """A mesh over all devices of all processes, neighbours kept together where the hardware has a topology.
+    """A mesh over all devices of all processes, ordered by the topology of the hardware where it has one.
 
     A collective in a job of several processes: all of them call it, and are connected when it returns.
     """
@@ -82,18 +82,18 @@ def make_mesh(config: MeshConfig) -> Mesh:
 
 
 def _connect(mesh: Mesh) -> None:
-    """Let gloo connect the processes along every set of mesh axes, before anything that takes long is compiled.
+    """Let gloo connect the processes along every set of mesh axes, before a large program is compiled.
 
     Gloo connects the devices of a group when the first program that sums over the group runs, and a process that
-    waits there for another one ends after 30 s. That other one may still be backends the program, so the connections
-    are made by a program that compiles in no time, and only when all processes have compiled it. Later programs use
-    these connections; a process may wait in them as long as the heartbeat allows.
+    waits 30 s for another one there ends. The other one may still be compiling the program. So a program that
+    compiles quickly makes the connections, once all processes have compiled it. Later programs use these connections;
+    a process may wait in them as long as the heartbeat allows.
     """
     names = [name for name, size in mesh.shape.items() if size > 1]
     groups = [group for count in range(1, len(names) + 1) for group in itertools.combinations(names, count)]
 
     def add_over_all_groups(x: jax.Array) -> jax.Array:
-        for group in groups:  # each sum needs the one before, so that all processes make them in the same order
+        for group in groups:  # each sum depends on the one before, so that all processes run them in the same order
             x = jax.lax.psum(x, group)
         return x
 

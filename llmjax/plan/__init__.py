@@ -1,0 +1,1 @@
+"""Model sizes for a compute budget, and the cost of a model."""

@@ -1,4 +1,4 @@
-"""The cost of a model: parameters by part, FLOPs per token, bytes kept for the backward pass."""
+"""The memory of a training step: bytes of the state, and bytes kept for the backward pass."""
 
 import dataclasses
 import math
@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llmjax.batch import Batch
+from llmjax.batch import Batch, Params
 from llmjax.data.store.tokenizer import Bytes
 from llmjax.models import registry
 from llmjax.models.registry import ModelConfig
@@ -20,7 +20,7 @@ from llmjax.train.step import make_loss
 
 
 def state_bytes_per_parameter(model: ModelConfig, optimizer: OptimizerConfig) -> float:
-    """Bytes a parameter of all that a step holds of it: the parameter, its gradient, the optimizer's state."""
+    """Bytes per parameter of the parameter, its gradient and the optimizer's state."""
     _, shapes, axes = registry.abstract(model)
     state = jax.eval_shape(make_optimizer(optimizer, horizon=1_000_000, axes=axes).init, shapes)
     return (2 * _bytes(shapes) + _bytes(state)) / _size(shapes)
@@ -29,28 +29,28 @@ def state_bytes_per_parameter(model: ModelConfig, optimizer: OptimizerConfig) ->
 def kept_bytes(config: RunConfig) -> dict[str, int]:
     """Bytes that the forward pass of a row keeps for the backward pass, by remat policy; nothing is allocated.
 
-    Read from the program that JAX differentiates, before the compiler: what it fuses away is still counted, what it
-    needs for a moment is not. Parameters themselves are left out.
+    They are counted in the program that JAX differentiates, before the compiler, which may fuse some away. Temporary
+    memory and the parameters are not counted.
     """
-    return {name: _kept(config, name) for name in REMAT}
+    return {name: _count_kept_bytes(config, name) for name in REMAT}
 
 
-def _kept(config: RunConfig, remat: str) -> int:
+def _count_kept_bytes(config: RunConfig, remat: str) -> int:
     model = dataclasses.replace(config.model, remat=remat)
     graph, shapes, _ = registry.abstract(model)
     loss = make_loss(graph, seed=0, chunk=config.train.loss_chunk, z_loss=config.train.z_loss)
 
-    def forward(params: dict, batch: Batch) -> Any:
+    def forward(params: Params, batch: Batch) -> Any:
         return jax.vjp(lambda params: loss(params, batch)[0], params)
 
     program = jax.make_jaxpr(forward)(shapes, abstract_batch(config)).jaxpr
-    given = {id(variable) for variable in program.invars}
-    kept = {id(out): out.aval for out in program.outvars if id(out) not in given and hasattr(out, "aval")}
+    inputs = {id(variable) for variable in program.invars}
+    kept = {id(out): out.aval for out in program.outvars if id(out) not in inputs and hasattr(out, "aval")}
     return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in kept.values())
 
 
 def abstract_batch(config: RunConfig) -> Batch:
-    """Shapes of a batch of one row, as the run's objective makes it."""
+    """Shapes of a batch of one row of the run's objective."""
     ids = jax.ShapeDtypeStruct((1, target_len(config)), jnp.int32)
     source = jax.ShapeDtypeStruct((1, config.data.seq_len), jnp.int32) if config.model.reads_source else None
     return Batch(
@@ -67,7 +67,7 @@ def abstract_batch(config: RunConfig) -> Batch:
 
 
 def target_len(config: RunConfig) -> int:
-    """Places in a row of targets; no tokenizer changes it."""
+    """Positions in a row of targets, which do not depend on the tokenizer."""
     return run_config.objective(config, Bytes()).target_len
 
 

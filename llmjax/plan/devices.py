@@ -27,7 +27,7 @@ NAMES = (*_KINDS, "here")
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """One JAX device: dense FLOPs a second at its peak, and bytes of memory (None: not known, or the machine's own)."""
+    """One JAX device: its peak of dense FLOPs per second, and bytes of memory (None: unknown)."""
 
     name: str
     peak: float
@@ -35,7 +35,7 @@ class Device:
 
 
 def find(name: str) -> Device:
-    """The device of that name; "here" measures this machine's. Raises UserError for an unknown name."""
+    """The device with that name; "here" is this machine's, measured. Raises UserError for an unknown name."""
     if name == "here":
         return _measured()
     if name not in _KINDS:
@@ -47,10 +47,10 @@ def find(name: str) -> Device:
 
 
 def _measured() -> Device:
-    """This machine's first device, by a float32 (CPU) or bfloat16 matrix product: the best of a second's worth."""
+    """This machine's first device. An unknown peak is measured by matrix products, the fastest within a second."""
     device = jax.devices()[0]
-    if (known := peak_flops(device.device_kind)) is not None:
-        return Device(f"here ({device.device_kind})", known, _memory(device))
+    if (peak := peak_flops(device.device_kind)) is not None:
+        return Device(f"here ({device.device_kind})", peak, _memory(device))
     size = 1024
     x = jnp.ones((size, size), jnp.float32 if device.platform == "cpu" else jnp.bfloat16)
     product = jax.jit(lambda x: x @ x)

@@ -12,7 +12,7 @@ from llmjax.plan.devices import Device
 from llmjax.run import config as run_config
 from llmjax.run.config import RunConfig
 
-_SHARE = 0.8  # of a device's memory that the state may take, so that activations fit beside it
+_STATE_SHARE = 0.8  # of a device's memory; the rest is for activations
 
 
 def describe_budget(budget: budgets.Budget, device: Device, *, mfu: float, seq_len: int) -> list[str]:
@@ -30,7 +30,7 @@ def describe_budget(budget: budgets.Budget, device: Device, *, mfu: float, seq_l
     low, high = budgets.STUDIED
     if not low <= budget.parameters <= high:
         lines.append(
-            f"  beyond the study's {_short(low)} to {_short(high)} parameters: loss, rate and batch are a guess"
+            f"  outside the study's {_short(low)} to {_short(high)} parameters: loss, rate and batch are extrapolated"
         )
     best = budgets.for_flops(budget.flops)
     if not 0.9 < best.parameters / budget.parameters < 1.1:
@@ -69,7 +69,7 @@ def describe_config(config: RunConfig, spec: str, device: Device) -> list[str]:
         f"  at the peak of one {device.name}: {_time(flops * batch * seq / device.peak)} a step",
         "",
         f"state: {state:.2f} bytes a parameter with {config.optimizer.name} (parameter, gradient, moments), "
-        f"{_gib(state * total)} in all, cut over mesh.fsdp x mesh.tensor devices",
+        f"{_gib(state * total)} in total, sharded over mesh.fsdp x mesh.tensor devices",
         f"kept for the backward pass, of each row of {seq:,} tokens that a device reads at once (model.remat):",
     ]
     mark = lambda name: "   <- this config" if name == model.remat else ""
@@ -78,22 +78,21 @@ def describe_config(config: RunConfig, spec: str, device: Device) -> list[str]:
 
 def nearest_config(parameters: float) -> tuple[str, int]:
     """(`NAME:SIZE`, parameters) of the shipped decoder config whose number of parameters is nearest by ratio."""
-    found = []
+    candidates = []
     for path in run_config.files(shipped_folder()):
         for spec in specs(path):
-            config = resolve(spec, None)
-            if config.model.family == "decoder":
+            model = resolve(spec, None).model
+            if model.family == "decoder":
                 name, _, size = pathlib.Path(spec).name.partition(":")
-                found.append(
-                    (f"{name.removesuffix('.py')}:{size}".rstrip(":"), registry.count_parameters(config.model))
-                )
-    return min(found, key=lambda item: abs(math.log(item[1] / parameters)))
+                short_spec = f"{name.removesuffix('.py')}:{size}".rstrip(":")
+                candidates.append((short_spec, registry.count_parameters(model)))
+    return min(candidates, key=lambda item: abs(math.log(item[1] / parameters)))
 
 
 def resolve(spec: str, vocab_size: int | None, overrides: tuple[tuple[str, str], ...] = ()) -> RunConfig:
-    """The config with a vocabulary: the one given, the model's own, or that of the tokenizer it would train.
+    """The config with a vocabulary size: the argument, the model's, or that of the tokenizer it would train.
 
-    Raises UserError where none of them is known.
+    Raises UserError if none of them is known.
     """
     config = run_config.resolve(spec, overrides)
     vocab_size = vocab_size or config.model.vocab_size or config.data.tokenizer.vocab_size
@@ -103,11 +102,11 @@ def resolve(spec: str, vocab_size: int | None, overrides: tuple[tuple[str, str],
 
 
 def _counts(budget: budgets.Budget, device: Device) -> list[int]:
-    """Powers of two from the first on which the state fits: up to six, or one where memory is not known."""
+    """Six numbers of devices, powers of two, from the first whose memory fits the state; 1 if memory is unknown."""
     if device.memory is None:
         return [1]
-    least = 16 * budget.parameters / (_SHARE * device.memory)
-    first = max(0, math.ceil(math.log2(max(least, 1e-9))))
+    minimum = 16 * budget.parameters / (_STATE_SHARE * device.memory)
+    first = max(0, math.ceil(math.log2(max(minimum, 1e-9))))
     return [2**power for power in range(first, first + 6)]
 
 

@@ -20,7 +20,7 @@ _REPAIRED = {
 _REASONS = 12  # of all stages, in the picture
 
 
-def summary_lines(report: dict[str, Any]) -> Iterator[str]:
+def lines(report: dict[str, Any]) -> Iterator[str]:
     """The card in short, for a terminal."""
     given, kept = report["records"], report["kept"]
     yield ""
@@ -54,7 +54,7 @@ def summary_lines(report: dict[str, Any]) -> Iterator[str]:
     )
 
 
-def render_page(report: dict[str, Any]) -> str:
+def page_of(report: dict[str, Any]) -> str:
     """The card as one HTML page that loads nothing."""
     parts = (
         _header,
@@ -115,8 +115,8 @@ def _folded(summary: str, body: str) -> str:
 def _header(report: dict[str, Any]) -> str:
     names = list(report["sources"])
     shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
-    subtitle = f"{len(names)} input{'' if len(names) == 1 else 's'}: {shown} · llmjax {report['version']}"
-    return f"<header><h1>Data card</h1><p>{clean(subtitle)}</p></header>"
+    told = f"{len(names)} input{'' if len(names) == 1 else 's'}: {shown} · llmjax {report['version']}"
+    return f"<header><h1>Data card</h1><p>{clean(told)}</p></header>"
 
 
 def _headline(report: dict[str, Any]) -> str:
@@ -136,17 +136,17 @@ def _headline(report: dict[str, Any]) -> str:
         for stage in report["stages"]
         if stage["dropped"]
     ]
-    rows[-1] = Bar(rows[-1].label, rows[-1].value, ours=True)
+    rows[-1] = Bar(rows[-1].label, rows[-1].value, highlight=True)
     plot = bars(rows, label="documents", unit="number", show=figure)
     hero = f'<div class="hero"><div class="facts">{shown}</div><div><h3>Documents</h3>{plot}</div></div>'
     return f"<section>{hero}</section>"
 
 
 def _advice(report: dict[str, Any]) -> str:
-    advice = curation_advice.suggest(report)
-    if not advice:
+    said = curation_advice.of(report)
+    if not said:
         return ""
-    items = "".join(f"<li>{clean(line)}</li>" for line in advice)
+    items = "".join(f"<li>{clean(line)}</li>" for line in said)
     note = "What may be changed, with --config.FIELD=VALUE. `llmjax fields curate` explains every field."
     return section("Worth a look", f'<ul class="advice">{items}</ul>', note=note)
 
@@ -234,7 +234,7 @@ def _sources(report: dict[str, Any]) -> str:
     pictures = [("Tokens that stay, of those read", [_of(name, one, one["given"]) for name, one in drawn])]
     if report["splits"]:
         pictures.append(
-            ("Tokens by split", [Bar(name, one["tokens"], ours=True) for name, one in report["splits"].items()])
+            ("Tokens by split", [Bar(name, one["tokens"], highlight=True) for name, one in report["splits"].items()])
         )
     body = _pictures(pictures)
     head = ("Source", "documents given", "kept", "share", "tokens given", "kept", "share of given", "share of kept")
@@ -251,7 +251,7 @@ def _sources(report: dict[str, Any]) -> str:
 
 def _of(label: str, part: dict[str, int], whole: dict[str, int]) -> Bar:
     """Extraction and repair can make more tokens than they found: then the part is the whole."""
-    return Bar(label, part["tokens"], ours=True, of=max(whole["tokens"], part["tokens"]))
+    return Bar(label, part["tokens"], highlight=True, of=max(whole["tokens"], part["tokens"]))
 
 
 def _pictures(plots: Iterable[tuple[str, list[Bar]]]) -> str:
@@ -273,13 +273,13 @@ def _shape(report: dict[str, Any]) -> str:
         Bar(
             f"{edges[i]:,} to {edges[i + 1] - 1:,}" if i + 1 < len(edges) else f"{edges[i]:,} and more",
             kept[i],
-            ours=True,
+            highlight=True,
             of=max(given[i], kept[i]),
         )
         for i in range(used[0], used[-1] + 1)
     ]
     found = sorted(report["languages"].items(), key=lambda item: (-item[1]["kept"], -item[1]["documents"], item[0]))
-    by_language = [Bar(code, one["kept"], ours=True, of=one["documents"]) for code, one in found[:_BARS]]
+    by_language = [Bar(code, one["kept"], highlight=True, of=one["documents"]) for code, one in found[:_BARS]]
     body = _pictures([("By tokens", by_length), ("By language", by_language)])
     if len(found) > _BARS:
         lines = [(code, count(one["documents"]), count(one["kept"])) for code, one in found]
@@ -324,10 +324,10 @@ def _contamination(report: dict[str, Any]) -> str:
             "Contamination", '<p class="missing">No evaluation set was given: curate.decontaminate.against.</p>'
         )
     rows = [(name, *map(count, (one["documents"], one["dropped"], one["runs"]))) for name, one in found.items()]
-    settings = report["config"]["decontaminate"]
+    told = report["config"]["decontaminate"]
     note = (
-        f"Documents that share runs of {settings['words']} words with an evaluation set, or a whole example of at "
-        f"least {settings['min_words']}. Samples are above, under decontaminate."
+        f"Documents that share runs of {told['words']} words with an evaluation set, or a whole example of at least "
+        f"{told['min_words']}. Samples are above, under decontaminate."
     )
     return section("Contamination", table(("Set", "documents", "dropped", "runs of words"), rows), note=note)
 

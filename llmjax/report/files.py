@@ -18,7 +18,7 @@ class RunFiles:
     evals      split -> step -> the JSON object of eval/<step>/<split>.json
     manifest   the token store's, from data.store or WORKDIR/store
     profile    the newest trace of train.profile
-    unreadable   names of files that are there but hold no JSON
+    unreadable   names of files that are damaged
     """
 
     workdir: epath.Path
@@ -38,13 +38,13 @@ class RunFiles:
         return by_step[max(by_step)] if by_step else None
 
     def curve(self, name: str) -> list[tuple[float, float]]:
-        """(step, value) of one field of the metrics, where it was logged."""
+        """(step, value) of one field of the metrics, for the steps that logged it."""
         lines = ((line["step"], line.get(name)) for line in self.metrics)
         return [(step, float(value)) for step, value in lines if isinstance(value, int | float)]
 
 
 def read(workdir: epath.PathLike) -> RunFiles:
-    """Read everything that a report tells."""
+    """Read every file that the report uses."""
     root = epath.Path(workdir)
     unreadable: list[str] = []
 
@@ -81,15 +81,14 @@ def read(workdir: epath.PathLike) -> RunFiles:
 
 
 def compressors(manifest: dict[str, Any] | None) -> list[tuple[str, int]]:
-    """(label, bytes) of the validation text as general compressors leave it, smallest first; [] where not measured.
+    """(label, bytes) of the validation text after general compressors, smallest first; [] if it was not measured.
 
     The manifest holds {"gzip -9": {"concatenated": bytes, "per_document": bytes}, ...} under "compressors".
     """
-    measured = (manifest or {}).get("compressors") or {}
     sizes = [
-        (f"{name}, {how.replace('_', ' ')}", size)
-        for name, by_how in measured.items()
-        if isinstance(by_how, dict)
-        for how, size in by_how.items()
+        (f"{name}, {scope.replace('_', ' ')}", size)
+        for name, by_scope in ((manifest or {}).get("compressors") or {}).items()
+        if isinstance(by_scope, dict)
+        for scope, size in by_scope.items()
     ]
     return sorted(sizes, key=lambda item: item[1])

@@ -43,7 +43,7 @@ def count(value: int | float | None) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]], *, texts: int = 1) -> str:
-    """A table whose first `texts` columns are text and the others figures, set right."""
+    """A table whose first `texts` columns are text; the others are right-aligned numbers."""
     kind = lambda column: "" if column < texts else ' class="number"'
     heads = "".join(f"<th{kind(i)}>{clean(name)}</th>" for i, name in enumerate(head))
     body = "".join(
@@ -54,20 +54,20 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]], *, texts: int = 1)
 
 def pairs(rows: Iterable[tuple[str, Any]]) -> str:
     """A list of names and values; a value of None or "" is left out."""
-    shown = [(name, value) for name, value in rows if value not in (None, "")]
-    return (
-        "<dl>" + "".join(f"<div><dt>{clean(name)}</dt><dd>{clean(value)}</dd></div>" for name, value in shown) + "</dl>"
+    items = (
+        f"<div><dt>{clean(name)}</dt><dd>{clean(value)}</dd></div>" for name, value in rows if value not in (None, "")
     )
+    return f"<dl>{''.join(items)}</dl>"
 
 
 def section(title: str, body: str, *, note: str = "") -> str:
-    """A titled part of the page; `note` stands small under the title."""
+    """A titled part of the page; `note` is small text under the title."""
     below = f'<p class="note">{clean(note)}</p>' if note else ""
     return f"<section><h2>{clean(title)}</h2>{below}{body}</section>"
 
 
 def missing(what: str, command: str) -> str:
-    """A line for what is not there yet, with the command that makes it."""
+    """A line about something that is missing, with the command that makes it."""
     return f'<p class="missing">{clean(what)} <code>{clean(command)}</code> makes it.</p>'
 
 

@@ -18,11 +18,11 @@ from llmjax.run import workdir as workdirs
 MARKS = {"restart": "restarted", "skipped": "steps skipped, not finite"}
 SPLITS = ("train", "validation", "test")
 OPERATIONS = 15  # rows of the profile's table
-SMOOTHED_FROM = 100  # points of a curve: the mean goes over this fraction of them, so over one where there are fewer
+SMOOTHED_FROM = 100  # number of points from which a curve is smoothed, over one point in as many
 
 
 def write_report(workdir: epath.PathLike) -> epath.Path:
-    """Make WORKDIR/report.html from the run's files and return its path; a part whose files are absent says so."""
+    """Write WORKDIR/report.html from the run's files and return its path; a part whose files are missing says so."""
     run = read(workdir)
     parts = (header, headline, learning, speed, profile, summary, data, evaluation, samples, config, footer)
     path = run.workdir / workdirs.REPORT
@@ -31,21 +31,22 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
 
 
 def header(run: RunFiles) -> str:
+    """Name of the run, progress, size, devices and start."""
     about = run.run or {}
-    told = [
+    facts = [
         f"step {count(run.metrics[-1]['step'])} of {count(_steps(run))}" if run.metrics and _steps(run) else None,
         f"{figure(about['parameters'])} parameters" if "parameters" in about else None,
         f"{about['num_devices']} x {about['device']}" if "device" in about and "num_devices" in about else None,
         f"started {_moment(about['started'])}" if "started" in about else None,
     ]
-    return f"<header><h1>{clean(run.workdir.name)}</h1><p>{clean(' · '.join(filter(None, told)))}</p></header>"
+    return f"<header><h1>{clean(run.workdir.name)}</h1><p>{clean(' · '.join(filter(None, facts)))}</p></header>"
 
 
 def headline(run: RunFiles) -> str:
-    """Scores of the validation split, beside what compressors need for the same bytes, or beside guessing."""
+    """Scores of the validation split, compared with compressors or with the majority-class baseline."""
     scores = run.last_eval("validation")
     if scores is None:
-        return section("Validation", missing("No evaluation of the validation split yet.", _verb("eval", run)))
+        return section("Validation", missing("No evaluation of the validation split yet.", _command("eval", run)))
     total = scores["total"]
     bits = total["bits_per_byte"]
     facts = [
@@ -53,15 +54,15 @@ def headline(run: RunFiles) -> str:
         (f"{total['loss']:.4f}", "loss, nats per token"),
         (f"{total['perplexity']:,.2f}", "perplexity"),
     ]
-    shown = "".join(
+    facts_html = "".join(
         f'<div class="fact"><div class="big">{value}</div><div class="what">{what}</div></div>' for value, what in facts
     )
     if bits is None:
-        rows = [plot.Bar("this model", 100 * total["accuracy"], ours=True)]
+        rows = [plot.Bar("this model", 100 * total["accuracy"], highlight=True)]
         rows.append(plot.Bar("majority-class baseline", 100 * total["baseline_accuracy"]))
         title, bars = "Accuracy, higher is better", plot.bars(rows, label="Accuracy", unit="%")
     else:
-        rows = [plot.Bar("this model", bits, ours=True)]
+        rows = [plot.Bar("this model", bits, highlight=True)]
         rows += [plot.Bar(name, 8 * size / total["text_bytes"]) for name, size in compressors(run.manifest)]
         title, bars = "Bits per byte, lower is better", plot.bars(rows, label="Compression", unit="bits per byte")
     chart = f"<div><h3>{title}</h3>{bars}</div>"
@@ -70,14 +71,16 @@ def headline(run: RunFiles) -> str:
         f"{count(total['documents'])} documents, {count(total['text_bytes'])} bytes"
     )
     lossy = f'<p class="note">{clean(scores["note"])}</p>' if scores.get("note") else ""
-    return section("Validation", f'<div class="hero"><div class="facts">{shown}</div>{chart}</div>{lossy}', note=note)
+    return section(
+        "Validation", f'<div class="hero"><div class="facts">{facts_html}</div>{chart}</div>{lossy}', note=note
+    )
 
 
 def learning(run: RunFiles) -> str:
     """Loss of training and validation, learning rate and gradient norm."""
     title = "Learning"
     if not run.metrics:
-        return section(title, missing("No step was logged yet.", _verb("train", run)))
+        return section(title, missing("No step was logged yet.", _command("train", run)))
     marks, loss = _marks(run), run.curve("loss")
     if len(loss) > SMOOTHED_FROM:
         curves = [plot.Curve("training loss", loss, "faint"), plot.Curve("training loss, smoothed", _smooth(loss))]
@@ -98,7 +101,7 @@ def learning(run: RunFiles) -> str:
 
 
 def speed(run: RunFiles) -> str:
-    """Tokens a second and time spent waiting for data, over steps; MFU where the device's peak is known."""
+    """Tokens per second and time spent waiting for data, over steps; MFU if the device's peak is known."""
     if not run.metrics:
         return ""
     waits = dict(run.curve("data_wait_seconds"))
@@ -121,7 +124,7 @@ def speed(run: RunFiles) -> str:
 
 
 def profile(run: RunFiles) -> str:
-    """The operations of the profiler's trace that take the most time; empty where there is no trace."""
+    """The operations of the profiler's trace that take the most time; empty if there is no trace."""
     if run.profile is None:
         return ""
     total = run.profile.seconds
@@ -139,13 +142,12 @@ def profile(run: RunFiles) -> str:
 
 
 def summary(run: RunFiles) -> str:
-    """What ran: devices, mesh, model, optimizer, versions."""
+    """Devices, mesh, parameters, optimizer and versions of the run."""
     about = run.run
     if about is None:
-        return section("Run", missing("There is no run.json.", _verb("train", run)))
-    known = run.config or {}
-    train, rows = known.get("train", {}), known.get("data", {})
-    batch, seq_len = train.get("global_batch"), rows.get("seq_len")
+        return section("Run", missing("There is no run.json.", _command("train", run)))
+    settings = run.config or {}
+    batch, seq_len = settings.get("train", {}).get("global_batch"), settings.get("data", {}).get("seq_len")
     mesh = " x ".join(f"{axis} {size}" for axis, size in about.get("mesh", {}).items())
     versions = ", ".join(f"{name} {version}" for name, version in about.get("versions", {}).items())
     facts = pairs(
@@ -169,22 +171,24 @@ def summary(run: RunFiles) -> str:
     parts = [(name, count(size), f"{size / total:.1%}") for name, size in about.get("parameters_by_part", {}).items()]
     by_part = table(("Parameters", "count", "share"), parts) if parts else ""
     unsharded = "".join(f"<li>{clean(line)}</li>" for line in about.get("unsharded_params", []))
-    kept_whole = (
-        f"<details><summary>Parameters that stay unsharded</summary><ul>{unsharded}</ul></details>" if unsharded else ""
-    )
-    return section("Run", facts + by_part + kept_whole)
+    if unsharded:
+        unsharded = f"<details><summary>Parameters that stay unsharded</summary><ul>{unsharded}</ul></details>"
+    return section("Run", facts + by_part + unsharded)
 
 
 def data(run: RunFiles) -> str:
     """The token store by source and split, and how its documents were packed into rows."""
     parts = []
     if run.manifest is None:
-        parts.append(missing("There is no token store.", _verb("prepare", run)))
+        parts.append(missing("There is no token store.", _command("prepare", run)))
     else:
         tokenizer = run.manifest.get("tokenizer", {})
         facts = [
             ("tokenizer", f"{tokenizer.get('kind', '')}, {count(tokenizer.get('vocab_size'))} tokens"),
-            ("lossless", {True: "yes", False: "no"}.get(tokenizer.get("lossless"))),  # type: ignore[arg-type]
+            (
+                "lossless",
+                {True: "yes", False: "no"}.get(bool(tokenizer["lossless"])) if "lossless" in tokenizer else None,
+            ),
             ("Python", run.manifest.get("python")),
             ("corpus sha256", str(run.manifest.get("corpus_sha256") or "")[:16]),
             ("store fingerprint", str(run.manifest.get("fingerprint") or "")[:12]),
@@ -192,11 +196,11 @@ def data(run: RunFiles) -> str:
         head = ("Source", "split", "documents", "text bytes", "tokens", "bytes per token")
         parts += [pairs(facts), table(head, _splits(run.manifest), texts=2)]
     if run.data is None:
-        parts.append(missing("There is no data.json, which tells how rows are packed.", _verb("train", run)))
+        parts.append(missing("There is no data.json, which says how rows are packed.", _command("train", run)))
     else:
-        known = (run.config or {}).get("data", {})
+        settings = (run.config or {}).get("data", {})
         parts.append("<h3>Rows for training</h3>")
-        parts.append(pairs([("packing", known.get("packing")), ("tokens in a row", known.get("seq_len"))]))
+        parts.append(pairs([("packing", settings.get("packing")), ("tokens in a row", settings.get("seq_len"))]))
         columns = list(dict.fromkeys(column for source in run.data.values() for column in source))
         rows = [(name, *(_value(source.get(column)) for column in columns)) for name, source in run.data.items()]
         parts.append(table(("Source", *(column.replace("_", " ") for column in columns)), rows))
@@ -220,46 +224,46 @@ def evaluation(run: RunFiles) -> str:
             )
             rows.append((split, source, count(scores.get("step")), *scored, count(s["tokens"]), count(s["documents"])))
     head = ("Split", "source", "step", "loss", "perplexity", "bits per byte", "accuracy", "tokens", "documents")
-    body = table(head, rows, texts=2) if rows else missing("Nothing was evaluated yet.", _verb("eval", run))
+    body = table(head, rows, texts=2) if rows else missing("Nothing was evaluated yet.", _command("eval", run))
     return section("Evaluation", body)
 
 
 def samples(run: RunFiles) -> str:
-    """What the model writes."""
+    """Prompts and their continuations by the model."""
     if not run.samples:
         return section(
             "Samples",
-            missing("No samples yet: training ends with one for each of sample.prompts.", _verb("train", run)),
+            missing("No samples yet: training ends with one for each of sample.prompts.", _command("train", run)),
         )
-    drawn = []
+    figures = []
     for sample in run.samples:
-        prompt, text = sample.get("prompt", ""), sample.get("text", "")
-        told = ", ".join(f"{name} {_value(value)}" for name, value in sample.items() if name not in ("prompt", "text"))
-        drawn.append(
-            f"<figure><pre><mark>{clean(prompt)}</mark>{clean(text)}</pre><figcaption>{clean(told)}</figcaption></figure>"
-        )
-    return section("Samples", "".join(drawn), note="The prompt is in colour.")
+        text = f"<mark>{clean(sample.get('prompt', ''))}</mark>{clean(sample.get('text', ''))}"
+        fields = [f"{name} {_value(value)}" for name, value in sample.items() if name not in ("prompt", "text")]
+        figures.append(f"<figure><pre>{text}</pre><figcaption>{clean(', '.join(fields))}</figcaption></figure>")
+    return section("Samples", "".join(figures), note="The prompt is in colour.")
 
 
 def config(run: RunFiles) -> str:
     """The resolved config, folded."""
     if run.config is None:
-        return section("Config", missing("There is no config.json.", _verb("train", run)))
+        return section("Config", missing("There is no config.json.", _command("train", run)))
     text = clean(json.dumps(run.config, indent=2, ensure_ascii=False))
     return section("Config", f"<details><summary>The resolved config</summary><pre>{text}</pre></details>")
 
 
 def footer(run: RunFiles) -> str:
+    """The source of the numbers, and the files that could not be read."""
     broken = f" Not readable: {', '.join(run.unreadable)}." if run.unreadable else ""
     return f"<footer>Every number is from the files in {clean(run.workdir)}.{clean(broken)}</footer>"
 
 
 def _small_plots(run: RunFiles, plots: Iterable[tuple[str, Any, bool]], marks: list[plot.Mark]) -> str:
-    drawn = []
+    """Plots of (title, points or the name of a metric, whether y starts at 0)."""
+    parts = []
     for title, points, zero in plots:
         curve = plot.Curve(title, run.curve(points) if isinstance(points, str) else points)
-        drawn.append(f"<div><h3>{clean(title)}</h3>{plot.curves([curve], label=title, marks=marks, zero=zero)}</div>")
-    return f'<div class="plots">{"".join(drawn)}</div>'
+        parts.append(f"<div><h3>{clean(title)}</h3>{plot.curves([curve], label=title, marks=marks, zero=zero)}</div>")
+    return f'<div class="plots">{"".join(parts)}</div>'
 
 
 def _marks(run: RunFiles) -> list[plot.Mark]:
@@ -279,12 +283,10 @@ def _marks(run: RunFiles) -> list[plot.Mark]:
 def _splits(manifest: dict[str, Any]) -> Iterable[tuple]:
     for name, source in manifest.get("sources", {}).items():
         for split in SPLITS:
-            if isinstance(found := source.get(split), dict):
-                per_token = f"{found['text_bytes'] / found['tokens']:.2f}" if found["tokens"] else figure(None)
-                yield (
-                    *(name, split, count(found["documents"]), count(found["text_bytes"]), count(found["tokens"])),
-                    per_token,
-                )
+            if isinstance(counts := source.get(split), dict):
+                per_token = f"{counts['text_bytes'] / counts['tokens']:.2f}" if counts["tokens"] else figure(None)
+                numbers = (count(counts[field]) for field in ("documents", "text_bytes", "tokens"))
+                yield (name, split, *numbers, per_token)
 
 
 def _smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -292,7 +294,7 @@ def _smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _step_time(run: RunFiles) -> float:
-    """Seconds in steps: each line's mean times the steps since the line before it."""
+    """Seconds in steps: the mean of each line times the steps since the line before it."""
     before, total = 0, 0.0
     for step, seconds in run.curve("step_seconds"):
         total += seconds * (step - before)
@@ -317,7 +319,7 @@ def _percent(points: list[tuple[float, float]]) -> str | None:
 
 
 def _value(value: Any) -> str:
-    """A value of a file as it is shown: whole numbers grouped, fractions in five digits, texts as they are."""
+    """Format a value of a file: integers with separators, fractions with five digits, strings unchanged."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "" if value is None else str(value)
     return count(value) if value == int(value) else f"{value:.5g}"
@@ -327,6 +329,6 @@ def _moment(seconds: float) -> str:
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
-def _verb(verb: str, run: RunFiles) -> str:
-    config_file = "" if verb == "eval" or run.config else "--config=NAME "  # else it is in config.json
-    return f"llmjax {verb} {config_file}--workdir={run.workdir}"
+def _command(name: str, run: RunFiles) -> str:
+    config_file = "" if name == "eval" or run.config else "--config=NAME "  # otherwise config.json has it
+    return f"llmjax {name} {config_file}--workdir={run.workdir}"

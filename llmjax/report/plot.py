@@ -6,7 +6,7 @@ import math
 
 from llmjax.report.markup import clean, figure, figures
 
-LOG_FROM = 3  # times the lowest value: from there on a linear axis would press most of a curve flat
+LOG_FROM = 3  # quotient of highest and lowest value from which a linear axis would flatten most of a curve
 POINTS_SHOWN = 500  # a curve keeps the lowest and the highest point of each of half as many intervals
 BAR_WIDTH = 480
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 14, 34
@@ -32,16 +32,16 @@ class Mark:
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
-    """One row of a bar chart; `ours` puts it in the accent colour. `of`: the whole that the value is a part of."""
+    """One row of a bar chart; `highlight` gives it the accent colour. `of`: the total that the value is a part of."""
 
     label: str
     value: float
-    ours: bool = False
+    highlight: bool = False
     of: float | None = None
 
 
 def curves(
-    drawn: Sequence[Curve],
+    lines: Sequence[Curve],
     *,
     label: str,
     marks: Sequence[Mark] = (),
@@ -49,8 +49,8 @@ def curves(
     height: int = 220,
     zero: bool = False,
 ) -> str:
-    """An SVG of curves over steps. `zero` makes y start at 0; else y is logarithmic where it spans LOG_FROM times."""
-    finite = [(x, y) for curve in drawn for x, y in curve.points if math.isfinite(y)]
+    """An SVG of curves over steps. `zero`: y starts at 0; otherwise it is logarithmic if its range is wide."""
+    finite = [(x, y) for curve in lines for x, y in curve.points if math.isfinite(y)]
     if not finite:
         return f'<p class="missing">No finite value of {clean(label)} was logged.</p>'
     frame = _Frame.around(finite, width, height, zero)
@@ -58,7 +58,7 @@ def curves(
     for mark in marks:
         if frame.x0 <= mark.x <= frame.x1:
             parts.append(_mark(frame, mark))
-    for curve in drawn:
+    for curve in lines:
         parts.append(_dots(frame, curve) if curve.look == "dots" else _line(frame, curve))
         parts += [_broken(frame, x, y) for x, y in curve.points if not math.isfinite(y)]
     return _svg(parts, width, height, f"{label} over steps")
@@ -73,19 +73,19 @@ def bars(
     show: Callable[[float], str] = "{:.3f}".format,
 ) -> str:
     """An SVG of horizontal bars from 0, in the given order, each with its value; `names` is the labels' width."""
-    row_height, longest_name = 30, names // 7
-    longest = max(max(row.value, row.of or 0) for row in rows) or 1.0
+    row_height, max_characters = 30, names // 7
+    largest = max(max(row.value, row.of or 0) for row in rows) or 1.0
     parts = []
     for index, row in enumerate(rows):
         y = index * row_height
-        scale = (BAR_WIDTH - names - (64 if all(row.of is None for row in rows) else 110)) / longest
+        scale = (BAR_WIDTH - names - (64 if all(row.of is None for row in rows) else 110)) / largest
         length = max(scale * row.value, 1.0) if row.value else 0.0
-        ours = " ours" if row.ours else ""
+        ours = " ours" if row.highlight else ""
         whole, end, value = "", length, show(row.value)
         if row.of is not None:
             end, value = max(scale * row.of, length), f"{value} of {show(row.of)}"
             whole = f'<rect class="whole" x="{names}" y="{y + 6}" width="{end:.1f}" height="18" rx="3"/>'
-        label = row.label if len(row.label) <= longest_name else f"{row.label[: longest_name - 1]}…"
+        label = row.label if len(row.label) <= max_characters else f"{row.label[: max_characters - 1]}…"
         parts.append(
             f'<text class="name{ours}" x="{names - 12}" y="{y + 19}" text-anchor="end">{clean(label)}</text>{whole}'
             f'<rect class="bar{ours}" x="{names}" y="{y + 6}" width="{length:.1f}" height="18" rx="3"/>'
@@ -96,7 +96,7 @@ def bars(
 
 @dataclasses.dataclass(frozen=True)
 class _Frame:
-    """Where data lands on the paper."""
+    """Maps data to coordinates of the SVG."""
 
     x0: float
     x1: float
@@ -150,16 +150,16 @@ class _Frame:
         return "".join(parts)
 
 
-def ticks(low: float, high: float, wanted: int) -> list[float]:
-    """About `wanted` round numbers (1, 2 or 5 times a power of ten apart) within low..high."""
-    rough = (high - low) / max(wanted, 1)
+def ticks(low: float, high: float, target_count: int) -> list[float]:
+    """About `target_count` round numbers (1, 2 or 5 times a power of ten apart) within low..high."""
+    rough = (high - low) / max(target_count, 1)
     power = 10.0 ** math.floor(math.log10(rough))
     gap = next(power * m for m in (1, 2, 5, 10) if power * m >= rough * 0.999)
     return [round(i * gap, 12) for i in range(math.ceil(low / gap - 1e-9), math.floor(high / gap + 1e-9) + 1)]
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten within low..high, with 2 and 5 between them, or round numbers, where there are few."""
+    """Powers of ten within low..high, and their 2 and 5 fold or round numbers if those are few."""
     if high / low < 10:
         return [value for value in ticks(low, high, 5) if value > 0]
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -172,21 +172,21 @@ def thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     if len(points) <= POINTS_SHOWN:
         return list(points)
     size = math.ceil(len(points) / (POINTS_SHOWN / 2))
-    kept = []
+    extremes = []
     for start in range(0, len(points), size):
         interval = points[start : start + size]
-        kept += sorted({min(interval, key=lambda p: p[1]), max(interval, key=lambda p: p[1])})
-    return kept
+        extremes += sorted({min(interval, key=lambda p: p[1]), max(interval, key=lambda p: p[1])})
+    return extremes
 
 
 def smooth(points: Sequence[tuple[float, float]], window: float) -> list[tuple[float, float]]:
-    """Exponential mean over about `window` points, unbiased at the start; what is not finite is passed over."""
-    kept, total, weight, decay = [], 0.0, 0.0, 1 - 1 / max(window, 1)
+    """Exponential mean over about `window` points, unbiased at the start; values that are not finite are left out."""
+    means, total, weight, decay = [], 0.0, 0.0, 1 - 1 / max(window, 1)
     for x, y in points:
         if math.isfinite(y):
             total, weight = decay * total + y, decay * weight + 1
-            kept.append((x, total / weight))
-    return kept
+            means.append((x, total / weight))
+    return means
 
 
 def _line(frame: _Frame, curve: Curve) -> str:

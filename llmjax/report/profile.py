@@ -37,7 +37,7 @@ class Profile:
 
 
 def read_profile(workdir: epath.Path) -> Profile | None:
-    """The newest trace of WORKDIR/profile, None where there is none. Raises UserError where it is damaged."""
+    """The newest trace of WORKDIR/profile, None if there is none. Raises UserError if it is damaged."""
     paths = list((workdir / workdirs.PROFILE).glob("plugins/profile/*/*.trace.json.gz"))
     if not paths:
         return None
@@ -57,12 +57,12 @@ def operations(events: list[dict[str, Any]]) -> list[Operation]:
     for event in _operation_events(events):
         by_thread[event["pid"], event["tid"]].append(event)
     for thread in by_thread.values():
-        for event, own in _own_times(thread):
+        for event, time in _own_times(thread):
             name = event.get("args", {}).get("hlo_op", event["name"])
-            seconds[name] += own / 1e6
+            seconds[name] += time / 1e6
             counts[name] += 1
-    found = [Operation(name, seconds[name], counts[name]) for name in seconds]
-    return sorted(found, key=lambda operation: (-operation.seconds, operation.name))
+    totals = [Operation(name, seconds[name], counts[name]) for name in seconds]
+    return sorted(totals, key=lambda operation: (-operation.seconds, operation.name))
 
 
 def _operation_events(events: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -21,11 +21,11 @@ _BLOCKS = " \u2581▂▃▄▅▆▇█"  # a cell filled to 0, 1, ... 8 eighths
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """What the files hold at one time.
+    """The content of the files at one time.
 
-    stop      the step where training ends; 0 where config.json is absent
+    stop      the step at which training ends; 0 if there is no config.json
     evals     split -> scores of the newest evaluated step; `eval_step` is that step
-    holder    what lock.json says, None where no process uses the workdir
+    holder    the process in lock.json; None if no process uses the workdir
     """
 
     workdir: epath.Path
@@ -43,12 +43,13 @@ class Snapshot:
         return self.metrics[-1]["step"] if self.metrics else 0
 
     @property
-    def running(self) -> bool:
+    def is_running(self) -> bool:
+        """Whether a live process uses the workdir."""
         return self.holder is not None and self.holder.alive
 
 
 def read(workdir: epath.Path) -> Snapshot:
-    """Read the files of a run. Raises UserError where the folder is missing or a file is damaged."""
+    """Read the files of a run. Raises UserError if the folder is missing or a file is damaged."""
     if not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: no such folder; give the workdir of a run")
     train = (workdirs.read_json(workdir / workdirs.CONFIG) or {}).get("train")
@@ -96,7 +97,7 @@ def describe(snapshot: Snapshot, *, width: int = WIDTH) -> list[str]:
 
 
 def status(snapshot: Snapshot) -> str:
-    """Whether the run is alive, and where it stands otherwise."""
+    """Whether the run is running, finished or stopped, and at which step."""
     holder = snapshot.holder
     if holder is None:
         if snapshot.stop and snapshot.step >= snapshot.stop:
@@ -110,9 +111,9 @@ def status(snapshot: Snapshot) -> str:
 
 
 def seconds_left(snapshot: Snapshot) -> float:
-    """Time to the last step at the recent median time of a step; nan where the run is not running."""
+    """Time to the last step at the recent median time of a step; nan if the run is not running."""
     times = [line["step_seconds"] for line in snapshot.metrics if _is_number(line.get("step_seconds"))]
-    if not snapshot.running or not times:
+    if not snapshot.is_running or not times:
         return math.nan
     return statistics.median(times[-RECENT_LINES:]) * max(snapshot.stop - snapshot.step, 0)
 

@@ -1,4 +1,4 @@
-"""The config of a run: all sections, bound once and then passed on section by section."""
+"""The config of a run: all sections, bound once."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -20,13 +20,13 @@ from llmjax.parallel.mesh import MeshConfig, ParallelConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Length and shape of training.
+    """Length of training, and the shape of a step.
 
     steps         optimizer steps, and the horizon of every schedule
     stop_at       end the run at this step without touching the schedules; 0: at `steps`
-    global_batch  sequences in a step, over all devices
-    accumulation  microbatches that a step is cut into; gradients are summed and divided by the tokens once
-    loss_chunk    positions of a row whose logits exist at one time
+    global_batch  sequences of a step, over all devices
+    accumulation  microbatches of a step; their gradients are summed, and divided by the targets once
+    loss_chunk    positions of a row whose logits are in memory at one time
     z_loss        weight of log(normaliser)^2 in the loss
     log_every     steps between lines of metrics.jsonl
     max_skipped   consecutive non-finite steps that are skipped before the run stops
@@ -77,8 +77,7 @@ class SampleConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One run. `seed` keys parameters, data order, what an objective draws, and dropout; the sections are described by
-    their own classes."""
+    """One run. `seed` keys the initial parameters, the data order, the draws of objectives, and dropout."""
 
     seed: int = 0
     model: ModelConfig = DecoderConfig()
@@ -122,10 +121,10 @@ class RunConfig:
         for name, value in counts.items():
             if value < 0:
                 raise UserError(f"{name}={value}: must not be negative")
-        if self.seed >= 1 << 32:  # JAX's keys hold no more of it: a larger seed would repeat a smaller one's draws
+        if self.seed >= 1 << 32:  # JAX's keys have 32 bits: a larger seed would repeat the draws of a smaller one
             raise UserError(f"seed={self.seed}: must be below {1 << 32}")
         if self.train.stop_at > self.train.steps:
-            raise UserError(f"train.stop_at={self.train.stop_at} lies beyond train.steps={self.train.steps}: lower it")
+            raise UserError(f"train.stop_at={self.train.stop_at} is beyond train.steps={self.train.steps}: lower it")
         _check_profile(self.train)
         if self.objective.name not in self.model.objectives:
             raise UserError(
@@ -137,7 +136,7 @@ class RunConfig:
             if value != getattr(ObjectiveConfig, field) and not self.model.reads_source:
                 raise UserError(
                     f"objective.{field}={value!r}: model.family={self.model.family!r} has no decoder beside an "
-                    "encoder; leave it unset"
+                    "encoder; unset it"
                 )
         if self.train.global_batch % self.train.accumulation:
             raise UserError(
@@ -161,7 +160,7 @@ def _check_profile(train: TrainConfig) -> None:
 
 
 def resolve(file: str, overrides: Sequence[tuple[str, str]]) -> RunConfig:
-    """The config of `--config=FILE[:ARG]` with `--config.FIELD=TEXT` overrides, bound and checked."""
+    """The config of `--config=FILE[:ARG]` with `(FIELD, TEXT)` overrides."""
     return apply_overrides(read_file(file), overrides)
 
 
@@ -171,7 +170,7 @@ def read_file(file: str) -> dict[str, Any]:
 
 
 def files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The config files in a folder that train a model, by name: all but those of curation."""
+    """The config files of a folder, sorted by name, without those of curation."""
     paths = (path for path in sorted(folder.glob("*.py")) if path.stem != "__init__")
     return [path for path in paths if "curate" not in read_file(str(path))]
 
@@ -182,18 +181,18 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[tuple[str, str]]) 
 
 
 def to_json(config: RunConfig) -> dict[str, Any]:
-    """The resolved config as JSON would hold it (tuples become lists)."""
+    """The config as a JSON object: tuples become lists."""
     return json.loads(json.dumps(as_dict(config)))
 
 
 def objective(config: RunConfig, tokenizer: Tokenizer) -> Objective:
-    """The run's objective, over the tokenizer's ids and those that it adds to them."""
+    """The run's objective, with the tokenizer's ids and those that the objective adds."""
     start_id = config.model.decoder_start_id
     return open_objective(config.objective, tokenizer, seq_len=config.data.seq_len, start_id=start_id)
 
 
 def with_objective(config: RunConfig, objective: Objective) -> RunConfig:
-    """The config with what the model has to know of ids: how many there are, and which a decoder reads first."""
+    """The config with the ids of the model filled in: the vocabulary size, and the first id that a decoder reads."""
     if config.model.reads_source:
         config = dataclasses.replace(
             config, model=dataclasses.replace(config.model, start_id=objective.decoder_start_id)
@@ -202,18 +201,17 @@ def with_objective(config: RunConfig, objective: Objective) -> RunConfig:
 
 
 def flops_per_token(config: RunConfig, target_len: int) -> float:
-    """Model flops of one place of a row of the run's batches, `target_len` wide: the source that goes with it
-    included, where the model reads one."""
+    """Model FLOPs of one position of a row of `target_len` targets, its share of an encoder's source included."""
     lengths = {"target_len": target_len} if config.model.reads_source else {}
     return config.model.flops_per_token(config.data.seq_len, **lengths)
 
 
 def with_vocabulary(config: RunConfig, vocab_size: int) -> RunConfig:
-    """The config with the model's vocabulary filled in, or checked: ids of the tokenizer and of the objective."""
-    given = config.model.vocab_size
-    if given and given < vocab_size:
+    """The config with model.vocab_size filled in, or checked, for the ids of the tokenizer and of the objective."""
+    configured = config.model.vocab_size
+    if configured and configured < vocab_size:
         raise UserError(
-            f"model.vocab_size={given} is smaller than the {vocab_size} ids of the tokenizer and of "
-            f"objective.name={config.objective.name!r}: leave it 0 to take these"
+            f"model.vocab_size={configured} is smaller than the {vocab_size} ids of the tokenizer and of "
+            f"objective.name={config.objective.name!r}: set it to 0, which takes these"
         )
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=given or vocab_size))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=configured or vocab_size))

@@ -1,4 +1,4 @@
-"""The output of `llmjax inspect`: checkpoints and config of a run, read without device work."""
+"""The output of `llmjax inspect`: checkpoints and config of a run, read without devices."""
 
 from collections.abc import Iterator
 import json
@@ -20,13 +20,13 @@ from llmjax.run import workdir as workdirs
 def inspect(workdir: epath.PathLike) -> dict[str, Any]:
     """The run as plain JSON: its checkpoints (oldest first), damaged ones, config, token store and last logged step.
 
-    Of each checkpoint: step, fingerprint of parameters and optimizer state, data_state, tokens, and the fields in which
-    its config differs from WORKDIR/config.json. No array is read, so only damage of its meta is seen here.
-    Raises UserError where the folder holds no run.
+    A checkpoint has its step, the fingerprint of parameters and optimizer state, data_state, total_targets, and the
+    fields in which its config differs from WORKDIR/config.json. No array is read, so only damage of meta is noticed.
+    Raises UserError where the folder contains no run.
     """
     root = epath.Path(workdir)
     if not root.exists():
-        raise UserError(f"--workdir={root}: no such folder; `llmjax train --workdir={root}` makes it")
+        raise UserError(f"--workdir={root}: no such folder; `llmjax train --workdir={root}` creates it")
     config = workdirs.read_json(root / workdirs.CONFIG)
     good, damaged = _checkpoints(root / workdirs.CHECKPOINTS, config)
     store = epath.Path((config or {}).get("data", {}).get("store") or root / workdirs.STORE).expanduser()
@@ -44,12 +44,12 @@ def inspect(workdir: epath.PathLike) -> dict[str, Any]:
     }
 
 
-def describe(found: dict[str, Any]) -> str:
-    """The same for people: a table of checkpoints, the config in a few lines, and the next step."""
-    lines = [f"run {found['workdir']}", ""]
-    if found["checkpoints"]:
+def describe(run: dict[str, Any]) -> str:
+    """The result of `inspect` as text: a table of checkpoints, the config in a few lines, and the next step."""
+    lines = [f"run {run['workdir']}", ""]
+    if run["checkpoints"]:
         rows = [("step", "fingerprint", "next sample", "targets", "config")]
-        for item in found["checkpoints"]:
+        for item in run["checkpoints"]:
             state, changed = item["data_state"] or {}, item["config_differences"]
             rows.append(
                 (
@@ -57,29 +57,28 @@ def describe(found: dict[str, Any]) -> str:
                     item["fingerprint"][:16],
                     f"{state['next_sample']:,}" if "next_sample" in state else "?",
                     "?" if item["total_targets"] is None else f"{item['total_targets']:,}",
-                    ", ".join(changed) if changed else "as in config.json",
+                    ", ".join(changed) if changed else "same as config.json",
                 )
             )
         lines += _aligned(rows)
     else:
         lines.append("no checkpoint yet")
-    lines += [f"damaged: {item['path']}: {item['reason']}" for item in found["damaged"]]
-    if (last := found["last_logged"]) is not None:
+    lines += [f"damaged: {item['path']}: {item['reason']}" for item in run["damaged"]]
+    if (last := run["last_logged"]) is not None:
         lines += ["", f"last logged step {last['step']:,}" + (f", loss {last['loss']:.4f}" if "loss" in last else "")]
-    lines += ["", *_config_lines(found["config"])]
-    if (store := found["store"]) is not None:
+    lines += ["", *_config_lines(run["config"])]
+    if (store := run["store"]) is not None:
         lines.append(f"store: {store['path']}, {store['tokens']:,} tokens of {', '.join(store['sources'])}")
-    return "\n".join([*lines, "", f"next: {_next(found)}"])
+    return "\n".join([*lines, "", f"next: {_next(run)}"])
 
 
-def verify(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Read all of the token store of what `inspect` found, one split of a source after the other: each as source,
-    split, bytes and seconds, once its checksums were compared.
+def verify(run: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Verify the token store of a run (the result of `inspect`); yields source, split, bytes and seconds of each split.
 
     Raises UserError for the first damage, a tokenizer that is not the store's, and a run without a store.
     """
-    if (store := found["store"]) is None:
-        raise UserError(f"--workdir={found['workdir']}: no token store to verify; `llmjax prepare` makes it")
+    if (store := run["store"]) is None:
+        raise UserError(f"--workdir={run['workdir']}: no token store to verify; `llmjax prepare` creates it")
     if (manifest := prepare.read_manifest(store["path"])) is not None:
         prepare.check_store(store["path"], manifest)
     load_tokenizer(store["path"])  # compares its hash
@@ -91,7 +90,7 @@ def verify(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def describe_verified(part: dict[str, Any]) -> str:
-    """One of what `verify` gives, for people."""
+    """One result of `verify` as text."""
     rate = part["bytes"] / 1e6 / max(part["seconds"], 1e-6)
     return f"verified {part['source']}/{part['split']}: {part['bytes']:,} bytes, {rate:,.0f} MB/s"
 
@@ -133,7 +132,7 @@ def _store(path: epath.Path, manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _config_lines(config: dict[str, Any] | None) -> list[str]:
-    """Sections on a line each, leaves as field=value; empty ones are left out."""
+    """One line a section, with its fields as field=value; empty sections are omitted."""
     if config is None:
         return ["no config.json: nothing was trained yet"]
     scalars = {name: value for name, value in config.items() if not isinstance(value, dict)}
@@ -145,11 +144,11 @@ def _config_lines(config: dict[str, Any] | None) -> list[str]:
     ]
 
 
-def _next(found: dict[str, Any]) -> str:
-    where = found["workdir"]
-    if not found["checkpoints"]:
-        return f"llmjax train --config=FILE --workdir={where}"
-    return f"llmjax eval --workdir={where}   |   llmjax generate --workdir={where} --prompt='...'"
+def _next(run: dict[str, Any]) -> str:
+    workdir = run["workdir"]
+    if not run["checkpoints"]:
+        return f"llmjax train --config=FILE --workdir={workdir}"
+    return f"llmjax eval --workdir={workdir}   |   llmjax generate --workdir={workdir} --prompt='...'"
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:

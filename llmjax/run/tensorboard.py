@@ -1,7 +1,7 @@
 """Write TensorBoard events synchronously, without a background thread.
 
-tensorboardX's SummaryWriter writes from a thread of its own: on a full disk it prints a traceback there, and the caller
-waits for ever for its queue. Only its message types and its checksum are used here.
+tensorboardX's SummaryWriter writes from its own thread: on a full disk that thread prints a traceback, and the caller
+waits forever for its queue. Only its message types and its checksum are used here.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from llmjax import atomic
 
 
 class EventFile:
-    """One event file in `folder`. TensorBoard hides what earlier files hold from `purge_step` on.
+    """One event file in `folder`. TensorBoard hides the events of earlier files from `purge_step` on.
 
     Raises OSError naming the file where the disk is full.
     """
@@ -33,10 +33,12 @@ class EventFile:
         self._add(step=purge_step, session_log=SessionLog(status=SessionLog.START))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Write one event for each value."""
         for name, value in values.items():
             self._add(step=step, summary=scalar(name, value))
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
     def _add(self, **fields: Any) -> None:

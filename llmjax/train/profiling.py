@@ -25,10 +25,9 @@ def check_profile(train: TrainConfig, workdir: epath.Path) -> None:
 
 
 class Profiler:
-    """Traces the steps of `train.profile` on the primary process, to WORKDIR/profile; the others do nothing.
+    """Traces the steps of `train.profile` on the primary process, to WORKDIR/profile; other processes do nothing.
 
-    train      train.profile is (first step, number of steps), or () for no trace
-    next_step  the first step that this process runs; a window that starts before it loses its first steps
+    next_step  the first step that this process runs; steps of the window before it are not traced
     """
 
     def __init__(self, train: TrainConfig, workdir: epath.Path, next_step: int):
@@ -40,7 +39,7 @@ class Profiler:
             logger.info("train.profile=%s: these steps are done, so no trace is written", train.profile)
 
     def before_step(self, step: int, state: Any) -> None:
-        """Start the trace where it is due, once the device has finished the steps before."""
+        """Start the trace at the first step of the window, once the device has finished earlier steps."""
         if step not in self._window or self._first:
             return
         jax.block_until_ready(state)
@@ -50,7 +49,7 @@ class Profiler:
         self._first = step
 
     def after_step(self, step: int, state: Any) -> None:
-        """Write the trace after its last step, once the device has finished it."""
+        """Write the trace after the last step of the window, once the device has finished it."""
         if not self._first:
             return
         self._last = step
@@ -59,7 +58,7 @@ class Profiler:
             self.close()
 
     def close(self) -> None:
-        """Write an open trace and print where it is: the run may end inside the window.
+        """Write an open trace and log its folder; the run may end inside the window.
 
         The caller has waited for the last step, as training does when it reads that step's metrics.
         """

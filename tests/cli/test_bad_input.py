@@ -91,13 +91,16 @@ CONFIGS = {
     "unknown field": ({"train__stepz": 3}, "unknown config field 'train.stepz' (did you mean 'steps'?)"),
     "wrong type": ({"train__steps": "many"}, "train.steps='many': expected an integer"),
     "mesh and devices": ({"mesh__data": 3}, "needs 3 devices, but there are 8"),
-    "two free axes": ({"mesh__data": -1, "mesh__fsdp": -1}, "at most one is -1"),
+    "two free axes": ({"mesh__data": -1, "mesh__fsdp": -1}, "at most one of them to -1"),
     "batch and mesh": (
         {"train__global_batch": 12},
         "train.global_batch=12 is not divisible by mesh.data x mesh.fsdp = 8",
     ),
     "heads and mesh": ({"mesh__tensor": 8}, "mesh.tensor=8: must divide model.num_kv_heads=4"),
-    "heads and width": ({"model__num_heads": 5}, "model.num_kv_heads=4: must divide model.num_heads=5"),
+    "heads and width": (
+        {"model__num_heads": 5},
+        "model.num_heads=5: must divide model.embed=32, or set",
+    ),
     "learned positions": (
         {"model__positions": "learned", "model__max_positions": 32},
         "data.seq_len=64: the model has only model.max_positions=32 learned positions",
@@ -118,11 +121,11 @@ CONFIGS = {
     ),
     "rules that cut an array twice": (
         {"parallel__rules": str((*axes.DEFAULT_RULES, ("mlp", "fsdp")))},
-        "parallel.rules: 'fsdp' would cut two dimensions of (",
+        "parallel.rules: 'fsdp' would shard two dimensions of (",
     ),
     "prompt form of a causal model": (
         {"objective__prompt_form": "plain"},
-        "objective.prompt_form='plain': objective.name='causal' has no use for it, only prefix, span, ul2",
+        "objective.prompt_form='plain': objective.name='causal' does not use it, only prefix, span, ul2",
     ),
     "prompt form of one stack": (
         {"objective__name": "prefix", "objective__prompt_form": "plain"},
@@ -130,7 +133,7 @@ CONFIGS = {
     ),
     "store that is a file": ({"data__store": __file__}, "this is a file; give the folder of a token store"),
     "prompt that is no text": ({"sample__prompts": "(1, 2)"}, "sample.prompts: 1 is not a string"),
-    "special token in a prompt": ({"sample__prompts": "('<|im_start|>',)"}, "the text holds <|im_start|>"),
+    "special token in a prompt": ({"sample__prompts": "('<|im_start|>',)"}, "the text contains <|im_start|>"),
     "samples out of range": ({"sample__prompts": "('a',)", "sample__top_p": 2}, "top_p=2.0: must be above 0"),
 }
 
@@ -264,7 +267,7 @@ def test_prompt_with_an_unknown_special_token(refuse, run_copy):
 
 GENERATIONS = {
     "top_p": (["--prompt=a", "--top_p=1.5"], "top_p=1.5"),
-    "a prompt of other bytes": (["--prompt=\udcff"], "holds bytes that are no UTF-8"),
+    "a prompt of other bytes": (["--prompt=\udcff"], "contains bytes that are not UTF-8"),
     "more than memory holds": (["--prompt=a", f"--max_tokens={2**30}"], f"max_tokens={2**30}: out of memory"),
     "a mesh that was asked for": (["--prompt=a", "--config.mesh.tensor=3"], "3 does not divide the 8 devices"),
 }

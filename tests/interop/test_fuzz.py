@@ -13,7 +13,7 @@ from llmjax.errors import UserError
 from llmjax.interop import files, hf_checkpoint, mapping
 from llmjax.interop.hf_checkpoint import ARCHITECTURES
 from llmjax.models import registry
-from tests.interop import published
+from tests.interop import published, state_dicts
 
 VALUES = [
     *(
@@ -130,7 +130,7 @@ def test_damaged_headers(source, tensors, seed):
             if refused(lambda: files.read_header(path)):
                 continue
             compare_with_reference(path)
-            if not refused(lambda: table.check(hf_checkpoint.read(source).tensors)):
+            if not refused(lambda: table.check_tensors(hf_checkpoint.read(source).tensors)):
                 accepted += 1
                 back = published.read_tensors(source)
                 assert all(published.same_bits(back[name], tensor) for name, tensor in tensors.items())
@@ -147,7 +147,7 @@ def test_damaged_indexes(source, tensors, seed):
     try:
         for _ in range(60):
             path.write_bytes(damage(rng, whole))
-            if not refused(lambda: table.check(hf_checkpoint.read(source).tensors)):
+            if not refused(lambda: table.check_tensors(hf_checkpoint.read(source).tensors)):
                 back = published.read_tensors(source)
                 assert all(published.same_bits(back[name], tensor) for name, tensor in tensors.items())
     finally:
@@ -156,15 +156,15 @@ def test_damaged_indexes(source, tensors, seed):
 
 def import_tensors(source) -> dict[str, np.ndarray]:
     """The tensors of a folder after one way through our parameters, as an import reads and an export writes them."""
-    found = hf_checkpoint.read(source)
-    config = bind(registry.config_class(found.family), found.read_model(), "model")
-    rules = found.architecture.rules(config)
+    checkpoint = hf_checkpoint.read(source)
+    config = bind(registry.config_class(checkpoint.family), checkpoint.read_model(), "model")
+    rules = checkpoint.architecture.rules(config)
     table = mapping.ParamMapping(rules, config)
-    table.check(found.tensors)
-    table.check_copies(found.tensors)
+    table.check_tensors(checkpoint.tensors)
+    table.check_aliases(checkpoint.tensors)
     whole = {name: tuple(slice(0, size) for size in leaf.shape) for name, leaf in table.shapes.items()}
-    params = table.tree({name: table.read(name, index, found.tensors) for name, index in whole.items()})
-    return mapping.dump(rules, params, config)
+    params = table.unflatten({name: table.read(name, index, checkpoint.tensors) for name, index in whole.items()})
+    return state_dicts.dump(rules, params, config)
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -14,6 +14,7 @@ from llmjax.interop.hf_checkpoint import Fp8Blocks, Mxfp4
 from llmjax.interop.moe import ARCHITECTURES
 from llmjax.models import registry
 from llmjax.models.moe import MoeConfig
+from tests.interop import state_dicts
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
 GPT_OSS = MoeConfig(
@@ -30,7 +31,7 @@ GPT_OSS = MoeConfig(
     attention_sinks=True,
     biases="all",
     window=4,
-    pattern="lg",
+    attention_pattern="lg",
     expert_activation="clamped_swiglu",
     max_positions=64,
 )
@@ -100,22 +101,21 @@ def state_of(config: MoeConfig, architecture) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     shapes = registry.abstract(config)[1]
     params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
-    return mapping.dump(architecture.rules(config), params, config)
+    return state_dicts.dump(architecture.rules(config), params, config)
 
 
 def read(to) -> tuple[MoeConfig, dict]:
     """What `llmjax import` reads."""
-    found = hf_checkpoint.read(to)
-    config = bind(MoeConfig, found.architecture.read_config(found.hf), "model")
-    table = mapping.ParamMapping(found.architecture.rules(config), config)
-    table.check(found.tensors)
+    checkpoint = hf_checkpoint.read(to)
+    config = bind(MoeConfig, checkpoint.architecture.read_config(checkpoint.hf), "model")
+    table = mapping.ParamMapping(checkpoint.architecture.rules(config), config)
+    table.check_tensors(checkpoint.tensors)
     everything = {name: tuple(slice(0, size) for size in leaf.shape) for name, leaf in table.shapes.items()}
-    return config, {name: table.read(name, index, found.tensors) for name, index in everything.items()}
+    return config, {name: table.read(name, index, checkpoint.tensors) for name, index in everything.items()}
 
 
 def expected_of(config: MoeConfig, architecture, state) -> dict[str, np.ndarray]:
-    rules = architecture.rules(config)
-    return mapping.ParamMapping(rules, config).flat(mapping.load(rules, state, config))
+    return mapping.flatten(state_dicts.load(architecture.rules(config), state, config))
 
 
 def test_mxfp4_on_disk(tmp_path):
@@ -130,9 +130,9 @@ def test_mxfp4_on_disk(tmp_path):
     hf = architecture.write_config(GPT_OSS) | {"architectures": ["GptOssForCausalLM"]}
     hf["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
     write(tmp_path / "in", disk, hf)
-    config, found = read(tmp_path / "in")
+    config, params = read(tmp_path / "in")
     for name, tensor in expected_of(config, architecture, meant).items():
-        np.testing.assert_array_equal(found[name], tensor, err_msg=name)
+        np.testing.assert_array_equal(params[name], tensor, err_msg=name)
 
 
 def test_fp8_on_disk_and_the_layer_that_is_left_out(tmp_path):
@@ -147,13 +147,13 @@ def test_fp8_on_disk_and_the_layer_that_is_left_out(tmp_path):
     disk["model.layers.61.enorm.weight"] = np.ones(24, np.float32)
     hf = architecture.write_config(DEEPSEEK) | {"architectures": ["DeepseekV3ForCausalLM"], "quantization_config": FP8}
     write(tmp_path / "in", disk, hf | {"num_nextn_predict_layers": 1})
-    config, found = read(tmp_path / "in")
+    config, params = read(tmp_path / "in")
     for name, tensor in expected_of(config, architecture, meant).items():
-        np.testing.assert_array_equal(found[name], tensor, err_msg=name)
+        np.testing.assert_array_equal(params[name], tensor, err_msg=name)
 
 
 UNPACKED = {
-    "F8_E4M3": (FP8, ml_dtypes.float8_e4m3fn, "F8_E4M3 without w_scale_inv; read are F32, BF16, F16"),
+    "F8_E4M3": (FP8, ml_dtypes.float8_e4m3fn, "F8_E4M3 without w_scale_inv; supported are F32, BF16, F16"),
     "F8_E5M2": (FP8, ml_dtypes.float8_e5m2, "F8_E5M2 without w_scale_inv"),
     "I8": (FP8, np.int8, "I8 without w_scale_inv"),
     "U8": ({"quant_method": "mxfp4"}, np.uint8, "U8 without w_blocks and w_scales"),

@@ -20,15 +20,11 @@ MESHES = {
 }
 
 
-def quiet(line: str) -> None:
-    pass
-
-
 def round_trip(source, tmp_path, overrides=(), **options):
     workdir = epath.Path(tmp_path / "run")
-    found = importing.import_checkpoint(source, workdir, overrides=list(overrides), say=quiet)
-    made = exporting.export(workdir, tmp_path / "out", say=quiet, **options)
-    return found, made, published.read_tensors(tmp_path / "out")
+    imported = importing.import_checkpoint(source, workdir, overrides=list(overrides))
+    exported = exporting.export(workdir, tmp_path / "out", **options)
+    return imported, exported, published.read_tensors(tmp_path / "out")
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -36,9 +32,9 @@ def test_llama_comes_back_bit_by_bit(tmp_path, mesh):
     tensors = published.random_tensors(published.llama_shapes())
     source = published.write_folder(tmp_path / "in", published.LLAMA, tensors, limit=20_000)
     assert len(list(source.glob("model-*.safetensors"))) > 3
-    found, made, back = round_trip(source, tmp_path, MESHES[mesh], max_shard_bytes=30_000)
-    assert len(made.files) > 3 and (tmp_path / "out" / "model.safetensors.index.json").exists()
-    assert found.parameters == sum(tensor.size for tensor in tensors.values())
+    imported, exported, back = round_trip(source, tmp_path, MESHES[mesh], max_shard_bytes=30_000)
+    assert len(exported.files) > 3 and (tmp_path / "out" / "model.safetensors.index.json").exists()
+    assert imported.parameters == sum(tensor.size for tensor in tensors.values())
     assert set(back) == set(tensors)
     assert all(published.same_bits(back[name], tensor) for name, tensor in tensors.items())
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -55,8 +51,8 @@ def test_bfloat16_comes_back_bit_by_bit(tmp_path):
 def test_gpt2_as_first_published(tmp_path):
     tensors = published.random_tensors(published.gpt2_shapes())
     source = published.write_folder(tmp_path / "in", published.GPT2, tensors)
-    _, made, back = round_trip(source, tmp_path)
-    assert made.architecture == "GPT2LMHeadModel"
+    _, exported, back = round_trip(source, tmp_path)
+    assert exported.architecture == "GPT2LMHeadModel"
     kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(".attn.bias")}
     assert set(back) == {f"transformer.{name}" for name in kept}
     assert all(published.same_bits(back[f"transformer.{name}"], tensor) for name, tensor in kept.items())
@@ -90,7 +86,10 @@ BAD = {
         lambda t: _without(t, "model.layers.1.mlp.up_proj.weight"),
         r"model\.layers\.1\.mlp\.up_proj\.weight is missing; expected shape \[48, 32\]",
     ),
-    "extra": (lambda t: t | {"model.extra": np.ones((2, 3), np.float32)}, r"model\.extra of shape \[2, 3\] has no"),
+    "extra": (
+        lambda t: t | {"model.extra": np.ones((2, 3), np.float32)},
+        r"model\.extra of shape .* belongs to no",
+    ),
     "shape": (
         lambda t: t | {"model.norm.weight": np.ones(33, np.float32)},
         r"model\.norm\.weight has shape \[33\]; expected \[32\]",
@@ -105,7 +104,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, case):
     tensors = change(published.random_tensors(published.llama_shapes()))
     source = published.write_folder(tmp_path / "in", published.LLAMA, tensors)
     with pytest.raises(UserError, match=message):
-        importing.import_checkpoint(source, epath.Path(tmp_path / "run"), say=quiet)
+        importing.import_checkpoint(source, epath.Path(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -113,7 +112,7 @@ BAD_CONFIG = {
     "architecture": ({"architectures": ["LlamaForCausalLn"]}, r"LlamaForCausalLn \(did you mean 'LlamaForCausalLM'"),
     "field": ({"mlp_bias": True}, r"mlp_bias=True is not supported"),
     "unknown field": ({"wild_new_thing": 3}, r"wild_new_thing=3 is not a known field"),
-    "quantised": ({"quantization_config": {"quant_method": "gguf"}}, r"quant_method='gguf' cannot be unpacked"),
+    "quantised": ({"quantization_config": {"quant_method": "gguf"}}, r"quant_method='gguf' is not supported"),
 }
 
 
@@ -123,7 +122,7 @@ def test_configs_that_cannot_be_honoured_are_refused(tmp_path, case):
     tensors = published.random_tensors(published.llama_shapes())
     source = published.write_folder(tmp_path / "in", {**published.LLAMA, **change}, tensors)
     with pytest.raises(UserError, match=message):
-        importing.import_checkpoint(source, epath.Path(tmp_path / "run"), say=quiet)
+        importing.import_checkpoint(source, epath.Path(tmp_path / "run"))
 
 
 MALFORMED = {
@@ -186,10 +185,10 @@ def test_values_of_a_wrong_kind_are_one_line(tmp_path, words):
     base = base or {size: published.LLAMA[size] for size in sizes}
     hf = {**base, "architectures": [name], **change}
     source = published.write_folder(tmp_path / "in", hf, published.random_tensors({"x": (1,)}))
-    with pytest.raises(UserError) as told:
-        importing.import_checkpoint(source, epath.Path(tmp_path / "run"), say=quiet)
-    said = str(told.value)
-    assert "\n" not in said and "config.json" in said and words in said
+    with pytest.raises(UserError) as error:
+        importing.import_checkpoint(source, epath.Path(tmp_path / "run"))
+    message = str(error.value)
+    assert "\n" not in message and "config.json" in message and words in message
 
 
 def test_a_shard_that_is_missing_is_named(tmp_path):
@@ -198,7 +197,7 @@ def test_a_shard_that_is_missing_is_named(tmp_path):
     gone = sorted(source.glob("model-*"))[1]
     gone.unlink()
     with pytest.raises(UserError, match=gone.name):
-        importing.import_checkpoint(source, epath.Path(tmp_path / "run"), say=quiet)
+        importing.import_checkpoint(source, epath.Path(tmp_path / "run"))
 
 
 def test_a_file_that_is_cut_short_is_named(tmp_path):
@@ -207,13 +206,13 @@ def test_a_file_that_is_cut_short_is_named(tmp_path):
     path = source / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match="the file ends before tensor"):
-        importing.import_checkpoint(source, epath.Path(tmp_path / "run"), say=quiet)
+        importing.import_checkpoint(source, epath.Path(tmp_path / "run"))
 
 
 def test_the_padding_of_the_vocabulary_is_zero(tmp_path):
     tensors = published.random_tensors(published.llama_shapes())
     source = published.write_folder(tmp_path / "in", published.LLAMA, tensors)
-    importing.import_checkpoint(source, epath.Path(tmp_path / "run"), say=quiet)
+    importing.import_checkpoint(source, epath.Path(tmp_path / "run"))
     with loading.load(epath.Path(tmp_path / "run")) as loaded:
         params = loaded.params
     table, head = np.asarray(params["embed"]["table"]), np.asarray(params["head"])
@@ -229,7 +228,7 @@ def test_from_import_to_training_to_export(tmp_path, capsys):
     run, corpus = str(tmp_path / "run"), jobs.write_corpus(tmp_path / "corpus")
     assert main.run(["import", f"--from={source}", f"--workdir={run}"]) == 0
     assert "next: llmjax generate" in capsys.readouterr().out
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already contains a run"):
         main.run(["import", f"--from={source}", f"--workdir={run}"])
     generate = ["generate", f"--workdir={run}", "--prompt=def main(", "--max_tokens=5", "--temperature=0"]
     assert main.run(generate) == 0
@@ -254,7 +253,7 @@ def test_from_import_to_training_to_export(tmp_path, capsys):
     assert set(back) == set(tensors) and {tensor.dtype for tensor in back.values()} == {published.BFLOAT16}
     moved = np.abs(back["model.norm.weight"].astype(np.float32) - tensors["model.norm.weight"]).max()
     assert 0 < moved < 0.1
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         main.run(["export", f"--workdir={run}", f"--to={to}"])
     # a config file brings everything but model and tokenizer
     config = [f"--config={jobs.ROOT / 'configs' / 'quickstart.py'}", "--config.train.steps=3"]
@@ -283,14 +282,14 @@ def test_a_run_of_our_own_is_exported(tmp_path, kind):
     config = f"--config={jobs.ROOT / 'configs' / 'quickstart.py'}"
     overrides = [f"--config.{name}={value}" for name, value in settings.items()]
     assert main.run(["train", config, f"--workdir={run}", *overrides]) == 0
-    made = exporting.export(epath.Path(run), tmp_path / "out", say=quiet)
-    assert made.parameters == "EMA of the parameters"
+    exported = exporting.export(epath.Path(run), tmp_path / "out")
+    assert exported.parameters == "EMA of the parameters"
     hf = json.loads((tmp_path / "out" / "config.json").read_text())
     assert hf["max_position_embeddings"] == 128
     if kind == "bytes":
-        assert made.tokenizer.startswith("no tokenizer") and not (tmp_path / "out" / "tokenizer.json").exists()
+        assert exported.tokenizer.startswith("no tokenizer") and not (tmp_path / "out" / "tokenizer.json").exists()
         return
-    assert "the same ids" in made.tokenizer and hf["eos_token_id"] == 3
+    assert "the same ids" in exported.tokenizer and hf["eos_token_id"] == 3
     with loading.load(epath.Path(run)) as loaded:
         params = loaded.params
     scale = published.read_tensors(tmp_path / "out")["model.norm.weight"]

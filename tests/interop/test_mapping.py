@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 
 from llmjax.errors import UserError
-from llmjax.interop import exporting, mapping
+from llmjax.interop import exporting
 from llmjax.interop.hf_checkpoint import ARCHITECTURES
-from llmjax.interop.mapping import InMemory, ParamMapping, Rule
+from llmjax.interop.mapping import ParamMapping, Rule
 from llmjax.models import registry
 from llmjax.models.decoder_config import DecoderConfig
 from llmjax.run import config as run_config
 from tests import jobs
-from tests.interop import published
+from tests.interop import published, state_dicts
+from tests.interop.state_dicts import InMemory
 
 CONFIG = DecoderConfig(vocab_size=300, embed=32, num_layers=3, num_heads=4, num_kv_heads=2, mlp=48, max_positions=64)
 RULES = ARCHITECTURES["LlamaForCausalLM"].rules(CONFIG)
@@ -34,9 +35,9 @@ def test_parts_of_parameters_equal_parts_of_the_whole():
 
 def test_load_and_dump_are_inverse():
     tensors = published.random_tensors(published.llama_shapes())
-    params = mapping.load(RULES, tensors, CONFIG)
+    params = state_dicts.load(RULES, tensors, CONFIG)
     assert jax.tree.map(lambda x: x.shape, params) == jax.tree.map(lambda x: x.shape, registry.abstract(CONFIG)[1])
-    back = mapping.dump(RULES, params, CONFIG)
+    back = state_dicts.dump(RULES, params, CONFIG)
     assert set(back) == set(tensors)
     assert all(published.same_bits(back[name], tensor) for name, tensor in tensors.items())
 
@@ -44,22 +45,22 @@ def test_load_and_dump_are_inverse():
 def test_scan_makes_no_difference():
     unrolled = dataclasses.replace(CONFIG, scan=False)
     tensors = published.random_tensors(published.llama_shapes())
-    one, other = (mapping.load(RULES, tensors, config) for config in (CONFIG, unrolled))
+    one, other = (state_dicts.load(RULES, tensors, config) for config in (CONFIG, unrolled))
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), one, other))
 
 
 def test_layers_may_bear_other_numbers_or_have_no_tensor():
     """Here the first layer has no feed-forward norm on disk, and the others are counted from 10."""
     name = "model.layers.{layer}.post_attention_layernorm.weight"
-    rules = [dataclasses.replace(r, layers=(None, 10, 11), fill=7.0) if r.hf_name == name else r for r in RULES]
+    rules = [dataclasses.replace(r, layers=(None, 10, 11), default=7.0) if r.hf_name == name else r for r in RULES]
     tensors = published.random_tensors(published.llama_shapes())
     moved = {old: tensors.pop(name.format(layer=old)) for old in range(3)}
     tensors |= {name.format(layer=9 + old): moved[old] for old in (1, 2)}
-    params = mapping.load(rules, tensors, CONFIG)
+    params = state_dicts.load(rules, tensors, CONFIG)
     scale = np.asarray(params["blocks"]["mlp_norm"]["scale"])
     np.testing.assert_array_equal(scale[0], 7.0)
     np.testing.assert_array_equal(scale[1:], [moved[1], moved[2]])
-    back = mapping.dump(rules, params, CONFIG)
+    back = state_dicts.dump(rules, params, CONFIG)
     assert set(back) == set(tensors)
 
 
@@ -67,7 +68,7 @@ def test_layers_may_bear_other_numbers_or_have_no_tensor():
 def test_rules_that_are_wrong_are_found(change):
     rules = {
         "unknown": [*RULES, Rule("x", ("blocks.nothing",))],
-        "twice": [*RULES, dataclasses.replace(RULES[0], hf_name="x", copies=())],
+        "twice": [*RULES, dataclasses.replace(RULES[0], hf_name="x", aliases=())],
         "forgotten": RULES[1:],
     }[change]
     with pytest.raises(AssertionError):
@@ -115,13 +116,13 @@ IDLE = {
     "the same of an encoder": ("bert", {"base_embed": 64}),
     "the same of an encoder-decoder": ("t5", {"base_embed": 64}),
     "the same of a mixture": ("mixtral", {"base_embed": 64}),
-    "a pattern without a window": ("llama", {"window": 0, "pattern": "lg"}),
-    "a pattern written out": ("qwen3", {"window": 16, "pattern": "lglg"}),
-    "a window of no layer": ("qwen3", {"window": 16, "pattern": "g"}),
+    "a pattern without a window": ("llama", {"window": 0, "attention_pattern": "lg"}),
+    "a pattern written out": ("qwen3", {"window": 16, "attention_pattern": "lglg"}),
+    "a window of no layer": ("qwen3", {"window": 16, "attention_pattern": "g"}),
     "a pattern of gpt-oss without a window": ("gpt_oss", {"window": 0}),
     "a rotary base with learned positions": ("gpt2", {"rope_base": 5e5}),
-    "rotary bases of a BERT": ("bert", {"rope_base": 5e5, "rope_local_base": 5e5, "global_every": 5}),
-    "a period without a window": ("modernbert", {"window": 0, "global_every": 5}),
+    "a rotary base of a BERT": ("bert", {"rope_base": 5e5, "attention_pattern": "gllll"}),
+    "a pattern of ModernBERT without a window": ("modernbert", {"window": 0, "rope_local_base": 0.0}),
     "bounds of YaRN that 0 leaves to the paper": (
         "llama",
         {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original": 64},
@@ -138,16 +139,18 @@ def test_fields_without_effect_keep_nothing_from_export(case):
 def test_fields_with_effect_still_do():
     with pytest.raises(UserError, match=r"model\.parametrization='mup'"):
         exporting.choose(_recipe("llama", parametrization="mup", base_embed=64))
-    for changes in ({"pattern": "gl"}, {"window": 8}, {"window": 0}, {"pattern": "g"}):
-        model = _recipe("qwen3", window=16, pattern="lg")
+    for changes in ({"attention_pattern": "gl"}, {"window": 8}, {"window": 0}, {"attention_pattern": "g"}):
+        model = _recipe("qwen3", window=16, attention_pattern="lg")
         other = dataclasses.asdict(dataclasses.replace(model, **changes))
-        assert "cannot express" in exporting._difference(model, other, ())
+        assert "cannot express" in exporting._first_difference(model, other, ())
 
 
 def test_a_field_that_is_off_is_no_size():
     """0 stands for `none` in a window: a class that always has one does not express it."""
     windowed = dataclasses.replace(CONFIG, window=16)
-    assert exporting._difference(dataclasses.replace(CONFIG, window=0), {**dataclasses.asdict(windowed)}, ()) != ""
+    assert (
+        exporting._first_difference(dataclasses.replace(CONFIG, window=0), {**dataclasses.asdict(windowed)}, ()) != ""
+    )
 
 
 def test_a_model_that_no_class_expresses_is_refused_by_field():

@@ -19,28 +19,24 @@ WORDS = ["<unk>", "<s>", "</s>", "<|eot|>", "\u2581hello", "\u2581world", "\u258
 UNK, BOS, EOS, EOT, HELLO, WORLD, USER, COMMA, SPACE, BARE_HELLO, BARE_WORLD = range(11)
 
 
-def quiet(line: str) -> None:
-    pass
-
-
 def make_tokenizer(scheme: str = "always", frame: str = "", special=("<unk>", "<s>", "</s>", "<|eot|>")):
     """Unigram pieces behind space marks. frame: "" for no post-processor, else a template such as "<s> $A"."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-    made = Tokenizer(models.Unigram([(piece, -1.0) for piece in WORDS], unk_id=UNK))
-    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=True)  # type: ignore[assignment]
-    made.decoder = decoders.Metaspace(prepend_scheme=scheme)  # type: ignore[assignment]
-    made.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in special])
+    tokenizer = Tokenizer(models.Unigram([(piece, -1.0) for piece in WORDS], unk_id=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=True)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)  # type: ignore[assignment]
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in special])
     if frame:
         used = [(name, WORDS.index(name)) for name in frame.split() if name != "$A"]
-        made.post_processor = processors.TemplateProcessing(single=frame, special_tokens=used)  # type: ignore[assignment]
-    return made
+        tokenizer.post_processor = processors.TemplateProcessing(single=frame, special_tokens=used)  # type: ignore[assignment]
+    return tokenizer
 
 
-def write(folder, made=None, **files):
+def write(folder, tokenizer=None, **files):
     """A folder with a tokenizer and the JSON files NAME=CONTENT."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.json").write_text((made or make_tokenizer()).to_str())
+    (folder / "tokenizer.json").write_text((tokenizer or make_tokenizer()).to_str())
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     return folder
@@ -53,7 +49,7 @@ def read(folder, hf=None, num_rows=None):
     return settings, read_tokenizer("huggingface", content, settings=settings)
 
 
-def write_chain(folder, follows: dict[int, int], made, **files):
+def write_chain(folder, follows: dict[int, int], tokenizer, **files):
     """A Llama whose next token depends on the last one alone: follows[last], or last itself."""
     vocab = files.pop("vocab", len(WORDS))
     embed = np.eye(vocab, 16, dtype=np.float32)
@@ -68,7 +64,7 @@ def write_chain(folder, follows: dict[int, int], made, **files):
     hf = {**published.LLAMA, **sizes, **heads, **files.pop("config", {})}
     for name in [name for name, value in hf.items() if value is None]:
         del hf[name]
-    write(folder, made, config=hf, **files)
+    write(folder, tokenizer, config=hf, **files)
     published.write_tensors(folder, tensors)
     return folder
 
@@ -116,9 +112,9 @@ ENDS = {
 @pytest.mark.parametrize("case", ENDS)
 def test_the_files_say_where_a_text_ends(tmp_path, case):
     files, expected = ENDS[case]
-    settings, made = read(write(tmp_path, **files))
+    settings, tokenizer = read(write(tmp_path, **files))
     assert (settings.stop_ids, settings.eos_id) == expected
-    assert (made.stop_ids, made.eos_id) == expected
+    assert (tokenizer.stop_ids, tokenizer.eos_id) == expected
 
 
 def test_the_template_says_where_a_text_ends_where_no_file_does(tmp_path):
@@ -151,9 +147,9 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_values_of_a_wrong_kind_are_one_line(tmp_path, case):
     files, message = BAD[case]
-    with pytest.raises(UserError, match=message) as told:
+    with pytest.raises(UserError, match=message) as error:
         read(write(tmp_path, **files))
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 FRAMES = {
@@ -172,23 +168,23 @@ FRAMES = {
 def test_what_is_put_around_a_prompt(tmp_path, case):
     frame, config, expected = FRAMES[case]
     config = {"bos_token": "<s>", "eos_token": "</s>", **config}
-    settings, made = read(write(tmp_path, make_tokenizer(frame=frame), tokenizer_config=config))
-    assert made.prompt_frame == (settings.prefix, settings.suffix) == expected
-    assert made.bos_id == (BOS if expected[0] else None)
+    settings, tokenizer = read(write(tmp_path, make_tokenizer(frame=frame), tokenizer_config=config))
+    assert tokenizer.prompt_frame == (settings.prefix, settings.suffix) == expected
+    assert tokenizer.bos_id == (BOS if expected[0] else None)
 
 
 @pytest.mark.parametrize(("scheme", "expected"), [("first", BARE_WORLD), ("always", WORLD)])
 def test_text_behind_a_special_token_begins_as_the_scheme_says(tmp_path, scheme, expected):
-    _, made = read(write(tmp_path, make_tokenizer(scheme), config={"eos_token_id": EOS}))
-    assert encode_prompt(made, "hello<|eot|>world").tolist() == [HELLO, EOT, expected]
-    assert made.encode_batch(["<s>"])[0].tolist() != [BOS]  # documents never hold special tokens
+    _, tokenizer = read(write(tmp_path, make_tokenizer(scheme), config={"eos_token_id": EOS}))
+    assert encode_prompt(tokenizer, "hello<|eot|>world").tolist() == [HELLO, EOT, expected]
+    assert tokenizer.encode_batch(["<s>"])[0].tolist() != [BOS]  # documents never hold special tokens
 
 
 def test_a_continuation_keeps_its_first_space(tmp_path):
-    _, made = read(write(tmp_path, config={"eos_token_id": EOS}))
-    assert decode_continuation(made, [HELLO], [WORLD, COMMA, USER]) == " world, user"
-    assert decode_continuation(made, [BOS, HELLO], [BARE_WORLD]) == "world"
-    assert decode_continuation(made, [], [WORLD]) == "world"
+    _, tokenizer = read(write(tmp_path, config={"eos_token_id": EOS}))
+    assert decode_continuation(tokenizer, [HELLO], [WORLD, COMMA, USER]) == " world, user"
+    assert decode_continuation(tokenizer, [BOS, HELLO], [BARE_WORLD]) == "world"
+    assert decode_continuation(tokenizer, [], [WORLD]) == "world"
 
 
 def test_generation_stops_at_every_end_and_all_are_exported(tmp_path, capsys):
@@ -200,10 +196,10 @@ def test_generation_stops_at_every_end_and_all_are_exported(tmp_path, capsys):
     (source / "additional_chat_templates").mkdir()
     (source / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
     workdir = epath.Path(tmp_path / "run")
-    importing.import_checkpoint(source, workdir, say=quiet)
+    importing.import_checkpoint(source, workdir)
     assert generate(workdir, "hello", capsys) == "hello world"
     assert generate(workdir, "user", capsys) == "user,"
-    exporting.export(workdir, tmp_path / "out", say=quiet)
+    exporting.export(workdir, tmp_path / "out")
     for name in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / "out" / name).read_text())["eos_token_id"] == [EOS, EOT]
     assert "bos_token_id" not in json.loads((tmp_path / "out" / "generation_config.json").read_text())
@@ -212,12 +208,12 @@ def test_generation_stops_at_every_end_and_all_are_exported(tmp_path, capsys):
 
 
 def test_an_id_without_a_row_is_never_produced_from_text(tmp_path):
-    made = make_tokenizer(special=("<s>", "</s>", "<pad>"))
-    pad = made.token_to_id("<pad>")
-    folder = write(tmp_path, made, config={"eos_token_id": EOS}, tokenizer_config={"pad_token": "<pad>"})
-    settings, found = read(folder, num_rows=pad)
-    assert found.vocab_size == pad and "<pad>" not in found.special_tokens and settings.pad_id is None
-    assert max(encode_prompt(found, "hello<pad>world").tolist()) < pad
+    tokenizer = make_tokenizer(special=("<s>", "</s>", "<pad>"))
+    pad = tokenizer.token_to_id("<pad>")
+    folder = write(tmp_path, tokenizer, config={"eos_token_id": EOS}, tokenizer_config={"pad_token": "<pad>"})
+    settings, tokenizer = read(folder, num_rows=pad)
+    assert tokenizer.vocab_size == pad and "<pad>" not in tokenizer.special_tokens and settings.pad_id is None
+    assert max(encode_prompt(tokenizer, "hello<pad>world").tolist()) < pad
     with pytest.raises(UserError, match=r"only 9 rows .*9, 'hello'.*: they do not belong together"):
         read(folder, num_rows=9)
 
@@ -225,10 +221,10 @@ def test_an_id_without_a_row_is_never_produced_from_text(tmp_path):
 def test_tokens_of_other_files_are_read(tmp_path):
     config = {"added_tokens_decoder": {"11": {"content": "<a>", "special": True}}, "eos_token": "</s>"}
     folder = write(tmp_path, tokenizer_config=config | {"pad_token": "<new>"}, added_tokens={"<b>": 12})
-    settings, made = read(folder)
-    assert encode_prompt(made, "hello<a><b><new>").tolist() == [HELLO, 11, 12, 13]
-    assert settings.pad_id == 13 and made.vocab_size == 14
-    assert made.decode([HELLO, 12]) == "hello<b>"
+    settings, tokenizer = read(folder)
+    assert encode_prompt(tokenizer, "hello<a><b><new>").tolist() == [HELLO, 11, 12, 13]
+    assert settings.pad_id == 13 and tokenizer.vocab_size == 14
+    assert tokenizer.decode([HELLO, 12]) == "hello<b>"
     write(tmp_path, added_tokens={"<b>": 20})
     with pytest.raises(UserError, match="'<b>' cannot have the id 20"):
         read(folder)
@@ -256,13 +252,13 @@ def read_spiece(tmp_path, content: bytes, config: dict, hf: dict):
 @pytest.mark.parametrize("config", [{"extra_ids": 5}, {"tokenizer_class": "T5Tokenizer", "extra_ids": 5}])
 def test_sentinels_of_a_t5_model_alone_go_downwards(tmp_path, config):
     content = sentencepiece_model()
-    settings, made = read_spiece(tmp_path, content, {"eos_token": "</s>", **config}, {"model_type": "t5"})
+    settings, tokenizer = read_spiece(tmp_path, content, {"eos_token": "</s>", **config}, {"model_type": "t5"})
     size = read_tokenizer("sentencepiece", content).vocab_size
-    assert [made.special_tokens[f"<extra_id_{i}>"] for i in range(5)] == [size + 4 - i for i in range(5)]
-    assert made.vocab_size == size + 5 and made.prompt_frame == ((), (1,)) and settings.stop_ids == (1,)
-    hello, world = (made.encode_batch([text])[0].tolist() for text in ("hello", "world"))
-    assert encode_prompt(made, "hello <extra_id_0> world").tolist() == [*hello, size + 4, *world]
-    assert made.decode([*hello, size + 4, *world]).startswith("hello<extra_id_0>")
+    assert [tokenizer.special_tokens[f"<extra_id_{i}>"] for i in range(5)] == [size + 4 - i for i in range(5)]
+    assert tokenizer.vocab_size == size + 5 and tokenizer.prompt_frame == ((), (1,)) and settings.stop_ids == (1,)
+    hello, world = (tokenizer.encode_batch([text])[0].tolist() for text in ("hello", "world"))
+    assert encode_prompt(tokenizer, "hello <extra_id_0> world").tolist() == [*hello, size + 4, *world]
+    assert tokenizer.decode([*hello, size + 4, *world]).startswith("hello<extra_id_0>")
 
 
 def test_sentencepiece_with_a_dummy_prefix(tmp_path):
@@ -270,13 +266,13 @@ def test_sentencepiece_with_a_dummy_prefix(tmp_path):
     settings = {"bos_id": 1, "eos_id": 2, "unk_id": 0, "pad_id": -1, "remove_extra_whitespaces": False}
     content = sentencepiece_model(model_type="bpe", **settings)
     config = {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}
-    _, made = read_spiece(tmp_path, content, config, {"model_type": "llama"})
-    assert made.prompt_frame == ((1,), ())
-    ids = encode_prompt(made, "hello")
-    assert made.piece(int(ids[0])).startswith(b" ")
-    assert not made.piece(int(encode_prompt(made, "hello</s>hello")[len(ids) + 1])).startswith(b" ")
-    space_world = encode_prompt(made, "a world")[len(encode_prompt(made, "a")) :]
-    assert decode_continuation(made, ids, space_world) == " world"
+    _, tokenizer = read_spiece(tmp_path, content, config, {"model_type": "llama"})
+    assert tokenizer.prompt_frame == ((1,), ())
+    ids = encode_prompt(tokenizer, "hello")
+    assert tokenizer.piece(int(ids[0])).startswith(b" ")
+    assert not tokenizer.piece(int(encode_prompt(tokenizer, "hello</s>hello")[len(ids) + 1])).startswith(b" ")
+    space_world = encode_prompt(tokenizer, "a world")[len(encode_prompt(tokenizer, "a")) :]
+    assert decode_continuation(tokenizer, ids, space_world) == " world"
 
 
 CASES = {"stop-ids": "hello world", "space-mark-always": "hello world, user"}
@@ -285,35 +281,35 @@ CASES = {"stop-ids": "hello world", "space-mark-always": "hello world, user"}
 @pytest.mark.parametrize("case", CASES)
 def test_cases_are_continued_as_transformers_does(shared_data, tmp_path, capsys, case):
     source, workdir = shared_data / "cases" / case, epath.Path(tmp_path / "run")
-    importing.import_checkpoint(source, workdir, say=quiet)
+    importing.import_checkpoint(source, workdir)
     assert generate(workdir, "hello", capsys) == CASES[case]
-    exporting.export(workdir, tmp_path / "out", say=quiet)
+    exporting.export(workdir, tmp_path / "out")
     assert (tmp_path / "out" / "chat_template.jinja").exists() == (case == "stop-ids")
 
 
 @pytest.mark.parametrize(("case", "expected"), [("no-bos", [257, 310, 324]), ("with-bos", [325, 257, 310, 324])])
 def test_cases_with_and_without_bos(shared_data, case, expected):
     folder = shared_data / "cases" / case
-    _, made = read(folder, num_rows=327)
-    before, after = made.prompt_frame
-    assert [*before, *encode_prompt(made, "hello world").tolist(), *after] == expected
+    _, tokenizer = read(folder, num_rows=327)
+    before, after = tokenizer.prompt_frame
+    assert [*before, *encode_prompt(tokenizer, "hello world").tolist(), *after] == expected
 
 
 def test_case_of_one_id_more(shared_data, tmp_path):
-    importing.import_checkpoint(shared_data / "cases" / "one-id-more", epath.Path(tmp_path / "run"), say=quiet)
+    importing.import_checkpoint(shared_data / "cases" / "one-id-more", epath.Path(tmp_path / "run"))
     with loading.load(epath.Path(tmp_path / "run")) as loaded:
-        made = loaded.tokenizer
-    assert made.vocab_size == 327
-    assert all(max(encode_prompt(made, f"hello {name} world")) < 327 for name in ("<pad>", "[PAD]", "<s>"))
+        tokenizer = loaded.tokenizer
+    assert tokenizer.vocab_size == 327
+    assert all(max(encode_prompt(tokenizer, f"hello {name} world")) < 327 for name in ("<pad>", "[PAD]", "<s>"))
 
 
 def test_case_of_t5_without_tokenizer_json(shared_data):
     folder = epath.Path(shared_data / "cases" / "t5-spiece-alone")
     content, hf = (folder / "spiece.model").read_bytes(), json.loads((folder / "config.json").read_text())
     settings = special_tokens.read(folder, "sentencepiece", content, hf, num_rows=160)
-    made = read_tokenizer("sentencepiece", content, settings=settings)
-    assert (made.special_tokens["<extra_id_0>"], made.special_tokens["<extra_id_99>"]) == (152, 53)
-    assert encode_prompt(made, "hello <extra_id_0> world").tolist() == [20, 152, 52]
+    tokenizer = read_tokenizer("sentencepiece", content, settings=settings)
+    assert (tokenizer.special_tokens["<extra_id_0>"], tokenizer.special_tokens["<extra_id_99>"]) == (152, 53)
+    assert encode_prompt(tokenizer, "hello <extra_id_0> world").tolist() == [20, 152, 52]
 
 
 @pytest.mark.parametrize(("frame", "begin"), [("", BOS), ("", EOS), ("<s> $A </s>", BOS), ("<s> $A", None)])
@@ -322,8 +318,8 @@ def test_an_exported_tokenizer_puts_what_documents_were_trained_behind(tmp_path,
     from tokenizers import Tokenizer
 
     content = make_tokenizer(frame=frame).to_str().encode()
-    made = read_tokenizer("huggingface", content)
-    tokenizers.write(made, content, epath.Path(tmp_path), begin=begin)
+    tokenizer = read_tokenizer("huggingface", content)
+    tokenizers.write(tokenizer, content, epath.Path(tmp_path), bos_id=begin)
     written = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert written.encode("hello").ids == [*([] if begin is None else [begin]), HELLO]
 

@@ -99,7 +99,7 @@ def test_a_second_request_says_what_is_lost_and_kills():
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=30)
     assert process.returncode == 128 + 9
-    assert out == "[local] asked twice: killing all processes; steps since the last checkpoint are lost\n"
+    assert out == "[local] second signal: killing all processes; steps since the last checkpoint are lost\n"
 
 
 @pytest.mark.parametrize("status", [129, 143])

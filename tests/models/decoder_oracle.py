@@ -19,7 +19,7 @@ def logits(config: DecoderConfig, params: dict, row: Batch) -> np.ndarray:
         x = x + p["positions"]["table"][positions]
     for layer in range(config.num_layers):
         w = jax.tree.map(lambda leaf, layer=layer: leaf[layer], p["blocks"])
-        local = config.window > 0 and (config.pattern * config.num_layers)[layer] == "l"
+        local = config.window > 0 and (config.attention_pattern * config.num_layers)[layer] == "l"
         see = lambda x, w=w["attention"], local=local: attend(config, x, w, segments, positions, local)
         x = add(config, x, see, w["attention_norm"], w.get("attention_post_norm"))
         x = add(config, x, lambda x, w=w["mlp"]: feed(config, x, w), w["mlp_norm"], w.get("mlp_post_norm"))

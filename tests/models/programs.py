@@ -78,7 +78,7 @@ def sharded_loss_and_grads(config: BaseModelConfig, params, batch: Batch, shape:
     """`loss_and_grads` on a mesh of (data, fsdp, tensor) devices, by the default rules of logical axes."""
     mesh = jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
     graph, _, names = registry.abstract(config)
-    shardings = axes.shardings(mesh, names, params)
-    with jax.set_mesh(mesh):
+    with axes.use_mesh(mesh):
+        shardings = axes.shardings(names, params)
         rows = jax.NamedSharding(mesh, axes.spec(("batch",), mesh=mesh))
         return loss_and_grads(graph, jax.device_put(params, shardings), jax.device_put(batch, rows))

@@ -28,7 +28,7 @@ def test_equals_the_numpy_oracle(name):
 
 OFF = {
     "window": (GEMMA, dict(window=0, rope_local_base=0.0)),
-    "pattern": (GEMMA, dict(pattern="gl")),
+    "pattern": (GEMMA, dict(attention_pattern="gl")),
     "local base": (GEMMA, dict(rope_local_base=0.0)),
     "local base, unscaled": (OLMO, dict(rope_local_base=0.0)),
     "score softcap": (GEMMA, dict(score_softcap=0.0)),

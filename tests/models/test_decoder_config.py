@@ -101,21 +101,21 @@ def test_an_unknown_size_lists_the_sizes(family):
         ({"embed": 30, "num_heads": 4}, "model.num_heads=4: must divide model.embed=30"),
         ({"embed": 36, "num_heads": 4}, "model.head_dim=9: .*even"),
         ({"window": -1}, "model.window=-1: must be at least 0"),
-        ({"pattern": "lx"}, "model.pattern='lx': one letter a layer"),
-        ({"pattern": ""}, "model.pattern='': one letter a layer"),
+        ({"attention_pattern": "lx"}, "model.attention_pattern='lx': one letter a layer"),
+        ({"attention_pattern": ""}, "model.attention_pattern='': one letter a layer"),
         ({"qk_norm": "heads"}, "did you mean 'head'"),
         ({"norm_position": "inside"}, "model.norm_position='inside'.*inner"),
         ({"score_softcap": -1.0}, "model.score_softcap=-1.0"),
         ({"embed_multiplier": 0.0}, "model.embed_multiplier=0.0: must be above 0"),
         ({"rope_local_base": 1e4}, "model.rope_local_base=10000.0: no layer is local"),
-        ({"rope_local_base": 1e4, "window": 8, "pattern": "g"}, "no layer is local"),
+        ({"rope_local_base": 1e4, "window": 8, "attention_pattern": "g"}, "no layer is local"),
         ({"rope_factor": 2.0}, "model.rope_factor=2.0: name a model.rope_scaling"),
         ({"rope_scaling": "yarn", "rope_factor": 2.0}, "model.rope_original=0: .*'yarn' needs it"),
         ({"rope_scaling": "linear", "rope_factor": 2.0, "rope_original": 8}, "'linear'.*no use for rope_original"),
         ({"rope_scaling": "llama3", "rope_original": 8, "rope_low": 5.0}, "model.rope_low=5.0.*rope_high=4.0"),
         ({"rope_scaling": "llama3", "rope_original": 8, "rope_attention_factor": 2.0}, "only .*'yarn' has them"),
         ({"rope_truncate": False}, "only .*'yarn' has them"),
-        ({"positions": "learned", "rope_scaling": "linear"}, "model.positions='learned': has no rotary"),
+        ({"positions": "learned", "rope_scaling": "linear"}, "model.rope_scaling='linear': .*learned"),
     ],
 )
 def test_a_value_out_of_bounds_is_named(fields, words):
@@ -130,7 +130,7 @@ def test_a_value_out_of_bounds_is_named(fields, words):
         ("softcap", {"score_softcap": 50.0}),
         ("sinks", {"attention_sinks": True}),
         ("window", {"window": 8}),
-        ("pattern", {"window": 8, "pattern": "lg"}),
+        ("pattern", {"window": 8, "attention_pattern": "lg"}),
     ],
 )
 def test_a_kernel_refuses_what_it_cannot_honour(feature, fields, monkeypatch):
@@ -138,7 +138,7 @@ def test_a_kernel_refuses_what_it_cannot_honour(feature, fields, monkeypatch):
     less = dataclasses.replace(full, supports=full.supports - {feature})
     monkeypatch.setitem(attention.KERNELS, "dot", less)
     DecoderConfig()
-    with pytest.raises(UserError, match=r"model\.attention='dot' cannot honour it"):
+    with pytest.raises(UserError, match=r"model\.attention='dot' does not support it"):
         DecoderConfig(**fields)
 
 
@@ -146,7 +146,7 @@ def test_patterns_repeat_over_the_layers():
     of = lambda **fields: "".join("l" if local else "g" for local in DecoderConfig(**fields).local_layers)
     assert of(num_layers=3) == "ggg"
     assert of(num_layers=3, window=8) == "lll"
-    assert of(num_layers=8, window=8, pattern="llg") == "llgllgll"
+    assert of(num_layers=8, window=8, attention_pattern="llg") == "llgllgll"
 
 
 def test_flops_count_the_keys_inside_a_window():
@@ -156,7 +156,7 @@ def test_flops_count_the_keys_inside_a_window():
     each = 12 * base.num_heads * base.head_size
     assert attention_flops() == each * 2 * 16
     assert attention_flops(window=8) == each * 2 * (8 * 8 / 2 + 24 * 8) / 32
-    assert attention_flops(window=8, pattern="lg") == each * ((8 * 8 / 2 + 24 * 8) / 32 + 16)
+    assert attention_flops(window=8, attention_pattern="lg") == each * ((8 * 8 / 2 + 24 * 8) / 32 + 16)
     assert attention_flops(window=64) == attention_flops()
 
 

@@ -167,7 +167,7 @@ def test_the_cache_holds_the_target_and_no_prompt():
     model, lengths = nnx.merge(graph, params), np.array([30, 500])
     _, cache, _ = jax.eval_shape(lambda tokens: model.prefill(tokens, lengths, 7), np.zeros((2, 512), np.int32))
     heads = (T5_V11.num_heads, T5_V11.head_size)
-    assert [leaf.shape for leaf in cache.own] == [(T5_V11.decoder_layers, 2, 8, *heads)] * 2
+    assert [leaf.shape for leaf in cache.targets] == [(T5_V11.decoder_layers, 2, 8, *heads)] * 2
     assert [leaf.shape for leaf in cache.source] == [(T5_V11.decoder_layers, 2, 512, *heads)] * 2
 
 

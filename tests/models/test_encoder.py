@@ -23,7 +23,7 @@ def oracle(config: EncoderConfig, params: dict, row: Batch) -> tuple[np.ndarray,
     """(logits [seq, vocab], pooled [embed]) of a batch of one row in float64, one head at a time."""
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     tokens, segments, positions, types = (
-        np.asarray(x[0]) for x in (row.inputs, row.segments, row.positions, row.types)
+        np.asarray(x[0]) for x in (row.inputs, row.segments, row.positions, row.token_types)
     )
     size = config.head_size
 
@@ -65,10 +65,10 @@ def oracle(config: EncoderConfig, params: dict, row: Batch) -> tuple[np.ndarray,
 
     x = p["embed"]["table"][tokens]
     if config.positions == "learned":
-        x = x + p["positions"]["table"][positions] + p["types"]["table"][types]
+        x = x + p["positions"]["table"][positions] + p["token_types"]["table"][types]
     x = norm(x, p["embed_norm"])
     for layer in range(config.num_layers):
-        local = config.window > 0 and layer % config.global_every > 0
+        local = config.window > 0 and (config.attention_pattern * config.num_layers)[layer] == "l"
         if config.norm_position == "post":
             w = jax.tree.map(lambda leaf, layer=layer: leaf[layer], p["blocks"])
             x = norm(x + attend(x, w["attention"], local), w["attention_norm"])
@@ -100,15 +100,15 @@ def test_equals_the_numpy_oracle(config):
 def test_types_left_out_are_all_0():
     graph, params = init_model(BERT)
     row = packed_for(BERT, 1, 24, VOCAB)
-    zeros = dataclasses.replace(row, types=np.zeros_like(row.inputs))
-    none = dataclasses.replace(row, types=None)
+    zeros = dataclasses.replace(row, token_types=np.zeros_like(row.inputs))
+    none = dataclasses.replace(row, token_types=None)
     np.testing.assert_array_equal(logits(graph, params, none), logits(graph, params, zeros))
     assert np.abs(logits(graph, params, row) - logits(graph, params, zeros))[..., :VOCAB].max() > 0.1
 
 
 def test_local_layers_see_their_window_only():
     """With the global layers cut off, 3 local layers of window 4 carry a token at most 3 * (4 - 1) places."""
-    graph, params = init_model(dataclasses.replace(MODERNBERT, global_every=4))
+    graph, params = init_model(dataclasses.replace(MODERNBERT, attention_pattern="glll"))
     for name in ("attention", "mlp"):
         out = params["first"][name]["out" if name == "attention" else "down"]
         out["weight"] = jnp.zeros_like(out["weight"])
@@ -130,7 +130,7 @@ def test_axes_of_parameters():
     assert shapes["blocks"]["attention_norm"]["scale"].shape == (3, 32)
     assert names["first"]["attention"]["query"]["weight"] == ("layers", "embed", "heads", "head_dim")
     names = registry.abstract(BERT)[2]
-    assert names["types"]["table"] == ("seq", "embed")
+    assert names["token_types"]["table"] == ("seq", "embed")
     assert names["head"]["dense"]["weight"] == names["pooler"]["weight"] == ("embed", "mlp")
     assert names["head"]["bias"] == ("vocab",)
 

@@ -29,7 +29,7 @@ def test_published_parameter_counts(family, size, vocab, count):
 
 def test_bert_with_its_pooler_and_without_its_head():
     """The count of the bare model: the pooler is the size of the head's linear map, the head has a norm and biases."""
-    model = bind(EncoderConfig, recipe("bert", "base")["model"] | {"pooler": "tanh"})
+    model = bind(EncoderConfig, recipe("bert", "base")["model"] | {"pooler": True})
     head = (768 * 768 + 768) + 2 * 768 + 30522
     count = registry.count_parameters(dataclasses.replace(model, vocab_size=30522, vocab_multiple=1))
     assert count - head == 109_482_240
@@ -58,15 +58,14 @@ def test_an_encoder_learns_by_masked_lm_alone():
     [
         ({"activation": "swish"}, "model.activation='swish'.*silu"),
         ({"norm_position": "middle"}, "model.norm_position='middle'.*post, pre"),
-        ({"pooler": "mean"}, "model.pooler='mean'.*tanh"),
         ({"family": "decoder"}, "model.family='decoder'"),
         ({"num_layers": 0}, "model.num_layers=0"),
-        ({"types": -1}, "model.types=-1"),
+        ({"token_types": -1}, "model.token_types=-1"),
         ({"dropout": 1.0}, "model.dropout=1.0"),
-        ({"rope_local_base": 0.0}, "model.rope_local_base=0.0"),
+        ({"rope_local_base": -1.0}, "model.rope_local_base=-1.0: must be at least 0"),
         ({"embed": 30, "num_heads": 4}, "model.num_heads=4: must divide model.embed=30"),
-        ({"embed": 36, "num_heads": 4, "positions": "rotary"}, "a head's width 9 must be even"),
-        ({"window": 8, "global_every": 1}, "model.global_every=1: must be at least 2.*model.window=0"),
+        ({"embed": 36, "num_heads": 4, "positions": "rotary"}, "model.head_dim=9: .*even"),
+        ({"window": 8, "attention_pattern": "gx"}, "model.attention_pattern='gx': one letter a layer"),
     ],
 )
 def test_a_value_out_of_bounds_is_named(fields, words):

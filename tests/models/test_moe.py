@@ -132,14 +132,14 @@ def test_flops_count_the_experts_that_a_token_meets():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        (dict(experts_per_token=9), "only 8 are open"),
+        (dict(experts_per_token=9), "experts_per_token=9: must be at most 8"),
         (dict(router_groups=3), "router_groups=3: must divide model.num_experts=8"),
         (dict(router_groups=4, router_top_groups=5), "router_top_groups=5: must be from 1 to"),
         (dict(router="tanh"), "router='tanh'"),
         (dict(dense_layers=4), "must be below model.num_layers=4"),
         (dict(gated=False), "experts are gated"),
         (dict(expert_activation="swiglu"), "expert_activation='swiglu': choose one of silu"),
-        (dict(latent=8, biases="all"), "latent attention has no such thing"),
+        (dict(latent=8, biases="all"), "not supported with latent attention"),
         (dict(query_latent=8), "unused without model.latent"),
         (dict(balance_loss=-1.0), "must be at least 0"),
     ],

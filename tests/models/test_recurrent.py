@@ -118,7 +118,7 @@ def test_hawk_is_of_the_size_that_its_name_says():
     # The matrices of table 2: three of the recurrent block, three of the feed-forward; and a 16th of each gate's.
     width, hidden = 2048, 2560
     matrices = 24 * (3 * width * hidden + 3 * width * 3 * width + 2 * hidden**2 // 16)
-    assert 0 < outside - matrices < 0.001 * matrices, "norms, biases, taps and decays"
+    assert 0 < outside - matrices < 0.001 * matrices, "norms, biases, convolutions and decays"
 
 
 @pytest.mark.parametrize("size", ["", ":lstm", ":gru", ":rnn", ":rglru", ":zaremba", ":hawk-1.3B"])
@@ -150,10 +150,10 @@ def test_every_gate_is_a_matrix_of_its_own():
     cell = "blocks/cell"
     gates = ("input", "forget", "new", "output", "reset", "update")
     matrices = {f"{cell}/{side}/{gate}/weight" for side in ("inputs", "recurrent") for gate in gates}
-    matrices |= {f"{cell}/{name}/weight" for name in ("out", "enter", "gate", "input_gate", "decay_gate")}
+    matrices |= {f"{cell}/{name}/weight" for name in ("out", "input", "gate", "input_gate", "decay_gate")}
     matrices |= {f"blocks/mlp/{name}/weight" for name in ("gate", "up", "down")}
     assert kinds["matrix"] == matrices
-    assert kinds["table"] == {"embed/table", f"{cell}/taps"}
+    assert kinds["table"] == {"embed/table", f"{cell}/conv"}
     assert kinds["head"] == {"head"}
     assert all(name.endswith(("bias", "scale", "decay")) for name in kinds["vector"])
 
@@ -163,7 +163,6 @@ def test_every_gate_is_a_matrix_of_its_own():
     [
         ({"cell": "gruu"}, "model.cell='gruu'.*did you mean 'gru'"),
         ({"norm": "batchnorm"}, "model.norm='batchnorm'"),
-        ({"residual": "yes"}, "model.residual='yes'.*add, none"),
         ({"remat": "half"}, "model.remat='half'"),
         ({"recurrence": "associative"}, "model.recurrence='associative'.*cell='rglru'"),
         ({"cell": "rglru", "recurrence": "associative", "unroll": 4}, "model.unroll=4"),

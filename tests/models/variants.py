@@ -38,7 +38,7 @@ GEMMA = dataclasses.replace(
     score_softcap=0.7,
     qk_norm="head",
     window=3,
-    pattern="lg",
+    attention_pattern="lg",
     activation="gelu_tanh",
     norm="rmsnorm1p",
     norm_position="both",
@@ -54,7 +54,7 @@ OLMO = dataclasses.replace(
     norm_position="inner",
     qk_norm="all",
     window=4,
-    pattern="gl",
+    attention_pattern="gl",
     rope_local_base=1e4,
     rope_scaling="yarn",
     rope_factor=4.0,
@@ -65,7 +65,7 @@ GPT_OSS_DENSE = dataclasses.replace(
     attention_sinks=True,
     biases="attention",
     window=3,
-    pattern="l",
+    attention_pattern="l",
     rope_scaling="yarn",
     rope_factor=4.0,
     rope_original=64,
@@ -101,11 +101,11 @@ GPT_OSS = dataclasses.replace(
     biases="all",
     attention_sinks=True,
     window=5,
-    pattern="lg",
+    attention_pattern="lg",
     num_experts=5,
 )
 
-BERT = EncoderConfig(**SMALL, num_heads=4, max_positions=40, types=3, pooler="tanh")
+BERT = EncoderConfig(**SMALL, num_heads=4, max_positions=40, token_types=3, pooler=True)
 MODERNBERT = EncoderConfig(
     **SMALL | dict(num_layers=4),
     num_heads=4,
@@ -116,7 +116,7 @@ MODERNBERT = EncoderConfig(
     positions="rotary",
     rope_base=160_000.0,
     window=4,
-    global_every=3,
+    attention_pattern="gll",
     rope_local_base=100.0,
     biases="none",
 )
@@ -134,7 +134,7 @@ T5_V11 = EncDecConfig(
 T5_V10 = dataclasses.replace(T5_V11, activation="relu", gated=False, tie_embeddings=True)
 
 LSTM = RecurrentConfig(**SMALL, hidden=48, tie_embeddings=True)
-ZAREMBA = dataclasses.replace(LSTM, hidden=0, norm="none", residual="none")
+ZAREMBA = dataclasses.replace(LSTM, hidden=0, norm="none", residual=False)
 RNN = dataclasses.replace(LSTM, cell="rnn", norm="layernorm", unroll=5, tie_embeddings=False)
 GRU = dataclasses.replace(LSTM, cell="gru", mlp=40)
 RGLRU = dataclasses.replace(LSTM, cell="rglru", mlp=40, gate_blocks=4, recurrence="associative")

@@ -16,10 +16,12 @@ from llmjax.optim.config import OptimizerConfig
 from llmjax.optim.optimizer import make_optimizer
 from llmjax.parallel import axes
 
-MIXTRAL = Routing(experts=4, chosen=2, score="softmax", renormalise=True)
-PLAIN = Routing(experts=8, chosen=3, score="softmax", renormalise=False)
-DEEPSEEK = Routing(experts=8, chosen=3, score="sigmoid", renormalise=True, scale=2.5, groups=4, top_groups=2)
-GPT_OSS = dataclasses.replace(MIXTRAL, experts=5, chosen=3)
+MIXTRAL = Routing(num_experts=4, experts_per_token=2, score="softmax", renormalise=True)
+PLAIN = Routing(num_experts=8, experts_per_token=3, score="softmax", renormalise=False)
+DEEPSEEK = Routing(
+    num_experts=8, experts_per_token=3, score="sigmoid", renormalise=True, scale=2.5, groups=4, top_groups=2
+)
+GPT_OSS = dataclasses.replace(MIXTRAL, num_experts=5, experts_per_token=3)
 CASES = {
     "mixtral": (MIXTRAL, {}),
     "plain": (PLAIN, {}),
@@ -50,9 +52,9 @@ def oracle_choice(logits, expert_bias, routing):
     softmax = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
     scores = softmax if routing.score == "softmax" else 1 / (1 + np.exp(-logits))
     ranks = scores + (0 if expert_bias is None else expert_bias)
-    groups = np.split(np.arange(routing.experts), routing.groups)
+    groups = np.split(np.arange(routing.num_experts), routing.groups)
     best = sorted(groups, key=lambda group: -np.sort(ranks[group])[-2:].sum())[: routing.top_groups]
-    ids = sorted(np.concatenate(best), key=lambda e: -ranks[e])[: routing.chosen]
+    ids = sorted(np.concatenate(best), key=lambda e: -ranks[e])[: routing.experts_per_token]
     weights = scores[ids] / (scores[ids].sum() if routing.renormalise else 1)
     return ids, weights * routing.scale, scores / scores.sum()
 
@@ -63,7 +65,11 @@ def oracle(params, x, real, routing, activation):
     x, e = np.asarray(x, np.float64), p["experts"]
     batch, seq, _ = x.shape
     out = np.zeros_like(x)
-    counts, probabilities, z = np.zeros((batch, routing.experts)), np.zeros((batch, routing.experts)), np.zeros(batch)
+    counts, probabilities, z = (
+        np.zeros((batch, routing.num_experts)),
+        np.zeros((batch, routing.num_experts)),
+        np.zeros(batch),
+    )
     silu = lambda h: h / (1 + np.exp(-h))
 
     def join(gate, up):
@@ -94,9 +100,9 @@ def dense(params, x, routing, activation):
     router, e = params["router"], params["experts"]
     logits = x @ router["weight"] + router.get("bias", 0)
     choice = moe.route(logits, router.get("expert_bias"), routing)
-    gates = jnp.sum(jax.nn.one_hot(choice.ids, routing.experts) * choice.weights[..., None], axis=-2)
+    gates = jnp.sum(jax.nn.one_hot(choice.ids, routing.num_experts) * choice.weights[..., None], axis=-2)
     linear = lambda name, y: jnp.einsum("bsei,eio->bseo", y, e[name]) + e.get(f"{name}_bias", 0)
-    every = jnp.broadcast_to(x[:, :, None], (*x.shape[:2], routing.experts, x.shape[-1]))
+    every = jnp.broadcast_to(x[:, :, None], (*x.shape[:2], routing.num_experts, x.shape[-1]))
     h = moe.GLU_ACTIVATIONS[activation](linear("gate", every), linear("up", every))
     out = jnp.einsum("bse,bsed->bsd", gates, linear("down", h))
     if "shared" in params:
@@ -116,7 +122,7 @@ def test_equals_one_token_at_a_time(case):
     for found, wanted in zip(load, expected[1:], strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
     # No token is dropped: every real token is served by as many experts as it chose, and padding by none.
-    np.testing.assert_array_equal(load.counts.sum(-1), routing.chosen * real.sum(-1))
+    np.testing.assert_array_equal(load.counts.sum(-1), routing.experts_per_token * real.sum(-1))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -195,7 +201,7 @@ def test_sorting_sends_no_token_to_another_device():
 
 def test_losses_by_hand():
     """Two layers, two rows: one even, one that uses one expert of four and is half as long; and an empty row."""
-    routing = Routing(experts=4, chosen=1, score="softmax", renormalise=False)
+    routing = Routing(num_experts=4, experts_per_token=1, score="softmax", renormalise=False)
     counts = jnp.array([[[2.0, 2, 2, 2], [4, 0, 0, 0], [0, 0, 0, 0]]] * 2)
     probabilities = jnp.array([[[2.0, 2, 2, 2], [3, 1, 0, 0], [0, 0, 0, 0]]] * 2)
     load = RouterStats(counts, probabilities, jnp.array([[8.0, 4, 0]] * 2))
@@ -214,7 +220,9 @@ def test_losses_by_hand():
 def test_the_expert_bias_balances_the_load():
     """Logits that favour some experts, and no loss that would mend it: the optimizer's steps alone do."""
     routing = dataclasses.replace(DEEPSEEK, groups=1, top_groups=1)
-    logits = np.random.default_rng(0).normal(size=(4, 200, routing.experts)) + np.linspace(0, 3, routing.experts)
+    logits = np.random.default_rng(0).normal(size=(4, 200, routing.num_experts)) + np.linspace(
+        0, 3, routing.num_experts
+    )
     config = OptimizerConfig(name="adamw", expert_bias_update_rate=0.005, warmup_steps=0)
     optimizer = make_optimizer(config, horizon=200, axes={"expert_bias": ("layers", "experts")})
 
@@ -222,7 +230,7 @@ def test_the_expert_bias_balances_the_load():
     def step(params, state):
         def penalty(params):
             ids = moe.route(jnp.float32(logits), params["expert_bias"][0], routing).ids
-            counts = jnp.sum(jax.nn.one_hot(ids, routing.experts), axis=(1, 2))[None]
+            counts = jnp.sum(jax.nn.one_hot(ids, routing.num_experts), axis=(1, 2))[None]
             load = RouterStats(counts, jnp.zeros_like(counts), jnp.zeros((1, 4)))
             found = moe.losses(load, params["expert_bias"], routing, balance_loss=0.0, router_z_loss=0.0)
             loads = jnp.sum(counts[0], axis=0)
@@ -232,7 +240,7 @@ def test_the_expert_bias_balances_the_load():
         params, state, _ = optimizer.update(grads, state, params)
         return params, state, value, busiest
 
-    params = {"expert_bias": jnp.zeros((1, routing.experts))}
+    params = {"expert_bias": jnp.zeros((1, routing.num_experts))}
     state, busiest = optimizer.init(params), []
     for _ in range(150):
         params, state, value, load = step(params, state)

@@ -10,7 +10,7 @@ import pytest
 
 from llmjax.nn import recurrent
 from llmjax.nn.recurrent import CELLS
-from llmjax.nn.rglru import RECURRENCES, TAPS, RgLru, linear_scan
+from llmjax.nn.rglru import CONV_WIDTH, RECURRENCES, RgLru, linear_scan
 
 BATCH, SEQ, HIDDEN = 3, 17, 8
 
@@ -85,11 +85,11 @@ def oracle(p, x, positions, blocks):
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), p)
     sigmoid = lambda y: 1 / (1 + np.exp(-y))
     linear = lambda name, y: y @ p[name]["weight"] + p[name]["bias"]
-    entered, branch = linear("enter", x), linear("gate", x)
+    entered, branch = linear("input", x), linear("gate", x)
     branch = 0.5 * branch * (1 + np.tanh(np.sqrt(2 / np.pi) * (branch + 0.044715 * branch**3)))
     hidden, h, size = np.zeros_like(entered), np.zeros(entered.shape[1]), entered.shape[1] // blocks
     for t, position in enumerate(positions):
-        u = p["taps_bias"] + sum(p["taps"][d] * entered[t - d] for d in range(TAPS) if d <= position)
+        u = p["conv_bias"] + sum(p["conv"][d] * entered[t - d] for d in range(CONV_WIDTH) if d <= position)
         gate = lambda name, u=u: sigmoid(
             np.concatenate([u[i * size : (i + 1) * size] @ p[name]["weight"][i] for i in range(blocks)])
             + p[name]["bias"]
@@ -103,7 +103,7 @@ def oracle(p, x, positions, blocks):
 
 @pytest.mark.parametrize("how", RECURRENCES)
 def test_griffins_block_equals_the_numpy_oracle(how):
-    module = RgLru(jax.random.key(0), 6, HIDDEN, blocks=2, how=how, unroll=1, scale=1.0, dtype="float32")
+    module = RgLru(jax.random.key(0), 6, HIDDEN, blocks=2, recurrence=how, unroll=1, scale=1.0, dtype="float32")
     graph, state = nnx.split(module)
     params = jax.tree.map(lambda leaf: leaf + 0.1 * drawn(*leaf.shape, seed=5), nnx.to_pure_dict(state))
     positions = np.r_[np.arange(5), np.arange(2), np.arange(10)]
@@ -115,7 +115,9 @@ def test_griffins_block_equals_the_numpy_oracle(how):
 
 def test_a_decay_of_one_has_a_finite_gradient():
     """Where the gate shuts, sqrt(1 - a^2) has no slope of its own to give."""
-    module = RgLru(jax.random.key(0), 6, HIDDEN, blocks=1, how="sequential", unroll=1, scale=1.0, dtype="float32")
+    module = RgLru(
+        jax.random.key(0), 6, HIDDEN, blocks=1, recurrence="sequential", unroll=1, scale=1.0, dtype="float32"
+    )
     graph, state = nnx.split(module)
     params = nnx.to_pure_dict(state)
     params["decay_gate"]["bias"] -= 100.0

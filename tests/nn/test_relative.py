@@ -10,27 +10,27 @@ from llmjax.nn.relative import RelativeBias, buckets
 
 def test_buckets_of_t5():
     """Both ways: 16 a side, of which 8 hold one distance; then edges at 8 * 16^(k/8)."""
-    found = buckets(32, 128, both_ways=True)
+    found = buckets(32, 128, bidirectional=True)
     at = lambda distance: int(found[128 + distance])
     assert [at(-d) for d in range(9)] == list(range(9))
     assert [at(d) for d in (1, 2, 8)] == [17, 18, 24]
     edges = [d for d in range(9, 129) if at(-d) != at(1 - d)]
     assert edges == [12, 16, 23, 32, 46, 64, 91]
     assert at(-128) == 15 and at(128) == 31
-    one_way = buckets(32, 128, both_ways=False)
+    one_way = buckets(32, 128, bidirectional=False)
     assert (one_way[128:] == 0).all() and one_way[0] == 31 and one_way[128 - 15] == 15
 
 
-@pytest.mark.parametrize("both_ways", [True, False])
-def test_a_bias_is_its_bucket_s_and_far_distances_share_one(both_ways):
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_a_bias_is_its_bucket_s_and_far_distances_share_one(bidirectional):
     bias = RelativeBias(
-        jax.random.key(0), 3, num_buckets=8, max_distance=10, both_ways=both_ways, std=1.0, dtype="float32"
+        jax.random.key(0), 3, num_buckets=8, max_distance=10, bidirectional=bidirectional, std=1.0, dtype="float32"
     )
     table = np.asarray(bias.table[...])
     queries, keys = np.array([[0, 7, 40]]), np.arange(50)[None]
     found = np.asarray(bias(jnp.asarray(queries), jnp.asarray(keys)))
     assert found.shape == (1, 3, 3, 50) and found.dtype == np.float32
-    bucket = buckets(8, 10, both_ways=both_ways)
+    bucket = buckets(8, 10, bidirectional=bidirectional)
     for i, query in enumerate(queries[0]):
         for key in range(50):
             expected = table[bucket[np.clip(key - query, -10, 10) + 10]]
@@ -39,6 +39,8 @@ def test_a_bias_is_its_bucket_s_and_far_distances_share_one(both_ways):
 
 
 def test_packing_restarts_distances():
-    bias = RelativeBias(jax.random.key(0), 2, num_buckets=8, max_distance=10, both_ways=True, std=1.0, dtype="float32")
+    bias = RelativeBias(
+        jax.random.key(0), 2, num_buckets=8, max_distance=10, bidirectional=True, std=1.0, dtype="float32"
+    )
     packed, alone = jnp.array([[0, 1, 2, 0, 1, 2, 3]]), jnp.arange(4)[None]
     np.testing.assert_array_equal(bias(packed, packed)[..., 3:, 3:], bias(alone, alone))

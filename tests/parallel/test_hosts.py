@@ -75,11 +75,11 @@ def test_a_job_that_does_not_assemble_says_so():
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"LLMJAX_COORDINATOR": "h:1"}, "go together: set all three"),
-        ({"LLMJAX_NUM_PROCESSES": "2", "LLMJAX_PROCESS_ID": "0"}, "go together: set all three"),
+        ({"LLMJAX_COORDINATOR": "h:1"}, "belong together: set all three"),
+        ({"LLMJAX_NUM_PROCESSES": "2", "LLMJAX_PROCESS_ID": "0"}, "belong together: set all three"),
         ({"LLMJAX_NUM_PROCESSES": "two"}, "LLMJAX_NUM_PROCESSES='two': expected an integer, 1 or more"),
         ({"LLMJAX_PROCESS_ID": "-1"}, "LLMJAX_PROCESS_ID='-1': expected an integer, 0 or more"),
-        ({"LLMJAX_DISTRIBUTED": "yes"}, "the only value is 'auto'"),
+        ({"LLMJAX_DISTRIBUTED": "yes"}, "set it to 'auto', or unset it"),
         ({"LLMJAX_COORDINATOR": "h", "LLMJAX_NUM_PROCESSES": "2", "LLMJAX_PROCESS_ID": "1"}, "'h': expected host:port"),
         ({"LLMJAX_COORDINATOR": "h", "LLMJAX_NUM_PROCESSES": "2", "LLMJAX_PROCESS_ID": "0"}, "'h': expected host:port"),
         (

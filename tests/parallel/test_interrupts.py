@@ -10,7 +10,7 @@ PRELUDE = """
 import signal, sys, time
 from llmjax.cli import main as cli
 from llmjax.parallel import interrupts
-interrupts._PATIENCE_SECONDS = 0.2
+interrupts._REACTION_SECONDS = 0.2
 def verb(arguments):
     print("ready", flush=True)
     BODY

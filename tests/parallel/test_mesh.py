@@ -28,7 +28,7 @@ def test_sizes_fill_the_devices(config, expected):
     [
         (MeshConfig(data=4), r"needs 4 devices, but there are 8: change mesh.data"),
         (MeshConfig(fsdp=3), r"3 does not divide the 8 devices"),
-        (MeshConfig(data=0), r"sizes are positive"),
+        (MeshConfig(data=0), r"set sizes of 1 or more"),
         (MeshConfig(data=-1, tensor=-1), r"at most one is -1"),
     ],
 )

@@ -11,11 +11,11 @@ torch = pytest.importorskip("torch", reason="parity needs `make parity`")
 transformers = pytest.importorskip("transformers", reason="parity needs `make parity`")
 
 from llmjax.binding import bind
-from llmjax.interop import mapping
 from llmjax.interop.decoder import ARCHITECTURES
 from llmjax.models import registry
 from llmjax.models.decoder_config import DecoderConfig
 from llmjax.nn.rotary import frequencies
+from tests.interop import state_dicts
 from tests.parity.reference import VOCAB, add_noise, loss_logits_and_grads, padded_rows, score_reference
 
 SIZES = dict(
@@ -77,7 +77,7 @@ CASES = {
         SIZES | dict(rope_parameters=YARN | dict(truncate=False, beta_fast=8.0, mscale=0.7, mscale_all_dim=1.1)),
         dict(rope_truncate=False, rope_high=8.0),
     ),
-    "mistral": ("Mistral", SIZES | dict(sliding_window=5), dict(window=5, pattern="l")),
+    "mistral": ("Mistral", SIZES | dict(sliding_window=5), dict(window=5, attention_pattern="l")),
     "mistral-whole": ("Mistral", SIZES | dict(sliding_window=None, tie_word_embeddings=True), dict(window=0)),
     "qwen3": ("Qwen3", SIZES | dict(head_dim=16), dict(qk_norm="head", window=0)),
     "qwen3-tied": (
@@ -92,7 +92,7 @@ CASES = {
             attention_bias=True,
             rope_parameters=YARN,
         ),
-        dict(window=6, pattern="gll", biases="attention"),
+        dict(window=6, attention_pattern="gll", biases="attention"),
     ),
     "gemma2": (
         "Gemma2",
@@ -104,7 +104,7 @@ CASES = {
             attn_logit_softcapping=0.7,
             final_logit_softcapping=1.5,
         ),
-        dict(window=5, pattern="lg", score_softcap=0.7, logit_softcap=1.5, tie_embeddings=True),
+        dict(window=5, attention_pattern="lg", score_softcap=0.7, logit_softcap=1.5, tie_embeddings=True),
     ),
     "gemma2-untied": (
         "Gemma2",
@@ -130,17 +130,17 @@ CASES = {
             sliding_window_pattern=3,
             rope_parameters=BY_KIND,
         ),
-        dict(window=5, pattern="llg", rope_base=1e6, rope_local_base=100.0, rope_scaling="linear"),
+        dict(window=5, attention_pattern="llg", rope_base=1e6, rope_local_base=100.0, rope_scaling="linear"),
     ),
     "gemma3-untied": (
         "Gemma3",
         SIZES | dict(head_dim=16, sliding_window=4, final_logit_softcapping=2.0, tie_word_embeddings=False),
-        dict(window=4, pattern="l", rope_base=1e6, rope_local_base=1e4, logit_softcap=2.0),
+        dict(window=4, attention_pattern="l", rope_base=1e6, rope_local_base=1e4, logit_softcap=2.0),
     ),
     "gemma3-images": (
         "Gemma3Images",
         SIZES | dict(head_dim=16, sliding_window=5, num_hidden_layers=2, layer_types=[FULL, LOCAL]),
-        dict(window=5, pattern="gl"),
+        dict(window=5, attention_pattern="gl"),
     ),
     "olmo2": ("Olmo2", SIZES, dict(qk_norm="all", norm_position="inner")),
     "olmo2-tied": (
@@ -151,7 +151,7 @@ CASES = {
     "olmo3": (
         "Olmo3",
         SIZES | dict(num_hidden_layers=4, sliding_window=5, rope_parameters=OLMO3),
-        dict(window=5, pattern="lllg", rope_local_base=5e3, rope_scaling="yarn", rope_attention_factor=1.3),
+        dict(window=5, attention_pattern="lllg", rope_local_base=5e3, rope_scaling="yarn", rope_attention_factor=1.3),
     ),
     "gemma2-whole": ("Gemma2", SIZES | dict(head_dim=16, layer_types=[FULL] * 3), dict(window=0)),
     "gemma3-whole": (
@@ -167,7 +167,7 @@ CASES = {
     "olmo3-tied": (
         "Olmo3",
         SIZES | dict(sliding_window=5, layer_types=[FULL, LOCAL, FULL], tie_word_embeddings=True),
-        dict(pattern="gl", rope_base=5e5, rope_local_base=0.0, rope_scaling="none"),
+        dict(attention_pattern="gl", rope_base=5e5, rope_local_base=0.0, rope_scaling="none"),
     ),
 }
 
@@ -194,7 +194,7 @@ def imported(name: str):
     config = bind(DecoderConfig, architecture.read_config(model.config.to_dict()), "model")
     renamed = {architecture.rename(key): value.numpy() for key, value in model.state_dict().items()}
     state = {key: value for key, value in renamed.items() if key is not None}
-    return architecture, config, state, mapping.load(architecture.rules(config), state, config)
+    return architecture, config, state, state_dicts.load(architecture.rules(config), state, config)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -209,7 +209,7 @@ def test_logits_loss_and_gradients(name):
     print(f"{name}: logits {np.abs(expected).max():.2f}, differ by {difference:.1e}", end="")
     assert difference <= 2e-4
     assert abs(float(loss) - theirs.loss.item()) <= 1e-5
-    found = mapping.dump(architecture.rules(config), grads, config)
+    found = state_dicts.dump(architecture.rules(config), grads, config)
     worst = 0.0
     for key, parameter in model.named_parameters():
         if (key := architecture.rename(key)) is not None:
@@ -222,7 +222,7 @@ def test_logits_loss_and_gradients(name):
 @pytest.mark.parametrize("name", CASES)
 def test_tensors_come_back_to_the_last_bit(name):
     architecture, config, state, params = imported(name)
-    back = mapping.dump(architecture.rules(config), params, config)
+    back = state_dicts.dump(architecture.rules(config), params, config)
     assert set(back) == set(state)
     for key, value in state.items():
         np.testing.assert_array_equal(back[key].view(np.uint32), value.view(np.uint32), err_msg=key)
@@ -335,7 +335,7 @@ def test_published_files_of_older_releases_are_read():
     )
     config = read("Gemma3ForCausalLM", gemma3)
     assert (config.rope_base, config.rope_local_base, config.rope_factor) == (1e6, 1e4, 8.0)
-    assert (config.pattern, config.window, config.rope_scaling) == ("lllllg", 512, "linear")
+    assert (config.attention_pattern, config.window, config.rope_scaling) == ("lllllg", 512, "linear")
     olmo3 = read("Olmo3ForCausalLM", dict(rope_theta=4e5, rope_scaling=YARN, num_hidden_layers=8))
     old = copy.deepcopy(dict(rope_theta=4e5, rope_scaling=YARN, num_hidden_layers=8))
     theirs = transformers.Olmo3Config(**SIZES | old)

@@ -13,10 +13,10 @@ from llmjax.batch import Batch
 from llmjax.binding import bind
 from llmjax.errors import UserError
 from llmjax.inference.generate import Sampling, generate
-from llmjax.interop import mapping
 from llmjax.interop.encdec import ARCHITECTURES
 from llmjax.models import registry
 from llmjax.models.encdec import EncDecConfig
+from tests.interop import state_dicts
 from tests.parity.reference import loss_logits_and_grads
 
 VOCAB = 67
@@ -63,7 +63,7 @@ def ours(variant: str):
     if variant == "v1.1":
         assert hf["scale_decoder_outputs"] is False
     config = bind(EncDecConfig, T5.read_config(hf) | {"vocab_multiple": 16})
-    params = mapping.load(T5.rules(config), tensors(theirs(variant).state_dict()), config)
+    params = state_dicts.load(T5.rules(config), tensors(theirs(variant).state_dict()), config)
     return config, registry.abstract(config)[0], params
 
 
@@ -107,7 +107,7 @@ def test_logits_loss_and_gradients(variant):
     np.testing.assert_allclose(np.asarray(logits)[real][:, :VOCAB], scores[real], rtol=0, atol=5e-4)
     assert np.abs(scores[real]).max() > 1, "logits of a size that differences show in"
     assert abs(float(loss) - expected.loss.item()) < 1e-5
-    found = mapping.dump(T5.rules(config), grads, config)
+    found = state_dicts.dump(T5.rules(config), grads, config)
     for name in (
         "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
         "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
@@ -145,7 +145,7 @@ def test_greedy_text(variant):
 def test_there_and_back_is_the_identity(variant, tmp_path):
     config, _, params = ours(variant)
     state = tensors(theirs(variant).state_dict())
-    back = mapping.dump(T5.rules(config), params, config)
+    back = state_dicts.dump(T5.rules(config), params, config)
     assert back.keys() == state.keys()
     for name, tensor in state.items():
         np.testing.assert_array_equal(back[name], tensor, err_msg=name)

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from llmjax.batch import Batch
 from llmjax.binding import bind
 from llmjax.errors import UserError
-from llmjax.interop import mapping
 from llmjax.interop.encoder import ARCHITECTURES
 from llmjax.models import registry
 from llmjax.models.encoder import EncoderConfig
+from tests.interop import state_dicts
 from tests.parity.reference import LENGTHS, SEQ, VOCAB, add_noise, loss_logits_and_grads
 
 
@@ -62,6 +62,9 @@ MODELS = {
     "bert-tanh": lambda: _bert(hidden_act="gelu_new"),
     "modernbert": _modernbert,
     "modernbert-global": lambda: _modernbert(global_attn_every_n_layers=1),
+    "modernbert-irregular": lambda: _modernbert(
+        layer_types=[f"{kind}_attention" for kind in ("sliding", "full", "full", "sliding", "full")]
+    ),
 }
 # Parameter of theirs, and of ours with the layer, for the gradients that are compared.
 GRADIENTS = {
@@ -71,7 +74,7 @@ GRADIENTS = {
             g["blocks"]["attention"]["key"]["weight"][1].reshape(32, 32).T
         ),
         "bert.encoder.layer.0.output.LayerNorm.weight": lambda g: g["blocks"]["mlp_norm"]["scale"][0],
-        "bert.embeddings.token_type_embeddings.weight": lambda g: g["types"]["table"],
+        "bert.embeddings.token_type_embeddings.weight": lambda g: g["token_types"]["table"],
     },
     "ModernBertForMaskedLM": {
         "model.embeddings.tok_embeddings.weight": lambda g: g["embed"]["table"][:VOCAB],
@@ -95,7 +98,7 @@ def masked_rows() -> Batch:
         segments=used.astype(np.int32),
         positions=np.broadcast_to(np.arange(SEQ, dtype=np.int32), shape),
         sample=np.zeros((len(LENGTHS), 2), np.uint32),
-        types=rng.integers(0, 3, shape).astype(np.int32),
+        token_types=rng.integers(0, 3, shape).astype(np.int32),
     )
 
 
@@ -112,8 +115,8 @@ def test_logits_loss_gradients_and_tensors(name):
     torch.manual_seed(0)
     model = add_noise(MODELS[name](), 0.2)
     architecture, config, rules, state = imported(model)
-    params = mapping.load(rules, state, config)
-    back = mapping.dump(rules, params, config)
+    params = state_dicts.load(rules, state, config)
+    back = state_dicts.dump(rules, params, config)
     assert set(back) == set(state)
     for key, value in state.items():
         np.testing.assert_array_equal(back[key].view(np.uint32), value.view(np.uint32), err_msg=key)
@@ -124,8 +127,8 @@ def test_logits_loss_gradients_and_tensors(name):
     used, scored = batch.segments > 0, batch.weights > 0
     tensor = lambda x: torch.tensor(np.asarray(x), dtype=torch.long)
     given = {"input_ids": tensor(batch.inputs), "attention_mask": tensor(used)}
-    if config.types:
-        given["token_type_ids"] = tensor(batch.types)
+    if config.token_types:
+        given["token_type_ids"] = tensor(batch.token_types)
     found = model(**given, labels=tensor(np.where(scored, batch.targets, -100)))
     found.loss.backward()
 
@@ -143,7 +146,7 @@ def test_the_pooler():
     torch.manual_seed(0)
     model = add_noise(transformers.BertModel(_bert().config), 0.2)
     config = bind(EncoderConfig, ARCHITECTURES["BertForMaskedLM"].read_config(model.config.to_dict()), "model")
-    config = dataclasses.replace(config, pooler="tanh")
+    config = dataclasses.replace(config, pooler=True)
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), registry.abstract(config)[1])
     whole = nnx.merge(registry.abstract(config)[0], params)
     weight, bias = model.pooler.dense.weight.detach().numpy(), model.pooler.dense.bias.detach().numpy()
@@ -164,7 +167,7 @@ def test_names_of_the_first_published_files():
     renamed = {architecture.rename(key): value for key, value in old.items()}
     renamed.pop(None)
     jax.tree.map(
-        np.testing.assert_array_equal, mapping.load(rules, renamed, config), mapping.load(rules, state, config)
+        np.testing.assert_array_equal, state_dicts.load(rules, renamed, config), state_dicts.load(rules, state, config)
     )
 
 
@@ -177,7 +180,11 @@ def test_names_of_the_first_published_files():
         ("bert", {"hidden_act": "mish"}, "hidden_act='mish'"),
         ("modernbert", {"attention_bias": True}, "attention_bias=True"),
         ("modernbert", {"classifier_activation": "silu"}, "classifier_activation='silu'.*hidden_activation"),
-        ("modernbert", {"layer_types": ["full_attention", "sliding_attention"] * 2 + ["sliding_attention"]}, "n-th"),
+        (
+            "modernbert",
+            {"layer_types": ["full_attention", "chunked_attention"]},
+            "layer_types holds 'chunked_attention'",
+        ),
         (
             "modernbert",
             {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
@@ -213,5 +220,5 @@ def test_the_published_modernbert_config_reads():
     read = ARCHITECTURES["ModernBertForMaskedLM"].read_config
     assert read(hf) == read(transformers.ModernBertConfig().to_dict())
     config = bind(EncoderConfig, read(hf), "model")
-    assert (config.window, config.global_every) == (65, 3)
+    assert (config.window, config.attention_pattern) == (65, "gll")
     assert registry.count_parameters(dataclasses.replace(config, vocab_multiple=1)) == 149_655_232

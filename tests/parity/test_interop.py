@@ -118,8 +118,8 @@ def test_causal(name, tmp_path):
     kind, settings = CAUSAL[name]
     model = build(kind, transformers.AutoModelForCausalLM, settings)
     source, workdir = save(model, tmp_path / "in", max_shard_size="20KB"), epath.Path(tmp_path / "run")
-    found = importing.import_checkpoint(source, workdir, say=print)
-    exporting.export(workdir, tmp_path / "out", max_shard_bytes=30_000, say=print)
+    found = importing.import_checkpoint(source, workdir)
+    exporting.export(workdir, tmp_path / "out", max_shard_bytes=30_000)
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
     assert type(back).__name__ == type(model).__name__ == found.architecture
     same_state(model, back)
@@ -142,8 +142,8 @@ def test_masked(kind, tmp_path):
     more = {} if kind == "Bert" else {"num_hidden_layers": 4, "pad_token_id": 0, "local_attention": 8}
     model = build(kind, transformers.AutoModelForMaskedLM, {**BERT, "max_position_embeddings": 64, **more})
     source, workdir = save(model, tmp_path / "in", special), epath.Path(tmp_path / "run")
-    importing.import_checkpoint(source, workdir, say=print)
-    exporting.export(workdir, tmp_path / "out", say=print)
+    importing.import_checkpoint(source, workdir)
+    exporting.export(workdir, tmp_path / "out")
     back = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
     same_state(model, back)
     ids = random_ids((8, 24))
@@ -159,8 +159,8 @@ def test_sequence_to_sequence(kind, tmp_path, capsys):
     model = build("T5", transformers.AutoModelForSeq2SeqLM, {**T5, **more})
     special = ("<pad>", "</s>", "<unk>", *(f"<extra_id_{number}>" for number in range(30)))
     source, workdir = save(model, tmp_path / "in", special), epath.Path(tmp_path / "run")
-    importing.import_checkpoint(source, workdir, say=print)
-    exporting.export(workdir, tmp_path / "out", say=print)
+    importing.import_checkpoint(source, workdir)
+    exporting.export(workdir, tmp_path / "out")
     back = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
     same_state(model, back)
     ids, source_ids = random_ids((8, 12)), random_ids((8, 20))

@@ -10,10 +10,11 @@ torch = pytest.importorskip("torch", reason="parity needs `make parity`")
 transformers = pytest.importorskip("transformers", reason="parity needs `make parity`")
 
 from llmjax.binding import bind
-from llmjax.interop import files, mapping
+from llmjax.interop import files
 from llmjax.interop.moe import ARCHITECTURES
 from llmjax.models import registry
 from llmjax.models.moe import MoeConfig
+from tests.interop import state_dicts
 from tests.parity.reference import VOCAB, add_noise, loss_logits_and_grads, padded_rows, score_reference
 
 SIZES = dict(
@@ -69,7 +70,14 @@ CASES = {
     "gpt_oss": (
         "GptOss",
         SIZES | dict(num_local_experts=6, num_experts_per_tok=3, head_dim=16, sliding_window=5),
-        dict(window=5, pattern="lg", attention_sinks=True, rope_scaling="yarn", rope_truncate=False, biases="all"),
+        dict(
+            window=5,
+            attention_pattern="lg",
+            attention_sinks=True,
+            rope_scaling="yarn",
+            rope_truncate=False,
+            biases="all",
+        ),
     ),
     "gpt_oss-whole": (
         "GptOss",
@@ -126,7 +134,7 @@ def imported(tmp_path_factory):
         architecture = ARCHITECTURES[type(model).__name__]
         config = bind(MoeConfig, architecture.read_config(model.config.to_dict()), "model")
         state = on_disk(name, tmp_path_factory.mktemp(name))
-        return architecture, config, state, mapping.load(architecture.rules(config), state, config)
+        return architecture, config, state, state_dicts.load(architecture.rules(config), state, config)
 
     return read
 
@@ -149,7 +157,7 @@ def test_logits_loss_and_gradients(name, imported, tmp_path):
         for parameter in twin.parameters():
             parameter.copy_(parameter.grad)
     twin.save_pretrained(tmp_path)
-    found, worst = mapping.dump(architecture.rules(config), grads, config), 0.0
+    found, worst = state_dicts.dump(architecture.rules(config), grads, config), 0.0
     for key, entry in files.read_folder(tmp_path).items():
         if "correction" not in key:  # no gradient there, and none of ours is theirs
             gradient = entry.read()
@@ -161,7 +169,7 @@ def test_logits_loss_and_gradients(name, imported, tmp_path):
 @pytest.mark.parametrize("name", CASES)
 def test_tensors_come_back_to_the_last_bit(name, imported):
     architecture, config, state, params = imported(name)
-    back = mapping.dump(architecture.rules(config), params, config)
+    back = state_dicts.dump(architecture.rules(config), params, config)
     assert set(back) - set(state) <= {"lm_head.weight"}  # a tied head is not saved twice
     for key, value in state.items():
         np.testing.assert_array_equal(back[key].view(np.uint32), value.view(np.uint32), err_msg=key)

@@ -24,7 +24,7 @@ PLAIN = RecurrentConfig(
     num_layers=LAYERS,
     embed=WIDTH,
     norm="none",
-    residual="none",
+    residual=False,
     tie_embeddings=True,
 )
 LAYER = {"rnn": torch.nn.RNN, "lstm": torch.nn.LSTM, "gru": torch.nn.GRU}
@@ -55,7 +55,7 @@ def load(cell: str, tensors: dict) -> dict:
     for i, gate in enumerate(gates):
         inputs[gate] = {"weight": stacked("weight_ih", i), "bias": stacked("bias_ih", i)}
         recurrent[gate] = {"weight": stacked("weight_hh", i)}
-        if gate in CELLS[cell].separate:
+        if gate in CELLS[cell].two_bias_gates:
             recurrent[gate]["bias"] = stacked("bias_hh", i)
         else:
             inputs[gate]["bias"] = inputs[gate]["bias"] + stacked("bias_hh", i)
@@ -96,7 +96,7 @@ def test_hidden_states_and_gradients_equal_those_of_torch(cell):
         found, wanted = grads, expected
         for name in path:
             found, wanted = found[name], wanted[name]
-        if "bias" in (wanted if isinstance(wanted, dict) else {}) and gate not in CELLS[cell].separate:
+        if "bias" in (wanted if isinstance(wanted, dict) else {}) and gate not in CELLS[cell].two_bias_gates:
             wanted["bias"] = wanted["bias"] / 2  # torch's two biases have the same gradient
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max()), found, wanted)
 
@@ -123,11 +123,11 @@ def load_griffin(tensors: dict, *, root: float) -> dict:
     flat = lambda name: layer(f"temporal_block.rg_lru.{name}_bias").reshape(GRIFFIN.num_layers, -1)
     gate = lambda name: {"weight": layer(f"temporal_block.rg_lru.{name}_weight"), "bias": flat(name)}
     cell = {
-        "enter": linear("temporal_block.linear_x"),
+        "input": linear("temporal_block.linear_x"),
         "gate": linear("temporal_block.linear_y"),
         "out": linear("temporal_block.linear_out"),
-        "taps": layer("temporal_block.conv_1d.weight")[:, :, 0, ::-1].swapaxes(1, 2).copy(),
-        "taps_bias": layer("temporal_block.conv_1d.bias"),
+        "conv": layer("temporal_block.conv_1d.weight")[:, :, 0, ::-1].swapaxes(1, 2).copy(),
+        "conv_bias": layer("temporal_block.conv_1d.bias"),
         "input_gate": gate("input_gate"),
         "decay_gate": gate("recurrent_gate"),
         "decay": layer("temporal_block.rg_lru.recurrent_param"),
@@ -192,6 +192,6 @@ def test_the_linear_recurrence_equals_recurrent_gemma():
     assert abs(loss - total.item()) / batch.weights.sum() < 1e-5
     total.backward()
     expected = load_griffin(arrays((name, p.grad) for name, p in tensors.items()), root=1.0)["blocks"]["cell"]
-    for name in ("decay", "taps", "decay_gate", "input_gate", "enter"):
+    for name in ("decay", "conv", "decay_gate", "input_gate", "input"):
         close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.abs(b).max())
         jax.tree.map(close, grads["blocks"]["cell"][name], expected[name])

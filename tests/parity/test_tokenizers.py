@@ -92,6 +92,11 @@ JSON = {
         {"tokenizer_class": "PreTrainedTokenizerFast", **CHATML},
         "llama",
     ),
+    "llama2": (prepended, {**LLAMA, "legacy": False}, "llama"),
+    "llama2-silent": (lambda: metaspace("always"), {**LLAMA, "tokenizer_class": "LlamaTokenizerFast"}, "llama"),
+    "llama2-legacy": (prepended, {**LLAMA, "legacy": True}, "llama"),
+    "llama2-no-prefix": (lambda: metaspace("first"), {**LLAMA, "add_prefix_space": False}, "llama"),
+    "mistral-prepended": (prepended, {**LLAMA, "add_bos_token": True, "legacy": False}, "mistral"),
     "llama2-generic": (prepended, {**LLAMA, "tokenizer_class": "PreTrainedTokenizerFast"}, "llama"),
     "bert": (word_piece, BERT, "bert"),
     "bert-bare": (word_piece, {"do_lower_case": True}, "bert"),
@@ -121,7 +126,8 @@ def compare(folder, config: dict, model_type: str) -> None:
     (folder / "config.json").write_text(json.dumps(hf))
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    _, _, settings, ours = published_tokenizers.find(epath.Path(folder), hf, num_rows=400)
+    tokenizer_file = published_tokenizers.find(epath.Path(folder), hf, num_rows=400)
+    settings, ours = tokenizer_file.settings, tokenizer_file.tokenizer
     assert settings.stop_ids == (2, 4)
     different = {}
     for text in TEXTS:

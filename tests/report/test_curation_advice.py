@@ -25,13 +25,11 @@ def dropped(stage: str, reason: str, documents: int, **by_source: int) -> list[d
     return [{"stage": stage, "dropped": [{"reason": reason, "documents": documents, "by_source": by_source}]}]
 
 
-def test_nothing_is_said_where_all_is_well():
-    assert curation_advice.suggest(report()) == []
-    assert curation_advice.suggest(report(stages=dropped("quality", "gopher_min_words", 5))) == []
-    assert curation_advice.suggest(report(stages=dropped("duplicates", "near duplicate", 60))) == [], (
-        "copies are no mistake"
-    )
-    assert curation_advice.suggest(report(stages=dropped("read", "content type image/png", 60))) == [], (
+def test_good_numbers_give_no_advice():
+    assert curation_advice.of(report()) == []
+    assert curation_advice.of(report(stages=dropped("quality", "gopher_min_words", 5))) == []
+    assert curation_advice.of(report(stages=dropped("duplicates", "near duplicate", 60))) == [], "copies are no mistake"
+    assert curation_advice.of(report(stages=dropped("read", "content type image/png", 60))) == [], (
         "nor are a crawl's pictures"
     )
 
@@ -47,28 +45,28 @@ def test_nothing_is_said_where_all_is_well():
         ("quality", "no line left", "curate.quality.c4_policy"),
     ],
 )
-def test_what_takes_much_names_the_setting_it_hangs_on(stage, reason, field):
-    (said,) = curation_advice.suggest(report(stages=dropped(stage, reason, 6)))
-    assert said.startswith("6% of all documents") and reason in said and said.endswith(f"change {field}.")
+def test_a_frequent_reason_names_its_setting(stage, reason, field):
+    (advice,) = curation_advice.of(report(stages=dropped(stage, reason, 6)))
+    assert advice.startswith("6% of all documents") and reason in advice and advice.endswith(f"change {field}.")
 
 
-def test_an_input_that_nearly_vanishes_or_outweighs_the_others():
+def test_an_input_that_is_nearly_lost_or_outweighs_the_others():
     few = {"documents": 5, "tokens": 50, "given": {"documents": 50}}
     most = {"documents": 50, "tokens": 950, "given": {"documents": 50}}
     stages = dropped("duplicates", "near duplicate", 45, a=45)
-    vanished, outweighs = curation_advice.suggest(report(stages=stages, sources={"a": few, "b": most}))
-    assert vanished.startswith("Of a, 5 of 50 documents stay; most went in duplicates for “near duplicate”")
-    assert outweighs.startswith("95.0% of all tokens are of b")
+    few_kept, outweighs = curation_advice.of(report(stages=stages, sources={"a": few, "b": most}))
+    assert few_kept.startswith("Of a, 5 of 50 documents are kept; most were dropped in duplicates for “near duplicate”")
+    assert outweighs.startswith("95.0% of all tokens are from b")
 
 
-def test_what_was_not_given():
+def test_missing_settings():
     config = {"stages": ["read", "decontaminate"], "decontaminate": {"against": []}}
     personal = {"action": "count", "kinds": {"email": {}}}
-    said = curation_advice.suggest(report(config=config, personal_data=personal, licences={"not given": 100}))
-    assert [line.split(":")[0] for line in said] == [
+    advice = curation_advice.of(report(config=config, personal_data=personal, licences={"not given": 100}))
+    assert [line.split(":")[0] for line in advice] == [
         "No evaluation set was looked for",
         "Personal data are still in the text",
         "All documents have no licence",
     ]
-    nothing = curation_advice.suggest(report(kept={"documents": 0, "tokens": 0}, sources={}, licences={}))
-    assert nothing == ["Nothing stays."]
+    nothing = curation_advice.of(report(kept={"documents": 0, "tokens": 0}, sources={}, licences={}))
+    assert nothing == ["No document was kept."]

@@ -10,7 +10,7 @@ from llmjax.cli import main
 from llmjax.errors import UserError
 from llmjax.report import data_card
 from tests.curate import corpora
-from tests.report.test_page import HOSTILE, Reader
+from tests.report.runs import HOSTILE, Reader
 
 RAW = {"mail": "maria.lopez@example.org", "card": "4111 1111 1111 1111", "ip": "83.145.20.31"}
 
@@ -96,8 +96,8 @@ def test_a_card_of_nothing(tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     report = curate(tmp_path / "w", {"none": tmp_path / "empty.jsonl"})
     assert report["records"]["documents"] == 0
-    assert "no document stays: the inputs hold none" in list(data_card.summary_lines(report))
-    assert "Nothing stays." in Reader((tmp_path / "w" / "report.html").read_text()).text
+    assert "no document stays: the inputs hold none" in list(data_card.lines(report))
+    assert "No document was kept." in Reader((tmp_path / "w" / "report.html").read_text()).text
 
 
 def test_all_dropped_is_said_and_nothing_is_proposed(tmp_path, capsys):
@@ -105,7 +105,7 @@ def test_all_dropped_is_said_and_nothing_is_proposed(tmp_path, capsys):
     curate(tmp_path / "w", {"in": path})
     told = capsys.readouterr().out
     assert "no document stays: none of 2" in told and "next:" not in told
-    assert "Of in, 0 of 2 documents stay" in Reader((tmp_path / "w" / "report.html").read_text()).text
+    assert "Of in, 0 of 2 documents are kept" in Reader((tmp_path / "w" / "report.html").read_text()).text
 
 
 @pytest.mark.parametrize("text", ["{", "{}", "[]", '{"records": {"documents": 1}}'])

@@ -16,7 +16,7 @@ from llmjax.errors import UserError
 from llmjax.report import terminal as watch
 from llmjax.run import workdir as workdirs
 from tests import jobs
-from tests.report.test_page import HOSTILE, make_run, put
+from tests.report.runs import HOSTILE, make_run, put
 
 
 def snapshot(run: pathlib.Path, **options) -> str:

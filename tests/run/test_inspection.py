@@ -65,7 +65,7 @@ def test_the_table_names_steps_prints_changes_and_the_next_command(finished):
     rows = [line.split("  ") for line in text.splitlines() if prints[10][:16] in line or prints[30][:16] in line]
     assert [[cell.strip() for cell in row if cell.strip()] for row in rows] == [
         ["10", prints[10][:16], "80", "5,000", "train.steps"],
-        ["30", prints[30][:16], "240", "15,000", "as in config.json"],
+        ["30", prints[30][:16], "240", "15,000", "same as config.json"],
     ]
     assert "last logged step 30, loss 2.5000" in text
     assert "steps=30" in text and "3,000 tokens of main" in text

@@ -1,9 +1,11 @@
 """The training order: a keyed permutation of 0..size-1, evaluated only where needed.
 
-No shuffle file, no pass over the data, no limit of 2**32 items: a Feistel network over Z_a x Z_b, a * b just above the
-size, and cycle walking for the few values outside (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+It needs no shuffle file, no pass over the data, and has no limit of 2**32 items: a Feistel network over Z_a x Z_b with
+a * b just above the size, and cycle walking for the few values outside (Black and Rogaway, "Ciphers with Arbitrary
+Finite Domains", 2002).
 """
 
+from collections.abc import Callable
 import hashlib
 import math
 
@@ -16,49 +18,50 @@ _NUM_ROUNDS = 6
 
 
 class Permutation:
-    """One order of `size` items (1 to 2**62), a pure function of `key`: (seed, name, epoch) or the like."""
+    """An order of `size` items (1 to 2**62), a pure function of `key`, such as (seed, name, epoch)."""
 
     def __init__(self, size: int, *key: int | str):
         if not 1 <= size <= 1 << 62:
             raise ValueError(f"size={size}: a permutation has 1 to 2**62 items")
         self.size = size
         a = math.isqrt(size - 1) + 1  # the least a with a * a >= size
-        self._sides = (np.uint64(a), np.uint64(-(-size // a)))
+        self._moduli = (np.uint64(a), np.uint64(-(-size // a)))
         digest = hashlib.blake2b(repr((size, *key)).encode(), digest_size=8 * _NUM_ROUNDS).digest()
         self._keys = np.frombuffer(digest, "<u8").astype(np.uint64)
 
     def __call__(self, index: np.ndarray) -> np.ndarray:
-        """Which item stands at each place: int64, the shape of `index`."""
-        return self._walk(index, self._forward)
+        """The item at each index: int64, the shape of `index`."""
+        return self._cycle_walk(index, self._encrypt)
 
     def inverse(self, item: np.ndarray) -> np.ndarray:
-        """At which place each item stands: int64, the shape of `item`."""
-        return self._walk(item, self._backward)
+        """The index of each item: int64, the shape of `item`."""
+        return self._cycle_walk(item, self._decrypt)
 
-    def _walk(self, values: np.ndarray, cross) -> np.ndarray:
+    def _cycle_walk(self, values: np.ndarray, network: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """Apply the network to each value until the result is below `size`."""
         values = np.asarray(values)
         if values.size and (values.min() < 0 or values.max() >= self.size):
             raise IndexError(f"an index is outside 0..{self.size - 1}")
-        flat = cross(values.astype(np.uint64).ravel())
+        flat = network(values.astype(np.uint64).ravel())
         while (outside := np.flatnonzero(flat >= self.size)).size:
-            flat[outside] = cross(flat[outside])
+            flat[outside] = network(flat[outside])
         return flat.astype(np.int64).reshape(values.shape)
 
-    def _forward(self, x: np.ndarray) -> np.ndarray:
-        a, b = self._sides
+    def _encrypt(self, x: np.ndarray) -> np.ndarray:
+        a, b = self._moduli
         high, low = np.divmod(x, a)
-        for turn, key in enumerate(self._keys):
-            if turn % 2:
+        for number, key in enumerate(self._keys):
+            if number % 2:
                 high = (high + hash64(low, key) % b) % b
             else:
                 low = (low + hash64(high, key) % a) % a
         return high * a + low
 
-    def _backward(self, x: np.ndarray) -> np.ndarray:
-        a, b = self._sides
+    def _decrypt(self, x: np.ndarray) -> np.ndarray:
+        a, b = self._moduli
         high, low = np.divmod(x, a)
-        for turn, key in reversed(list(enumerate(self._keys))):
-            if turn % 2:
+        for number, key in reversed(list(enumerate(self._keys))):
+            if number % 2:
                 high = (high + b - hash64(low, key) % b) % b
             else:
                 low = (low + a - hash64(high, key) % a) % a
@@ -66,7 +69,7 @@ class Permutation:
 
 
 class Skips:
-    """Spans of sample indices that are left out: ((from, to), ...), `to` excluded; the others stay."""
+    """Spans of sample indices to skip: ((from, to), ...), `to` excluded."""
 
     def __init__(self, spans: tuple):
         merged: list[list[int]] = []
@@ -80,13 +83,13 @@ class Skips:
         self._kept_starts = self._starts - self._removed[:-1]
 
     def kept_before(self, sample: int) -> int:
-        """How many samples below this index stay."""
-        begun = int(np.searchsorted(self._starts, sample, "right"))
-        inside = max(0, int(self._ends[begun - 1]) - sample) if begun else 0
-        return sample - int(self._removed[begun]) + inside
+        """The number of samples below this index that are not skipped."""
+        spans = int(np.searchsorted(self._starts, sample, "right"))  # that start at or before the sample
+        beyond = max(0, int(self._ends[spans - 1]) - sample) if spans else 0
+        return sample - int(self._removed[spans]) + beyond
 
     def sample(self, kept: np.ndarray) -> np.ndarray:
-        """The sample index of the kept-th (from 0) sample that stays."""
+        """The index of sample number `kept` (from 0) among those that are not skipped."""
         return kept + self._removed[np.searchsorted(self._kept_starts, kept, "right")]
 
 

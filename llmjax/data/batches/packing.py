@@ -10,7 +10,6 @@ import json
 import os
 from pathlib import Path
 import shutil
-from typing import Protocol
 
 import numpy as np
 
@@ -45,7 +44,7 @@ class Chunks:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Packed rows before an objective has made a batch of them: int32 [rows, seq_len] each, 0 where padded.
+    """Packed rows before an objective turns them into a batch: int32 [rows, seq_len] each, 0 where padded.
 
     targets    the documents' tokens
     inputs     the token before each target in its document, or BOS (EOS if there is none) at its start
@@ -66,7 +65,7 @@ class RowBudget:
     seq_len  positions in a row
     costs    int64 [longest chunk + 1], the positions that a chunk of each length needs, each at most seq_len; None:
              its tokens
-    name     of the costs, so that plans with different costs are told apart; "" if there are none
+    name     of the costs, which distinguishes plans with different costs; "" if there are none
     """
 
     seq_len: int
@@ -90,20 +89,9 @@ class RowBudget:
         return lengths if self.costs is None else self.costs[lengths]
 
 
-class Packing(Protocol):
-    """Which chunks each row holds. `rows` counts the rows, `used` the positions that their chunks need."""
-
-    rows: int
-    used: int
-
-    def chunks(self, rows: np.ndarray) -> Chunks:
-        """The chunks of these rows, row by row."""
-        ...
-
-
 def open_packing(
     store: TokenStore, seq_len: int, algorithm: str, plans: Path, row_budget: RowBudget | None = None
-) -> Packing:
+) -> "Windows | BestFitPlan":
     """Open the packing of a store; a best-fit plan is computed at first use and kept in the folder `plans`.
 
     row_budget  what chunks need of a row; None: their tokens
@@ -124,7 +112,11 @@ def open_packing(
 
 
 class Windows:
-    """Row r holds the tokens [r * seq_len, (r + 1) * seq_len) of the flat stream; only the last can be short."""
+    """Row r holds the tokens [r * seq_len, (r + 1) * seq_len) of the flat stream; only the last can be short.
+
+    rows  their number
+    used  the positions that their chunks need
+    """
 
     def __init__(self, store: TokenStore, seq_len: int):
         self._store, self._seq_len = store, seq_len

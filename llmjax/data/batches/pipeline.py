@@ -1,13 +1,14 @@
-"""Batches for training and evaluation, served by Grain: each batch is a pure function of the data state."""
+"""Batches for training and evaluation, through Grain: each batch is a pure function of the data state."""
 
-from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 from pathlib import Path
 import sys
+from typing import Any
 import weakref
 
 import grain
@@ -24,19 +25,19 @@ from llmjax.data.store.token_store import TokenStore
 from llmjax.errors import UserError
 
 _STATE_VERSION = 1
-_SPAN = 1024  # samples located at once; a cache of spans makes the cost of finding a row vanish
+_SPAN = 1024  # samples located at once and cached, so that locating a sample costs little
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataState:
-    """Where training stands in its data; the same few values on every host.
+    """The position of training in its data; the same few values on every host.
 
     version       of this record
-    fingerprint   of the training texts, then how they are packed, then the objective unless it is causal:
+    fingerprint   of the training texts, packing, data.seq_len, and the objective unless it is causal, such as
                   "HASH:best_fit:512:masked rate=0.15"
     seed          of the order
-    mixture       hash of all that shaped the mixture up to next_sample
-    next_sample   global index of the first sample not yet used; left-out samples count
+    mixture       hash of everything that decides the mixture up to next_sample
+    next_sample   global index of the first unused sample; skipped samples count
     global_batch  samples in the last batch
     """
 
@@ -47,11 +48,13 @@ class DataState:
     next_sample: int
     global_batch: int
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
+        """The fields as a dict."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, record: dict) -> "DataState":
+    def from_json(cls, record: dict[str, Any]) -> "DataState":
+        """Read what `to_json` returned. Raises UserError for another version."""
         if record.get("version") != _STATE_VERSION:
             raise UserError(
                 f"data state of version {record.get('version')}: this llmjax reads {_STATE_VERSION}; "
@@ -61,7 +64,7 @@ class DataState:
 
 
 class PackedSource:
-    """One split of one source, packed in rows."""
+    """One split of one source, packed into rows."""
 
     def __init__(self, folder: Path, name: str, split: str, config: DataConfig, row_budget: RowBudget | None = None):
         self.name = name
@@ -73,10 +76,11 @@ class PackedSource:
         self.rows = self._packing.rows
 
     def fill(self, rows: np.ndarray) -> Rows:
-        """These rows, in this order."""
+        """Read these rows, in this order."""
         return fill(self.store, self._packing.chunks(rows), len(rows), self._row_budget.capacity)
 
-    def summary(self) -> dict:
+    def summary(self) -> dict[str, Any]:
+        """Counts of the split, and the density of its rows: the fraction of positions that are used."""
         return {
             "documents": self.store.documents,
             "tokens": self.store.tokens,
@@ -92,8 +96,8 @@ class TrainData:
     folder        the store
     seed          of the order of samples, and of the objective's draws
     global_batch  samples in a batch of the whole job
-    objective     what is made of the rows
-    Opening raises UserError for a damaged store, sources without text, and settings that mean nothing.
+    objective     turns rows into batches
+    Raises UserError for a damaged store, sources without text, and invalid settings.
     """
 
     def __init__(
@@ -106,13 +110,13 @@ class TrainData:
         objective: Objective,
     ):
         if global_batch < 1:
-            raise UserError(f"train.global_batch={global_batch}: a batch has at least one sequence")
+            raise UserError(f"train.global_batch={global_batch}: expected 1 or more sequences")
         if config.prefetch < 0:
-            raise UserError(f"data.prefetch={config.prefetch}: batches assembled ahead, 0 or more")
+            raise UserError(f"data.prefetch={config.prefetch}: expected 0 or more batches")
         if not config.sources:
-            raise UserError("data.sources is empty: name at least one, such as data.sources.main.path")
+            raise UserError("data.sources is empty: give at least one, such as data.sources.main.path")
         self._config, self._seed, self._global_batch = config, seed, global_batch
-        self._objective, self._draws = objective, CounterRng("objective", seed)
+        self._objective, self._rng = objective, CounterRng("objective", seed)
         self._sources = [
             PackedSource(Path(folder), name, "train", config, self._objective.row_budget)
             for name in sorted(config.sources)
@@ -132,8 +136,8 @@ class TrainData:
         self.fingerprint = f"{digest}:{config.packing}:{config.seq_len}"
         if self._objective.fingerprint != "causal":
             self.fingerprint += f":{self._objective.fingerprint}"
-        self._spans: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
-        self._orders: OrderedDict[tuple[int, int], Permutation] = OrderedDict()
+        self._locate_span = functools.lru_cache(64)(self._locate_span)
+        self._make_order = functools.lru_cache(64)(self._make_order)
         self._streams: weakref.WeakSet[Generator] = weakref.WeakSet()
 
     def start(self) -> DataState:
@@ -141,7 +145,7 @@ class TrainData:
         return self.at(0)
 
     def at(self, sample: int) -> DataState:
-        """The state of a run that has used the samples before this one."""
+        """The state of a run that has used all samples before this one."""
         return DataState(
             fingerprint=self.fingerprint,
             seed=self._seed,
@@ -151,18 +155,18 @@ class TrainData:
         )
 
     def check(self, state: DataState) -> None:
-        """Raise UserError naming what changed, where this data would not go on as the state's data did."""
-        ours = self.at(state.next_sample)
+        """Raise UserError, naming what changed, unless this data continues the data of the state."""
+        current = self.at(state.next_sample)
         fields = ("the training texts or tokenizer (the store)", "data.packing", "data.seq_len", "the objective")
-        then, now = ((*fingerprint.split(":"), "causal")[:4] for fingerprint in (state.fingerprint, self.fingerprint))
-        for what, old, new in zip(fields, then, now, strict=True):
+        before, now = ((*fingerprint.split(":"), "causal")[:4] for fingerprint in (state.fingerprint, self.fingerprint))
+        for what, old, new in zip(fields, before, now, strict=True):
             if old != new:
                 raise UserError(
                     f"{what} changed since the checkpoint: {old} then, {new} now; restore it, or start a new workdir"
                 )
-        if state.seed != ours.seed:
-            raise UserError(f"seed changed since the checkpoint: {state.seed} then, {ours.seed} now; restore it")
-        if state.mixture != ours.mixture:
+        if state.seed != current.seed:
+            raise UserError(f"seed changed since the checkpoint: {state.seed} then, {current.seed} now; restore it")
+        if state.mixture != current.mixture:
             raise UserError(
                 "the mixture of samples already used changed since the checkpoint: restore data.sources.*.weight, "
                 "data.mixture_block and data.at_source_end; for new weights add a data.weight_schedule entry from "
@@ -170,16 +174,16 @@ class TrainData:
             )
 
     def remaining(self, state: DataState) -> int | None:
-        """Whole batches that are left; None: the sources repeat without end."""
+        """The number of complete batches after `state`; None if the sources repeat without end."""
         if self._mixture.num_samples is None:
             return None
-        left = self._skips.kept_before(self._mixture.num_samples) - self._skips.kept_before(state.next_sample)
-        return max(0, left) // self._global_batch
+        samples = self._skips.kept_before(self._mixture.num_samples) - self._skips.kept_before(state.next_sample)
+        return max(0, samples) // self._global_batch
 
     def batches(self, state: DataState, rows: np.ndarray) -> Iterator[tuple[Batch, DataState]]:
-        """Batches from `state` on, each with the state after it; asking past the end of the data raises UserError.
+        """Yield batches from `state` on, each with the state after it. Raises UserError at the end of the data.
 
-        rows  the rows of every global batch that this process needs, int [local batch]: the Batch holds these, in order
+        rows  the rows of every global batch that this process needs, int [local batch]: the Batch has these, in order
         """
         self.check(state)
         rows = np.asarray(rows, np.int64)
@@ -190,7 +194,7 @@ class TrainData:
         return stream
 
     def close(self) -> None:
-        """End every stream that is still open, and its thread."""
+        """Close every open stream, and its thread."""
         for stream in list(self._streams):
             stream.close()
 
@@ -201,8 +205,8 @@ class TrainData:
         def assemble(index: int) -> Batch:
             return self._assemble(self._skips.sample(first + index * size + rows))
 
-        with contextlib.closing(_feed(assemble, length, self._config.prefetch)) as feed:
-            for index, batch in enumerate(feed):
+        with contextlib.closing(_prefetch(assemble, length, self._config.prefetch)) as batches:
+            for index, batch in enumerate(batches):
                 last = self._skips.sample(np.array([first + (index + 1) * size - 1]))
                 yield batch, self.at(int(last[0]) + 1)
         raise UserError(
@@ -210,8 +214,8 @@ class TrainData:
             f"{state.next_sample}: lower train.steps, or set data.at_source_end='repeat'"
         )
 
-    def summary(self, state: DataState | None = None) -> dict:
-        """Per source: documents, tokens, text_bytes, rows, density; and up to `state` its samples and epochs."""
+    def summary(self, state: DataState | None = None) -> dict[str, dict[str, Any]]:
+        """Summaries of the sources by name; with `state` also the samples and epochs of each up to there."""
         report = {source.name: source.summary() for source in self._sources}
         if state is not None:
             for source, count in zip(self._sources, self._mixture.counts(state.next_sample).tolist(), strict=True):
@@ -220,14 +224,13 @@ class TrainData:
 
     def _assemble(self, samples: np.ndarray) -> Batch:
         source, row = self._locate(samples)
-        places = [np.flatnonzero(source == index) for index in range(len(self._sources))]
-        parts = [(self._sources[i].fill(row[place]), place) for i, place in enumerate(places) if place.size]
+        parts = [self._sources[index].fill(row[source == index]) for index in np.unique(source).tolist()]
         if len(parts) == 1:
-            return self._objective.build_batch(parts[0][0], samples, self._draws)
-        back = np.argsort(np.concatenate([place for _, place in parts]))
+            return self._objective.build_batch(parts[0], samples, self._rng)
+        back = np.argsort(np.argsort(source, kind="stable"))  # from the order of sources to that of the samples
         fields = [field.name for field in dataclasses.fields(Rows)]
-        merged = {name: np.concatenate([getattr(part, name) for part, _ in parts])[back] for name in fields}
-        return self._objective.build_batch(Rows(**merged), samples, self._draws)
+        merged = {name: np.concatenate([getattr(part, name) for part in parts])[back] for name in fields}
+        return self._objective.build_batch(Rows(**merged), samples, self._rng)
 
     def _locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(source, row of its packing) of each sample."""
@@ -235,9 +238,9 @@ class TrainData:
         number = samples // _SPAN
         for span in np.unique(number).tolist():
             chosen = number == span
-            sources, rows = _cached(self._spans, span, self._locate_span)
-            place = samples[chosen] - span * _SPAN
-            source[chosen], row[chosen] = sources[place], rows[place]
+            sources, rows = self._locate_span(span)
+            offset = samples[chosen] - span * _SPAN
+            source[chosen], row[chosen] = sources[offset], rows[offset]
         return source, row
 
     def _locate_span(self, span: int) -> tuple[np.ndarray, np.ndarray]:
@@ -247,22 +250,21 @@ class TrainData:
         source, ordinal = self._mixture.locate(np.arange(span * _SPAN, end))
         row = np.empty_like(ordinal)
         for index in np.unique(source).tolist():
-            epoch, place = np.divmod(ordinal, self._sources[index].rows)
-            for turn in np.unique(epoch[source == index]).tolist():
-                chosen = (source == index) & (epoch == turn)
-                row[chosen] = _cached(self._orders, (index, turn), self._order)(place[chosen])
+            epochs, offset = np.divmod(ordinal, self._sources[index].rows)
+            for epoch in np.unique(epochs[source == index]).tolist():
+                chosen = (source == index) & (epochs == epoch)
+                row[chosen] = self._make_order(index, epoch)(offset[chosen])
         return source, row
 
-    def _order(self, key: tuple[int, int]) -> Permutation:
-        index, epoch = key
+    def _make_order(self, index: int, epoch: int) -> Permutation:
         return Permutation(self._sources[index].rows, self._seed, self._sources[index].name, epoch)
 
 
 class EvalData:
     """Every document of one split of one source exactly once, in batches; the last is padded with rows of weight 0.
 
-    `batch` is the rows in a batch of the whole job; the other public fields say how much there is. The objective's
-    draws have a key of their own, the same at every evaluation of every run.
+    batch   rows in a batch of the whole job
+    The objective's draws have their own key, the same in every evaluation of every run.
     """
 
     def __init__(
@@ -275,7 +277,7 @@ class EvalData:
         batch: int,
         objective: Objective,
     ):
-        self._objective, self._draws = objective, CounterRng("evaluation", split, source)
+        self._objective, self._rng = objective, CounterRng("evaluation", split, source)
         self._source = PackedSource(Path(folder), source, split, config, self._objective.row_budget)
         self._batch, self._prefetch = batch, config.prefetch
         store = self._source.store
@@ -284,22 +286,22 @@ class EvalData:
         self.num_batches = -(-self.rows // batch)
 
     def batches(self, rows: np.ndarray) -> Iterator[Batch]:
-        """All batches, each with these rows of it (int [local batch], indices into the batch)."""
+        """Yield all batches, each with these rows of it (int [local batch], indices into the batch)."""
         rows = np.asarray(rows, np.int64)
 
         def assemble(index: int) -> Batch:
             samples = index * self._batch + rows
-            real = np.flatnonzero(samples < self.rows)
-            filled = self._source.fill(samples[real])
-            if len(real) < len(rows):
-                filled = Rows(**{name: _spread(value, real, len(rows)) for name, value in vars(filled).items()})
-            return self._objective.build_batch(filled, samples, self._draws)
+            indices = np.flatnonzero(samples < self.rows)
+            packed = self._source.fill(samples[indices])
+            if len(indices) < len(rows):
+                packed = Rows(**{name: _pad(value, indices, len(rows)) for name, value in vars(packed).items()})
+            return self._objective.build_batch(packed, samples, self._rng)
 
-        return _feed(assemble, self.num_batches, self._prefetch)
+        return _prefetch(assemble, self.num_batches, self._prefetch)
 
 
 class _Batches(grain.sources.RandomAccessDataSource):
-    """Whole batches by index, as Grain wants its sources."""
+    """Batches by index, as a source of Grain."""
 
     def __init__(self, assemble: Callable[[int], Batch], length: int | None):
         self._assemble, self._length = assemble, sys.maxsize if length is None else length
@@ -311,11 +313,11 @@ class _Batches(grain.sources.RandomAccessDataSource):
         return self._assemble(int(index))
 
 
-def _feed(assemble: Callable[[int], Batch], length: int | None, prefetch: int) -> Generator[Batch, None, None]:
-    """The batches in order, `prefetch` of them assembled ahead by one thread (0: none, in the caller's)."""
+def _prefetch(assemble: Callable[[int], Batch], length: int | None, count: int) -> Generator[Batch, None, None]:
+    """Yield the batches in order; one thread assembles `count` of them ahead (0: the caller does)."""
     if length == 0:
         return
-    options = grain.ReadOptions(num_threads=min(1, prefetch), prefetch_buffer_size=prefetch)
+    options = grain.ReadOptions(num_threads=min(1, count), prefetch_buffer_size=count)
     iterator = iter(grain.MapDataset.source(_Batches(assemble, length)).to_iter_dataset(options))
     try:
         yield from iterator
@@ -323,16 +325,8 @@ def _feed(assemble: Callable[[int], Batch], length: int | None, prefetch: int) -
         iterator.close()
 
 
-def _spread(values: np.ndarray, places: np.ndarray, size: int) -> np.ndarray:
+def _pad(values: np.ndarray, indices: np.ndarray, size: int) -> np.ndarray:
+    """`size` rows: the values at these indices, else 0."""
     out = np.zeros((size, *values.shape[1:]), values.dtype)
-    out[places] = values
+    out[indices] = values
     return out
-
-
-def _cached(cache: OrderedDict, key, make: Callable):
-    """make(key), remembered for the few keys asked for last."""
-    if key not in cache:
-        cache[key] = make(key)
-        if len(cache) > 64:
-            cache.popitem(last=False)
-    return cache[key]

@@ -18,17 +18,17 @@ from llmjax.data.store.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
-    """One objective, ready for rows of one length.
+    """An objective for rows of one length.
 
     name         as in the config
-    fingerprint  all that shapes its batches besides text, packing and seed; resuming with another one is refused
-    row_budget   how much of a row a chunk of each length takes
+    fingerprint  everything that decides its batches besides text, packing and seed; resuming with another is refused
+    row_budget   how much of a row a chunk of each length needs
     target_len   positions in a row of targets
-    vocabulary   the ids that it uses; None: any, nothing is added to the text
+    vocabulary   the ids that it uses; None: nothing is added to the text, any ids are possible
     build_batch  (rows, int64 sample indices [rows], rng) -> Batch; a row of it depends only on the row, its sample
                  index and the key of the rng
-    prompt       ids of a text -> what a model is given so that it continues the text
-    answers      whether the model writes a text of its own instead of a continuation of the prompt
+    prompt       ids of a text -> ids that a model reads to continue the text
+    answers      whether the model writes a new text instead of a continuation of the prompt
     """
 
     name: str
@@ -42,17 +42,17 @@ class Objective:
 
     @property
     def decoder_start_id(self) -> int:
-        """The id that a decoder reads first; -1 where the text alone decides."""
+        """The id that a decoder reads first; -1 if only the text decides."""
         return self.vocabulary.bos_id if self.vocabulary else -1
 
     @property
     def min_vocab_size(self) -> int:
-        """The least vocabulary that a model needs; 0 where the text alone decides."""
+        """The smallest vocabulary that a model needs; 0 if only the text decides."""
         return self.vocabulary.size if self.vocabulary else 0
 
 
 def causal_objective(seq_len: int, vocab: Vocabulary | None = None) -> Objective:
-    """The objective `causal`, which needs no tokenizer (but for prompts)."""
+    """The objective `causal`; only its prompts need the vocabulary."""
     return Objective(
         name="causal",
         fingerprint="causal",
@@ -67,22 +67,22 @@ def causal_objective(seq_len: int, vocab: Vocabulary | None = None) -> Objective
 def open_objective(
     config: ObjectiveConfig, tokenizer: Tokenizer, *, seq_len: int, start_id: int | None = None
 ) -> Objective:
-    """The objective of a config, with prompts in the form that it names.
+    """Make the objective of a config.
 
-    start_id  of a model that reads a source with an encoder: the id that its decoder reads first; -1: the id that
-              documents start with. None: the model has no such sides
-    Raises UserError where no chunk fits a row of seq_len tokens.
+    start_id  for an encoder-decoder the id that its decoder reads first, or -1 for the id that documents start with;
+              None for other models
+    Raises UserError if no chunk fits a row of seq_len tokens.
     """
-    made = _open(config, tokenizer, seq_len, start_id)
+    objective = _open(config, tokenizer, seq_len, start_id)
     if config.prompt_form == "plain":
         before, after = tokenizer.prompt_frame or ((), (tokenizer.eos_id,))
         prompt = lambda ids: np.concatenate([before, ids, after]).astype(np.int32)
-        return dataclasses.replace(made, prompt=prompt, answers=True)
-    return made
+        return dataclasses.replace(objective, prompt=prompt, answers=True)
+    return objective
 
 
 def _open(config: ObjectiveConfig, tokenizer: Tokenizer, seq_len: int, start_id: int | None) -> Objective:
-    """The objective with prompts as it trains them."""
+    """Make the objective, with prompts in the form of its training batches."""
     text_ids = vocabulary.build_vocab(tokenizer)
     prompt = lambda ids: frame_prompt(tokenizer, ids, text_ids.bos_id)
     plain = dataclasses.replace(causal_objective(seq_len, text_ids), prompt=prompt)
@@ -93,56 +93,59 @@ def _open(config: ObjectiveConfig, tokenizer: Tokenizer, seq_len: int, start_id:
         rate = 0.15 if config.rate is None else config.rate
         ordinary = np.setdiff1d(np.arange(tokenizer.vocab_size, dtype=np.int32), [*tokenizer.special_tokens.values()])
         edges = vocabulary.word_edges(tokenizer) if config.whole_words else None
-        make = lambda rows, samples, rng: masked(rows, samples, rng, rate, vocab, ordinary, edges)
-        words = ", whole words" if config.whole_words else ""
+        build_batch = lambda rows, samples, rng: masked(rows, samples, rng, rate, vocab, ordinary, edges)
+        fingerprint = f"masked rate={rate:g}{', whole words' if config.whole_words else ''}"
         return dataclasses.replace(
-            plain, name="masked", fingerprint=f"masked rate={rate:g}{words}", vocabulary=vocab, build_batch=make
+            plain, name="masked", fingerprint=fingerprint, vocabulary=vocab, build_batch=build_batch
         )
     if config.name in ("span", "ul2"):
-        assert start_id is not None, "the config lets only encoder-decoders through"
+        assert start_id is not None, "the config accepts these objectives for encoder-decoders only"
         return _denoising(config, tokenizer, seq_len, start_id)
     if config.name == "fim":
-        vocab, room = vocabulary.build_vocab(tokenizer, vocabulary.FIM), infill.row_budget(seq_len)
+        vocab, budget = vocabulary.build_vocab(tokenizer, vocabulary.FIM), infill.row_budget(seq_len)
         rate = 0.5 if config.fim_rate is None else config.fim_rate
-        make = lambda rows, samples, rng: infill.infill(rows, samples, rng, rate, room, vocab)
         return dataclasses.replace(
-            plain, name="fim", fingerprint=f"fim fim_rate={rate:g}", row_budget=room, vocabulary=vocab, build_batch=make
+            plain,
+            name="fim",
+            fingerprint=f"fim fim_rate={rate:g}",
+            row_budget=budget,
+            vocabulary=vocab,
+            build_batch=lambda rows, samples, rng: infill.infill(rows, samples, rng, rate, budget, vocab),
         )
     assert config.name == "prefix"
     if start_id is None:
         return dataclasses.replace(plain, name="prefix", fingerprint="prefix", build_batch=prefix)
-    vocab, target_len = _starting(vocabulary.build_vocab(tokenizer), start_id), config.target_len or seq_len
-    room = spans.split_prefix_budget(seq_len, target_len)
+    vocab, target_len = _with_start(vocabulary.build_vocab(tokenizer), start_id), config.target_len or seq_len
     return dataclasses.replace(
         plain,
         name="prefix",
         fingerprint=f"prefix target={target_len}",
-        row_budget=room,
+        row_budget=spans.split_prefix_budget(seq_len, target_len),
         target_len=target_len,
         vocabulary=vocab,
         build_batch=lambda rows, samples, rng: spans.split_prefix(rows, samples, rng, seq_len, target_len, vocab),
     )
 
 
-def _starting(vocab: Vocabulary, start_id: int) -> Vocabulary:
-    """The same ids for a decoder that reads `start_id` first; -1: what documents start with."""
+def _with_start(vocab: Vocabulary, start_id: int) -> Vocabulary:
+    """The vocabulary of a decoder that reads `start_id` first; -1: the id that documents start with."""
     return vocab if start_id < 0 else dataclasses.replace(vocab, bos_id=start_id)
 
 
 def _denoising(config: ObjectiveConfig, tokenizer: Tokenizer, seq_len: int, start_id: int) -> Objective:
-    """Span corruption, or the mixture of denoisers."""
+    """Make the objective of span corruption, or of the mixture of denoisers."""
     mixture = config.name == "ul2"
-    one = spans.Denoiser(
+    span_corruption = spans.Denoiser(
         rate=0.15 if config.rate is None else config.rate,
         mean_span=3.0 if config.mean_span is None else config.mean_span,
     )
-    denoisers = spans.UL2 if mixture else (one,)
+    denoisers = spans.UL2 if mixture else (span_corruption,)
     span_lengths = spans.plan_lengths(
         config.name, denoisers, seq_len=seq_len, target_len=config.target_len, modes=mixture
     )
-    wanted = (vocabulary.sentinels(span_lengths.sentinels), *((vocabulary.MODES,) if mixture else ()))
-    vocab = _starting(vocabulary.build_vocab(tokenizer, *wanted), start_id)
-    # A prompt goes on where its last mark stands; the mixture knows that by the mode of its S-denoiser.
+    groups = (vocabulary.sentinels(span_lengths.sentinels), *((vocabulary.MODES,) if mixture else ()))
+    vocab = _with_start(vocabulary.build_vocab(tokenizer, *groups), start_id)
+    # A prompt ends with the sentinel that the model continues; with the mixture it begins with the S-denoiser's mode.
     before = [vocab.ids[span_lengths.sentinels + 1]] if mixture else []
     return Objective(
         name=config.name,
@@ -156,7 +159,7 @@ def _denoising(config: ObjectiveConfig, tokenizer: Tokenizer, seq_len: int, star
 
 
 def causal(rows: Rows, samples: np.ndarray) -> Batch:
-    """Next-token prediction: every token, the first and the EOS included, is predicted from those before it.
+    """Next-token prediction: every token, including the first and the EOS, is predicted from those before it.
 
     samples  the rows' global sample indices, int64 [batch]
     """
@@ -171,14 +174,16 @@ def causal(rows: Rows, samples: np.ndarray) -> Batch:
 
 
 def prefix(rows: Rows, samples: np.ndarray, rng: CounterRng) -> Batch:
-    """Prefix language modelling (Raffel et al., 2019, arXiv 1910.10683): a chunk's begin is seen from everywhere, the
-    rest is predicted as by `causal`. The first p inputs are the prefix, every p from 1 to the chunk's length alike; the
-    last of them predicts the first token that none of them shows."""
+    """Prefix language modelling (Raffel et al., 2019, arXiv 1910.10683): all positions of a chunk attend to its prefix.
+
+    The rest is predicted as by `causal`. The prefix is the first p inputs, with p uniform from 1 to the length of the
+    chunk; its last input predicts the first token that is not in the prefix.
+    """
     chunks = unpack_rows(rows, samples)
-    given = 1 + randint(rng.bits(chunks.sample, 0, chunks.column), chunks.length)
+    prefix_lengths = 1 + randint(rng.bits(chunks.sample, 0, chunks.column), chunks.length)
     real = rows.segments > 0
     lengths = np.zeros(rows.segments.shape, np.int64)
-    lengths[real] = np.repeat(given, chunks.length)
+    lengths[real] = np.repeat(prefix_lengths, chunks.length)
     return dataclasses.replace(
         causal(rows, samples),
         weights=(real & (rows.positions >= lengths - 1)).astype(np.float32),
@@ -195,25 +200,26 @@ def masked(
     ordinary: np.ndarray,
     edges: tuple[np.ndarray, np.ndarray] | None,
 ) -> Batch:
-    """Masked language modelling (Devlin et al., 2018, arXiv 1810.04805): each token is hidden by chance and scored.
+    """Masked language modelling (Devlin et al., 2018, arXiv 1810.04805): each token is masked with probability `rate`.
 
-    The text is `rows.inputs`, so that a chunk starts with BOS in the role of CLS, which is never hidden, and no token
-    but a document's EOS is left out. Of the hidden, 80% read as the mask, 10% as one of `ordinary`, 10% as they are.
+    The text is `rows.inputs`, so a chunk starts with BOS in the role of CLS, which is never masked, and only the EOS of
+    a document is missing. Of the masked tokens, which are the scored ones, 80% are replaced by the mask token, 10% by
+    a random id of `ordinary`, and 10% are unchanged.
 
-    edges  where words end (`vocabulary.word_edges`): a word's tokens are hidden together; None: each by itself
+    edges  from `vocabulary.word_edges`: the tokens of a word are masked together; None: each by itself
     """
     text, real = rows.inputs, rows.segments > 0
-    begins = (rows.positions == 0) & (text == vocab.bos_id)
-    own, places = samples[:, None], np.arange(text.shape[1])
-    hidden = bernoulli(rng.bits(own, 0, places), rate)
+    is_bos = (rows.positions == 0) & (text == vocab.bos_id)
+    columns = np.arange(text.shape[1])
+    is_masked = bernoulli(rng.bits(samples[:, None], 0, columns), rate)
     if edges is not None:
         continues_word, can_be_continued = edges
         joined = np.zeros_like(real)
         joined[:, 1:] = continues_word[text[:, 1:]] & can_be_continued[text[:, :-1]] & (rows.positions[:, 1:] > 0)
-        first = np.maximum.accumulate(np.where(joined, 0, places), axis=1)
-        hidden = np.take_along_axis(hidden, first, axis=1)
-    hidden &= real & ~begins
-    row, column = np.nonzero(hidden)
+        first = np.maximum.accumulate(np.where(joined, 0, columns), axis=1)  # column of the first token of the word
+        is_masked = np.take_along_axis(is_masked, first, axis=1)
+    is_masked &= real & ~is_bos
+    row, column = np.nonzero(is_masked)
     kind = rng.bits(samples[row], 1, column)
     noise = ordinary[randint(rng.bits(samples[row], 2, column), len(ordinary))]
     inputs = text.copy()
@@ -223,7 +229,7 @@ def masked(
     return Batch(
         inputs=inputs,
         targets=text,
-        weights=hidden.astype(np.float32),
+        weights=is_masked.astype(np.float32),
         segments=rows.segments,
         positions=rows.positions,
         sample=split_u64(samples),

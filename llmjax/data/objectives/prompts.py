@@ -1,4 +1,4 @@
-"""Prompts: token ids of what a user types, and the text of what a model adds."""
+"""Prompts: the token ids of a text that a user types, and the text that a model adds."""
 
 from collections.abc import Iterable
 
@@ -9,25 +9,24 @@ from llmjax.errors import UserError
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """Token ids of a text that a user typed: here, other than in documents, special tokens stand for themselves.
+    """Encode a text that a user typed. Unlike in documents, special tokens are recognised.
 
-    What an imported tokenizer makes of a text is not questioned: chat templates may hold marks that are plain text to
-    it. Raises UserError as `check_special` does for others, and for bytes that the shell passed on and that are no
-    UTF-8.
+    Raises UserError for text that looks like a special token and is none, except with an imported tokenizer, since
+    chat templates may contain such text, and for bytes from the shell that are not UTF-8.
     """
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UserError(f"the text {text!r} holds bytes that are no UTF-8; give it as UTF-8") from None
+        raise UserError(f"the text {text!r} contains bytes that are not UTF-8; give it as UTF-8") from None
     if tokenizer.prompt_frame is None:
         tokenizer.check_special(text)
     return tokenizer.encode_prompt(text)
 
 
 def frame_prompt(tokenizer: Tokenizer, ids: np.ndarray, begin: int) -> np.ndarray:
-    """The ids of a prompt as an imported tokenizer frames them, or behind `begin`, which starts documents here.
+    """Put the frame of an imported tokenizer around a prompt, or `begin`, the id that documents start with, before it.
 
-    Of a prompt without any ids it is `begin` too, for a model has to read something.
+    A prompt without any ids becomes `begin`, since a model has to read something.
     """
     before, after = tokenizer.prompt_frame or ((begin,), ())
     framed = np.concatenate([before, ids, after]).astype(np.int32)
@@ -35,8 +34,10 @@ def frame_prompt(tokenizer: Tokenizer, ids: np.ndarray, begin: int) -> np.ndarra
 
 
 def decode_continuation(tokenizer: Tokenizer, prompt: Iterable[int], new: Iterable[int]) -> str:
-    """The text that `new` ids add to that of `prompt`. Decoded alone, they would lose the space of the first word where
-    the tokenizer marks the begin of a text by one."""
+    """The text that the ids `new` add to that of `prompt`.
+
+    Decoded alone, they would lose the space before the first word if the tokenizer adds one to the start of a text.
+    """
     prompt = list(prompt)
     before, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *new])
     pairs = zip(before, whole, strict=False)

@@ -1,4 +1,4 @@
-"""Split packed rows into their chunks, and pack the chunks of an objective into rows again."""
+"""Split packed rows into their chunks, and pack chunks into rows."""
 
 import dataclasses
 
@@ -12,10 +12,10 @@ from llmjax.data.batches.rng import CounterRng
 class RowChunks:
     """The chunks of rows, one after the other.
 
-    tokens, before  int32 [tokens], of all chunks; see Rows
-    length          int64 [chunks]
-    row             int64 [chunks], the row of each
-    sample, column  int64 [chunks], the row's sample index, and where in the row the chunk begins: they key its draws
+    targets, inputs  int32 [tokens], of all chunks; see Rows
+    length           int64 [chunks], tokens of each
+    row              int64 [chunks], the row of each
+    sample, column   int64 [chunks], the row's sample index, and where in the row the chunk begins: they key its draws
     """
 
     targets: np.ndarray
@@ -27,20 +27,20 @@ class RowChunks:
 
     @property
     def start(self) -> np.ndarray:
-        """Where each chunk begins in `tokens`: int64 [chunks]."""
+        """Where each chunk begins in `targets`: int64 [chunks]."""
         return np.cumsum(self.length) - self.length
 
 
 def unpack_rows(rows: Rows, samples: np.ndarray) -> RowChunks:
-    """The chunks of rows with these sample indices."""
+    """Split rows with these sample indices into their chunks."""
     real = rows.segments > 0
     row, column = np.nonzero(real & (rows.positions == 0))
     start = np.flatnonzero(rows.positions[real] == 0)
-    tokens = rows.targets[real]
+    targets = rows.targets[real]
     return RowChunks(
-        targets=tokens,
+        targets=targets,
         inputs=rows.inputs[real],
-        length=np.diff(start, append=tokens.size),
+        length=np.diff(start, append=targets.size),
         row=row,
         sample=samples[row],
         column=column,
@@ -48,53 +48,52 @@ def unpack_rows(rows: Rows, samples: np.ndarray) -> RowChunks:
 
 
 def shift_right(tokens: np.ndarray, length: np.ndarray, first: np.ndarray | int) -> np.ndarray:
-    """The token before each in its chunk, `first` at its start: what a decoder reads to predict `tokens`."""
-    before = np.empty_like(tokens)
-    before[1:] = tokens[:-1]
-    before[np.cumsum(length) - length] = first
-    return before
+    """The token before each in its chunk, or `first` at the start: the inputs from which `tokens` are predicted."""
+    inputs = np.empty_like(tokens)
+    inputs[1:] = tokens[:-1]
+    inputs[np.cumsum(length) - length] = first
+    return inputs
 
 
 def pack_rows(
     row: np.ndarray, length: np.ndarray, num_rows: int, width: int, *flat: np.ndarray
 ) -> tuple[np.ndarray, ...]:
-    """Rows of `width` places from chunks in row order: (segments, positions, *each of `flat`), all [num_rows, width].
+    """Pack chunks in row order into rows: (segments, positions, *each of `flat`), all [num_rows, width].
 
-    Raises AssertionError for a row that is too full: the plan left room for what an objective makes at most.
+    The plan guarantees that the chunks of a row fit.
     """
     used = np.bincount(row, weights=length, minlength=num_rows).astype(np.int64)
-    assert used.max(initial=0) <= width, f"a row of {width} places was given {used.max()} tokens"
+    assert used.max(initial=0) <= width, f"a row of {width} positions got {used.max()} tokens"
     counts = np.bincount(row, minlength=num_rows)
     number = 1 + ranges(np.zeros_like(counts), counts)
     values = (np.repeat(number.astype(np.int32), length), ranges(np.zeros_like(length), length).astype(np.int32), *flat)
-    places = np.arange(width) < used[:, None]
-    laid = tuple(np.zeros((num_rows, width), value.dtype) for value in values)
-    for out, value in zip(laid, values, strict=True):
-        out[places] = value
-    return laid
+    is_used = np.arange(width) < used[:, None]
+    padded = tuple(np.zeros((num_rows, width), value.dtype) for value in values)
+    for out, value in zip(padded, values, strict=True):
+        out[is_used] = value
+    return padded
 
 
 def random_partition(
     total: np.ndarray, parts: np.ndarray, chunks: RowChunks, rng: CounterRng, purpose: int
 ) -> np.ndarray:
-    """Each chunk's total as a sum of so many parts of at least 1, all such sums alike: int64 [sum of parts].
+    """Divide each chunk's total into a number of parts of at least 1, uniformly at random: int64 [sum of parts].
 
     total, parts  int64 [chunks]; 1 <= parts <= total < 2**20
     """
     if len(total) > 1 << 20:  # the sort below has 20 bits for the chunk
-        half, cut = len(total) // 2, lambda values, part: values[part]
-        both = []
-        for part in (slice(0, half), slice(half, None)):
-            some = dataclasses.replace(chunks, sample=cut(chunks.sample, part), column=cut(chunks.column, part))
-            both.append(random_partition(total[part], parts[part], some, rng, purpose))
-        return np.concatenate(both)
-    # The edges between parts are the parts - 1 of total - 1 places that draw the smallest numbers.
+        halves = []
+        for half in (slice(0, len(total) // 2), slice(len(total) // 2, None)):
+            half_chunks = dataclasses.replace(chunks, sample=chunks.sample[half], column=chunks.column[half])
+            halves.append(random_partition(total[half], parts[half], half_chunks, rng, purpose))
+        return np.concatenate(halves)
+    # The edges between parts are those parts - 1 of the total - 1 inner positions that draw the smallest numbers.
     sizes, chosen = total - 1, parts - 1
     chunk = np.repeat(np.arange(len(total)), sizes)
-    place = ranges(np.zeros_like(sizes), sizes)
-    drawn = rng.bits(chunks.sample[chunk], purpose, (chunks.column[chunk] << 20) + place) >> np.uint64(40)
+    position = ranges(np.zeros_like(sizes), sizes)
+    bits = rng.bits(chunks.sample[chunk], purpose, (chunks.column[chunk] << 20) + position) >> np.uint64(40)
     low = np.uint64((1 << 20) - 1)
-    keys = np.sort((chunk << 44 | place).astype(np.uint64) | drawn << np.uint64(20))
+    keys = np.sort((chunk << 44 | position).astype(np.uint64) | bits << np.uint64(20))
     keys = keys[ranges(np.cumsum(sizes) - sizes, chosen)]
     edges = (np.sort((keys >> np.uint64(44) << np.uint64(20)) | (keys & low)) & low).astype(np.int64) + 1
     last = np.cumsum(parts) - 1
@@ -108,5 +107,5 @@ def random_partition(
 
 
 def split_u64(samples: np.ndarray) -> np.ndarray:
-    """The high and the low words of sample indices, as a Batch has them: uint32 [samples, 2]."""
+    """The high and the low halves of sample indices, as a Batch has them: uint32 [samples, 2]."""
     return np.stack([samples >> 32, samples & 0xFFFFFFFF], axis=-1).astype(np.uint32)

@@ -1,4 +1,4 @@
-"""Encoder-decoder objectives: span corruption, UL2 and prefix; sources and targets fit their rows by planned costs."""
+"""Encoder-decoder objectives: span corruption, UL2 and prefix. Sources and targets fit their rows by planned costs."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -19,29 +19,29 @@ from llmjax.data.objectives.row_chunks import (
 from llmjax.data.objectives.vocabulary import Vocabulary
 from llmjax.errors import UserError
 
-MOST_SENTINELS = 100  # as published tokenizers have; chunks that would need more have longer spans instead
-_MULTIPLE = 8  # the decoder's row length is rounded up to one
+MAX_SENTINELS = 100  # as in published tokenizers; chunks that would need more have longer spans instead
+_MULTIPLE = 8  # the row length of the decoder is rounded up to a multiple of it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Denoiser:
-    """One way to hide text.
+    """A way to corrupt spans of text.
 
-    rate       share of a chunk's tokens that is hidden
-    mean_span  mean tokens of a hidden span; None: the chunk's end is the only span
-    mode       number of the mode token that stands before the source
+    rate       fraction of a chunk's tokens that is corrupted
+    mean_span  mean tokens of a corrupted span; None: the end of the chunk is the only span
+    mode       index of the mode token that is put before the source
     """
 
     rate: float
     mean_span: float | None
     mode: int = 0
 
-    def counts(self, lengths: np.ndarray, most: int = MOST_SENTINELS) -> tuple[np.ndarray, np.ndarray]:
-        """(hidden tokens, spans) of chunks of these lengths; T5's arithmetic, and at least one and `most` spans."""
+    def counts(self, lengths: np.ndarray, max_spans: int = MAX_SENTINELS) -> tuple[np.ndarray, np.ndarray]:
+        """(corrupted tokens, spans) of chunks of these lengths, computed as in T5, with 1 to `max_spans` spans."""
         noise = np.clip(np.round(self.rate * lengths), 1, np.maximum(lengths - 1, 1)).astype(np.int64)
         if self.mean_span is None:
             return noise, np.ones_like(noise)
-        spans = np.clip(np.round(noise / self.mean_span), 1, most).astype(np.int64)
+        spans = np.clip(np.round(noise / self.mean_span), 1, max_spans).astype(np.int64)
         return noise, np.minimum(spans, np.minimum(noise, lengths - noise + 1))
 
 
@@ -61,9 +61,9 @@ UL2 = (
 class SpanLengths:
     """Lengths of sources and targets, planned for all chunks.
 
-    room        what a chunk takes of a row: its source, or its target scaled to the encoder's row if that is more
-    target_len  places in a row of the decoder
-    sentinels   spans of a chunk at most
+    row_budget  what a chunk needs of a row: its source, or its target scaled to the encoder's row if that is more
+    target_len  positions in a row of the decoder
+    sentinels   the most spans of a chunk
     """
 
     row_budget: RowBudget
@@ -74,34 +74,36 @@ class SpanLengths:
 def plan_lengths(
     name: str, denoisers: Sequence[Denoiser], *, seq_len: int, target_len: int, modes: bool
 ) -> SpanLengths:
-    """The longest chunk whose source fits seq_len, the target length that its target needs, and every chunk's cost.
+    """Plan the longest chunk whose source fits seq_len, the target length that it needs, and every chunk's cost.
 
-    A chunk of l tokens with n of them hidden in k spans has a source of l - n + k tokens (and its mode token) and a
+    A chunk of l tokens with n of them corrupted in k spans has a source of l - n + k tokens (and its mode token) and a
     target of n + k + 1. `target_len` 0: what the longest chunks need, rounded up.
-    Raises UserError where not even one token fits.
+    Raises UserError if not even one token fits.
     """
     lengths = np.arange(1, int(seq_len / (1 - min(denoiser.rate for denoiser in denoisers))) + 3)
     noise, spans = np.stack([denoiser.counts(lengths) for denoiser in denoisers], axis=1)
     sources, targets = (lengths - noise + spans + modes).max(axis=0), (noise + spans + 1).max(axis=0)
-    fit = _first(sources > seq_len)
+    num_fitting = _first_true(sources > seq_len)
+    needed = targets
     if not target_len:
-        # Alone, as if sentinels had no limit: rows of shorter chunks, which stay below it, need that much.
-        ample = np.sum(denoisers[0].counts(lengths, most=seq_len), axis=0) + 1 if len(denoisers) == 1 else targets
-        target_len = -(-int(ample[:fit].max(initial=1)) // _MULTIPLE) * _MULTIPLE
+        if len(denoisers) == 1:
+            # As if there were no limit of sentinels, since rows of several shorter chunks have more spans than that.
+            needed = np.sum(denoisers[0].counts(lengths, max_spans=seq_len), axis=0) + 1
+        target_len = -(-int(needed[:num_fitting].max(initial=1)) // _MULTIPLE) * _MULTIPLE
     costs = np.maximum(sources, -(-targets * seq_len // target_len))
-    longest = _first(costs > seq_len)
+    longest = _first_true(costs > seq_len)
     if not longest:
         raise UserError(
-            f"data.seq_len={seq_len} with objective.target_len={target_len}: not even one token of text fits what "
-            f"objective.name={name!r} makes of it; raise them"
+            f"data.seq_len={seq_len} with objective.target_len={target_len}: objective.name={name!r} cannot fit "
+            "even one token of text; raise them"
         )
     described = ", ".join(f"{denoiser.rate:g}/{denoiser.mean_span}" for denoiser in denoisers)
-    room = RowBudget(
+    row_budget = RowBudget(
         seq_len=seq_len,
         costs=np.concatenate([[0], costs[:longest]]),
         name=f"{name} {described}, target {target_len}",
     )
-    return SpanLengths(row_budget=room, target_len=target_len, sentinels=int(spans[:, :longest].max()))
+    return SpanLengths(row_budget=row_budget, target_len=target_len, sentinels=int(spans[:, :longest].max()))
 
 
 def corrupt(
@@ -112,12 +114,11 @@ def corrupt(
     span_lengths: SpanLengths,
     vocab: Vocabulary,
 ) -> Batch:
-    """Span corruption (Raffel et al., 2019, arXiv 1910.10683) by one denoiser, or by a mixture of them drawn for each
-    chunk (UL2: Tay et al., 2022, arXiv 2205.05131).
+    """Span corruption (Raffel et al., 2019, arXiv 1910.10683), with several denoisers UL2 (Tay et al., 2022, arXiv
+    2205.05131): one of them is drawn for each chunk.
 
-    Each hidden span is replaced by a sentinel in the source; the target holds each sentinel and what it hides, then
-    EOS. Unlike T5's, spans may stand at both ends of a chunk. `vocab.ids` are the sentinels, then the mode tokens (of
-    a mixture).
+    A sentinel replaces each corrupted span in the source; the target lists each sentinel and its span, then EOS. Unlike
+    in T5, spans may be at both ends of a chunk. `vocab.ids` are the sentinels, then the mode tokens (of a mixture).
     """
     chunks = unpack_rows(rows, samples)
     which = np.zeros_like(chunks.length)
@@ -128,25 +129,25 @@ def corrupt(
         chosen = which == number
         noise[chosen], spans[chosen] = denoiser.counts(chunks.length[chosen])
     at_end = np.array([denoiser.mean_span is None for denoiser in denoisers])[which]
-    lengths = _interleaved(chunks, noise, spans, at_end, rng)
+    lengths = _draw_spans(chunks, noise, spans, at_end, rng)
 
-    # Text is numbered by its place, what stands for no text by the places behind it: sentinels, EOS, modes.
-    first_mark, num_sentinels = chunks.targets.size, span_lengths.sentinels
+    # Sources and targets are gathered from one table: the text, then sentinels, EOS and modes.
+    first_sentinel, num_sentinels = chunks.targets.size, span_lengths.sentinels
     modes = vocab.ids[num_sentinels:]
     table = np.concatenate([chunks.targets, vocab.ids[:num_sentinels], [vocab.eos_id], modes]).astype(np.int32)
-    slots = 2 * spans + 1
-    slot = ranges(np.zeros_like(slots), slots)
+    num_slots = 2 * spans + 1  # kept and corrupted spans in turn
+    slot = ranges(np.zeros_like(num_slots), num_slots)
     text = np.cumsum(lengths) - lengths
-    mark = first_mark + slot // 2
-    hidden = slot % 2 == 1
-    source_start, source_length = np.where(hidden, mark, text), np.where(hidden, 1, lengths)
+    special = first_sentinel + slot // 2
+    is_corrupted = slot % 2 == 1
+    source_start, source_length = np.where(is_corrupted, special, text), np.where(is_corrupted, 1, lengths)
     if modes:
-        heads = np.cumsum(slots) - slots
+        heads = np.cumsum(num_slots) - num_slots
         mode = np.array([denoiser.mode for denoiser in denoisers])[which]
-        source_start = np.insert(source_start, heads, first_mark + num_sentinels + 1 + mode)
+        source_start = np.insert(source_start, heads, first_sentinel + num_sentinels + 1 + mode)
         source_length = np.insert(source_length, heads, 1)
-    mark[np.cumsum(slots) - 1] = first_mark + num_sentinels
-    target_start, target_length = np.where(hidden, text, mark), np.where(hidden, lengths, 1)
+    special[np.cumsum(num_slots) - 1] = first_sentinel + num_sentinels  # the last one in a target is EOS
+    target_start, target_length = np.where(is_corrupted, text, special), np.where(is_corrupted, lengths, 1)
     return encdec_batch(
         chunks,
         samples,
@@ -158,7 +159,7 @@ def corrupt(
 
 
 def split_prefix_budget(seq_len: int, target_len: int) -> RowBudget:
-    """What `halve` needs: either side may hold nearly the whole chunk."""
+    """What `split_prefix` needs: either side may be almost the whole chunk."""
     if target_len >= seq_len:
         return RowBudget(seq_len=seq_len)
     costs = -(-np.arange(target_len + 1) * seq_len // target_len)
@@ -168,21 +169,19 @@ def split_prefix_budget(seq_len: int, target_len: int) -> RowBudget:
 def split_prefix(
     rows: Rows, samples: np.ndarray, rng: CounterRng, seq_len: int, target_len: int, vocab: Vocabulary
 ) -> Batch:
-    """Prefix language modelling for an encoder-decoder: the encoder reads a chunk's begin, the decoder writes the rest.
+    """Prefix language modelling for an encoder-decoder: it reads a prefix of a chunk and writes the rest.
 
-    Every split is alike: from the first token predicted to the last alone. The source starts as a prompt does, and the
-    target ends where the chunk does: with EOS where the document ends.
+    The length of the prefix is uniform, from the first input alone to all but the last token. The target ends with the
+    chunk, so with EOS only at the end of the document.
     """
     chunks = unpack_rows(rows, samples)
-    given = 1 + randint(rng.bits(chunks.sample, 0, chunks.column), chunks.length)
+    prefix_lengths = 1 + randint(rng.bits(chunks.sample, 0, chunks.column), chunks.length)
+    target_lengths = chunks.length - prefix_lengths + 1
     return encdec_batch(
         chunks,
         samples,
-        source=(chunks.inputs[ranges(chunks.start, given)], given),
-        target=(
-            chunks.targets[ranges(chunks.start + given - 1, chunks.length - given + 1)],
-            chunks.length - given + 1,
-        ),
+        source=(chunks.inputs[ranges(chunks.start, prefix_lengths)], prefix_lengths),
+        target=(chunks.targets[ranges(chunks.start + prefix_lengths - 1, target_lengths)], target_lengths),
         widths=(seq_len, target_len),
         begin=vocab.bos_id,
     )
@@ -197,10 +196,13 @@ def encdec_batch(
     widths: tuple[int, int],
     begin: int,
 ) -> Batch:
-    """The Batch of sources and targets (tokens of all chunks, length of each chunk's) in rows of two widths."""
-    read = pack_rows(chunks.row, source[1], len(samples), widths[0], source[0])
-    before = shift_right(*target, begin)
-    segments, positions, targets, inputs = pack_rows(chunks.row, target[1], len(samples), widths[1], target[0], before)
+    """Pack sources and targets, each (tokens of all chunks, length of each chunk's), into rows of the two widths."""
+    source_segments, source_positions, packed_source = pack_rows(
+        chunks.row, source[1], len(samples), widths[0], source[0]
+    )
+    segments, positions, targets, inputs = pack_rows(
+        chunks.row, target[1], len(samples), widths[1], target[0], shift_right(*target, begin)
+    )
     return Batch(
         inputs=inputs,
         targets=targets,
@@ -208,29 +210,29 @@ def encdec_batch(
         segments=segments,
         positions=positions,
         sample=split_u64(samples),
-        source=read[2],
-        source_segments=read[0],
-        source_positions=read[1],
+        source=packed_source,
+        source_segments=source_segments,
+        source_positions=source_positions,
     )
 
 
-def _interleaved(
+def _draw_spans(
     chunks: RowChunks, noise: np.ndarray, spans: np.ndarray, at_end: np.ndarray, rng: CounterRng
 ) -> np.ndarray:
-    """Lengths of what stays and what is hidden in turn, 2 spans + 1 a chunk, first and last staying and maybe empty."""
-    hidden = random_partition(noise, spans, chunks, rng, 1)
-    stays = random_partition(chunks.length - noise + 2, spans + 1, chunks, rng, 2)
+    """Draw lengths of kept and corrupted spans in turn, 2 spans + 1 a chunk; first and last are kept, maybe empty."""
+    corrupted = random_partition(noise, spans, chunks, rng, 1)
+    kept = random_partition(chunks.length - noise + 2, spans + 1, chunks, rng, 2)
     last = np.cumsum(spans + 1) - 1
     first = last - spans
-    stays[first] -= 1
-    stays[last] -= 1
-    stays[first[at_end]], stays[last[at_end]] = (chunks.length - noise)[at_end], 0
+    kept[first] -= 1
+    kept[last] -= 1
+    kept[first[at_end]], kept[last[at_end]] = (chunks.length - noise)[at_end], 0
     lengths = np.empty(int((2 * spans + 1).sum()), np.int64)
     slot = ranges(np.zeros_like(spans), 2 * spans + 1)
-    lengths[slot % 2 == 0], lengths[slot % 2 == 1] = stays, hidden
+    lengths[slot % 2 == 0], lengths[slot % 2 == 1] = kept, corrupted
     return lengths
 
 
-def _first(found: np.ndarray) -> int:
-    """The place of the first True; the length where there is none."""
-    return int(np.argmax(found)) if found.any() else len(found)
+def _first_true(mask: np.ndarray) -> int:
+    """The index of the first True; the length if there is none."""
+    return int(np.argmax(mask)) if mask.any() else len(mask)

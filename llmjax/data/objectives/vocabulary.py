@@ -1,4 +1,4 @@
-"""Special ids that objectives need: the tokenizer's own, or new ids after its vocabulary."""
+"""Special ids that objectives use: the tokenizer's own, or new ids after its vocabulary."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -8,7 +8,7 @@ import numpy as np
 
 from llmjax.data.store.tokenizer import Tokenizer
 
-# Each entry lists spellings of one thing; the first is what is appended where a tokenizer has none of them.
+# Each group lists the names that tokenizers use; the first is appended if a tokenizer has none of them.
 MASK = (("[MASK]",), ("<mask>",), ("<|mask|>",))
 FIM = (
     ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"),
@@ -20,20 +20,20 @@ MODES = (("[R]", "[S]", "[X]"), ("[NLU]", "[S2S]", "[NLG]"))
 
 
 def sentinels(count: int) -> tuple[tuple[str, ...], ...]:
-    """The marks of spans 0 to count - 1."""
+    """The names of the sentinels of spans 0 to count - 1."""
     return (tuple(f"<extra_id_{number}>" for number in range(count)),)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """What an objective knows of ids.
+    """The ids that an objective uses.
 
-    bos_id     the id that is read first: BOS, or EOS where the tokenizer has none, or what a decoder was given
-    eos_id       the id that ends documents
-    text_size ids of the tokenizer, special ones included
-    size      all ids, those appended included: the least vocabulary that a model of this objective has
-    names     name of every id that stands for no text
-    ids       those that the objective asked for, in the order in which it did
+    bos_id     the id that is read first: BOS, or EOS if the tokenizer has no BOS, or the start id of a decoder
+    eos_id     the id that ends documents
+    text_size  number of ids of the tokenizer, special ones included
+    size       number of all ids, appended ones included: the smallest vocabulary of a model
+    names      names of the special ids
+    ids        the special ids that the objective requested, in the order of its request
     """
 
     bos_id: int
@@ -44,39 +44,46 @@ class Vocabulary:
     ids: tuple[int, ...] = ()
 
 
-def build_vocab(tokenizer: Tokenizer, *wanted: tuple[Sequence[str], ...]) -> Vocabulary:
-    """The tokenizer's ids and what is wanted: for each group the first spelling that it has, else new ids."""
+def build_vocab(tokenizer: Tokenizer, *groups: tuple[Sequence[str], ...]) -> Vocabulary:
+    """The tokenizer's ids, and for each group the ids of the first names that the tokenizer has, else new ids."""
     names = {number: name for name, number in tokenizer.special_tokens.items()}
     size, ids = tokenizer.vocab_size, []
-    for spellings in wanted:
-        known = [s for s in spellings if all(name in tokenizer.special_tokens for name in s)]
-        for name in (known or spellings)[0]:
-            if (found := tokenizer.special_tokens.get(name)) is None:
-                found, size = size, size + 1
-                names[found] = name
-            ids.append(found)
-    begin = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    for group in groups:
+        existing = [members for members in group if all(name in tokenizer.special_tokens for name in members)]
+        for name in (existing or group)[0]:
+            if (token_id := tokenizer.special_tokens.get(name)) is None:
+                token_id, size = size, size + 1
+                names[token_id] = name
+            ids.append(token_id)
     return Vocabulary(
-        bos_id=begin, eos_id=tokenizer.eos_id, text_size=tokenizer.vocab_size, size=size, names=names, ids=tuple(ids)
+        bos_id=tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        text_size=tokenizer.vocab_size,
+        size=size,
+        names=names,
+        ids=tuple(ids),
     )
 
 
 def word_edges(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """(goes on, is gone on with) of every id: bool each. Two neighbours are of one word where the second goes on and
-    the first is gone on with: letters, digits and underscores on both sides of the edge, or WordPiece's own mark."""
+    """(continues a word, can be continued) of every id: bool [vocab] each.
+
+    Two neighbours belong to one word if the second continues a word and the first can be continued: there are letters,
+    digits or underscores on both sides of the edge, or WordPiece's own prefix.
+    """
     continues_word, can_be_continued = np.zeros(tokenizer.vocab_size, bool), np.zeros(tokenizer.vocab_size, bool)
     special = set(tokenizer.special_tokens.values())
-    for number in range(tokenizer.vocab_size):
-        text = tokenizer.piece(number).decode(errors="replace")
-        if number in special or not text:
+    for token_id in range(tokenizer.vocab_size):
+        text = tokenizer.piece(token_id).decode(errors="replace")
+        if token_id in special or not text:
             continue
-        continues_word[number] = text.startswith(tokenizer.joiner) if tokenizer.joiner else _joins(text[0])
-        can_be_continued[number] = bool(tokenizer.joiner) or _joins(text[-1])
+        continues_word[token_id] = text.startswith(tokenizer.joiner) if tokenizer.joiner else _is_in_word(text[0])
+        can_be_continued[token_id] = bool(tokenizer.joiner) or _is_in_word(text[-1])
     return continues_word, can_be_continued
 
 
-def _joins(character: str) -> bool:
-    """Whether a character is part of words. Scripts without spaces have words of one character here, as BERT has."""
+def _is_in_word(character: str) -> bool:
+    """Whether a character is part of a longer word. In scripts without spaces each character is a word, as in BERT."""
     code = ord(character)
-    alone = 0x3040 <= code <= 0x9FFF or 0xF900 <= code <= 0xFAFF or code >= 0x20000
-    return not alone and (character.isalnum() or character in "_\ufffd" or unicodedata.combining(character) > 0)
+    is_word = 0x3040 <= code <= 0x9FFF or 0xF900 <= code <= 0xFAFF or code >= 0x20000
+    return not is_word and (character.isalnum() or character in "_\ufffd" or unicodedata.combining(character) > 0)

@@ -98,8 +98,8 @@ class ReadOptions:
 def read_item(kind: str, item: Item, options: ReadOptions) -> Iterator[RawRecord]:
     """The records of an item, the same ones in the same order at every call.
 
-    Raises streams.DamageError after the last record of a truncated or corrupt file, ColumnsError for a table without the text
-    field, and UserError if the disk or the permissions prevent reading: then the file may be readable later.
+    Raises streams.DamageError after the last record of a truncated or corrupt file, ColumnsError for a table without
+    the text field, and UserError if the disk or the permissions prevent reading: then the file may be readable later.
     """
     with explain_os_errors(item.path, options.where):
         yield from _READERS[kind](item, options)

@@ -37,8 +37,8 @@ class DamageError(Exception):
 def blocks(path: str, begin: int = 0) -> Iterator[bytes]:
     """The content of a file in blocks of bounded size, decompressed if its first bytes are those of a compression.
 
-    A plain file is read from byte `begin` on. Raises DamageError after the last readable block of a truncated or corrupt
-    file, and OSError if the disk or the permissions prevent reading.
+    A plain file is read from byte `begin` on. Raises DamageError after the last readable block of a truncated or
+    corrupt file, and OSError if the disk or the permissions prevent reading.
     """
     compression = compression_of(path) if not begin else ""
     file = _PushbackFile(path, begin)
@@ -81,8 +81,8 @@ def compression_of(path: str) -> str:
 def gzip_segments(path: str) -> Iterator[Iterator[bytes]]:
     """The content of a .gz file as segments without a gap, each an iterator of blocks.
 
-    A segment spans gzip members and raises DamageError at corrupt data. The next segment begins at the next member that can
-    be decompressed. Read each segment to its end before the next.
+    A segment spans gzip members and raises DamageError at corrupt data. The next segment begins at the next member
+    that can be decompressed. Read each segment to its end before the next.
     """
     file = _PushbackFile(path)
     while file.has_more():

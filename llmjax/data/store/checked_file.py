@@ -121,6 +121,6 @@ class _OpenFile:
         status = os.fstat(self._descriptor)
         return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
-    def __del__(self):
+    def __del__(self, close=os.close):  # bound here, since modules are emptied before the interpreter exits
         if self._descriptor >= 0:
-            os.close(self._descriptor)
+            close(self._descriptor)

@@ -6,34 +6,34 @@ import numpy as np
 
 from llmjax.data.store import minhash
 
-GATHER = 1 << 14  # signatures worked on at a time: 7 MB on each side
-_MAX_LEADERS = 64  # rounds, beyond which a band of many unlike texts says nothing
+GATHER = 1 << 14  # signatures that are compared at a time: 7 MB on each side
+_MAX_ROUNDS = 64  # after so many, the remaining documents of a group have too little in common
 
 
 class Signatures:
-    """Signatures of documents that are numbered over all parts.
+    """Signatures of documents that are stored in parts and numbered across all of them.
 
-    parts    of each, what reads its signatures, uint32 [documents of the part, minhash.SIZE]; called once, if at all
-    edges    int64 [parts + 1]: the documents of parts[i] are edges[i] up to edges[i + 1]
+    loaders  of each part, loads its signatures, uint32 [documents of the part, minhash.SIZE]; called once, if at all
+    edges    int64 [parts + 1]: the documents of part i are edges[i] up to edges[i + 1]
     """
 
-    def __init__(self, parts: Sequence[Callable[[], np.ndarray]], edges: np.ndarray):
-        self._parts, self._edges = parts, edges
-        self._read: dict[int, np.ndarray] = {}
+    def __init__(self, loaders: Sequence[Callable[[], np.ndarray]], edges: np.ndarray):
+        self._loaders, self._edges = loaders, edges
+        self._loaded: dict[int, np.ndarray] = {}
 
     def __getitem__(self, indices: np.ndarray) -> np.ndarray:
-        """uint32 [indices, minhash.SIZE]"""
-        owners = np.searchsorted(self._edges, indices, "right") - 1
+        """The signatures of these documents: uint32 [indices, minhash.SIZE]."""
+        parts = np.searchsorted(self._edges, indices, "right") - 1
         rows = np.empty((len(indices), minhash.SIZE), np.uint32)
-        for owner in np.unique(owners).tolist():
-            if owner not in self._read:
-                self._read[owner] = self._parts[owner]()
-            mine = owners == owner
-            rows[mine] = self._read[owner][indices[mine] - self._edges[owner]]
+        for part in np.unique(parts).tolist():
+            if part not in self._loaded:
+                self._loaded[part] = self._loaders[part]()
+            selected = parts == part
+            rows[selected] = self._loaded[part][indices[selected] - self._edges[part]]
         return rows
 
     def similarity(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        """float [pairs]: the fraction of equal values, an estimate of the Jaccard similarity of the shingles."""
+        """Estimate the Jaccard similarity of the shingles of pairs by the fraction of equal values: float [pairs]."""
         parts = [np.zeros(0)]
         for start in range(0, len(left), GATHER):
             equal = self[left[start : start + GATHER]] == self[right[start : start + GATHER]]
@@ -42,16 +42,17 @@ class Signatures:
 
 
 def pairs(members: np.ndarray, groups: np.ndarray, signatures: Signatures, similarity: float) -> np.ndarray:
-    """int64 [pairs, 2]: documents of one group that are alike, each with the first of the group that it is alike to.
+    """Find similar documents of the same group: int64 [pairs, 2], each with the first of the group that it resembles.
 
-    members, groups    [memberships]: documents, in the order that makes one of them first, and the groups they are in
+    members, groups    [memberships]: documents, the first of a group first, and the groups that they belong to
+    similarity         from which two documents are similar
 
-    All are compared with their group's first, and those unlike it again among themselves, up to 64 rounds.
+    Every round compares all members with the first of their group; those that differ from it go to the next round.
     """
     order = np.argsort(groups, kind="stable")
     members, groups = members[order], groups[order]
-    found = [np.zeros((0, 2), np.int64)]
-    for _ in range(_MAX_LEADERS):
+    similar = [np.zeros((0, 2), np.int64)]
+    for _ in range(_MAX_ROUNDS):
         if not len(members):
             break
         starts = np.flatnonzero(np.concatenate([[True], groups[1:] != groups[:-1]]))
@@ -59,17 +60,17 @@ def pairs(members: np.ndarray, groups: np.ndarray, signatures: Signatures, simil
         others = members != leaders
         members, groups, leaders = members[others], groups[others], leaders[others]
         alike = signatures.similarity(members, leaders) >= similarity
-        found.append(np.stack([members[alike], leaders[alike]], axis=1))
+        similar.append(np.stack([members[alike], leaders[alike]], axis=1))
         members, groups = members[~alike], groups[~alike]
-    return np.concatenate(found)
+    return np.concatenate(similar)
 
 
-def clusters(joined: np.ndarray, count: int) -> np.ndarray:
-    """int64 [documents]: the smallest of all documents that the pairs, int64 [pairs, 2], connect with each."""
+def clusters(pairs: np.ndarray, count: int) -> np.ndarray:
+    """Cluster documents connected by pairs, int64 [pairs, 2]: the smallest of each cluster, int64 [documents]."""
     import scipy.sparse
 
-    ones = np.ones(len(joined), np.int8)
-    graph = scipy.sparse.coo_array((ones, (joined[:, 0], joined[:, 1])), shape=(count, count))
+    ones = np.ones(len(pairs), np.int8)
+    graph = scipy.sparse.coo_array((ones, (pairs[:, 0], pairs[:, 1])), shape=(count, count))
     labels = scipy.sparse.csgraph.connected_components(graph, directed=False)[1]
     _, first = np.unique(labels, return_index=True)
     return first[labels]

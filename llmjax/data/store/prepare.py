@@ -25,73 +25,80 @@ from llmjax.errors import UserError
 from llmjax.run import workdir
 
 VERSION = 2
-_LOCK = "prepare.lock"  # in the store's folder; a name of its own, as a store may lie in a workdir itself
-_MAX_PART, _MIN_PART = 1 << 14, 1 << 10  # bytes of a part of a document, where documents are too few to be split
-_SAMPLED_UNITS = 64  # of a source, that the tokenizer's training text is taken from
+_LOCK = "prepare.lock"  # in the store's folder; not the workdir's lock, since a store may be in a workdir itself
+_MAX_PART, _MIN_PART = 1 << 14, 1 << 10  # bytes of a part of a document, if a source has too few documents to split
+_NUM_SAMPLED_UNITS = 64  # of a source, for the tokenizer's training text
 _MAX_COMPRESSED = 1 << 25  # bytes of validation text up to which it is compressed for comparison
+
+Manifest = dict[str, Any]
 
 logger = logging.getLogger(__name__)
 
 
-def read_manifest(folder: Path | str) -> dict | None:
-    """The top-level manifest of a complete store, None where there is no store.
+def read_manifest(folder: Path | str) -> Manifest | None:
+    """Read the top-level manifest of a complete store; None if there is no store.
 
-    Raises UserError for a manifest that cannot be read, and for one of another version's format.
+    Raises UserError for a manifest that cannot be read, or has another format version.
     """
     manifest = workdir.read_json(Path(folder) / "manifest.json")
     if manifest is not None and manifest.get("version") != VERSION:
         raise UserError(
             f"token store {folder}: format version {manifest.get('version')}, this llmjax reads {VERSION}; use the "
-            "llmjax that made it, or delete that folder to prepare it again"
+            "llmjax that wrote it, or delete that folder to prepare it again"
         )
     return manifest
 
 
-def check_store(folder: Path | str, manifest: dict) -> None:
-    """Raise UserError where the parts of a store are not those that its manifest was written for.
+def check_store(folder: Path | str, manifest: Manifest) -> None:
+    """Raise UserError if the parts of a store are not those that its manifest was written for.
 
-    Every split must have the tokenizer and the fingerprint that `manifest` names; a split binds its shards likewise.
+    Every split must have the tokenizer and the fingerprint that `manifest` names, and a split's own manifest names its
+    shards.
     """
     folder = Path(folder)
     try:
-        sha256, records = manifest["tokenizer"]["sha256"], manifest["sources"]
-        prints = {name: {s: record[s]["fingerprint"] for s in split.SPLITS} for name, record in records.items()}
-        seal = token_store.fingerprint_of({"sources": prints, "tokenizer": sha256})
+        sha256 = manifest["tokenizer"]["sha256"]
+        fingerprints = _split_fingerprints(manifest["sources"])
+        fingerprint = token_store.fingerprint_of({"sources": fingerprints, "tokenizer": sha256})
     except (KeyError, TypeError, AttributeError):
-        seal = None
-    if seal is None or manifest.get("fingerprint") != seal:
+        sha256, fingerprints, fingerprint = "", {}, None
+    if fingerprint is None or manifest.get("fingerprint") != fingerprint:
         raise UserError(
             f"token store {folder}: manifest.json is not what was written (fingerprint); restore it from a copy, or "
             "delete the store and run `llmjax prepare` again"
         )
-    for name, by_split in prints.items():
+    for name, by_split in fingerprints.items():
         for part, expected in by_split.items():
-            opened = token_store.TokenStore(folder / name / part)
-            if (opened.fingerprint, opened.tokenizer_sha256) != (expected, sha256):
+            store = token_store.TokenStore(folder / name / part)
+            if (store.fingerprint, store.tokenizer_sha256) != (expected, sha256):
                 raise UserError(
                     f"token store {folder}: {name}/{part} belongs to another store (tokenizer "
-                    f"{opened.tokenizer_sha256[:12]}, expected {sha256[:12]}; fingerprint {opened.fingerprint[:12]}, "
+                    f"{store.tokenizer_sha256[:12]}, expected {sha256[:12]}; fingerprint {store.fingerprint[:12]}, "
                     f"expected {expected[:12]}); restore the store from a copy, or delete it and run `llmjax prepare`"
                 )
 
 
-def prepare(config: DataConfig, folder: Path | str) -> dict:
-    """The manifest of the store in `folder`, which is made first where it is missing.
+def _split_fingerprints(records: dict[str, Any]) -> dict[str, dict[str, str]]:
+    return {name: {part: record[part]["fingerprint"] for part in split.SPLITS} for name, record in records.items()}
 
-    A store that is there is never replaced. One that another process is preparing is waited for, and taken if its
-    settings are the same. An interrupted preparation goes on where it stopped, if neither settings nor files changed
-    since. The store depends on the text and the settings alone, on no number of workers. Raises UserError for input
-    that cannot be honoured, for a store that was made with other settings or is damaged, and when the disk is full.
+
+def prepare(config: DataConfig, folder: Path | str) -> Manifest:
+    """Prepare the token store in `folder` unless it exists, and return its manifest.
+
+    An existing store is never replaced. If another process is preparing it, this one waits, and then uses the store if
+    its settings are the same. An interrupted preparation is resumed if neither settings nor files have changed. The
+    store depends on the text and the settings alone, not on the number of workers. Raises UserError for bad settings or
+    input, for a store that is damaged or was prepared with other settings, and for a full disk.
     """
     folder = Path(folder)
     settings = settings_of(config)
-    if manifest := _take(folder, settings):
+    if manifest := _open_existing(folder, settings):
         return manifest
     lock = workdir.Lock(folder, primary=True, wait=True, name=_LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with lock:
-            return _take(folder, settings) or _Preparation(config, settings, folder, lock).run()
+            return _open_existing(folder, settings) or _Preparation(config, settings, folder, lock).run()
     except OSError as error:
         if isinstance(error, PermissionError):
             raise UserError(
@@ -109,8 +116,8 @@ def prepare(config: DataConfig, folder: Path | str) -> dict:
         raise
 
 
-def _take(folder: Path, settings: dict) -> dict | None:
-    """The manifest of a store that is there, None where there is none. Raises UserError for one of other settings."""
+def _open_existing(folder: Path, settings: dict[str, Any]) -> Manifest | None:
+    """Check the store in `folder` and return its manifest, None if there is none."""
     manifest = read_manifest(folder)
     if manifest is not None:
         check_store(folder, manifest)
@@ -120,271 +127,267 @@ def _take(folder: Path, settings: dict) -> dict | None:
 
 
 class _Preparation:
-    """One run of `prepare`: the stages in order, each a pass of the workers over all units."""
+    """One run of `prepare`: the stages in order, each applied to all units by the workers."""
 
-    def __init__(self, config: DataConfig, settings: dict, folder: Path, lock: workdir.Lock):
+    def __init__(self, config: DataConfig, settings: dict[str, Any], folder: Path, lock: workdir.Lock):
         self.config, self.settings, self.folder, self.lock = config, settings, folder, lock
-        self.units = [u for name in settings["sources"] for u in sources.list_units(name, config.sources[name])]
-        self.place = stages.Workplace(folder / "unfinished")
-        self.part_bytes: dict[str, int | None] = dict.fromkeys(settings["sources"])
+        self.names = list(settings["sources"])
+        self.units = [unit for name in self.names for unit in sources.list_units(name, config.sources[name])]
+        self.scratch = stages.ScratchDir(folder / "unfinished")
+        self.model = folder / tokenizer.FILE_NAMES[config.tokenizer.kind]
+        self.part_bytes: dict[str, int | None] = dict.fromkeys(self.names)
         self.text_bytes: dict[str, int] = {}
         self.splits: list[np.ndarray] = []  # uint8 [documents], by unit
-        self.keys = np.zeros(0, np.uint64)  # of each document's cluster of near copies
+        self.keys = np.zeros(0, np.uint64)  # of all documents, see split.near_copies
 
-    def run(self) -> dict:
-        self._begin()
-        for name in self.settings["sources"]:
-            logger.info(f"{name}: {sources.describe_formats(self._of(name))}")
-        workers = min(self.config.workers or cores(), max(len(self.units), 2))
-        with Workers(workers) as self.pool:
+    def run(self) -> Manifest:
+        self._start_or_resume()
+        for name in self.names:
+            logger.info("%s: %s", name, sources.describe_formats(self._units_of(name)))
+        num_workers = min(self.config.workers or cores(), max(len(self.units), 2))
+        with Workers(num_workers) as self.pool:
             self._scan(self.units)
             self._check_rejects()
-            self._split()
-            kind, model = self._tokenizer()
-            self._tokenize(kind, model)
+            self._assign_splits()
+            self._make_tokenizer()
+            self._tokenize()
             compressors = self._compress()
-        return self._finish(kind, model, compressors)
+        return self._write_manifests(compressors)
 
-    def _begin(self) -> None:
-        """Take up what an interrupted run left, if it was the same preparation; else remove it."""
-        state = {"settings": self.settings, "units": hashlib.sha256(repr(self.units).encode()).hexdigest()}
-        path = self.place.folder / "state.json"
-        begun = workdir.read_json(path)
-        if begun == state:
+    def _start_or_resume(self) -> None:
+        """Keep the files of an interrupted run of the same preparation, else remove them."""
+        units = hashlib.sha256(repr(self.units).encode()).hexdigest()
+        state = {"version": VERSION, "settings": self.settings, "units": units}
+        path = self.scratch.folder / "state.json"
+        old_state = workdir.read_json(path)
+        if old_state == state:
             logger.info("resuming the interrupted preparation")
             return
-        sources = [self.folder / name for name in self.settings["sources"]]
-        if begun is not None:
+        folders = [self.folder / name for name in self.names]
+        if old_state is not None:
             logger.info("settings or files changed since the interrupted preparation: starting over")
-            for source in sources:
-                shutil.rmtree(source, ignore_errors=True)
-        for source in sources:
-            if source.is_dir() and any(source.iterdir()):
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
+        for folder in folders:
+            if folder.is_dir() and any(folder.iterdir()):
                 raise UserError(
-                    f"{source} exists, but {self.folder} holds neither a finished token store nor an interrupted one; "
+                    f"{folder} exists, but {self.folder} holds neither a finished token store nor an interrupted one; "
                     "remove that folder, or set data.store to another one"
                 )
-        shutil.rmtree(self.place.folder, ignore_errors=True)
-        for folder in (self.place.folder, *sources):
+        shutil.rmtree(self.scratch.folder, ignore_errors=True)
+        for folder in (self.scratch.folder, *folders):
             folder.mkdir(exist_ok=True)
         write_bytes(path, json.dumps(state).encode())
 
     def _scan(self, units: list[Unit]) -> None:
-        signed = self.config.split.near_copies
-        tasks = [(unit, self.place, self.part_bytes[unit.source], signed) for unit in units]
-        sizes = self._map("reading", stages.scan, tasks, None)
+        tasks = [(u, self.scratch, self.part_bytes[u.source], self.config.split.near_copies) for u in units]
+        sizes = self._map("reading", stages.scan, tasks)
         for name in {unit.source for unit in units}:
             self.text_bytes[name] = sum(size for u, size in zip(units, sizes, strict=True) if u.source == name)
 
     def _check_rejects(self) -> None:
-        """Write rejects.jsonl; raises UserError for a source with too many, or without any text."""
-        with open(self.folder / "rejects.jsonl", "wb") as file:
+        """Write rejects.jsonl. Raises UserError for a source with too many rejects, or without any text."""
+        path = self.folder / "rejects.jsonl"
+        with open(path, "wb") as file:
             for unit in self.units:
-                file.write(self.place.path("rejects", unit).with_suffix(".jsonl").read_bytes())
-        for name, source in self.settings["sources"].items():
-            counts = self._rejects(name)
-            documents = sum(len(self.place.load_scan(unit).sizes) for unit in self._of(name))
+                file.write(self.scratch.path("rejects", unit, ".jsonl").read_bytes())
+        for name in self.names:
+            units, counts = self._units_of(name), self._count_rejects(name)
+            documents = sum(len(self.scratch.load_scan(unit).sizes) for unit in units)
             bad = sum(count for reason, count in counts.items() if reason not in NO_FAULT)
-            listed = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
-            where = f"data.sources.{name}.path={source['path']!r}"
-            if bad > self.config.max_bad_fraction * (bad + documents):
-                raise UserError(
-                    f"{where}: {bad} of {bad + documents} records cannot be used ({listed}), more than "
-                    f"data.max_bad_fraction={self.config.max_bad_fraction} allows; see {self.folder / 'rejects.jsonl'}"
-                )
-            lost = sum(self.place.result("scan", unit)["bad_bytes"] for unit in self._of(name))
-            total = lost + self.text_bytes[name]
-            if lost > self.config.max_bad_fraction * total:
-                raise UserError(
-                    f"{where}: {lost:,} of {total:,} bytes cannot be used ({listed}), more than "
-                    f"data.max_bad_fraction={self.config.max_bad_fraction} allows; see {self.folder / 'rejects.jsonl'}"
-                )
+            bad_bytes = sum(self.scratch.result("scan", unit)["bad_bytes"] for unit in units)
+            listed = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+            where = f"data.sources.{name}.path={self.settings['sources'][name]['path']!r}"
+            for amount, total, what in (
+                (bad, bad + documents, "records"),
+                (bad_bytes, bad_bytes + self.text_bytes[name], "bytes"),
+            ):
+                if amount > self.config.max_bad_fraction * total:
+                    raise UserError(
+                        f"{where}: {amount:,} of {total:,} {what} cannot be used ({listed}), more than "
+                        f"data.max_bad_fraction={self.config.max_bad_fraction} allows; see {path}"
+                    )
             if not documents:
-                raise UserError(f"{where}: holds no text{f' ({listed})' if listed else ''}; give files that do")
+                raise UserError(f"{where}: contains no text{f' ({listed})' if listed else ''}; give files that do")
             if counts:
-                logger.info(f"{name}: left out {listed}; see {self.folder / 'rejects.jsonl'}")
+                logger.info("%s: left out %s; see %s", name, listed, path)
 
-    def _split(self) -> None:
-        """Assign documents to splits; sources of too few documents are cut into parts first."""
-        self._assign()
-        named = {name for name, source in self.settings["sources"].items() if "split_field" in source}
-        few = [n for n in self.settings["sources"] if split.missing(self._splits_of(n), self.config.split)]
-        for name in sorted(named.intersection(few)):
-            lacking = split.missing(self._splits_of(name), self.config.split)
-            said = f"{name}: no record names the split {' or '.join(split.SPLITS[part] for part in lacking)}"
-            if split.TRAIN in lacking:
-                raise UserError(f"data.sources.{said}: nothing to train on; give the files of all splits")
-            logger.info(said)
-        few = [name for name in few if name not in named]
-        for name in few:
-            size = min(max(self.text_bytes[name] // 64, _MIN_PART), _MAX_PART)
-            self.part_bytes[name] = size
+    def _assign_splits(self) -> None:
+        """Assign documents to splits; a source with too few documents is first cut into parts."""
+        self._assign_by_key()
+        incomplete = [name for name in self.names if self._missing_splits(name)]
+        few = [name for name in incomplete if "split_field" not in self.settings["sources"][name]]
+        for name in incomplete:
+            if name not in few:
+                missing = self._missing_splits(name)
+                message = f"{name}: no record names the split {' or '.join(split.SPLITS[part] for part in missing)}"
+                if split.TRAIN in missing:
+                    raise UserError(f"data.sources.{message}: nothing to train on; give the files of all splits")
+                logger.info(message)
         if few:
-            counts = {name: len(self._splits_of(name)) for name in few}
+            num_documents = {name: len(self._splits_of(name)) for name in few}
+            for name in few:
+                self.part_bytes[name] = min(max(self.text_bytes[name] // 64, _MIN_PART), _MAX_PART)
             self._scan([unit for unit in self.units if unit.source in few])
-            self._assign()
+            self._assign_by_key()
             for name in few:
                 size, parts = self.part_bytes[name] or 0, len(self._splits_of(name))
                 logger.info(
-                    f"{name}: too few documents for data.split ({counts[name]}), so they are cut at blank lines into "
-                    f"{parts} parts of {size:,} to {2 * size:,} bytes"
+                    f"{name}: too few documents for data.split ({num_documents[name]}), so they are cut at blank lines "
+                    f"into {parts} parts of {size:,} to {2 * size:,} bytes"
                 )
-                self._fill(name)
+                self._fill_empty_splits(name)
         for unit, splits in zip(self.units, self.splits, strict=True):
-            np.save(self.place.path("splits", unit).with_suffix(".npy"), splits)
+            np.save(self.scratch.path("splits", unit, ".npy"), splits)
 
-    def _assign(self) -> None:
-        scans = [self.place.load_scan(unit) for unit in self.units]
+    def _assign_by_key(self) -> None:
+        """Set `keys` and `splits` from the content hashes, near-duplicates, and the splits that records name."""
+        scans = [self.scratch.load_scan(unit) for unit in self.units]
         edges = np.cumsum([0] + [len(scan.sizes) for scan in scans])
-        keys = np.concatenate([scan.hashes[:, 0] for scan in scans])
+        self.keys = np.concatenate([scan.hashes[:, 0] for scan in scans])
         if self.config.split.near_copies:
-            began = time.monotonic()
-            parts = [functools.partial(self.place.signatures, unit) for unit in self.units]
-            keys = split.near_copies(keys, near_duplicates.Signatures(parts, edges))
-            copies = len(keys) - len(np.unique(keys))
-            logger.info(f"{len(keys):,} documents, {copies:,} near copies of others ({time.monotonic() - began:.1f} s)")
-        self.keys = keys
-        given = np.concatenate([scan.given for scan in scans])
-        assigned = np.where(given == split.NONE, split.assign(keys, self.config.split), given)
+            start = time.monotonic()
+            loaders = [functools.partial(self.scratch.load_signatures, unit) for unit in self.units]
+            self.keys = split.near_copies(self.keys, near_duplicates.Signatures(loaders, edges))
+            copies, seconds = len(self.keys) - len(np.unique(self.keys)), time.monotonic() - start
+            logger.info(f"{len(self.keys):,} documents, {copies:,} near-duplicates of others ({seconds:.1f} s)")
+        named = np.concatenate([scan.named_splits for scan in scans])
+        assigned = np.where(named == split.NONE, split.assign(self.keys, self.config.split), named)
         self.splits = np.split(assigned, edges[1:-1])
 
-    def _fill(self, name: str) -> None:
-        """Give splits that are empty even so their first part."""
-        chosen = [i for i, unit in enumerate(self.units) if unit.source == name]
-        ends = np.cumsum([len(splits) for splits in self.splits])
-        keys = np.concatenate([self.keys[ends[i] - len(self.splits[i]) : ends[i]] for i in chosen])
-        filled = split.fill_missing(self._splits_of(name), keys, self.config.split)
-        edges = np.cumsum([len(self.splits[i]) for i in chosen])[:-1]
-        for i, splits in zip(chosen, np.split(filled, edges), strict=True):
-            self.splits[i] = splits
-        if lacking := split.missing(filled, self.config.split):
-            logger.info(f"{name}: too little text for a {' and a '.join(split.SPLITS[s] for s in lacking)} split")
+    def _fill_empty_splits(self, name: str) -> None:
+        """Move documents of a source from train to its splits that are still empty."""
+        splits = np.concatenate(self.splits)
+        chosen = np.repeat([unit.source == name for unit in self.units], [len(part) for part in self.splits])
+        splits[chosen] = split.fill_missing(splits[chosen], self.keys[chosen], self.config.split)
+        self.splits = np.split(splits, np.cumsum([len(part) for part in self.splits])[:-1])
+        if missing := self._missing_splits(name):
+            named = " and a ".join(split.SPLITS[part] for part in missing)
+            logger.info("%s: too little text for a %s split", name, named)
 
-    def _tokenizer(self) -> tuple[str, Path]:
-        """(kind, the store's own copy of the model file): trained, or given."""
-        given = self.config.tokenizer
-        model = self.folder / tokenizer.FILE_NAMES[given.kind]
-        if given.kind == "bytes":
-            return given.kind, model
-        done = self.place.folder / "tokenizer.done"
-        if done.exists():
-            return given.kind, model
-        if given.path:
-            path = Path(given.path).expanduser()
+    def _make_tokenizer(self) -> None:
+        """Write the model file into the store: trained, or a copy of the file that the config names."""
+        config, done = self.config.tokenizer, self.scratch.folder / "tokenizer.done"
+        if config.kind == "bytes" or done.exists():
+            return
+        if config.path:
+            path = Path(config.path).expanduser()
             if not path.is_file():
-                raise UserError(f"data.tokenizer.path={given.path!r}: no such file; give one, or none to train one")
-            content = path.read_bytes()
-            tokenizer.read_tokenizer_file(given.kind, path)  # raises for what is no model
+                raise UserError(
+                    f"data.tokenizer.path={config.path!r}: no such file; give one, or leave it empty to train one"
+                )
+            model = path.read_bytes()
+            tokenizer.read_tokenizer_file(config.kind, path)  # raises if it is not a model
             if settings := tokenizer_settings.read_settings(path):  # of an import
                 write_bytes(self.folder / tokenizer_settings.FILE, settings.to_bytes())
         else:
-            content = self._train()
-        write_bytes(model, content)
+            model = self._train_tokenizer()
+        write_bytes(self.model, model)
         done.touch()
-        return given.kind, model
 
-    def _train(self) -> bytes:
-        given = self.config.tokenizer
-        units = [unit for name in self.settings["sources"] for unit in _spread(self._of(name), _SAMPLED_UNITS)]
-        total = sum(self._bytes(unit, split.TRAIN) for unit in units)
-        share = min(given.training_bytes / total, 1.0)
-        tasks = [(unit, self.place, self.part_bytes[unit.source], share) for unit in units]
-        self._map("sampling text for the tokenizer", stages.sample, tasks, None)
-        size = sum(self.place.path("sample", unit).stat().st_size for unit in units)
-        logger.info(f"training a {given.algorithm} tokenizer of {given.vocab_size:,} on {size / 1e6:.1f} MB")
-        task = (units, self.place, given.algorithm, given.vocab_size)
-        return self._map("training the tokenizer", stages.train_tokenizer, [task], None)[0]
+    def _train_tokenizer(self) -> bytes:
+        config = self.config.tokenizer
+        units = [unit for name in self.names for unit in _spread(self._units_of(name), _NUM_SAMPLED_UNITS)]
+        total = sum(self._split_bytes(unit, split.TRAIN) for unit in units)
+        fraction = min(config.training_bytes / total, 1.0)
+        self._map("sampling text for the tokenizer", stages.sample, [(u, self.scratch, fraction) for u in units])
+        size = sum(self.scratch.path("sample", unit).stat().st_size for unit in units)
+        logger.info(f"training a {config.algorithm} tokenizer of {config.vocab_size:,} on {size / 1e6:.1f} MB")
+        task = (units, self.scratch, config.algorithm, config.vocab_size)
+        return self._map("training the tokenizer", stages.train_tokenizer, [task])[0]
 
-    def _tokenize(self, kind: str, model: Path) -> None:
-        tasks = [
-            (unit, self.place, self.part_bytes[unit.source], kind, model, self.folder / unit.source)
-            for unit in self.units
-        ]
-        sizes = [int(self.place.load_scan(unit).sizes.sum()) for unit in self.units]
+    def _tokenize(self) -> None:
+        kind = self.config.tokenizer.kind
+        tasks = [(unit, self.scratch, kind, self.model, self.folder / unit.source) for unit in self.units]
+        sizes = [int(self.scratch.load_scan(unit).sizes.sum()) for unit in self.units]
         self._map("tokenizing", stages.tokenize, tasks, sizes)
 
-    def _compress(self) -> dict | None:
-        size = sum(self._bytes(unit, split.VALIDATION) for unit in self.units)
+    def _compress(self) -> dict[str, dict[str, int]] | None:
+        """Measure compressors on the validation text; None if it is empty or large."""
+        size = sum(self._split_bytes(unit, split.VALIDATION) for unit in self.units)
         if not 0 < size <= _MAX_COMPRESSED:
             return None
-        task = (self.units, self.place, self.part_bytes)
-        return self._map("compressing the validation text", stages.compress, [task], None)[0]
+        return self._map("compressing the validation text", stages.compress, [(self.units, self.scratch)])[0]
 
-    def _finish(self, kind: str, model: Path, compressors: dict | None) -> dict:
-        """The manifests: of every source and split, then the store's own."""
-        lossy = [self.place.result("tokens", unit) for unit in self.units]
-        count, first = sum(m["lossy"] for m in lossy), next((m["first_lossy"][0] for m in lossy if m["lossy"]), "")
-        made = tokenizer.read_tokenizer_file(kind, model, lossless=not count)
-        if count:
-            logger.info(f"the tokenizer loses text: {count:,} documents do not come back as they were, such as {first}")
-        listed = {name: self._manifests(name, made) for name in self.settings["sources"]}
-        digest = hashlib.sha256()
+    def _write_manifests(self, compressors: dict[str, dict[str, int]] | None) -> Manifest:
+        """Write the manifest of every source and split, and last the store's own."""
+        results = [self.scratch.result("tokens", unit) for unit in self.units]
+        num_lossy = sum(result["lossy"] for result in results)
+        model = tokenizer.read_tokenizer_file(self.config.tokenizer.kind, self.model, lossless=not num_lossy)
+        if num_lossy:
+            first = next(result["first_lossy"][0] for result in results if result["lossy"])
+            logger.info(f"the tokenizer loses text: {num_lossy:,} documents decode to another text, such as {first}")
+        records = {name: self._write_source_manifests(name, model) for name in self.names}
+        corpus = hashlib.sha256()
         for unit in self.units:
-            digest.update(self.place.load_scan(unit).hashes.astype(">u8").tobytes())
+            corpus.update(self.scratch.load_scan(unit).hashes.astype(">u8").tobytes())
         manifest = {
             "version": VERSION,
             "tokenizer": {
-                "kind": kind,
-                "sha256": made.sha256,
-                "vocab_size": made.vocab_size,
-                "lossless": made.lossless,
-                "lossy_documents": count,
+                "kind": model.kind,
+                "sha256": model.sha256,
+                "vocab_size": model.vocab_size,
+                "lossless": model.lossless,
+                "lossy_documents": num_lossy,
             },
             "settings": self.settings,
-            "sources": listed,
+            "sources": records,
             "compressors": compressors,
             "python": platform.python_version(),
-            "corpus_sha256": digest.hexdigest(),
+            "corpus_sha256": corpus.hexdigest(),
         }
         self.lock.check()
-        prints = {name: {s: item[s]["fingerprint"] for s in split.SPLITS} for name, item in listed.items()}
-        manifest["fingerprint"] = token_store.fingerprint_of({"sources": prints, "tokenizer": made.sha256})
+        fingerprints = {"sources": _split_fingerprints(records), "tokenizer": model.sha256}
+        manifest["fingerprint"] = token_store.fingerprint_of(fingerprints)
         remove_partial(self.folder)
         write_bytes(self.folder / "manifest.json", json.dumps(manifest, indent=1).encode())
-        shutil.rmtree(self.place.folder, ignore_errors=True)
+        shutil.rmtree(self.scratch.folder, ignore_errors=True)
         return manifest
 
-    def _manifests(self, name: str, made: tokenizer.Tokenizer) -> dict:
+    def _write_source_manifests(self, name: str, model: tokenizer.Tokenizer) -> dict[str, Any]:
         record: dict[str, Any] = {
             "path": self.settings["sources"][name]["path"],
-            "rejected": self._rejects(name),
+            "rejected": self._count_rejects(name),
             "part_bytes": self.part_bytes[name],
         }
-        markers = [self.place.result("tokens", unit) for unit in self._of(name)]
+        shards = [self.scratch.result("tokens", unit)["shards"] for unit in self._units_of(name)]
         for part in split.SPLITS:
             manifest = token_store.write_manifest(
                 self.folder / name / part,
-                [marker["shards"][part] for marker in markers if part in marker["shards"]],
-                vocab_size=made.vocab_size,
-                eos_id=made.eos_id,
-                bos_id=made.bos_id,
+                [by_split[part] for by_split in shards if part in by_split],
+                vocab_size=model.vocab_size,
+                eos_id=model.eos_id,
+                bos_id=model.bos_id,
                 source=name,
                 split=part,
-                tokenizer_sha256=made.sha256,
+                tokenizer_sha256=model.sha256,
             )
             record[part] = {field: manifest[field] for field in ("documents", "tokens", "text_bytes", "fingerprint")}
-        counted = (f"{s} {record[s]['documents']:,} documents, {record[s]['tokens']:,} tokens" for s in split.SPLITS)
-        logger.info(f"{name}: {'; '.join(counted)}")
+        counts = (f"{s} {record[s]['documents']:,} documents, {record[s]['tokens']:,} tokens" for s in split.SPLITS)
+        logger.info("%s: %s", name, "; ".join(counts))
         return record
 
-    def _map(self, what: str, function: Callable, tasks: list[tuple], sizes: list[int] | None) -> list:
-        """The tasks' results in their order."""
+    def _map(self, what: str, function: Callable, tasks: list[tuple], sizes: list[int] | None = None) -> list:
+        """Run the tasks on the workers and return their results in order."""
         self.lock.check()
         return with_progress(what, self.pool.map(function, tasks), len(tasks), sizes)
 
-    def _of(self, name: str) -> list[Unit]:
+    def _units_of(self, name: str) -> list[Unit]:
         return [unit for unit in self.units if unit.source == name]
 
     def _splits_of(self, name: str) -> np.ndarray:
         return np.concatenate([s for unit, s in zip(self.units, self.splits, strict=True) if unit.source == name])
 
-    def _bytes(self, unit: Unit, part: int) -> int:
-        return int(self.place.load_scan(unit).sizes[self.place.splits(unit) == part].sum())
+    def _missing_splits(self, name: str) -> list[int]:
+        return split.missing(self._splits_of(name), self.config.split)
 
-    def _rejects(self, name: str) -> dict[str, int]:
+    def _split_bytes(self, unit: Unit, part: int) -> int:
+        return int(self.scratch.load_scan(unit).sizes[self.scratch.load_splits(unit) == part].sum())
+
+    def _count_rejects(self, name: str) -> dict[str, int]:
         counts: dict[str, int] = {}
-        for unit in self._of(name):
-            for reason, count in self.place.load_scan(unit).rejects.items():
+        for unit in self._units_of(name):
+            for reason, count in self.scratch.load_scan(unit).rejects.items():
                 counts[reason] = counts.get(reason, 0) + count
         return dict(sorted(counts.items()))
 

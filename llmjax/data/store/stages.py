@@ -10,7 +10,7 @@ import json
 import lzma
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 import zlib
 
 import numpy as np
@@ -20,81 +20,90 @@ from llmjax.data.readers.documents import NO_FAULT, Document, Reject, read_unit
 from llmjax.data.readers.sources import Unit
 from llmjax.data.store import minhash, token_store
 from llmjax.data.store.split import NONE, SPLITS, TRAIN, VALIDATION
-from llmjax.data.store.tokenizer import Tokenizer, pieces_of, read_tokenizer_file
+from llmjax.data.store.tokenizer import Tokenizer, read_tokenizer_file
+from llmjax.data.store.tokenizer_kinds import split_text
 from llmjax.data.store.tokenizer_training import train_sentencepiece
 from llmjax.errors import UserError
 from llmjax.run.workdir import read_json
 
-_BATCH_BYTES = 1 << 20  # text that is tokenized at a time
+_BATCH_BYTES = 1 << 20  # of text that is tokenized at once
 
 
 class Scan(NamedTuple):
-    """What is known of a unit after reading it once; arrays are memory-mapped.
+    """What `scan` stores about the documents of a unit.
 
-    hashes     uint64 [documents, 2], of the content
-    sizes      int64 [documents], UTF-8 bytes
-    given      uint8 [documents], the split that a record names, or 255
-    rejects    reason -> count
+    hashes        uint64 [documents, 2], of the content
+    sizes         int64 [documents], UTF-8 bytes
+    named_splits  uint8 [documents], the split that a record names, or split.NONE
+    rejects       reason -> count
     """
 
     hashes: np.ndarray
     sizes: np.ndarray
-    given: np.ndarray
+    named_splits: np.ndarray
     rejects: dict[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
-class Workplace:
-    """The folder of a preparation that is not finished: everything here can be made again."""
+class ScratchDir:
+    """The folder of an unfinished preparation: what a stage leaves for the next ones, by unit."""
 
     folder: Path
 
-    def path(self, what: str, unit: Unit) -> Path:
-        return self.folder / f"{what}-{unit.source}-{unit.index:05d}"
+    def path(self, kind: str, unit: Unit, suffix: str = "") -> Path:
+        """The file of one kind for one unit."""
+        return self.folder / f"{kind}-{unit.source}-{unit.index:05d}{suffix}"
 
-    def marker(self, what: str, unit: Unit) -> dict | None:
-        """What a finished task left behind, else None."""
+    def find_result(self, stage: str, unit: Unit) -> dict[str, Any] | None:
+        """What a stage recorded when it finished a unit, None if it did not finish."""
         try:
-            return read_json(self.path(what, unit).with_suffix(".json"))
+            return read_json(self.path(stage, unit, ".json"))
         except UserError:
             return None
 
-    def result(self, what: str, unit: Unit) -> dict:
-        """What a task that is known to have finished left behind."""
-        if (record := read_json(path := self.path(what, unit).with_suffix(".json"))) is None:
+    def result(self, stage: str, unit: Unit) -> dict[str, Any]:
+        """What a finished stage recorded. Raises FileNotFoundError if it is gone."""
+        path = self.path(stage, unit, ".json")
+        if (record := read_json(path)) is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
         return record
 
-    def mark(self, what: str, unit: Unit, record: dict) -> None:
+    def save_result(self, stage: str, unit: Unit, record: dict[str, Any]) -> None:
+        """Record that a stage has finished a unit."""
         _require_folder(self.folder)
-        write_bytes(self.path(what, unit).with_suffix(".json"), json.dumps(record).encode())
+        write_bytes(self.path(stage, unit, ".json"), json.dumps(record).encode())
 
     def load_scan(self, unit: Unit) -> Scan:
-        arrays = [np.load(self.path(name, unit).with_suffix(".npy"), mmap_mode="r") for name in Scan._fields[:3]]
+        """Load what `scan` stored."""
+        arrays = [np.load(self.path(name, unit, ".npy")) for name in Scan._fields[:3]]
         return Scan(*arrays, rejects=self.result("scan", unit)["rejects"])
 
-    def signatures(self, unit: Unit) -> np.ndarray:
-        """uint32 [documents, minhash.SIZE], memory-mapped; only of a preparation that looks for near copies."""
-        return np.load(self.path("signatures", unit).with_suffix(".npy"), mmap_mode="r")
+    def load_signatures(self, unit: Unit) -> np.ndarray:
+        """uint32 [documents, minhash.SIZE], memory-mapped; only if near-duplicates are looked for."""
+        return np.load(self.path("signatures", unit, ".npy"), mmap_mode="r")
 
-    def splits(self, unit: Unit) -> np.ndarray:
+    def load_splits(self, unit: Unit) -> np.ndarray:
         """uint8 [documents]: the split of each document."""
-        return np.load(self.path("splits", unit).with_suffix(".npy"))
+        return np.load(self.path("splits", unit, ".npy"))
 
 
 def _require_folder(folder: Path) -> None:
-    """Raise FileNotFoundError where a folder of the store is gone: writing a file would make it again, empty."""
+    """Raise FileNotFoundError if a folder of the store is gone: writing a file would create it again, empty."""
     if not folder.is_dir():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
 
 
-def scan(unit: Unit, place: Workplace, part_bytes: int | None, near_copies: bool) -> int:
-    """Hash and fingerprint every document, write down every reject; returns the bytes of text. Done once a unit."""
-    done = place.marker("scan", unit)
-    if done and done["part_bytes"] == part_bytes:
-        return done["bytes"]
-    hashes, sizes, signatures, given, rejects, bad_bytes = [], [], [], [], {}, 0
-    with open(place.path("rejects", unit).with_suffix(".jsonl"), "w") as file:
+def scan(unit: Unit, scratch: ScratchDir, part_bytes: int | None, near_copies: bool) -> int:
+    """Hash every document, record every reject, and return the bytes of text. Does nothing if it was done before.
+
+    part_bytes   size of the parts that documents are cut into; None: they are not
+    near_copies  compute MinHash signatures too
+    """
+    result = scratch.find_result("scan", unit)
+    if result and result["part_bytes"] == part_bytes:
+        return result["bytes"]
+    hashes, sizes, signatures, named_splits, rejects, bad_bytes = [], [], [], [], {}, 0
+    with open(scratch.path("rejects", unit, ".jsonl"), "w") as file:
         for record in read_unit(unit, part_bytes):
             if isinstance(record, Reject):
                 rejects[record.reason] = rejects.get(record.reason, 0) + 1
@@ -104,27 +113,27 @@ def scan(unit: Unit, place: Workplace, part_bytes: int | None, near_copies: bool
             else:
                 hashes.append(hashlib.sha256(record.data).digest()[:16])
                 sizes.append(len(record.data))
-                given.append(SPLITS.index(record.split) if record.split else NONE)
+                named_splits.append(SPLITS.index(record.split) if record.split else NONE)
                 if near_copies:
                     signatures.append(minhash.signature(record.data))
     arrays = {
         "hashes": np.frombuffer(b"".join(hashes), ">u8").astype(np.uint64).reshape(-1, 2),
         "sizes": np.array(sizes, np.int64),
-        "given": np.array(given, np.uint8),
+        "named_splits": np.array(named_splits, np.uint8),
     }
     if near_copies:
         arrays["signatures"] = np.array(signatures, np.uint32).reshape(-1, minhash.SIZE)
     for name, array in arrays.items():
-        np.save(place.path(name, unit).with_suffix(".npy"), array)
-    record = {"part_bytes": part_bytes, "bytes": sum(sizes), "rejects": rejects, "bad_bytes": bad_bytes}
-    place.mark("scan", unit, record)
+        np.save(scratch.path(name, unit, ".npy"), array)
+    result = {"part_bytes": part_bytes, "bytes": sum(sizes), "rejects": rejects, "bad_bytes": bad_bytes}
+    scratch.save_result("scan", unit, result)
     return sum(sizes)
 
 
-def documents(unit: Unit, place: Workplace, part_bytes: int | None, split: int) -> Iterator[tuple[int, Document]]:
-    """(index in the unit, document) of one split. Raises UserError where the unit changed since it was scanned."""
-    splits, index = place.splits(unit), 0
-    for record in read_unit(unit, part_bytes):
+def read_split(unit: Unit, scratch: ScratchDir, split: int) -> Iterator[tuple[int, Document]]:
+    """Yield (index in the unit, document) of one split. Raises UserError if the unit changed since it was scanned."""
+    splits, index = scratch.load_splits(unit), 0
+    for record in read_unit(unit, scratch.result("scan", unit)["part_bytes"]):
         if isinstance(record, Document):
             if index < len(splits) and splits[index] == split:
                 yield index, record
@@ -134,80 +143,76 @@ def documents(unit: Unit, place: Workplace, part_bytes: int | None, split: int) 
         raise UserError(f"{where} changed while it was read; run prepare again")
 
 
-def sample(unit: Unit, place: Workplace, part_bytes: int | None, share: float) -> None:
-    """A `share` of the unit's training text, in pieces of a few KiB chosen by content, for training a tokenizer."""
-    hashes = place.load_scan(unit).hashes[:, 1]
-    with open(place.path("sample", unit), "wb") as file:
-        for index, document in documents(unit, place, part_bytes, TRAIN):
-            for number, piece in enumerate(pieces_of(document.text)):
-                if zlib.crc32(b"%d:%d" % (hashes[index], number)) < share * (1 << 32):
-                    file.write(piece.encode())
+def sample(unit: Unit, scratch: ScratchDir, fraction: float) -> None:
+    """Write a fraction of the unit's training text, as spans of a few KiB chosen by a hash, for the tokenizer."""
+    hashes = scratch.load_scan(unit).hashes[:, 1]
+    with open(scratch.path("sample", unit), "wb") as file:
+        for index, document in read_split(unit, scratch, TRAIN):
+            for number, span in enumerate(split_text(document.text)):
+                if zlib.crc32(b"%d:%d" % (hashes[index], number)) < fraction * (1 << 32):
+                    file.write(span.encode())
 
 
-def train_tokenizer(units: list[Unit], place: Workplace, algorithm: str, vocab_size: int) -> bytes:
-    """A SentencePiece model trained on what `sample` chose, in the order of the units."""
-    texts = (place.path("sample", unit).read_bytes().decode() for unit in units)
+def train_tokenizer(units: list[Unit], scratch: ScratchDir, algorithm: str, vocab_size: int) -> bytes:
+    """Train a SentencePiece model on what `sample` chose, in the order of the units."""
+    texts = (scratch.path("sample", unit).read_bytes().decode() for unit in units)
     return train_sentencepiece(texts, algorithm=algorithm, vocab_size=vocab_size)
 
 
-@functools.cache
-def _tokenizer(kind: str, path: Path) -> Tokenizer:
-    return read_tokenizer_file(kind, path)
+_read_tokenizer_once = functools.cache(read_tokenizer_file)  # a worker tokenizes many units
 
 
-def tokenize(unit: Unit, place: Workplace, part_bytes: int | None, kind: str, model: Path, folder: Path) -> None:
-    """Write the unit's shard of every split; the marker holds the shards' infos and what the tokenizer lost."""
-    done, tokenizer = place.marker("tokens", unit), _tokenizer(kind, model)
-    if done is not None and done["tokenizer_sha256"] == tokenizer.sha256:
-        found = {split: token_store.read_shard_info(folder / split, unit.index) for split in done["shards"]}
-        if found == done["shards"]:
+def tokenize(unit: Unit, scratch: ScratchDir, kind: str, model: Path, folder: Path) -> None:
+    """Write the unit's shard of every split below `folder`, and record the shards' infos and the lossy documents."""
+    result, tokenizer = scratch.find_result("tokens", unit), _read_tokenizer_once(kind, model)
+    if result is not None and result["tokenizer_sha256"] == tokenizer.sha256:
+        infos = {split: token_store.read_shard_info(folder / split, unit.index) for split in result["shards"]}
+        if infos == result["shards"]:
             return
     _require_folder(folder)
-    splits, sizes = place.splits(unit), place.load_scan(unit).sizes
+    splits, sizes = scratch.load_splits(unit), scratch.load_scan(unit).sizes
     shards, lossy = {}, []
     for number, split in enumerate(SPLITS):
         if (splits == number).any():
-            chosen = (document for _, document in documents(unit, place, part_bytes, number))
+            documents = (document for _, document in read_split(unit, scratch, number))
             shards[split] = token_store.write_shard(
                 folder / split,
                 unit.index,
-                _encoded(chosen, tokenizer, lossy),
+                _encode(documents, tokenizer, lossy),
                 vocab_size=tokenizer.vocab_size,
                 text_bytes=int(sizes[splits == number].sum()),
                 tokenizer_sha256=tokenizer.sha256,
             )
-    record = {"tokenizer_sha256": tokenizer.sha256, "shards": shards, "lossy": len(lossy), "first_lossy": lossy[:1]}
-    place.mark("tokens", unit, record)
+    result = {"tokenizer_sha256": tokenizer.sha256, "shards": shards, "lossy": len(lossy), "first_lossy": lossy[:1]}
+    scratch.save_result("tokens", unit, result)
 
 
-def _encoded(chosen: Iterator[Document], tokenizer: Tokenizer, lossy: list[str]) -> Iterator[np.ndarray]:
-    """Token ids and EOS of every document; the ids of those that decode to another text are added to `lossy`."""
+def _encode(documents: Iterator[Document], tokenizer: Tokenizer, lossy: list[str]) -> Iterator[np.ndarray]:
+    """Yield token ids and EOS of every document; append the ids of documents that decode to another text to `lossy`."""
     batch, size = [], 0
-    for document in chosen:
+    for document in documents:
         batch.append(document)
         size += len(document.data)
         if size >= _BATCH_BYTES:
-            yield from _encoded_batch(batch, tokenizer, lossy)
+            yield from _encode_batch(batch, tokenizer, lossy)
             batch, size = [], 0
-    yield from _encoded_batch(batch, tokenizer, lossy)
+    yield from _encode_batch(batch, tokenizer, lossy)
 
 
-def _encoded_batch(batch: list[Document], tokenizer: Tokenizer, lossy: list[str]) -> Iterator[np.ndarray]:
+def _encode_batch(batch: list[Document], tokenizer: Tokenizer, lossy: list[str]) -> Iterator[np.ndarray]:
     for document, ids in zip(batch, tokenizer.encode_batch([d.text for d in batch]), strict=True):
         if tokenizer.decode(ids) != document.text:
             lossy.append(document.id)
         yield np.append(ids, np.int32(tokenizer.eos_id))
 
 
-def compress(units: list[Unit], place: Workplace, part_bytes: dict[str, int | None]) -> dict[str, dict[str, int]]:
-    """Bytes that gzip -9 and xz -9 need for the validation text: document by document, and all in one piece."""
-    texts = [
-        document.data for unit in units for _, document in documents(unit, place, part_bytes[unit.source], VALIDATION)
-    ]
-    together = b"".join(texts)
+def compress(units: list[Unit], scratch: ScratchDir) -> dict[str, dict[str, int]]:
+    """Bytes that gzip -9 and xz -9 need for the validation text: document by document, and concatenated."""
+    texts = [document.data for unit in units for _, document in read_split(unit, scratch, VALIDATION)]
+    concatenated = b"".join(texts)
     return {
-        name: {"per_document": sum(len(shrink(text)) for text in texts), "concatenated": len(shrink(together))}
-        for name, shrink in (("gzip -9", _gzip), ("xz -9", _xz))
+        name: {"per_document": sum(len(run(text)) for text in texts), "concatenated": len(run(concatenated))}
+        for name, run in (("gzip -9", _gzip), ("xz -9", _xz))
     }
 
 

@@ -1,18 +1,17 @@
 """Train a SentencePiece model on the documents of a run."""
 
 from collections.abc import Iterable
-import functools
 import io
 import re
 
-from llmjax.data.store.tokenizer import pieces_of
+from llmjax.data.store.tokenizer_kinds import split_text
 from llmjax.errors import UserError
 
 
 def train_sentencepiece(texts: Iterable[str], *, algorithm: str, vocab_size: int) -> bytes:
-    """A SentencePiece model that gives every text back exactly: byte fallback, no normalisation, all spaces kept.
+    """Train a lossless SentencePiece model: byte fallback, no normalisation, all spaces kept.
 
-    Deterministic. Raises UserError where the text is too small for the vocabulary.
+    Deterministic. Raises UserError if the text is too small for the vocabulary.
     """
     import sentencepiece
 
@@ -20,33 +19,32 @@ def train_sentencepiece(texts: Iterable[str], *, algorithm: str, vocab_size: int
         raise UserError(f"data.tokenizer.algorithm={algorithm!r}: expected 'bpe' or 'unigram'")
     if vocab_size < 300:
         raise UserError(f"data.tokenizer.vocab_size={vocab_size}: give 300 or more (256 are bytes, 4 special tokens)")
-    # The trainer skips texts that hold its own marks; what it learns from the rest of them is not lost this way.
-    pieces = (re.sub("[\0\u2581\u2585]", " ", piece) for text in texts for piece in pieces_of(text))
+    # The trainer skips texts that hold its own marks; without the marks it learns from the rest of them.
+    spans = (re.sub("[\0\u2581\u2585]", " ", span) for text in texts for span in split_text(text))
     model = io.BytesIO()
-    train = functools.partial(
-        sentencepiece.SentencePieceTrainer.train,
-        model_writer=model,
-        model_type=algorithm,
-        vocab_size=vocab_size,
-        pad_id=0,
-        unk_id=1,
-        bos_id=2,
-        eos_id=3,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        add_dummy_prefix=False,
-        allow_whitespace_only_pieces=True,
-        split_digits=True,
-        byte_fallback=True,
-        character_coverage=0.9995,
-        max_sentence_length=1 << 20,
-        num_threads=2,  # what is learned does not depend on it
-        minloglevel=2,
-    )
     try:
-        train(sentence_iterator=pieces)
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=spans,
+            model_writer=model,
+            model_type=algorithm,
+            vocab_size=vocab_size,
+            pad_id=0,
+            unk_id=1,
+            bos_id=2,
+            eos_id=3,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            byte_fallback=True,
+            character_coverage=0.9995,
+            max_sentence_length=1 << 20,
+            num_threads=2,  # the result does not depend on it
+            minloglevel=2,
+        )
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].rpartition("] ")[2]  # without the place in the source
+        reason = str(error).strip().splitlines()[-1].rpartition("] ")[2]  # without the place in the library's source
         raise UserError(
             f"data.tokenizer.vocab_size={vocab_size}: cannot be trained on this text ({reason}); "
             "give a smaller vocabulary or more text, or data.tokenizer.kind='bytes'"

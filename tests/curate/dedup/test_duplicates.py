@@ -165,7 +165,7 @@ def test_only_rank_says_which_stays(tmp_path, cuts):
 
 def test_a_band_of_many_unlike_texts_ends(tmp_path, monkeypatch):
     """More leaders than are compared: what shares one band with them by chance is left alone, real copies are found."""
-    monkeypatch.setattr(near_duplicates, "_MAX_LEADERS", 3)
+    monkeypatch.setattr(near_duplicates, "_MAX_ROUNDS", 3)
     draw = np.random.default_rng(0)
     signatures = draw.integers(0, 1 << 32, (40, minhash.SIZE), np.uint32)
     signatures[:, : minhash.ROWS] = 7  # one band that all share

@@ -54,7 +54,7 @@ def segments_of(values: np.ndarray, segments: np.ndarray) -> list[list[int]]:
     return [v[s == n].tolist() for v, s in zip(values, segments, strict=True) for n in range(1, s.max(initial=0) + 1)]
 
 
-def made(folder, case: str, **fields):
+def build_case(folder, case: str, **fields):
     objective = make(case, **fields)
     rows, samples = rows_of(folder, objective)
     return objective, rows, objective.build_batch(rows, samples, CounterRng("t", 3))

@@ -18,8 +18,8 @@ from tests.data.objectives.masks import (
     EOS,
     SEQ_LEN,
     assert_share,
+    build_case,
     documents,
-    made,
     make,
     rows_of,
     segments_of,
@@ -73,7 +73,7 @@ class TestEveryObjective:
     @pytest.mark.parametrize("case", CASES)
     def test_layout(self, folder, case):
         """Types, widths, positions from 0 in each segment, nothing in the padding, and ids that the model has."""
-        objective, rows, batch = made(folder, case)
+        objective, rows, batch = build_case(folder, case)
         sides = [("inputs", "targets", "weights", "segments", "positions")]
         sides += [("source", "source_segments", "source_positions")] if batch.source is not None else []
         assert (batch.source is not None) == CASES[case][1]
@@ -96,7 +96,7 @@ class TestEveryObjective:
 
     @pytest.mark.parametrize("case", CASES)
     def test_a_row_depends_on_itself_and_its_sample_alone(self, folder, case):
-        objective, rows, batch = made(folder, case)
+        objective, rows, batch = build_case(folder, case)
         _, samples = rows_of(folder, objective)
         rng = np.random.default_rng(0)
         for size in (1, 3, len(samples)):
@@ -109,7 +109,7 @@ class TestEveryObjective:
 
     @pytest.mark.parametrize("case", [case for case in CASES if case != "causal"])
     def test_other_seeds_and_samples_draw_otherwise(self, folder, case):
-        objective, rows, batch = made(folder, case)
+        objective, rows, batch = build_case(folder, case)
         _, samples = rows_of(folder, objective)
         for other in (
             objective.build_batch(rows, samples, CounterRng("t", 4)),
@@ -175,7 +175,7 @@ class TestPrefix:
     """A decoder's prefix is seen from both sides and not scored."""
 
     def test_marks_and_weights(self, folder):
-        _, rows, batch = made(folder, "prefix")
+        _, rows, batch = build_case(folder, "prefix")
         np.testing.assert_array_equal(batch.inputs, rows.inputs)
         np.testing.assert_array_equal(batch.targets, rows.targets)
         lengths, given = [], []
@@ -193,7 +193,7 @@ class TestPrefix:
 
     @pytest.mark.parametrize("case", ["source prefix", "short source prefix"])
     def test_source_and_target_are_the_text(self, folder, case):
-        objective, rows, batch = made(folder, case)
+        objective, rows, batch = build_case(folder, case)
         chunks = zip(
             segments_of(batch.source, batch.source_segments),
             segments_of(batch.targets, batch.segments),
@@ -213,7 +213,7 @@ class TestMasked:
 
     @pytest.mark.parametrize(("rate", "words"), [(0.15, False), (0.4, False), (0.15, True)])
     def test_what_is_hidden(self, folder, rate, words):
-        objective, rows, batch = made(folder, "masked", rate=rate, whole_words=words)
+        objective, rows, batch = build_case(folder, "masked", rate=rate, whole_words=words)
         (mask,) = objective.vocabulary.ids
         assert (mask, objective.min_vocab_size, objective.vocabulary.names[mask]) == (259, 260, "[MASK]")
         hidden = batch.weights > 0
@@ -230,7 +230,7 @@ class TestMasked:
 
     def test_every_token_but_the_ends_can_be_hidden_once(self, folder):
         """Each chunk begins with the token before it, so no token of a cut document is left out or seen twice."""
-        _, rows, batch = made(folder, "masked")
+        _, rows, batch = build_case(folder, "masked")
         text = (rows.segments > 0) & ~((rows.positions == 0) & (rows.inputs == BYTES.bos_id))
         expected = np.sort(np.concatenate([document[:-1] for document in documents(0)]))
         np.testing.assert_array_equal(np.sort(batch.targets[text]), expected)

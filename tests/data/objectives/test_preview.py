@@ -17,7 +17,7 @@ from tests.data.stores import write_store
 
 GOLDEN = {
     "causal": """\
-sample 5: 2 chunks, 27 of 40 places, 27 scored
+sample 5: 2 chunks, 27 of 40 positions, 27 scored
   chunk 1
     inputs   <s> T o · b e , · o r · n o t · t o · b e  \\n
     targets  T   o · b e , · o r · n o t · t o · b e \\n </s>
@@ -26,7 +26,7 @@ sample 5: 2 chunks, 27 of 40 places, 27 scored
     targets  c   a f <0xC3> <0xA9> </s>
 """,
     "prefix": """\
-sample 5: 2 chunks, 27 of 40 places, 6 scored
+sample 5: 2 chunks, 27 of 40 positions, 6 scored
   chunk 1
     inputs   <s> T   o   ·   b   e   ,   ·   o   r   ·   n   o   t   ·   t   o   ·   b
     targets  (T) (o) (·) (b) (e) (,) (·) (o) (r) (·) (n) (o) (t) (·) (t) (o) (·) (b) (e)
@@ -41,7 +41,7 @@ sample 5: 2 chunks, 27 of 40 places, 6 scored
     prefix   ==  ==
 """,
     "masked": """\
-sample 5: 2 chunks, 27 of 40 places, 4 scored
+sample 5: 2 chunks, 27 of 40 positions, 4 scored
   chunk 1
     inputs   <s>   T   o   ·   [MASK] e   ,   ·   o   r   ·   n   o   t   ·   t   [MASK]
     targets  (<s>) (T) (o) (·) b      (e) (,) (·) (o) (r) (·) (n) (o) (t) (·) (t) o
@@ -53,7 +53,7 @@ sample 5: 2 chunks, 27 of 40 places, 4 scored
     targets  (<s>) (c) a      (f) (<0xC3>) (<0xA9>)
 """,
     "fim": """\
-sample 5: 2 chunks, 30 of 40 places, 30 scored
+sample 5: 2 chunks, 30 of 40 positions, 30 scored
   chunk 1
     inputs   <s> T o · b e , · o r · n o t · t o · b e  \\n
     targets  T   o · b e , · o r · n o t · t o · b e \\n </s>
@@ -65,7 +65,7 @@ sample 5: 2 chunks, 30 of 40 places, 30 scored
     targets  <0xA9> </s>
 """,
     "span": """\
-sample 5: 2 chunks, 22 of 40 source places, 13 of 24 places, 13 scored
+sample 5: 2 chunks, 22 of 40 source positions, 13 of 24 positions, 13 scored
   chunk 1
     source  T o · b e <extra_id_0> · n o t · <extra_id_1> · b e \\n </s>
     inputs   <s>          <extra_id_0> , · o r            <extra_id_1> t o
@@ -76,7 +76,7 @@ sample 5: 2 chunks, 22 of 40 source places, 13 of 24 places, 13 scored
     targets  <extra_id_0> <0xA9>       </s>   </s>
 """,
     "ul2": """\
-sample 5: 2 chunks, 20 of 40 source places, 15 of 32 places, 15 scored
+sample 5: 2 chunks, 20 of 40 source positions, 15 of 32 positions, 15 scored
   chunk 1
     source  [X] T o · b e , · o r · <extra_id_0> </s>
     inputs   <s>          <extra_id_0> n o t · t o · b e  \\n
@@ -123,5 +123,5 @@ def test_prepare_prints_the_first_samples(tmp_path, capsys):
 
 
 def test_wide_characters_keep_the_columns_apart():
-    lines = list(preview._aligned({"inputs": ["\u4e2d\u6587", "a"], "targets": ["b", "c"]}, 100))
+    lines = list(preview._align({"inputs": ["\u4e2d\u6587", "a"], "targets": ["b", "c"]}, 100))
     assert lines == ["    inputs   \u4e2d\u6587 a", "    targets  b    c"]

@@ -14,7 +14,7 @@ from tests.data.objectives.masks import (
     EOS,
     SEQ_LEN,
     assert_share,
-    made,
+    build_case,
     make,
     rows_of,
     segments_of,
@@ -32,7 +32,7 @@ class TestInfill:
 
     @pytest.mark.parametrize("rate", [0.5, 1.0])
     def test_nothing_is_lost(self, folder, rate):
-        objective, rows, batch = made(folder, "fim", fim_rate=rate)
+        objective, rows, batch = build_case(folder, "fim", fim_rate=rate)
         first, middle, last = objective.vocabulary.ids
         assert [objective.vocabulary.names[i] for i in (first, middle, last)] == [
             "<|fim_prefix|>",
@@ -72,7 +72,7 @@ class TestSpans:
 
     @pytest.mark.parametrize("case", ["span", "long spans", "ul2"])
     def test_nothing_is_lost(self, folder, case):
-        objective, rows, batch = made(folder, case)
+        objective, rows, batch = build_case(folder, case)
         ids = objective.vocabulary.ids
         sentinels = [i for i in ids if objective.vocabulary.names[i].startswith("<extra_id_")]
         modes, hidden, total, seen = ids[len(sentinels) :], 0, 0, []
@@ -143,13 +143,15 @@ class TestSpans:
         objective = make("span", target_len=17)
         rows, samples = rows_of(folder, objective)
         assert objective.build_batch(rows, samples, CounterRng(0)).targets.shape[1] == objective.target_len == 17
-        with pytest.raises(UserError, match=r"data\.seq_len=96 with objective\.target_len=2: not even one token"):
+        with pytest.raises(
+            UserError, match=r"data\.seq_len=96 with objective\.target_len=2: .*cannot fit even one token"
+        ):
             make("span", target_len=2)
 
     def test_windows_are_refused(self, folder):
         for case in ("span", "ul2", "fim"):
             objective = make(case)
-            with pytest.raises(UserError, match=rf"data\.packing='concat': .* objective\.name='{case}'"):
+            with pytest.raises(UserError, match=rf"data\.packing='concat': objective\.name='{case}'"):
                 TrainData(
                     folder,
                     DataConfig(sources={"books": SourceConfig()}, seq_len=SEQ_LEN, packing="concat"),

@@ -49,10 +49,10 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("fields", "message"),
         [
-            ({"name": "mlm"}, r"objective\.name='mlm': known are causal, prefix, masked, span, ul2, fim"),
+            ({"name": "mlm"}, r"objective\.name='mlm': expected one of causal, prefix, masked, span, ul2, fim"),
             ({"name": "mask"}, r"objective\.name='mask' \(did you mean 'masked'\?\)"),
-            ({"rate": 0.1}, r"objective\.rate=0\.1: objective\.name='causal' has no use for it, only masked, span"),
-            ({"name": "ul2", "mean_span": 3.0}, r"objective\.mean_span=3\.0: .*'ul2' has no use for it, only span"),
+            ({"rate": 0.1}, r"objective\.rate=0\.1: objective\.name='causal' does not use it, only masked, span"),
+            ({"name": "ul2", "mean_span": 3.0}, r"objective\.mean_span=3\.0: .*'ul2' does not use it, only span"),
             ({"name": "fim", "whole_words": True}, r"objective\.whole_words=True: .* only masked"),
             ({"name": "masked", "rate": 1.0}, r"objective\.rate=1\.0: must be above 0 and below 1"),
             ({"name": "span", "mean_span": 0.5}, r"objective\.mean_span=0\.5: must be at least 1"),

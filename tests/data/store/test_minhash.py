@@ -50,8 +50,8 @@ def test_signatures_are_as_defined(words):
 def test_the_blocks_have_no_part_in_them(shingles, products, monkeypatch):
     text = " ".join(f"word{number % 37}" for number in range(100)).encode()
     whole = minhash.signature(text)
-    monkeypatch.setattr(minhash, "_SHINGLES", shingles)
-    monkeypatch.setattr(minhash, "_PRODUCTS", products)
+    monkeypatch.setattr(minhash, "_BLOCK_SHINGLES", shingles)
+    monkeypatch.setattr(minhash, "_BLOCK_PRODUCTS", products)
     assert np.array_equal(minhash.signature(text), whole)
 
 

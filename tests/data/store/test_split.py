@@ -53,7 +53,7 @@ def test_signatures_estimate_the_jaccard_similarity():
 def test_a_word_hashes_the_same_wherever_blocks_are_cut(monkeypatch):
     text = " ".join(words(random.Random(1), 3000)).encode() + " 吾輩は猫である。名前はまだ無い。".encode()
     whole = minhash.signature(text)
-    monkeypatch.setattr(minhash, "_BLOCK", 64)
+    monkeypatch.setattr(minhash, "_BLOCK_BYTES", 64)
     assert (minhash.signature(text) == whole).all()
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers: trained ones give every text back, given ones keep special tokens out of it, errors name the mend."""
+"""Tokenizers: trained ones are lossless, others keep special tokens out of documents, errors name the fix."""
 
 import gzip
 import json
@@ -92,10 +92,10 @@ def test_pieces_of_byte_level_and_wordpiece_vocabularies():
 
 
 def huggingface(model, decoder) -> tokenizer.Tokenizer:
-    made = tokenizers.Tokenizer(model)
-    made.decoder = decoder
-    made.add_special_tokens(["</s>"])
-    return read_tokenizer("huggingface", made.to_str().encode())
+    tok = tokenizers.Tokenizer(model)
+    tok.decoder = decoder
+    tok.add_special_tokens(["</s>"])
+    return read_tokenizer("huggingface", tok.to_str().encode())
 
 
 def test_training_is_deterministic():
@@ -105,9 +105,9 @@ def test_training_is_deterministic():
 
 
 def test_bytes():
-    made = read_tokenizer("bytes", b"")
-    assert [made.decode(ids) for ids in made.encode_batch(HARD)] == HARD
-    assert made.decode([104, 105, made.eos_id, 255]) == "hi\ufffd"
+    tok = read_tokenizer("bytes", b"")
+    assert [tok.decode(ids) for ids in tok.encode_batch(HARD)] == HARD
+    assert tok.decode([104, 105, tok.eos_id, 255]) == "hi\ufffd"
 
 
 def test_huggingface_keeps_special_tokens_out_of_text(tmp_path):
@@ -123,11 +123,11 @@ def test_huggingface_keeps_special_tokens_out_of_text(tmp_path):
         show_progress=False,
     )
     model.train_from_iterator([CODE], trainer)
-    made = read_tokenizer("huggingface", model.to_str().encode())
-    assert (made.eos_id, made.bos_id, made.pad_id, made.unk_id) == (0, 1, 2, None)
-    encoded = made.encode_batch(HARD)
-    assert [made.decode(ids) for ids in encoded] == HARD and min(ids.min() for ids in encoded) > 2
-    assert made.vocab_size == model.get_vocab_size()
+    tok = read_tokenizer("huggingface", model.to_str().encode())
+    assert (tok.eos_id, tok.bos_id, tok.pad_id, tok.unk_id) == (0, 1, 2, None)
+    encoded = tok.encode_batch(HARD)
+    assert [tok.decode(ids) for ids in encoded] == HARD and min(ids.min() for ids in encoded) > 2
+    assert tok.vocab_size == model.get_vocab_size()
 
 
 def test_a_tokenizer_json_without_an_end_is_refused():
@@ -140,9 +140,9 @@ def test_a_tokenizer_json_without_an_end_is_refused():
 
 def test_published_models(shared_data):
     model = gzip.decompress((shared_data / "gpt-neox-tokenizer/tokenizer.json.gz").read_bytes())
-    made = read_tokenizer("huggingface", model)
-    assert made.special_tokens[("<|endoftext|>")] == made.eos_id
-    assert made.decode(made.encode_batch([CODE])[0]) == CODE
+    tok = read_tokenizer("huggingface", model)
+    assert tok.special_tokens[("<|endoftext|>")] == tok.eos_id
+    assert tok.decode(tok.encode_batch([CODE])[0]) == CODE
     lossy = read_tokenizer("sentencepiece", (shared_data / "sentencepiece/test_model.model").read_bytes())
     assert lossy.decode(lossy.encode_batch(["two  spaces"])[0]) != "two  spaces"
 
@@ -160,21 +160,23 @@ def test_an_unknown_kind_is_answered_with_the_known_ones():
 
 
 def test_special_tokens_in_a_prompt_stand_for_themselves():
-    made = read_tokenizer("bytes", b"")
-    assert encode_prompt(made, "<s>a</s><pad>b").tolist() == [256, 97, 257, 258, 98]
-    assert encode_prompt(made, "").tolist() == []
-    assert made.encode_batch(["<s>"])[0].tolist() == list(b"<s>"), "a document's text is text"
-    with pytest.raises(UserError, match="no UTF-8"):
-        encode_prompt(made, "\udcff")
+    tok = read_tokenizer("bytes", b"")
+    assert encode_prompt(tok, "<s>a</s><pad>b").tolist() == [256, 97, 257, 258, 98]
+    assert encode_prompt(tok, "").tolist() == []
+    assert tok.encode_batch(["<s>"])[0].tolist() == list(b"<s>"), "a document's text is text"
+    with pytest.raises(UserError, match="not UTF-8"):
+        encode_prompt(tok, "\udcff")
 
 
 def test_unknown_special_tokens_in_a_prompt():
-    made = read_tokenizer("bytes", b"")
+    tok = read_tokenizer("bytes", b"")
     for text in ("plain", "<s>known</s>", "a < b | c > d", "x[MASK] <div> List<T>"):
-        made.check_special(text)
+        tok.check_special(text)
     for text in ("<|user|> hi", "hi <eos>"):
-        with pytest.raises(UserError, match=r"no special token of this tokenizer.*it knows: <s>, </s>, <pad>"):
-            made.check_special(text)
+        with pytest.raises(
+            UserError, match=r"not a special token of this tokenizer.*its special tokens: <s>, </s>, <pad>"
+        ):
+            tok.check_special(text)
 
 
 @pytest.mark.parametrize(
@@ -195,13 +197,13 @@ def test_a_store_names_its_tokenizer(tmp_path):
         tokenizer.load_tokenizer(tmp_path)
     model = train_sentencepiece([CODE * 20], algorithm="bpe", vocab_size=300)
     (tmp_path / "tokenizer.model").write_bytes(model)
-    made = read_tokenizer("sentencepiece", model)
-    record = {"kind": "sentencepiece", "sha256": made.sha256, "lossless": False}
+    tok = read_tokenizer("sentencepiece", model)
+    record = {"kind": "sentencepiece", "sha256": tok.sha256, "lossless": False}
     (tmp_path / "manifest.json").write_text(json.dumps({"tokenizer": record}))
     loaded = tokenizer.load_tokenizer(tmp_path)
-    assert loaded.sha256 == made.sha256 and not loaded.lossless
+    assert loaded.sha256 == tok.sha256 and not loaded.lossless
     (tmp_path / "tokenizer.model").write_bytes(train_sentencepiece([CODE * 20], algorithm="bpe", vocab_size=301))
-    with pytest.raises(UserError, match="not the one that the store was made with"):
+    with pytest.raises(UserError, match="not the one that the store was prepared with"):
         tokenizer.load_tokenizer(tmp_path)
 
 

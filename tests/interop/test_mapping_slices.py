@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from llmjax.interop import mapping
-from llmjax.interop.mapping import matrix, straight, transposed, vector
+from llmjax.interop.mapping import conv1d, linear, transposed, vector
 
 EMBED, HEADS, HEAD_DIM = 6, 4, 5
 LAYOUTS = {
-    "matrix": ((HEADS * HEAD_DIM, EMBED), matrix((EMBED,), (HEADS, HEAD_DIM))["from_hf"]),
-    "matrix out": ((EMBED, HEADS * HEAD_DIM), matrix((HEADS, HEAD_DIM), (EMBED,))["from_hf"]),
-    "straight": ((EMBED, HEADS * HEAD_DIM), straight((EMBED,), (HEADS, HEAD_DIM))["from_hf"]),
+    "linear": ((HEADS * HEAD_DIM, EMBED), linear((EMBED,), (HEADS, HEAD_DIM))["from_hf"]),
+    "linear out": ((EMBED, HEADS * HEAD_DIM), linear((HEADS, HEAD_DIM), (EMBED,))["from_hf"]),
+    "conv1d": ((EMBED, HEADS * HEAD_DIM), conv1d((EMBED,), (HEADS, HEAD_DIM))["from_hf"]),
     "vector": ((HEADS * HEAD_DIM,), vector((HEADS, HEAD_DIM))["from_hf"]),
     "transposed": ((7, EMBED), transposed()["from_hf"]),
     "joined": (
@@ -39,26 +39,26 @@ def test_parts_equal_parts_of_the_whole(name):
                 slice(start, int(rng.integers(start + 1, size + 1)))
                 for start, size in zip(starts, whole.shape, strict=True)
             )
-            window = mapping.find_window(take, shape, position, index)
-            read = tensor[window.box]
-            part = take(read)[position][index] if window.whole else window.view(read)
+            tensor_slice = mapping.find_slice(take, shape, position, index)
+            read = tensor[tensor_slice.box]
+            part = take(read)[position][index] if tensor_slice.reads_all else tensor_slice.view(read)
             np.testing.assert_array_equal(part, whole[index])
-            assert not window.whole or name in ("a copy", "merged", "scalar")
+            assert not tensor_slice.reads_all or name in ("a copy", "merged", "scalar")
 
 
 def test_no_more_is_read_than_needed():
     """A quarter of the heads are a quarter of the rows; half of the inputs are half of the columns."""
-    shape, take = LAYOUTS["matrix"]
-    window = mapping.find_window(take, shape, 0, (slice(0, 3), slice(1, 2), slice(0, 5)))
-    assert window.box == (slice(5, 10), slice(0, 3)) and not window.whole
+    shape, take = LAYOUTS["linear"]
+    tensor_slice = mapping.find_slice(take, shape, 0, (slice(0, 3), slice(1, 2), slice(0, 5)))
+    assert tensor_slice.box == (slice(5, 10), slice(0, 3)) and not tensor_slice.reads_all
     shape, take = LAYOUTS["joined"]
-    window = mapping.find_window(take, shape, 1, (slice(2, 4), slice(0, 4), slice(0, 5)))
-    assert window.box == (slice(2, 4), slice(20, 40))
+    tensor_slice = mapping.find_slice(take, shape, 1, (slice(2, 4), slice(0, 4), slice(0, 5)))
+    assert tensor_slice.box == (slice(2, 4), slice(20, 40))
 
 
 def test_looking_costs_no_memory():
     """4 TB are reserved and never touched."""
-    window = mapping.find_window(
-        matrix((1 << 20,), (1 << 11, 1 << 11))["from_hf"], (1 << 22, 1 << 20), 0, (slice(3, 5),) * 3
+    tensor_slice = mapping.find_slice(
+        linear((1 << 20,), (1 << 11, 1 << 11))["from_hf"], (1 << 22, 1 << 20), 0, (slice(3, 5),) * 3
     )
-    assert window.box == (slice(3 * 2048 + 3, 4 * 2048 + 5), slice(3, 5))
+    assert tensor_slice.box == (slice(3 * 2048 + 3, 4 * 2048 + 5), slice(3, 5))
