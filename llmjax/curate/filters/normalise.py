@@ -39,7 +39,7 @@ _SUSPECT = re.compile(
 
 
 def normalise(text: str, config: NormaliseConfig = _DEFAULTS) -> tuple[str, dict[str, int]]:
-    """The text, mended, and how often each thing was.
+    """The repaired text, and how often each repair was made.
 
     surrogates   halves of a character: joined where both are there, else U+FFFD, counted by the half
     mojibake     lines in a wrong encoding
@@ -91,8 +91,8 @@ def _joined(text: str, counts: Counter) -> str:
 def _decoded(text: str, counts: Counter) -> str:
     lines = text.split("\n")
     for index, line in enumerate(lines):
-        if not line.isascii() and (mended := fix_encoding(line)) != line:
-            lines[index] = mended
+        if not line.isascii() and (fixed := fix_encoding(line)) != line:
+            lines[index] = fixed
             counts["mojibake"] += 1
     return _joined("\n".join(lines), counts)
 
