@@ -24,7 +24,7 @@ def quality(texts: list[str]) -> dict[str, float]:
     )
     from datatrove.pipeline.formatters import FTFYFormatter  # pyright: ignore[reportMissingImports]
 
-    mend = FTFYFormatter()
+    formatter = FTFYFormatter()
     filters = [
         GopherRepetitionFilter(),
         GopherQualityFilter(),
@@ -33,7 +33,7 @@ def quality(texts: list[str]) -> dict[str, float]:
     ]
 
     def passes(text: str) -> bool:
-        document = Document(text=mend.format(text), id="")
+        document = Document(text=formatter.format(text), id="")
         return all(step.filter(document) is True for step in filters)
 
     passes("Loads what is loaded once.")

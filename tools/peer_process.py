@@ -105,7 +105,8 @@ def dispatch_and_combine() -> None:
 
 def timed(work: Callable, wait: Callable, times: int) -> float:
     """Mean seconds of `times` calls in a row, after one that is not counted."""
-    wait(work())
+    result = work()
+    wait(result)
     started = time.perf_counter()
     for _ in range(times):
         result = work()

@@ -168,7 +168,7 @@ def _told(address: str):
 def _ray_call(function: Callable, index: int, task: tuple) -> tuple[int, Any]:
     try:
         return index, function(*task)
-    except UserError as error:  # bad input: repeating the task would not mend it
+    except UserError as error:  # bad input: Ray must not repeat the task
         return index, error
 
 
