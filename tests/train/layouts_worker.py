@@ -41,7 +41,7 @@ def main(out: str, corpus: str, store: str) -> None:
         config = run_config.resolve(
             str(jobs.ROOT / "configs" / "quickstart.py"), [(field, str(value)) for field, value in settings.items()]
         )
-        status = loop.train(config, epath.Path(out) / name, print)
+        status = loop.train(config, epath.Path(out) / name)
         assert status == loop.DONE
 
 
