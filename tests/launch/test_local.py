@@ -160,7 +160,7 @@ def test_llmjax_is_the_one_of_this_environment(tmp_path):
         (["--processes=1", "--", "no-such-command"], "cannot run no-such-command: No such file or directory"),
     ],
 )
-def test_mistakes_are_told(arguments, message):
+def test_mistakes_are_refused(arguments, message):
     status, _, err = run(*arguments)
     assert status == 78
     assert err.startswith("launch/local.py: error: ") and err.count("\n") == 1 and message in err

@@ -21,8 +21,8 @@ import numpy as np
 from llmjax.data.store.workers import Workers
 from llmjax.errors import UserError
 
-_SENT = 1000  # tasks that a cluster holds at once: more than it has cores
-_SHUFFLED = 256  # blocks of tasks before a shuffle of Ray, and after it: pieces are as many as their square
+_MAX_RUNNING = 1000  # tasks that a cluster holds at once: more than it has cores
+_SHUFFLE_BLOCKS = 256  # blocks of a Ray shuffle; it moves the square of this many pieces
 
 Mapper = Callable[..., dict[int, np.ndarray]]  # task -> partition -> rows
 Reducer = Callable[..., Any]  # (rows of all tasks in any order, *shared) -> result
@@ -86,15 +86,15 @@ class RayRunner:
         except ImportError:
             raise UserError("--runner=ray: Ray is not installed; pip install 'llmjax[ray]'") from None
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        self._ours = not ray.is_initialized()
-        if self._ours:
-            with _told(address):
-                _knock(address)
+        self._starts_ray = not ray.is_initialized()
+        if self._starts_ray:
+            with _as_user_error(address):
+                _check_port(address)
                 ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-        logging.getLogger("ray.data").setLevel(logging.ERROR)  # our own lines say how far it is
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # llmjax logs its own progress
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
-        # By sorted keys, in the workers that are there: hashing starts new ones for every shuffle, which takes seconds.
+        # By sorted keys, in the workers that exist: hashing starts new ones for every shuffle, which takes seconds.
         context.shuffle_strategy = ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
 
     def __enter__(self) -> "RayRunner":
@@ -103,7 +103,7 @@ class RayRunner:
     def __exit__(self, *_: object) -> None:
         import ray
 
-        if self._ours:
+        if self._starts_ray:
             ray.shutdown()
 
     def map(self, function: Callable, tasks: list[tuple]) -> Iterator[tuple[int, Any]]:
@@ -114,12 +114,14 @@ class RayRunner:
         remote = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(_ray_call)
         waiting, running = iter(enumerate(tasks)), []
         while True:
-            running += [remote.remote(function, *task) for task in itertools.islice(waiting, _SENT - len(running))]
+            running += [
+                remote.remote(function, *task) for task in itertools.islice(waiting, _MAX_RUNNING - len(running))
+            ]
             if not running:
                 return
-            done, running = ray.wait(running)
+            finished, running = ray.wait(running)
             try:
-                index, result = ray.get(done[0])
+                index, result = ray.get(finished[0])
             except (NodeDiedError, OutOfMemoryError, WorkerCrashedError) as error:
                 reason = str(error).strip().splitlines()[0]
                 raise UserError(
@@ -137,7 +139,7 @@ class RayRunner:
         import ray
 
         items = [{"task": pickle.dumps(task)} for task in tasks]
-        rows = ray.data.from_items(items, override_num_blocks=min(len(items), _SHUFFLED))
+        rows = ray.data.from_items(items, override_num_blocks=min(len(items), _SHUFFLE_BLOCKS))
         parted = rows.flat_map(functools.partial(_ray_partition, mapper=mapper), num_cpus=1)
         reduced = parted.groupby("partition").map_groups(
             functools.partial(_ray_reduce, reducer=reducer, shared=shared), batch_format="pandas"
@@ -146,7 +148,7 @@ class RayRunner:
             yield pickle.loads(row["result"])
 
 
-def _knock(address: str) -> None:
+def _check_port(address: str) -> None:
     """Raises OSError where nothing listens at HOST:PORT; Ray itself would try for minutes."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdigit():
@@ -154,7 +156,7 @@ def _knock(address: str) -> None:
 
 
 @contextlib.contextmanager
-def _told(address: str):
+def _as_user_error(address: str):
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:

@@ -101,7 +101,7 @@ def test_the_task_of_a_worker_that_dies_runs_again(ray_runner, tmp_path):
     assert (tmp_path / "died").exists() and done == {0: 0, 1: 10, 2: 20}
 
 
-def test_a_task_that_ends_every_worker_is_told_in_one_line(ray_runner):
+def test_a_task_that_ends_every_worker_is_reported_in_one_line(ray_runner):
     with pytest.raises(UserError, match="ended again and again"):
         list(ray_runner.map(_dies, [()]))
 

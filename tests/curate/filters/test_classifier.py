@@ -32,7 +32,7 @@ def texts(count: int = 120) -> tuple[list[str], list[str]]:
     return good, bad
 
 
-def test_good_and_bad_are_told_apart():
+def test_good_and_bad_are_separated():
     good, bad = texts()
     model, measured = train(good, bad, SMALL)
     assert 20 < measured.texts < 80 and measured.accuracy == 1 and measured.auc == 1
@@ -68,7 +68,7 @@ def test_a_saved_model_is_the_same(tmp_path):
         model.save(tmp_path / "model.bin")
 
 
-def test_files_that_are_no_model_are_told(tmp_path):
+def test_files_that_are_no_model_are_refused(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         load(tmp_path / "none.npz")
     for name, content in (("empty", b""), ("text", b"hello"), ("cut", b"PK\x03\x04half")):
@@ -98,7 +98,7 @@ def test_two_folders(tmp_path):
         train_folders(tmp_path / "good", tmp_path / "none", SMALL)
 
 
-def test_sides_that_cannot_teach_are_told():
+def test_sides_that_cannot_teach_are_refused():
     good, bad = texts(20)
     with pytest.raises(UserError, match="no bad texts"):
         train(good, [], SMALL)

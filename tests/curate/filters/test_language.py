@@ -49,7 +49,7 @@ def test_a_long_text_is_read_in_places():
     assert excerpt(text[:40], 40, 4) == text[:40]
 
 
-def test_settings_that_cannot_be_are_told():
+def test_settings_that_cannot_be_are_refused():
     with pytest.raises(UserError, match=r"curate\.language\.places=0"):
         LanguageConfig(places=0)
     with pytest.raises(UserError, match=r"curate\.language\.min_confidence=50"):

@@ -224,7 +224,7 @@ def test_a_classifier_has_its_say():
         QualityConfig(min_classifier=0.5)
 
 
-def test_unknown_rules_are_told():
+def test_unknown_rules_are_refused():
     with pytest.raises(UserError, match=r"'gofer' \(did you mean 'gopher'\?\)"):
         QualityConfig(rules=("gofer",))
 

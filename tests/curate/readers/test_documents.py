@@ -65,7 +65,7 @@ def test_text_comes_back_untouched(tmp_path, name):
     assert run(tmp_path / name) == [Record(f"main:{name}", odd, "text", {}, {})]
 
 
-def test_packing_is_told_by_content_not_by_name(tmp_path):
+def test_packing_is_detected_by_content_not_by_name(tmp_path):
     (tmp_path / "a.txt").write_bytes(gzip.compress(b"packed"))
     (tmp_path / "b.txt.gz").write_bytes(b"plain")
     assert texts(run(tmp_path / "*")) == ["packed", "plain"]
@@ -547,7 +547,7 @@ def test_files_of_shared_data_are_read(shared_data):
     assert len(texts(run(shared_data / "common-crawl-docs" / "*.jsonl.gz"))) == 10
 
 
-def test_a_page_without_headers_is_told_by_its_look(tmp_path):
+def test_a_page_without_headers_is_detected_by_its_look(tmp_path):
     path = tmp_path / "a.arc"
     body = b"<html>x"
     path.write_bytes(

@@ -124,7 +124,7 @@ TEXT = [
 
 
 @pytest.mark.parametrize("text", HTML)
-def test_html_is_told(text):
+def test_html_is_detected(text):
     assert html_of(text) is not None
 
 
