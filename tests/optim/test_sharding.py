@@ -8,7 +8,7 @@ import pytest
 
 from llmjax.optim.config import DEFAULTS, OptimizerConfig
 from llmjax.optim.optimizer import make_optimizer
-from llmjax.parallel.axes import DEFAULT_RULES, shardings
+from llmjax.parallel.axes import shardings, use_mesh
 from tests.optim.parameters import AXES, random_tree, run
 
 STEPS = 3
@@ -27,14 +27,15 @@ def make(name):
 
 def sharded_run(optimizer):
     """(params, state, state shardings) after STEPS updates on (fsdp 8), the state created in place."""
-    params, gradients = random_tree(0), [random_tree(seed) for seed in range(1, STEPS + 1)]
-    of_params = shardings(mesh(), AXES, params, DEFAULT_RULES)
-    of_state = shardings(mesh(), optimizer.state_axes(params), jax.eval_shape(optimizer.init, params), DEFAULT_RULES)
-    params = jax.device_put(params, of_params)
-    state = jax.jit(optimizer.init, out_shardings=of_state)(params)
-    update = jax.jit(optimizer.update, out_shardings=(of_params, of_state, None))
-    for grads in gradients:
-        params, state, _ = update(jax.device_put(grads, of_params), state, params)
+    with use_mesh(mesh()):
+        params, gradients = random_tree(0), [random_tree(seed) for seed in range(1, STEPS + 1)]
+        of_params = shardings(AXES, params)
+        of_state = shardings(optimizer.state_axes(params), jax.eval_shape(optimizer.init, params))
+        params = jax.device_put(params, of_params)
+        state = jax.jit(optimizer.init, out_shardings=of_state)(params)
+        update = jax.jit(optimizer.update, out_shardings=(of_params, of_state, None))
+        for grads in gradients:
+            params, state, _ = update(jax.device_put(grads, of_params), state, params)
     return params, state, of_state
 
 
