@@ -66,6 +66,16 @@ def bound_memory_maps():
         jax.clear_caches()
 
 
+@pytest.fixture(autouse=True)
+def detach_signal_watcher():
+    """Keep signals that tests send to themselves from a thread that ends the process.
+
+    A command that an earlier test ran in this process has started it: it ends commands that do not react to a signal.
+    """
+    yield
+    signal.set_wakeup_fd(-1)
+
+
 @pytest.fixture
 def shared_data() -> pathlib.Path:
     """The folder of public data sets (docs/testdata.md); tests that need it are skipped where it is absent."""
