@@ -1,4 +1,4 @@
-"""Bad input: one line that names the field, the value and the mend, status 78, and nothing lost."""
+"""Bad input: one line that names the field, the value and the fix, status 78, and nothing lost."""
 
 import errno
 import json

@@ -11,7 +11,7 @@ import numpy as np
 from llmjax.data.store.token_store import TokenStore, write_manifest, write_shard
 
 EOS, BOS, VOCAB = 1, 2, 500
-SHARD = {"vocab_size": VOCAB, "text_bytes": 1, "tokenizer_sha256": "x"}  # what write_shard is told of a small shard
+SHARD = {"vocab_size": VOCAB, "text_bytes": 1, "tokenizer_sha256": "x"}  # arguments of write_shard for a small shard
 
 
 def random_documents(seed: int, number: int, longest: int) -> list[np.ndarray]:

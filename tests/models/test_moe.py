@@ -5,7 +5,7 @@ import functools
 
 from flax import nnx
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 import numpy as np
 import pytest
 
@@ -14,13 +14,11 @@ from llmjax.models import registry
 from llmjax.models.moe import MoeConfig
 from llmjax.nn import losses
 from llmjax.optim.config import OptimizerConfig
-from llmjax.parallel import axes, backends, hosts
 from llmjax.parallel.mesh import MeshConfig, make_mesh
-from llmjax.run import state as states
-from llmjax.train.step import make_loss, train_step
 from tests.batches import packed
 from tests.models.programs import assert_close, init_model
 from tests.models.variants import DEEPSEEK, EXPERTS, MIXTRAL, VOCAB
+from tests.train.trainer import ROWS, Trainer, one_device
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -57,39 +55,20 @@ def test_every_token_is_served_and_padding_is_not_counted(name):
 OPTIMIZER = OptimizerConfig(
     learning_rate=1e-2, warmup_steps=2, clip_norm=0.5, ema_decay=0.9, expert_bias_update_rate=0.01
 )
-ROWS, SEQ = 16, 24
-
-
-class Trainer:
-    def __init__(self, model: MoeConfig, mesh: Mesh, backend: str, accumulation: int):
-        self.mesh = mesh
-        with axes.use_mesh(mesh):
-            spec = states.make_state_spec(model, OPTIMIZER, horizon=10)
-            rows = hosts.local_rows(backends.batch_sharding(), ROWS)
-            loss = make_loss(spec.graph, seed=3, chunk=16, z_loss=1e-3)
-            step = functools.partial(train_step, loss=loss, optimizer=spec.optimizer, accumulation=accumulation)
-            self.compiled = backends.compile_step(step, backend, spec.shardings, rows, ROWS)
-            self.state = self.compiled.shard_state(states.init_state(spec, model, seed=0))
-
-    def steps(self, count: int):
-        metrics = []
-        for k in range(count):
-            batch = self.compiled.shard_batch(packed(ROWS, SEQ, VOCAB, first_sample=k * ROWS))
-            with axes.use_mesh(self.mesh):
-                self.state, found = self.compiled.step(self.state, batch)
-            metrics.append(jax.device_get(found))
-        return metrics, jax.device_get(self.compiled.unshard_state(self.state).params)
-
-
+SEQ = 24
 TRAINED = dataclasses.replace(DEEPSEEK, num_layers=2, balance_loss=0.1, router_z_loss=0.01, dropout=0.1)
 
 
+def train_three_steps(mesh: Mesh, **settings):
+    """(metrics of each step, parameters at the end)"""
+    trainer = Trainer(TRAINED, OPTIMIZER, mesh, **settings)
+    metrics = [trainer.step(packed(ROWS, SEQ, VOCAB, first_sample=k * ROWS)) for k in range(3)]
+    return metrics, jax.device_get(trainer.global_state().params)
+
+
 @pytest.fixture(scope="module")
-def one_device():
-    mesh = Mesh(
-        np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3
-    )
-    return Trainer(TRAINED, mesh, "jit", 1).steps(3)
+def expected_run():
+    return train_three_steps(one_device())
 
 
 LAYOUTS = {
@@ -99,18 +78,18 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_agree_with_one_device(layout, one_device):
+def test_layouts_agree_with_one_device(layout, expected_run):
     """Losses, router losses and expert statistics of three steps, and the biases that balance, to the last bit."""
     mesh, backend, accumulation = LAYOUTS[layout]
-    metrics, params = Trainer(TRAINED, make_mesh(mesh), backend, accumulation).steps(3)
-    for found, expected in zip(metrics, one_device[0], strict=True):
+    metrics, params = train_three_steps(make_mesh(mesh), backend=backend, accumulation=accumulation)
+    for found, expected in zip(metrics, expected_run[0], strict=True):
         for name in ("loss", "load_balance_loss", "router_z_loss", "max_expert_load", "unused_expert_fraction"):
             np.testing.assert_allclose(found[name], expected[name], rtol=5e-6, err_msg=name)
         np.testing.assert_allclose(found["grad_norm"], expected["grad_norm"], rtol=2e-5)
     expert_bias = lambda params: params["blocks"]["mlp"]["router"]["expert_bias"]
-    np.testing.assert_array_equal(expert_bias(params), expert_bias(one_device[1]))
+    np.testing.assert_array_equal(expert_bias(params), expert_bias(expected_run[1]))
     assert np.abs(expert_bias(params)).max() > 0.01
-    for found, expected in zip(jax.tree.leaves(params), jax.tree.leaves(one_device[1]), strict=True):
+    for found, expected in zip(jax.tree.leaves(params), jax.tree.leaves(expected_run[1]), strict=True):
         np.testing.assert_allclose(found, expected, atol=5e-4)
 
 

@@ -218,7 +218,7 @@ def test_losses_by_hand():
 
 
 def test_the_expert_bias_balances_the_load():
-    """Logits that favour some experts, and no loss that would mend it: the optimizer's steps alone do."""
+    """Logits that favour some experts, and no loss that would correct it: the optimizer's steps alone do."""
     routing = dataclasses.replace(DEEPSEEK, groups=1, top_groups=1)
     logits = np.random.default_rng(0).normal(size=(4, 200, routing.num_experts)) + np.linspace(
         0, 3, routing.num_experts

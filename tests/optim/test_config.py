@@ -1,4 +1,4 @@
-"""Wrong optimizer settings are refused in one line that names the field, the value and the mend."""
+"""Wrong optimizer settings are refused in one line that names the field, the value and the fix."""
 
 import pytest
 

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from llmjax.batch import Batch
+from llmjax.inference.generate import Sampling, generate
+from llmjax.models import registry
 from llmjax.nn import losses
 
 torch = pytest.importorskip("torch", reason="parity needs `make parity`")
@@ -66,3 +68,13 @@ def loss_logits_and_grads(graph, params, batch):
         return sums.nats / sums.weight, model.unembed(hidden)
 
     return jax.value_and_grad(score, has_aux=True)(params)
+
+
+def assert_same_greedy_text(model, config, params) -> None:
+    """Two prompts of unequal length, token by token from our cache, against the reference's own generation."""
+    prompts = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3, 2]]
+    sampling = Sampling(max_tokens=12, temperature=0)
+    actual = generate(registry.abstract(config)[0], params, config, prompts, sampling, stop_ids=[VOCAB + 1])
+    for prompt, tokens in zip(prompts, actual, strict=True):
+        output = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None)
+        assert tokens == output[0, len(prompt) :].tolist()

@@ -15,7 +15,14 @@ from llmjax.interop.moe import ARCHITECTURES
 from llmjax.models import registry
 from llmjax.models.moe import MoeConfig
 from tests.interop import state_dicts
-from tests.parity.reference import VOCAB, add_noise, loss_logits_and_grads, padded_rows, score_reference
+from tests.parity.reference import (
+    VOCAB,
+    add_noise,
+    assert_same_greedy_text,
+    loss_logits_and_grads,
+    padded_rows,
+    score_reference,
+)
 
 SIZES = dict(
     vocab_size=VOCAB,
@@ -194,22 +201,8 @@ def test_configs_come_back(name, imported):
 @pytest.mark.parametrize("name", ["gpt_oss", "deepseek"])
 def test_greedy_text_is_theirs(name, imported):
     """Token by token from our cache, of latents for deepseek, against their own generation."""
-    from llmjax.inference.generate import Sampling, generate
-
-    model = reference(name)
     _, config, _, params = imported(name)
-    prompts = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3, 2]]
-    found = generate(
-        registry.abstract(config)[0],
-        params,
-        config,
-        prompts,
-        Sampling(max_tokens=12, temperature=0),
-        stop_ids=[VOCAB + 1],
-    )
-    for prompt, tokens in zip(prompts, found, strict=True):
-        theirs = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None)
-        assert tokens == theirs[0, len(prompt) :].tolist()
+    assert_same_greedy_text(reference(name), config, params)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,9 @@
 """The step is one function: every mesh, pmap and any microbatching agree with one device."""
 
 import dataclasses
-import functools
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 import numpy as np
 import pytest
 
@@ -15,43 +14,19 @@ from llmjax.optim.config import OptimizerConfig
 from llmjax.parallel import axes, backends, hosts
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.run import state as states
-from llmjax.train.step import make_loss, train_step
+from llmjax.train.step import make_loss
 from tests.batches import packed
+from tests.train.trainer import ROWS, Trainer, one_device
 
-ROWS, SEQ, VOCAB = 16, 32, 200
+SEQ, VOCAB = 32, 200
 MODEL = DecoderConfig(vocab_size=VOCAB, num_layers=2, embed=32, num_heads=8, num_kv_heads=4, mlp=64, dropout=0.1)
 # The decay of the schedule, the clipping and the EMA are all at work in these steps.
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, clip_norm=0.5, ema_decay=0.9)
 
 
-def one_device() -> Mesh:
-    return Mesh(
-        np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3
-    )
-
-
-class Trainer:
-    """A few steps of a tiny decoder with packing and dropout on a mesh."""
-
-    def __init__(
-        self, mesh: Mesh, *, backend: str = "jit", accumulation: int = 1, optimizer: OptimizerConfig = OPTIMIZER
-    ):
-        self.mesh = mesh
-        with axes.use_mesh(mesh):
-            spec = states.make_state_spec(MODEL, optimizer, horizon=10)
-            rows = hosts.local_rows(backends.batch_sharding(), ROWS)
-            loss = make_loss(spec.graph, seed=3, chunk=16, z_loss=1e-3)
-            step = functools.partial(train_step, loss=loss, optimizer=spec.optimizer, accumulation=accumulation)
-            self.compiled = backends.compile_step(step, backend, spec.shardings, rows, ROWS)
-            self.state = self.compiled.shard_state(states.init_state(spec, MODEL, seed=0))
-
-    def step(self, batch) -> dict:
-        with axes.use_mesh(self.mesh):
-            self.state, metrics = self.compiled.step(self.state, self.compiled.shard_batch(batch))
-        return jax.device_get(metrics)
-
-    def lifted(self) -> states.TrainState:
-        return self.compiled.unshard_state(self.state)
+def make_trainer(mesh: Mesh, *, optimizer: OptimizerConfig = OPTIMIZER, **settings) -> Trainer:
+    """A trainer of a tiny decoder with packing and dropout."""
+    return Trainer(MODEL, optimizer, mesh, **settings)
 
 
 def batch(step: int):
@@ -61,9 +36,9 @@ def batch(step: int):
 @pytest.fixture(scope="module")
 def oracle():
     """Three steps on one device: metrics of each, parameters at the end."""
-    trainer = Trainer(one_device())
+    trainer = make_trainer(one_device())
     metrics = [trainer.step(batch(k)) for k in range(3)]
-    return metrics, jax.device_get(trainer.lifted().params)
+    return metrics, jax.device_get(trainer.global_state().params)
 
 
 LAYOUTS = {
@@ -79,7 +54,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_agree_with_one_device(layout, oracle):
     mesh, backend, accumulation = LAYOUTS[layout]
-    trainer = Trainer(make_mesh(mesh), backend=backend, accumulation=accumulation)
+    trainer = make_trainer(make_mesh(mesh), backend=backend, accumulation=accumulation)
     metrics, params = oracle
     for k, expected in enumerate(metrics):
         found = trainer.step(batch(k))
@@ -90,7 +65,7 @@ def test_layouts_agree_with_one_device(layout, oracle):
         np.testing.assert_allclose(found["grad_norm"], expected["grad_norm"], rtol=1e-5)
     # Adam divides by the root of tiny second moments, which magnifies an ulp of the gradient up to the step size of
     # 1e-2: parameters agree to a small part of one update.
-    for found, expected in zip(jax.tree.leaves(trainer.lifted().params), jax.tree.leaves(params), strict=True):
+    for found, expected in zip(jax.tree.leaves(trainer.global_state().params), jax.tree.leaves(params), strict=True):
         np.testing.assert_allclose(np.asarray(found), expected, atol=2e-4)
 
 
@@ -146,7 +121,7 @@ def broken(step: int):
 def test_a_non_finite_step_leaves_no_trace(backend):
     """Parameters and optimizer state are bitwise those of a run that never saw the batch; only counters differ."""
     mesh = make_mesh(MeshConfig(data=8))
-    hurt, spared = Trainer(mesh, backend=backend), Trainer(mesh, backend=backend)
+    hurt, spared = make_trainer(mesh, backend=backend), make_trainer(mesh, backend=backend)
     for k in (0, 1):
         hurt.step(batch(k))
         spared.step(batch(k))
@@ -155,7 +130,7 @@ def test_a_non_finite_step_leaves_no_trace(backend):
     for k in (3, 4):
         last, expected = hurt.step(batch(k)), spared.step(batch(k))
         assert last["loss"] == expected["loss"] and last["learning_rate"] == expected["learning_rate"]
-    one, other = hurt.lifted(), spared.lifted()
+    one, other = hurt.global_state(), spared.global_state()
     assert fingerprint(one.params, one.opt_state) == fingerprint(other.params, other.opt_state)
     assert int(one.step) == 5 and int(other.step) == 4
     assert int(one.skipped) == 1 and int(other.skipped) == 0
@@ -163,12 +138,12 @@ def test_a_non_finite_step_leaves_no_trace(backend):
 
 def test_pmap_refuses_a_sharded_state():
     with pytest.raises(UserError, match=r"pmap.*fsdp.*jit"):
-        Trainer(make_mesh(MeshConfig(data=2, fsdp=4)), backend="pmap")
+        make_trainer(make_mesh(MeshConfig(data=2, fsdp=4)), backend="pmap")
 
 
 def test_unknown_backend():
     with pytest.raises(UserError, match=r"parallel.backend='pjit': expected 'jit' or 'pmap'"):
-        Trainer(one_device(), backend="pjit")
+        make_trainer(one_device(), backend="pjit")
 
 
 def test_batch_that_the_mesh_does_not_divide():

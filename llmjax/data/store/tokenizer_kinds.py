@@ -1,5 +1,6 @@
 """Text to token ids and back: SentencePiece models, tokenizer.json files, or bytes, behind one base class."""
 
+import abc
 from collections.abc import Iterable, Iterator
 import functools
 import hashlib
@@ -31,7 +32,7 @@ SPAN_CHARACTERS = 4096  # SentencePiece is slow on long texts: they are encoded 
 _SPACE_MARK = "\u2581"  # SentencePiece writes it for a space, and reads it as one
 
 
-class Tokenizer:
+class Tokenizer(abc.ABC):
     """Text to token ids and back.
 
     kind, sha256     its family, and the hash of its file (and of its settings, if it has any)
@@ -57,21 +58,21 @@ class Tokenizer:
     lossless: bool
     joiner: str
 
+    @abc.abstractmethod
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Token ids of each text, int32, without BOS and EOS."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def encode_prompt(self, text: str) -> np.ndarray:
         """Token ids of a text in which special tokens are recognised, int32, without `prompt_frame`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; bytes that form no character become U+FFFD."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def piece(self, token_id: int) -> bytes:
         """The text of one id, in UTF-8 if it is whole characters; the name of a special token."""
-        raise NotImplementedError
 
     def check_special(self, text: str) -> None:
         """Raise UserError for text that looks like a special token, such as <|user|>, and is not one of them."""
