@@ -127,14 +127,16 @@ def _classifier(arguments: list[str]) -> int:
     model, evaluation = classifier.train_folders(flags.good, flags.bad)
     model.save(flags.to)
     if math.isnan(evaluation.auc):
-        logger.info(f"held out {evaluation.texts} texts: too few of both sides to evaluate the model")
+        logger.info(f"held out {evaluation.num_texts} texts: too few of both sides to evaluate the model")
     else:
-        logger.info(f"held out {evaluation.texts} texts: {evaluation.accuracy:.1%} correct (the mean of both sides);")
+        logger.info(
+            f"held out {evaluation.num_texts} texts: {evaluation.accuracy:.1%} correct (the mean of both sides);"
+        )
         logger.info(f"a good one scores above a bad one with probability {evaluation.auc:.3f}")
     logger.info(f"\nmodel: {flags.to}, trained on all texts")
     logger.info(
         f"next: --config.curate.quality.classifier={shlex.quote(flags.to)} writes the score beside every text; "
-        "--config.curate.quality.min_classifier=0.5 drops what is below"
+        "--config.curate.quality.min_classifier_score=0.5 drops what is below"
     )
     return 0
 

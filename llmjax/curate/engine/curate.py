@@ -1,16 +1,15 @@
 """Run a curation: measure every unit, decide on the scores, write the corpus. Resumable at every step.
 
 WORKDIR/measured/     texts and scores of every unit; a later run with other thresholds starts from them
-WORKDIR/unfinished/   what a run will publish
-WORKDIR/curated/      NAME-00000-train.jsonl.zst ...: documents that are kept
-WORKDIR/dropped/      NAME-00000.jsonl.zst: documents that are dropped, with the stage and the reason
-WORKDIR/report.json   what happened, and hashes of inputs, configuration and outputs
-WORKDIR/splits.npz    every document that a run kept here, and its cluster: more data moves and drops none of them
+WORKDIR/unfinished/   files that are not published yet
+WORKDIR/curated/      NAME-00000-train.jsonl.zst ...: kept documents
+WORKDIR/dropped/      NAME-00000.jsonl.zst: dropped documents, with the stage and the reason
+WORKDIR/report.json   numbers of the data card, and hashes of inputs, config and outputs
+WORKDIR/splits.npz    kept documents and their clusters: additional data does not drop or move any of them
 WORKDIR/config.json   the config, which --resume reads
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
 import math
@@ -26,7 +25,7 @@ from llmjax.atomic import remove_partial, write_bytes
 from llmjax.curate.config import CurateConfig, InputConfig
 from llmjax.curate.dedup import decontaminate
 from llmjax.curate.engine import decide, measure, summary, write
-from llmjax.curate.engine.decide import Decisions, KeptBefore, Table
+from llmjax.curate.engine.decide import Decisions, History, Table
 from llmjax.curate.engine.measurements import Measurement
 from llmjax.curate.engine.runners import Runner
 from llmjax.curate.filters import language, personal_data
@@ -51,29 +50,31 @@ def curate(config: CurateConfig, workdir: Path, runner: Runner) -> dict[str, Any
     on earlier runs in this workdir), not on the runner or the number of workers. Raises UserError for invalid input.
     """
     if not config.inputs:
-        raise UserError("curate.inputs is empty: name one, such as --config.curate.inputs.web.path='crawl/*.warc.gz'")
+        raise UserError("curate.inputs is empty: add one, such as --config.curate.inputs.web.path='crawl/*.warc.gz'")
     settings = config_as_json(config)
     config = _with_absolute_paths(config)
-    personal_data.check(config.personal_data)
-    language.check(config.language)
+    personal_data.check_config(config.personal_data)
+    language.check_config(config.language)
     if "decontaminate" in config.stages:
-        decontaminate.check(config.decontaminate)
+        decontaminate.check_evaluation_sets(config.decontaminate)
     split.check(config.split, "curate.split")
     units = [unit for name, input_config in config.inputs.items() for unit in list_units(name, input_config)]
-    measure_settings = measure.settings_of(config)
-    measurements = [Measurement(workdir / "measured", measure.key_of(unit, measure_settings)) for unit in units]
-    names = [unit.source for unit in units]
-    key = token_store.fingerprint_of({"config": settings, "measured": [m.key for m in measurements], "sources": names})
+    measure_settings = measure.measurement_settings(config)
+    keys = [measure.measurement_key(unit, measure_settings) for unit in units]
+    measurements = [Measurement(workdir / "measured", key) for key in keys]
+    fingerprint = token_store.fingerprint_of(
+        {"config": settings, "measurements": keys, "sources": [unit.source for unit in units]}
+    )
     write_bytes(workdir / "config.json", (json.dumps({"curate": settings}, indent=1) + "\n").encode())
-    if (report := _read_finished(workdir)) and report["key"] == key:
-        logger.info("nothing left to do: the corpus was built from these inputs with this config")
+    if (report := _read_finished(workdir)) and report.get("fingerprint") == fingerprint:
+        logger.info("nothing to do: the corpus was built from these inputs with this config")
         return report
     unfinished = workdir / "unfinished"
-    folder = _find_unpublished(unfinished, key)
+    folder = _find_unpublished(unfinished, fingerprint)
     if folder is None:
-        folder = _build(units, measurements, config, settings, key, workdir, runner)
+        folder = _build(units, measurements, config, settings, fingerprint, workdir, runner)
     else:
-        logger.info("the interrupted run had written all files: publishing them")
+        logger.info("the interrupted run had written all files; publishing them")
     report = _publish(workdir, folder)
     shutil.rmtree(unfinished, ignore_errors=True)
     _remove_other_measurements(workdir / "measured", measurements)
@@ -85,36 +86,36 @@ def _build(
     measurements: list[Measurement],
     config: CurateConfig,
     settings: dict[str, Any],
-    key: str,
+    fingerprint: str,
     workdir: Path,
     runner: Runner,
 ) -> Path:
-    """The folder with all files to publish; the report is written last."""
+    """Write all files and return their folder; the report is written last."""
     _measure(units, measurements, config, runner)
     table = Table(measurements, [unit.source for unit in units])
-    kept_before = KeptBefore.read(workdir / _SPLITS)
+    history = History.read(workdir / _SPLITS)
     _check_rejects(table, config)
-    decisions = decide.decide(table, config, runner, workdir / "unfinished" / "exchange", kept_before)
-    logger.info(f"deciding: {int(decisions.kept.sum()):,} of {len(table):,} records stay")
-    tag = token_store.fingerprint_of({"key": key, "known": kept_before.digest()})
-    folder = workdir / "unfinished" / f"written-{tag[:24]}"
+    decisions = decide.decide(table, config, runner, workdir / "unfinished" / "exchange", history)
+    logger.info(f"deciding: {int(decisions.kept.sum()):,} of {len(table):,} records are kept")
+    digest = token_store.fingerprint_of({"corpus": fingerprint, "history": history.digest()})
+    folder = workdir / "unfinished" / f"written-{digest[:24]}"
     sampled_rows = summary.choose_samples(table, decisions, config)
     results = _write(units, table, decisions, sampled_rows, config, runner, folder)
     report = summary.summarise(table, decisions, results, config)
     report |= {
         "version": llmjax.__version__,
-        "key": key,
+        "fingerprint": fingerprint,
         "config": settings,
         "config_sha256": token_store.fingerprint_of(settings),
         "inputs": _summarise_inputs(units),
     }
-    kept_before.with_decisions(table, decisions, config).save(folder / _SPLITS)
+    history.with_decisions(table, decisions, config).save(folder / _SPLITS)
     write_bytes(folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
     return folder
 
 
 def _with_absolute_paths(config: CurateConfig) -> CurateConfig:
-    """Make the paths of files that measuring reads absolute: a process of a cluster may run in another folder."""
+    """Make paths of auxiliary files absolute: a process of a cluster may run in another folder."""
 
     def absolute(path: str) -> str:
         return os.path.abspath(os.path.expanduser(path)) if path else ""
@@ -129,20 +130,20 @@ def _with_absolute_paths(config: CurateConfig) -> CurateConfig:
 
 
 def config_as_json(config: CurateConfig) -> dict[str, Any]:
-    """The config as JSON values, without fields that do not influence the corpus."""
+    """The config as JSON values, without fields that do not affect the corpus."""
     values = json.loads(json.dumps(dataclasses.asdict(config)))
     del values["workers"]
     return values
 
 
 def _read_finished(workdir: Path) -> dict[str, Any] | None:
-    """The report of a finished run if all of its files exist."""
+    """The report of a finished run, or None if one of its files is missing."""
     try:
         report = json.loads((workdir / "report.json").read_text())
-        complete = all((workdir / name).stat().st_size == file["bytes"] for name, file in report["outputs"].items())
+        is_complete = all((workdir / name).stat().st_size == file["bytes"] for name, file in report["outputs"].items())
     except (OSError, ValueError, KeyError):
         return None
-    return report if complete and (workdir / _SPLITS).is_file() else None
+    return report if is_complete and (workdir / _SPLITS).is_file() else None
 
 
 def _measure(units: Units, measurements: list[Measurement], config: CurateConfig, runner: Runner) -> None:
@@ -151,7 +152,7 @@ def _measure(units: Units, measurements: list[Measurement], config: CurateConfig
     pairs = zip(units, measurements, strict=True)
     tasks = [(unit, config, measurement) for unit, measurement in pairs if not measurement.is_complete()]
     if len(tasks) < len(units):
-        logger.info(f"{len(units) - len(tasks)} of {len(units)} parts were measured before")
+        logger.info(f"{len(units) - len(tasks)} of {len(units)} parts were already measured")
     if tasks:
         sizes = [unit.size for unit, *_ in tasks]
         with_progress("measuring", runner.map(measure.measure, tasks), len(tasks), sizes)
@@ -161,18 +162,18 @@ def _check_rejects(table: Table, config: CurateConfig) -> None:
     """Raise UserError if an input has more unreadable records or bytes than curate.max_bad_fraction allows."""
     for index, name in enumerate(table.names):
         in_source = table.source == index
-        is_unread = in_source & (table["early"] == 0)
+        is_unread = in_source & (table["drop_stage"] == 0)
         sizes = table["sizes"][:, 0, 0]
-        numbers, counts = np.unique(table["reason"][is_unread], return_counts=True)
-        reasons = {table.reasons[number]: count for number, count in zip(numbers, counts.tolist(), strict=True)}
+        reason_ids, counts = np.unique(table["reason"][is_unread], return_counts=True)
+        reasons = {table.reasons[i]: count for i, count in zip(reason_ids, counts.tolist(), strict=True)}
         reasons = {r: n for r, n in reasons.items() if r != EMPTY and not r.startswith(warc.NO_PAGE)}
-        # By records, and by bytes: what a damaged file lost is one record.
+        # Also by bytes: the lost part of a damaged file is only one record.
         for bad, total, unit in (
             (sum(reasons.values()), np.count_nonzero(in_source), "records"),
             (int(sizes[is_unread].sum()), int(sizes[in_source].sum()), "bytes"),
         ):
             if bad > config.max_bad_fraction * total:
-                listed = ", ".join(f"{number} {reason}" for reason, number in sorted(reasons.items()))
+                listed = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
                 raise UserError(
                     f"curate.inputs.{name}.path={config.inputs[name].path!r}: {bad} of {total} {unit} cannot be read "
                     f"({listed}), more than curate.max_bad_fraction={config.max_bad_fraction} allows; fix the input, "
@@ -189,12 +190,12 @@ def _write(
     runner: Runner,
     folder: Path,
 ) -> list[dict[str, Any]]:
-    """The results of all units; results of an interrupted run with the same decisions are reused."""
+    """Write all units and return their results; those of an interrupted run with the same decisions are reused."""
     results: list[Any] = [None] * len(units)
     tasks, task_units, numbers = [], [], {}
     for index, unit in enumerate(units):
         numbers[unit.source] = number = numbers.get(unit.source, -1) + 1
-        name, rows = f"{unit.source}-{number:05d}", slice(*table.edges[index : index + 2].tolist())
+        name, rows = f"{unit.source}-{number:05d}", slice(*table.offsets[index : index + 2].tolist())
         if (result := write.read_result(folder, name)) is not None:
             results[index] = result
             continue
@@ -220,21 +221,21 @@ def _write(
     return results
 
 
-def _find_unpublished(unfinished: Path, key: str) -> Path | None:
-    """The folder of a run that wrote everything, its report last, and ended before all was published."""
-    found = None
+def _find_unpublished(unfinished: Path, fingerprint: str) -> Path | None:
+    """The folder of a run that wrote all files but did not publish them all."""
+    folder = None
     for path in unfinished.glob("written-*/report.json"):
-        if json.loads(path.read_text())["key"] == key:
-            found = path.parent
-        else:  # of another configuration, and perhaps published in part
+        if json.loads(path.read_text()).get("fingerprint") == fingerprint:
+            folder = path.parent
+        else:  # of another config, and perhaps published in part
             shutil.rmtree(path.parent)
-    return found
+    return folder
 
 
 def _publish(workdir: Path, folder: Path) -> dict[str, Any]:
-    """Replace the files of the workdir by those of `folder`, as far as that is not done; return the report.
+    """Move the files of `folder` that are still there to the workdir; return the report.
 
-    The old report is removed first and the new one is moved last: without it the corpus is not finished.
+    The old report is removed first and the new one is moved last: without a report the corpus is not finished.
     """
     report = json.loads((folder / "report.json").read_text())
     (workdir / "report.json").unlink(missing_ok=True)
@@ -253,14 +254,11 @@ def _summarise_inputs(units: Units) -> dict[str, dict[str, Any]]:
     inputs: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(unit.source for unit in units):
         parts = [unit for unit in units if unit.source == name]
-        state = hashlib.sha256()
-        for unit in parts:
-            state.update(repr((unit.items, unit.state)).encode())
         inputs[name] = {
             "parts": len(parts),
             "bytes": sum(unit.size for unit in parts),
             "files": len({item.path for unit in parts for item in unit.items}),
-            "state": state.hexdigest(),
+            "fingerprint": token_store.fingerprint_of({"parts": [repr((unit.items, unit.state)) for unit in parts]}),
         }
     return inputs
 
