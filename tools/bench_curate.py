@@ -106,11 +106,11 @@ def main() -> None:
     print(
         f"{len(texts):,} documents, {bench.megabytes:.1f} MB; one core, by processor time, best of {options.repeats}\n"
     )
-    print(f"{'row':56}{'ours':>12}{'peer':>12}{'target':>12}")
+    print(f"{'row':56}{'llmjax':>12}{'peer':>12}{'target':>12}")
     for rows in ROWS:
         if not options.rows or rows.__name__.removesuffix("_rows") in options.rows.split(","):
             for row in rows(bench):
-                print(f"{row.label:56}{row.ours:>12}{row.peer:>12}{row.target:>12}", flush=True)
+                print(f"{row.label:56}{row.value:>12}{row.peer:>12}{row.target:>12}", flush=True)
 
 
 def parse_options() -> argparse.Namespace:

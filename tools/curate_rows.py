@@ -24,7 +24,7 @@ class Row(NamedTuple):
     """A line of the table, with formatted numbers."""
 
     label: str
-    ours: str
+    value: str
     peer: str = ""
     target: str = ""
 

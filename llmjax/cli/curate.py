@@ -38,7 +38,7 @@ def curate(arguments: list[str]) -> int:
         _EXAMPLE,
     )
     parser.add_argument("--config", metavar="FILE", help=f"{CONFIG.split(';')[0]}; not needed with --resume")
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="where the corpus goes")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the corpus")
     parser.add_argument("--resume", action="store_true", help="use the config in the workdir")
     parser.add_argument(
         "--runner", choices=("local", "ray"), default="local", help="processes of this machine (default), or Ray"

@@ -73,6 +73,17 @@ class PersonalDataConfig:
     kinds: tuple[str, ...] = ("email", "ip", "phone", "card", "iban", "ssn", "secret")
     action: str = "replace"
 
+    def __post_init__(self):
+        kinds = PersonalDataConfig.kinds
+        for kind in self.kinds:
+            if kind not in kinds:
+                raise UserError(
+                    f"curate.personal_data.kinds={self.kinds!r}: no kind {kind!r}{suggest(kind, kinds)}; choose from "
+                    f"{', '.join(kinds)}"
+                )
+        if self.action not in ("replace", "drop", "count"):
+            raise UserError(f"curate.personal_data.action={self.action!r}: expected 'replace', 'drop' or 'count'")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NormaliseConfig:

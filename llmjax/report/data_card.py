@@ -18,7 +18,7 @@ from llmjax.report.markup import (
     section,
     table,
 )
-from llmjax.report.plot import Bar, bars
+from llmjax.report.plot import Bar, draw_bars
 
 _MAX_BARS, _MAX_REASONS = 14, 12  # in a chart
 _REPAIR_LABELS = {
@@ -136,7 +136,7 @@ def _render_headline(report: dict[str, Any]) -> str:
         if stage["dropped"]:
             rows.append(Bar(f"after {_label(stage['stage'])}", stage["out"]["documents"]))
     rows[-1] = Bar(rows[-1].label, rows[-1].value, highlight=True)
-    chart = bars(rows, label="documents", unit="number", format_value=format_number)
+    chart = draw_bars(rows, label="documents", unit="number", format_value=format_number)
     return f"<section>{facts_and_chart(facts, 'Documents', chart)}</section>"
 
 
@@ -156,7 +156,7 @@ def _render_reasons(report: dict[str, Any]) -> str:
     if not reasons:
         return section(title, '<p class="missing">No document was dropped.</p>')
     rows = [Bar(entry["reason"], entry["documents"]) for entry in reasons[:_MAX_REASONS]]
-    chart = bars(rows, label="documents by reason", unit="number", format_value=format_number, label_width=215)
+    chart = draw_bars(rows, label="documents by reason", unit="number", format_value=format_number, label_width=215)
     is_cut = len(reasons) > _MAX_REASONS
     heading = f"The {_MAX_REASONS} most frequent of {len(reasons)} reasons" if is_cut else "All reasons"
     body = f'<div class="narrow"><h3>{heading}, documents</h3>{chart}</div>'
@@ -186,7 +186,7 @@ def _render_stages(report: dict[str, Any]) -> str:
         body += collapsed(f"{name}: {num_kept} of {num_records} documents are kept", by_stage)
     if report["repairs"]:
         rows = [
-            (_REPAIR_LABELS.get(name, _label(name)), *map(format_count, (entry["documents"], entry["occurrences"])))
+            (_REPAIR_LABELS.get(name, _label(name)), entry["documents"], entry["occurrences"])
             for name, entry in report["repairs"].items()
         ]
         body += f"<h3 class='part'>Repairs</h3>{table(('Repair', 'documents', 'occurrences'), rows)}"
@@ -202,9 +202,14 @@ def _stage_table(stages: Iterable[tuple[str, dict[str, Any]]]) -> str:
         rows.append(
             (
                 _label(name),
-                *map(format_count, (before["documents"], num_dropped, after["documents"])),
+                before["documents"],
+                num_dropped,
+                after["documents"],
                 _percent(num_dropped, before["documents"]),
-                *map(format_count, (before["bytes"], after["bytes"], before["tokens"], after["tokens"])),
+                before["bytes"],
+                after["bytes"],
+                before["tokens"],
+                after["tokens"],
             )
         )
     head = ("Stage", "documents in", "dropped", "out", "share dropped", "bytes in", "out", "tokens in", "out")
@@ -225,9 +230,11 @@ def _render_sources(report: dict[str, Any]) -> str:
         rows.append(
             (
                 name,
-                *map(format_count, (records["documents"], kept["documents"])),
+                records["documents"],
+                kept["documents"],
                 _share(kept, records) if records["documents"] else "",
-                *map(format_count, (records["tokens"], kept["tokens"])),
+                records["tokens"],
+                kept["tokens"],
                 _percent(records["tokens"], total_records),
                 _percent(kept["tokens"], total_kept),
             )
@@ -248,11 +255,11 @@ def _render_sources(report: dict[str, Any]) -> str:
     )
     body += f"<div class='part'>{table(head, rows)}</div>"
     if splits:
-        rows = [(name, *map(format_count, (one["documents"], one["tokens"]))) for name, one in splits.items()]
+        rows = [(name, one["documents"], one["tokens"]) for name, one in splits.items()]
         body += f"<h3 class='part'>Splits</h3>{table(('Split', 'documents', 'tokens'), rows)}"
     for field, title in (("licences", "Licence"), ("origins", "Origin")):
         if counts := report[field]:
-            rows = [(name, format_count(n)) for name, n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
+            rows = [(name, n) for name, n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
             body += f"<h3 class='part'>{title}s</h3>{table((title, 'documents kept'), rows)}"
     note = "Each document has the licence and origin of its record, or of its input."
     return section("Sources, splits, licences", body, note=note)
@@ -265,7 +272,9 @@ def _part_bar(label: str, part: int, total: int) -> Bar:
 
 def _charts(plots: Iterable[tuple[str, list[Bar]]]) -> str:
     return chart_grid(
-        (title, bars(rows, label=title, unit="number", format_value=format_number)) for title, rows in plots if rows
+        (title, draw_bars(rows, label=title, unit="number", format_value=format_number))
+        for title, rows in plots
+        if rows
     )
 
 
@@ -284,7 +293,7 @@ def _render_lengths_and_languages(report: dict[str, Any]) -> str:
     by_language = [_part_bar(code, entry["kept"], entry["documents"]) for code, entry in languages[:_MAX_BARS]]
     body = _charts([("By tokens", by_length), ("By language", by_language)])
     if len(languages) > _MAX_BARS:
-        rows = [(code, *map(format_count, (entry["documents"], entry["kept"]))) for code, entry in languages]
+        rows = [(code, entry["documents"], entry["kept"]) for code, entry in languages]
         body += collapsed(f"All {len(languages)} languages", table(("Language", "documents", "kept"), rows))
     note = "Kept documents, of those read. Lengths are measured before the first stage and after the last."
     return section("Lengths and languages", body, note=note)
@@ -297,10 +306,10 @@ def _render_duplicates(report: dict[str, Any]) -> str:
     sizes = sorted((int(size), number) for size, number in duplicates["clusters"].items())
     body = definition_list(
         [
-            ("exact copies", format_count(duplicates["exact"])),
-            ("near copies", format_count(duplicates["near"])),
+            ("exact copies", duplicates["exact"]),
+            ("near copies", duplicates["near"]),
             ("clusters", format_count(sum(number for _, number in sizes))),
-            ("largest cluster", format_count(sizes[-1][0] if sizes else 0)),
+            ("largest cluster", sizes[-1][0] if sizes else 0),
         ]
     )
     if sizes:
@@ -326,10 +335,7 @@ def _render_contamination(report: dict[str, Any]) -> str:
     if not sets:
         hint = "No evaluation set was given: set curate.decontaminate.against."
         return section("Contamination", f'<p class="missing">{hint}</p>')
-    rows = [
-        (name, *map(format_count, (entry["documents"], entry["dropped"], entry["occurrences"])))
-        for name, entry in sets.items()
-    ]
+    rows = [(name, entry["documents"], entry["dropped"], entry["occurrences"]) for name, entry in sets.items()]
     note = (
         f"Documents that share {settings['ngram_words']}-word n-grams with an evaluation set, or a complete example of "
         f"at least {settings['min_words']} words. Samples are above, in the stage decontaminate."
@@ -341,7 +347,7 @@ def _render_personal_data(report: dict[str, Any]) -> str:
     if not report["personal_data"]:
         return ""
     kinds = sorted(report["personal_data"]["kinds"].items())
-    rows = [(kind, *map(format_count, (entry["documents"], entry["occurrences"]))) for kind, entry in kinds]
+    rows = [(kind, entry["documents"], entry["occurrences"]) for kind, entry in kinds]
     body = table(("Kind", "documents", "occurrences"), rows) if rows else '<p class="missing">None was found.</p>'
     for kind, entry in kinds:
         if entry["contexts"]:
@@ -357,10 +363,7 @@ def _render_terms(report: dict[str, Any]) -> str:
         if not any(group["occurrences"] for group in groups.values()):
             continue
         ordered = sorted(groups.items(), key=lambda item: (-item[1]["occurrences"], item[0]))
-        rows = [
-            (name, *map(format_count, (group["documents"], group["occurrences"])), f"{group['share']:.1%}")
-            for name, group in ordered
-        ]
+        rows = [(name, group["documents"], group["occurrences"], f"{group['share']:.1%}") for name, group in ordered]
         head = (topic.capitalize(), "documents", "occurrences", "share of topic")
         parts.append(f"<div class='part'>{table(head, rows)}</div>")
     if not parts:
@@ -371,13 +374,10 @@ def _render_terms(report: dict[str, Any]) -> str:
 
 def _render_files(report: dict[str, Any]) -> str:
     inputs = [
-        (name, *map(format_count, (one["files"], one["parts"], one["bytes"])), one["fingerprint"][:16])
+        (name, one["files"], one["parts"], one["bytes"], one["fingerprint"][:16])
         for name, one in report["inputs"].items()
     ]
-    outputs = [
-        (name, *map(format_count, (one["documents"], one["bytes"])), one["sha256"][:16])
-        for name, one in report["outputs"].items()
-    ]
+    outputs = [(name, one["documents"], one["bytes"], one["sha256"][:16]) for name, one in report["outputs"].items()]
     config = escape(json.dumps(report["config"], indent=1, ensure_ascii=False))
     body = definition_list([("corpus", report["fingerprint"][:16]), ("config", report["config_sha256"][:16])])
     head = ("Input", "files", "parts", "bytes", "hash of names, sizes, times")

@@ -83,7 +83,7 @@ def read(workdir: epath.PathLike) -> RunFiles:
 def compressors(manifest: dict[str, Any] | None) -> list[tuple[str, int]]:
     """(label, bytes) of the validation text compressed by general compressors, smallest first; [] if not measured.
 
-    The manifest holds {"gzip -9": {"concatenated": bytes, "per_document": bytes}, ...} under "compressors".
+    The manifest has {"gzip -9": {"concatenated": bytes, "per_document": bytes}, ...} under "compressors".
     """
     sizes = [
         (f"{name}, {scope.replace('_', ' ')}", size)

@@ -42,12 +42,17 @@ def format_count(value: int | float | None) -> str:
     return format_number(None) if value is None else f"{value:,.0f}"
 
 
+def _escape_cell(value: Any) -> str:
+    is_count = value is None or (isinstance(value, int) and not isinstance(value, bool))
+    return escape(format_count(value) if is_count else value)
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]], *, texts: int = 1) -> str:
-    """A table whose first `texts` columns are text; the others are right-aligned numbers."""
+    """A table whose first `texts` columns are text; the others are right-aligned numbers. Integers are formatted."""
 
     def render_row(cells: Sequence[Any], tag: str) -> str:
         attributes = [""] * texts + [' class="number"'] * (len(cells) - texts)
-        items = (f"<{tag}{a}>{escape(cell)}</{tag}>" for a, cell in zip(attributes, cells, strict=True))
+        items = (f"<{tag}{a}>{_escape_cell(cell)}</{tag}>" for a, cell in zip(attributes, cells, strict=True))
         return f"<tr>{''.join(items)}</tr>"
 
     body = "".join(render_row(row, "td") for row in rows)
@@ -55,10 +60,9 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]], *, texts: int = 1)
 
 
 def definition_list(rows: Iterable[tuple[str, Any]]) -> str:
-    """A list of names and values; rows with the value None or "" are omitted."""
-    items = (
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in rows if value not in (None, "")
-    )
+    """A list of names and values; rows with the value None or "" are omitted. Integers are formatted."""
+    shown = ((name, value) for name, value in rows if value not in (None, ""))
+    items = (f"<div><dt>{escape(name)}</dt><dd>{_escape_cell(value)}</dd></div>" for name, value in shown)
     return f"<dl>{''.join(items)}</dl>"
 
 

@@ -57,23 +57,23 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
 
 def render_header(run: RunFiles) -> str:
     """Name of the run, progress, size, devices and start."""
-    about = run.run or {}
-    facts = [
-        f"step {format_count(run.metrics[-1]['step'])} of {format_count(_num_steps(run))}"
-        if run.metrics and _num_steps(run)
-        else None,
-        f"{format_number(about['parameters'])} parameters" if "parameters" in about else None,
-        f"{about['num_devices']} x {about['device']}" if "device" in about and "num_devices" in about else None,
-        f"started {_format_time(about['started'])}" if "started" in about else None,
-    ]
-    return f"<header><h1>{escape(run.workdir.name)}</h1><p>{escape(' · '.join(filter(None, facts)))}</p></header>"
+    about, num_steps, facts = run.run or {}, (run.config or {}).get("train", {}).get("steps"), []
+    if run.metrics and num_steps:
+        facts.append(f"step {format_count(run.metrics[-1]['step'])} of {format_count(num_steps)}")
+    if "parameters" in about:
+        facts.append(f"{format_number(about['parameters'])} parameters")
+    if "device" in about and "num_devices" in about:
+        facts.append(f"{about['num_devices']} x {about['device']}")
+    if "started" in about:
+        facts.append(f"started {_format_time(about['started'])}")
+    return f"<header><h1>{escape(run.workdir.name)}</h1><p>{escape(' · '.join(facts))}</p></header>"
 
 
 def render_headline(run: RunFiles) -> str:
     """Scores of the validation split, compared with compressors or with the majority-class baseline."""
     scores = run.last_eval("validation")
     if scores is None:
-        return section("Validation", missing_part("No evaluation of the validation split yet.", _command("eval", run)))
+        return section("Validation", _missing(run, "No evaluation of the validation split yet.", "eval"))
     total = scores["total"]
     bits = total["bits_per_byte"]
     facts = [
@@ -84,11 +84,11 @@ def render_headline(run: RunFiles) -> str:
     if bits is None:
         rows = [plot.Bar("this model", 100 * total["accuracy"], highlight=True)]
         rows.append(plot.Bar("majority-class baseline", 100 * total["baseline_accuracy"]))
-        title, bars = "Accuracy, higher is better", plot.bars(rows, label="Accuracy", unit="%")
+        title, bars = "Accuracy, higher is better", plot.draw_bars(rows, label="Accuracy", unit="%")
     else:
         rows = [plot.Bar("this model", bits, highlight=True)]
         rows += [plot.Bar(name, 8 * size / total["text_bytes"]) for name, size in compressors(run.manifest)]
-        title, bars = "Bits per byte, lower is better", plot.bars(rows, label="Compression", unit="bits per byte")
+        title, bars = "Bits per byte, lower is better", plot.draw_bars(rows, label="Compression", unit="bits per byte")
     note = (
         f"{scores.get('parameters', 'parameters')} at step {format_count(scores.get('step'))}, "
         f"{format_count(total['documents'])} documents, {format_count(total['text_bytes'])} bytes"
@@ -101,8 +101,8 @@ def render_learning(run: RunFiles) -> str:
     """Loss of training and validation, learning rate and gradient norm."""
     title = "Learning"
     if not run.metrics:
-        return section(title, missing_part("No step was logged yet.", _command("train", run)))
-    marks, loss = _marks(run), run.curve("loss")
+        return section(title, _missing(run, "No step was logged yet.", "train"))
+    marks, loss = _make_marks(run), run.curve("loss")
     if len(loss) > _SMOOTH_FROM:
         smoothed = plot.smooth(loss, len(loss) / _SMOOTH_FROM)
         curves = [plot.Curve("training loss", loss, "faint"), plot.Curve("training loss, smoothed", smoothed)]
@@ -116,7 +116,7 @@ def render_learning(run: RunFiles) -> str:
         keys.append(("dots", "validation"))
     keys += [(kind, name) for kind, name in _MARKS.items() if any(mark.kind == kind for mark in marks)]
     legend = "".join(f'<li class="{style}"><i></i>{escape(name)}</li>' for style, name in keys)
-    loss_plot = plot.curves(curves, label="Loss", marks=marks, width=980, height=320)
+    loss_plot = plot.draw_curves(curves, label="Loss", marks=marks, width=980, height=320)
     others = _plot_metrics(
         run, [("Learning rate", "learning_rate", True), ("Gradient norm", "grad_norm", False)], marks
     )
@@ -133,18 +133,18 @@ def render_speed(run: RunFiles) -> str:
     shares = [(step, 100 * waits[step] / seconds) for step, seconds in steps if seconds and step in waits]
     facts = definition_list(
         [
-            ("time in steps", duration(_step_time(run)) if steps else None),
-            ("targets scored", format_count(_last(run, "total_targets"))),
-            ("median tokens per second", _median(run.curve("tokens_per_second"))),
-            ("median time of a step", f"{statistics.median(y for _, y in steps):.4g} s" if steps else None),
-            ("waiting for data, median", f"{statistics.median(y for _, y in shares):.2g}%" if shares else None),
-            ("median MFU", _median_percent(run.curve("mfu"))),
+            ("time in steps", duration(_sum_step_seconds(run)) if steps else None),
+            ("targets scored", format_count(_last_value(run, "total_targets"))),
+            ("median tokens per second", _median(run.curve("tokens_per_second"), "{:,.0f}")),
+            ("median time of a step", _median(steps, "{:.4g} s")),
+            ("waiting for data, median", _median(shares, "{:.2g}%")),
+            ("median MFU", _median(run.curve("mfu"), "{:.1%}")),
         ]
     )
     plots = [("Tokens per second", "tokens_per_second", True), ("Wait for data, % of a step", shares, True)]
     if run.curve("mfu"):
         plots.append(("MFU, %", [(step, 100 * y) for step, y in run.curve("mfu")], True))
-    return section("Speed", facts + _plot_metrics(run, plots, _marks(run)))
+    return section("Speed", facts + _plot_metrics(run, plots, _make_marks(run)))
 
 
 def render_profile(run: RunFiles) -> str:
@@ -169,7 +169,7 @@ def render_summary(run: RunFiles) -> str:
     """Devices, mesh, parameters, optimizer and versions of the run."""
     about = run.run
     if about is None:
-        return section("Run", missing_part("There is no run.json.", _command("train", run)))
+        return section("Run", _missing(run, "There is no run.json.", "train"))
     settings = run.config or {}
     batch, seq_len = settings.get("train", {}).get("global_batch"), settings.get("data", {}).get("seq_len")
     mesh = " x ".join(f"{axis} {size}" for axis, size in about.get("mesh", {}).items())
@@ -182,19 +182,17 @@ def render_summary(run: RunFiles) -> str:
             ("processes", about.get("processes")),
             ("mesh", mesh),
             ("compiled by", about.get("backend")),
-            ("parameters", format_count(about.get("parameters"))),
+            ("parameters", about.get("parameters")),
             ("optimizer", about.get("optimizer")),
             ("evaluated", about.get("eval_params")),
             ("rows x tokens a step", f"{batch} x {seq_len}" if batch and seq_len else None),
-            ("restarts", format_count(len(about.get("restarts", [])))),
-            ("steps skipped, not finite", format_count(_last(run, "skipped_steps"))),
+            ("restarts", len(about.get("restarts", []))),
+            ("steps skipped, not finite", format_count(_last_value(run, "skipped_steps"))),
             ("versions", versions),
         ]
     )
     total = about.get("parameters") or math.nan
-    parts = [
-        (name, format_count(size), f"{size / total:.1%}") for name, size in about.get("parameters_by_part", {}).items()
-    ]
+    parts = [(name, size, f"{size / total:.1%}") for name, size in about.get("parameters_by_part", {}).items()]
     by_part = table(("Parameters", "count", "share"), parts) if parts else ""
     unsharded = "".join(f"<li>{escape(line)}</li>" for line in about.get("unsharded_params", []))
     if unsharded:
@@ -206,25 +204,20 @@ def render_data(run: RunFiles) -> str:
     """The token store by source and split, and how its documents were packed into rows."""
     parts = []
     if run.manifest is None:
-        parts.append(missing_part("There is no token store.", _command("prepare", run)))
+        parts.append(_missing(run, "There is no token store.", "prepare"))
     else:
         tokenizer = run.manifest.get("tokenizer", {})
         facts = [
             ("tokenizer", f"{tokenizer.get('kind', '')}, {format_count(tokenizer.get('vocab_size'))} tokens"),
-            (
-                "lossless",
-                {True: "yes", False: "no"}.get(bool(tokenizer["lossless"])) if "lossless" in tokenizer else None,
-            ),
+            ("lossless", ("yes" if tokenizer["lossless"] else "no") if "lossless" in tokenizer else None),
             ("Python", run.manifest.get("python")),
             ("corpus sha256", str(run.manifest.get("corpus_sha256") or "")[:16]),
             ("store fingerprint", str(run.manifest.get("fingerprint") or "")[:12]),
         ]
         head = ("Source", "split", "documents", "text bytes", "tokens", "bytes per token")
-        parts += [definition_list(facts), table(head, _splits(run.manifest), texts=2)]
+        parts += [definition_list(facts), table(head, _split_rows(run.manifest), texts=2)]
     if run.data is None:
-        parts.append(
-            missing_part("There is no data.json, which describes the packing of rows.", _command("train", run))
-        )
+        parts.append(_missing(run, "There is no data.json, which describes the packing of rows.", "train"))
     else:
         settings = (run.config or {}).get("data", {})
         parts.append("<h3>Rows for training</h3>")
@@ -246,34 +239,19 @@ def render_evaluation(run: RunFiles) -> str:
         if len(lines) != 1:
             lines["all"] = scores["total"]
         for source, s in lines.items():
-            scored = (
-                f"{s['loss']:.4f}",
-                f"{s['perplexity']:,.2f}",
-                format_number(None) if s["bits_per_byte"] is None else f"{s['bits_per_byte']:.4f}",
-                f"{s['accuracy']:.2%}",
-            )
-            rows.append(
-                (
-                    split,
-                    source,
-                    format_count(scores.get("step")),
-                    *scored,
-                    format_count(s["tokens"]),
-                    format_count(s["documents"]),
-                )
-            )
+            bits = None if s["bits_per_byte"] is None else f"{s['bits_per_byte']:.4f}"
+            scored = (f"{s['loss']:.4f}", f"{s['perplexity']:,.2f}", bits, f"{s['accuracy']:.2%}")
+            rows.append((split, source, scores.get("step"), *scored, s["tokens"], s["documents"]))
     head = ("Split", "source", "step", "loss", "perplexity", "bits per byte", "accuracy", "tokens", "documents")
-    body = table(head, rows, texts=2) if rows else missing_part("Nothing was evaluated yet.", _command("eval", run))
+    body = table(head, rows, texts=2) if rows else _missing(run, "Nothing was evaluated yet.", "eval")
     return section("Evaluation", body)
 
 
 def render_samples(run: RunFiles) -> str:
     """Prompts and their continuations by the model."""
     if not run.samples:
-        return section(
-            "Samples",
-            missing_part("No samples yet: training ends with one for each of sample.prompts.", _command("train", run)),
-        )
+        text = "No samples yet: training ends with one for each of sample.prompts."
+        return section("Samples", _missing(run, text, "train"))
     excerpts = []
     for sample in run.samples:
         text = f"<mark>{escape(sample.get('prompt', ''))}</mark>{escape(sample.get('text', ''))}"
@@ -285,7 +263,7 @@ def render_samples(run: RunFiles) -> str:
 def render_config(run: RunFiles) -> str:
     """The resolved config."""
     if run.config is None:
-        return section("Config", missing_part("There is no config.json.", _command("train", run)))
+        return section("Config", _missing(run, "There is no config.json.", "train"))
     text = escape(json.dumps(run.config, indent=2, ensure_ascii=False))
     return section("Config", collapsed("The resolved config", f"<pre>{text}</pre>"))
 
@@ -301,11 +279,11 @@ def _plot_metrics(run: RunFiles, plots: Iterable[tuple[str, Any, bool]], marks: 
     charts = []
     for title, points, from_zero in plots:
         curve = plot.Curve(title, run.curve(points) if isinstance(points, str) else points)
-        charts.append((title, plot.curves([curve], label=title, marks=marks, from_zero=from_zero)))
+        charts.append((title, plot.draw_curves([curve], label=title, marks=marks, from_zero=from_zero)))
     return chart_grid(charts)
 
 
-def _marks(run: RunFiles) -> list[plot.Mark]:
+def _make_marks(run: RunFiles) -> list[plot.Mark]:
     """Restarts, and the steps up to which updates were skipped."""
     marks = [
         plot.Mark(restart["step"], f"restart at step {restart['step']:,}, {_format_time(restart['time'])}", "restart")
@@ -319,18 +297,15 @@ def _marks(run: RunFiles) -> list[plot.Mark]:
     return marks
 
 
-def _splits(manifest: dict[str, Any]) -> Iterable[tuple]:
+def _split_rows(manifest: dict[str, Any]) -> Iterable[tuple]:
     for name, source in manifest.get("sources", {}).items():
         for split in _SPLITS:
             if isinstance(counts := source.get(split), dict):
-                per_token = (
-                    f"{counts['text_bytes'] / counts['tokens']:.2f}" if counts["tokens"] else format_number(None)
-                )
-                numbers = (format_count(counts[field]) for field in ("documents", "text_bytes", "tokens"))
-                yield (name, split, *numbers, per_token)
+                per_token = f"{counts['text_bytes'] / counts['tokens']:.2f}" if counts["tokens"] else None
+                yield (name, split, counts["documents"], counts["text_bytes"], counts["tokens"], per_token)
 
 
-def _step_time(run: RunFiles) -> float:
+def _sum_step_seconds(run: RunFiles) -> float:
     """Seconds in steps: each line has the mean over the steps since the previous line."""
     before, total = 0, 0.0
     for step, seconds in run.curve("step_seconds"):
@@ -339,20 +314,13 @@ def _step_time(run: RunFiles) -> float:
     return total
 
 
-def _num_steps(run: RunFiles) -> int | None:
-    return (run.config or {}).get("train", {}).get("steps")
-
-
-def _last(run: RunFiles, name: str) -> float | None:
+def _last_value(run: RunFiles, name: str) -> float | None:
     return next((line[name] for line in reversed(run.metrics) if line.get(name) is not None), None)
 
 
-def _median(points: list[tuple[float, float]]) -> str | None:
-    return format_count(statistics.median(y for _, y in points)) if points else None
-
-
-def _median_percent(points: list[tuple[float, float]]) -> str | None:
-    return f"{statistics.median(y for _, y in points):.1%}" if points else None
+def _median(points: list[tuple[float, float]], form: str) -> str | None:
+    """The median y of the points in a format such as "{:.1%}"; None without points."""
+    return form.format(statistics.median(y for _, y in points)) if points else None
 
 
 def _format_value(value: Any) -> str:
@@ -366,6 +334,6 @@ def _format_time(seconds: float) -> str:
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
-def _command(name: str, run: RunFiles) -> str:
-    config_file = "" if name == "eval" or run.config else "--config=NAME "  # otherwise config.json has it
-    return f"llmjax {name} {config_file}--workdir={run.workdir}"
+def _missing(run: RunFiles, text: str, command: str) -> str:
+    config_file = "" if command == "eval" or run.config else "--config=NAME "  # otherwise config.json has it
+    return missing_part(text, f"llmjax {command} {config_file}--workdir={run.workdir}")

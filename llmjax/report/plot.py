@@ -40,7 +40,7 @@ class Bar:
     total: float | None = None
 
 
-def curves(
+def draw_curves(
     lines: Sequence[Curve],
     *,
     label: str,
@@ -57,14 +57,14 @@ def curves(
     parts = [frame.grid()]
     for mark in marks:
         if frame.x0 <= mark.x <= frame.x1:
-            parts.append(_mark(frame, mark))
+            parts.append(_draw_mark(frame, mark))
     for curve in lines:
-        parts.append(_dots(frame, curve) if curve.style == "dots" else _line(frame, curve))
-        parts += [_nonfinite_mark(frame, x, y) for x, y in curve.points if not math.isfinite(y)]
-    return _svg(parts, width, height, f"{label} over steps")
+        parts.append(_draw_dots(frame, curve) if curve.style == "dots" else _draw_line(frame, curve))
+        parts += [_draw_nonfinite_mark(frame, x, y) for x, y in curve.points if not math.isfinite(y)]
+    return _wrap_svg(parts, width, height, f"{label} over steps")
 
 
-def bars(
+def draw_bars(
     rows: Sequence[Bar],
     *,
     label: str,
@@ -92,7 +92,7 @@ def bars(
             f'<rect class="bar{accent}" x="{label_width}" y="{y + 6}" width="{length:.1f}" height="18" rx="3"/>'
             f'<text class="value{accent}" x="{label_width + end + 8:.1f}" y="{y + 19}">{escape(value)}</text>'
         )
-    return _svg(parts, BAR_WIDTH, len(rows) * row_height + 4, f"{label}, {unit}")
+    return _wrap_svg(parts, BAR_WIDTH, len(rows) * row_height + 4, f"{label}, {unit}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +136,7 @@ class _Frame:
 
     def grid(self) -> str:
         parts = []
-        values = log_ticks(self.y0, self.y1) if self.is_log else ticks(self.y0, self.y1, 5)
+        values = choose_log_ticks(self.y0, self.y1) if self.is_log else choose_ticks(self.y0, self.y1, 5)
         for value, text in zip(values, format_axis(values), strict=True):
             y = self.y(value)
             parts.append(f'<line class="grid" x1="{LEFT}" x2="{self.width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
@@ -145,14 +145,14 @@ class _Frame:
             parts.append(f'<text class="tick" x="{LEFT + 6}" y="{TOP}">log scale</text>')
         bottom = self.height - BOTTOM
         parts.append(f'<line class="axis" x1="{LEFT}" x2="{self.width - RIGHT}" y1="{bottom}" y2="{bottom}"/>')
-        values = [value for value in ticks(self.x0, self.x1, self.width // 95) if value == int(value)]
+        values = [value for value in choose_ticks(self.x0, self.x1, self.width // 95) if value == int(value)]
         for value, text in zip(values, format_axis(values), strict=True):
             x, y = f"{self.x(value):.1f}", bottom + 18
             parts.append(f'<text class="tick" x="{x}" y="{y}" text-anchor="middle">{text}</text>')
         return "".join(parts)
 
 
-def ticks(low: float, high: float, target_count: int) -> list[float]:
+def choose_ticks(low: float, high: float, target_count: int) -> list[float]:
     """About `target_count` round numbers (1, 2 or 5 times a power of ten apart) within low..high."""
     rough = (high - low) / max(target_count, 1)
     power = 10.0 ** math.floor(math.log10(rough))
@@ -160,10 +160,10 @@ def ticks(low: float, high: float, target_count: int) -> list[float]:
     return [round(i * gap, 12) for i in range(math.ceil(low / gap - 1e-9), math.floor(high / gap + 1e-9) + 1)]
 
 
-def log_ticks(low: float, high: float) -> list[float]:
+def choose_log_ticks(low: float, high: float) -> list[float]:
     """Powers of ten within low..high, with their multiples by 2 and 5, or other round numbers, if those are few."""
     if high / low < 10:
-        return [value for value in ticks(low, high, 5) if value > 0]
+        return [value for value in choose_ticks(low, high, 5) if value > 0]
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     steps = (1,) if math.log10(high / low) > 3 else (1, 2, 5)
     return [m * 10.0**d for d in decades for m in steps if low <= m * 10.0**d <= high]
@@ -191,7 +191,7 @@ def smooth(points: Sequence[tuple[float, float]], window: float) -> list[tuple[f
     return means
 
 
-def _line(frame: _Frame, curve: Curve) -> str:
+def _draw_line(frame: _Frame, curve: Curve) -> str:
     segments: list[list[tuple[float, float]]] = [[]]
     for x, y in curve.points:
         if math.isfinite(y):
@@ -199,7 +199,7 @@ def _line(frame: _Frame, curve: Curve) -> str:
         elif segments[-1]:
             segments.append([])
     if sum(map(len, segments)) == 1:
-        return _dots(frame, curve)
+        return _draw_dots(frame, curve)
     paths = []
     for segment in filter(None, segments):
         coordinates = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in thin(segment))
@@ -207,7 +207,7 @@ def _line(frame: _Frame, curve: Curve) -> str:
     return "".join(paths)
 
 
-def _dots(frame: _Frame, curve: Curve) -> str:
+def _draw_dots(frame: _Frame, curve: Curve) -> str:
     return "".join(
         f'<circle class="dot {curve.style}" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="3.5">'
         f"<title>{escape(curve.name)} {format_number(y)} at step {x:,.0f}</title></circle>"
@@ -216,12 +216,12 @@ def _dots(frame: _Frame, curve: Curve) -> str:
     )
 
 
-def _nonfinite_mark(frame: _Frame, x: float, y: float) -> str:
+def _draw_nonfinite_mark(frame: _Frame, x: float, y: float) -> str:
     center = frame.x(min(max(x, frame.x0), frame.x1))
     return f'<path class="nonfinite" d="M{center - 4:.1f},{TOP} h8 l-4,7 z"><title>{y} at step {x:,.0f}</title></path>'
 
 
-def _mark(frame: _Frame, mark: Mark) -> str:
+def _draw_mark(frame: _Frame, mark: Mark) -> str:
     x = frame.x(mark.x)
     return (
         f'<line class="mark {mark.kind}" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{frame.height - BOTTOM}">'
@@ -229,5 +229,5 @@ def _mark(frame: _Frame, mark: Mark) -> str:
     )
 
 
-def _svg(parts: Sequence[str], width: int, height: int, label: str) -> str:
+def _wrap_svg(parts: Sequence[str], width: int, height: int, label: str) -> str:
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'

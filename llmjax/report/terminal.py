@@ -76,7 +76,7 @@ def read(workdir: epath.Path) -> Snapshot:
 
 def describe(snapshot: Snapshot, *, width: int = WIDTH) -> list[str]:
     """The snapshot as lines: the run and its state, the last metrics, the loss curve, evaluations, samples."""
-    lines = [f"{snapshot.workdir.name}: {status(snapshot)}"]
+    lines = [f"{snapshot.workdir.name}: {describe_status(snapshot)}"]
     if not snapshot.metrics:
         return [*lines, "no step was logged yet"]
     if _is_number(snapshot.run.get("parameters")) and "device" in snapshot.run:
@@ -85,18 +85,18 @@ def describe(snapshot: Snapshot, *, width: int = WIDTH) -> list[str]:
     last = {name: value for name, value in snapshot.metrics[-1].items() if _is_number(value)}
     lines += [progress_line(last, snapshot.stop or snapshot.step, predict_remaining_seconds(snapshot)), ""]
     losses = [(line["step"], float(line["loss"])) for line in snapshot.metrics if _is_number(line.get("loss"))]
-    lines += ["training loss, nats per token", *curve(losses, width=width)]
+    lines += ["training loss, nats per token", *draw_curve(losses, width=width)]
     if snapshot.evals:
         lines += ["", f"evaluation at step {snapshot.eval_step}"]
-        lines += [f"  {split}: {_scores(total)}" for split, total in snapshot.evals.items()]
+        lines += [f"  {split}: {_format_scores(total)}" for split, total in snapshot.evals.items()]
     if snapshot.samples:
         lines += ["", f"samples at step {snapshot.samples[0].get('step', '?')}"]
         for sample in snapshot.samples[:SAMPLES]:
-            lines += _sample(sample, width)
+            lines += _format_sample(sample, width)
     return lines
 
 
-def status(snapshot: Snapshot) -> str:
+def describe_status(snapshot: Snapshot) -> str:
     """Whether the run is running, finished or stopped, and at which step."""
     holder = snapshot.holder
     if holder is None:
@@ -118,7 +118,7 @@ def predict_remaining_seconds(snapshot: Snapshot) -> float:
     return statistics.median(times[-RECENT_LINES:]) * max(snapshot.stop - snapshot.step, 0)
 
 
-def curve(points: Sequence[tuple[int, float]], *, width: int = WIDTH, rows: int = CURVE_ROWS) -> list[str]:
+def draw_curve(points: Sequence[tuple[int, float]], *, width: int = WIDTH, rows: int = CURVE_ROWS) -> list[str]:
     """A chart of (step, value) points, each column the mean of its steps; values that are not finite are skipped.
 
     The rows go from the lowest to the highest mean, in eighths of a row.
@@ -126,7 +126,7 @@ def curve(points: Sequence[tuple[int, float]], *, width: int = WIDTH, rows: int 
     finite = [(step, value) for step, value in points if math.isfinite(value)]
     if not finite:
         return ["no finite value"]
-    columns = _columns(finite, max(width - 11, 8))
+    columns = _average_columns(finite, max(width - 11, 8))
     low, high = min(columns), max(columns)
     scale = (8 * rows - 1) / (high - low) if high > low else 0.0
     heights = [1 + round((value - low) * scale) for value in columns]
@@ -138,7 +138,7 @@ def curve(points: Sequence[tuple[int, float]], *, width: int = WIDTH, rows: int 
     return [*lines, " " * 10 + first + last.rjust(max(len(columns) - len(first), len(last) + 1))]
 
 
-def _columns(points: Sequence[tuple[int, float]], width: int) -> list[float]:
+def _average_columns(points: Sequence[tuple[int, float]], width: int) -> list[float]:
     """Means of the points by column, from the first to the last step; an empty column repeats the previous value."""
     first, last = points[0][0], points[-1][0]
     values: list[list[float]] = [[] for _ in range(width)]
@@ -150,7 +150,7 @@ def _columns(points: Sequence[tuple[int, float]], width: int) -> list[float]:
     return means
 
 
-def _scores(total: dict[str, Any]) -> str:
+def _format_scores(total: dict[str, Any]) -> str:
     forms = {
         "loss": "loss {:.4f}",
         "perplexity": "perplexity {:,.2f}",
@@ -160,7 +160,7 @@ def _scores(total: dict[str, Any]) -> str:
     return ", ".join(form.format(total[name]) for name, form in forms.items() if _is_number(total.get(name)))
 
 
-def _sample(sample: dict[str, Any], width: int) -> list[str]:
+def _format_sample(sample: dict[str, Any], width: int) -> list[str]:
     """The first lines of a sample, without control characters, which could affect the terminal."""
     text = f"{sample.get('prompt', '')}{sample.get('text', '')}"
     plain = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text.replace("\t", "    "))

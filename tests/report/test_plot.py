@@ -31,12 +31,12 @@ def test_smoothing_is_unbiased_at_the_start_and_skips_nan():
     ],
 )
 def test_ticks_are_round(low, high, expected):
-    assert plot.ticks(low, high, 5) == pytest.approx(expected)
+    assert plot.choose_ticks(low, high, 5) == pytest.approx(expected)
 
 
 def test_log_ticks_are_round():
-    assert plot.log_ticks(0.9, 120) == pytest.approx([1, 2, 5, 10, 20, 50, 100])
-    assert plot.log_ticks(1e-6, 1.5) == pytest.approx([1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1])
+    assert plot.choose_log_ticks(0.9, 120) == pytest.approx([1, 2, 5, 10, 20, 50, 100])
+    assert plot.choose_log_ticks(1e-6, 1.5) == pytest.approx([1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1])
 
 
 @pytest.mark.parametrize(

@@ -54,12 +54,12 @@ def test_the_lock_determines_the_state_of_a_run(tmp_path):
 
 
 def test_a_column_of_the_curve_is_the_mean_of_its_steps():
-    rising = watch.curve([(step, float(step)) for step in range(1, 9)], width=19, rows=1)
+    rising = watch.draw_curve([(step, float(step)) for step in range(1, 9)], width=19, rows=1)
     assert rising == ["        8 ▁▂▃▄▅▆▇█", "          step 1 8"]
-    with_gaps = watch.curve([(1, math.nan), (2, 1.0), (3, math.inf), (4, 3.0)], width=19, rows=2)
+    with_gaps = watch.draw_curve([(1, math.nan), (2, 1.0), (3, math.inf), (4, 3.0)], width=19, rows=2)
     assert [line[:9].strip() for line in with_gaps] == ["3", "1", ""]
-    assert watch.curve([(1, math.nan)]) == ["no finite value"]
-    assert watch.curve([(7, 2.0)], width=19, rows=1)[0].split() == ["2", "▁" * 8]
+    assert watch.draw_curve([(1, math.nan)]) == ["no finite value"]
+    assert watch.draw_curve([(7, 2.0)], width=19, rows=1)[0].split() == ["2", "▁" * 8]
 
 
 @pytest.mark.parametrize(

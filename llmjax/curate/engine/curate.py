@@ -28,7 +28,7 @@ from llmjax.curate.engine import decide, measure, summary, write
 from llmjax.curate.engine.decide import Decisions, History, Table
 from llmjax.curate.engine.measurements import Measurement
 from llmjax.curate.engine.runners import Runner
-from llmjax.curate.filters import language, personal_data
+from llmjax.curate.filters import language
 from llmjax.curate.readers import warc
 from llmjax.curate.readers.inputs import list_units
 from llmjax.data.readers import sources
@@ -53,7 +53,6 @@ def curate(config: CurateConfig, workdir: Path, runner: Runner) -> dict[str, Any
         raise UserError("curate.inputs is empty: add one, such as --config.curate.inputs.web.path='crawl/*.warc.gz'")
     settings = config_as_json(config)
     config = _with_absolute_paths(config)
-    personal_data.check_config(config.personal_data)
     language.check_config(config.language)
     if "decontaminate" in config.stages:
         decontaminate.check_evaluation_sets(config.decontaminate)
@@ -199,7 +198,7 @@ def _write(
         if (result := write.read_result(folder, name)) is not None:
             results[index] = result
             continue
-        samples = sampled_rows[(sampled_rows >= rows.start) & (sampled_rows < rows.stop)] - rows.start
+        in_unit = sampled_rows[(sampled_rows >= rows.start) & (sampled_rows < rows.stop)] - rows.start
         task = write.Task(
             name=name,
             source=unit.source,
@@ -207,7 +206,7 @@ def _write(
             stage=decisions.stage[rows],
             reason=decisions.reason[rows],
             split=decisions.split[rows],
-            samples=frozenset(samples.tolist()),
+            sampled_rows=frozenset(in_unit.tolist()),
         )
         tasks.append((task, table.reasons, config, folder))
         task_units.append(index)

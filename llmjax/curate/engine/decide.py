@@ -126,16 +126,16 @@ def decide(table: Table, config: CurateConfig, runner: Runner, folder: Path, his
         if function := _STAGES.get(name):
             function(table, decisions, stage, config)
         elif name == "duplicates":
-            _duplicates(table, decisions, stage, config, runner, folder, history)
+            _drop_duplicates(table, decisions, stage, config, runner, folder, history)
         elif name == "sample":
-            _sample(table, decisions, stage, config, history)
+            _balance_inputs(table, decisions, stage, config, history)
         elif name == "split":
             decisions.cluster = history.update_clusters(content_hash, decisions.cluster)
             decisions.split[decisions.kept] = splits.assign(decisions.cluster, config.split)[decisions.kept]
     return decisions
 
 
-def _language(table: Table, decisions: Decisions, stage: int, config: CurateConfig) -> None:
+def _filter_languages(table: Table, decisions: Decisions, stage: int, config: CurateConfig) -> None:
     if not config.language.keep:
         return
     code = table["language"]
@@ -146,14 +146,14 @@ def _language(table: Table, decisions: Decisions, stage: int, config: CurateConf
     decisions.drop(stage, is_uncertain, table.reason_id("language uncertain"))
 
 
-def _quality(table: Table, decisions: Decisions, stage: int, config: CurateConfig) -> None:
+def _apply_quality_rules(table: Table, decisions: Decisions, stage: int, config: CurateConfig) -> None:
     """Without the language stage, rules for English apply to all documents."""
     is_english = np.isin(table["language"], [b"en", b""])
     for name, is_violated in quality.find_violations(table.score, is_english, config.quality):
         decisions.drop(stage, is_violated, table.reason_id(name))
 
 
-def _duplicates(
+def _drop_duplicates(
     table: Table,
     decisions: Decisions,
     stage: int,
@@ -196,23 +196,23 @@ def _duplicates(
     decisions.cluster = smallest[copies.cluster]
 
 
-def _decontaminate(table: Table, decisions: Decisions, stage: int, config: CurateConfig) -> None:
+def _drop_contaminated(table: Table, decisions: Decisions, stage: int, config: CurateConfig) -> None:
     for name, num_shared in table.scores("shared_ngrams."):
         is_contaminated = num_shared >= config.decontaminate.min_shared_ngrams
         decisions.drop(stage, is_contaminated, table.reason_id(f"in {name}"))
 
 
-def _personal_data(table: Table, decisions: Decisions, stage: int, config: CurateConfig) -> None:
+def _drop_personal_data(table: Table, decisions: Decisions, stage: int, config: CurateConfig) -> None:
     if config.personal_data.action != "drop":
         return
     for kind, counts in table.scores("personal."):
         decisions.drop(stage, counts > 0, table.reason_id(f"has {kind}"))
 
 
-def _sample(table: Table, decisions: Decisions, stage: int, config: CurateConfig, history: "History") -> None:
+def _balance_inputs(table: Table, decisions: Decisions, stage: int, config: CurateConfig, history: "History") -> None:
     """Apply the caps and weights of inputs, in tokens: keep the documents of an input in hash order up to its share.
 
-    Documents that an earlier run with the same seed kept come first. Those larger than the whole share are dropped.
+    Documents that an earlier run with the same seed kept come first. Those larger than the share are dropped.
     """
     tokens = table["sizes"][:, stage, 1]
     totals = {i: int(tokens[decisions.kept & (table.source == i)].sum()) for i in range(len(table.names))}
@@ -245,10 +245,10 @@ def _sample(table: Table, decisions: Decisions, stage: int, config: CurateConfig
 
 
 _STAGES = {
-    "language": _language,
-    "quality": _quality,
-    "decontaminate": _decontaminate,
-    "personal_data": _personal_data,
+    "language": _filter_languages,
+    "quality": _apply_quality_rules,
+    "decontaminate": _drop_contaminated,
+    "personal_data": _drop_personal_data,
 }
 
 

@@ -18,7 +18,7 @@ from llmjax.data.readers.documents import Reject
 from llmjax.data.readers.sources import Unit
 from llmjax.data.store import minhash, token_store
 
-_MAX_SIZE = (1 << 32) - 1  # bytes of a record that a column holds
+_MAX_SIZE = (1 << 32) - 1  # of a uint32 column
 
 
 def measurement_settings(config: CurateConfig) -> dict[str, Any]:

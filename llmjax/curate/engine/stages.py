@@ -58,12 +58,12 @@ def _normalise(document: Document, config: CurateConfig) -> Document | str:
     return document.with_text(text, **{f"repair.{name}": count for name, count in counts.items()})
 
 
-def _language(document: Document, config: CurateConfig) -> Document:
+def _detect_language(document: Document, config: CurateConfig) -> Document:
     code, confidence = language.detect(document.text, config.language)
     return dataclasses.replace(document, language=code).with_scores({"confidence": confidence})
 
 
-def _quality(document: Document, config: CurateConfig) -> Document | str:
+def _score_quality(document: Document, config: CurateConfig) -> Document | str:
     text, counts = quality.remove_c4_lines(document.text, config.quality)
     if not text.strip():
         return "all lines removed"
@@ -79,17 +79,17 @@ def _load_classifier(path: str, _state: tuple[int, int] | None) -> classifier.Cl
     return classifier.load(path)
 
 
-def _duplicates(document: Document, config: CurateConfig) -> Document:
+def _compute_signature(document: Document, config: CurateConfig) -> Document:
     data = document.text.encode("utf-8", "surrogatepass")
     return dataclasses.replace(document, content_hash=hash_content(document.text), signature=minhash.signature(data))
 
 
-def _decontaminate(document: Document, config: CurateConfig) -> Document:
+def _count_shared_ngrams(document: Document, config: CurateConfig) -> Document:
     counts = decontaminate.count_shared_ngrams(document.text, config.decontaminate)
     return document.with_scores({f"shared_ngrams.{name}": count for name, count in counts.items()})
 
 
-def _personal_data(document: Document, config: CurateConfig) -> Document:
+def _replace_personal_data(document: Document, config: CurateConfig) -> Document:
     text, spans = document.text, personal_data.find_spans(document.text, config.personal_data.kinds)
     if not spans:
         return document
@@ -103,7 +103,7 @@ def _personal_data(document: Document, config: CurateConfig) -> Document:
     )
 
 
-def _sample(document: Document, config: CurateConfig) -> Document:
+def _count_terms(document: Document, config: CurateConfig) -> Document:
     counts = terms.count_terms(document.text, config.sample.terms)
     return document.with_scores({f"term.{name}": count for name, count in counts.items()})
 
@@ -155,12 +155,14 @@ STAGES: dict[str, Stage] = {
     "read": Stage(_keep_unchanged, lambda c: _version("charset-normalizer")),
     "extract": Stage(_extract, lambda c: html.package_versions()),
     "normalise": Stage(_normalise, lambda c: (repr(c.normalise), _version("ftfy"))),
-    "language": Stage(_language, lambda c: (c.language.max_characters, c.language.num_excerpts, _version("py3langid"))),
-    "quality": Stage(_quality, _quality_settings),
-    "duplicates": Stage(_duplicates, lambda c: None),
-    "decontaminate": Stage(_decontaminate, _decontaminate_settings),
-    "personal_data": Stage(_personal_data, lambda c: repr(c.personal_data)),
-    "sample": Stage(_sample, lambda c: _hash_files("sample.terms", c.sample.terms)),
+    "language": Stage(
+        _detect_language, lambda c: (c.language.max_characters, c.language.num_excerpts, _version("py3langid"))
+    ),
+    "quality": Stage(_score_quality, _quality_settings),
+    "duplicates": Stage(_compute_signature, lambda c: None),
+    "decontaminate": Stage(_count_shared_ngrams, _decontaminate_settings),
+    "personal_data": Stage(_replace_personal_data, lambda c: repr(c.personal_data)),
+    "sample": Stage(_count_terms, lambda c: _hash_files("sample.terms", c.sample.terms)),
     "split": Stage(_keep_unchanged, lambda c: None),
     "augment": Stage(_keep_unchanged, lambda c: None),
 }

@@ -13,22 +13,7 @@ from llmjax.data.store.split import SPLITS
 _SAMPLES = 5  # dropped documents per reason
 _CLUSTERS, _MEMBERS = 5, 3  # the largest clusters of copies, and documents of each
 _CONTEXTS = 3  # documents with each kind of personal data
-_MIN_TOKENS = (
-    0,
-    32,
-    64,
-    128,
-    256,
-    512,
-    1024,
-    2048,
-    4096,
-    8192,
-    16384,
-    32768,
-    65536,
-    131072,
-)  # bins of the histogram of lengths
+_MIN_TOKENS = (0, *(1 << n for n in range(5, 18)))  # bins of the histogram of lengths: 0, 32, 64, ..., 131072
 
 
 def choose_samples(table: Table, decisions: Decisions, config: CurateConfig) -> np.ndarray:
@@ -88,25 +73,25 @@ def summarise(
         for field, counts in stated.items():
             counts.update(result[field])
     return {
-        "records": _amount(np.ones(len(table), bool), table["sizes"][:, 0]),
-        "kept": _amount(kept, last),
-        "stages": _stages(table, decisions, samples, config),
-        "repairs": _repairs(table),
-        "lengths": _lengths(table, kept),
-        "languages": _languages(table, kept),
-        "duplicates": _duplicates(table, decisions, samples),
-        "contamination": _contamination(table, decisions, config),
-        "personal_data": _personal_data(table, decisions, samples, config),
+        "records": _sum_amounts(np.ones(len(table), bool), table["sizes"][:, 0]),
+        "kept": _sum_amounts(kept, last),
+        "stages": _summarise_stages(table, decisions, samples, config),
+        "repairs": _summarise_repairs(table),
+        "lengths": _summarise_lengths(table, kept),
+        "languages": _summarise_languages(table, kept),
+        "duplicates": _summarise_duplicates(table, decisions, samples),
+        "contamination": _summarise_contamination(table, decisions, config),
+        "personal_data": _summarise_personal_data(table, decisions, samples, config),
         "sources": {
             name: {
-                "records": _amount(table.source == index, table["sizes"][:, 0]),
-                "kept": _amount(kept & (table.source == index), last),
+                "records": _sum_amounts(table.source == index, table["sizes"][:, 0]),
+                "kept": _sum_amounts(kept & (table.source == index), last),
             }
             for index, name in enumerate(table.names)
         },
-        "terms": _terms(table, kept),
+        "terms": _summarise_terms(table, kept),
         "splits": {
-            name: _amount(kept & (decisions.split == index), last)
+            name: _sum_amounts(kept & (decisions.split == index), last)
             for index, name in enumerate(SPLITS)
             if "split" in config.stages
         },
@@ -115,13 +100,15 @@ def summarise(
     }
 
 
-def _amount(mask: np.ndarray, sizes: np.ndarray) -> dict[str, int]:
+def _sum_amounts(mask: np.ndarray, sizes: np.ndarray) -> dict[str, int]:
     """Number of documents, bytes of UTF-8, and tokens (document.count_tokens)."""
     num_bytes, num_tokens = sizes[mask].sum(axis=0, dtype=np.int64).tolist()
     return {"documents": int(mask.sum()), "bytes": num_bytes, "tokens": num_tokens}
 
 
-def _stages(table: Table, decisions: Decisions, samples: dict[int, dict], config: CurateConfig) -> list[dict[str, Any]]:
+def _summarise_stages(
+    table: Table, decisions: Decisions, samples: dict[int, dict], config: CurateConfig
+) -> list[dict[str, Any]]:
     sampled_rows, stages = _dropped_samples(table, decisions, config), []
     in_source = {name: table.source == index for index, name in enumerate(table.names)}
     is_input = np.ones(len(table), bool)
@@ -136,7 +123,7 @@ def _stages(table: Table, decisions: Decisions, samples: dict[int, dict], config
             dropped.append(
                 {
                     "reason": table.reasons[reason],
-                    **_amount(has_reason, before),
+                    **_sum_amounts(has_reason, before),
                     "by_source": {source: count for source, count in by_source.items() if count},
                     "samples": [samples[row] for row in sampled_rows[index, reason] if row in samples],
                 }
@@ -144,10 +131,10 @@ def _stages(table: Table, decisions: Decisions, samples: dict[int, dict], config
         stages.append(
             {
                 "stage": name,
-                "in": _amount(is_input, before),
-                "out": _amount(is_output, after),
+                "in": _sum_amounts(is_input, before),
+                "out": _sum_amounts(is_output, after),
                 "by_source": {
-                    source: {"in": _amount(is_input & mask, before), "out": _amount(is_output & mask, after)}
+                    source: {"in": _sum_amounts(is_input & mask, before), "out": _sum_amounts(is_output & mask, after)}
                     for source, mask in in_source.items()
                 },
                 "dropped": sorted(dropped, key=lambda entry: (-entry["documents"], entry["reason"])),
@@ -163,14 +150,14 @@ def _count_occurrences(counts: np.ndarray) -> dict[str, int]:
     return {"documents": int((counts > 0).sum()), "occurrences": int(counts.sum(dtype=np.float64))}
 
 
-def _repairs(table: Table) -> dict[str, dict[str, int]]:
+def _summarise_repairs(table: Table) -> dict[str, dict[str, int]]:
     """What reading, normalisation and C4's line rules changed."""
     repairs = {f"removed lines: {name}": _count_occurrences(counts) for name, counts in table.scores("lines.")}
     repairs |= {name: _count_occurrences(counts) for name, counts in table.scores("repair.")}
     return dict(sorted(repairs.items(), key=lambda item: -item[1]["documents"]))
 
 
-def _lengths(table: Table, kept: np.ndarray) -> dict[str, list[int]]:
+def _summarise_lengths(table: Table, kept: np.ndarray) -> dict[str, list[int]]:
     """Histograms of documents by tokens: all documents after reading, and kept documents."""
     bins = [*_MIN_TOKENS, np.iinfo(np.int64).max]
     num_tokens = table["sizes"][:, 0, 1]
@@ -181,7 +168,7 @@ def _lengths(table: Table, kept: np.ndarray) -> dict[str, list[int]]:
     }
 
 
-def _languages(table: Table, kept: np.ndarray) -> dict[str, dict[str, int]]:
+def _summarise_languages(table: Table, kept: np.ndarray) -> dict[str, dict[str, int]]:
     codes, counts = np.unique(table["language"], return_counts=True)
     languages = {}
     for code, count in sorted(zip(codes.tolist(), counts.tolist(), strict=True), key=lambda item: -item[1]):
@@ -190,7 +177,7 @@ def _languages(table: Table, kept: np.ndarray) -> dict[str, dict[str, int]]:
     return languages
 
 
-def _duplicates(table: Table, decisions: Decisions, samples: dict[int, dict]) -> dict[str, Any]:
+def _summarise_duplicates(table: Table, decisions: Decisions, samples: dict[int, dict]) -> dict[str, Any]:
     if decisions.copies is None:
         return {}
     copies, clusters = decisions.copies, _largest_clusters(decisions, table)
@@ -205,7 +192,7 @@ def _duplicates(table: Table, decisions: Decisions, samples: dict[int, dict]) ->
     }
 
 
-def _contamination(table: Table, decisions: Decisions, config: CurateConfig) -> dict[str, dict[str, int]]:
+def _summarise_contamination(table: Table, decisions: Decisions, config: CurateConfig) -> dict[str, dict[str, int]]:
     if "decontaminate" not in config.stages:
         return {}
     reaches_stage = _reaches_stage(decisions, config, "decontaminate")
@@ -217,7 +204,7 @@ def _contamination(table: Table, decisions: Decisions, config: CurateConfig) -> 
     return sets
 
 
-def _personal_data(
+def _summarise_personal_data(
     table: Table, decisions: Decisions, samples: dict[int, dict], config: CurateConfig
 ) -> dict[str, Any]:
     if "personal_data" not in config.stages:
@@ -236,7 +223,7 @@ def _personal_data(
     return {"action": config.personal_data.action, "kinds": kinds}
 
 
-def _terms(table: Table, kept: np.ndarray) -> dict[str, dict[str, Any]]:
+def _summarise_terms(table: Table, kept: np.ndarray) -> dict[str, dict[str, Any]]:
     """Topic -> group -> kept documents, occurrences in them, and the share of the topic's occurrences."""
     topics: dict[str, dict[str, Any]] = {}
     for name, counts in table.scores("term."):

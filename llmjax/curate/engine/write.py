@@ -26,7 +26,7 @@ class Task:
 
     name                  prefix of its files, such as web-00003
     stage, reason, split  int [records], see decide.Decisions
-    samples               rows of the records that the card shows
+    sampled_rows          records that the card shows
     """
 
     name: str
@@ -35,7 +35,7 @@ class Task:
     stage: np.ndarray
     reason: np.ndarray
     split: np.ndarray
-    samples: frozenset[int]
+    sampled_rows: frozenset[int]
 
 
 def write(task: Task, reasons: list[str], config: CurateConfig, folder: Path) -> dict[str, Any]:
@@ -47,13 +47,10 @@ def write(task: Task, reasons: list[str], config: CurateConfig, folder: Path) ->
     licences, origins = Counter(), Counter()
     with _Files(folder) as files:
         for row, record in enumerate(task.measurement.read_records()):
-            if row in task.samples:
+            if row in task.sampled_rows:
                 text = masked_excerpt(record["text"], 3 * EXCERPT) if "text" in record else record["excerpt"]
-                samples[str(row)] = {
-                    "id": masked_excerpt(record["id"], EXCERPT),
-                    "text": text,
-                    "notes": record["notes"],
-                }
+                id = masked_excerpt(record["id"], EXCERPT)
+                samples[str(row)] = {"id": id, "text": text, "notes": record["notes"]}
             if task.stage[row] != KEPT:
                 stage, reason = config.stages[task.stage[row]], reasons[task.reason[row]]
                 dropped = {"id": record["id"], "stage": stage, "reason": reason, "source": task.source}
@@ -84,7 +81,7 @@ def read_result(folder: Path, name: str) -> dict[str, Any] | None:
 
 def _marker(folder: Path, name: str) -> Path:
     """The file that marks a complete unit: it is written last."""
-    return folder / "done" / f"{name}.json"
+    return folder / "complete" / f"{name}.json"
 
 
 class _Files:

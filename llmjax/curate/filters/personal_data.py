@@ -10,13 +10,10 @@ import itertools
 import re
 from typing import NamedTuple
 
-from llmjax.curate.config import PersonalDataConfig
 from llmjax.curate.filters import secrets
-from llmjax.errors import UserError, suggest
 
 # In order of priority, for spans that overlap.
 KINDS = ("secret", "email", "iban", "card", "ssn", "ip", "phone")
-ACTIONS = ("replace", "drop", "count")
 
 
 class Span(NamedTuple):
@@ -76,18 +73,6 @@ def masked_excerpt(text: str, limit: int) -> str:
     # A value at the end of the excerpt may continue after it.
     text = text[: 2 * limit + 200]
     return replace_spans(text, find_spans(text))[:limit]
-
-
-def check_config(config: PersonalDataConfig) -> None:
-    """Raise UserError for an unknown kind or action."""
-    for kind in config.kinds:
-        if kind not in KINDS:
-            raise UserError(
-                f"curate.personal_data.kinds={config.kinds!r}: no kind {kind!r}{suggest(kind, KINDS)}; choose from "
-                f"{', '.join(KINDS)}"
-            )
-    if config.action not in ACTIONS:
-        raise UserError(f"curate.personal_data.action={config.action!r}: expected one of {', '.join(ACTIONS)}")
 
 
 # Characters that are equivalent to one ASCII character in addresses and numbers.

@@ -79,8 +79,8 @@ def _inflate(body: bytes, limit: int) -> bytes:
 
 
 def _decode_zstd(body: bytes, limit: int) -> bytes:
-    make_frame = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompressobj
-    return _decode_stream(body, lambda: _ZstdDecoder(make_frame()), limit, zstandard.ZstdError, _ZSTD)
+    decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW)
+    return _decode_stream(body, lambda: _ZstdDecoder(decompressor.decompressobj()), limit, zstandard.ZstdError, _ZSTD)
 
 
 def _decode_brotli(body: bytes, limit: int) -> bytes:

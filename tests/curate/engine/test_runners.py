@@ -148,5 +148,5 @@ def test_a_missing_cluster_is_one_line(tmp_path):
         "--runner=ray",
         "--ray_address=127.0.0.1:1",
     ]
-    done = subprocess.run(command, env=jobs.environment(), capture_output=True, text=True)
-    assert done.returncode == 78 and "no cluster answers" in done.stderr and "Traceback" not in done.stderr
+    process = subprocess.run(command, env=jobs.environment(), capture_output=True, text=True)
+    assert process.returncode == 78 and "no cluster answers" in process.stderr and "Traceback" not in process.stderr

@@ -104,7 +104,7 @@ def test_duplicate_ngrams():
     assert scores["duplicate_7gram"] == 0
     assert (
         score("a " * 20, "duplicate_5gram") == 15 / 40
-    )  # the first five letters are new; after each copy it goes on behind
+    )  # the first five letters are new; after a repeat the search resumes behind it
     assert score("a " * 20, "duplicate_10gram") == 10 / 40
 
 
@@ -274,10 +274,10 @@ def test_scores_do_not_depend_on_the_process():
     program += "print(repr(quality.compute_scores(sys.stdin.read())), end='')"
     for seed in ("1", "2"):  # of Python's own hashes
         environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", program], input=PROSE, capture_output=True, text=True, env=environment, check=True
         )
-        assert done.stdout == repr(compute_scores(PROSE))
+        assert process.stdout == repr(compute_scores(PROSE))
     assert list(compute_scores(PROSE)) == list(compute_scores(""))
 
 

@@ -91,12 +91,12 @@ def test_a_damaged_second_gzip_member_is_refused():
 
 
 def test_truncated_or_damaged_chunks_are_refused():
-    whole = chunked(PAGE)
-    for at in (50, len(whole) // 2, len(whole) - 5):
+    encoded = chunked(PAGE)
+    for at in (50, len(encoded) // 2, len(encoded) - 5):
         with pytest.raises(BodyError, match="cut off"):
-            decode(whole[:at], "chunked", "", LIMIT)
+            decode(encoded[:at], "chunked", "", LIMIT)
     with pytest.raises(BodyError, match="damaged chunks"):
-        decode(whole.replace(b"\r\n64\r\n", b"\r\n\xff\xff\r\n"), "chunked", "", LIMIT)
+        decode(encoded.replace(b"\r\n64\r\n", b"\r\n\xff\xff\r\n"), "chunked", "", LIMIT)
     assert decode(PAGE, "chunked", "", LIMIT) == PAGE  # not chunked
 
 

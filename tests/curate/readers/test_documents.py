@@ -67,8 +67,8 @@ def test_jsonl_records_have_id_text_and_other_fields(tmp_path):
 
 def test_fields_licence_and_origin_are_copied(tmp_path):
     path = write(tmp_path / "a.jsonl", {"text": "a", "licence": "MIT", "junk": 1}, {"text": "b"})
-    found = read(path, fields=("licence",), licence="CC0", origin="here")
-    assert [record.meta for record in found] == [
+    records = read(path, fields=("licence",), licence="CC0", origin="here")
+    assert [record.meta for record in records] == [
         {"licence": "MIT", "origin": "here"},
         {"licence": "CC0", "origin": "here"},
     ]
@@ -81,10 +81,10 @@ def test_format_lines_reads_a_document_per_line(tmp_path):
 
 def test_csv_rows_have_id_text_and_other_columns(tmp_path):
     path = write(tmp_path / "a.csv", b'id,text,label\nx,"two\nlines, ""quoted""",1\n\ny,b\nz,\xc3\xa9,2\n')
-    found = read(path)
-    assert found[0] == Record("x", 'two\nlines, "quoted"', "auto", {"label": "1"}, {})
-    assert rejects(found) == [("main:a.csv:1", "wrong number of columns")]
-    assert texts(found)[1:] == ["é"]
+    records = read(path)
+    assert records[0] == Record("x", 'two\nlines, "quoted"', "auto", {"label": "1"}, {})
+    assert rejects(records) == [("main:a.csv:1", "wrong number of columns")]
+    assert texts(records)[1:] == ["é"]
 
 
 def test_csv_without_a_header_line(tmp_path):
@@ -109,8 +109,8 @@ def test_parquet_rows_have_text_and_other_columns(tmp_path):
     rows = 1000
     table = pa.table({"text": [f"t{i}" for i in range(rows)], "score": [i / 2 for i in range(rows)]})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=300)
-    found = read(tmp_path / "a.parquet")
-    assert [(r.id, r.text, r.meta) for r in found] == [
+    records = read(tmp_path / "a.parquet")
+    assert [(r.id, r.text, r.meta) for r in records] == [
         (f"main:a.parquet:{i}", f"t{i}", {"score": i / 2}) for i in range(rows)
     ]
 
@@ -174,9 +174,9 @@ def test_parts_of_a_long_text_have_numbered_ids(tmp_path, monkeypatch):
     monkeypatch.setattr("llmjax.data.readers.raw_records.MAX_TEXT_BYTES", 100)
     text = "\n\n".join(f"paragraph {i}" for i in range(50))
     (tmp_path / "a.txt").write_text(text)
-    found = read(tmp_path / "a.txt")
-    assert "".join(texts(found)) == text and len(found) > 2
-    assert [r.id for r in found] == [f"main:a.txt#{i}" for i in range(len(found))]
+    records = read(tmp_path / "a.txt")
+    assert "".join(texts(records)) == text and len(records) > 2
+    assert [r.id for r in records] == [f"main:a.txt#{i}" for i in range(len(records))]
 
 
 @pytest.mark.parametrize(
@@ -209,10 +209,10 @@ def test_a_reject_has_the_id_of_its_record(tmp_path):
 
 def test_lone_surrogates_are_replaced_and_counted(tmp_path):
     path = write(tmp_path / "a.jsonl", b'{"text": "a \\ud800 b \\udc00 \\ud83d\\ude00", "title": "\\ud800"}\n')
-    (found,) = read(path)
-    assert found.text == "a \ufffd b \ufffd 😀" and found.notes == {encodings.SURROGATES: 2}
-    assert found.meta == {"title": "\ufffd"}
-    json.dumps(found).encode()
+    (record,) = read(path)
+    assert record.text == "a \ufffd b \ufffd 😀" and record.notes == {encodings.SURROGATES: 2}
+    assert record.meta == {"title": "\ufffd"}
+    json.dumps(record).encode()
 
 
 def test_jsonl_in_a_declared_encoding(tmp_path):
@@ -239,26 +239,26 @@ def test_words_of_a_megabyte(tmp_path):
 
 def test_a_record_above_the_limit_is_rejected(tmp_path):
     write(tmp_path / "a.jsonl", {"text": "a"}, {"text": "x" * 5000}, {"text": "b"})
-    found = read(tmp_path / "a.jsonl", max_record_bytes=1000)
-    assert texts(found) == ["a", "b"]
-    assert rejects(found) == [("main:a.jsonl@14", "longer than 1000 bytes (max_record_bytes)")]
+    records = read(tmp_path / "a.jsonl", max_record_bytes=1000)
+    assert texts(records) == ["a", "b"]
+    assert rejects(records) == [("main:a.jsonl@14", "longer than 1000 bytes (max_record_bytes)")]
     (tmp_path / "a.csv").write_text('text\na\n"' + "unclosed\n" * 500 + "\n")
-    found = read(tmp_path / "a.csv", max_record_bytes=1000)
-    assert texts(found)[0] == "a" and rejects(found)[0][1].startswith("not CSV: a quote that stays open")
+    records = read(tmp_path / "a.csv", max_record_bytes=1000)
+    assert texts(records)[0] == "a" and rejects(records)[0][1].startswith("not CSV: a quote that stays open")
     (tmp_path / "b.csv").write_text("text\na\n" + "x" * 5000 + "\nb\n")
-    found = read(tmp_path / "b.csv", max_record_bytes=1000)
-    assert texts(found) == ["a", "b"] and rejects(found) == [("main:b.csv:1", "not CSV: longer than 1000 bytes")]
+    records = read(tmp_path / "b.csv", max_record_bytes=1000)
+    assert texts(records) == ["a", "b"] and rejects(records) == [("main:b.csv:1", "not CSV: longer than 1000 bytes")]
     (tmp_path / "a.warc").write_bytes(response(b"<p>a") + response(b"<p>" + b"x" * 5000) + response(b"<p>b"))
-    found = read(tmp_path / "a.warc", max_record_bytes=1000)
-    assert texts(found) == ["<p>a", "<p>b"] and rejects(found)[0][1].startswith("longer than 1000 bytes")
+    records = read(tmp_path / "a.warc", max_record_bytes=1000)
+    assert texts(records) == ["<p>a", "<p>b"] and rejects(records)[0][1].startswith("longer than 1000 bytes")
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl.gz", "a.csv", "a.html", "a.warc", "a.parquet", "a.txt.zst"])
 def test_empty_files_have_no_document(tmp_path, name):
     (tmp_path / name).write_bytes(b"")
-    found = read(tmp_path / name)
-    assert not texts(found)
-    assert len(found) == (0 if name in ("a.jsonl.gz", "a.warc") else 1)
+    records = read(tmp_path / name)
+    assert not texts(records)
+    assert len(records) == (0 if name in ("a.jsonl.gz", "a.warc") else 1)
 
 
 def test_a_binary_file_is_rejected(tmp_path):
@@ -281,10 +281,10 @@ def test_records_before_a_truncation_are_kept(tmp_path, suffix):
     data = write(tmp_path / "plain", *lines).read_bytes()
     data = gzip.compress(data) if suffix == "gz" else zstandard.compress(data)
     (tmp_path / f"a.jsonl.{suffix}").write_bytes(data[: len(data) // 2])
-    found = read(tmp_path / f"a.jsonl.{suffix}")
-    kept = texts(found)
+    records = read(tmp_path / f"a.jsonl.{suffix}")
+    kept = texts(records)
     assert kept == [line["text"] for line in lines[: len(kept)]] and len(kept) > (9_500 if suffix == "gz" else 6_000)
-    assert [reason for _, reason in rejects(found)][-1] == "unreadable"
+    assert [reason for _, reason in rejects(records)][-1] == "unreadable"
     (tmp_path / f"a.txt.{suffix}").write_bytes(data[: len(data) // 2])
     text, rest = read(tmp_path / f"a.txt.{suffix}", format="text")
     assert text.notes == {"cut off": 1} and rest == Reject(text.id + "#rest", "unreadable", rest.excerpt, rest.size)
@@ -296,23 +296,23 @@ def test_all_bytes_before_corrupt_gzip_data_are_kept(tmp_path):
     pack = zlib.compressobj(wbits=31)
     head = pack.compress(text.encode()) + pack.flush(zlib.Z_FULL_FLUSH)
     (tmp_path / "a.txt.gz").write_bytes(head + b"\xff" * 50)  # no block type begins like this
-    found = read(tmp_path / "a.txt.gz")
-    assert texts(found) == [text] and found[0].notes == {"cut off": 1} and len(rejects(found)) == 1
+    records = read(tmp_path / "a.txt.gz")
+    assert texts(records) == [text] and records[0].notes == {"cut off": 1} and len(rejects(records)) == 1
 
 
 def test_truncated_parquet(tmp_path):
     pq.write_table(pa.table({"text": ["a" * 50] * 10}), tmp_path / "a.parquet")
     data = (tmp_path / "a.parquet").read_bytes()
     (tmp_path / "b.parquet").write_bytes(data[: len(data) // 2])
-    found = read(tmp_path / "*.parquet")
-    assert len(texts(found)) == 10 and rejects(found) == [("main:b.parquet#rest", "unreadable")]
+    records = read(tmp_path / "*.parquet")
+    assert len(texts(records)) == 10 and rejects(records) == [("main:b.parquet#rest", "unreadable")]
 
 
 def test_parquet_strings_that_are_not_utf8(tmp_path):
     column = pa.array([b"good", b"bad \xff", b"fine"], pa.binary()).cast(pa.string(), safe=False)
     pq.write_table(pa.table({"text": column, "note": column}), tmp_path / "a.parquet")
-    found = read(tmp_path / "a.parquet")
-    assert texts(found) == ["good", "fine"] and rejects(found) == [("main:a.parquet:1", "not UTF-8")]
+    records = read(tmp_path / "a.parquet")
+    assert texts(records) == ["good", "fine"] and rejects(records) == [("main:a.parquet:1", "not UTF-8")]
 
 
 def test_odd_columns_of_parquet_do_not_affect_others(tmp_path):
@@ -324,9 +324,9 @@ def test_odd_columns_of_parquet_do_not_affect_others(tmp_path):
     names = ["text", "days", "moments", "zoned", "lists", "text"]
     first, second = pa.array(["first", "second"]), pa.array(["other", "other"])
     pq.write_table(pa.table([first, days, moments, zoned, broken, second], names=names), tmp_path / "a.parquet")
-    found = read(tmp_path / "a.parquet")
-    assert texts(found) == ["first", "second"] and found[1].meta["lists"] == ["b"]
-    json.dumps([record.meta for record in found])
+    records = read(tmp_path / "a.parquet")
+    assert texts(records) == ["first", "second"] and records[1].meta["lists"] == ["b"]
+    json.dumps([record.meta for record in records])
 
 
 def test_an_input_without_records_is_an_error(tmp_path):
@@ -337,13 +337,13 @@ def test_an_input_without_records_is_an_error(tmp_path):
 
 def test_deeply_nested_fields_reject_at_most_one_record(tmp_path):
     deep = b'{"text": "deep", "x": ' + b"[" * 700 + b"]" * 700 + b"}\n"
-    found = read(write(tmp_path / "a.jsonl", deep, {"text": "plain"}))
-    assert texts(found)[-1] == "plain" and len(found) == 2
+    records = read(write(tmp_path / "a.jsonl", deep, {"text": "plain"}))
+    assert texts(records)[-1] == "plain" and len(records) == 2
 
 
 def test_an_invalid_id_is_copied_as_a_field(tmp_path):
-    found = read(write(tmp_path / "a.jsonl", {"text": "a", "id": 7.5}, {"text": "b", "id": None}))
-    assert [record.meta for record in found] == [{"id": 7.5}, {}]
+    records = read(write(tmp_path / "a.jsonl", {"text": "a", "id": 7.5}, {"text": "b", "id": None}))
+    assert [record.meta for record in records] == [{"id": 7.5}, {}]
 
 
 # Encodings.
@@ -353,8 +353,8 @@ def test_an_invalid_id_is_copied_as_a_field(tmp_path):
 def test_legacy_encodings_are_detected(tmp_path, codec):
     text = (LEGACY[codec] + "\n") * 3
     (tmp_path / "a.txt").write_bytes(text.encode(codec))
-    (found,) = read(tmp_path / "a.txt")
-    assert found.text == text and list(found.notes.values()) == [1]
+    (record,) = read(tmp_path / "a.txt")
+    assert record.text == text and list(record.notes.values()) == [1]
 
 
 # Archives.
@@ -389,11 +389,14 @@ def test_warc_records_are_pages_or_rejects(tmp_path, compressed):
     ]
     name = "a.warc.gz" if compressed else "a.warc"
     write(tmp_path / name, *(gzip.compress(record) if compressed else record for record in records))
-    found = read(tmp_path / name)
-    assert texts(found) == ["<p>été", "<p>abc", "<p>zip", "<p>not zip", "plain"]
-    assert found[0].id == "urn:http://1/" and found[0].meta == {"url": "http://1/", "date": "2020-01-02T03:04:05Z"}
-    assert [r.kind for r in found if isinstance(r, Record)] == ["html"] * 4 + ["text"]
-    assert rejects(found) == [
+    read_records = read(tmp_path / name)
+    assert texts(read_records) == ["<p>été", "<p>abc", "<p>zip", "<p>not zip", "plain"]
+    assert read_records[0].id == "urn:http://1/" and read_records[0].meta == {
+        "url": "http://1/",
+        "date": "2020-01-02T03:04:05Z",
+    }
+    assert [r.kind for r in read_records if isinstance(r, Record)] == ["html"] * 4 + ["text"]
+    assert rejects(read_records) == [
         ("urn:http://2/", "HTTP status 404"),
         ("urn:http://3/", "content type image/gif"),
         ("urn:http://8/", "content encoding rot13"),
@@ -404,10 +407,10 @@ def test_warc_records_are_pages_or_rejects(tmp_path, compressed):
 def test_a_warc_record_of_a_wrong_length_does_not_affect_others(tmp_path, length):
     pages = [response(b"<p>" + str(i).encode() * 50, f"http://{i}/") for i in range(5)]
     pages[2] = response(b"<p>2", "http://2/", length=length)
-    found = read(write(tmp_path / "a.warc", *pages))
-    kept = {record.meta["url"] for record in found if isinstance(record, Record)}
+    records = read(write(tmp_path / "a.warc", *pages))
+    kept = {record.meta["url"] for record in records if isinstance(record, Record)}
     assert {f"http://{i}/" for i in (0, 1, 3, 4)} <= kept
-    assert "http://2/" in kept or len(rejects(found)) == 1
+    assert "http://2/" in kept or len(rejects(records)) == 1
 
 
 def test_a_corrupt_gzip_member_affects_one_warc_record(tmp_path):
@@ -415,10 +418,10 @@ def test_a_corrupt_gzip_member_affects_one_warc_record(tmp_path):
         bytearray(gzip.compress(response(random_bytes(3000, i).hex().encode(), f"http://{i}/"))) for i in range(6)
     ]
     members[2][len(members[2]) // 2 :] = random_bytes(len(members[2]) // 2 + 1)
-    found = read(write(tmp_path / "a.warc.gz", *map(bytes, members)))
-    kept = [record for record in found if isinstance(record, Record)]
+    records = read(write(tmp_path / "a.warc.gz", *map(bytes, members)))
+    kept = [record for record in records if isinstance(record, Record)]
     assert [r.meta["url"] for r in kept if not r.notes] == [f"http://{i}/" for i in (0, 1, 3, 4, 5)]
-    assert "unreadable" in [reason for _, reason in rejects(found)]
+    assert "unreadable" in [reason for _, reason in rejects(records)]
 
 
 def test_damage_to_a_warc_never_raises(tmp_path):
@@ -456,10 +459,10 @@ def test_damage_to_a_warc_never_raises(tmp_path):
     ],
 )
 def test_published_archives(shared_data, name, num_pages, num_rejects):
-    found = read(shared_data / "warc" / name, format="warc")
-    assert (len(texts(found)), len(rejects(found))) == (num_pages, num_rejects), rejects(found)
-    if "Example Domain" in "".join(texts(found)):
-        assert "</html>" in texts(found)[0]
+    records = read(shared_data / "warc" / name, format="warc")
+    assert (len(texts(records)), len(rejects(records))) == (num_pages, num_rejects), rejects(records)
+    if "Example Domain" in "".join(texts(records)):
+        assert "</html>" in texts(records)[0]
 
 
 def test_shared_data_are_read(shared_data):
