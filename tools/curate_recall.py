@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+import functools
 import gzip
 import json
 from pathlib import Path
@@ -151,8 +152,8 @@ def _find_representatives(texts: list[str]) -> list[int]:
         documents = duplicates.Candidates(
             content_hash, np.arange(len(texts)), np.ones(len(texts), bool), np.zeros(len(texts), bool)
         )
-        exchange = Path(folder) / "exchange"
-        copies = duplicates.find_copies(documents, units, offsets, DuplicatesConfig(), runner, exchange)
+        exchange = functools.partial(runner.exchange, folder=Path(folder) / "exchange")
+        copies = duplicates.find_copies(documents, units, offsets, DuplicatesConfig(), exchange)
     return copies.representative.tolist()
 
 

@@ -23,6 +23,12 @@ STAGES = (
 )
 
 
+def _check_fractions(values: Mapping[str, float]) -> None:
+    for field, value in values.items():
+        if not 0 <= value <= 1:
+            raise UserError(f"curate.{field}={value}: expected a number from 0 to 1")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InputConfig:
     """One named input of documents.
@@ -115,8 +121,7 @@ class LanguageConfig:
     num_excerpts: int = 4
 
     def __post_init__(self):
-        if not 0 <= self.min_confidence <= 1:
-            raise UserError(f"curate.language.min_confidence={self.min_confidence}: expected a value from 0 to 1")
+        _check_fractions({"language.min_confidence": self.min_confidence})
         if not 1 <= self.num_excerpts <= self.max_characters:
             raise UserError(
                 f"curate.language.num_excerpts={self.num_excerpts}: expected 1 up to "
@@ -200,9 +205,7 @@ class AugmentConfig:
             raise UserError(
                 f"curate.augment.copies={self.copies}: must be at least 1; or remove 'augment' from curate.stages"
             )
-        for name in ("drop", "swap", "lowercase"):
-            if not 0 <= (value := getattr(self, name)) <= 1:
-                raise UserError(f"curate.augment.{name}={value}: expected a fraction from 0 to 1")
+        _check_fractions({f"augment.{name}": getattr(self, name) for name in ("drop", "swap", "lowercase")})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -259,8 +262,7 @@ class CurateConfig:
                 raise UserError(f"curate.{name}={value}: must not be negative")
             if value >= 1 << 63:
                 raise UserError(f"curate.{name}={value}: must be below 2^63")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise UserError(f"curate.max_bad_fraction={self.max_bad_fraction}: expected a fraction from 0 to 1")
+        _check_fractions({"max_bad_fraction": self.max_bad_fraction})
 
 
 # (earlier, later, reason): pairs of stages with a required order.

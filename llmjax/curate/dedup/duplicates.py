@@ -10,13 +10,12 @@ both ends of a chain of small changes are kept. The result does not depend on th
 
 from collections.abc import Sequence
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 
 from llmjax.curate.config import DuplicatesConfig
 from llmjax.curate.engine.measurements import Measurement
-from llmjax.curate.engine.runners import Runner
+from llmjax.curate.engine.runners import Exchange
 from llmjax.data.hashing import GOLDEN_GAMMA
 from llmjax.data.store import minhash, near_duplicates
 
@@ -60,14 +59,9 @@ def find_copies(
     measurements: Sequence[Measurement],
     offsets: np.ndarray,
     config: DuplicatesConfig,
-    runner: Runner,
-    folder: Path,
+    exchange: Exchange,
 ) -> Copies:
-    """Find copies among the active documents.
-
-    offsets  int64 [units + 1]: measurements[i] has the documents offsets[i] to offsets[i + 1] - 1
-    folder   where the runner's tasks exchange data
-    """
+    """Find copies among the active documents. measurements[i] has the documents offsets[i] to offsets[i + 1] - 1."""
     rank, is_active, count = documents.rank, documents.is_active, len(documents.rank)
     pairs = [_exact_pairs(documents)] if config.exact else []
     signatures = near_duplicates.Signatures([measurement.read_signatures for measurement in measurements], offsets)
@@ -75,7 +69,7 @@ def find_copies(
         tasks = []
         for measurement, begin, end in zip(measurements, offsets[:-1], offsets[1:], strict=True):
             tasks.append((measurement, int(begin), is_active[begin:end], rank[begin:end]))
-        pairs += list(runner.exchange(_band_keys, tasks, _similar_pairs, (signatures, config.similarity), folder))
+        pairs += exchange(_band_keys, tasks, _similar_pairs, (signatures, config.similarity))
     labels = near_duplicates.clusters(np.concatenate([np.zeros((0, 2), np.int64), *pairs]), count)
     first = _first_by_rank(labels, rank, count)
     copies = Copies(np.arange(count), first[labels], np.zeros(count, bool))

@@ -9,7 +9,9 @@ WORKDIR/splits.npz    kept documents and their clusters: additional data does no
 WORKDIR/config.json   the config, which --resume reads
 """
 
+from collections import Counter
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -38,9 +40,33 @@ from llmjax.data.store import split, token_store
 from llmjax.data.store.workers import with_progress
 from llmjax.errors import UserError
 
-Units = list[Unit[InputConfig]]
 _SPLITS = "splits.npz"
 logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """A config bound to its inputs: measurements[i] belongs to units[i]; `settings` is the config as JSON values."""
+
+    config: CurateConfig
+    settings: dict[str, Any]
+    units: list[Unit[InputConfig]]
+    measurements: list[Measurement]
+    workdir: Path
+    runner: Runner
+
+    @property
+    def unfinished(self) -> Path:
+        return self.workdir / "unfinished"
+
+    @property
+    def sources(self) -> list[str]:
+        return [unit.source for unit in self.units]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        keys = [measurement.key for measurement in self.measurements]
+        return token_store.fingerprint_of({"config": self.settings, "measurements": keys, "sources": self.sources})
 
 
 def curate(config: CurateConfig, workdir: Path, runner: Runner) -> dict[str, Any]:
@@ -49,6 +75,24 @@ def curate(config: CurateConfig, workdir: Path, runner: Runner) -> dict[str, Any
     An interrupted run resumes where it stopped. The files depend on the inputs and the config alone (and, for splits,
     on earlier runs in this workdir), not on the runner or the number of workers. Raises UserError for invalid input.
     """
+    job = _prepare(config, workdir, runner)
+    write_bytes(workdir / "config.json", (json.dumps({"curate": job.settings}, indent=1) + "\n").encode())
+    if (report := _read_finished(workdir)) and report.get("fingerprint") == job.fingerprint:
+        logger.info("nothing to do: the corpus was built from these inputs with this config")
+        return report
+    folder = _find_unpublished(job)
+    if folder is None:
+        folder = _build(job)
+    else:
+        logger.info("the interrupted run had written all files; publishing them")
+    report = _publish(workdir, folder)
+    shutil.rmtree(job.unfinished, ignore_errors=True)
+    _remove_other_measurements(workdir / "measured", job.measurements)
+    return report
+
+
+def _prepare(config: CurateConfig, workdir: Path, runner: Runner) -> _Job:
+    """Check the config and list the units of all inputs."""
     if not config.inputs:
         raise UserError("curate.inputs is empty: add one, such as --config.curate.inputs.web.path='crawl/*.warc.gz'")
     settings = config_as_json(config)
@@ -61,54 +105,30 @@ def curate(config: CurateConfig, workdir: Path, runner: Runner) -> dict[str, Any
     measure_settings = measure.measurement_settings(config)
     keys = [measure.measurement_key(unit, measure_settings) for unit in units]
     measurements = [Measurement(workdir / "measured", key) for key in keys]
-    fingerprint = token_store.fingerprint_of(
-        {"config": settings, "measurements": keys, "sources": [unit.source for unit in units]}
-    )
-    write_bytes(workdir / "config.json", (json.dumps({"curate": settings}, indent=1) + "\n").encode())
-    if (report := _read_finished(workdir)) and report.get("fingerprint") == fingerprint:
-        logger.info("nothing to do: the corpus was built from these inputs with this config")
-        return report
-    unfinished = workdir / "unfinished"
-    folder = _find_unpublished(unfinished, fingerprint)
-    if folder is None:
-        folder = _build(units, measurements, config, settings, fingerprint, workdir, runner)
-    else:
-        logger.info("the interrupted run had written all files; publishing them")
-    report = _publish(workdir, folder)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    _remove_other_measurements(workdir / "measured", measurements)
-    return report
+    return _Job(config, settings, units, measurements, workdir, runner)
 
 
-def _build(
-    units: Units,
-    measurements: list[Measurement],
-    config: CurateConfig,
-    settings: dict[str, Any],
-    fingerprint: str,
-    workdir: Path,
-    runner: Runner,
-) -> Path:
+def _build(job: _Job) -> Path:
     """Write all files and return their folder; the report is written last."""
-    _measure(units, measurements, config, runner)
-    table = Table(measurements, [unit.source for unit in units])
-    history = History.read(workdir / _SPLITS)
-    _check_rejects(table, config)
-    decisions = decide.decide(table, config, runner, workdir / "unfinished" / "exchange", history)
+    _measure(job)
+    table = Table(job.measurements, job.sources)
+    _check_rejects(table, job.config)
+    history = History.read(job.workdir / _SPLITS)
+    exchange = functools.partial(job.runner.exchange, folder=job.unfinished / "exchange")
+    decisions = decide.decide(table, job.config, exchange, history)
     logger.info(f"deciding: {int(decisions.kept.sum()):,} of {len(table):,} records are kept")
-    digest = token_store.fingerprint_of({"corpus": fingerprint, "history": history.digest()})
-    folder = workdir / "unfinished" / f"written-{digest[:24]}"
-    sampled_rows = summary.choose_samples(table, decisions, config)
-    results = _write(units, table, decisions, sampled_rows, config, runner, folder)
-    report = summary.summarise(table, decisions, results, config)
+    digest = token_store.fingerprint_of({"corpus": job.fingerprint, "history": history.digest()})
+    folder = job.unfinished / f"written-{digest[:24]}"
+    results = _write(job, table, decisions, folder)
+    report = summary.summarise(table, decisions, results, job.config)
     report |= {
         "version": llmjax.__version__,
-        "fingerprint": fingerprint,
-        "config": settings,
-        "config_sha256": token_store.fingerprint_of(settings),
-        "inputs": _summarise_inputs(units),
+        "fingerprint": job.fingerprint,
+        "config": job.settings,
+        "config_sha256": token_store.fingerprint_of(job.settings),
+        "inputs": _summarise_inputs(job.units),
     }
-    history.with_decisions(table, decisions, config).save(folder / _SPLITS)
+    history.with_decisions(table, decisions, job.config).save(folder / _SPLITS)
     write_bytes(folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
     return folder
 
@@ -145,16 +165,16 @@ def _read_finished(workdir: Path) -> dict[str, Any] | None:
     return report if is_complete and (workdir / _SPLITS).is_file() else None
 
 
-def _measure(units: Units, measurements: list[Measurement], config: CurateConfig, runner: Runner) -> None:
-    for name in config.inputs:
-        logger.info(f"{name}: {sources.describe_formats([unit for unit in units if unit.source == name])}")
-    pairs = zip(units, measurements, strict=True)
-    tasks = [(unit, config, measurement) for unit, measurement in pairs if not measurement.is_complete()]
-    if len(tasks) < len(units):
-        logger.info(f"{len(units) - len(tasks)} of {len(units)} parts were already measured")
+def _measure(job: _Job) -> None:
+    for name in job.config.inputs:
+        logger.info(f"{name}: {sources.describe_formats([unit for unit in job.units if unit.source == name])}")
+    pairs = zip(job.units, job.measurements, strict=True)
+    tasks = [(unit, job.config, measurement) for unit, measurement in pairs if not measurement.is_complete()]
+    if len(tasks) < len(job.units):
+        logger.info(f"{len(job.units) - len(tasks)} of {len(job.units)} parts were already measured")
     if tasks:
         sizes = [unit.size for unit, *_ in tasks]
-        with_progress("measuring", runner.map(measure.measure, tasks), len(tasks), sizes)
+        with_progress("measuring", job.runner.map(measure.measure, tasks), len(tasks), sizes)
 
 
 def _check_rejects(table: Table, config: CurateConfig) -> None:
@@ -180,21 +200,14 @@ def _check_rejects(table: Table, config: CurateConfig) -> None:
                 )
 
 
-def _write(
-    units: Units,
-    table: Table,
-    decisions: Decisions,
-    sampled_rows: np.ndarray,
-    config: CurateConfig,
-    runner: Runner,
-    folder: Path,
-) -> list[dict[str, Any]]:
+def _write(job: _Job, table: Table, decisions: Decisions, folder: Path) -> list[dict[str, Any]]:
     """Write all units and return their results; those of an interrupted run with the same decisions are reused."""
-    results: list[Any] = [None] * len(units)
-    tasks, task_units, numbers = [], [], {}
-    for index, unit in enumerate(units):
-        numbers[unit.source] = number = numbers.get(unit.source, -1) + 1
-        name, rows = f"{unit.source}-{number:05d}", slice(*table.offsets[index : index + 2].tolist())
+    sampled_rows = summary.choose_samples(table, decisions, job.config)
+    results: list[Any] = [None] * len(job.units)
+    tasks, task_units, numbers = [], [], Counter()
+    for index, unit in enumerate(job.units):
+        name, rows = f"{unit.source}-{numbers[unit.source]:05d}", slice(*table.offsets[index : index + 2].tolist())
+        numbers[unit.source] += 1
         if (result := write.read_result(folder, name)) is not None:
             results[index] = result
             continue
@@ -208,10 +221,10 @@ def _write(
             split=decisions.split[rows],
             sampled_rows=frozenset(in_unit.tolist()),
         )
-        tasks.append((task, table.reasons, config, folder))
+        tasks.append((task, table.reasons, job.config, folder))
         task_units.append(index)
-    sizes = [units[index].size for index in task_units]
-    written = with_progress("writing", runner.map(write.write, tasks), len(tasks), sizes) if tasks else []
+    sizes = [job.units[index].size for index in task_units]
+    written = with_progress("writing", job.runner.map(write.write, tasks), len(tasks), sizes) if tasks else []
     for index, result in zip(task_units, written, strict=True):
         results[index] = result
     for name in ("curated", "dropped"):
@@ -220,11 +233,11 @@ def _write(
     return results
 
 
-def _find_unpublished(unfinished: Path, fingerprint: str) -> Path | None:
+def _find_unpublished(job: _Job) -> Path | None:
     """The folder of a run that wrote all files but did not publish them all."""
     folder = None
-    for path in unfinished.glob("written-*/report.json"):
-        if json.loads(path.read_text()).get("fingerprint") == fingerprint:
+    for path in job.unfinished.glob("written-*/report.json"):
+        if json.loads(path.read_text()).get("fingerprint") == job.fingerprint:
             folder = path.parent
         else:  # of another config, and perhaps published in part
             shutil.rmtree(path.parent)
@@ -248,7 +261,7 @@ def _publish(workdir: Path, folder: Path) -> dict[str, Any]:
     return report
 
 
-def _summarise_inputs(units: Units) -> dict[str, dict[str, Any]]:
+def _summarise_inputs(units: list[Unit[InputConfig]]) -> dict[str, dict[str, Any]]:
     """Number of files, bytes, and a hash of file names, sizes and modification times, by input."""
     inputs: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(unit.source for unit in units):

@@ -12,7 +12,7 @@ from llmjax.atomic import atomic_write
 from llmjax.curate.config import CurateConfig
 from llmjax.curate.dedup import duplicates
 from llmjax.curate.engine.measurements import Measurement
-from llmjax.curate.engine.runners import Runner
+from llmjax.curate.engine.runners import Exchange
 from llmjax.curate.filters import quality
 from llmjax.data.hashing import hash64
 from llmjax.data.store import split as splits
@@ -113,8 +113,8 @@ class Decisions:
         return self.stage == KEPT
 
 
-def decide(table: Table, config: CurateConfig, runner: Runner, folder: Path, history: "History") -> Decisions:
-    """Apply the thresholds of the stages, in the config's order. The runner's tasks exchange data in `folder`."""
+def decide(table: Table, config: CurateConfig, exchange: Exchange, history: "History") -> Decisions:
+    """Apply the thresholds of the stages, in the config's order."""
     count = len(table)
     decisions = Decisions(
         np.full(count, KEPT, np.int16), np.zeros(count, np.int32), np.full(count, splits.NONE, np.uint8)
@@ -126,7 +126,7 @@ def decide(table: Table, config: CurateConfig, runner: Runner, folder: Path, his
         if function := _STAGES.get(name):
             function(table, decisions, stage, config)
         elif name == "duplicates":
-            _drop_duplicates(table, decisions, stage, config, runner, folder, history)
+            _drop_duplicates(table, decisions, stage, config, exchange, history)
         elif name == "sample":
             _balance_inputs(table, decisions, stage, config, history)
         elif name == "split":
@@ -154,13 +154,7 @@ def _apply_quality_rules(table: Table, decisions: Decisions, stage: int, config:
 
 
 def _drop_duplicates(
-    table: Table,
-    decisions: Decisions,
-    stage: int,
-    config: CurateConfig,
-    runner: Runner,
-    folder: Path,
-    history: "History",
+    table: Table, decisions: Decisions, stage: int, config: CurateConfig, exchange: Exchange, history: "History"
 ) -> None:
     """Of copies, keep the one that an earlier run kept, else one of the first input, else the one of the lowest hash.
 
@@ -173,19 +167,9 @@ def _drop_duplicates(
     order = np.lexsort((content_hash[:, 1], content_hash[:, 0], table["id_hash"], table.source, ~was_kept, ~is_same))
     rank = np.empty(len(order), np.int64)
     rank[order] = np.arange(len(order))
-    copies = duplicates.find_copies(
-        duplicates.Candidates(
-            content_hash,
-            rank,
-            is_active=decisions.kept,
-            is_protected=was_kept & (history.similarity == config.duplicates.similarity),
-        ),
-        table.measurements,
-        table.offsets,
-        config.duplicates,
-        runner,
-        folder,
-    )
+    is_protected = was_kept & (history.similarity == config.duplicates.similarity)
+    candidates = duplicates.Candidates(content_hash, rank, decisions.kept, is_protected)
+    copies = duplicates.find_copies(candidates, table.measurements, table.offsets, config.duplicates, exchange)
     is_copy = copies.representative != np.arange(len(table))
     decisions.drop(stage, is_copy & copies.is_exact, table.reason_id("exact duplicate"))
     decisions.drop(stage, is_copy, table.reason_id("near duplicate"))

@@ -56,7 +56,8 @@ def measure(unit: Unit[InputConfig], config: CurateConfig, measurement: Measurem
             )
             line = {"id": document.id, "notes": document.notes}
             if drop:
-                line |= {"excerpt": _excerpt(record)}
+                text = record.excerpt if isinstance(record, Reject) else record.text
+                line |= {"excerpt": personal_data.masked_excerpt(text, EXCERPT)}
             else:
                 line |= {"text": document.text, "meta": document.meta}
                 line |= {"language": document.language} if document.language else {}
@@ -91,8 +92,3 @@ def _run_stages(
 
 def _size_of(text: str) -> tuple[int, int]:
     return len(text.encode("utf-8", "surrogatepass")), count_tokens(text)
-
-
-def _excerpt(record: Record | Reject) -> str:
-    """The beginning of a dropped record, for the card."""
-    return personal_data.masked_excerpt(record.excerpt if isinstance(record, Reject) else record.text, EXCERPT)

@@ -11,7 +11,6 @@ not included.
 
 import array
 from collections.abc import Iterator, Mapping, Sequence
-import contextlib
 import dataclasses
 import io
 import json
@@ -69,9 +68,8 @@ class Measurement:
 
     def read_records(self) -> Iterator[dict[str, Any]]:
         """The objects of the text file, one per record."""
-        with open_lines(self.texts) as lines:
-            for line in lines:
-                yield json.loads(line)
+        with open(self.texts, "rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as stream:
+            yield from map(json.loads, io.BufferedReader(cast(io.RawIOBase, stream), 1 << 20))
 
 
 class Columns:
@@ -139,13 +137,6 @@ def _fill(column: array.array, count: int) -> None:
     """Extend a column to `count` records with NaN."""
     if len(column) < count:
         column.extend([math.nan] * (count - len(column)))
-
-
-@contextlib.contextmanager
-def open_lines(path: Path) -> Iterator[io.BufferedReader]:
-    """Lines of a Zstandard file."""
-    with open(path, "rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as stream:
-        yield io.BufferedReader(cast(io.RawIOBase, stream), 1 << 20)
 
 
 class LineWriter:

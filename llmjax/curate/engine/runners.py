@@ -26,6 +26,7 @@ _SHUFFLE_BLOCKS = 256  # blocks of a Ray shuffle, which moves the square of this
 
 Mapper = Callable[..., dict[int, np.ndarray]]  # task -> partition -> rows
 Reducer = Callable[..., Any]  # (rows of all tasks in any order, *shared) -> result
+Exchange = Callable[[Mapper, list[tuple], Reducer, tuple], Iterator[Any]]  # Runner.exchange with its folder bound
 
 
 class Runner(Protocol):

@@ -62,7 +62,6 @@ class Rule:
 
     name: str
     published: float
-    source: str
     english_only: bool = False
     spaced_only: bool = False
 
@@ -82,38 +81,36 @@ class Rule:
         return self.name.split("_", 2)[2]
 
 
-_GOPHER, _C4, _FINEWEB = "Rae et al. 2021, A.1.1", "Raffel et al. 2020, 2.2", "Penedo et al. 2024, 3.6"
-_TABLE = "Rae et al. 2021, table A1"
 RULES = (
-    Rule("gopher_min_words", 50, _GOPHER),
-    Rule("gopher_max_words", 100_000, _GOPHER),
-    Rule("gopher_min_mean_word_length", 3, _GOPHER, english_only=True),
-    Rule("gopher_max_mean_word_length", 10, _GOPHER, spaced_only=True),
-    Rule("gopher_max_hashes", 0.1, _GOPHER),
-    Rule("gopher_max_ellipses", 0.1, _GOPHER),
-    Rule("gopher_max_bullet_lines", 0.9, _GOPHER),
-    Rule("gopher_max_ellipsis_lines", 0.3, _GOPHER),
-    Rule("gopher_min_alphabetic", 0.8, _GOPHER),
-    Rule("gopher_min_stop_words", 2, _GOPHER, english_only=True),
-    Rule("repetition_max_duplicate_lines", 0.3, _TABLE),
-    Rule("repetition_max_duplicate_paragraphs", 0.3, _TABLE),
-    Rule("repetition_max_duplicate_line_chars", 0.2, _TABLE),
-    Rule("repetition_max_duplicate_paragraph_chars", 0.2, _TABLE),
-    *(
-        Rule(f"repetition_max_top_{n}gram", bound, _TABLE, spaced_only=True)
-        for n, bound in zip(_TOP_NGRAMS, (0.2, 0.18, 0.16), strict=True)
-    ),
-    *(
-        Rule(f"repetition_max_duplicate_{n}gram", bound, _TABLE, spaced_only=True)
-        for n, bound in zip(_DUPLICATE_NGRAMS, (0.15, 0.14, 0.13, 0.12, 0.11, 0.1), strict=True)
-    ),
-    Rule("c4_min_sentences", 5, _C4),
-    Rule("c4_max_lorem_ipsum", 0, _C4),
-    Rule("c4_max_curly_brackets", 0, _C4),
-    Rule("fineweb_min_punctuated_lines", 0.12, _FINEWEB),
-    Rule("fineweb_max_short_lines", 0.67, _FINEWEB),
-    Rule("fineweb_max_duplicate_text_chars", 0.01, _FINEWEB),
-    Rule("fineweb_max_newlines", 0.3, _FINEWEB),
+    # Rae et al. 2021, A.1.1
+    Rule("gopher_min_words", 50),
+    Rule("gopher_max_words", 100_000),
+    Rule("gopher_min_mean_word_length", 3, english_only=True),
+    Rule("gopher_max_mean_word_length", 10, spaced_only=True),
+    Rule("gopher_max_hashes", 0.1),
+    Rule("gopher_max_ellipses", 0.1),
+    Rule("gopher_max_bullet_lines", 0.9),
+    Rule("gopher_max_ellipsis_lines", 0.3),
+    Rule("gopher_min_alphabetic", 0.8),
+    Rule("gopher_min_stop_words", 2, english_only=True),
+    # Rae et al. 2021, table A1
+    Rule("repetition_max_duplicate_lines", 0.3),
+    Rule("repetition_max_duplicate_paragraphs", 0.3),
+    Rule("repetition_max_duplicate_line_chars", 0.2),
+    Rule("repetition_max_duplicate_paragraph_chars", 0.2),
+    Rule("repetition_max_top_2gram", 0.2, spaced_only=True),
+    Rule("repetition_max_top_3gram", 0.18, spaced_only=True),
+    Rule("repetition_max_top_4gram", 0.16, spaced_only=True),
+    *(Rule(f"repetition_max_duplicate_{n}gram", (20 - n) / 100, spaced_only=True) for n in _DUPLICATE_NGRAMS),
+    # Raffel et al. 2020, 2.2
+    Rule("c4_min_sentences", 5),
+    Rule("c4_max_lorem_ipsum", 0),
+    Rule("c4_max_curly_brackets", 0),
+    # Penedo et al. 2024, 3.6
+    Rule("fineweb_min_punctuated_lines", 0.12),
+    Rule("fineweb_max_short_lines", 0.67),
+    Rule("fineweb_max_duplicate_text_chars", 0.01),
+    Rule("fineweb_max_newlines", 0.3),
 )
 
 

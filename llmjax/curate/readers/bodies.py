@@ -107,13 +107,8 @@ class _ZstdDecoder:
     def decompress(self, data: bytes, _: int) -> bytes:
         return self._frame.decompress(data)
 
-    @property
-    def eof(self) -> bool:
-        return self._frame.eof
-
-    @property
-    def unused_data(self) -> bytes:
-        return self._frame.unused_data
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._frame, name)
 
 
 class _BrotliDecoder:

@@ -15,19 +15,14 @@ from llmjax.data.store import minhash, near_duplicates
 from tests.curate import corpora
 
 
-class InProcessRunner:
-    """A runner without processes; partitions come in the reverse order."""
-
-    def map(self, function, tasks):
-        return enumerate([function(*task) for task in tasks])
-
-    def exchange(self, mapper, tasks, reducer, shared, folder):
-        rows_by_partition = {}
-        for task in tasks:
-            for partition, rows in mapper(*task).items():
-                rows_by_partition.setdefault(partition, []).append(rows)
-        for partition in sorted(rows_by_partition, reverse=True):
-            yield reducer(np.concatenate(rows_by_partition[partition]), *shared)
+def exchange(mapper, tasks, reducer, shared):
+    """Runner.exchange in this process; partitions come in reverse order."""
+    rows_by_partition = {}
+    for task in tasks:
+        for partition, rows in mapper(*task).items():
+            rows_by_partition.setdefault(partition, []).append(rows)
+    for partition in sorted(rows_by_partition, reverse=True):
+        yield reducer(np.concatenate(rows_by_partition[partition]), *shared)
 
 
 def find_copies(folder, texts, *, rank=None, is_active=None, is_protected=None, cuts=(), config=None):
@@ -45,8 +40,7 @@ def find_copies(folder, texts, *, rank=None, is_active=None, is_protected=None, 
         np.ones(len(texts), bool) if is_active is None else np.asarray(is_active, bool),
         np.zeros(len(texts), bool) if is_protected is None else np.asarray(is_protected, bool),
     )
-    config = config or DuplicatesConfig()
-    return duplicates.find_copies(documents, units, offsets, config, InProcessRunner(), folder / "exchange")
+    return duplicates.find_copies(documents, units, offsets, config or DuplicatesConfig(), exchange)
 
 
 @functools.cache
@@ -171,8 +165,7 @@ def test_a_band_of_many_different_texts_terminates(tmp_path, monkeypatch):
     unit.signatures.write_bytes(signatures.tobytes())
     content = draw.integers(0, 1 << 63, (40, 2), np.uint64)
     documents = duplicates.Candidates(content, np.arange(40), np.ones(40, bool), np.zeros(40, bool))
-    config, folder = DuplicatesConfig(), tmp_path / "exchange"
-    copies = duplicates.find_copies(documents, [unit], np.array([0, 40]), config, InProcessRunner(), folder)
+    copies = duplicates.find_copies(documents, [unit], np.array([0, 40]), DuplicatesConfig(), exchange)
     assert copies.representative.tolist() == [*range(20), *range(20)]
 
 
