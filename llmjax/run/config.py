@@ -6,7 +6,7 @@ import json
 import pathlib
 from typing import Any
 
-from llmjax.binding import as_dict, as_tree, bind_overridden, load_file
+from llmjax.binding import as_tree, bind_overridden, load_file
 from llmjax.checkpoint.manager import CheckpointConfig
 from llmjax.data.config import DataConfig, ObjectiveConfig
 from llmjax.data.objectives.objective import Objective, open_objective
@@ -182,7 +182,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[tuple[str, str]]) 
 
 def to_json(config: RunConfig) -> dict[str, Any]:
     """The config as a JSON object: tuples become lists."""
-    return json.loads(json.dumps(as_dict(config)))
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def objective(config: RunConfig, tokenizer: Tokenizer) -> Objective:
