@@ -108,7 +108,7 @@ def _summary(
     ]
     if total["bits_per_byte"] is None:
         lines += [
-            f"  accuracy        {total['accuracy']:.2%}   this model, of {total['tokens']:,} scored targets",
+            f"  accuracy        {total['accuracy']:.2%}   this model, of {total['num_targets']:,} scored targets",
             f"                  {total['baseline_accuracy']:.2%}   majority-class baseline",
         ]
     else:
