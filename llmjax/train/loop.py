@@ -81,12 +81,7 @@ def _set_up(config: RunConfig, workdir: epath.Path, lock: workdirs.Lock) -> tupl
     unsharded = states.unsharded_params(spec)
     for line in unsharded:
         logger.info("  unsharded: %s", line)
-    checkpoints = Checkpoints(
-        workdir / workdirs.CHECKPOINTS,
-        keep=config.checkpoint.keep,
-        keep_every=config.checkpoint.keep_every,
-        timeout_seconds=config.checkpoint.timeout_seconds,
-    )
+    checkpoints = Checkpoints(workdir / workdirs.CHECKPOINTS, config.checkpoint)
     progress = resume.restore_or_init(config, spec, data, checkpoints, tokenizer.sha256)
     context = TrainContext(
         config=config,
