@@ -79,9 +79,10 @@ MISTAKES = {
     "number for a bool": ("checkpoint.accept_changes", "1", r"checkpoint.accept_changes=1: expected true or false"),
     "number for a tuple": ("data.skip", "3", r"data.skip=3: expected a tuple"),
     "a section": ("train", "7", r"--config.train=7: this is a section"),
-    "below a value": ("train.steps.more", "7", r"unknown config field 'train.steps.more': train.steps is a value"),
-    "more than a key holds": ("seed", "4294967296", r"seed=4294967296: must be below 4294967296"),
-    "no processes": ("data.workers", "-1", r"data.workers=-1: must not be negative"),
+    "field of a value": ("train.steps.more", "7", r"unknown config field 'train.steps.more': train.steps is a value"),
+    "seed of more than 32 bits": ("seed", "4294967296", r"seed=4294967296: must be from 0 to 4294967295"),
+    "negative seed": ("seed", "-1", r"seed=-1: must be from 0 to 4294967295"),
+    "negative count": ("data.workers", "-1", r"data.workers=-1: must not be negative"),
     "out of range": ("train.steps", "0", r"train.steps=0: must be at least 1"),
     "stop beyond the end": ("train.stop_at", "100000", r"train.stop_at=100000 is beyond train.steps"),
     "uneven accumulation": (

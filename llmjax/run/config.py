@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 import dataclasses
 import json
+import operator
 import pathlib
 from typing import Any
 
@@ -25,7 +26,7 @@ class TrainConfig:
     steps         optimizer steps, and the horizon of every schedule
     stop_at       end the run at this step without touching the schedules; 0: at `steps`
     global_batch  sequences of a step, over all devices
-    accumulation  microbatches of a step; their gradients are summed, and divided by the targets once
+    accumulation  microbatches of a step; their gradients are added, and the sum is divided by the targets once
     loss_chunk    positions of a row whose logits are in memory at one time
     z_loss        weight of log(normaliser)^2 in the loss
     log_every     steps between lines of metrics.jsonl
@@ -75,6 +76,20 @@ class SampleConfig:
     top_p: float = 0.95
 
 
+# Fields of each section that must be at least 1, and those that must not be negative.
+_POSITIVE = {
+    "train": ("steps", "global_batch", "accumulation", "loss_chunk", "log_every", "max_skipped"),
+    "checkpoint": ("every", "keep", "timeout_seconds"),
+    "data": ("seq_len", "tokenizer.training_bytes"),
+}
+_NOT_NEGATIVE = {
+    "data": ("workers", "max_bad_fraction"),
+    "train": ("stop_at", "z_loss"),
+    "checkpoint": ("keep_every",),
+    "eval": ("every", "batch"),
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One run. `seed` keys the initial parameters, the data order, the draws of objectives, and dropout."""
@@ -92,37 +107,10 @@ class RunConfig:
     sample: SampleConfig = SampleConfig()
 
     def __post_init__(self):
-        positive = {
-            "train.steps": self.train.steps,
-            "train.global_batch": self.train.global_batch,
-            "train.accumulation": self.train.accumulation,
-            "train.loss_chunk": self.train.loss_chunk,
-            "train.log_every": self.train.log_every,
-            "train.max_skipped": self.train.max_skipped,
-            "checkpoint.every": self.checkpoint.every,
-            "checkpoint.keep": self.checkpoint.keep,
-            "checkpoint.timeout_seconds": self.checkpoint.timeout_seconds,
-            "data.seq_len": self.data.seq_len,
-            "data.tokenizer.training_bytes": self.data.tokenizer.training_bytes,
-        }
-        counts = {
-            "seed": self.seed,
-            "data.workers": self.data.workers,
-            "data.max_bad_fraction": self.data.max_bad_fraction,
-            "train.stop_at": self.train.stop_at,
-            "train.z_loss": self.train.z_loss,
-            "checkpoint.keep_every": self.checkpoint.keep_every,
-            "eval.every": self.eval.every,
-            "eval.batch": self.eval.batch,
-        }
-        for name, value in positive.items():
-            if value < 1:
-                raise UserError(f"{name}={value}: must be at least 1")
-        for name, value in counts.items():
-            if value < 0:
-                raise UserError(f"{name}={value}: must not be negative")
-        if self.seed >= 1 << 32:  # JAX's keys have 32 bits: a larger seed would repeat the draws of a smaller one
-            raise UserError(f"seed={self.seed}: must be below {1 << 32}")
+        self._check_least(_POSITIVE, 1, "must be at least 1")
+        self._check_least(_NOT_NEGATIVE, 0, "must not be negative")
+        if not 0 <= self.seed < 1 << 32:  # JAX's keys have 32 bits: a larger seed would repeat draws of a smaller one
+            raise UserError(f"seed={self.seed}: must be from 0 to {(1 << 32) - 1}")
         if self.train.stop_at > self.train.steps:
             raise UserError(f"train.stop_at={self.train.stop_at} is beyond train.steps={self.train.steps}: lower it")
         _check_profile(self.train)
@@ -143,6 +131,13 @@ class RunConfig:
                 f"train.global_batch={self.train.global_batch} is not divisible by "
                 f"train.accumulation={self.train.accumulation}: change one of them"
             )
+
+    def _check_least(self, fields: dict[str, tuple[str, ...]], least: int, expected: str) -> None:
+        for section, names in fields.items():
+            for name in names:
+                value = operator.attrgetter(f"{section}.{name}")(self)
+                if value < least:
+                    raise UserError(f"{section}.{name}={value}: {expected}")
 
 
 def _check_profile(train: TrainConfig) -> None:

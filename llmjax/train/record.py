@@ -60,9 +60,8 @@ def write_run_metadata(context: TrainContext, progress: Progress, unsharded: lis
 def run_summary(context: TrainContext) -> str:
     """The run in one line: parameters, devices, rows and tokens per step."""
     train, data = context.config.train, context.config.data
-    mesh = (
-        " x ".join(f"{name} {size}" for name, size in jax.sharding.get_mesh().shape.items() if size > 1) or "1 device"
-    )
+    axes = [f"{name} {size}" for name, size in jax.sharding.get_mesh().shape.items() if size > 1]
+    mesh = " x ".join(axes) or "1 device"
     parameters = sum(registry.parameters_by_part(context.spec.shapes.params).values())
     return (
         f"{parameters:,} parameters, {jax.devices()[0].device_kind} ({mesh}), "
