@@ -26,7 +26,7 @@ class Preemption:
             if signal.getsignal(number) != signal.SIG_IGN and (self._is_single or number != signal.SIGTERM):
                 self._old_handlers[number] = signal.signal(number, self._request)
         if not self._is_single:
-            interrupts.give_back_sigterm()
+            interrupts.restore_sigterm()
         self._deferred = interrupts.deferred()
         self._deferred.__enter__()
 
