@@ -119,7 +119,7 @@ def seconds(text: str) -> float:
 
 
 def resolve(command: str) -> str:
-    """The path of a command; `llmjax` and `python` are those of this script's environment, else of the checkout's .venv."""
+    """The path of a command; `llmjax` and `python` are those of this environment, else of the checkout's .venv."""
     own = pathlib.Path(sys.executable).parent
     for folder in (own, pathlib.Path(__file__).resolve().parents[1] / ".venv" / "bin"):
         if command in ("llmjax", "python") and os.access(folder / command, os.X_OK):
