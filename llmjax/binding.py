@@ -117,15 +117,11 @@ def _describe(kind: type) -> str:
     return names.get(kind, kind.__name__)
 
 
-def shipped_folder() -> pathlib.Path:
-    """The folder of the shipped configs: llmjax/configs in an installed wheel, configs/ in a checkout."""
-    package = pathlib.Path(__file__).resolve().parent
-    return next(folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir())
-
-
 def shipped_files() -> dict[str, pathlib.Path]:
-    """Name -> file of every config that ships with llmjax."""
-    return {path.stem: path for path in sorted(shipped_folder().glob("*.py")) if path.stem != "__init__"}
+    """Name -> file of every config that ships with llmjax: in llmjax/configs of a wheel, or configs/ of a checkout."""
+    package = pathlib.Path(__file__).resolve().parent
+    folder = next(path for path in (package / "configs", package.parent / "configs") if path.is_dir())
+    return {path.stem: path for path in sorted(folder.glob("*.py")) if path.stem != "__init__"}
 
 
 def find_file(spec: str) -> pathlib.Path:
@@ -153,8 +149,8 @@ def find_file(spec: str) -> pathlib.Path:
     return path
 
 
-def load_file(spec: str) -> ml_collections.ConfigDict:
-    """`FILE.py[:ARG]` or `NAME[:ARG]` -> the locked ConfigDict that its get_config(ARG) returns.
+def load_file(spec: str) -> dict[str, Any]:
+    """`FILE.py[:ARG]` or `NAME[:ARG]` -> the nested dict of the ConfigDict that its get_config(ARG) returns.
 
     A file with a table SIZES takes its keys alone as ARG.
     """
@@ -174,7 +170,11 @@ def load_file(spec: str) -> ml_collections.ConfigDict:
         raise UserError(
             f"--config={spec}: get_config() returns {type(config).__name__}; return an ml_collections.ConfigDict"
         )
-    return config.lock()
+    return _to_dict(config)
+
+
+def _to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    return {k: _to_dict(v) if isinstance(v, ml_collections.ConfigDict) else v for k, v in config.items()}
 
 
 @contextlib.contextmanager
@@ -188,11 +188,6 @@ def _as_user_error(spec: str, path: pathlib.Path) -> Iterator[None]:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = f"line {lines[-1]}: " if lines else ""  # a SyntaxError names its line itself
         raise UserError(f"--config={spec}: cannot be read ({line}{type(error).__name__}: {error})") from error
-
-
-def specs(path: pathlib.Path) -> list[str]:
-    """The values of `--config` for a config file: FILE.py, and FILE.py:SIZE for every size in its table SIZES."""
-    return [str(path), *(f"{path}:{size}" for size in getattr(load_module(path), "SIZES", ()))]
 
 
 def load_module(path: pathlib.Path) -> Any:
@@ -259,11 +254,6 @@ def bind_overridden(cls: type, tree: dict[str, Any], overrides: Sequence[tuple[s
     for field, value in values:
         set_field(tree, field, value)
     return bind(cls, tree)
-
-
-def as_tree(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """A ConfigDict as a nested dict."""
-    return {k: as_tree(v) if isinstance(v, ml_collections.ConfigDict) else v for k, v in config.items()}
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:

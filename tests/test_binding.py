@@ -14,7 +14,7 @@ CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 QUICKSTART = str(CONFIGS / "quickstart.py")
 
 
-@pytest.mark.parametrize("spec", [spec for path in run_config.files(CONFIGS) for spec in binding.specs(path)])
+@pytest.mark.parametrize("spec", [spec for specs in run_config.shipped_specs().values() for spec in specs])
 def test_every_shipped_config_binds_and_its_model_fits_its_mesh(spec):
     config = resolve(spec, [])
     config.model.check(seq_len=config.data.seq_len, tensor=config.mesh.tensor)
@@ -22,19 +22,17 @@ def test_every_shipped_config_binds_and_its_model_fits_its_mesh(spec):
     assert binding.bind(RunConfig, run_config.to_json(config)) == config
 
 
-WITH_SIZES = [path for path in run_config.files(CONFIGS) if len(binding.specs(path)) > 1]
-
-
-@pytest.mark.parametrize("path", WITH_SIZES, ids=lambda path: path.stem)
-def test_the_first_size_is_the_default_and_an_unknown_size_lists_all(path):
-    sizes = list(binding.load_module(path).SIZES)
-    assert resolve(str(path), []) == resolve(f"{path}:{sizes[0]}", [])
-    with pytest.raises(UserError, match=f"{path.stem}.py:9T: no such size; choose one of {', '.join(sizes)}"):
-        resolve(f"{path}:9T", [])
+@pytest.mark.parametrize("specs", [specs for specs in run_config.shipped_specs().values() if len(specs) > 1])
+def test_the_first_size_is_the_default_and_an_unknown_size_lists_all(specs):
+    name, first, *_ = specs
+    assert resolve(name, []) == resolve(first, [])
+    sizes = ", ".join(spec.partition(":")[2] for spec in specs[1:])
+    with pytest.raises(UserError, match=f"--config={name}:9T: no such size; choose one of {sizes}"):
+        resolve(f"{name}:9T", [])
 
 
 def test_the_curation_config_binds():
-    tree = binding.as_tree(binding.load_file(str(CONFIGS / "curate.py")))
+    tree = binding.load_file(str(CONFIGS / "curate.py"))
     assert binding.bind_overridden(Curation, tree, [], inputs="curate.inputs").curate.inputs["python"].path == "stdlib:"
 
 

@@ -10,7 +10,7 @@ import pathlib
 import shlex
 from typing import Any
 
-from llmjax.binding import as_tree, bind_overridden, load_file
+from llmjax.binding import bind_overridden, load_file
 from llmjax.cli.flags import CONFIG, Parser, make_parser, parse, parse_workdir
 from llmjax.errors import UserError
 
@@ -162,7 +162,7 @@ def _read_tree(flags: Any, path: pathlib.Path) -> dict[str, Any]:
     if saved is not None and "curate" not in saved:
         raise UserError(f"--workdir={flags.workdir}: contains a training run, not a corpus; give another folder")
     if flags.config is not None:
-        tree = as_tree(load_file(flags.config))
+        tree = load_file(flags.config)
         if "curate" not in tree:
             raise UserError(f"--config={flags.config}: has no section `curate`; give a config such as --config=curate")
         return tree

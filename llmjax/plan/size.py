@@ -2,9 +2,7 @@
 
 import dataclasses
 import math
-import pathlib
 
-from llmjax.binding import shipped_folder, specs
 from llmjax.errors import UserError
 from llmjax.models import registry
 from llmjax.plan import budget as budgets, count
@@ -78,14 +76,8 @@ def describe_config(config: RunConfig, spec: str, device: Device) -> list[str]:
 
 def nearest_config(parameters: float) -> tuple[str, int]:
     """(`NAME:SIZE`, parameters) of the shipped decoder config whose number of parameters is nearest by ratio."""
-    candidates = []
-    for path in run_config.files(shipped_folder()):
-        for spec in specs(path):
-            model = resolve(spec, None).model
-            if model.family == "decoder":
-                name, _, size = pathlib.Path(spec).name.partition(":")
-                short_spec = f"{name.removesuffix('.py')}:{size}".rstrip(":")
-                candidates.append((short_spec, registry.count_parameters(model)))
+    models = {spec: resolve(spec, None).model for specs in run_config.shipped_specs().values() for spec in specs}
+    candidates = [(s, registry.count_parameters(model)) for s, model in models.items() if model.family == "decoder"]
     return min(candidates, key=lambda item: abs(math.log(item[1] / parameters)))
 
 

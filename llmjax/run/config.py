@@ -4,10 +4,9 @@ from collections.abc import Sequence
 import dataclasses
 import json
 import operator
-import pathlib
 from typing import Any
 
-from llmjax.binding import as_tree, bind_overridden, load_file
+from llmjax.binding import bind_overridden, load_file, load_module, shipped_files
 from llmjax.checkpoint.manager import CheckpointConfig
 from llmjax.data.config import DataConfig, ObjectiveConfig
 from llmjax.data.objectives.objective import Objective, open_objective
@@ -156,18 +155,14 @@ def _check_profile(train: TrainConfig) -> None:
 
 def resolve(file: str, overrides: Sequence[tuple[str, str]]) -> RunConfig:
     """The config of `--config=FILE[:ARG]` with `(FIELD, TEXT)` overrides."""
-    return apply_overrides(read_file(file), overrides)
+    return apply_overrides(load_file(file), overrides)
 
 
-def read_file(file: str) -> dict[str, Any]:
-    """The nested dict of `FILE[:ARG]`."""
-    return as_tree(load_file(file))
-
-
-def files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The config files of a folder, sorted by name, without those of curation."""
-    paths = (path for path in sorted(folder.glob("*.py")) if path.stem != "__init__")
-    return [path for path in paths if "curate" not in read_file(str(path))]
+def shipped_specs() -> dict[str, list[str]]:
+    """Name -> the values NAME, NAME:SIZE, ... of `--config`, for every shipped config of training."""
+    sizes = {name: getattr(load_module(path), "SIZES", ()) for name, path in shipped_files().items()}
+    specs = {name: [name, *(f"{name}:{size}" for size in table)] for name, table in sizes.items()}
+    return {name: values for name, values in specs.items() if "curate" not in load_file(name)}
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> RunConfig:

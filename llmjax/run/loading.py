@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from llmjax import atomic
 from llmjax.batch import Graph, Params
+from llmjax.binding import load_file
 from llmjax.checkpoint.manager import Checkpoints
 from llmjax.data.objectives.objective import Objective
 from llmjax.data.store import prepare
@@ -79,7 +80,7 @@ def resolve(file: str | None, workdir: epath.Path, overrides: Sequence[tuple[str
     saved = _read_saved(workdir)
     imported = workdirs.read_json(workdir / workdirs.IMPORT)
     if file is not None:
-        tree = run_config.read_file(file)
+        tree = load_file(file)
     elif saved is not None:
         saved.get("checkpoint", {}).pop("accept_changes", None)  # accepts the changes of one start
         tree = saved

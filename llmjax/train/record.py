@@ -1,19 +1,18 @@
 """Metadata files of a run: config.json, run.json (devices, sizes, restarts), data.json."""
 
+import importlib.metadata
 import time
 import uuid
 
-import flax
-import grain
 import jax
-import optax
-import orbax.checkpoint as ocp
 
 import llmjax
 from llmjax.models import registry
 from llmjax.parallel import hosts
 from llmjax.run import config as run_config, workdir as workdirs
 from llmjax.train.context import Progress, TrainContext
+
+_LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain")
 
 
 def write_run_metadata(context: TrainContext, progress: Progress, unsharded: list[str]) -> None:
@@ -42,11 +41,7 @@ def write_run_metadata(context: TrainContext, progress: Progress, unsharded: lis
             "cpu_threads": context.config.parallel.cpu_threads,
             "versions": {
                 "llmjax": llmjax.__version__,
-                "jax": jax.__version__,
-                "flax": flax.__version__,
-                "optax": optax.__version__,
-                "orbax-checkpoint": ocp.__version__,
-                "grain": getattr(grain, "__version__", "unknown"),
+                **{name: importlib.metadata.version(name) for name in _LIBRARIES},
             },
             "parameters": sum(by_part.values()),
             "parameters_by_part": by_part,
