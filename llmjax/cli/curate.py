@@ -72,7 +72,7 @@ def curate(arguments: list[str]) -> int:
         if flags.runner == "ray":
             runner = stack.enter_context(runners.RayRunner(flags.ray_address))
         else:
-            runner = stack.enter_context(runners.LocalRunner(config.workers or workers.cores()))
+            runner = stack.enter_context(runners.LocalRunner(config.workers or workers.count_cores()))
         report = curating.curate(config, workdir, runner)
     return _show(workdir, report, list(data_card.summary_lines(report)), data_card.render_page(report), flags.workdir)
 
