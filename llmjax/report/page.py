@@ -241,8 +241,8 @@ def render_evaluation(run: RunFiles) -> str:
         for source, s in lines.items():
             bits = None if s["bits_per_byte"] is None else f"{s['bits_per_byte']:.4f}"
             scored = (f"{s['loss']:.4f}", f"{s['perplexity']:,.2f}", bits, f"{s['accuracy']:.2%}")
-            rows.append((split, source, scores.get("step"), *scored, s["tokens"], s["documents"]))
-    head = ("Split", "source", "step", "loss", "perplexity", "bits per byte", "accuracy", "tokens", "documents")
+            rows.append((split, source, scores.get("step"), *scored, s.get("num_targets"), s["documents"]))
+    head = ("Split", "source", "step", "loss", "perplexity", "bits per byte", "accuracy", "targets", "documents")
     body = table(head, rows, texts=2) if rows else _missing(run, "Nothing was evaluated yet.", "eval")
     return section("Evaluation", body)
 

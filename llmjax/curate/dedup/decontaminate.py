@@ -32,7 +32,7 @@ def count_shared_ngrams(text: str, config: DecontaminateConfig) -> dict[str, int
         count = 0
         for size, set_ngrams in _load_ngrams(path, config).items():
             if words.size >= size:
-                ngrams = minhash.shingles(words, size)
+                ngrams = minhash.hash_shingles(words, size)
                 # `np.isin` would sort the set again for every document.
                 index = np.minimum(np.searchsorted(set_ngrams, ngrams), set_ngrams.size - 1)
                 count += int((set_ngrams[index] == ngrams).sum())
@@ -77,12 +77,12 @@ def read_examples(path: str) -> Iterator[str]:
             return
         data, _ = _OPTIONS.utf8_blocks(str(file))
         if kind in ("csv", "tsv"):
-            for row in records.csv_rows(data, kind, _OPTIONS.max_record_bytes):
+            for row in records.parse_csv(data, kind, _OPTIONS.max_record_bytes):
                 if isinstance(row, records.BadRow):
                     raise ValueError(f"not {kind.upper()}: {row.reason}")
                 yield from row[0]
         elif kind in ("jsonl", "json"):
-            split_records = records.json_elements if kind == "json" else streams.lines
+            split_records = records.split_json if kind == "json" else streams.split_lines
             for _, value in split_records(data, max_bytes=_OPTIONS.max_record_bytes):
                 if isinstance(value, int):
                     raise ValueError(f"a record of {value:,} bytes")
@@ -105,7 +105,7 @@ def _iterate_strings(value: object) -> Iterator[str]:
 
 
 def _hash_words(text: str) -> np.ndarray:
-    return minhash.word_hashes(_PUNCTUATION.sub(" ", text.casefold()).encode("utf-8", "surrogatepass"))
+    return minhash.hash_words(_PUNCTUATION.sub(" ", text.casefold()).encode("utf-8", "surrogatepass"))
 
 
 def _load_ngrams(path: str, config: DecontaminateConfig) -> dict[int, np.ndarray]:
@@ -120,5 +120,5 @@ def _hash_ngrams(path: str, _state: tuple[int, int] | None, max_size: int, min_w
         words = _hash_words(example)
         if words.size >= min_words:
             size = min(max_size, words.size)
-            by_size.setdefault(size, []).append(minhash.shingles(words, size))
+            by_size.setdefault(size, []).append(minhash.hash_shingles(words, size))
     return {size: np.unique(np.concatenate(parts)) for size, parts in sorted(by_size.items())}

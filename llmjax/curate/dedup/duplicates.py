@@ -70,7 +70,7 @@ def find_copies(
         for measurement, begin, end in zip(measurements, offsets[:-1], offsets[1:], strict=True):
             tasks.append((measurement, int(begin), is_active[begin:end], rank[begin:end]))
         pairs += exchange(_band_keys, tasks, _similar_pairs, (signatures, config.similarity))
-    labels = near_duplicates.clusters(np.concatenate([np.zeros((0, 2), np.int64), *pairs]), count)
+    labels = near_duplicates.find_clusters(np.concatenate([np.zeros((0, 2), np.int64), *pairs]), count)
     first = _first_by_rank(labels, rank, count)
     copies = Copies(np.arange(count), first[labels], np.zeros(count, bool))
     members = np.flatnonzero(np.bincount(labels, minlength=count)[labels] > 1)
@@ -103,7 +103,7 @@ def _band_keys(measurement: Measurement, begin: int, is_active: np.ndarray, rank
                 part = np.empty(len(rows), _ROW)
                 # The salt makes equal values of different bands differ.
                 salt = GOLDEN_GAMMA * (division * minhash.BANDS + band + 1) & (1 << 64) - 1
-                part["key"] = minhash.band_keys(values, band) ^ np.uint64(salt)
+                part["key"] = minhash.hash_band(values, band) ^ np.uint64(salt)
                 part["rank"], part["index"] = rank[rows], rows + begin
                 parts.append(part)
     rows = np.concatenate([np.empty(0, _ROW), *parts])
@@ -116,7 +116,7 @@ def _similar_pairs(rows: np.ndarray, signatures: near_duplicates.Signatures, sim
     _, inverse, counts = np.unique(rows["key"], return_inverse=True, return_counts=True)
     rows = rows[counts[inverse] > 1]
     rows = rows[np.argsort(rows["rank"])]
-    return np.unique(near_duplicates.pairs(rows["index"], rows["key"], signatures, similarity), axis=0)
+    return np.unique(near_duplicates.find_pairs(rows["index"], rows["key"], signatures, similarity), axis=0)
 
 
 def _first_by_rank(labels: np.ndarray, rank: np.ndarray, count: int) -> np.ndarray:

@@ -66,7 +66,7 @@ class _Job:
     @functools.cached_property
     def fingerprint(self) -> str:
         keys = [measurement.key for measurement in self.measurements]
-        return token_store.fingerprint_of({"config": self.settings, "measurements": keys, "sources": self.sources})
+        return token_store.compute_fingerprint({"config": self.settings, "measurements": keys, "sources": self.sources})
 
 
 def curate(config: CurateConfig, workdir: Path, runner: Runner) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def _prepare(config: CurateConfig, workdir: Path, runner: Runner) -> _Job:
     language.check_config(config.language)
     if "decontaminate" in config.stages:
         decontaminate.check_evaluation_sets(config.decontaminate)
-    split.check(config.split, "curate.split")
+    split.check_fractions(config.split, "curate.split")
     units = [unit for name, input_config in config.inputs.items() for unit in list_units(name, input_config)]
     measure_settings = measure.measurement_settings(config)
     keys = [measure.measurement_key(unit, measure_settings) for unit in units]
@@ -117,7 +117,7 @@ def _build(job: _Job) -> Path:
     exchange = functools.partial(job.runner.exchange, folder=job.unfinished / "exchange")
     decisions = decide.decide(table, job.config, exchange, history)
     logger.info(f"deciding: {int(decisions.kept.sum()):,} of {len(table):,} records are kept")
-    digest = token_store.fingerprint_of({"corpus": job.fingerprint, "history": history.digest()})
+    digest = token_store.compute_fingerprint({"corpus": job.fingerprint, "history": history.digest()})
     folder = job.unfinished / f"written-{digest[:24]}"
     results = _write(job, table, decisions, folder)
     report = summary.summarise(table, decisions, results, job.config)
@@ -125,7 +125,7 @@ def _build(job: _Job) -> Path:
         "version": llmjax.__version__,
         "fingerprint": job.fingerprint,
         "config": job.settings,
-        "config_sha256": token_store.fingerprint_of(job.settings),
+        "config_sha256": token_store.compute_fingerprint(job.settings),
         "inputs": _summarise_inputs(job.units),
     }
     history.with_decisions(table, decisions, job.config).save(folder / _SPLITS)
@@ -270,7 +270,7 @@ def _summarise_inputs(units: list[Unit[InputConfig]]) -> dict[str, dict[str, Any
             "parts": len(parts),
             "bytes": sum(unit.size for unit in parts),
             "files": len({item.path for unit in parts for item in unit.items}),
-            "fingerprint": token_store.fingerprint_of({"parts": [repr((unit.items, unit.state)) for unit in parts]}),
+            "fingerprint": token_store.compute_fingerprint({"parts": [repr((u.items, u.state)) for u in parts]}),
         }
     return inputs
 

@@ -131,7 +131,7 @@ def decide(table: Table, config: CurateConfig, exchange: Exchange, history: "His
             _balance_inputs(table, decisions, stage, config, history)
         elif name == "split":
             decisions.cluster = history.update_clusters(content_hash, decisions.cluster)
-            decisions.split[decisions.kept] = splits.assign(decisions.cluster, config.split)[decisions.kept]
+            decisions.split[decisions.kept] = splits.assign_splits(decisions.cluster, config.split)[decisions.kept]
     return decisions
 
 

@@ -80,8 +80,8 @@ def _load_classifier(path: str, _state: tuple[int, int] | None) -> classifier.Cl
 
 
 def _compute_signature(document: Document, config: CurateConfig) -> Document:
-    data = document.text.encode("utf-8", "surrogatepass")
-    return dataclasses.replace(document, content_hash=hash_content(document.text), signature=minhash.signature(data))
+    signature = minhash.compute_signature(document.text.encode("utf-8", "surrogatepass"))
+    return dataclasses.replace(document, content_hash=hash_content(document.text), signature=signature)
 
 
 def _count_shared_ngrams(document: Document, config: CurateConfig) -> Document:

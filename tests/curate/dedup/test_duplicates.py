@@ -30,7 +30,7 @@ def find_copies(folder, texts, *, rank=None, is_active=None, is_protected=None, 
     folder.mkdir(exist_ok=True)
     offsets = np.array([0, *cuts, len(texts)])
     units = [Measurement(folder, str(number)) for number in range(len(offsets) - 1)]
-    signatures = [minhash.signature(text.encode()) for text in texts]
+    signatures = [minhash.compute_signature(text.encode()) for text in texts]
     for unit, begin, end in zip(units, offsets[:-1], offsets[1:], strict=True):
         unit.signatures.write_bytes(b"".join(one.tobytes() for one in signatures[begin:end]))
     content = np.frombuffer(b"".join(map(hash_content, texts)), ">u8").reshape(-1, 2).astype(np.uint64)

@@ -143,13 +143,13 @@ def test_records_and_ids_do_not_depend_on_units(tmp_path, monkeypatch, mark):
     one = read(path)
     assert texts(one) == [line["text"] for line in lines]
     for limit in (50, 997, 4096):
-        monkeypatch.setattr("llmjax.data.readers.sources.unit_bytes", lambda total, limit=limit: limit)
+        monkeypatch.setattr("llmjax.data.readers.sources.choose_unit_bytes", lambda total, limit=limit: limit)
         assert len(list_units("main", InputConfig(path=str(path)))) > 10
         assert read(path) == one
 
 
 def test_a_utf16_file_is_not_divided_into_units(tmp_path, monkeypatch):
-    monkeypatch.setattr("llmjax.data.readers.sources.unit_bytes", lambda total: 1000)
+    monkeypatch.setattr("llmjax.data.readers.sources.choose_unit_bytes", lambda total: 1000)
     lines = [{"text": f"{i} \u0a00"} for i in range(500)]  # its UTF-16 bytes contain that of a line feed
     (tmp_path / "a.jsonl").write_bytes(
         "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines).encode("utf-16")

@@ -57,8 +57,10 @@ PACKERS = {"gz": gzip.compress, "zst": zstandard.compress, "xz": lzma.compress, 
 
 @pytest.mark.parametrize("suffix", PACKERS)
 def test_a_truncated_file_is_an_error_unless_accepted(tmp_path, suffix):
-    whole = b"".join(json.dumps({"text": random.Random(i).randbytes(40).hex()}).encode() + b"\n" for i in range(20000))
-    path, data = tmp_path / f"a.jsonl.{suffix}", PACKERS[suffix](whole)
+    content = b"".join(
+        json.dumps({"text": random.Random(i).randbytes(40).hex()}).encode() + b"\n" for i in range(20000)
+    )
+    path, data = tmp_path / f"a.jsonl.{suffix}", PACKERS[suffix](content)
     path.write_bytes(data)
     assert len(texts(read(path))) == 20000
     path.write_bytes(data[: len(data) // 2])
