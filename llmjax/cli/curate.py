@@ -71,7 +71,7 @@ def curate(arguments: list[str]) -> int:
         if flags.runner == "ray":
             runner = stack.enter_context(runners.RayRunner(flags.ray_address))
         else:
-            runner = stack.enter_context(runners.LocalRunner(config.workers or workers.cores()))
+            runner = stack.enter_context(runners.LocalRunner(config.workers or workers.count_cores()))
         report = curating.curate(config, workdir, runner)
     return _write_report(workdir, report, flags.workdir)
 

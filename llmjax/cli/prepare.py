@@ -51,7 +51,7 @@ def prepare(arguments: list[str]) -> int:
         remaining = data.remaining(data.start())
         count = flags.preview if remaining is None else min(flags.preview, remaining)
         for batch, _ in itertools.islice(data.batches(data.start(), np.arange(1)), count):
-            logger.info("%s", "\n".join(["", *preview.lines(batch, objective, tokenizer)]))
+            logger.info("%s", "\n".join(["", *preview.format_batch(batch, objective, tokenizer)]))
         data.close()
     same_flags = [f"--config={flags.config}"] if flags.config else []
     same_flags += [f"--workdir={flags.workdir}", *(f"--config.{field}={value}" for field, value in overrides)]

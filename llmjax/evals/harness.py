@@ -18,7 +18,7 @@ from llmjax.batch import Batch, Graph, Params
 from llmjax.data.batches.pipeline import EvalData
 from llmjax.data.objectives.objective import Objective
 from llmjax.data.store import prepare
-from llmjax.data.store.token_store import fingerprint_of
+from llmjax.data.store.token_store import compute_fingerprint
 from llmjax.errors import UserError
 from llmjax.nn import losses
 from llmjax.parallel import backends, hosts
@@ -165,7 +165,7 @@ def _fingerprint_settings(config: RunConfig, manifest: dict[str, Any]) -> str:
     section = run_config.to_json(config)
     data = {name: section["data"][name] for name in ("seq_len", "packing")}
     settings = {"seed": config.seed, "model": section["model"], "objective": section["objective"], "data": data}
-    return fingerprint_of({**settings, "store": manifest["fingerprint"]})
+    return compute_fingerprint({**settings, "store": manifest["fingerprint"]})
 
 
 def write(workdir: epath.Path, step: int, scores: dict[str, Any], *, parameters: str, fingerprint: str) -> epath.Path:

@@ -17,9 +17,9 @@ CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 
 def module(family: str):
     spec = importlib.util.spec_from_file_location(family, CONFIGS / f"{family}.py")
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def recipe(family: str, size: str) -> dict:
@@ -115,7 +115,7 @@ def test_a_value_out_of_bounds_is_named(fields, words):
         ("pattern", {"window": 8, "attention_pattern": "lg"}),
     ],
 )
-def test_a_kernel_refuses_what_it_cannot_honour(feature, fields, monkeypatch):
+def test_kernel_refuses_unsupported_features(feature, fields, monkeypatch):
     full = attention.KERNELS["dot"]
     less = dataclasses.replace(full, supports=full.supports - {feature})
     monkeypatch.setitem(attention.KERNELS, "dot", less)

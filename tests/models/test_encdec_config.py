@@ -31,7 +31,7 @@ def test_published_parameter_counts(size, count):
     assert registry.count_parameters(dataclasses.replace(model, vocab_size=32128)) == count
 
 
-def test_the_first_t5_has_its_published_count():
+def test_first_t5_has_its_published_parameter_count():
     base = EncDecConfig(
         vocab_size=32128, num_layers=12, embed=768, num_heads=12, activation="relu", gated=False, tie_embeddings=True
     )
@@ -74,9 +74,9 @@ def products(jaxpr) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
-            (left, _), (batch, _) = equation.params["dimension_numbers"]
+            (contracted, _), (batch, _) = equation.params["dimension_numbers"]
             size, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
-            total += 2 * np.prod(out) * np.prod([size[i] for i in left])
+            total += 2 * np.prod(out) * np.prod([size[i] for i in contracted])
             assert len(batch) <= 2
         for value in equation.params.values():
             inner = getattr(value, "jaxpr", value)

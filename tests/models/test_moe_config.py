@@ -16,9 +16,9 @@ CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 
 def module(name: str):
     spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def model(name: str, size: str, vocab: int) -> MoeConfig:
@@ -53,7 +53,7 @@ def test_exact_counts_of_published_files():
     assert registry.count_parameters(model("qwen3_moe", "30B", 151936)) == 30_532_122_624
 
 
-def test_what_tensor_parallelism_cannot_cut_is_named():
+def test_error_names_sizes_that_tensor_parallelism_cannot_split():
     config = model("deepseek", "671B", 129280)
     config.check(seq_len=64, tensor=8)
     with pytest.raises(UserError, match=r"mesh.tensor=3: must divide model.num_heads=128"):

@@ -24,7 +24,7 @@ every_variant = pytest.mark.parametrize("name", RECURRENT)
 
 
 @pytest.mark.parametrize("name", ["lstm", "rglru"])
-def test_unrolled_loops_over_time_change_no_number(name):
+def test_unrolled_time_loops_do_not_change_results(name):
     config = dataclasses.replace(RECURRENT[name], dropout=0.2)
     graph, params = init_model(config)
     if name == "rglru":
@@ -49,7 +49,7 @@ def test_remat_attention_does_not_run_the_recurrence_again(name):
 
 
 @every_variant
-def test_padding_does_not_advance_the_state(name):
+def test_padding_does_not_change_the_state(name):
     """The state after a padded prompt is, to the last bit, that after the prompt alone with other padding."""
     graph, params = init_model(RECURRENT[name])
     model = nnx.merge(graph, params)
@@ -60,7 +60,7 @@ def test_padding_does_not_advance_the_state(name):
     jax.tree.map(np.testing.assert_array_equal, prefill(tokens), prefill(other))
 
 
-def test_generation_of_unequal_prompts_is_that_of_each_alone():
+def test_batched_prompts_generate_what_each_generates_alone():
     for config in (LSTM, RGLRU):
         graph, params = init_model(config)
         prompts = [[5], list(range(1, 40)), [8, 8, 3]]
@@ -108,7 +108,7 @@ def test_the_published_shapes():
     assert registry.count_parameters(model) == 66_022_000 - 10_000 == 2 * 10_000 * 1500 + 2 * (8 * 1500**2 + 4 * 1500)
 
 
-def test_hawk_is_of_the_size_that_its_name_says():
+def test_hawk_has_the_size_of_its_name():
     """De et al. print the size with one decimal, and not their vocabulary: what lies outside the embedding is 1.3
     billion within half of that decimal."""
     hawk = dataclasses.replace(bind(RecurrentConfig, recipe("hawk-1.3B")["model"]), vocab_size=32_000, vocab_multiple=1)
