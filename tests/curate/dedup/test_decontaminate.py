@@ -60,7 +60,9 @@ def test_short_examples_are_looked_for_as_a_whole_and_very_short_ones_not(tmp_pa
     assert decontaminate.hits("one two three four five six seven. nine ten eleven", config) == {}
 
 
-@pytest.mark.parametrize(("name", "content"), [("bad.jsonl", "{"), ("bad.json", "{"), ("bad.parquet", "x")])
+@pytest.mark.parametrize(
+    ("name", "content"), [("bad.jsonl", "{"), ("bad.json", "{"), ("bad.parquet", "x"), ("bad.pdf", "%PDF-1.4")]
+)
 def test_a_set_that_cannot_be_read_is_named(tmp_path, name, content):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=f"{name}.*cannot be read"):
