@@ -1,5 +1,6 @@
 """The package as it is installed: what travels in the wheel, and that it works away from the repository."""
 
+import importlib.metadata
 import os
 import pathlib
 import subprocess
@@ -8,6 +9,8 @@ import tomllib
 import venv
 import zipfile
 
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 import pytest
 
 import llmjax
@@ -36,6 +39,29 @@ def test_every_dependency_has_an_upper_bound():
     core = {"jax", "etils", "llmjax"}  # named again for their extras alone; bounded among the dependencies
     free = [entry for entry in listed if "<" not in entry and "==" not in entry and entry.split("[")[0] not in core]
     assert free == []
+
+
+def test_constraints_pin_every_package_of_an_install():
+    """Also the dependencies of dependencies: an unpinned one may break an install a year from now."""
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    pinned = {canonicalize_name(line.split("==")[0]) for line in lines}
+    missing, visited = set(), set()
+    pending = [("llmjax", extra) for extra in ("", "test", "curate", "ray", "docs")]
+    while pending:
+        name, extra = pending.pop()
+        if (name, extra) in visited:
+            continue
+        visited.add((name, extra))
+        try:
+            requirements = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:  # an extra that is not installed, such as docs
+            continue
+        for requirement in map(Requirement, requirements):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                pending += [(canonicalize_name(requirement.name), option) for option in ("", *requirement.extras)]
+        if name != "llmjax" and name not in pinned:
+            missing.add(name)
+    assert missing == set()
 
 
 def test_a_name_finds_the_shipped_config(monkeypatch, tmp_path):
