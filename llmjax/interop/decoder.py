@@ -6,7 +6,6 @@ from llmjax.errors import UserError
 from llmjax.interop import decoder_rules
 from llmjax.interop.hf_config import (
     FULL,
-    MAX_LAYERS,
     NUMBER,
     SLIDING,
     Fields,
@@ -17,6 +16,7 @@ from llmjax.interop.hf_config import (
     write_rope_by_kind,
 )
 from llmjax.interop.mapping import Architecture
+from llmjax.models.base import MAX_LAYERS
 from llmjax.models.decoder_config import DecoderConfig
 
 # Several names mean the same function.

@@ -3,8 +3,9 @@
 from typing import Any
 
 from llmjax.errors import UserError
-from llmjax.interop.hf_config import MAX_LAYERS, Fields
+from llmjax.interop.hf_config import Fields
 from llmjax.interop.mapping import Architecture, Rule, linear, transposed
+from llmjax.models.base import MAX_LAYERS
 from llmjax.models.encdec import EncDecConfig
 
 # feed_forward_proj -> activation, gated; "gated-gelu" has always meant the tanh form.

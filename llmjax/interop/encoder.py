@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from llmjax.errors import UserError
-from llmjax.interop.hf_config import FULL, MAX_LAYERS, NUMBER, SLIDING, Fields, attention_pattern
+from llmjax.interop.hf_config import FULL, NUMBER, SLIDING, Fields, attention_pattern
 from llmjax.interop.mapping import Architecture, Rule, linear, transposed, vector
+from llmjax.models.base import MAX_LAYERS
 from llmjax.models.encoder import EncoderConfig
 
 # If several Hugging Face names mean the same function, the last one is written.

@@ -15,7 +15,6 @@ _TYPE_NAMES = {bool: "true or false", int: "a number", float: "a number", str: "
 # Bounds far above every published model, so that a damaged config.json is refused before anything is allocated.
 _MAX_NUMBER = 1e15
 _MAX_SIZE = 1 << 24
-MAX_LAYERS = 1 << 12
 MAX_EXPERTS = 1 << 16
 
 # Fields of the base class of all configs, in transformers 2 to 5, that change no number of a forward pass in float32

@@ -17,8 +17,9 @@ from llmjax.interop.decoder import (
     write_shared_fields,
 )
 from llmjax.interop.decoder_rules import LAYER
-from llmjax.interop.hf_config import MAX_EXPERTS, MAX_LAYERS, Fields, read_rope, shown, write_rope
+from llmjax.interop.hf_config import MAX_EXPERTS, Fields, read_rope, shown, write_rope
 from llmjax.interop.mapping import Architecture, Rule, linear, transposed
+from llmjax.models.base import MAX_LAYERS
 from llmjax.models.moe import MoeConfig
 from llmjax.nn.rotary import yarn_attention_factor
 
