@@ -76,7 +76,7 @@ def why_unsupported(path: str, head: bytes | None = None, is_lenient: bool = Fal
         return "a WARC or ARC file; extract its pages with `llmjax curate`"
     if not is_lenient and encodings.is_wide(next(_read_blocks(path), b"")):
         return "UTF-16 or UTF-32; convert it to UTF-8"
-    if streams.compression_of(path) and (streams.find_compression(head) or head.startswith(b"PAR1")):
+    if streams.detect_compression(path) and (streams.find_compression(head) or head.startswith(b"PAR1")):
         return "compressed twice, or Parquet in another compression; decompress it once"
     return next((reason for magic, reason in _NO_TEXT if magic.match(head)), "")
 
@@ -84,7 +84,7 @@ def why_unsupported(path: str, head: bytes | None = None, is_lenient: bool = Fal
 def _read_head(path: str) -> bytes:
     """The first bytes of the content as UTF-8, without a byte order mark; empty for an unreadable file."""
     head = b""
-    for block in encodings.as_utf8(_read_blocks(path))[0]:
+    for block in encodings.convert_to_utf8(_read_blocks(path))[0]:
         head += block
         if len(head) >= _HEAD_BYTES:
             break
@@ -93,7 +93,7 @@ def _read_head(path: str) -> bytes:
 
 def _read_blocks(path: str) -> Iterator[bytes]:
     with contextlib.suppress(streams.DamageError, OSError):
-        yield from streams.blocks(path)
+        yield from streams.read_blocks(path)
 
 
 def _json_format(head: bytes, is_expected: bool) -> str:
@@ -129,7 +129,7 @@ def _parse(value: bytes | str, parser: Callable = json.loads) -> object:
         return None
 
 
-def without_bom(data: Iterator[bytes]) -> Iterator[bytes]:
+def strip_bom(data: Iterator[bytes]) -> Iterator[bytes]:
     """Blocks without the UTF-8 byte order mark at their beginning."""
     first = b""
     for block in data:
