@@ -6,7 +6,7 @@ llmjax train --config=gemma:3-1B --workdir=runs/gemma --config.data.sources.main
 
 from ml_collections import ConfigDict
 
-# Fields of the model by size; Gemma 2 and 3 have sizes of their own.
+# Fields of the model by size; those of Gemma 2 begin with 2-, those of Gemma 3 with 3-.
 SIZES = {
     "tiny": dict(num_layers=6, embed=160, num_heads=4, num_kv_heads=1, head_dim=40, mlp=448, window=64),
     "2-2B": dict(num_layers=26, embed=2304, num_heads=8, num_kv_heads=4, head_dim=256, mlp=9216, window=4096),
@@ -18,7 +18,7 @@ SIZES = {
     "3-12B": dict(num_layers=48, embed=3840, num_heads=16, num_kv_heads=8, head_dim=256, mlp=15360, window=1024),
     "3-27B": dict(num_layers=62, embed=5376, num_heads=32, num_kv_heads=16, head_dim=128, mlp=21504, window=1024),
 }
-# Attention scores are divided by the root of this number in place of the width of a head.
+# Attention scores are divided by the square root of this number instead of that of head_dim.
 SCORE_DIVISORS = {"2-27B": 144, "3-27B": 168}
 
 EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.88)}

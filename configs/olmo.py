@@ -6,7 +6,7 @@ llmjax train --config=olmo:2-1B --workdir=runs/olmo --config.data.sources.main.p
 
 from ml_collections import ConfigDict
 
-# Fields of the model by size; OLMo 2 and 3 have sizes of their own.
+# Fields of the model by size; those of OLMo 2 begin with 2-, those of OLMo 3 with 3-.
 SIZES = {
     "tiny": dict(num_layers=4, embed=192, num_heads=6, num_kv_heads=6, mlp=512),
     "2-1B": dict(num_layers=16, embed=2048, num_heads=16, num_kv_heads=16, mlp=8192),
@@ -16,7 +16,7 @@ SIZES = {
     "3-7B": dict(num_layers=32, embed=4096, num_heads=32, num_kv_heads=32, mlp=11008),
     "3-32B": dict(num_layers=64, embed=5120, num_heads=40, num_kv_heads=8, mlp=27648),
 }
-# Sequences a step and peak learning rate.
+# Sequences per step and peak learning rate.
 RECIPES = {
     "tiny": dict(global_batch=8, learning_rate=3e-3),
     "2-1B": dict(global_batch=512, learning_rate=4e-4),

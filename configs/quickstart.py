@@ -1,4 +1,4 @@
-"""A small decoder on the text that every Python carries: minutes on a laptop, no download.
+"""A small decoder trained on the source files of Python's standard library: minutes on a laptop, no download.
 
 llmjax train --config=quickstart --workdir=runs/quickstart
 llmjax train --config=quickstart --workdir=runs/mine --config.data.sources.main.path='texts/**/*.txt'

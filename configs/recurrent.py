@@ -1,4 +1,4 @@
-"""Recurrent language models: four cells that train on the text that every Python carries, and two published shapes.
+"""Recurrent language models: four cells in tiny sizes, and two published sizes.
 
 llmjax train --config=recurrent --workdir=runs/lstm
 llmjax train --config=recurrent:rglru --workdir=runs/rglru

@@ -22,6 +22,7 @@ LAYERS = {
     "llmjax.interop.exporting": 4,
     "llmjax.interop.tokenizers": 4,
     "llmjax.interop": 3,
+    "llmjax.run.next_commands": 1,
     "llmjax.run.tensorboard": 1,
     "llmjax.run.workdir": 1,
     "llmjax.run.state": 3,

@@ -37,7 +37,7 @@ def curate(arguments: list[str]) -> int:
         llmjax curate classifier --good=A --bad=B --to=FILE.npz trains a quality classifier on two folders.""",
         _EXAMPLE,
     )
-    parser.add_argument("--config", metavar="FILE", help=f"{CONFIG.split(';')[0]}; not needed with --resume")
+    parser.add_argument("--config", metavar="NAME", help=f"{CONFIG.split(';')[0]}; not needed with --resume")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the corpus")
     parser.add_argument("--resume", action="store_true", help="use the config in the workdir")
     parser.add_argument(
@@ -130,8 +130,8 @@ def _classifier(arguments: list[str]) -> int:
         logger.info(f"a good one scores above a bad one with probability {evaluation.auc:.3f}")
     logger.info(f"\nmodel: {flags.to}, trained on all texts")
     logger.info(
-        f"next: --config.curate.quality.classifier={shlex.quote(flags.to)} writes the score beside every text; "
-        "--config.curate.quality.min_classifier_score=0.5 drops what is below"
+        f"next: run `llmjax curate` with --config.curate.quality.classifier={shlex.quote(flags.to)}, which scores "
+        "every text, and with --config.curate.quality.min_classifier_score=0.5, which drops the texts below that score"
     )
     return 0
 

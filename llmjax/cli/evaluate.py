@@ -20,7 +20,7 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument("--workdir", required=True, metavar="DIR", help="a run")
     parser.add_argument("--step", type=int_range(0), help="the checkpoint (default: the newest)")
     splits = ("train", "validation", "test")
-    parser.add_argument("--split", default="validation", choices=splits, help="which documents (default validation)")
+    parser.add_argument("--split", default="validation", choices=splits, help="documents to score (default validation)")
     flags, overrides = parse(parser, arguments)
     from llmjax.run import loading
 
@@ -29,11 +29,11 @@ def evaluate(arguments: list[str]) -> int:
     from llmjax import report
     from llmjax.evals import harness
     from llmjax.parallel import hosts
+    from llmjax.run import next_commands
 
     with loading.load(workdir, step=flags.step, overrides=overrides) as loaded:
         path = harness.evaluate(workdir, loaded, flags.split)
     if hosts.is_primary():
         logger.info("written to %s\nreport: %s", path, report.write_report(workdir))
-    if loaded.config.model.generates:
-        logger.info("next: llmjax generate --workdir=%s --prompt='Once upon a time'", flags.workdir)
+    logger.info("next: %s", next_commands.use_model(flags.workdir, loaded.config.objective.name))
     return 0

@@ -48,5 +48,5 @@ def export(arguments: list[str]) -> int:
     logger.info("written to %s: %s in %d file(s), %.2f GB", flags.to, name, len(exported.files), gigabytes)
     logger.info("tokenizer: %s", exported.tokenizer)
     loader = "AutoModelForCausalLM" if name.endswith(("CausalLM", "LMHeadModel")) else name
-    logger.info("next: from transformers import %s; %s.from_pretrained(%r)", loader, loader, flags.to)
+    logger.info("next, in Python: from transformers import %s; %s.from_pretrained(%r)", loader, loader, flags.to)
     return 0

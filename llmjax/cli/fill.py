@@ -28,6 +28,7 @@ def fill(arguments: list[str]) -> int:
     loading.initialize(parse_workdir(flags.workdir), overrides)
     from llmjax.inference import fill_mask
     from llmjax.parallel import hosts
+    from llmjax.run import next_commands
 
     with loading.load(parse_workdir(flags.workdir), step=flags.step, overrides=overrides) as loaded:
         predictions = fill_mask.fill(loaded, flags.text, flags.count)
@@ -40,5 +41,6 @@ def fill(arguments: list[str]) -> int:
                 for candidate in candidates:
                     print(f"  {candidate.probability:6.1%}  {candidate.text!r}")
         sys.stdout.flush()
-    logger.info("step %d (%s)", loaded.step, loaded.params_name)
+    logger.info("\nstep %d (%s)", loaded.step, loaded.params_name)
+    logger.info("next: %s", next_commands.score_model(flags.workdir, loaded.store))
     return 0

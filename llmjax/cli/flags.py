@@ -12,7 +12,7 @@ from llmjax.errors import UserError
 if typing.TYPE_CHECKING:
     from etils import epath
 
-CONFIG = "a name of `llmjax configs`, or a Python file with get_config(); may be left out where a workdir has a config"
+CONFIG = "a name that `llmjax configs` lists, or a Python file with get_config(); default: config.json of the workdir"
 
 
 class Parser(argparse.ArgumentParser):

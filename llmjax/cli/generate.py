@@ -19,6 +19,7 @@ def generate(arguments: list[str]) -> int:
     loading.initialize(workdir, overrides)
     from llmjax.inference.generate import Sampling, complete
     from llmjax.parallel import hosts
+    from llmjax.run import next_commands
 
     sampling = Sampling(
         max_tokens=flags.max_tokens,
@@ -35,7 +36,7 @@ def generate(arguments: list[str]) -> int:
     method = f"temperature {flags.temperature:g}, seed {flags.seed}" if flags.temperature else "greedy"
     method += ", plain prompts" if answers else ""
     logger.info("\nstep %d (%s), %s", loaded.step, loaded.params_name, method)
-    logger.info("next: llmjax eval --workdir=%s --split=test", flags.workdir)
+    logger.info("next: %s", next_commands.score_model(flags.workdir, loaded.store))
     return 0
 
 
@@ -56,19 +57,19 @@ def _make_parser() -> Parser:
     add = parser.add_argument
     add("--workdir", required=True, metavar="DIR", help="a run")
     add("--prompt", action="append", required=True, help="text to continue; may be given several times")
-    forms = "of an encoder-decoder (default: objective.prompt_form of the run: plain after an import, else trained)"
+    forms = "how an encoder-decoder reads the prompt (default: objective.prompt_form of the run)"
     add("--prompt_form", choices=PROMPT_FORMS, help=forms)
     add("--step", type=int_range(0), help="the checkpoint (default: the newest)")
     add("--max_tokens", type=int_range(1, 2**30), default=100, help="new tokens at most (default 100)")
-    add("--temperature", type=number, default=0.8, help="0: greedy (default 0.8)")
-    add("--top_k", type=int_range(0), default=0, help="sample from the k most probable tokens; 0: all (default)")
+    add("--temperature", type=number, default=0.8, help="randomness of the draws; 0: greedy (default 0.8)")
+    add("--top_k", type=int_range(0), default=0, help="sample from the k most probable tokens; 0: all (default 0)")
     add(
         "--top_p",
         type=number,
         default=1.0,
         help="sample from the fewest tokens with this total probability (default 1)",
     )
-    add("--seed", type=int_range(0, 2**32 - 1), default=0, help="of the random draws (default 0)")
+    add("--seed", type=int_range(0, 2**32 - 1), default=0, help="seed of the random draws (default 0)")
     return parser
 
 

@@ -17,7 +17,8 @@ def import_(arguments: list[str]) -> int:
         Read a checkpoint of Hugging Face transformers from a local folder (config.json, model.safetensors or shards
         with their index, tokenizer.json or a SentencePiece model) into checkpoint 0 of a new workdir. Tensors go to the
         devices part by part, so that the host never holds a full copy. Model and tokenizer are stored in the workdir:
-        generate, eval and export work on it at once, and train starts from these parameters.""",
+        generate, fill and export work at once, and train starts from these parameters. eval needs a token store, which
+        prepare and train write.""",
         "llmjax import --from=checkpoints/gpt2 --workdir=runs/gpt2 --config.model.dtype=bfloat16",
     )
     parser.add_argument("--from", dest="source", required=True, metavar="DIR", help="a folder with config.json")
@@ -31,7 +32,7 @@ def import_(arguments: list[str]) -> int:
     )
     flags, overrides = parse(parser, arguments)
     from llmjax.parallel import hosts
-    from llmjax.run import config as run_config
+    from llmjax.run import config as run_config, next_commands
 
     # The backend starts before the source is read, so its settings come from the overrides alone.
     backend = run_config.apply_overrides({}, [(name, text) for name, text in overrides if name.startswith("parallel.")])
@@ -47,7 +48,6 @@ def import_(arguments: list[str]) -> int:
         f"stored as {model.param_dtype}, read from {imported.nbytes / 1e9:.2f} GB of {', '.join(imported.types)}, "
         f"{imported.tokenizer}"
     )
-    if model.generates:
-        logger.info("next: llmjax generate --workdir=%s --prompt='Once upon a time'", workdir)
-    logger.info("      llmjax train --workdir=%s --config.data.sources.main.path='/my/texts/**/*.txt'", workdir)
+    logger.info("next: %s", next_commands.use_model(workdir, imported.config.objective.name))
+    logger.info("      %s", next_commands.score_model(workdir, store=None))
     return 0

@@ -19,7 +19,7 @@ def prepare(arguments: list[str]) -> int:
         --preview prints the first samples as the model will see them.""",
         "llmjax prepare --config=quickstart --workdir=runs/a --config.data.sources.main.path='texts/*.txt'",
     )
-    parser.add_argument("--config", metavar="FILE[:SIZE]", help=CONFIG)
+    parser.add_argument("--config", metavar="NAME[:SIZE]", help=CONFIG)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run's files go")
     parser.add_argument("--preview", type=int_range(0), default=0, metavar="N", help="print the first N samples")
     flags, overrides = parse(parser, arguments)

@@ -27,7 +27,9 @@ def size(arguments: list[str]) -> int:
     parser.add_argument("--devices", type=int_range(1), default=8, help="devices for --budget_hours (default 8)")
     parser.add_argument("--mfu", type=number, default=0.4, help="model FLOPs utilisation, 0 to 1 (default 0.4)")
     parser.add_argument("--seq_len", type=int_range(1), default=2048, help="tokens in a row (default 2048)")
-    parser.add_argument("--config", metavar="FILE[:SIZE]", help="describe the model of this config")
+    parser.add_argument(
+        "--config", metavar="NAME[:SIZE]", help="describe the model of this config: a name or a Python file"
+    )
     parser.add_argument("--vocab_size", type=int_range(1), help="vocabulary for --config (default: its tokenizer's)")
     flags, overrides = parse(parser, arguments)
     from llmjax.plan import budget, devices, size as sizes

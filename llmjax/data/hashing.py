@@ -18,5 +18,5 @@ def splitmix64(values: np.ndarray) -> np.ndarray:
 
 
 def hash64(index: np.ndarray, key: np.uint64 | np.ndarray) -> np.ndarray:
-    """Number `index` of the SplitMix64 generator that starts at `key`: uint64 of the broadcast shape."""
+    """Output number `index` of the SplitMix64 generator with seed `key`: uint64 of the broadcast shape."""
     return splitmix64(index * np.uint64(GOLDEN_GAMMA) + key)

@@ -139,7 +139,7 @@ class Evaluator:
             self.store, self.config.data, split=split, source=name, batch=self.batch, objective=self.objective
         )
         sums = Sums(text_bytes=data.text_bytes, documents=data.documents)
-        began = last = time.monotonic()
+        start = last = 0.0
         for count, local in enumerate(data.batches(self.rows), 1):
             if should_stop():
                 return None
@@ -148,9 +148,12 @@ class Evaluator:
             scored, counts = jax.device_get(self._score(params, self._to_devices(local)))
             counts = 0 if counts is None else counts.astype(np.float64)
             sums.add(Sums(float(scored.nats), float(scored.weight), float(scored.correct), target_counts=counts))
-            if time.monotonic() - last > _PROGRESS_SECONDS:
-                last = time.monotonic()
-                seconds = (last - began) / count * (data.num_batches - count)
+            now = time.monotonic()
+            if count == 1:  # includes compilation, so it does not count for the estimate
+                start = last = now
+            elif now - last > _PROGRESS_SECONDS:
+                last = now
+                seconds = (now - start) / (count - 1) * (data.num_batches - count)
                 text = f"{count}/{data.num_batches} batches, {seconds:.0f} s left"
                 logger.info("  evaluating %s/%s: %s", split, name, text, extra={"progress": True})
         if self._causal and sums.num_targets != data.tokens:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import json
+import pathlib
 import time
 from typing import Any
 
@@ -14,7 +15,7 @@ from llmjax.data.store.token_store import TokenStore
 from llmjax.data.store.tokenizer import load_tokenizer
 from llmjax.errors import UserError
 from llmjax.metrics import read_metrics
-from llmjax.run import workdir as workdirs
+from llmjax.run import next_commands, workdir as workdirs
 
 
 def inspect(workdir: epath.PathLike) -> dict[str, Any]:
@@ -145,10 +146,12 @@ def _config_lines(config: dict[str, Any] | None) -> list[str]:
 
 
 def _next_command(run: dict[str, Any]) -> str:
-    workdir = run["workdir"]
+    workdir, config, store = run["workdir"], run["config"], run["store"]
     if not run["checkpoints"]:
-        return f"llmjax train --config=FILE --workdir={workdir}"
-    return f"llmjax eval --workdir={workdir}   |   llmjax generate --workdir={workdir} --prompt='...'"
+        return next_commands.train(workdir, *([] if config else ["--config=quickstart"]))
+    if store is not None:
+        return next_commands.score_model(workdir, pathlib.Path(store["path"]))
+    return next_commands.use_model(workdir, (config or {}).get("objective", {}).get("name", ""))
 
 
 def _align(rows: list[tuple[str, ...]]) -> list[str]:

@@ -1,7 +1,6 @@
 """The end of training: evaluate, sample, write the report, log a summary."""
 
 import logging
-import shlex
 from typing import Any
 
 from llmjax import report
@@ -9,7 +8,7 @@ from llmjax.checkpoint.fingerprint import fingerprint
 from llmjax.inference.generate import complete, sampling_from_config
 from llmjax.parallel import hosts
 from llmjax.report.files import compressors
-from llmjax.run import workdir as workdirs
+from llmjax.run import next_commands, workdir as workdirs
 from llmjax.train.context import Progress, TrainContext
 
 logger = logging.getLogger(__name__)
@@ -31,14 +30,9 @@ def write_final_report(context: TrainContext, progress: Progress) -> None:
     for line in _summary(context, progress, scores, samples):
         logger.info("%s", line)
     logger.info("\nreport: %s", path)
-    commands = [f"llmjax eval --workdir={context.workdir} --split=test"]
-    if context.config.model.generates:
-        prompt = shlex.quote((context.config.sample.prompts or ("Once upon a time",))[0])
-        commands.insert(0, f"llmjax generate --workdir={context.workdir} --prompt={prompt}")
-    if context.config.objective.name == "masked":
-        commands.insert(0, f"llmjax fill --workdir={context.workdir} --text='The [MASK] of the'")
-    for label, command in zip(("next:  ", "       "), commands, strict=False):
-        logger.info("%s %s", label, command)
+    prompt = (context.config.sample.prompts or ("Once upon a time",))[0]
+    logger.info("next:   %s", next_commands.use_model(context.workdir, context.config.objective.name, prompt))
+    logger.info("        %s", next_commands.score_model(context.workdir, context.evaluator.store))
 
 
 def _evaluate(context: TrainContext, progress: Progress, state: str) -> dict[str, Any] | None:

@@ -232,7 +232,9 @@ def test_from_import_to_training_to_export(tmp_path, capsys):
         main.run(["import", f"--from={source}", f"--workdir={run}"])
     generate = ["generate", f"--workdir={run}", "--prompt=def main(", "--max_tokens=5", "--temperature=0"]
     assert main.run(generate) == 0
-    assert "step 0 (imported parameters), greedy" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "step 0 (imported parameters), greedy" in err
+    assert "next: llmjax train" in err  # eval would need a token store
     keep = ("data.seq_len", "data.workers", "train.global_batch", "train.loss_chunk", "optimizer.warmup_steps")
     settings = {name: jobs.TINY[name] for name in keep} | {
         "train.steps": 2,

@@ -28,7 +28,7 @@ JOB_VARIABLES = (
 @pytest.fixture(autouse=True)
 def without_job_variables(monkeypatch):
     for name in JOB_VARIABLES:
-        monkeypatch.delenv(f"LLMJAX_{name}", raising=False)
+        monkeypatch.delenv(name, raising=False)
 
 
 def launch(processes: int, devices: int, worker: str, *arguments) -> subprocess.CompletedProcess:

@@ -71,7 +71,7 @@ def test_describe_shows_steps_fingerprints_config_changes_and_the_next_command(f
     ]
     assert "last logged step 30, loss 2.5000" in text
     assert "steps=30" in text and "3,000 tokens of main" in text
-    assert text.splitlines()[-1].startswith(f"next: llmjax eval --workdir={workdir}")
+    assert text.splitlines()[-1] == f"next: llmjax eval --workdir={workdir} --split=test"
 
 
 def test_damaged_checkpoints_are_listed_beside_the_good_ones(run):
@@ -93,7 +93,7 @@ def test_the_next_command_of_a_prepared_workdir_is_train(run):
     (run / "config.json").unlink()
     text = inspection.describe(inspection.inspect(run))
     assert "no checkpoint yet" in text and "nothing was trained yet" in text
-    assert text.splitlines()[-1] == f"next: llmjax train --config=FILE --workdir={run}"
+    assert text.splitlines()[-1] == f"next: llmjax train --workdir={run} --config=quickstart"
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

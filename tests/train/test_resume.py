@@ -78,12 +78,12 @@ def resumed(resume_run, caplog):
     ],
     ids=", ".join,
 )
-def test_fields_of_how_a_model_computes_change_silently(resumed, model):
+def test_fields_that_do_not_change_the_model_are_accepted_silently(resumed, model):
     (line,) = resumed(model=model)
     assert "resuming at step 1" in line
 
 
-def test_a_change_of_the_models_function_is_refused(resumed):
+def test_a_change_of_the_model_is_refused(resumed):
     with pytest.raises(UserError, match=r"model.norm: 'rmsnorm' -> 'layernorm'"):
         resumed(model=dict(norm="layernorm"))
 

@@ -1,7 +1,7 @@
 """Decontamination: count the word n-grams that a document shares with evaluation sets.
 
-13 words, as in Brown et al., 2020 (arXiv 2005.14165, appendix C). A shorter example of at least `min_words` is matched
-as a whole. Even shorter ones are ignored: ordinary text contains them by chance.
+An n-gram has 13 words, as in Brown et al., 2020 (arXiv 2005.14165, appendix C). A shorter example of at least
+`min_words` is matched as a whole. Even shorter ones are ignored: ordinary text contains them by chance.
 """
 
 from collections.abc import Iterator

@@ -292,7 +292,9 @@ class _Preparation:
         fraction = min(config.training_bytes / total, 1.0)
         self._map("sampling text for the tokenizer", stages.sample, [(u, self.scratch, fraction) for u in units])
         size = sum(self.scratch.path("sample", unit).stat().st_size for unit in units)
-        logger.info(f"training a {config.algorithm} tokenizer of {config.vocab_size:,} on {size / 1e6:.1f} MB")
+        logger.info(
+            f"training a {config.algorithm} tokenizer with {config.vocab_size:,} ids on {size / 1e6:.1f} MB of text"
+        )
         task = (units, self.scratch, config.algorithm, config.vocab_size)
         return self._map("training the tokenizer", stages.train_tokenizer, [task])[0]
 

@@ -125,7 +125,8 @@ def with_progress(
         if now - last > 5 and 0 < finished < total:
             last, rate = now, finished / (now - start)
             logger.info(
-                f"{what}: {finished / scale:,.0f} of {total / scale:,.0f} {unit}, {rate / scale:,.1f} {unit}/s, "
+                f"{what}: {finished / scale:,.{digits}f} of {total / scale:,.{digits}f} {unit}, "
+                f"{rate / scale:,.1f} {unit}/s, "
                 f"{(total - finished) / rate:.0f} s left",
                 extra={"progress": True},
             )

@@ -1,0 +1,33 @@
+"""The commands that another command suggests when it ends."""
+
+import os
+import pathlib
+import shlex
+
+from etils import epath
+
+
+def use_model(workdir: epath.PathLike, objective: str, prompt: str = "Once upon a time") -> str:
+    """The command that shows what a model predicts: `fill` for the objective masked, else `generate`."""
+    flags = ["fill", "--text=The [MASK] of the"] if objective == "masked" else ["generate", f"--prompt={prompt}"]
+    return _command(flags[0], f"--workdir={os.fspath(workdir)}", flags[1])
+
+
+def score_model(workdir: epath.PathLike, store: pathlib.Path | None) -> str:
+    """`eval`; without a token store, which it needs (after an import), `train` with a text."""
+    if store is None or not (store / "manifest.json").is_file():
+        return train(workdir, "--config.data.sources.main.path=/my/texts/**/*.txt")
+    return _command("eval", f"--workdir={os.fspath(workdir)}", "--split=test")
+
+
+def train(workdir: epath.PathLike, *flags: str) -> str:
+    """`train` in a workdir."""
+    return _command("train", f"--workdir={os.fspath(workdir)}", *flags)
+
+
+def _command(*words: str) -> str:
+    """A line for the shell. Only the value of a flag is quoted, where that is necessary: --prompt='def main('."""
+    parts = (word.partition("=") for word in words)
+    return " ".join(
+        ["llmjax", *(f"{flag}{equals}{shlex.quote(value) if value else ''}" for flag, equals, value in parts)]
+    )
