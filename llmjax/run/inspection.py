@@ -148,7 +148,9 @@ def _config_lines(config: dict[str, Any] | None) -> list[str]:
 def _next_command(run: dict[str, Any]) -> str:
     workdir, config, store = run["workdir"], run["config"], run["store"]
     if not run["checkpoints"]:
-        return next_commands.train(workdir, *([] if config else ["--config=quickstart"]))
+        if config is not None:
+            return next_commands.train(workdir)
+        return f"{next_commands.train(workdir)} --config=NAME, with the overrides that `llmjax prepare` had"
     if store is not None:
         return next_commands.score_model(workdir, pathlib.Path(store["path"]))
     return next_commands.use_model(workdir, (config or {}).get("objective", {}).get("name", ""))

@@ -93,7 +93,10 @@ def test_the_next_command_of_a_prepared_workdir_is_train(run):
     (run / "config.json").unlink()
     text = inspection.describe(inspection.inspect(run))
     assert "no checkpoint yet" in text and "nothing was trained yet" in text
-    assert text.splitlines()[-1] == f"next: llmjax train --workdir={run} --config=quickstart"
+    assert (
+        text.splitlines()[-1]
+        == f"next: llmjax train --workdir={run} --config=NAME, with the overrides that `llmjax prepare` had"
+    )
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

@@ -193,9 +193,13 @@ def _check_rejects(table: Table, config: CurateConfig) -> None:
         ):
             if bad > config.max_bad_fraction * total:
                 listed = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+                lacks_field = any(reason.startswith("no field") for reason in reasons)
+                fix = (
+                    f"set curate.inputs.{name}.text_field to the field of the text" if lacks_field else "fix the input"
+                )
                 raise UserError(
                     f"curate.inputs.{name}.path={config.inputs[name].path!r}: {bad} of {total} {unit} cannot be read "
-                    f"({listed}), more than curate.max_bad_fraction={config.max_bad_fraction} allows; fix the input, "
+                    f"({listed}), more than curate.max_bad_fraction={config.max_bad_fraction} allows; {fix}, "
                     f"or allow more with --config.curate.max_bad_fraction={math.ceil(100 * bad / total) / 100}"
                 )
 

@@ -203,9 +203,13 @@ class _Preparation:
                 (bad_bytes, bad_bytes + self.text_bytes[name], "bytes"),
             ):
                 if amount > self.config.max_bad_fraction * total:
+                    lacks_field = any(reason.startswith("no field") for reason in counts)
+                    hint = (
+                        f"; data.sources.{name}.text_field must name the field that has the text" if lacks_field else ""
+                    )
                     raise UserError(
                         f"{where}: {amount:,} of {total:,} {what} cannot be used ({listed}), more than "
-                        f"data.max_bad_fraction={self.config.max_bad_fraction} allows; see {path}"
+                        f"data.max_bad_fraction={self.config.max_bad_fraction} allows; see {path}{hint}"
                     )
             if not documents:
                 raise UserError(f"{where}: contains no text{f' ({listed})' if listed else ''}; give files that do")

@@ -94,6 +94,12 @@ def test_short_text_does_not_fill_three_splits(tmp_path):
     assert manifest["compressors"] is None
 
 
+def test_another_name_of_the_text_field_is_suggested_as_the_fix(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"content": "text"}\n')
+    with pytest.raises(UserError, match=r"1 no field 'text'.*; data\.sources\.main\.text_field must name the field"):
+        run_prepare(config(tmp_path / "a.jsonl"), tmp_path / "s")
+
+
 def test_rejects_are_counted_and_listed(tmp_path):
     lines = [json.dumps({"text": f"text {i}"}) for i in range(97)] + ["{no", '{"text": 3}', '{"text": ""}']
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
