@@ -13,7 +13,7 @@ def size(arguments: list[str]) -> int:
         --device), --tokens, --parameters. The rest follows from published scaling laws, which the output names.
         With --config, describe the model of a config: parameters by part, FLOPs per token, memory by remat policy.
         Nothing is trained.""",
-        "llmjax size --budget_hours=24 --device=v5e --devices=8\n  llmjax size --config=llama:8B",
+        "llmjax size --budget_hours=24 --device=v5e --devices=8\n  llmjax size --config=llama:8B --vocab_size=128256",
     )
     from llmjax.plan.devices import NAMES
 
@@ -30,7 +30,11 @@ def size(arguments: list[str]) -> int:
     parser.add_argument(
         "--config", metavar="NAME[:SIZE]", help="describe the model of this config: a name or a Python file"
     )
-    parser.add_argument("--vocab_size", type=int_range(1), help="vocabulary for --config (default: its tokenizer's)")
+    parser.add_argument(
+        "--vocab_size",
+        type=int_range(1),
+        help="vocabulary for --config (default: data.tokenizer.vocab_size of the config)",
+    )
     flags, overrides = parse(parser, arguments)
     from llmjax.plan import budget, devices, size as sizes
 

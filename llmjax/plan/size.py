@@ -42,7 +42,7 @@ def describe_budget(budget: budgets.Budget, device: Device, *, mfu: float, seq_l
         seconds = budget.flops / (devices * device.peak * mfu)
         lines.append(f"  {devices:7,}   {16 * budget.parameters / devices / 2**30:15.2f}   {_time(seconds)}")
     spec, parameters = nearest_config(budget.parameters)
-    lines += ["", f"nearest config: {spec}, {_short(parameters)} parameters with its own tokenizer's vocabulary"]
+    lines += ["", f"nearest config: {spec}, {_short(parameters)} parameters with the vocabulary of its data.tokenizer"]
     lines += [f"next: llmjax size --config={spec}"]
     return lines
 
@@ -55,12 +55,12 @@ def describe_config(config: RunConfig, spec: str, device: Device) -> list[str]:
     state = count.state_bytes_per_parameter(model, config.optimizer)
     flops, batch = run_config.flops_per_token(config, seq), config.train.global_batch
     source = f" targets with sources of {config.data.seq_len:,}" if config.model.reads_source else ""
-    lines = [f"{spec}: {model.family}, {total:,} parameters, vocabulary {model.vocab_size:,}"]
+    lines = [f"{spec}: {model.family}, {total:,} parameters, vocabulary {model.vocab_size:,} (--vocab_size)"]
     lines += [f"  {name:<14} {size:>18,}   {size / total:6.1%}" for name, size in parts.items()]
     lines += [
         "",
-        f"FLOPs a token, rows of {seq:,}{source}: {flops:.4g} to train, {flops / 3:.4g} to read",
-        "  matmuls and attention, what a causal mask hides not counted; training is three times the forward pass",
+        f"FLOPs per token, rows of {seq:,}{source}: {flops:.4g} to train, {flops / 3:.4g} for a forward pass",
+        "  matmuls and attention, without the scores that a causal mask hides; training is three forward passes",
         f"  6 x parameters would be {6 * total:.4g}",
         f"  a step of {batch:,} rows: {flops * batch * seq:.4g}; all {config.train.steps:,} steps: "
         f"{flops * batch * seq * config.train.steps:.4g}",
@@ -68,7 +68,7 @@ def describe_config(config: RunConfig, spec: str, device: Device) -> list[str]:
         "",
         f"state: {state:.2f} bytes a parameter with {config.optimizer.name} (parameter, gradient, moments), "
         f"{_gib(state * total)} in total, sharded over mesh.fsdp x mesh.tensor devices",
-        f"kept for the backward pass, of each row of {seq:,} tokens that a device reads at once (model.remat):",
+        f"activations that a device keeps for the backward pass of a row of {seq:,} tokens, by model.remat:",
     ]
     mark = lambda name: "   <- this config" if name == model.remat else ""
     return lines + [f"  {name:<14} {_gib(size):>12}{mark(name)}" for name, size in count.residual_bytes(config).items()]
