@@ -5,6 +5,7 @@ import dataclasses
 from typing import ClassVar
 
 from llmjax.errors import UserError, suggest
+from llmjax.nn.attention import KERNELS
 from llmjax.nn.mlp import ACTIVATIONS
 from llmjax.nn.stack import REMAT
 
@@ -180,9 +181,15 @@ class SingleStackConfig(TransformerConfig):
     rope_local_base    base of the rotary frequencies in local layers; 0: rope_base
     window             a local layer attends only to tokens less than this many positions away; 0: no layer is local
     attention_pattern  one letter a layer, repeated over the layers: l (local) or g (global); unused without a window
+    attention          kernel: dot (all scores at once, fastest for short rows) or blockwise (memory linear in the
+                       length of a row, and faster from about 512 tokens on); both give the same result to rounding
     """
 
-    choices: ClassVar = {**TransformerConfig.choices, "positions": ("rotary", "learned")}
+    choices: ClassVar = {
+        **TransformerConfig.choices,
+        "positions": ("rotary", "learned"),
+        "attention": tuple(KERNELS),
+    }
     minimums: ClassVar = {**TransformerConfig.minimums, "max_positions": 1, "rope_local_base": 0, "window": 0}
     above_zero: ClassVar = (*TransformerConfig.above_zero, "rope_base")
 
@@ -192,6 +199,7 @@ class SingleStackConfig(TransformerConfig):
     rope_local_base: float = 0.0
     window: int = 0
     attention_pattern: str = "l"
+    attention: str = "dot"
 
     def __post_init__(self):
         super().__post_init__()

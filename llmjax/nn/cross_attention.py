@@ -2,7 +2,6 @@
 
 from flax import nnx
 import jax
-from jax.ad_checkpoint import checkpoint_name
 
 from llmjax.nn.attention import cache_mask, dot, update_cache
 from llmjax.nn.linear import Linear
@@ -40,7 +39,7 @@ class CrossAttention(nnx.Module):
         """mask bool [batch, s, t], True where a query attends to a key; bias of scores float32 [batch, heads, s, t]."""
         q = constrain(self.query(x), "batch", "seq", "heads", "head_dim")
         k, v = (array.astype(x.dtype) for array in keys_values)
-        heads = checkpoint_name(dot(q, k, v, mask, scale=self.score_scale, bias=bias), "attention")
+        heads = dot(q, k, v, mask, scale=self.score_scale, bias=bias)
         return self.out(constrain(heads, "batch", "seq", "heads", "head_dim"))
 
     def decode(
