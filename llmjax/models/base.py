@@ -140,9 +140,15 @@ class TransformerConfig(BaseModelConfig):
     mlp             width of the feed-forward layer; 0: 4 embed, or if gated 8/3 embed rounded up to a multiple of 128
     activation      of the feed-forward layer: silu, gelu (by erf), gelu_tanh, relu, relu2 (relu squared)
     gated           feed-forward layer: True: two matrices in, one out; False: one in, one out
+    attention       kernel: dot (all scores at once, for short rows) or blockwise (memory linear in the length of a row,
+                    and faster for long ones); their results are equal but for rounding
     """
 
-    choices: ClassVar = {**BaseModelConfig.choices, "activation": tuple(ACTIVATIONS)}
+    choices: ClassVar = {
+        **BaseModelConfig.choices,
+        "activation": tuple(ACTIVATIONS),
+        "attention": tuple(KERNELS),
+    }
     minimums: ClassVar = {**BaseModelConfig.minimums, "num_heads": 1, "head_dim": 0, "mlp": 0}
 
     num_heads: int = 4
@@ -150,6 +156,7 @@ class TransformerConfig(BaseModelConfig):
     mlp: int = 0
     activation: str = "silu"
     gated: bool = True
+    attention: str = "dot"
 
     def __post_init__(self):
         super().__post_init__()
@@ -181,15 +188,9 @@ class SingleStackConfig(TransformerConfig):
     rope_local_base    base of the rotary frequencies in local layers; 0: rope_base
     window             a local layer attends only to tokens less than this many positions away; 0: no layer is local
     attention_pattern  one letter a layer, repeated over the layers: l (local) or g (global); unused without a window
-    attention          kernel: dot (all scores at once, fastest for short rows) or blockwise (memory linear in the
-                       length of a row, and faster from about 512 tokens on); both give the same result to rounding
     """
 
-    choices: ClassVar = {
-        **TransformerConfig.choices,
-        "positions": ("rotary", "learned"),
-        "attention": tuple(KERNELS),
-    }
+    choices: ClassVar = {**TransformerConfig.choices, "positions": ("rotary", "learned")}
     minimums: ClassVar = {**TransformerConfig.minimums, "max_positions": 1, "rope_local_base": 0, "window": 0}
     above_zero: ClassVar = (*TransformerConfig.above_zero, "rope_base")
 
@@ -199,7 +200,6 @@ class SingleStackConfig(TransformerConfig):
     rope_local_base: float = 0.0
     window: int = 0
     attention_pattern: str = "l"
-    attention: str = "dot"
 
     def __post_init__(self):
         super().__post_init__()

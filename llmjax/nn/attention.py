@@ -10,9 +10,10 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from llmjax.nn import rotary, weights
-from llmjax.nn.blockwise import block_mask, blockwise
+from llmjax.nn.blockwise import block_mask, blockwise, cross_block_mask
 from llmjax.nn.embedding import MASKED
 from llmjax.nn.linear import Linear
+from llmjax.nn.relative import RelativeBias
 from llmjax.parallel.axes import constrain
 
 Rope = tuple[jax.Array, jax.Array] | None  # cos and sin of the rotary angles; None: nothing is rotated
@@ -21,22 +22,25 @@ Cache = tuple[jax.Array, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One way to compute self-attention.
+    """One way to compute attention. Masks and biases have a form of its own, computed once for all layers.
 
-    make_mask     arguments of `attention_mask` -> the kernel's form of that mask, computed once for all layers with
-                  that window
-    attention_fn  (q [batch, seq, heads, head_dim], k and v [batch, seq, kv_heads, head_dim], mask, *, scale, softcap,
-                  sinks) -> like q; arguments as in `dot`
-    supports      the FEATURES that it can compute; a config that needs another one is refused
+    attention_fn     (q [batch, s, heads, head_dim], k and v [batch, t, kv_heads, head_dim], mask, *, scale, softcap,
+                     sinks, bias) -> like q; arguments as in `dot`
+    make_mask        arguments of `attention_mask` -> that mask
+    make_cross_mask  segments of queries and keys, int [batch, s] and [batch, t] -> the mask of keys of the same segment
+    make_bias        (RelativeBias, positions int [batch, seq]) -> the bias of self-attention
+    supports         the FEATURES that it can compute; a config that needs another one is refused
     """
 
-    make_mask: Callable[..., Any]
     attention_fn: Callable[..., jax.Array]
+    make_mask: Callable[..., Any]
+    make_cross_mask: Callable[[jax.Array, jax.Array], Any]
+    make_bias: Callable[[RelativeBias, jax.Array], jax.Array]
     supports: frozenset[str]
 
 
-# What a model may need besides attention inside segments: another scale, a soft-cap, sinks, a window, and
-# windows that differ between layers (so that a traced flag selects the mask).
+# What a model may need besides attention inside segments: another scale, a soft-cap, sinks, a window, and windows that
+# differ between layers (so that a traced flag selects the mask).
 FEATURES = frozenset({"scale", "softcap", "sinks", "window", "pattern"})
 
 
@@ -126,7 +130,22 @@ def dot(
     return out.reshape(batch, s, heads, -1)
 
 
-KERNELS = {"dot": Kernel(attention_mask, dot, FEATURES), "blockwise": Kernel(block_mask, blockwise, FEATURES)}
+KERNELS = {
+    "dot": Kernel(
+        attention_fn=dot,
+        make_mask=attention_mask,
+        make_cross_mask=lambda segments, key_segments: segments[:, :, None] == key_segments[:, None, :],
+        make_bias=lambda relative, positions: relative(positions, positions),
+        supports=FEATURES,
+    ),
+    "blockwise": Kernel(
+        attention_fn=blockwise,
+        make_mask=block_mask,
+        make_cross_mask=cross_block_mask,
+        make_bias=lambda relative, positions: relative.by_distance(positions.shape[1]),
+        supports=FEATURES,
+    ),
+}
 
 
 class Attention(nnx.Module):

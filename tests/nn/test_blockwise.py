@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llmjax.nn import attention, stack
-from llmjax.nn.blockwise import block_mask, blockwise
+from llmjax.nn.blockwise import block_mask, blockwise, cross_block_mask
 
 BLOCK = 16
 
@@ -35,30 +35,37 @@ ROWS = packed([1, 15, 16, 1, 50, 30], [113], [], [3, 60, 2, 40], seq=113)
 def both_ways(segments, positions, *, causal=True, prefix=None, window=None, options=None, kv_heads=2, value_dim=5):
     """(value, gradients) of a weighted sum over the scored outputs, by `dot` and by `blockwise`."""
     batch, seq = segments.shape
-    arguments = {
-        "q": draw(batch, seq, 4, 8),
-        "k": draw(batch, seq, kv_heads, 8, seed=1),
-        "v": draw(batch, seq, kv_heads, value_dim, seed=2),
-    }
+    arguments = draw_inputs(batch, seq, seq, kv_heads=kv_heads, value_dim=value_dim)
     options = dict(options or {})
     if "sinks" in options:
         arguments["sinks"] = options.pop("sinks")
-    weights = draw(batch, seq, 4, value_dim, seed=3) * (segments > 0)[:, :, None, None]
     rule = dict(causal=causal, prefix=prefix, window=window)
-    masks = {
-        attention.dot: attention.attention_mask(segments, positions, **rule),
-        blockwise: block_mask(segments, positions, **rule, block=BLOCK),
+    reference = attention.attention_mask(segments, positions, **rule)
+    mask = block_mask(segments, positions, **rule, block=BLOCK)
+    run = lambda kernel, mask: value_and_grads(
+        lambda arguments: kernel(mask=mask, **arguments, **options), arguments, segments > 0
+    )
+    return run(attention.dot, reference), run(blockwise, mask)
+
+
+def draw_inputs(batch: int, s: int, t: int, *, kv_heads: int = 2, value_dim: int = 5) -> dict[str, jax.Array]:
+    return {
+        "q": draw(batch, s, 4, 8),
+        "k": draw(batch, t, kv_heads, 8, seed=1),
+        "v": draw(batch, t, kv_heads, value_dim, seed=2),
     }
 
-    def run(kernel):
-        def total(arguments):
-            out = kernel(mask=masks[kernel], **arguments, **options)
-            return jnp.sum(weights * out), out
 
-        (_, out), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(arguments)
-        return np.where((segments > 0)[:, :, None, None], out, 0), grads
+def value_and_grads(function, arguments, scored):
+    """The output where `scored` [batch, s], and the gradients of a weighted sum over it."""
+    scored = scored[:, :, None, None]
 
-    return run(attention.dot), run(blockwise)
+    def total(arguments):
+        out = function(arguments)
+        return jnp.sum(draw(*out.shape, seed=3) * scored * out), out
+
+    (_, out), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(arguments)
+    return np.where(scored, out, 0), grads
 
 
 def assert_same(results) -> None:
@@ -89,6 +96,44 @@ def test_equals_dot_in_values_and_gradients(kind, window, options):
 @pytest.mark.parametrize("seq", [1, 15, 16, 17, 48])
 def test_any_length_and_any_number_of_key_heads(seq, kv_heads):
     assert_same(both_ways(*packed([seq // 3, seq - seq // 3], seq=seq), kv_heads=kv_heads, value_dim=8))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("seq", [30, 48])
+def test_bias_by_distance(seq, causal):
+    """Each head has a bias for each distance, such as T5's; its gradient sums over rows and equal distances."""
+    segments, positions = packed([seq - 3], [seq // 2, seq // 2], seq=seq)
+    arguments = {**draw_inputs(2, seq, seq), "bias": draw(4, 2 * seq - 1, seed=4)}
+    mask = attention.attention_mask(segments, positions, causal=causal)
+    distance = seq - 1 + jnp.arange(seq)[None, :] - jnp.arange(seq)[:, None]
+
+    def reference(arguments):
+        return attention.dot(**{**arguments, "bias": arguments["bias"][None, :, distance]}, mask=mask, scale=0.7)
+
+    blocks = block_mask(segments, positions, causal=causal, block=BLOCK)
+    actual = value_and_grads(lambda arguments: blockwise(**arguments, mask=blocks, scale=0.7), arguments, segments > 0)
+    assert_same((value_and_grads(reference, arguments, segments > 0), actual))
+
+
+def test_cross_attention_sees_the_source_of_its_segment():
+    """Sources longer and shorter than targets; segment 2 of row 0 has no source, and gets 0."""
+    segments, _ = packed([20, 10, 7], [5, 30], seq=40)
+    source, _ = packed([50, 1, 20], [40, 30], seq=75)
+    source = jnp.where(source == 2, jnp.where(jnp.arange(2)[:, None] == 0, 3, 2), source)
+    arguments = draw_inputs(2, 40, 75)
+    mask = segments[:, :, None] == source[:, None, :]
+    has_source = jnp.any(mask, axis=-1) & (segments > 0)
+    assert 0 < has_source.sum() < (segments > 0).sum()
+    blocks = cross_block_mask(segments, source, block=BLOCK)
+    results = (
+        value_and_grads(lambda arguments: attention.dot(**arguments, mask=mask), arguments, has_source),
+        value_and_grads(lambda arguments: blockwise(**arguments, mask=blocks), arguments, has_source),
+    )
+    assert_same(results)
+    out = blockwise(**arguments, mask=blocks)
+    assert not out[np.asarray(~has_source)].any()
+    grads = jax.grad(lambda arguments: jnp.sum(blockwise(**arguments, mask=blocks)))(arguments)
+    assert not grads["q"][np.asarray(~has_source)].any() and all(np.isfinite(x).all() for x in grads.values())
 
 
 def test_documents_do_not_see_each_other():
