@@ -58,7 +58,7 @@ def language_rows(bench: Bench) -> Iterator[Row]:
 
 def signature_rows(bench: Bench) -> Iterator[Row]:
     def signed(text: str) -> object:
-        return minhash.signature(text.encode("utf-8", "replace"))
+        return minhash.compute_signature(text.encode("utf-8", "replace"))
 
     peer = bench.peer("signatures", bench.texts)
     yield Row(

@@ -20,11 +20,11 @@ import time
 import grain
 import numpy as np
 
-from llmjax.data.batches.packing import best_fit, cut
+from llmjax.data.batches.packing import best_fit, cut_documents
 from llmjax.data.batches.pipeline import PackedSource, TrainData
 from llmjax.data.batches.rng import CounterRng
 from llmjax.data.config import OBJECTIVES, DataConfig, ObjectiveConfig, SourceConfig
-from llmjax.data.objectives.objective import causal, causal_objective, open_objective
+from llmjax.data.objectives.objective import build_causal_batch, make_causal_objective, open_objective
 from llmjax.data.readers.sources import list_units
 from llmjax.data.store import stages
 from llmjax.data.store.split import TRAIN
@@ -75,7 +75,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def open_data(folder: Path, config: DataConfig) -> TrainData:
-    return TrainData(folder, config, seed=0, global_batch=BATCH, objective=causal_objective(SEQ_LEN))
+    return TrainData(folder, config, seed=0, global_batch=BATCH, objective=make_causal_objective(SEQ_LEN))
 
 
 def bench_assembly(folder: Path, repeats: int) -> None:
@@ -86,7 +86,7 @@ def bench_assembly(folder: Path, repeats: int) -> None:
         rows = np.random.default_rng(0).permutation(source.rows)
         batches = [rows[a : a + BATCH] for a in range(0, len(rows) - BATCH + 1, BATCH)]
         bare = read_windows(source.store)
-        ours = rate(lambda b=batches, s=source: [causal(s.fill(r), r) for r in b], len(batches), repeats)
+        ours = rate(lambda b=batches, s=source: [build_causal_batch(s.fill(r), r) for r in b], len(batches), repeats)
         limit = rate(lambda b=bare: [None for _ in b()], source.rows // BATCH, repeats)
         print_row(f"assemble, {packing}, M tokens/s", ours, limit, "limit: memory-mapped windows, ids only")
         for prefetch in (0, 3):
@@ -127,7 +127,7 @@ def bench_objectives(folder: Path, tokenizer: Tokenizer, repeats: int) -> None:
 
 def grain_first_fit(store: TokenStore, repeats: int) -> tuple[str, float]:
     """Grain's own on-the-fly packer over the same chunks in memory, shuffled, batched: its rate and density."""
-    starts, lengths, _ = cut(store.starts(), store.lengths(), SEQ_LEN)
+    starts, lengths, _ = cut_documents(store.starts(), store.lengths(), SEQ_LEN)
     chunks = [{"tokens": store.read(start, length)} for start, length in zip(starts, lengths, strict=True)]
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     dataset = grain.MapDataset.source(chunks).shuffle(seed=0).to_iter_dataset(options)
@@ -163,7 +163,7 @@ def bench_planning(folder: Path, repeats: int) -> None:
     starts = np.cumsum(lengths) - lengths
 
     def plan() -> int:
-        _, chunks, _ = cut(starts, lengths, SEQ_LEN)
+        _, chunks, _ = cut_documents(starts, lengths, SEQ_LEN)
         best_fit(chunks, SEQ_LEN)
         return len(chunks)
 

@@ -145,7 +145,7 @@ def _first_of_each(texts: list[str]) -> list[int]:
     with tempfile.TemporaryDirectory() as folder, LocalRunner(2) as runner:
         units = [Measurement(Path(folder), str(index)) for index in range(2)]
         for unit, begin, end in zip(units, edges[:-1], edges[1:], strict=True):
-            signatures = [minhash.signature(text.encode("utf-8", "replace")) for text in texts[begin:end]]
+            signatures = [minhash.compute_signature(text.encode("utf-8", "replace")) for text in texts[begin:end]]
             unit.signatures.write_bytes(np.stack(signatures).tobytes())
         rank, alive, stays = np.arange(len(texts)), np.ones(len(texts), bool), np.zeros(len(texts), bool)
         exchange = Path(folder) / "exchange"

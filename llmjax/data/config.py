@@ -61,10 +61,7 @@ class TokenizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FractionsConfig:
-    """Which documents are for training, validation and test: by a hash of the content, or of its cluster of copies.
-
-    validation, test   fractions of the documents
-    """
+    """Which fractions of the documents are for validation and test; the others are for training."""
 
     validation: float = 0.05
     test: float = 0.05

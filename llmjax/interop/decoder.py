@@ -1,32 +1,25 @@
 """Decoder-only checkpoints: GPT-2, Llama, Mistral, Qwen3, Gemma 2 and 3, OLMo 2 and 3."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from llmjax.errors import UserError
 from llmjax.interop import decoder_rules
 from llmjax.interop.hf_config import (
     FULL,
-    MAX_LAYERS,
     NUMBER,
     SLIDING,
+    Field,
     Fields,
+    activation,
     attention_pattern,
-    read_rope,
-    read_rope_by_kind,
-    write_rope,
-    write_rope_by_kind,
+    read_fields,
+    write_fields,
 )
+from llmjax.interop.hf_rope import read_rope, read_rope_by_kind, write_rope, write_rope_by_kind
 from llmjax.interop.mapping import Architecture
 from llmjax.models.decoder_config import DecoderConfig
 
-# Several names mean the same function.
-_ACTIVATIONS = {
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu": "gelu",
-    "relu": "relu",
-    "silu": "silu",
-}
 _GEMMA3_IMAGES = """
     boi_token_index eoi_token_index image_token_index boi_token_id eoi_token_id image_token_id mm_tokens_per_image
     vision_config
@@ -42,6 +35,33 @@ _GPT2_NEUTRAL = """
     summary_first_dropout
 """.split()  # noqa: SIM905
 
+_GPT2 = (
+    Field("vocab_size", "vocab_size"),
+    Field("n_layer", "num_layers"),
+    Field("n_embd", "embed"),
+    Field("n_head", "num_heads"),
+    Field("n_inner", "mlp", Fields.optional_size, 0),
+    activation("activation_function", "gelu_new"),
+    Field("layer_norm_epsilon", "norm_eps", Fields.get, 1e-5),
+    Field("n_positions", "max_positions"),
+    Field("tie_word_embeddings", "tie_embeddings", Fields.get, True),
+)
+# The fields that all successors of Llama share, without their activation and rotary frequencies.
+SHARED = (
+    Field("vocab_size", "vocab_size"),
+    Field("num_hidden_layers", "num_layers"),
+    Field("hidden_size", "embed"),
+    Field("num_attention_heads", "num_heads"),
+    Field("num_key_value_heads", "num_kv_heads", Fields.optional_size, 0),
+    Field("head_dim", "head_dim", Fields.optional_size, 0),
+    Field("intermediate_size", "mlp"),
+    Field("rms_norm_eps", "norm_eps", Fields.get, 1e-6),
+    Field("max_position_embeddings", "max_positions", Fields.size, 2048),
+    Field("tie_word_embeddings", "tie_embeddings", Fields.get, False),
+)
+LLAMA_ACTIVATION = (activation("hidden_act", "silu", gelu_tanh="gelu_pytorch_tanh"),)
+_GEMMA_ACTIVATION = (activation("hidden_activation", "gelu_pytorch_tanh", gelu_tanh="gelu_pytorch_tanh"),)
+
 
 def _read_gpt2(hf: dict[str, Any]) -> dict[str, Any]:
     fields = Fields(hf)
@@ -52,38 +72,14 @@ def _read_gpt2(hf: dict[str, Any]) -> dict[str, Any]:
     fields.require("add_cross_attention", False)
     for alias, name in _GPT2_ALIASES.items():
         fields.require(alias, fields[name], None)
-    section = {
-        "vocab_size": fields["vocab_size"],
-        "num_layers": fields.size("n_layer", most=MAX_LAYERS),
-        "embed": fields["n_embd"],
-        "num_heads": fields["n_head"],
-        "mlp": fields.optional_size("n_inner") or 4 * fields["n_embd"],
-        "activation": fields.choice("activation_function", _ACTIVATIONS, "gelu_new"),
-        "gated": False,
-        "norm": "layernorm",
-        "norm_eps": fields.get("layer_norm_epsilon", 1e-5),
-        "positions": "learned",
-        "max_positions": fields["n_positions"],
-        "tie_embeddings": fields.get("tie_word_embeddings", True),
-        "biases": "all",
-    }
+    section = read_fields(_GPT2, fields)
+    section |= {"mlp": section["mlp"] or 4 * section["embed"], "gated": False, "norm": "layernorm"}
     fields.reject_unread(*_GPT2_NEUTRAL)
-    return section
+    return section | {"positions": "learned", "biases": "all"}
 
 
 def _write_gpt2(config: DecoderConfig) -> dict[str, Any]:
-    return {
-        "model_type": "gpt2",
-        "vocab_size": config.vocab_size,
-        "n_layer": config.num_layers,
-        "n_embd": config.embed,
-        "n_head": config.num_heads,
-        "n_inner": config.mlp_size,
-        "activation_function": {"gelu_tanh": "gelu_new"}.get(config.activation, config.activation),
-        "layer_norm_epsilon": config.norm_eps,
-        "n_positions": config.max_positions,
-        "tie_word_embeddings": config.tie_embeddings,
-    }
+    return {"model_type": "gpt2", **write_fields(_GPT2, config)}
 
 
 def _gpt2_name(name: str) -> str | None:
@@ -92,47 +88,28 @@ def _gpt2_name(name: str) -> str | None:
     return None if name.endswith((".attn.bias", ".attn.masked_bias")) else name
 
 
-def read_shared_fields(
-    fields: Fields, *, eps: float = 1e-6, positions: int = 2048, kv_heads: int = 0, tied: bool = False
-) -> dict[str, Any]:
-    """The fields that all successors of Llama share, without their rotary frequencies.
-
-    The arguments are the defaults of the class; kv_heads 0: as many as query heads.
-    """
-    return {
-        "vocab_size": fields["vocab_size"],
-        "num_layers": fields.size("num_hidden_layers", most=MAX_LAYERS),
-        "embed": fields["hidden_size"],
-        "num_heads": fields["num_attention_heads"],
-        "num_kv_heads": fields.optional_size("num_key_value_heads", kv_heads) or fields["num_attention_heads"],
-        "head_dim": fields.optional_size("head_dim") or fields["hidden_size"] // fields["num_attention_heads"],
-        "mlp": fields["intermediate_size"],
-        "gated": True,
-        "norm": "rmsnorm",
-        "norm_eps": fields.get("rms_norm_eps", eps),
-        "positions": "rotary",
-        "max_positions": fields.size("max_position_embeddings", positions),
-        "tie_embeddings": fields.get("tie_word_embeddings", tied),
-        "biases": "attention" if fields.get("attention_bias", False) else "none",
-    }
+def read_shared(fields: Fields, **defaults: Any) -> dict[str, Any]:
+    """The fields of section `model` for SHARED; `defaults` are those in which the class differs from Llama."""
+    section = read_fields(SHARED, fields, **defaults)
+    section["num_kv_heads"] = section["num_kv_heads"] or section["num_heads"]
+    section["head_dim"] = section["head_dim"] or section["embed"] // section["num_heads"]
+    biases = "attention" if fields.get("attention_bias", False) else "none"
+    return section | {"gated": True, "norm": "rmsnorm", "positions": "rotary", "biases": biases}
 
 
-def write_shared_fields(config: DecoderConfig, model_type: str) -> dict[str, Any]:
-    """The part of config.json that `read_shared_fields` reads."""
-    return {
-        "model_type": model_type,
-        "vocab_size": config.vocab_size,
-        "num_hidden_layers": config.num_layers,
-        "hidden_size": config.embed,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_size,
-        "intermediate_size": config.mlp_size,
-        "rms_norm_eps": config.norm_eps,
-        "max_position_embeddings": config.max_positions,
-        "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": config.biases != "none",
-    }
+def read_llama_fields(fields: Fields, *, rope_base: float = 10_000.0, **defaults: Any) -> dict[str, Any]:
+    """The same with activation and rotary frequencies, which are equal in all layers."""
+    section = read_shared(fields, **defaults) | read_fields(LLAMA_ACTIVATION, fields)
+    return section | read_rope(fields, base=rope_base, max_length=section["max_positions"])
+
+
+def _write_shared(config: DecoderConfig, model_type: str, activation: Sequence[Field]) -> dict[str, Any]:
+    shared = {"model_type": model_type, **write_fields(SHARED, config), "attention_bias": config.biases != "none"}
+    return shared | write_fields(activation, config)
+
+
+def _write_llama_fields(config: DecoderConfig, model_type: str) -> dict[str, Any]:
+    return _write_shared(config, model_type, LLAMA_ACTIVATION) | write_rope(config)
 
 
 def read_local_layers(fields: Fields, *, default: list[str], window: int = 4096) -> dict[str, Any]:
@@ -163,14 +140,6 @@ def every_nth_global(num_layers: int, n: int) -> list[str]:
     return [SLIDING if (layer + 1) % n else FULL for layer in range(num_layers)]
 
 
-def _read_activation(fields: Fields, name: str = "hidden_act", default: str = "silu") -> dict[str, Any]:
-    return {"activation": fields.choice(name, _ACTIVATIONS, default)}
-
-
-def _write_activation(config: DecoderConfig, name: str = "hidden_act") -> dict[str, str]:
-    return {name: {"gelu_tanh": "gelu_pytorch_tanh"}.get(config.activation, config.activation)}
-
-
 def _drop_unused_base(section: dict[str, Any]) -> dict[str, Any]:
     """Without rope_local_base if no layer is local."""
     return {name: value for name, value in section.items() if name != "rope_local_base" or "window" in section}
@@ -178,8 +147,7 @@ def _drop_unused_base(section: dict[str, Any]) -> dict[str, Any]:
 
 def _read_llama(hf: dict[str, Any]) -> dict[str, Any]:
     fields = Fields(hf)
-    section = read_shared_fields(fields) | _read_activation(fields)
-    section |= read_rope(fields, base=10_000.0, max_length=section["max_positions"])
+    section = read_llama_fields(fields)
     if section["biases"] == "none":
         fields.require("mlp_bias", False)
     elif fields.get("mlp_bias", False):
@@ -192,22 +160,20 @@ def _read_llama(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_llama(config: DecoderConfig) -> dict[str, Any]:
-    shared = write_shared_fields(config, "llama") | _write_activation(config) | write_rope(config)
-    return shared | {"mlp_bias": config.biases == "all"}
+    return _write_llama_fields(config, "llama") | {"mlp_bias": config.biases == "all"}
 
 
 def _read_mistral(hf: dict[str, Any]) -> dict[str, Any]:
     fields = Fields(hf)
     fields.require("attention_bias", False)
-    section = read_shared_fields(fields, kv_heads=8, positions=4096 * 32) | _read_activation(fields)
-    section |= read_rope(fields, base=10_000.0, max_length=section["max_positions"])
+    section = read_llama_fields(fields, num_key_value_heads=8, max_position_embeddings=4096 * 32)
     window = fields.optional_size("sliding_window", 4096)
     fields.reject_unread()
     return section | ({"window": window, "attention_pattern": "l"} if window else {})
 
 
 def _write_mistral(config: DecoderConfig) -> dict[str, Any]:
-    shared = write_shared_fields(config, "mistral") | _write_activation(config) | write_rope(config)
+    shared = _write_llama_fields(config, "mistral")
     if not shared.pop("attention_bias"):
         return shared | {"sliding_window": config.window or None}
     raise UserError(f"model.biases={config.biases!r}: a checkpoint of MistralForCausalLM has none")
@@ -215,8 +181,8 @@ def _write_mistral(config: DecoderConfig) -> dict[str, Any]:
 
 def _read_qwen3(hf: dict[str, Any]) -> dict[str, Any]:
     fields = Fields({"head_dim": 128} | hf)
-    section = read_shared_fields(fields, kv_heads=32, positions=32768) | _read_activation(fields)
-    section |= read_rope(fields, base=10_000.0, max_length=section["max_positions"]) | {"qk_norm": "head"}
+    section = read_llama_fields(fields, num_key_value_heads=32, max_position_embeddings=32768)
+    section |= {"qk_norm": "head"}
     slides, full = fields.get("use_sliding_window", False), fields.optional_size("max_window_layers", 28)
     types = [SLIDING if slides and layer >= full else FULL for layer in range(section["num_layers"])]
     section |= read_local_layers(fields, default=types)
@@ -225,16 +191,17 @@ def _read_qwen3(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_qwen3(config: DecoderConfig) -> dict[str, Any]:
-    shared = write_shared_fields(config, "qwen3") | _write_activation(config) | write_rope(config)
+    shared = _write_llama_fields(config, "qwen3")
     return shared | write_local_layers(config, unused_window=None) | {"use_sliding_window": bool(config.window)}
 
 
 def _read_gemma(hf: dict[str, Any], *, model_type: str) -> dict[str, Any]:
     is_gemma3 = model_type == "gemma3_text"
     fields = Fields({"head_dim": 256} | hf)
-    section = read_shared_fields(fields, kv_heads=4, positions=131_072 if is_gemma3 else 8192, tied=True)
+    defaults = {"max_position_embeddings": 131_072 if is_gemma3 else 8192, "tie_word_embeddings": True}
+    section = read_shared(fields, num_key_value_heads=4, **defaults)
     # Published files also have hidden_act, which the reference does not read.
-    section |= _read_activation(fields, "hidden_activation", "gelu_pytorch_tanh")
+    section |= read_fields(_GEMMA_ACTIVATION, fields)
     fields.require("use_bidirectional_attention", False, None)
     max_length = section["max_positions"]
     scale = fields.positive("query_pre_attn_scalar", 256)
@@ -266,11 +233,7 @@ def _read_gemma(hf: dict[str, Any], *, model_type: str) -> dict[str, Any]:
 
 
 def _write_gemma(config: DecoderConfig, *, model_type: str) -> dict[str, Any]:
-    shared = (
-        write_shared_fields(config, model_type)
-        | _write_activation(config, "hidden_activation")
-        | write_local_layers(config)
-    )
+    shared = _write_shared(config, model_type, _GEMMA_ACTIVATION) | write_local_layers(config)
     scale = round(config.score_scale**-2) if config.score_scale else config.head_size
     shared |= {"query_pre_attn_scalar": scale, "final_logit_softcapping": config.logit_softcap or None}
     if model_type == "gemma3_text":
@@ -280,7 +243,7 @@ def _write_gemma(config: DecoderConfig, *, model_type: str) -> dict[str, Any]:
 
 def _read_olmo(hf: dict[str, Any], *, model_type: str) -> dict[str, Any]:
     fields = Fields(hf)
-    section = read_shared_fields(fields, eps=1e-5) | _read_activation(fields)
+    section = read_shared(fields, rms_norm_eps=1e-5) | read_fields(LLAMA_ACTIVATION, fields)
     section |= {"qk_norm": "all", "norm_position": "inner"}
     if model_type == "olmo2":
         section |= read_rope(fields, base=10_000.0, max_length=section["max_positions"])
@@ -292,7 +255,7 @@ def _read_olmo(hf: dict[str, Any], *, model_type: str) -> dict[str, Any]:
 
 
 def _write_olmo(config: DecoderConfig, *, model_type: str) -> dict[str, Any]:
-    shared = write_shared_fields(config, model_type) | _write_activation(config)
+    shared = _write_shared(config, model_type, LLAMA_ACTIVATION)
     if model_type == "olmo2":
         return shared | write_rope(config)
     return shared | write_local_layers(config) | write_rope_by_kind(config)

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from llmjax.interop.mapping import Rule, conv1d, linear, transposed, vector
+from llmjax.interop.mapping import Rule, conv1d, linear_rules, norm_rules, transposed, vector
 from llmjax.models.decoder_config import DecoderConfig
 
 LAYER = "model.layers.{layer}."
@@ -39,7 +39,7 @@ def ends(config: DecoderConfig) -> list[Rule]:
 def norms(config: DecoderConfig) -> list[Rule]:
     """The norms of the blocks' residual stream."""
     names = _NORMS[config.norm_position]
-    return [Rule(f"{LAYER}{hf_name}.weight", (f"blocks.{name}.scale",)) for hf_name, name in names.items()]
+    return norm_rules({f"{LAYER}{hf_name}": f"blocks.{name}" for hf_name, name in names.items()})
 
 
 def attention(config: DecoderConfig) -> list[Rule]:
@@ -47,10 +47,10 @@ def attention(config: DecoderConfig) -> list[Rule]:
     embed, heads, kv_heads = (config.embed,), (config.num_heads, config.head_size), (config.kv_heads, config.head_size)
     bias = config.biases != "none"
     rules = [
-        *_linear("self_attn.q_proj", "attention.query", embed, heads, bias),
-        *_linear("self_attn.k_proj", "attention.key", embed, kv_heads, bias),
-        *_linear("self_attn.v_proj", "attention.value", embed, kv_heads, bias),
-        *_linear("self_attn.o_proj", "attention.out", heads, embed, bias),
+        *linear_rules(LAYER + "self_attn.q_proj", "blocks.attention.query", embed, heads, bias),
+        *linear_rules(LAYER + "self_attn.k_proj", "blocks.attention.key", embed, kv_heads, bias),
+        *linear_rules(LAYER + "self_attn.v_proj", "blocks.attention.value", embed, kv_heads, bias),
+        *linear_rules(LAYER + "self_attn.o_proj", "blocks.attention.out", heads, embed, bias),
     ]
     if config.qk_norm != "none":
         for hf_name, name, sizes in (("q_norm", "query_norm", heads), ("k_norm", "key_norm", kv_heads)):
@@ -65,9 +65,9 @@ def mlp(config: DecoderConfig) -> list[Rule]:
     """The gated feed-forward layer."""
     embed, width, bias = (config.embed,), (config.mlp_size,), config.biases == "all"
     return [
-        *_linear("mlp.gate_proj", "mlp.gate", embed, width, bias),
-        *_linear("mlp.up_proj", "mlp.up", embed, width, bias),
-        *_linear("mlp.down_proj", "mlp.down", width, embed, bias),
+        *linear_rules(LAYER + "mlp.gate_proj", "blocks.mlp.gate", embed, width, bias),
+        *linear_rules(LAYER + "mlp.up_proj", "blocks.mlp.up", embed, width, bias),
+        *linear_rules(LAYER + "mlp.down_proj", "blocks.mlp.down", width, embed, bias),
     ]
 
 
@@ -107,11 +107,4 @@ def gpt2(config: DecoderConfig) -> list[Rule]:
         f"{block}ln_2": "blocks.mlp_norm",
         "transformer.ln_f": "norm",
     }
-    for hf_name, name in norm_names.items():
-        rules += [Rule(f"{hf_name}.weight", (f"{name}.scale",)), Rule(f"{hf_name}.bias", (f"{name}.bias",))]
-    return rules + head(config)
-
-
-def _linear(hf_name: str, name: str, inputs: tuple[int, ...], outputs: tuple[int, ...], bias: bool) -> list[Rule]:
-    weight = Rule(f"{LAYER}{hf_name}.weight", (f"blocks.{name}.weight",), **linear(inputs, outputs))
-    return [weight, Rule(f"{LAYER}{hf_name}.bias", (f"blocks.{name}.bias",), **vector(outputs))] if bias else [weight]
+    return rules + norm_rules(norm_names, bias=True) + head(config)

@@ -3,8 +3,8 @@
 from typing import Any
 
 from llmjax.errors import UserError
-from llmjax.interop.hf_config import MAX_LAYERS, Fields
-from llmjax.interop.mapping import Architecture, Rule, linear, transposed
+from llmjax.interop.hf_config import Field, Fields, read_fields, write_fields
+from llmjax.interop.mapping import Architecture, Rule, linear_rules, norm_rules, transposed
 from llmjax.models.encdec import EncDecConfig
 
 # feed_forward_proj -> activation, gated; "gated-gelu" has always meant the tanh form.
@@ -27,6 +27,32 @@ _ALIASES = {
 _ACTIVATIONS = {"relu": ("relu",), "gelu": ("gelu",), "gelu_tanh": ("gelu_new",), "silu": ("silu", "swish")}
 
 
+def _read_start_id(fields: Fields, name: str, _: None) -> int:
+    token_id = fields.get(name, None, int)
+    return -1 if token_id is None else token_id
+
+
+def _write_start_id(token_id: int) -> int | None:
+    return None if token_id < 0 else token_id
+
+
+_SIZES = (
+    Field("vocab_size", "vocab_size"),
+    Field("decoder_start_token_id", "start_id", _read_start_id, None, _write_start_id),
+    Field("num_layers", "num_layers"),
+    Field("num_decoder_layers", "num_decoder_layers", Fields.optional_size, 0),
+    Field("d_model", "embed"),
+    Field("num_heads", "num_heads"),
+    Field("d_kv", "head_dim"),
+    Field("d_ff", "mlp"),
+)
+_NUMBERS = (
+    Field("layer_norm_epsilon", "norm_eps", Fields.get, 1e-6),
+    Field("relative_attention_num_buckets", "relative_buckets", Fields.size, 32),
+    Field("relative_attention_max_distance", "relative_distance", Fields.size, 128),
+)
+
+
 def _read(hf: dict[str, Any]) -> dict[str, Any]:
     fields = Fields(hf)
     fields.require("is_decoder", False)
@@ -40,28 +66,12 @@ def _read(hf: dict[str, Any]) -> dict[str, Any]:
     scaled = fields.get("scale_decoder_outputs", tied)
     if scaled and not tied:
         raise UserError("config.json: scale_decoder_outputs=True is not supported with tie_word_embeddings=False")
-    start = fields.get("decoder_start_token_id", None, int)
-    layers = fields.size("num_layers", most=MAX_LAYERS)
+    section = read_fields(_SIZES + _NUMBERS, fields)
+    section["num_decoder_layers"] = section["num_decoder_layers"] or section["num_layers"]
     for alias, name in _ALIASES.items():
         fields.require(alias, fields[name], None)
-    section = {
-        "vocab_size": fields["vocab_size"],
-        "start_id": -1 if start is None else start,
-        "num_layers": layers,
-        "num_decoder_layers": fields.optional_size("num_decoder_layers", most=MAX_LAYERS) or layers,
-        "embed": fields["d_model"],
-        "num_heads": fields["num_heads"],
-        "head_dim": fields["d_kv"],
-        "mlp": fields["d_ff"],
-        "activation": activation,
-        "gated": gated,
-        "norm_eps": fields.get("layer_norm_epsilon", 1e-6),
-        "relative_buckets": fields.size("relative_attention_num_buckets", 32),
-        "relative_distance": fields.size("relative_attention_max_distance", 128),
-        "tie_embeddings": scaled,
-    }
     fields.reject_unread("n_positions")
-    return section
+    return section | {"activation": activation, "gated": gated, "tie_embeddings": scaled}
 
 
 def _write(config: EncDecConfig) -> dict[str, Any]:
@@ -71,24 +81,9 @@ def _write(config: EncDecConfig) -> dict[str, Any]:
             f"model.activation={config.activation!r} with model.gated={config.gated}: T5's feed_forward_proj cannot "
             "express it"
         )
-    start = {} if config.start_id < 0 else {"decoder_start_token_id": config.start_id}
-    return {
-        "model_type": "t5",
-        "is_encoder_decoder": True,
-        "vocab_size": config.vocab_size,
-        **start,
-        "num_layers": config.num_layers,
-        "num_decoder_layers": config.decoder_layers,
-        "d_model": config.embed,
-        "num_heads": config.num_heads,
-        "d_kv": config.head_size,
-        "d_ff": config.mlp_size,
-        "feed_forward_proj": names[0],
-        "layer_norm_epsilon": config.norm_eps,
-        "relative_attention_num_buckets": config.relative_buckets,
-        "relative_attention_max_distance": config.relative_distance,
-        "tie_word_embeddings": config.tie_embeddings,
-    }
+    hf = {"model_type": "t5", "is_encoder_decoder": True, **write_fields(_SIZES, config), "feed_forward_proj": names[0]}
+    hf |= {**write_fields(_NUMBERS, config), "tie_word_embeddings": config.tie_embeddings}
+    return {name: value for name, value in hf.items() if value is not None}  # the start id may be unknown
 
 
 def _rules(config: EncDecConfig) -> list[Rule]:
@@ -106,20 +101,19 @@ def _stack(config: EncDecConfig, side: str, attentions: dict[str, str]) -> list[
     hf_block, block = f"{side}.block.{{layer}}.layer.", f"{side}.blocks."
     rules = [
         Rule(f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight", (f"{side}.bias.table",)),
-        Rule(f"{side}.final_layer_norm.weight", (f"{side}.norm.scale",)),
+        *norm_rules({f"{side}.final_layer_norm": f"{side}.norm"}),
     ]
+    linears = {"q": ("query", embed, heads), "k": ("key", embed, heads), "v": ("value", embed, heads)}
+    linears |= {"o": ("out", heads, embed)}
     for number, (hf_name, name) in enumerate(attentions.items()):
-        maps = {"q": ("query", embed, heads), "k": ("key", embed, heads), "v": ("value", embed, heads)}
-        for letter, (part, inputs, outputs) in (maps | {"o": ("out", heads, embed)}).items():
-            names = (f"{block}{name}.{part}.weight",)
-            rules.append(Rule(f"{hf_block}{number}.{hf_name}.{letter}.weight", names, **linear(inputs, outputs)))
-        rules.append(Rule(f"{hf_block}{number}.layer_norm.weight", (f"{block}{name}_norm.scale",)))
+        for letter, (part, *sizes) in linears.items():
+            rules += linear_rules(f"{hf_block}{number}.{hf_name}.{letter}", f"{block}{name}.{part}", *sizes, bias=False)
+        rules += norm_rules({f"{hf_block}{number}.layer_norm": f"{block}{name}_norm"})
     hf_mlp = f"{hf_block}{len(attentions)}."
     for hf_name, part in {"wi_0": "gate", "wi_1": "up"}.items() if config.gated else [("wi", "up")]:
-        names = (f"{block}mlp.{part}.weight",)
-        rules.append(Rule(f"{hf_mlp}DenseReluDense.{hf_name}.weight", names, **linear(embed, mlp)))
-    rules.append(Rule(f"{hf_mlp}DenseReluDense.wo.weight", (f"{block}mlp.down.weight",), **linear(mlp, embed)))
-    return [*rules, Rule(f"{hf_mlp}layer_norm.weight", (f"{block}mlp_norm.scale",))]
+        rules += linear_rules(f"{hf_mlp}DenseReluDense.{hf_name}", f"{block}mlp.{part}", embed, mlp, bias=False)
+    rules += linear_rules(f"{hf_mlp}DenseReluDense.wo", f"{block}mlp.down", mlp, embed, bias=False)
+    return rules + norm_rules({f"{hf_mlp}layer_norm": f"{block}mlp_norm"})
 
 
 def _name(name: str) -> str | None:

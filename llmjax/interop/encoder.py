@@ -9,20 +9,49 @@ from typing import Any
 import numpy as np
 
 from llmjax.errors import UserError
-from llmjax.interop.hf_config import FULL, MAX_LAYERS, NUMBER, SLIDING, Fields, attention_pattern
-from llmjax.interop.mapping import Architecture, Rule, linear, transposed, vector
+from llmjax.interop.hf_config import (
+    FULL,
+    NUMBER,
+    SLIDING,
+    Field,
+    Fields,
+    activation,
+    attention_pattern,
+    constant,
+    read_fields,
+    write_fields,
+)
+from llmjax.interop.mapping import Architecture, Rule, linear, linear_rules, norm_rules, transposed
 from llmjax.models.encoder import EncoderConfig
 
-# If several Hugging Face names mean the same function, the last one is written.
-_ACTIVATIONS = {
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "gelu": "gelu",
-    "relu": "relu",
-    "swish": "silu",
-    "silu": "silu",
-}
-_HF_ACTIVATIONS = {name: hf_name for hf_name, name in _ACTIVATIONS.items()}
+_SIZES = (
+    Field("vocab_size", "vocab_size"),
+    Field("num_hidden_layers", "num_layers"),
+    Field("hidden_size", "embed"),
+    Field("num_attention_heads", "num_heads"),
+    Field("intermediate_size", "mlp"),
+)
+_BERT = (
+    *_SIZES,
+    activation("hidden_act", "gelu"),
+    Field("layer_norm_eps", "norm_eps", Fields.get, 1e-12),
+    Field("max_position_embeddings", "max_positions", Fields.size, 512),
+    Field("type_vocab_size", "token_types", Fields.optional_size, 2),
+    constant("position_embedding_type", "absolute"),
+    constant("tie_word_embeddings", True),
+)
+_MODERNBERT = (
+    *_SIZES,
+    activation("hidden_activation", "gelu"),
+    activation("classifier_activation", "gelu"),
+    Field("norm_eps", "norm_eps", Fields.get, 1e-5),
+    constant("norm_bias", False),
+    constant("attention_bias", False),
+    constant("mlp_bias", False),
+    constant("classifier_bias", False),
+    constant("decoder_bias", True),
+    Field("max_position_embeddings", "max_positions", Fields.size, 8192),
+)
 _BERT_NEUTRAL = """
     directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type
 """.split()  # noqa: SIM905
@@ -36,26 +65,9 @@ def _read_bert(hf: dict[str, Any]) -> dict[str, Any]:
     fields = Fields(hf)
     fields.require("is_decoder", False)
     fields.require("add_cross_attention", False)
-    fields.require("position_embedding_type", "absolute")
-    fields.require("tie_word_embeddings", True)
-    section = {
-        "family": "encoder",
-        "vocab_size": fields["vocab_size"],
-        "num_layers": fields.size("num_hidden_layers", most=MAX_LAYERS),
-        "embed": fields["hidden_size"],
-        "num_heads": fields["num_attention_heads"],
-        "mlp": fields["intermediate_size"],
-        "activation": fields.choice("hidden_act", _ACTIVATIONS, "gelu"),
-        "gated": False,
-        "norm_eps": fields.get("layer_norm_eps", 1e-12),
-        "norm_position": "post",
-        "positions": "learned",
-        "max_positions": fields.size("max_position_embeddings", 512),
-        "token_types": fields.optional_size("type_vocab_size", 2),
-        "biases": "all",
-    }
+    section = read_fields(_BERT, fields)
     fields.reject_unread(*_BERT_NEUTRAL)
-    return section
+    return section | {"gated": False, "norm_position": "post", "positions": "learned", "biases": "all"}
 
 
 def _write_bert(config: EncoderConfig) -> dict[str, Any]:
@@ -63,20 +75,7 @@ def _write_bert(config: EncoderConfig) -> dict[str, Any]:
         raise UserError(
             "model.token_types=0: a BERT checkpoint has at least one token type; train with model.token_types=1 or 2"
         )
-    return {
-        "model_type": "bert",
-        "vocab_size": config.vocab_size,
-        "num_hidden_layers": config.num_layers,
-        "hidden_size": config.embed,
-        "num_attention_heads": config.num_heads,
-        "intermediate_size": config.mlp_size,
-        "hidden_act": _HF_ACTIVATIONS.get(config.activation, config.activation),
-        "layer_norm_eps": config.norm_eps,
-        "max_position_embeddings": config.max_positions,
-        "type_vocab_size": config.token_types,
-        "position_embedding_type": "absolute",
-        "tie_word_embeddings": True,
-    }
+    return {"model_type": "bert", **write_fields(_BERT, config)}
 
 
 def _bert_rules(config: EncoderConfig) -> list[Rule]:
@@ -104,11 +103,8 @@ def _bert_rules(config: EncoderConfig) -> list[Rule]:
         Rule(head + "bias", ("head.bias",), aliases=(head + "decoder.bias",)),
     ]
     for hf_name, (name, inputs, outputs) in linears.items():
-        rules.append(Rule(f"{hf_name}.weight", (f"{name}.weight",), **linear(inputs, outputs)))
-        rules.append(Rule(f"{hf_name}.bias", (f"{name}.bias",), **vector(outputs)))
-    for hf_name, name in norms.items():
-        rules += [Rule(f"{hf_name}.weight", (f"{name}.scale",)), Rule(f"{hf_name}.bias", (f"{name}.bias",))]
-    return rules
+        rules += linear_rules(hf_name, name, inputs, outputs, bias=True)
+    return rules + norm_rules(norms, bias=True)
 
 
 def _bert_name(name: str) -> str | None:
@@ -131,43 +127,29 @@ def _refuse_pretraining(_: Any) -> dict[str, Any]:
 
 def _read_modernbert(hf: dict[str, Any]) -> dict[str, Any]:
     fields = Fields(hf)
-    for name in ("norm_bias", "attention_bias", "mlp_bias", "classifier_bias"):
-        fields.require(name, False)
-    fields.require("decoder_bias", True)
     fields.require("tie_word_embeddings", True)
-    activation = fields.choice("hidden_activation", _ACTIVATIONS, "gelu")
-    if fields.choice("classifier_activation", _ACTIVATIONS, "gelu") != activation:
+    section = read_fields(_MODERNBERT, fields)
+    if fields.activation("hidden_activation", "gelu") != fields.activation("classifier_activation", "gelu"):
         raise UserError(
             f"config.json: classifier_activation={hf.get('classifier_activation')!r} is not supported with "
             f"hidden_activation={hf.get('hidden_activation')!r}: head and blocks must have the same activation"
         )
-    layers = fields.size("num_hidden_layers", most=MAX_LAYERS)
-    period = fields.size("global_attn_every_n_layers", 3)
+    layers, period = section["num_layers"], fields.size("global_attn_every_n_layers", 3)
     types = fields.layer_types(layers) or [SLIDING if layer % period else FULL for layer in range(layers)]
-    base = _rope_base(fields, FULL, "global_rope_theta", 160_000.0)
+    section |= {
+        "gated": True,
+        "norm_position": "pre",
+        "positions": "rotary",
+        "rope_base": _rope_base(fields, FULL, "global_rope_theta", 160_000.0),
+        "token_types": 0,
+        "biases": "none",
+    }
     local_base = _rope_base(fields, SLIDING, "local_rope_theta", 10_000.0)
     # local_attention counts the positions on both sides that a token attends to; window is the first distance at which
     # it attends to nothing.
     window = fields.size("local_attention", 128) // 2 + 1
-    local = {"window": window, "attention_pattern": attention_pattern(types), "rope_local_base": local_base}
-    section = {
-        "family": "encoder",
-        "vocab_size": fields["vocab_size"],
-        "num_layers": layers,
-        "embed": fields["hidden_size"],
-        "num_heads": fields["num_attention_heads"],
-        "mlp": fields["intermediate_size"],
-        "activation": activation,
-        "gated": True,
-        "norm_eps": fields.get("norm_eps", 1e-5),
-        "norm_position": "pre",
-        "positions": "rotary",
-        "max_positions": fields.size("max_position_embeddings", 8192),
-        "rope_base": base,
-        "token_types": 0,
-        "biases": "none",
-    }
     fields.reject_unread(*_MODERNBERT_NEUTRAL)
+    local = {"window": window, "attention_pattern": attention_pattern(types), "rope_local_base": local_base}
     return section | (local if SLIDING in types else {})
 
 
@@ -184,23 +166,9 @@ def _rope_base(fields: Fields, kind: str, old_name: str, default: float) -> floa
 def _write_modernbert(config: EncoderConfig) -> dict[str, Any]:
     kinds = [SLIDING if local else FULL for local in config.local_layers]
     bases = {FULL: config.rope_base, SLIDING: config.rope_local_base or config.rope_base}
-    activation = _HF_ACTIVATIONS.get(config.activation, config.activation)
     return {
         "model_type": "modernbert",
-        "vocab_size": config.vocab_size,
-        "num_hidden_layers": config.num_layers,
-        "hidden_size": config.embed,
-        "num_attention_heads": config.num_heads,
-        "intermediate_size": config.mlp_size,
-        "hidden_activation": activation,
-        "classifier_activation": activation,
-        "norm_eps": config.norm_eps,
-        "norm_bias": False,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "classifier_bias": False,
-        "decoder_bias": True,
-        "max_position_embeddings": config.max_positions,
+        **write_fields(_MODERNBERT, config),
         # For older releases, which have no layer_types: every n-th layer is global, from the first one on.
         "global_attn_every_n_layers": kinds[1:].index(FULL) + 1 if FULL in kinds[1:] else len(kinds),
         "layer_types": kinds,

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import operator
 from pathlib import Path
 import shutil
 from typing import Any
@@ -21,6 +22,7 @@ from llmjax.data.store.tokenizer import FILE_NAMES, Tokenizer
 from llmjax.errors import UserError
 from llmjax.interop import files, sharded_io, tokenizers
 from llmjax.interop.hf_checkpoint import FAMILIES
+from llmjax.interop.hf_config import RESOLVED
 from llmjax.interop.mapping import Architecture, ParamMapping
 from llmjax.parallel import hosts
 from llmjax.run import config as run_config, loading, workdir as workdirs
@@ -31,15 +33,9 @@ logger = logging.getLogger(__name__)
 HF_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 # Fields that say how a model is run, trained and stored, not what it computes: config.json does not hold them.
 _RUNTIME_FIELDS = {"family", "scan", "remat", "attention", "dtype", "param_dtype", "dropout", "vocab_multiple"}
-# What is compared of a field of two configs, where that is not its value: 0 may stand for a size that follows from
-# other fields, a field may be unused beside others, and several values may mean the same.
+# What is compared of a field of two configs, where that is not its value: a field may be unused beside others, and
+# several values may mean the same.
 _EFFECTS: dict[str, Callable[[Any], Any]] = {
-    "head_dim": lambda config: config.head_size,
-    "num_kv_heads": lambda config: config.kv_heads,
-    "mlp": lambda config: config.mlp_size,
-    "expert_mlp": lambda config: config.expert_size,
-    "value_dim": lambda config: config.value_size,
-    "num_decoder_layers": lambda config: config.decoder_layers,
     "base_embed": lambda config: config.width_multiplier,
     "window": lambda config: any(config.local_layers) and config.window,
     "attention_pattern": lambda config: config.local_layers,
@@ -150,7 +146,7 @@ def _first_difference(model: Any, section: dict[str, Any], unused_fields: tuple[
     """The first field in which a model and the section read back from its config.json differ; "" if there is none."""
     read_back = bind(type(model), {"family": model.family, **section}, "model")
     for field in dataclasses.fields(model):
-        effect = _EFFECTS.get(field.name, lambda config, name=field.name: getattr(config, name))
+        effect = _EFFECTS.get(field.name, operator.attrgetter(RESOLVED.get(field.name, field.name)))
         if effect(model) != effect(read_back) and field.name not in _RUNTIME_FIELDS and field.name not in unused_fields:
             return f"it cannot express model.{field.name}={getattr(model, field.name)!r}"
     return ""

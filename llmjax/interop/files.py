@@ -141,10 +141,12 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def parse_json(content: bytes, where: str) -> dict[str, Any]:
-    """The object in `content`. Raises UserError for anything else, nesting too deep to parse, and a repeated key."""
+def parse_json(content: bytes, where: str, *, unique_keys: bool = True) -> dict[str, Any]:
+    """The object in `content`. Raises UserError for anything else, nesting too deep to parse, and a repeated key unless
+    `unique_keys` is False.
+    """
     try:
-        value = json.loads(content.decode(), object_pairs_hook=_reject_repeated_keys)
+        value = json.loads(content.decode(), object_pairs_hook=_reject_repeated_keys if unique_keys else None)
     except RecursionError:
         raise UserError(f"{where}: not JSON that can be read (nested too deeply); fetch it again") from None
     except ValueError as error:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Mapping
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -199,22 +199,6 @@ Shapes = dict[str, tuple[int, ...]]
 GetTensor = Callable[[str], np.ndarray]
 
 
-class Quantization(Protocol):
-    """How the tensors of a checkpoint are packed."""
-
-    def shapes(self, stored: Mapping[str, tuple[int, ...]]) -> Shapes:
-        """Names and shapes of the dequantized tensors, from those that are stored."""
-        ...
-
-    def parts(self, name: str) -> dict[str, tuple[str, ...]]:
-        """The stored tensors that a tensor is packed into, and the types that each may have."""
-        ...
-
-    def dequantize(self, name: str, get: GetTensor) -> np.ndarray | None:
-        """A tensor in float32 from its stored parts, or None if it is not packed."""
-        ...
-
-
 # The values of a 4-bit float: a sign, two bits of exponent and one of mantissa (Open Compute Project, 2023,
 # Microscaling formats 1.0, E2M1).
 _FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
@@ -233,7 +217,7 @@ class Mxfp4:
         del settings  # the names of packed tensors tell them apart
 
     def shapes(self, stored: Mapping[str, tuple[int, ...]]) -> Shapes:
-        """Names and shapes of the dequantized tensors."""
+        """Names and shapes of the dequantized tensors, from those that are stored."""
         shapes: Shapes = {}
         for name, shape in stored.items():
             stem = name.rpartition("_")[0]
@@ -249,7 +233,7 @@ class Mxfp4:
         return shapes
 
     def parts(self, name: str) -> dict[str, tuple[str, ...]]:
-        """The two tensors that X is packed into, and their types."""
+        """The stored tensors that X is packed into, and the types that each may have."""
         return {f"{name}_blocks": ("U8",), f"{name}_scales": ("U8",)}
 
     def dequantize(self, name: str, get: GetTensor) -> np.ndarray | None:
@@ -276,7 +260,7 @@ class Fp8Blocks:
         self.block = tuple(block)
 
     def shapes(self, stored: Mapping[str, tuple[int, ...]]) -> Shapes:
-        """Names and shapes of the dequantized tensors."""
+        """Names and shapes of the dequantized tensors, from those that are stored."""
         shapes: Shapes = {}
         for name, shape in stored.items():
             if name.endswith("_scale_inv"):
@@ -289,7 +273,7 @@ class Fp8Blocks:
         return shapes
 
     def parts(self, name: str) -> dict[str, tuple[str, ...]]:
-        """X and its factors, and their types."""
+        """The stored tensors that X is packed into, and the types that each may have."""
         return {name: ("F8_E4M3",), f"{name}_scale_inv": ("F32", "BF16", "F16", "F8_E8M0")}
 
     def dequantize(self, name: str, get: GetTensor) -> np.ndarray | None:
@@ -304,5 +288,6 @@ class Fp8Blocks:
         return weight * factors.astype(np.float32)
 
 
+Quantization = Mxfp4 | Fp8Blocks
 # quant_method -> its class, which takes quantization_config.
 QUANTIZATIONS: dict[str, Callable[[dict[str, Any]], Quantization]] = {"mxfp4": Mxfp4, "fp8": Fp8Blocks}

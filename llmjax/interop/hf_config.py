@@ -1,12 +1,10 @@
-"""Read config.json so that each field is used, known to have no effect, or refused; and its rotary frequencies."""
+"""Read config.json so that each field is used, known to have no effect, or refused; tables of its fields."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from llmjax.errors import UserError
-from llmjax.models.decoder_config import DecoderConfig
-from llmjax.nn.rotary import yarn_attention_factor
 
 _MISSING = object()
 NUMBER = (int, float)
@@ -14,9 +12,21 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 _TYPE_NAMES = {bool: "true or false", int: "a number", float: "a number", str: "a string", list: "a list"}
 # Bounds far above every published model, so that a damaged config.json is refused before anything is allocated.
 _MAX_NUMBER = 1e15
-_MAX_SIZE = 1 << 24
-MAX_LAYERS = 1 << 12
-MAX_EXPERTS = 1 << 16
+_MAX_SIZE, _MAX_LAYERS, _MAX_EXPERTS = 1 << 24, 1 << 12, 1 << 16
+_MAX_SIZES = {
+    **dict.fromkeys(
+        ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers", "first_k_dense_replace"), _MAX_LAYERS
+    ),
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "n_shared_experts"), _MAX_EXPERTS),
+}
+_ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
 
 # Fields of the base class of all configs, in transformers 2 to 5, that change no number of a forward pass in float32
 # without dropout.
@@ -95,23 +105,24 @@ class Fields:
             raise self._missing(name) if name not in self._fields else self._error(name, value, "a number above 0")
         return value
 
-    def size(self, name: str, default: int | None = None, most: int = _MAX_SIZE) -> int:
-        """An integer from 1 to `most`; the field is required if it has no default."""
+    def size(self, name: str, default: int | None = None, least: int = 1) -> int:
+        """An integer from `least` to the bound of its kind; the field is required if it has no default."""
         self._read.add(name)
-        value = self._fields.get(name, default)
+        value, most = self._fields.get(name, default), _MAX_SIZES.get(name, _MAX_SIZE)
         if value is None and default is None:
             raise self._missing(name)
-        if type(value) is not int or not 1 <= value <= most:
-            raise self._error(name, value, f"an integer from 1 to {most}")
+        if type(value) is not int or not least <= value <= most:
+            raise self._error(name, value, f"an integer from {least} to {most}")
         return value
 
-    def optional_size(self, name: str, default: int = 0, most: int = _MAX_SIZE) -> int:
-        """An integer from 0 to `most`; null stands for 0."""
+    def optional_size(self, name: str, default: int = 0) -> int:
+        """An integer from 0 to the bound of its kind; null stands for 0."""
         self._read.add(name)
-        value = self._fields.get(name, default)
-        if value is not None and (type(value) is not int or not 0 <= value <= most):
-            raise self._error(name, value, f"an integer from 0 to {most}")
-        return value or 0
+        return 0 if self._fields.get(name, default) is None else self.size(name, default, least=0)
+
+    def activation(self, name: str, default: str) -> str:
+        """The llmjax name of an activation."""
+        return self.choice(name, _ACTIVATIONS, default)
 
     def section(self, name: str) -> dict[str, Any]:
         """A section, empty if it is absent or null."""
@@ -186,119 +197,54 @@ def _is_neutral(name: str) -> bool:
     return name in _BASE or name in _GENERATION or _NEUTRAL_PATTERN.fullmatch(name) is not None
 
 
-# Rotary frequencies: the newer field rope_parameters, and the older rope_theta and rope_scaling.
-_ROPE_KINDS = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
+# Field of a model's config -> the property that resolves it, where 0 stands for a size derived from other fields.
+RESOLVED = {
+    "head_dim": "head_size",
+    "num_kv_heads": "kv_heads",
+    "mlp": "mlp_size",
+    "expert_mlp": "expert_size",
+    "value_dim": "value_size",
+    "num_decoder_layers": "decoder_layers",
+}
 
 
-def read_rope(fields: Fields, *, base: float, max_length: int) -> dict[str, Any]:
-    """The rope_* fields of section `model`, for a model whose layers all have the same frequencies.
+class Field(NamedTuple):
+    """A field of config.json and the field of section `model` with the same meaning.
 
-    base         if config.json has none
-    max_length   the length of the texts of the first training, unless config.json has one. If it has one in the section
-                 and one beside it, the reference uses the one beside it.
+    name     in section `model`; "" for a field with one supported value, `default`
+    read     (fields, hf_name, default) -> value in section `model`
+    write    value in section `model` -> value in config.json
     """
-    theta, new, old = fields.get("rope_theta", base), fields.section("rope_parameters"), fields.section("rope_scaling")
-    original = fields.optional_size("original_max_position_embeddings") or None
-    return _read_rope(old or new, "rope_scaling." if old else "rope_parameters.", theta, max_length, original)
+
+    hf_name: str
+    name: str
+    read: Callable[..., Any] = Fields.size
+    default: Any = None
+    write: Callable[[Any], Any] = lambda value: value
 
 
-def read_rope_by_kind(
-    fields: Fields, *, base: float, max_length: int, local_base: float, old_local: str | None = None
-) -> dict[str, Any]:
-    """The same for a model with frequencies for full_attention and others for sliding_attention.
-
-    The older fields rope_scaling and rope_theta are those of the full layers; `old_local` names the one with the base
-    of the sliding layers, if there is any.
-    """
-    both = Fields(fields.section("rope_parameters"), "rope_parameters.")
-    old = fields.section("rope_scaling")
-    full, sliding = both.section(FULL) | old, both.section(SLIDING)
-    both.reject_unread()
-    theta, local_theta = fields.get("rope_theta", base), fields.get(old_local, local_base) if old_local else local_base
-    fields.get("original_max_position_embeddings", None)  # the reference reads only those of the sections
-    section = _read_rope(full, "rope_scaling." if old else "rope_parameters.full_attention.", theta, max_length)
-    if not section.get("rope_truncate", True):
-        # The reference looks for it in the wrong section, and always truncates.
-        raise UserError("config.json: rope_parameters.full_attention.truncate=False is not supported, only True")
-    local = _read_rope(sliding, "rope_parameters.sliding_attention.", local_theta, max_length)
-    if "rope_scaling" in local:
-        kind = sliding.get("rope_type")
-        raise UserError(
-            f"config.json: rope_parameters.sliding_attention.rope_type={kind!r} is not supported, only 'default'"
-        )
-    is_same = local["rope_base"] == section["rope_base"] and "rope_scaling" not in section
-    return section | {"rope_local_base": 0.0 if is_same else local["rope_base"]}
+def constant(hf_name: str, value: Any) -> Field:
+    """A field with one supported value, which is written too."""
+    return Field(hf_name, "", Fields.require, value, lambda _: value)
 
 
-def write_rope(config: DecoderConfig) -> dict[str, Any]:
-    """The fields of config.json for what `read_rope` reads."""
-    return {"rope_theta": config.rope_base, "rope_parameters": _rope_parameters(config)}
+def activation(hf_name: str, default: str, gelu_tanh: str = "gelu_new") -> Field:
+    """An activation; files of the class name the tanh form `gelu_tanh`."""
+    write = lambda name: gelu_tanh if name == "gelu_tanh" else name
+    return Field(hf_name, "activation", Fields.activation, default, write)
 
 
-def write_rope_by_kind(config: DecoderConfig) -> dict[str, Any]:
-    """The fields of config.json for what `read_rope_by_kind` reads."""
-    if any(config.local_layers) and config.scaling is not None and not config.rope_local_base:
-        raise UserError(
-            f"model.rope_local_base=0.0: rope_scaling={config.rope_scaling!r} would be lost in the sliding layers"
-        )
-    local = {"rope_type": "default", "rope_theta": config.rope_local_base or config.rope_base}
-    return {"rope_parameters": {FULL: _rope_parameters(config), SLIDING: local}}
-
-
-def _read_rope(
-    rope_fields: Mapping[str, Any], path: str, theta: Any, max_length: int, original: int | None = None
-) -> dict[str, Any]:
-    rope = Fields(rope_fields, path)
-    name = "rope_type" if rope.get("rope_type", None) else "type"
-    kind = rope.choice(name, _ROPE_KINDS, "default")
-    rope.get("type", None)
-    rope.require("partial_rotary_factor", 1.0, None)
-    section: dict[str, Any] = {"rope_base": float(rope.get("rope_theta", None, *NUMBER) or theta or 0)}
-    original_in_section = rope.optional_size("original_max_position_embeddings")
-    original = original or original_in_section or max_length
-    if kind != "none":
-        section |= {"rope_scaling": kind}
-    if kind == "linear":
-        section |= {"rope_factor": float(rope.positive("factor"))}
-    if kind == "llama3":
-        section |= {"rope_factor": float(rope.positive("factor")), "rope_original": original}
-        section |= {
-            "rope_low": float(rope.positive("low_freq_factor")),
-            "rope_high": float(rope.positive("high_freq_factor")),
-        }
-    if kind == "yarn":
-        if "factor" not in rope_fields:  # null means the quotient of the two lengths
-            raise UserError(f"config.json has no {path}factor")
-        factor = float(rope.get("factor", None, *NUMBER) or max_length / original)
-        section |= {"rope_factor": factor, "rope_original": original, "rope_truncate": rope.get("truncate", True)}
-        section |= {"rope_low": float(rope.get("beta_slow", None, *NUMBER) or 1)}
-        section |= {"rope_high": float(rope.get("beta_fast", None, *NUMBER) or 32)}
-        section |= {"rope_attention_factor": _attention_factor(rope, factor)}
-    rope.reject_unread()
+def read_fields(table: Sequence[Field], fields: Fields, **defaults: Any) -> dict[str, Any]:
+    """The fields of section `model`; `defaults` by Hugging Face name take the place of those in the table."""
+    section = {}
+    for field in table:
+        value = field.read(fields, field.hf_name, defaults.get(field.hf_name, field.default))
+        if field.name:
+            section[field.name] = value
     return section
 
 
-def _attention_factor(rope: Fields, factor: float) -> float:
-    names = ("attention_factor", "mscale", "mscale_all_dim")
-    attention_factor, weight, weight_all_dims = (rope.get(name, None, *NUMBER) for name in names)
-    if attention_factor is not None:
-        return float(attention_factor)
-    if weight and weight_all_dims:
-        return yarn_attention_factor(factor, weight) / yarn_attention_factor(factor, weight_all_dims)
-    return yarn_attention_factor(factor)
-
-
-def _rope_parameters(config: DecoderConfig) -> dict[str, Any]:
-    scaling = config.scaling
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_base}
-    if scaling is None:
-        return rope
-    rope |= {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling.kind == "llama3":
-        rope |= {"low_freq_factor": scaling.low, "high_freq_factor": scaling.high}
-    if scaling.kind == "yarn":
-        rope |= {"beta_slow": scaling.low, "beta_fast": scaling.high, "attention_factor": scaling.attention_factor}
-        rope |= {} if scaling.truncate else {"truncate": False}
-    if scaling.kind != "linear":
-        rope["original_max_position_embeddings"] = scaling.original
-    return rope
+def write_fields(table: Sequence[Field], config: Any) -> dict[str, Any]:
+    """The fields of config.json, the inverse of `read_fields`."""
+    values = {name: getattr(config, RESOLVED.get(name, name)) for name in {field.name for field in table} - {""}}
+    return {field.hf_name: field.write(values.get(field.name)) for field in table}

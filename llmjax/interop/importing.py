@@ -29,10 +29,12 @@ _TOKEN_IDS = ("bos_token_id", "pad_token_id")  # fields of config.json that llmj
 
 @dataclasses.dataclass(frozen=True)
 class Imported:
-    """What was read.
+    """A summary of an import.
 
+    architecture class in config.json
     parameters   their number, without the padding of the vocabulary
-    types        of the tensors in the files
+    nbytes       size of the tensors in the files
+    types        types of the tensors in the files
     tokenizer    name of its file
     config       of the new run
     """
@@ -62,34 +64,53 @@ def import_checkpoint(
     if (workdir / workdirs.CONFIG).exists():
         raise UserError(f"--workdir={workdir}: already contains a run; give a new folder")
     checkpoint = hf_checkpoint.read(source)
-    tensors, folder = checkpoint.tensors, epath.Path(source)
+    tensors = checkpoint.tensors
     section = checkpoint.read_model(ignore)
-    tokenizer_file = tokenizers.find(folder, checkpoint.hf, num_rows=section["vocab_size"])
-    tokenizer = tokenizer_file.tokenizer
-    config = _run_config(section, tokenizer, workdir, overrides)
+    tokenizer_file = tokenizers.find(epath.Path(source), checkpoint.hf, num_rows=section["vocab_size"])
+    config = _run_config(section, tokenizer_file.tokenizer, workdir, overrides)
     table = ParamMapping(checkpoint.architecture.rules(config.model), config.model)
     table.check_tensors(tensors)
     _check_aliases(table, tensors)
     types, gigabytes = ", ".join(tensors.types), tensors.nbytes / 1e9
     logger.info("%s: %d tensors of %s, %.2f GB", checkpoint.name, len(tensors.shapes()), types, gigabytes)
-    for note in _notes(tokenizer_file.settings, tokenizer, config):
+    for note in _notes(tokenizer_file.settings, tokenizer_file.tokenizer, config):
         logger.info("  note: %s", note)
 
     _, shapes, names = registry.abstract(config.model)
     with axes.use_mesh(loading.mesh_or_default(config), config.parallel.rules):
         shardings = flatten(axes.shardings(names, shapes))
     params = sharded_io.read(table, tensors, shardings)
+    _write_workdir(workdir, config, params, checkpoint, tokenizer_file, ignore)
+    return Imported(
+        architecture=checkpoint.name,
+        parameters=table.count(),
+        nbytes=tensors.nbytes,
+        types=tensors.types,
+        tokenizer=tokenizer_file.name,
+        config=config,
+    )
+
+
+def _write_workdir(
+    workdir: epath.Path,
+    config: RunConfig,
+    params: Params,
+    checkpoint: hf_checkpoint.Checkpoint,
+    tokenizer_file: tokenizers.TokenizerFile,
+    ignore: Sequence[str],
+) -> None:
+    tokenizer, source = tokenizer_file.tokenizer, checkpoint.folder
     workdir.mkdir(parents=True, exist_ok=True)
     with workdirs.Lock(workdir, primary=hosts.is_primary()):
         if hosts.is_primary():
-            tokenizers.copy_to_workdir(folder, tokenizer_file, workdir)
+            tokenizers.copy_to_workdir(epath.Path(source), tokenizer_file, workdir)
         logger.info("writing checkpoint 0")
         fingerprint = _save(workdir, config, params, tokenizer, source)
         if hosts.is_primary():
             record = {
                 "from": str(source.resolve()),
                 "architecture": checkpoint.name,
-                "types": tensors.types,
+                "types": checkpoint.tensors.types,
                 "ignored": list(ignore),
                 "fingerprint": fingerprint,
                 "model": run_config.to_json(config)["model"],
@@ -99,14 +120,6 @@ def import_checkpoint(
             workdirs.write_json(workdir / workdirs.IMPORT, record)
             workdirs.write_json(workdir / workdirs.CONFIG, run_config.to_json(config))  # last: this makes it a run
         hosts.barrier("imported")
-    return Imported(
-        architecture=checkpoint.name,
-        parameters=table.count(),
-        nbytes=tensors.nbytes,
-        types=tensors.types,
-        tokenizer=tokenizer_file.name,
-        config=config,
-    )
 
 
 def _run_config(
@@ -138,9 +151,7 @@ def _check_aliases(table: ParamMapping, tensors: hf_checkpoint.Tensors) -> None:
 
 def _save(workdir: epath.Path, config: RunConfig, params: Params, tokenizer: Tokenizer, source: Path) -> str:
     """Write checkpoint 0 and return its fingerprint."""
-    checkpoints = Checkpoints(
-        workdir / workdirs.CHECKPOINTS, keep=config.checkpoint.keep, timeout_seconds=config.checkpoint.timeout_seconds
-    )
+    checkpoints = Checkpoints(workdir / workdirs.CHECKPOINTS, config.checkpoint)
     meta = {
         "config": run_config.to_json(config),
         "imported": str(source.resolve()),

@@ -18,6 +18,7 @@ from llmjax.models import registry
 from llmjax.models.registry import ModelConfig
 
 Slices = tuple[slice, ...]
+Bounds = tuple[tuple[int, int], ...]  # (start, stop) of each dimension
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,7 +270,22 @@ def transposed() -> dict[str, Any]:
     return {"from_hf": lambda tensor: (tensor.T,), "to_hf": lambda array: array.T}
 
 
-# Which part of a tensor holds a part of a parameter, from the strides of a view before any byte is read.
+def linear_rules(hf_name: str, name: str, inputs: Sequence[int], outputs: Sequence[int], bias: bool) -> list[Rule]:
+    """The weight of torch's Linear, and its bias if it has one."""
+    rules = [Rule(f"{hf_name}.weight", (f"{name}.weight",), **linear(inputs, outputs))]
+    return [*rules, Rule(f"{hf_name}.bias", (f"{name}.bias",), **vector(outputs))] if bias else rules
+
+
+def norm_rules(names: Mapping[str, str], bias: bool = False) -> list[Rule]:
+    """The scale of each norm, Hugging Face name -> name, and its bias if it has one."""
+    rules = []
+    for hf_name, name in names.items():
+        rules.append(Rule(f"{hf_name}.weight", (f"{name}.scale",)))
+        rules += [Rule(f"{hf_name}.bias", (f"{name}.bias",))] if bias else []
+    return rules
+
+
+# Which part of a tensor holds a part of a parameter: computed from the strides of a view, before any byte is read.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,15 +311,16 @@ class TensorSlice:
         return np.lib.stride_tricks.as_strided(content, self.shape, strides, writeable=False)
 
 
+@functools.lru_cache(maxsize=1024)
 def find_slice(
-    from_hf: Callable[[Any], tuple[Any, ...]], shape: tuple[int, ...], position: int, slices: Slices
+    from_hf: Callable[[Any], tuple[Any, ...]], shape: tuple[int, ...], position: int, bounds: Bounds
 ) -> TensorSlice:
-    """Where `from_hf(tensor)[position][slices]` lies in a tensor of `shape`.
+    """Where the part `bounds` of `from_hf(tensor)[position]` lies in a tensor of `shape`.
 
     `from_hf` is applied to an array that is reserved and never touched, so views cost no memory.
     """
     reserved = _reserve(shape)
-    part = from_hf(reserved)[position][slices]
+    part = from_hf(reserved)[position][tuple(slice(*pair) for pair in bounds)]
     everything = TensorSlice(tuple(slice(0, size) for size in shape), (), part.shape, reads_all=True)
     if part.size == 0 or not np.may_share_memory(part, reserved):
         return everything
@@ -332,15 +349,10 @@ def _reserve(shape: tuple[int, ...]) -> np.ndarray:
     return np.frombuffer(pages, np.uint8)[:size].reshape(shape)
 
 
-@functools.lru_cache(maxsize=1024)
-def _find_slice(from_hf: Callable, shape: tuple[int, ...], position: int, bounds: tuple) -> TensorSlice:
-    return find_slice(from_hf, shape, position, tuple(slice(*pair) for pair in bounds))
-
-
 def _read_part(
     source: Source, hf_name: str, rule: Rule, shape: tuple[int, ...], position: int, slices: Slices
 ) -> np.ndarray:
     """The part `slices` of the parameter at `position` in the names of a rule, for one layer and expert."""
-    tensor_slice = _find_slice(rule.from_hf, shape, position, tuple((part.start, part.stop) for part in slices))
+    tensor_slice = find_slice(rule.from_hf, shape, position, tuple((part.start, part.stop) for part in slices))
     content = source.read(hf_name, tensor_slice.box)
     return rule.from_hf(content)[position][slices] if tensor_slice.reads_all else tensor_slice.view(content)

@@ -10,15 +10,17 @@ import numpy as np
 from llmjax.errors import UserError
 from llmjax.interop import decoder_rules
 from llmjax.interop.decoder import (
+    LLAMA_ACTIVATION,
+    SHARED,
     every_nth_global,
+    read_llama_fields,
     read_local_layers,
-    read_shared_fields,
     write_local_layers,
-    write_shared_fields,
 )
 from llmjax.interop.decoder_rules import LAYER
-from llmjax.interop.hf_config import MAX_EXPERTS, MAX_LAYERS, Fields, read_rope, shown, write_rope
-from llmjax.interop.mapping import Architecture, Rule, linear, transposed
+from llmjax.interop.hf_config import Field, Fields, constant, read_fields, shown, write_fields
+from llmjax.interop.hf_rope import write_rope
+from llmjax.interop.mapping import Architecture, Rule, linear, linear_rules, transposed
 from llmjax.models.moe import MoeConfig
 from llmjax.nn.rotary import yarn_attention_factor
 
@@ -41,17 +43,54 @@ _GPT_OSS_ROPE = {
 }
 
 
-def _read_activation(fields: Fields) -> dict[str, Any]:
-    return {"activation": fields.choice("hidden_act", {"silu": "silu", "gelu": "gelu", "relu": "relu"}, "silu")}
+def _read_num_experts(fields: Fields, _: str, default: int) -> int:
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    numbers = {fields.size(name) for name in names if fields.get(name, None) is not None}
+    if len(numbers) > 1:
+        raise UserError(f"config.json: {' and '.join(names)} differ: {sorted(numbers)}")
+    return numbers.pop() if numbers else default
+
+
+def _read_dense_layers(fields: Fields, name: str, _: None) -> int:
+    layers = fields.get(name, None, list) or []
+    if layers != list(range(len(layers))):
+        raise UserError(f"config.json: {name}={shown(layers)} is not supported, only the first layers, such as [0, 1]")
+    return len(layers)
+
+
+_QWEN3 = (
+    Field("num_experts", "num_experts", _read_num_experts, 128),
+    Field("moe_intermediate_size", "expert_mlp", Fields.size, 768),
+    Field("norm_topk_prob", "renormalise", Fields.get, False),
+    constant("decoder_sparse_step", 1),
+    Field("mlp_only_layers", "dense_layers", _read_dense_layers, None, lambda count: list(range(count))),
+)
+_DEEPSEEK = (
+    Field("qk_nope_head_dim", "head_dim", Fields.size, 128),
+    Field("qk_rope_head_dim", "rope_dim", Fields.size, 64),
+    Field("v_head_dim", "value_dim", Fields.size, 128),
+    Field("kv_lora_rank", "latent", Fields.size, 512),
+    Field("q_lora_rank", "query_latent", Fields.optional_size, 1536, lambda size: size or None),
+    Field("n_routed_experts", "num_experts", _read_num_experts, 256),
+    Field("moe_intermediate_size", "expert_mlp", Fields.size, 2048),
+    Field("n_shared_experts", "shared_experts", Fields.optional_size, 1),
+    Field("first_k_dense_replace", "dense_layers", Fields.optional_size, 3),
+    Field("norm_topk_prob", "renormalise", Fields.get, True),
+    Field("routed_scaling_factor", "router_scale", lambda *arguments: float(Fields.positive(*arguments)), 2.5),
+    Field("n_group", "router_groups", Fields.size, 8),
+    Field("topk_group", "router_top_groups", Fields.size, 4),
+    constant("rope_interleave", True),
+)
 
 
 def _read_mixtral(hf: dict[str, Any]) -> dict[str, Any]:
     fields = Fields(hf)
     fields.require("attention_bias", False)
-    section = read_shared_fields(fields, eps=1e-5, kv_heads=8, positions=4096 * 32) | _read_activation(fields)
-    section |= read_rope(fields, base=1e6, max_length=section["max_positions"])
+    section = read_llama_fields(
+        fields, rope_base=1e6, rms_norm_eps=1e-5, num_key_value_heads=8, max_position_embeddings=4096 * 32
+    )
     section |= {
-        "num_experts": _read_num_experts(fields, 8),
+        "num_experts": _read_num_experts(fields, "num_local_experts", 8),
         "experts_per_token": fields.size("num_experts_per_tok", 2),
         "expert_mlp": section["mlp"],
     }
@@ -67,40 +106,21 @@ def _write_mixtral(config: MoeConfig) -> dict[str, Any]:
 
 def _read_qwen3(hf: dict[str, Any]) -> dict[str, Any]:
     fields = Fields(hf)
-    section = read_shared_fields(fields, kv_heads=4, positions=32768) | _read_activation(fields)
-    section |= read_rope(fields, base=10_000.0, max_length=section["max_positions"])
+    section = read_llama_fields(fields, num_key_value_heads=4, max_position_embeddings=32768)
+    section |= read_fields(_QWEN3, fields)
+    section |= {"qk_norm": "head", "experts_per_token": fields.size("num_experts_per_tok", 8)}
     fields.require("use_sliding_window", False)
-    fields.require("decoder_sparse_step", 1)
-    dense = fields.get("mlp_only_layers", None, list) or []
-    if dense != list(range(len(dense))):
-        raise UserError(
-            f"config.json: mlp_only_layers={shown(dense)} is not supported, only the first layers, such as [0, 1]"
-        )
     # Fields of its base classes, which the reference does not read.
     fields.require("qkv_bias", False)
     fields.require("use_qk_norm", True)
     fields.require("shared_expert_intermediate_size", 0, None)
-    section |= {
-        "qk_norm": "head",
-        "num_experts": _read_num_experts(fields, 128),
-        "experts_per_token": fields.size("num_experts_per_tok", 8),
-        "expert_mlp": fields.size("moe_intermediate_size", 768),
-        "renormalise": fields.get("norm_topk_prob", False),
-        "dense_layers": len(dense),
-    }
     fields.reject_unread(*_NEUTRAL, "sliding_window", "max_window_layers")
     return section
 
 
 def _write_qwen3(config: MoeConfig) -> dict[str, Any]:
-    return _write_shared(config, "qwen3_moe") | {
-        "attention_bias": config.biases != "none",
-        "num_experts": config.num_experts,
-        "moe_intermediate_size": config.expert_size,
-        "norm_topk_prob": config.renormalise,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": list(range(config.dense_layers)),
-    }
+    shared = _write_shared(config, "qwen3_moe") | {"attention_bias": config.biases != "none"}
+    return shared | write_fields(_QWEN3, config)
 
 
 def _read_gpt_oss(hf: dict[str, Any]) -> dict[str, Any]:
@@ -111,14 +131,15 @@ def _read_gpt_oss(hf: dict[str, Any]) -> dict[str, Any]:
     fields.require("hidden_act", "silu")  # but the experts have their own variant of it
     fields.require("swiglu_alpha", 1.702)
     fields.require("swiglu_limit", 7.0)
-    section = read_shared_fields(fields, eps=1e-5, kv_heads=8, positions=131072)
-    section |= read_rope(fields, base=150_000.0, max_length=section["max_positions"])
+    section = read_llama_fields(
+        fields, rope_base=150_000.0, rms_norm_eps=1e-5, num_key_value_heads=8, max_position_embeddings=131072
+    )
     section |= read_local_layers(fields, default=every_nth_global(fields["num_hidden_layers"], 2), window=128)
     section |= {
         "biases": "all",
         "attention_sinks": True,
         "expert_activation": "clamped_swiglu",
-        "num_experts": _read_num_experts(fields, 128),
+        "num_experts": _read_num_experts(fields, "num_local_experts", 128),
         "experts_per_token": fields.size("num_experts_per_tok", 4),
         "expert_mlp": section["mlp"],
     }
@@ -139,32 +160,13 @@ def _write_gpt_oss(config: MoeConfig) -> dict[str, Any]:
 def _read_deepseek(hf: dict[str, Any]) -> dict[str, Any]:
     fields = Fields(hf)
     fields.require("attention_bias", False)
-    fields.require("rope_interleave", True)
     fields.require("moe_layer_freq", 1)
     fields.require("scoring_func", "sigmoid")
     fields.require("topk_method", "noaux_tc")
     fields.require("num_key_value_heads", None, fields["num_attention_heads"])
-    section = read_shared_fields(fields, positions=4096) | _read_activation(fields)
-    section |= read_rope(fields, base=10_000.0, max_length=section["max_positions"])
-    section |= {
-        "num_kv_heads": 0,
-        "head_dim": fields.size("qk_nope_head_dim", 128),
-        "rope_dim": fields.size("qk_rope_head_dim", 64),
-        "value_dim": fields.size("v_head_dim", 128),
-        "latent": fields.size("kv_lora_rank", 512),
-        "query_latent": fields.optional_size("q_lora_rank", 1536),
-        "num_experts": _read_num_experts(fields, 256),
-        "experts_per_token": fields.size("num_experts_per_tok", 8),
-        "expert_mlp": fields.size("moe_intermediate_size", 2048),
-        "shared_experts": fields.optional_size("n_shared_experts", 1, MAX_EXPERTS),
-        "dense_layers": fields.optional_size("first_k_dense_replace", 3, MAX_LAYERS),
-        "router": "sigmoid",
-        "expert_bias": True,
-        "renormalise": fields.get("norm_topk_prob", True),
-        "router_scale": float(fields.positive("routed_scaling_factor", 2.5)),
-        "router_groups": fields.size("n_group", 8),
-        "router_top_groups": fields.size("topk_group", 4),
-    }
+    section = read_llama_fields(fields, max_position_embeddings=4096) | read_fields(_DEEPSEEK, fields)
+    section |= {"num_kv_heads": 0, "router": "sigmoid", "expert_bias": True}
+    section |= {"experts_per_token": fields.size("num_experts_per_tok", 8)}
     fields.reject_unread(*_NEUTRAL, "qk_head_dim")
     return section | _read_score_scale(hf, section)
 
@@ -179,44 +181,17 @@ def _read_score_scale(hf: dict[str, Any], section: dict[str, Any]) -> dict[str, 
 
 
 def _write_deepseek(config: MoeConfig) -> dict[str, Any]:
-    hf = _write_shared(config, "deepseek_v3") | {
-        "num_key_value_heads": config.num_heads,
-        "head_dim": config.rope_dim,
-        "qk_nope_head_dim": config.head_size,
-        "qk_rope_head_dim": config.rope_dim,
-        "v_head_dim": config.value_size,
-        "kv_lora_rank": config.latent,
-        "q_lora_rank": config.query_latent or None,
-        "n_routed_experts": config.num_experts,
-        "moe_intermediate_size": config.expert_size,
-        "n_shared_experts": config.shared_experts,
-        "first_k_dense_replace": config.dense_layers,
-        "norm_topk_prob": config.renormalise,
-        "routed_scaling_factor": config.router_scale,
-        "n_group": config.router_groups,
-        "topk_group": config.router_top_groups,
-        "rope_interleave": True,
-    }
+    hf = _write_shared(config, "deepseek_v3") | write_fields(_DEEPSEEK, config)
+    hf |= {"num_key_value_heads": config.num_heads, "head_dim": config.rope_dim}
     if config.score_scale and config.rope_factor > 1:
         factor = math.sqrt(config.score_scale / config.latent_scale)
         hf["rope_parameters"]["mscale_all_dim"] = round((factor - 1) / (0.1 * math.log(config.rope_factor)), 6)
     return hf
 
 
-def _read_num_experts(fields: Fields, default: int) -> int:
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
-    numbers = {fields.size(name, most=MAX_EXPERTS) for name in names if fields.get(name, None) is not None}
-    if len(numbers) > 1:
-        raise UserError(f"config.json: {' and '.join(names)} differ: {sorted(numbers)}")
-    return numbers.pop() if numbers else default
-
-
 def _write_shared(config: MoeConfig, model_type: str) -> dict[str, Any]:
-    shared = (
-        write_shared_fields(config, model_type) | write_rope(config) | {"num_experts_per_tok": config.experts_per_token}
-    )
-    del shared["attention_bias"]
-    return shared | {"hidden_act": config.activation}
+    shared = {"model_type": model_type, **write_fields(SHARED, config), **write_rope(config)}
+    return shared | {"num_experts_per_tok": config.experts_per_token, **write_fields(LLAMA_ACTIVATION, config)}
 
 
 def _mixtral_rules(config: MoeConfig) -> list[Rule]:
@@ -241,8 +216,9 @@ def _deepseek_rules(config: MoeConfig) -> list[Rule]:
     bias = Rule(LAYER + "mlp.gate.e_score_correction_bias", ("blocks.mlp.router.expert_bias",))
     embed, width = (config.embed,), (config.shared_experts * config.expert_size,)
     shared_expert = [
-        Rule(f"{LAYER}mlp.shared_experts.{name}_proj.weight", (f"blocks.mlp.shared.{name}.weight",), **linear(*ends))
-        for name, ends in {"gate": (embed, width), "up": (embed, width), "down": (width, embed)}.items()
+        *linear_rules(LAYER + "mlp.shared_experts.gate_proj", "blocks.mlp.shared.gate", embed, width, bias=False),
+        *linear_rules(LAYER + "mlp.shared_experts.up_proj", "blocks.mlp.shared.up", embed, width, bias=False),
+        *linear_rules(LAYER + "mlp.shared_experts.down_proj", "blocks.mlp.shared.down", width, embed, bias=False),
     ]
     experts = [*_gated_experts(config), bias, *(shared_expert if config.shared_experts else [])]
     return decoder_rules.ends(config) + _layers(config, in_every_layer, decoder_rules.mlp(config), experts)

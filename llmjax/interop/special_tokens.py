@@ -13,6 +13,7 @@ from etils import epath
 from llmjax.data.store.tokenizer_kinds import EOS_NAMES
 from llmjax.data.store.tokenizer_settings import TokenizerSettings
 from llmjax.errors import UserError
+from llmjax.interop.files import parse_json
 
 Affixes = tuple[tuple[int, ...], tuple[int, ...]]  # ids that a tokenizer puts before and after a text
 
@@ -105,15 +106,8 @@ def _space_marks(config: dict[str, Any], hf: dict[str, Any], content: bytes) -> 
 
 def read_optional(folder: epath.Path, name: str) -> dict[str, Any]:
     """The object in a JSON file of a folder; {} if there is no such file. UserError if it contains anything else."""
-    if not (folder / name).exists():
-        return {}
-    try:
-        value = json.loads((folder / name).read_text())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{folder / name}: not JSON ({error}); fetch it again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{folder / name}: not a JSON object; fetch it again")
-    return value
+    path = folder / name
+    return parse_json(path.read_bytes(), str(path), unique_keys=False) if path.exists() else {}
 
 
 def _eos_ids(fields: Any, file: str) -> tuple[int, ...]:

@@ -222,8 +222,9 @@ def evaluation(run: RunFiles) -> str:
                 figure(None) if s["bits_per_byte"] is None else f"{s['bits_per_byte']:.4f}",
                 f"{s['accuracy']:.2%}",
             )
-            rows.append((split, source, count(scores.get("step")), *scored, count(s["tokens"]), count(s["documents"])))
-    head = ("Split", "source", "step", "loss", "perplexity", "bits per byte", "accuracy", "tokens", "documents")
+            counts = (count(s.get("num_targets")), count(s["documents"]))
+            rows.append((split, source, count(scores.get("step")), *scored, *counts))
+    head = ("Split", "source", "step", "loss", "perplexity", "bits per byte", "accuracy", "targets", "documents")
     body = table(head, rows, texts=2) if rows else missing("Nothing was evaluated yet.", _command("eval", run))
     return section("Evaluation", body)
 

@@ -20,14 +20,14 @@ TENSORS = {
 }
 
 
-def test_the_reference_library_reads_ours(tmp_path):
+def test_safetensors_reads_our_files(tmp_path):
     published.write_tensors(tmp_path, TENSORS)
     back = safetensors.numpy.load_file(tmp_path / "model.safetensors")
     assert set(back) == set(TENSORS)
     assert all(published.same_bits(back[name], tensor) for name, tensor in TENSORS.items())
 
 
-def test_we_read_the_reference_librarys(tmp_path):
+def test_we_read_files_of_safetensors(tmp_path):
     safetensors.numpy.save_file(TENSORS, tmp_path / "model.safetensors", metadata={"format": "pt"})
     entries = files.read_folder(tmp_path)
     assert {name: entry.shape for name, entry in entries.items()} == {n: t.shape for n, t in TENSORS.items()}
@@ -35,7 +35,7 @@ def test_we_read_the_reference_librarys(tmp_path):
     np.testing.assert_array_equal(entries["a"].read((slice(1, 3), slice(2, 6))), TENSORS["a"][1:3, 2:6])
 
 
-def test_shards_hold_no_more_than_their_limit(tmp_path):
+def test_shards_are_at_most_as_large_as_the_limit(tmp_path):
     tensors = {f"t{i}": np.full(25, i, np.float32) for i in range(10)} | {"large": np.zeros(1000, np.float32)}
     published.write_tensors(tmp_path, tensors, limit=300)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
@@ -104,7 +104,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_what_is_no_such_file_is_refused(tmp_path, case):
+def test_other_files_are_refused(tmp_path, case):
     content, message = BROKEN[case]
     if content is not None:
         (tmp_path / "model.safetensors").write_bytes(content)
@@ -113,7 +113,7 @@ def test_what_is_no_such_file_is_refused(tmp_path, case):
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
-def test_the_order_in_a_header_is_free(tmp_path):
+def test_tensors_may_be_in_any_order_in_a_header(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(
         file_of({"y": NEXT, "x": F32, "none": {**NEXT, "shape": [0], "data_offsets": [16, 16]}}, 32)
     )

@@ -118,14 +118,16 @@ def test_damaged_headers(source, tensors, seed):
     """What is accepted is read as the library of this format reads it, and is what was written."""
     table = mapping.ParamMapping(ARCHITECTURES["LlamaForCausalLM"].rules(CONFIG), CONFIG)
     path = sorted(source.glob("model-*.safetensors"))[0]
-    whole = path.read_bytes()
-    length = int.from_bytes(whole[:8], "little")
-    header, data = whole[8 : 8 + length].rstrip(), whole[8 + length :]
+    original = path.read_bytes()
+    length = int.from_bytes(original[:8], "little")
+    header, data = original[8 : 8 + length].rstrip(), original[8 + length :]
     rng, accepted = random.Random(seed), 0
     try:
         for number in range(100):
             new = damage(rng, header)
-            size = len(new) if number % 4 else rng.choice([length, 0, len(new) + 1, 1 << 63, len(whole), 100_000_001])
+            size = (
+                len(new) if number % 4 else rng.choice([length, 0, len(new) + 1, 1 << 63, len(original), 100_000_001])
+            )
             path.write_bytes(size.to_bytes(8, "little") + new + data)
             if refused(lambda: files.read_header(path)):
                 continue
@@ -135,7 +137,7 @@ def test_damaged_headers(source, tensors, seed):
                 back = published.read_tensors(source)
                 assert all(published.same_bits(back[name], tensor) for name, tensor in tensors.items())
     finally:
-        path.write_bytes(whole)
+        path.write_bytes(original)
     assert accepted < 20
 
 
@@ -143,15 +145,15 @@ def test_damaged_headers(source, tensors, seed):
 def test_damaged_indexes(source, tensors, seed):
     table = mapping.ParamMapping(ARCHITECTURES["LlamaForCausalLM"].rules(CONFIG), CONFIG)
     path, rng = source / "model.safetensors.index.json", random.Random(seed)
-    whole = path.read_bytes()
+    original = path.read_bytes()
     try:
         for _ in range(60):
-            path.write_bytes(damage(rng, whole))
+            path.write_bytes(damage(rng, original))
             if not refused(lambda: table.check_tensors(hf_checkpoint.read(source).tensors)):
                 back = published.read_tensors(source)
                 assert all(published.same_bits(back[name], tensor) for name, tensor in tensors.items())
     finally:
-        path.write_bytes(whole)
+        path.write_bytes(original)
 
 
 def import_tensors(source) -> dict[str, np.ndarray]:
@@ -162,8 +164,8 @@ def import_tensors(source) -> dict[str, np.ndarray]:
     table = mapping.ParamMapping(rules, config)
     table.check_tensors(checkpoint.tensors)
     table.check_aliases(checkpoint.tensors)
-    whole = {name: tuple(slice(0, size) for size in leaf.shape) for name, leaf in table.shapes.items()}
-    params = table.unflatten({name: table.read(name, index, checkpoint.tensors) for name, index in whole.items()})
+    original = {name: tuple(slice(0, size) for size in leaf.shape) for name, leaf in table.shapes.items()}
+    params = table.unflatten({name: table.read(name, index, checkpoint.tensors) for name, index in original.items()})
     return state_dicts.dump(rules, params, config)
 
 
@@ -171,14 +173,14 @@ def import_tensors(source) -> dict[str, np.ndarray]:
 def test_damaged_configs(source, tensors, seed):
     """A config.json that is accepted, such as one with another epsilon, gives the same weights."""
     path, rng = source / "config.json", random.Random(seed)
-    whole, accepted = path.read_bytes(), 0
+    original, accepted = path.read_bytes(), 0
     try:
         for _ in range(60):
-            path.write_bytes(damage(rng, whole))
+            path.write_bytes(damage(rng, original))
             if not refused(lambda: import_tensors(source)):
                 accepted += 1
                 back = import_tensors(source)
                 assert all(published.same_bits(back[name], tensor) for name, tensor in tensors.items())
     finally:
-        path.write_bytes(whole)
+        path.write_bytes(original)
     assert accepted < 40

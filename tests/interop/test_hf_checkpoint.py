@@ -135,7 +135,7 @@ def test_mxfp4_on_disk(tmp_path):
         np.testing.assert_array_equal(params[name], tensor, err_msg=name)
 
 
-def test_fp8_on_disk_and_the_layer_that_is_left_out(tmp_path):
+def test_fp8_files_and_the_ignored_layer(tmp_path):
     architecture, rng = ARCHITECTURES["DeepseekV3ForCausalLM"], np.random.default_rng(1)
     meant, disk = state_of(DEEPSEEK, architecture), {}
     for name, tensor in list(meant.items()):
@@ -162,7 +162,7 @@ UNPACKED = {
 
 
 @pytest.mark.parametrize("dtype", UNPACKED)
-def test_what_lies_on_disk_unpacked_is_of_a_type_that_is_read(tmp_path, dtype):
+def test_unquantized_tensors_have_a_supported_type(tmp_path, dtype):
     settings, kind, message = UNPACKED[dtype]
     tensors = {"w": np.ones((16, 16), kind), "x": np.ones((128, 128), np.float32)}
     write(tmp_path / "in", tensors, {"architectures": ["DeepseekV3ForCausalLM"], "quantization_config": settings})
@@ -170,7 +170,7 @@ def test_what_lies_on_disk_unpacked_is_of_a_type_that_is_read(tmp_path, dtype):
         hf_checkpoint.read(tmp_path / "in")
 
 
-def test_what_does_not_fit_is_named():
+def test_error_names_what_does_not_fit():
     with pytest.raises(UserError, match="x_scales is missing"):
         Mxfp4({}).shapes({"x_blocks": (2, 4, 1, 16)})
     with pytest.raises(UserError, match="weight_block_size=None"):

@@ -28,7 +28,7 @@ def round_trip(source, tmp_path, overrides=(), **options):
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_llama_comes_back_bit_by_bit(tmp_path, mesh):
+def test_llama_round_trips_bitwise(tmp_path, mesh):
     tensors = published.random_tensors(published.llama_shapes())
     source = published.write_folder(tmp_path / "in", published.LLAMA, tensors, limit=20_000)
     assert len(list(source.glob("model-*.safetensors"))) > 3
@@ -41,7 +41,7 @@ def test_llama_comes_back_bit_by_bit(tmp_path, mesh):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
 
 
-def test_bfloat16_comes_back_bit_by_bit(tmp_path):
+def test_bfloat16_round_trips_bitwise(tmp_path):
     tensors = published.random_tensors(published.llama_shapes(), "BF16")
     source = published.write_folder(tmp_path / "in", published.LLAMA, tensors)
     _, _, back = round_trip(source, tmp_path, dtype="bfloat16")
@@ -117,7 +117,7 @@ BAD_CONFIG = {
 
 
 @pytest.mark.parametrize("case", BAD_CONFIG)
-def test_configs_that_cannot_be_honoured_are_refused(tmp_path, case):
+def test_unsupported_configs_are_refused(tmp_path, case):
     change, message = BAD_CONFIG[case]
     tensors = published.random_tensors(published.llama_shapes())
     source = published.write_folder(tmp_path / "in", {**published.LLAMA, **change}, tensors)
@@ -263,7 +263,7 @@ def test_from_import_to_training_to_export(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sentencepiece", "bytes"])
-def test_a_run_of_our_own_is_exported(tmp_path, kind):
+def test_trained_run_is_exported(tmp_path, kind):
     """With its tokenizer where others have a class for it, and with the average that is evaluated."""
     run, corpus = tmp_path / "run", jobs.write_corpus(tmp_path / "corpus", 12)
     changes = {

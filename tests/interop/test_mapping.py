@@ -21,16 +21,16 @@ CONFIG = DecoderConfig(vocab_size=300, embed=32, num_layers=3, num_heads=4, num_
 RULES = ARCHITECTURES["LlamaForCausalLM"].rules(CONFIG)
 
 
-def test_parts_of_parameters_equal_parts_of_the_whole():
+def test_slices_of_parameters_equal_slices_of_the_full_ones():
     """Whatever a shard needs, padding of the vocabulary included."""
     table, source = ParamMapping(RULES, CONFIG), InMemory(published.random_tensors(published.llama_shapes()))
     rng = np.random.default_rng(0)
     for name, leaf in table.shapes.items():
-        whole = table.read(name, tuple(slice(0, size) for size in leaf.shape), source)
+        full = table.read(name, tuple(slice(0, size) for size in leaf.shape), source)
         for _ in range(10):
             ends = [sorted(rng.integers(0, size + 1, 2).tolist()) for size in leaf.shape]
             index = tuple(slice(*pair) for pair in ends)
-            np.testing.assert_array_equal(table.read(name, index, source), whole[index])
+            np.testing.assert_array_equal(table.read(name, index, source), full[index])
 
 
 def test_load_and_dump_are_inverse():
@@ -42,14 +42,14 @@ def test_load_and_dump_are_inverse():
     assert all(published.same_bits(back[name], tensor) for name, tensor in tensors.items())
 
 
-def test_scan_makes_no_difference():
+def test_scan_does_not_change_results():
     unrolled = dataclasses.replace(CONFIG, scan=False)
     tensors = published.random_tensors(published.llama_shapes())
     one, other = (state_dicts.load(RULES, tensors, config) for config in (CONFIG, unrolled))
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), one, other))
 
 
-def test_layers_may_bear_other_numbers_or_have_no_tensor():
+def test_layers_may_have_other_numbers_or_no_tensor():
     """Here the first layer has no feed-forward norm on disk, and the others are counted from 10."""
     name = "model.layers.{layer}.post_attention_layernorm.weight"
     rules = [dataclasses.replace(r, layers=(None, 10, 11), default=7.0) if r.hf_name == name else r for r in RULES]
@@ -65,7 +65,7 @@ def test_layers_may_bear_other_numbers_or_have_no_tensor():
 
 
 @pytest.mark.parametrize("change", ["unknown", "twice", "forgotten"])
-def test_rules_that_are_wrong_are_found(change):
+def test_invalid_rules_are_detected(change):
     rules = {
         "unknown": [*RULES, Rule("x", ("blocks.nothing",))],
         "twice": [*RULES, dataclasses.replace(RULES[0], hf_name="x", aliases=())],
@@ -131,12 +131,12 @@ IDLE = {
 
 
 @pytest.mark.parametrize("case", IDLE)
-def test_fields_without_effect_keep_nothing_from_export(case):
+def test_fields_without_effect_do_not_prevent_export(case):
     recipe, changes = IDLE[case]
     assert exporting.choose(_recipe(recipe, **changes), RECIPES[recipe])[0] == RECIPES[recipe]
 
 
-def test_fields_with_effect_still_do():
+def test_fields_with_effect_are_compared():
     with pytest.raises(UserError, match=r"model\.parametrization='mup'"):
         exporting.choose(_recipe("llama", parametrization="mup", base_embed=64))
     for changes in ({"attention_pattern": "gl"}, {"window": 8}, {"window": 0}, {"attention_pattern": "g"}):
@@ -145,7 +145,7 @@ def test_fields_with_effect_still_do():
         assert "cannot express" in exporting._first_difference(model, other, ())
 
 
-def test_a_field_that_is_off_is_no_size():
+def test_unused_field_is_no_size():
     """0 stands for `none` in a window: a class that always has one does not express it."""
     windowed = dataclasses.replace(CONFIG, window=16)
     assert (
@@ -158,13 +158,13 @@ def test_a_model_that_no_class_expresses_is_refused_by_field():
         exporting.choose(dataclasses.replace(CONFIG, activation="relu2"))
 
 
-def test_fields_that_0_leaves_open_are_compared_by_shape():
+def test_fields_derived_from_0_are_compared_by_value():
     """num_kv_heads=0 is num_heads, mlp=0 a size of its own: what they stand for is written and read back."""
     name, _, hf = exporting.choose(dataclasses.replace(CONFIG, num_kv_heads=0, mlp=0))
     assert name == "LlamaForCausalLM" and hf["num_key_value_heads"] == 4 and hf["intermediate_size"] == 128
 
 
-def test_null_turns_the_window_of_qwen3_off():
+def test_null_disables_the_window_of_qwen3():
     read = ARCHITECTURES["Qwen3ForCausalLM"].read_config
     sizes = {name: published.LLAMA[name] for name in published.LLAMA if name != "rope_theta"}
     assert read({**sizes, "use_sliding_window": None}) == read({**sizes, "use_sliding_window": False})

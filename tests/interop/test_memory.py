@@ -11,7 +11,7 @@ from tests import jobs
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="resident sizes are read from /proc")
-def test_an_import_holds_little_beside_the_arrays():
+def test_import_needs_little_memory_besides_the_arrays():
     """Beyond the arrays themselves, which are the host's on a CPU, less than half of them while they are read."""
     tool = [sys.executable, str(jobs.ROOT / "tools" / "import_memory.py"), "--megabytes=250"]
     printed = subprocess.run(tool, env=jobs.environment(), check=True, capture_output=True, text=True).stdout

@@ -139,7 +139,7 @@ class Stored:
 
 def checkpoint(hf: dict, tensors=None) -> hf_checkpoint.Checkpoint:
     name = OLD_NAMES.get(hf["architectures"][0], hf["architectures"][0])
-    family = next(family for family, known in FAMILIES.items() if name in known)
+    family = next(family for family, classes in FAMILIES.items() if name in classes)
     return hf_checkpoint.Checkpoint(pathlib.Path("in"), hf, name, family, ARCHITECTURES[name], tensors or Stored())
 
 

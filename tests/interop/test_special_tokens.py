@@ -110,19 +110,19 @@ ENDS = {
 
 
 @pytest.mark.parametrize("case", ENDS)
-def test_the_files_say_where_a_text_ends(tmp_path, case):
+def test_eos_is_read_from_the_files(tmp_path, case):
     files, expected = ENDS[case]
     settings, tokenizer = read(write(tmp_path, **files))
     assert (settings.stop_ids, settings.eos_id) == expected
     assert (tokenizer.stop_ids, tokenizer.eos_id) == expected
 
 
-def test_the_template_says_where_a_text_ends_where_no_file_does(tmp_path):
+def test_eos_is_read_from_the_template_if_no_file_names_it(tmp_path):
     settings, _ = read(write(tmp_path, make_tokenizer(frame="<s> $A <|eot|>")))
     assert settings.stop_ids == (EOT,) and (settings.prefix, settings.suffix) == ((BOS,), (EOT,))
 
 
-def test_a_customary_name_says_where_a_text_ends_where_nothing_else_does(tmp_path):
+def test_eos_is_found_by_its_usual_name_if_no_file_names_it(tmp_path):
     settings, _ = read(write(tmp_path, config={}))
     assert (settings.stop_ids, settings.eos_id) == ((EOS,), EOS)
     with pytest.raises(UserError, match=r"no file names the token that ends a text; set eos_token_id in config\.json"):
@@ -165,7 +165,7 @@ FRAMES = {
 
 
 @pytest.mark.parametrize("case", FRAMES)
-def test_what_is_put_around_a_prompt(tmp_path, case):
+def test_ids_around_a_prompt(tmp_path, case):
     frame, config, expected = FRAMES[case]
     config = {"bos_token": "<s>", "eos_token": "</s>", **config}
     settings, tokenizer = read(write(tmp_path, make_tokenizer(frame=frame), tokenizer_config=config))
@@ -174,7 +174,7 @@ def test_what_is_put_around_a_prompt(tmp_path, case):
 
 
 @pytest.mark.parametrize(("scheme", "expected"), [("first", BARE_WORLD), ("always", WORLD)])
-def test_text_behind_a_special_token_begins_as_the_scheme_says(tmp_path, scheme, expected):
+def test_text_after_a_special_token_follows_the_prepend_scheme(tmp_path, scheme, expected):
     _, tokenizer = read(write(tmp_path, make_tokenizer(scheme), config={"eos_token_id": EOS}))
     assert encode_prompt(tokenizer, "hello<|eot|>world").tolist() == [HELLO, EOT, expected]
     assert tokenizer.encode_batch(["<s>"])[0].tolist() != [BOS]  # documents never hold special tokens
@@ -187,7 +187,7 @@ def test_a_continuation_keeps_its_first_space(tmp_path):
     assert decode_continuation(tokenizer, [], [WORLD]) == "world"
 
 
-def test_generation_stops_at_every_end_and_all_are_exported(tmp_path, capsys):
+def test_generation_stops_at_every_stop_id_and_all_are_exported(tmp_path, capsys):
     files = {"config": {"eos_token_id": [EOS, EOT], "bos_token_id": None}, "tokenizer_config": {"eos_token": "<|eot|>"}}
     source = write_chain(
         tmp_path / "in", {HELLO: WORLD, WORLD: EOT, USER: COMMA, COMMA: EOS}, make_tokenizer(), **files
@@ -250,7 +250,7 @@ def read_spiece(tmp_path, content: bytes, config: dict, hf: dict):
 
 
 @pytest.mark.parametrize("config", [{"extra_ids": 5}, {"tokenizer_class": "T5Tokenizer", "extra_ids": 5}])
-def test_sentinels_of_a_t5_model_alone_go_downwards(tmp_path, config):
+def test_sentinels_of_a_lone_spiece_model_descend(tmp_path, config):
     content = sentencepiece_model()
     settings, tokenizer = read_spiece(tmp_path, content, {"eos_token": "</s>", **config}, {"model_type": "t5"})
     size = read_tokenizer("sentencepiece", content).vocab_size
@@ -279,7 +279,7 @@ CASES = {"stop-ids": "hello world", "space-mark-always": "hello world, user"}
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_cases_are_continued_as_transformers_does(shared_data, tmp_path, capsys, case):
+def test_shared_cases_continue_as_in_transformers(shared_data, tmp_path, capsys, case):
     source, workdir = shared_data / "cases" / case, epath.Path(tmp_path / "run")
     importing.import_checkpoint(source, workdir)
     assert generate(workdir, "hello", capsys) == CASES[case]
@@ -295,7 +295,7 @@ def test_cases_with_and_without_bos(shared_data, case, expected):
     assert [*before, *encode_prompt(tokenizer, "hello world").tolist(), *after] == expected
 
 
-def test_case_of_one_id_more(shared_data, tmp_path):
+def test_shared_case_of_one_id_more(shared_data, tmp_path):
     importing.import_checkpoint(shared_data / "cases" / "one-id-more", epath.Path(tmp_path / "run"))
     with loading.load(epath.Path(tmp_path / "run")) as loaded:
         tokenizer = loaded.tokenizer
@@ -313,7 +313,7 @@ def test_case_of_t5_without_tokenizer_json(shared_data):
 
 
 @pytest.mark.parametrize(("frame", "begin"), [("", BOS), ("", EOS), ("<s> $A </s>", BOS), ("<s> $A", None)])
-def test_an_exported_tokenizer_puts_what_documents_were_trained_behind(tmp_path, frame, begin):
+def test_exported_tokenizer_adds_the_first_token_of_training_documents(tmp_path, frame, begin):
     """And nothing else, whatever the tokenizer that the run was given did."""
     from tokenizers import Tokenizer
 
@@ -324,7 +324,7 @@ def test_an_exported_tokenizer_puts_what_documents_were_trained_behind(tmp_path,
     assert written.encode("hello").ids == [*([] if begin is None else [begin]), HELLO]
 
 
-def test_a_whole_file_goes_before_an_index_and_a_tied_head_need_not_be_there(tmp_path):
+def test_single_file_precedes_an_index_and_tied_head_may_be_absent(tmp_path):
     tensors = {"a": np.ones((2, 2), np.float32), "b": np.zeros(3, np.float32)}
     published.write_tensors(tmp_path, tensors, limit=16)
     index = tmp_path / "model.safetensors.index.json"

@@ -20,9 +20,9 @@ def logits(config: DecoderConfig, params: dict, row: Batch) -> np.ndarray:
     for layer in range(config.num_layers):
         w = jax.tree.map(lambda leaf, layer=layer: leaf[layer], p["blocks"])
         local = config.window > 0 and (config.attention_pattern * config.num_layers)[layer] == "l"
-        see = lambda x, w=w["attention"], local=local: attend(config, x, w, segments, positions, local)
+        see = lambda x, w=w["attention"], local=local: attention(config, x, w, segments, positions, local)
         x = add(config, x, see, w["attention_norm"], w.get("attention_post_norm"))
-        x = add(config, x, lambda x, w=w["mlp"]: feed(config, x, w), w["mlp_norm"], w.get("mlp_post_norm"))
+        x = add(config, x, lambda x, w=w["mlp"]: mlp(config, x, w), w["mlp_norm"], w.get("mlp_post_norm"))
     x = x if config.norm_position == "post" else norm(config, x, p["norm"])
     return cap(x @ (p["embed"]["table"].T if config.tie_embeddings else p["head"]), config.logit_softcap)
 
@@ -67,8 +67,8 @@ def frequency(config: DecoderConfig, pair: int, local: bool) -> float:
             return slow
         blend = (original / wavelength - low) / (high - low)
         return (1 - blend) * slow + blend * fast
-    where = lambda turns: size * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_base))
-    start, end = where(config.rope_high or 32), where(low)
+    find_dimension = lambda turns: size * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_base))
+    start, end = find_dimension(config.rope_high or 32), find_dimension(low)
     if config.rope_truncate:
         start, end = math.floor(start), math.ceil(end)
     start, end = max(start, 0), min(end, size - 1)
@@ -76,7 +76,7 @@ def frequency(config: DecoderConfig, pair: int, local: bool) -> float:
     return slow * ramp + fast * (1 - ramp)
 
 
-def turn(config: DecoderConfig, x: np.ndarray, positions: np.ndarray, local: bool) -> np.ndarray:
+def rotate(config: DecoderConfig, x: np.ndarray, positions: np.ndarray, local: bool) -> np.ndarray:
     if config.positions == "learned":
         return x
     out, half, factor = np.empty_like(x), config.head_size // 2, 1.0
@@ -90,7 +90,7 @@ def turn(config: DecoderConfig, x: np.ndarray, positions: np.ndarray, local: boo
     return out
 
 
-def attend(
+def attention(
     config: DecoderConfig, x: np.ndarray, w: dict, segments: np.ndarray, positions: np.ndarray, local: bool
 ) -> np.ndarray:
     project = lambda name: np.einsum("se,ehd->shd", x, w[name]["weight"]) + w[name].get("bias", 0)
@@ -100,21 +100,21 @@ def attend(
         q, k = norm(config, q, w["query_norm"], dims), norm(config, k, w["key_norm"], dims)
     out = np.zeros_like(x)
     distance = positions[:, None] - positions
-    seen = (distance >= 0) & (segments[:, None] == segments)
+    is_visible = (distance >= 0) & (segments[:, None] == segments)
     if local:
-        seen &= distance < config.window
+        is_visible &= distance < config.window
     for head in range(config.num_heads):
         shared = head // (config.num_heads // config.kv_heads)
-        turned = [turn(config, each, positions, local) for each in (q[:, head], k[:, shared])]
+        turned = [rotate(config, each, positions, local) for each in (q[:, head], k[:, shared])]
         scores = turned[0] @ turned[1].T * (config.score_scale or config.head_size**-0.5)
         scores = cap(scores, config.score_softcap)
-        weights = np.where(seen, np.exp(scores), 0)
+        weights = np.where(is_visible, np.exp(scores), 0)
         total = weights.sum(-1, keepdims=True) + (np.exp(w["sinks"][head]) if config.attention_sinks else 0)
         out += weights / total @ v[:, shared] @ w["out"]["weight"][head]
     return out + w["out"].get("bias", 0)
 
 
-def feed(config: DecoderConfig, x: np.ndarray, w: dict) -> np.ndarray:
+def mlp(config: DecoderConfig, x: np.ndarray, w: dict) -> np.ndarray:
     linear = lambda name, y: y @ w[name]["weight"] + w[name].get("bias", 0)
     activation = {
         "silu": lambda x: x / (1 + np.exp(-x)),

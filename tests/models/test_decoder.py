@@ -70,7 +70,7 @@ def test_axes_of_parameters():
 
 
 @pytest.mark.slow
-def test_parameters_start_alike_with_and_without_jit():
+def test_initial_parameters_are_equal_with_and_without_jit():
     eager, compiled = (
         registry.init(LLAMA, jax.random.key(3)),
         jax.jit(lambda k: registry.init(LLAMA, k))(jax.random.key(3)),

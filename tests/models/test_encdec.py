@@ -76,10 +76,15 @@ def oracle(config: EncDecConfig, params: dict, row: Batch) -> np.ndarray:
         return norm(x, side["norm"])
 
     for number in range(1, row.segments.max() + 1):
-        (here,), (there,) = np.nonzero(row.segments[0] == number), np.nonzero(row.source_segments[0] == number)
-        source = run(p["embed"]["table"][row.source[0, there]], p["encoder"], config.num_layers)
-        x = run(p["embed"]["table"][row.inputs[0, here]], p["decoder"], config.decoder_layers, source)
-        out[here] = x @ p["head"] if not config.tie_embeddings else x / math.sqrt(config.embed) @ p["embed"]["table"].T
+        (target_columns,), (source_columns,) = (
+            np.nonzero(row.segments[0] == number),
+            np.nonzero(row.source_segments[0] == number),
+        )
+        source = run(p["embed"]["table"][row.source[0, source_columns]], p["encoder"], config.num_layers)
+        x = run(p["embed"]["table"][row.inputs[0, target_columns]], p["decoder"], config.decoder_layers, source)
+        out[target_columns] = (
+            x @ p["head"] if not config.tie_embeddings else x / math.sqrt(config.embed) @ p["embed"]["table"].T
+        )
     return out
 
 
@@ -87,22 +92,22 @@ def oracle(config: EncDecConfig, params: dict, row: Batch) -> np.ndarray:
 def test_equals_the_numpy_oracle(config):
     graph, params = init_model(config)
     row = packed_pairs(1, 40, 56, VOCAB)
-    found, expected = np.asarray(logits(graph, params, row))[0], oracle(config, params, row)
-    assert found.dtype == np.float32
+    actual, expected = np.asarray(logits(graph, params, row))[0], oracle(config, params, row)
+    assert actual.dtype == np.float32
     real = row.segments[0] > 0
     # float32 against float64 over five layers: a few 1e-6 of the largest logit
-    np.testing.assert_allclose(found[real, :VOCAB], expected[real, :VOCAB], atol=1e-5 * np.abs(expected).max())
-    assert (found[:, VOCAB:] == np.float32(-1e30)).all()
+    np.testing.assert_allclose(actual[real, :VOCAB], expected[real, :VOCAB], atol=1e-5 * np.abs(expected).max())
+    assert (actual[:, VOCAB:] == np.float32(-1e30)).all()
 
 
-def test_a_document_without_a_source_sees_no_other():
+def test_document_without_a_source_attends_to_no_other():
     graph, params = init_model(T5_V11)
     row = packed_pairs(1, 24, 40, VOCAB)
     bare = dataclasses.replace(row, source_segments=np.where(row.source_segments == 1, 0, row.source_segments))
     other = dataclasses.replace(bare, source=np.where(bare.source_segments > 0, 1, bare.source))
-    here = row.segments == 1
+    target_columns = row.segments == 1
     before, after = np.asarray(logits(graph, params, bare)), np.asarray(logits(graph, params, other))
-    np.testing.assert_array_equal(before[here], after[here])
+    np.testing.assert_array_equal(before[target_columns], after[target_columns])
     assert (before[row.segments > 1] != after[row.segments > 1]).any()
 
 
@@ -143,16 +148,16 @@ def test_cached_decoding_equals_the_full_pass(config):
     expected = np.asarray(logits(graph, params, full))[..., :VOCAB]
     first, cache, position = prefill(model, source, lengths)
     np.testing.assert_array_equal(position, [1, 1, 1])
-    found = [np.asarray(first)[:, None]]
+    actual = [np.asarray(first)[:, None]]
     for start, stop in ((1, 2), (2, 3), (3, 7), (7, 10)):
-        places = jnp.broadcast_to(jnp.arange(start, stop), (3, stop - start))
-        piece, cache = cached(model, target[:, start:stop], places, cache)
-        found.append(np.asarray(piece))
+        positions = jnp.broadcast_to(jnp.arange(start, stop), (3, stop - start))
+        piece, cache = cached(model, target[:, start:stop], positions, cache)
+        actual.append(np.asarray(piece))
     # Same float32 sums in another order: a few hundred ulps of the largest logit.
-    np.testing.assert_allclose(np.concatenate(found, 1)[..., :VOCAB], expected, atol=3e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(np.concatenate(actual, 1)[..., :VOCAB], expected, atol=3e-5 * np.abs(expected).max())
 
 
-def test_unequal_prompts_give_what_each_gives_alone():
+def test_batched_prompts_generate_what_each_generates_alone():
     graph, params = init_model(T5_V11)
     prompts = [[5], list(range(1, 40)), [8, 8, 3]]
     go = lambda some: generate(graph, params, T5_V11, some, Sampling(max_tokens=9, temperature=0), stop_ids=[-1])
@@ -171,7 +176,7 @@ def test_the_cache_holds_the_target_and_no_prompt():
     assert [leaf.shape for leaf in cache.source] == [(T5_V11.decoder_layers, 2, 512, *heads)] * 2
 
 
-def test_what_is_missing_is_named():
+def test_error_names_what_is_missing():
     graph, params = init_model(T5_V11)
     with pytest.raises(UserError, match=r"batch has no source"):
         logits(graph, params, packed(1, 24, VOCAB))

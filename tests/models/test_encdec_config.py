@@ -12,8 +12,7 @@ from llmjax.binding import bind
 from llmjax.errors import UserError
 from llmjax.models import registry
 from llmjax.models.encdec import EncDecConfig
-from llmjax.run.config import resolve
-from tests.models.test_decoder_config import CONFIGS, recipe
+from tests.models.test_decoder_config import recipe
 
 
 @pytest.mark.parametrize(
@@ -32,22 +31,11 @@ def test_published_parameter_counts(size, count):
     assert registry.count_parameters(dataclasses.replace(model, vocab_size=32128)) == count
 
 
-def test_the_first_t5_has_its_published_count():
+def test_first_t5_has_its_published_parameter_count():
     base = EncDecConfig(
         vocab_size=32128, num_layers=12, embed=768, num_heads=12, activation="relu", gated=False, tie_embeddings=True
     )
     assert registry.count_parameters(base) == 222_903_552
-
-
-@pytest.mark.parametrize("size", ["tiny", "small", "base", "large", "xl", "xxl"])
-def test_recipes_bind_and_their_models_fit(size):
-    config = resolve(f"{CONFIGS / 't5.py'}:{size}", [])
-    config.model.check(seq_len=config.data.seq_len, tensor=config.mesh.tensor)
-
-
-def test_an_unknown_size_lists_the_sizes():
-    with pytest.raises(UserError, match=r"no such size; choose one of tiny, small.*xxl"):
-        recipe("t5", "3B")
 
 
 @pytest.mark.parametrize(
@@ -86,9 +74,9 @@ def products(jaxpr) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
-            (left, _), (batch, _) = equation.params["dimension_numbers"]
+            (contracted, _), (batch, _) = equation.params["dimension_numbers"]
             size, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
-            total += 2 * np.prod(out) * np.prod([size[i] for i in left])
+            total += 2 * np.prod(out) * np.prod([size[i] for i in contracted])
             assert len(batch) <= 2
         for value in equation.params.values():
             inner = getattr(value, "jaxpr", value)

@@ -31,7 +31,7 @@ def oracle(config: EncoderConfig, params: dict, row: Batch) -> tuple[np.ndarray,
         x = x - x.mean(-1, keepdims=True)
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * w["scale"] + w.get("bias", 0)
 
-    def turn(x, base):
+    def rotate(x, base):
         if config.positions == "learned":
             return x
         out = np.empty_like(x)
@@ -45,21 +45,21 @@ def oracle(config: EncoderConfig, params: dict, row: Batch) -> tuple[np.ndarray,
     gelu = lambda x: x * 0.5 * (1 + np.vectorize(math.erf)(x / np.sqrt(2)))
     linear = lambda w, x: x @ w["weight"] + w.get("bias", 0)
 
-    def attend(x, w, local):
+    def attention(x, w, local):
         base = config.rope_local_base if local else config.rope_base
         part = lambda name, head: x @ w[name]["weight"][:, head] + w[name].get("bias", np.zeros((99, 1)))[head]
         out = np.zeros_like(x)
-        seen = segments[:, None] == segments
+        is_visible = segments[:, None] == segments
         if local:
-            seen &= np.abs(positions[:, None] - positions) < config.window
+            is_visible &= np.abs(positions[:, None] - positions) < config.window
         for head in range(config.num_heads):
-            q, k, v = turn(part("query", head), base), turn(part("key", head), base), part("value", head)
+            q, k, v = rotate(part("query", head), base), rotate(part("key", head), base), part("value", head)
             scores = q @ k.T / np.sqrt(size)
-            weights = np.exp(np.where(seen, scores, -np.inf) - scores.max())
+            weights = np.exp(np.where(is_visible, scores, -np.inf) - scores.max())
             out += weights / weights.sum(-1, keepdims=True) @ v @ w["out"]["weight"][head]
         return out + w["out"].get("bias", 0)
 
-    def feed(x, w):
+    def mlp(x, w):
         h = gelu(linear(w["gate"], x)) * linear(w["up"], x) if "gate" in w else gelu(linear(w["up"], x))
         return linear(w["down"], h)
 
@@ -71,13 +71,13 @@ def oracle(config: EncoderConfig, params: dict, row: Batch) -> tuple[np.ndarray,
         local = config.window > 0 and (config.attention_pattern * config.num_layers)[layer] == "l"
         if config.norm_position == "post":
             w = jax.tree.map(lambda leaf, layer=layer: leaf[layer], p["blocks"])
-            x = norm(x + attend(x, w["attention"], local), w["attention_norm"])
-            x = norm(x + feed(x, w["mlp"]), w["mlp_norm"])
+            x = norm(x + attention(x, w["attention"], local), w["attention_norm"])
+            x = norm(x + mlp(x, w["mlp"]), w["mlp_norm"])
         else:
             stacked, at = (p["first"], 0) if layer == 0 else (p["blocks"], layer - 1)
             w = jax.tree.map(lambda leaf, at=at: leaf[at], stacked)
-            x = x + attend(norm(x, w["attention_norm"]) if layer else x, w["attention"], local)
-            x = x + feed(norm(x, w["mlp_norm"]), w["mlp"])
+            x = x + attention(norm(x, w["attention_norm"]) if layer else x, w["attention"], local)
+            x = x + mlp(norm(x, w["mlp_norm"]), w["mlp"])
     x = norm(x, p["norm"]) if "norm" in p else x
     pooled = np.tanh(linear(p["pooler"], x[0])) if "pooler" in p else x[0]
     head = p["head"]
@@ -88,16 +88,16 @@ def oracle(config: EncoderConfig, params: dict, row: Batch) -> tuple[np.ndarray,
 def test_equals_the_numpy_oracle(config):
     graph, params = init_model(config)
     row = packed_for(BERT, 1, 24, VOCAB)
-    found, (expected, pooled) = np.asarray(logits(graph, params, row))[0], oracle(config, params, row)
-    assert found.dtype == np.float32
+    actual, (expected, pooled) = np.asarray(logits(graph, params, row))[0], oracle(config, params, row)
+    assert actual.dtype == np.float32
     # float32 against float64 over a few layers: some 1e-6 of the largest logit
-    np.testing.assert_allclose(found[:, :VOCAB], expected[:, :VOCAB], atol=1e-5 * np.abs(expected).max())
-    assert (found[:, VOCAB:] == np.float32(-1e30)).all()
+    np.testing.assert_allclose(actual[:, :VOCAB], expected[:, :VOCAB], atol=1e-5 * np.abs(expected).max())
+    assert (actual[:, VOCAB:] == np.float32(-1e30)).all()
     model = nnx.merge(graph, params)
     np.testing.assert_allclose(model.pool(model(row).hidden)[0], pooled, atol=1e-5)
 
 
-def test_types_left_out_are_all_0():
+def test_absent_token_types_are_0():
     graph, params = init_model(BERT)
     row = packed_for(BERT, 1, 24, VOCAB)
     zeros = dataclasses.replace(row, token_types=np.zeros_like(row.inputs))
@@ -106,7 +106,7 @@ def test_types_left_out_are_all_0():
     assert np.abs(logits(graph, params, row) - logits(graph, params, zeros))[..., :VOCAB].max() > 0.1
 
 
-def test_local_layers_see_their_window_only():
+def test_local_layers_attend_to_their_window_only():
     """With the global layers cut off, 3 local layers of window 4 carry a token at most 3 * (4 - 1) places."""
     graph, params = init_model(dataclasses.replace(MODERNBERT, attention_pattern="glll"))
     for name in ("attention", "mlp"):
@@ -141,5 +141,5 @@ def test_flops_are_those_of_the_compiler():
     config = dataclasses.replace(BERT, num_layers=2, embed=256, max_positions=128, vocab_size=512, scan=False)
     graph, shapes, _ = registry.abstract(config)
     batch = packed_for(BERT, 1, 128, VOCAB)
-    found = logits.lower(graph, shapes, batch).compile().cost_analysis()["flops"] / batch.inputs.size
-    assert 1.0 < found / (config.flops_per_token(128) / 3) < 1.05
+    actual = logits.lower(graph, shapes, batch).compile().cost_analysis()["flops"] / batch.inputs.size
+    assert 1.0 < actual / (config.flops_per_token(128) / 3) < 1.05

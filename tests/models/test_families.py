@@ -28,7 +28,7 @@ every_stack = pytest.mark.parametrize("name", ["gemma", "deepseek", "bert", "mod
 
 
 @every_variant
-def test_documents_of_a_row_do_not_see_each_other(name):
+def test_documents_of_a_row_do_not_attend_to_each_other(name):
     """Changing all tokens of one document leaves logits and gradients of the others unchanged, bitwise."""
     config = FAMILIES[name]
     if config.family == "moe":
@@ -56,7 +56,7 @@ def test_documents_of_a_row_do_not_see_each_other(name):
 
 
 @every_variant
-def test_a_packed_row_scores_as_its_documents_alone(name):
+def test_packed_row_has_the_loss_of_its_separate_documents(name):
     config = FAMILIES[name]
     graph, params = init_model(config)
     batch = packed_for(config, 1, SEQ, VOCAB)
@@ -94,17 +94,17 @@ def test_dropout_is_keyed_by_the_sample(name):
     config = dataclasses.replace(FAMILIES[name], dropout=0.3)
     graph, params = init_model(config)
     batch, key = packed_for(config, 4, SEQ, VOCAB, first_sample=2**32 - 2), jax.random.key(5)
-    whole = np.asarray(logits(graph, params, batch, key))[..., :VOCAB]
+    full = np.asarray(logits(graph, params, batch, key))[..., :VOCAB]
     rows = np.array([3, 2, 1, 0])
     reordered = jax.tree.map(lambda x: x[rows], batch)
     scored = batch.segments > 0
     actual = np.asarray(logits(graph, params, reordered, key))[..., :VOCAB][rows]
-    np.testing.assert_allclose(actual[scored], whole[scored], rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(actual[scored], full[scored], rtol=1e-5, atol=1e-4)
     copies = jax.tree.map(lambda x: x[np.zeros(4, int)], batch)
     copies = dataclasses.replace(copies, sample=batch.sample)
     outputs = np.asarray(logits(graph, params, copies, key))[..., :VOCAB]
     assert all(np.abs(outputs[0] - output).max() > 0.1 for output in outputs[1:])
-    assert np.abs(np.asarray(logits(graph, params, batch))[..., :VOCAB] - whole).max() > 0.1
+    assert np.abs(np.asarray(logits(graph, params, batch))[..., :VOCAB] - full).max() > 0.1
 
 
 @pytest.mark.slow
@@ -121,7 +121,7 @@ def test_scan_equals_unrolled(name):
 @pytest.mark.slow
 @every_stack
 @pytest.mark.parametrize("remat", [name for name in REMAT if name != "none"])
-def test_remat_changes_no_number(name, remat):
+def test_remat_does_not_change_results(name, remat):
     config = dataclasses.replace(FAMILIES[name], dropout=0.2)
     graph, params = init_model(config)
     other = registry.abstract(dataclasses.replace(config, remat=remat))[0]
@@ -152,7 +152,7 @@ def test_bfloat16_is_near_float32(name):
 @pytest.mark.slow
 @every_variant
 @pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)], ids=["fsdp 8", "2 x 2 x 2"])
-def test_a_mesh_changes_no_number_and_replicates_nothing(name, shape, capfd):
+def test_results_are_equal_on_every_mesh_and_nothing_is_replicated(name, shape, capfd):
     config = dataclasses.replace(FAMILIES[name], vocab_size=64)
     graph, params = init_model(config)
     batch = packed_for(config, 8, SEQ, VOCAB)
@@ -208,15 +208,15 @@ def test_cached_decoding_equals_the_full_pass(name):
         hidden, cache = decode(new, (positions + i)[:, None], cache)
         outputs.append(model.unembed(hidden[:, 0]))
     for row, length in enumerate(lengths):
-        whole = tokens[row : row + 1]
-        segments = (np.arange(whole.shape[1]) < length + steps).astype(np.int32)[None]
+        full = tokens[row : row + 1]
+        segments = (np.arange(full.shape[1]) < length + steps).astype(np.int32)[None]
         batch = dataclasses.replace(
             packed_for(config, 1, SEQ, VOCAB),
-            inputs=whole,
-            targets=whole,
+            inputs=full,
+            targets=full,
             weights=segments,
             segments=segments,
-            positions=np.arange(whole.shape[1], dtype=np.int32)[None],
+            positions=np.arange(full.shape[1], dtype=np.int32)[None],
         )
         expected = np.asarray(logits(graph, params, batch))[0, length - 1 : length + steps, :VOCAB]
         actual = np.stack([np.asarray(output)[row, :VOCAB] for output in outputs])

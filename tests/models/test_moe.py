@@ -35,7 +35,7 @@ def run(graph, params, batch):
 
 
 @pytest.mark.parametrize("name", EXPERTS)
-def test_every_token_is_served_and_padding_is_not_counted(name):
+def test_every_token_is_processed_and_padding_is_not_counted(name):
     config = EXPERTS[name]
     graph, params = init_model(config)
     batch = packed(4, 24, VOCAB)
@@ -78,22 +78,22 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_agree_with_one_device(layout, expected_run):
+def test_sharded_results_agree_with_one_device(layout, expected_run):
     """Losses, router losses and expert statistics of three steps, and the biases that balance, to the last bit."""
     mesh, backend, accumulation = LAYOUTS[layout]
     metrics, params = train_three_steps(make_mesh(mesh), backend=backend, accumulation=accumulation)
-    for found, expected in zip(metrics, expected_run[0], strict=True):
+    for actual, expected in zip(metrics, expected_run[0], strict=True):
         for name in ("loss", "load_balance_loss", "router_z_loss", "max_expert_load", "unused_expert_fraction"):
-            np.testing.assert_allclose(found[name], expected[name], rtol=5e-6, err_msg=name)
-        np.testing.assert_allclose(found["grad_norm"], expected["grad_norm"], rtol=2e-5)
+            np.testing.assert_allclose(actual[name], expected[name], rtol=5e-6, err_msg=name)
+        np.testing.assert_allclose(actual["grad_norm"], expected["grad_norm"], rtol=2e-5)
     expert_bias = lambda params: params["blocks"]["mlp"]["router"]["expert_bias"]
     np.testing.assert_array_equal(expert_bias(params), expert_bias(expected_run[1]))
     assert np.abs(expert_bias(params)).max() > 0.01
-    for found, expected in zip(jax.tree.leaves(params), jax.tree.leaves(expected_run[1]), strict=True):
-        np.testing.assert_allclose(found, expected, atol=5e-4)
+    for actual, expected in zip(jax.tree.leaves(params), jax.tree.leaves(expected_run[1]), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=5e-4)
 
 
-def test_flops_count_the_experts_that_a_token_meets():
+def test_flops_count_the_active_experts():
     more = dataclasses.replace(DEEPSEEK, num_experts=16)
     router = 6 * DEEPSEEK.embed * 8 * 2
     assert more.flops_per_token(64) - DEEPSEEK.flops_per_token(64) == router

@@ -13,7 +13,7 @@ from llmjax.nn.latent_attention import LatentAttention
 HEADS, LATENT, PLAIN, ROPE, VALUE, EMBED = 3, 10, 6, 4, 5, 12
 
 
-def made(query_rank: int, dtype: str = "float32") -> LatentAttention:
+def make_layer(query_rank: int, dtype: str = "float32") -> LatentAttention:
     layer = LatentAttention(
         jax.random.key(0),
         EMBED,
@@ -66,31 +66,31 @@ def oracle(layer: LatentAttention, x, segments, positions) -> np.ndarray:
     latent = norm(x @ w["latent"]["weight"], w["latent_norm"]["scale"])
     rope, out = turn(x @ w["key_rope"]["weight"]), np.zeros_like(x)
     distance = np.asarray(positions)[:, :, None] - np.asarray(positions)[:, None]
-    seen = (np.asarray(segments)[:, :, None] == np.asarray(segments)[:, None]) & (distance >= 0)
+    is_visible = (np.asarray(segments)[:, :, None] == np.asarray(segments)[:, None]) & (distance >= 0)
     for head in range(HEADS):
         q = source @ w["query"]["weight"][:, head]
         k, v = latent @ w["key"]["weight"][:, head], latent @ w["value"]["weight"][:, head]
         scores = q[..., :PLAIN] @ k.swapaxes(1, 2) + turn(q[..., PLAIN:]) @ rope.swapaxes(1, 2)
-        weights = np.where(seen, np.exp(0.4 * scores), 0)
+        weights = np.where(is_visible, np.exp(0.4 * scores), 0)
         out += weights / weights.sum(-1, keepdims=True) @ v @ w["out"]["weight"][head]
     return out
 
 
 @pytest.mark.parametrize("query_rank", [0, 7])
 def test_equals_plain_attention(query_rank):
-    layer, (x, segments, positions) = made(query_rank), rows()
+    layer, (x, segments, positions) = make_layer(query_rank), rows()
     prepared = KERNELS["dot"].make_mask(segments, positions, None, None)
-    found = jax.jit(lambda x: layer(x, rotary.angles(positions, ROPE, 100.0), prepared))(x)
+    actual = jax.jit(lambda x: layer(x, rotary.angles(positions, ROPE, 100.0), prepared))(x)
     expected = oracle(layer, x, segments, positions)
-    np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(actual, expected, atol=2e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("query_rank", [0, 7])
-def test_its_cache_holds_latents_and_gives_the_same(query_rank):
+def test_cache_holds_latents_and_decodes_the_same(query_rank):
     """Piece by piece, with rows that stand at other positions."""
-    layer, x = made(query_rank), rows()[0]
+    layer, x = make_layer(query_rank), rows()[0]
     ones, positions = jnp.ones((2, 9), int), jnp.broadcast_to(jnp.arange(9), (2, 9))
-    whole = layer(x, rotary.angles(positions, ROPE, 100.0), KERNELS["dot"].make_mask(ones, positions, None, None))
+    full = layer(x, rotary.angles(positions, ROPE, 100.0), KERNELS["dot"].make_mask(ones, positions, None, None))
     cache = jnp.zeros((2, 16, LATENT)), jnp.zeros((2, 16, ROPE))
     step = jax.jit(
         lambda piece, at, cache: layer.decode(
@@ -102,6 +102,6 @@ def test_its_cache_holds_latents_and_gives_the_same(query_rank):
     for length in (3, 1, 1):
         at = starts[:, None] + jnp.arange(length)
         piece = jnp.take_along_axis(x, at[..., None], axis=1)
-        found, cache = step(piece, at, cache)
-        np.testing.assert_allclose(found, jnp.take_along_axis(whole, at[..., None], axis=1), atol=1e-5)
+        actual, cache = step(piece, at, cache)
+        np.testing.assert_allclose(actual, jnp.take_along_axis(full, at[..., None], axis=1), atol=1e-5)
         starts += length

@@ -20,12 +20,12 @@ def draw(*shape, seed=0):
 
 
 @pytest.mark.parametrize(("num_inputs", "shape"), [(1, (6, 2, 3)), (2, (2, 3, 5))])
-def test_project_has_jax_own_gradient(num_inputs, shape):
+def test_project_has_the_gradient_of_jax(num_inputs, shape):
     x, w = draw(4, 7, *shape[:num_inputs]), draw(*shape, seed=1)
     plain = lambda x, w: jnp.tensordot(x, w, num_inputs)
     score = lambda f: jax.value_and_grad(lambda x, w: jnp.sum(jnp.sin(f(x, w))), argnums=(0, 1))(x, w)
-    found, expected = score(lambda x, w: project(x, w, num_inputs)), score(plain)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
+    actual, expected = score(lambda x, w: project(x, w, num_inputs)), score(plain)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, expected)
 
 
 def test_linear_adds_its_bias_and_starts_with_unit_variance():
@@ -71,11 +71,11 @@ def test_scaled_frequencies():
     plain = rotary.frequencies(64, 1e4)
     np.testing.assert_allclose(rotary.frequencies(64, 1e4, make("linear")), plain / 8)
     for scaling in (make("llama3"), make("yarn", high=32.0), make("yarn", high=32.0, truncate=False)):
-        found = rotary.frequencies(64, 1e4, scaling)
+        actual = rotary.frequencies(64, 1e4, scaling)
         turns = 4096 * plain / (2 * np.pi)
-        np.testing.assert_array_equal(found[turns > 64], plain[turns > 64])
-        np.testing.assert_allclose(found[turns < 0.5], plain[turns < 0.5] / 8)
-        assert ((found <= plain) & (found >= plain / 8 * (1 - 1e-12))).all() and (np.diff(found) < 0).all()
+        np.testing.assert_array_equal(actual[turns > 64], plain[turns > 64])
+        np.testing.assert_allclose(actual[turns < 0.5], plain[turns < 0.5] / 8)
+        assert ((actual <= plain) & (actual >= plain / 8 * (1 - 1e-12))).all() and (np.diff(actual) < 0).all()
     cos, sin = rotary.angles(jnp.array([[3]]), 64, 1e4, make("yarn", attention_factor=2.0))
     np.testing.assert_allclose(cos**2 + sin**2, 4.0, rtol=1e-6)
     assert rotary.yarn_attention_factor(1.0) == 1 and rotary.yarn_attention_factor(40.0) == pytest.approx(1.3689, 1e-4)
@@ -95,54 +95,54 @@ def test_grouped_attention_equals_repeated_keys():
     segments = np.array([[1] * 4 + [2] * 6, [1] * 7 + [0] * 3])
     positions = np.array([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5, 6, 0, 0, 0]])
     mask = attention.attention_mask(jnp.asarray(segments), jnp.asarray(positions), causal=True)
-    found = np.asarray(attention.dot(q, k, v, mask))
+    actual = np.asarray(attention.dot(q, k, v, mask))
     for row in range(2):
         for head in range(6):
             scores = np.asarray(q[row, :, head] @ k[row, :, head // 3].T, np.float64) / 2
-            seen = np.tril(np.ones((10, 10), bool)) & (segments[row][:, None] == segments[row])
-            seen |= (segments[row][:, None] == 0) & (segments[row] == 0)  # padding sees padding: never scored
-            weights = np.where(seen, np.exp(scores), 0)
+            is_visible = np.tril(np.ones((10, 10), bool)) & (segments[row][:, None] == segments[row])
+            is_visible |= (segments[row][:, None] == 0) & (segments[row] == 0)  # padding sees padding: never scored
+            weights = np.where(is_visible, np.exp(scores), 0)
             expected = weights / weights.sum(-1, keepdims=True) @ np.asarray(v[row, :, head // 3])
-            np.testing.assert_allclose(found[row, :, head], expected, atol=1e-6)
+            np.testing.assert_allclose(actual[row, :, head], expected, atol=1e-6)
 
 
-def test_who_sees_whom():
+def test_attention_mask_of_each_position():
     segments, positions = jnp.array([[1, 1, 1, 2, 2, 2]]), jnp.array([[0, 1, 2, 0, 1, 2]])
-    seen = lambda **options: (
+    is_visible = lambda **options: (
         np.asarray(attention.attention_mask(segments, positions, **options))[0].astype(int).tolist()
     )
     apart = lambda block: np.kron(np.eye(2, dtype=int), np.array(block)).tolist()
-    assert seen(causal=False) == apart([[1, 1, 1]] * 3)
-    assert seen(causal=True) == apart([[1, 0, 0], [1, 1, 0], [1, 1, 1]])
-    assert seen(causal=True, window=2) == apart([[1, 0, 0], [1, 1, 0], [0, 1, 1]])
-    assert seen(causal=False, window=2) == apart([[1, 1, 0], [1, 1, 1], [0, 1, 1]])
+    assert is_visible(causal=False) == apart([[1, 1, 1]] * 3)
+    assert is_visible(causal=True) == apart([[1, 0, 0], [1, 1, 0], [1, 1, 1]])
+    assert is_visible(causal=True, window=2) == apart([[1, 0, 0], [1, 1, 0], [0, 1, 1]])
+    assert is_visible(causal=False, window=2) == apart([[1, 1, 0], [1, 1, 1], [0, 1, 1]])
     prefix = jnp.array([[True, True, False, True, False, False]])
     expected = np.zeros((6, 6), int)
     expected[:3, :3], expected[3:, 3:] = [[1, 1, 0], [1, 1, 0], [1, 1, 1]], [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
-    assert seen(causal=True, prefix=prefix) == expected.tolist()
+    assert is_visible(causal=True, prefix=prefix) == expected.tolist()
 
 
 def test_a_bias_is_added_to_the_scores_of_its_head():
     q, k, v = draw(2, 5, 4, 3), draw(2, 7, 2, 3, seed=1), draw(2, 7, 2, 6, seed=2)
     bias = draw(1, 4, 5, 7, seed=3)
-    found = attention.dot(q, k, v, jnp.ones((2, 5, 7), bool), scale=1.0, bias=bias)
+    actual = attention.dot(q, k, v, jnp.ones((2, 5, 7), bool), scale=1.0, bias=bias)
     wide = [jnp.repeat(x, 2, axis=2) for x in (k, v)]
     scores = jnp.einsum("bshk,bthk->bhst", q, wide[0]) + bias
     expected = jnp.einsum("bhst,bthk->bshk", jax.nn.softmax(scores, axis=-1), wide[1])
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    np.testing.assert_allclose(actual, expected, atol=1e-6)
 
 
 def test_softcap_and_sinks():
     q, k, v = draw(2, 5, 4, 3), draw(2, 7, 2, 3, seed=1), draw(2, 7, 2, 6, seed=2)
     sinks = jnp.array([-2.0, 0.0, 3.0, 200.0])
     mask = jnp.asarray(np.random.default_rng(0).random((2, 5, 7)) < 0.7).at[:, :, 0].set(True)
-    found = attention.dot(q, k, v, mask, scale=2.0, softcap=1.5, sinks=sinks)
+    actual = attention.dot(q, k, v, mask, scale=2.0, softcap=1.5, sinks=sinks)
     wide = [np.repeat(np.asarray(x, np.float64), 2, axis=2) for x in (k, v)]
     scores = 1.5 * np.tanh(2.0 * np.einsum("bshk,bthk->bhst", q, wide[0]) / 1.5)
     parts = np.where(mask[:, None], np.exp(scores), 0)
     total = parts.sum(-1, keepdims=True) + np.exp(np.asarray(sinks, np.float64))[:, None, None]
-    np.testing.assert_allclose(found, np.einsum("bhst,bthk->bshk", parts / total, wide[1]), atol=1e-6)
-    assert np.abs(found[:, :, 3]).max() < 1e-30, "a sink far above the scores takes all weight, and nothing overflows"
+    np.testing.assert_allclose(actual, np.einsum("bhst,bthk->bshk", parts / total, wide[1]), atol=1e-6)
+    assert np.abs(actual[:, :, 3]).max() < 1e-30, "a sink far above the scores takes all weight, and nothing overflows"
 
 
 def test_keys_are_never_repeated():

@@ -53,12 +53,12 @@ gradients = lambda form: jax.jit(jax.grad(functools.partial(objective, form), ar
 def test_equals_the_plain_form(chunk, z_loss):
     """13 positions in chunks of 4 leave a rest of 1; the bias shows that each parameter of the head gets a gradient."""
     args = inputs()
-    found = gradients(functools.partial(cross_entropy, chunk=chunk, z_loss=z_loss))(*args)
+    actual = gradients(functools.partial(cross_entropy, chunk=chunk, z_loss=z_loss))(*args)
     expected = gradients(functools.partial(plain, z_loss=z_loss))(*args)
     # float32 sums over 39 tokens and 32 ids, added in another order
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), found, expected)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), actual, expected)
     sums = jax.jit(lambda h, t, b, *rest: cross_entropy(h, unembed(t, b), *rest, chunk=chunk, z_loss=z_loss))(*args)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-6), sums, found[1])
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-6), sums, actual[1])
 
 
 def test_sums_add_over_rows():

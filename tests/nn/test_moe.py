@@ -32,12 +32,12 @@ CASES = {
 
 def layer(routing, *, bias=False, expert_bias=False, shared=0, activation="silu", embed=12, mlp=8):
     """A layer moved off its start, so that no bias is 0."""
-    made = MoeMlp(
+    layer = MoeMlp(
         jax.random.key(0), embed, mlp, routing=routing, shared=shared, activation="silu",
         expert_activation=activation, bias=bias,
         expert_bias=expert_bias, scale=1.0, dtype="float32",
     )  # fmt: skip
-    graph, state = nnx.split(made)
+    graph, state = nnx.split(layer)
     rng = np.random.default_rng(0)
     return graph, jax.tree.map(lambda p: p + 0.3 * rng.normal(size=p.shape).astype(np.float32), nnx.to_pure_dict(state))
 
@@ -119,8 +119,8 @@ def test_equals_one_token_at_a_time(case):
     out, load = jax.jit(lambda p, x, real: nnx.merge(graph, p)(x, real))(params, x, real)
     expected = oracle(params, x, real, routing, settings.get("activation", "silu"))
     np.testing.assert_allclose(out, expected[0], atol=2e-5 * np.abs(expected[0]).max())
-    for found, wanted in zip(load, expected[1:], strict=True):
-        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    for actual, expected_value in zip(load, expected[1:], strict=True):
+        np.testing.assert_allclose(actual, expected_value, rtol=1e-5, atol=1e-5)
     # No token is dropped: every real token is served by as many experts as it chose, and padding by none.
     np.testing.assert_array_equal(load.counts.sum(-1), routing.experts_per_token * real.sum(-1))
 
@@ -132,14 +132,14 @@ def test_gradients_equal_those_of_all_experts_at_once(case):
     x, real = rows()
     activation = settings.get("activation", "silu")
     direction = jnp.asarray(np.random.default_rng(2).normal(size=x.shape), jnp.float32)
-    ours = lambda p, x: jnp.sum(nnx.merge(graph, p)(x, real)[0] * direction)
-    theirs = lambda p, x: jnp.sum(dense(p, x, routing, activation) * direction)
-    found, expected = (jax.jit(jax.grad(f, (0, 1)))(params, x) for f in (ours, theirs))
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    routed_loss = lambda p, x: jnp.sum(nnx.merge(graph, p)(x, real)[0] * direction)
+    dense_loss = lambda p, x: jnp.sum(dense(p, x, routing, activation) * direction)
+    actual, expected = (jax.jit(jax.grad(f, (0, 1)))(params, x) for f in (routed_loss, dense_loss))
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5 * max(1.0, np.abs(b).max()))
 
 
-def test_all_tokens_to_one_expert_are_all_served():
+def test_one_expert_can_process_all_tokens():
     graph, params = layer(MIXTRAL)
     params["router"]["weight"] = jnp.zeros_like(params["router"]["weight"])  # equal logits: the first two, for all
     x, _ = rows(batch=4, seq=300)
@@ -161,7 +161,7 @@ def test_grouped_matmul(sizes):
 
 
 @pytest.mark.parametrize(("case", "shape"), [("deepseek", (2, 2, 2)), ("gpt_oss", (1, 1, 8)), ("mixtral", (1, 8, 1))])
-def test_a_mesh_changes_no_number(case, shape):
+def test_results_are_equal_on_every_mesh(case, shape):
     routing, settings = CASES[case]
     graph, params = layer(routing, **settings)
     x, _ = rows(batch=4)
@@ -180,12 +180,12 @@ def test_a_mesh_changes_no_number(case, shape):
     mesh = jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
     with jax.set_mesh(mesh):
         rows_of = lambda x: jax.device_put(x, jax.NamedSharding(mesh, axes.spec(("batch",), mesh=mesh)))
-        found = run(params, rows_of(x), rows_of(real))
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        actual = run(params, rows_of(x), rows_of(real))
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, np.abs(b).max()))
 
 
-def test_sorting_sends_no_token_to_another_device():
+def test_dispatch_moves_no_token_between_devices():
     """The only collective of the forward pass under a split batch gathers weights; with whole weights there is none."""
     graph, params = layer(MIXTRAL)
     x, real = rows()
@@ -206,14 +206,14 @@ def test_losses_by_hand():
     probabilities = jnp.array([[[2.0, 2, 2, 2], [3, 1, 0, 0], [0, 0, 0, 0]]] * 2)
     load = RouterStats(counts, probabilities, jnp.array([[8.0, 4, 0]] * 2))
     expert_bias = jnp.zeros((2, 4))
-    found = functools.partial(moe.losses, load, routing=routing, balance_loss=0.1, router_z_loss=0.01)
-    penalty, stats = found(expert_bias)
+    actual = functools.partial(moe.losses, load, routing=routing, balance_loss=0.1, router_z_loss=0.01)
+    penalty, stats = actual(expert_bias)
     # the even row's balance is 1 over 8 tokens, the other's 4 * 1 * 3/4 over 4
     np.testing.assert_allclose(stats["load_balance_loss"], (2 * (8 + 4 * 3), 24))
     np.testing.assert_allclose(stats["max_expert_load"], (2 * (8 * 0.25 + 4 * 1), 24))
     np.testing.assert_allclose(stats["unused_expert_fraction"], (2 * 4 * 0.75, 24))
     np.testing.assert_allclose(penalty, 0.1 * 40 + 0.01 * 24, rtol=1e-6)
-    excess = jax.grad(lambda expert_bias: found(expert_bias).aux_loss)(expert_bias)
+    excess = jax.grad(lambda expert_bias: actual(expert_bias).aux_loss)(expert_bias)
     np.testing.assert_array_equal(excess, [[4 * 6 - 12, 4 * 2 - 12, 4 * 2 - 12, 4 * 2 - 12]] * 2)
 
 
@@ -232,9 +232,9 @@ def test_the_expert_bias_balances_the_load():
             ids = moe.route(jnp.float32(logits), params["expert_bias"][0], routing).ids
             counts = jnp.sum(jax.nn.one_hot(ids, routing.num_experts), axis=(1, 2))[None]
             load = RouterStats(counts, jnp.zeros_like(counts), jnp.zeros((1, 4)))
-            found = moe.losses(load, params["expert_bias"], routing, balance_loss=0.0, router_z_loss=0.0)
+            actual = moe.losses(load, params["expert_bias"], routing, balance_loss=0.0, router_z_loss=0.0)
             loads = jnp.sum(counts[0], axis=0)
-            return found.aux_loss, (found.aux_loss, jnp.max(loads) / jnp.mean(loads))
+            return actual.aux_loss, (actual.aux_loss, jnp.max(loads) / jnp.mean(loads))
 
         grads, (value, busiest) = jax.grad(penalty, has_aux=True)(params)
         params, state, _ = optimizer.update(grads, state, params)
@@ -261,7 +261,7 @@ def test_sums_over_rows_add_up():
         load = stack(nnx.merge(graph, params)(x, real)[1])
         return moe.losses(load, None, routing, balance_loss=0.1, router_z_loss=0.01)
 
-    whole, halves = of(x, real), [of(x[:2], real[:2]), of(x[2:], real[2:])]
+    full, halves = of(x, real), [of(x[:2], real[:2]), of(x[2:], real[2:])]
     together = jax.tree.map(jnp.add, *halves)
-    for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(whole), strict=True):
+    for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(full), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)

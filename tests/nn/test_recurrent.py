@@ -20,9 +20,9 @@ def drawn(*shape, seed=0):
 
 
 def resets():
-    found = np.random.default_rng(3).random((SEQ, BATCH)) < 0.2
-    found[0] = True
-    return found
+    actual = np.random.default_rng(3).random((SEQ, BATCH)) < 0.2
+    actual[0] = True
+    return actual
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -36,18 +36,18 @@ def test_the_gradient_of_the_scan_is_that_of_jax(cell):
         state = recurrent.start(cell, BATCH, HIDDEN)
         return recurrent.run(cell, inputs, weight, bias, resets(), state, unroll=1)[0][0]
 
-    ours = functools.partial(recurrent.scan, cell, 4, resets=resets())
+    scan = functools.partial(recurrent.scan, cell, 4, resets=resets())
     both = []
-    for function in (ours, plain):
+    for function in (scan, plain):
 
-        def scored(given, function=function):
-            hidden = function(*given)
+        def scored(arguments, function=function):
+            hidden = function(*arguments)
             return jnp.sum(hidden * score), hidden
 
         both.append(jax.jit(jax.value_and_grad(scored, has_aux=True))((inputs, weight, bias)))
-    ((_, found), grads), ((_, expected), wanted) = both
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
-    for a, b in zip(grads, wanted, strict=True):
+    ((_, actual), grads), ((_, expected), expected_grads) = both
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6)
+    for a, b in zip(grads, expected_grads, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
 
 
@@ -69,15 +69,17 @@ def test_the_linear_recurrence_equals_a_loop(how, seq):
     decay[:, ::6] = 0  # where segments start
     inputs, score = drawn(2, seq, 5, seed=1), drawn(2, seq, 5, seed=2)
     loss = lambda d, x: (jnp.sum(linear_scan(d, x, how) * score), linear_scan(d, x, how))
-    (_, found), (d_decay, d_inputs) = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(decay, inputs)
+    (_, actual), (d_decay, d_inputs) = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(decay, inputs)
     states = loop(decay, inputs)
-    np.testing.assert_allclose(found, states, rtol=0, atol=2e-6 * np.abs(states).max())
+    np.testing.assert_allclose(actual, states, rtol=0, atol=2e-6 * np.abs(states).max())
     # The gradient runs the same recurrence from the end: each state's decay is that of the step after it.
     after = np.concatenate([decay[:, 1:], np.zeros_like(decay[:, :1])], 1)
-    wanted = loop(after[:, ::-1], score[:, ::-1])[:, ::-1]
+    expected_grads = loop(after[:, ::-1], score[:, ::-1])[:, ::-1]
     before = np.concatenate([np.zeros_like(states[:, :1]), states[:, :-1]], 1)
-    np.testing.assert_allclose(d_inputs, wanted, rtol=0, atol=2e-6 * np.abs(wanted).max())
-    np.testing.assert_allclose(d_decay, wanted * before, rtol=0, atol=4e-6 * np.abs(wanted * before).max())
+    np.testing.assert_allclose(d_inputs, expected_grads, rtol=0, atol=2e-6 * np.abs(expected_grads).max())
+    np.testing.assert_allclose(
+        d_decay, expected_grads * before, rtol=0, atol=4e-6 * np.abs(expected_grads * before).max()
+    )
 
 
 def oracle(p, x, positions, blocks):
@@ -102,15 +104,15 @@ def oracle(p, x, positions, blocks):
 
 
 @pytest.mark.parametrize("how", RECURRENCES)
-def test_griffins_block_equals_the_numpy_oracle(how):
+def test_griffin_block_equals_the_numpy_oracle(how):
     module = RgLru(jax.random.key(0), 6, HIDDEN, blocks=2, recurrence=how, unroll=1, scale=1.0, dtype="float32")
     graph, state = nnx.split(module)
     params = jax.tree.map(lambda leaf: leaf + 0.1 * drawn(*leaf.shape, seed=5), nnx.to_pure_dict(state))
     positions = np.r_[np.arange(5), np.arange(2), np.arange(10)]
     x = drawn(1, 17, 6)
-    found = nnx.merge(graph, params)(x, jnp.asarray(positions[None]))
+    actual = nnx.merge(graph, params)(x, jnp.asarray(positions[None]))
     expected = oracle(params, x[0].astype(np.float64), positions, 2)
-    np.testing.assert_allclose(found[0], expected, rtol=0, atol=3e-6 * np.abs(expected).max())
+    np.testing.assert_allclose(actual[0], expected, rtol=0, atol=3e-6 * np.abs(expected).max())
 
 
 def test_a_decay_of_one_has_a_finite_gradient():

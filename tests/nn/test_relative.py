@@ -10,8 +10,8 @@ from llmjax.nn.relative import RelativeBias, buckets
 
 def test_buckets_of_t5():
     """Both ways: 16 a side, of which 8 hold one distance; then edges at 8 * 16^(k/8)."""
-    found = buckets(32, 128, bidirectional=True)
-    at = lambda distance: int(found[128 + distance])
+    actual = buckets(32, 128, bidirectional=True)
+    at = lambda distance: int(actual[128 + distance])
     assert [at(-d) for d in range(9)] == list(range(9))
     assert [at(d) for d in (1, 2, 8)] == [17, 18, 24]
     edges = [d for d in range(9, 129) if at(-d) != at(1 - d)]
@@ -22,20 +22,20 @@ def test_buckets_of_t5():
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
-def test_a_bias_is_its_bucket_s_and_far_distances_share_one(bidirectional):
+def test_bias_is_that_of_the_bucket_and_far_distances_share_one(bidirectional):
     bias = RelativeBias(
         jax.random.key(0), 3, num_buckets=8, max_distance=10, bidirectional=bidirectional, std=1.0, dtype="float32"
     )
     table = np.asarray(bias.table[...])
     queries, keys = np.array([[0, 7, 40]]), np.arange(50)[None]
-    found = np.asarray(bias(jnp.asarray(queries), jnp.asarray(keys)))
-    assert found.shape == (1, 3, 3, 50) and found.dtype == np.float32
+    actual = np.asarray(bias(jnp.asarray(queries), jnp.asarray(keys)))
+    assert actual.shape == (1, 3, 3, 50) and actual.dtype == np.float32
     bucket = buckets(8, 10, bidirectional=bidirectional)
     for i, query in enumerate(queries[0]):
         for key in range(50):
             expected = table[bucket[np.clip(key - query, -10, 10) + 10]]
-            np.testing.assert_array_equal(found[0, :, i, key], expected)
-    assert (found[0, :, 2, 0] == found[0, :, 2, 30]).all() and (found[0, :, 2, 0] != found[0, :, 2, 37]).any()
+            np.testing.assert_array_equal(actual[0, :, i, key], expected)
+    assert (actual[0, :, 2, 0] == actual[0, :, 2, 30]).all() and (actual[0, :, 2, 0] != actual[0, :, 2, 37]).any()
 
 
 def test_packing_restarts_distances():

@@ -209,25 +209,25 @@ def test_logits_loss_and_gradients(name):
     model = reference(name)
     architecture, config, _, params = imported(name)
     is_token, batch = padded_rows()
-    theirs = score_reference(model)
+    expected_output = score_reference(model)
     (loss, logits), grads = loss_logits_and_grads(registry.abstract(config)[0], params, batch)
-    expected = theirs.logits.detach().numpy()[is_token]
+    expected = expected_output.logits.detach().numpy()[is_token]
     difference = np.abs(np.asarray(logits)[is_token][:, :VOCAB] - expected).max()
     print(f"{name}: logits {np.abs(expected).max():.2f}, differ by {difference:.1e}", end="")
     assert difference <= 2e-4
-    assert abs(float(loss) - theirs.loss.item()) <= 1e-5
-    found = state_dicts.dump(architecture.rules(config), grads, config)
+    assert abs(float(loss) - expected_output.loss.item()) <= 1e-5
+    actual = state_dicts.dump(architecture.rules(config), grads, config)
     worst = 0.0
     for key, parameter in model.named_parameters():
         if (key := architecture.rename(key)) is not None:
             gradient = parameter.grad.numpy()
-            worst = max(worst, np.abs(found[key] - gradient).max() / max(np.abs(gradient).max(), 1e-2))
+            worst = max(worst, np.abs(actual[key] - gradient).max() / max(np.abs(gradient).max(), 1e-2))
     print(f", gradients by {worst:.1e} of their largest")
     assert worst <= 1e-3
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_tensors_come_back_to_the_last_bit(name):
+def test_tensors_round_trip_bitwise(name):
     architecture, config, state, params = imported(name)
     back = state_dicts.dump(architecture.rules(config), params, config)
     assert set(back) == set(state)
@@ -237,7 +237,7 @@ def test_tensors_come_back_to_the_last_bit(name):
 
 
 @pytest.mark.parametrize("name", [name for name, (kind, _, _) in CASES.items() if kind != "Gemma3Images"])
-def test_configs_come_back(name):
+def test_configs_round_trip(name):
     model = reference(name)
     architecture, config, _, _ = imported(name)
     for field, value in CASES[name][2].items():
@@ -253,7 +253,7 @@ def test_configs_come_back(name):
 
 
 @pytest.mark.parametrize("name", ["qwen3-tied", "gemma2", "gemma3", "olmo3"])
-def test_greedy_text_is_theirs(name):
+def test_greedy_text_equals_transformers(name):
     """Token by token from our cache against their own generation, past the windows."""
     _, config, _, params = imported(name)
     assert_same_greedy_text(reference(name), config, params)
@@ -276,14 +276,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("words", REFUSED)
-def test_what_we_cannot_honour_is_refused_by_name(words):
+def test_unsupported_fields_are_refused_by_name(words):
     name, fields = REFUSED[words]
     model = reference(name)
     with pytest.raises(ValueError, match=words.replace(".", r"\.")):
         ARCHITECTURES[type(model).__name__].read_config(model.config.to_dict() | fields)
 
 
-def test_what_a_class_cannot_express_is_not_written_otherwise():
+def test_inexpressible_settings_are_not_exported():
     """Sliding layers whose frequencies are scaled too: in Gemma 3 and OLMo 3 they never are."""
     for name in ("gemma3", "olmo3"):
         architecture, config, _, _ = imported(name)
@@ -291,22 +291,22 @@ def test_what_a_class_cannot_express_is_not_written_otherwise():
             architecture.write_config(dataclasses.replace(config, rope_local_base=0.0))
 
 
-@pytest.mark.parametrize("given", ["nothing", "inner", "beside", "both"])
+@pytest.mark.parametrize("location", ["nothing", "inner", "beside", "both"])
 @pytest.mark.parametrize("kind", ["Llama", "Mistral", "Olmo3"])
 @pytest.mark.parametrize("scaling", [YARN, LLAMA3], ids=["yarn", "llama3"])
-def test_the_length_that_frequencies_are_scaled_from(kind, scaling, given):
+def test_the_length_that_frequencies_are_scaled_from(kind, scaling, location):
     """Which of two places wins, and what is taken where neither has it: as in their frequencies."""
     length = "original_max_position_embeddings"
-    inner = {name: value for name, value in scaling.items() if name != length or given in ("inner", "both")}
+    inner = {name: value for name, value in scaling.items() if name != length or location in ("inner", "both")}
     hf = SIZES | dict(num_hidden_layers=4, rope_scaling=inner)
-    hf |= {length: 64} if given in ("beside", "both") else {}
+    hf |= {length: 64} if location in ("beside", "both") else {}
     name = f"{kind}ForCausalLM"
     config = bind(DecoderConfig, ARCHITECTURES[name].read_config(copy.deepcopy(hf)), "model")
     model = getattr(transformers, name)(getattr(transformers, f"{kind}Config")(**copy.deepcopy(hf)))
     rotary = model.model.rotary_emb
     expected = rotary.full_attention_inv_freq if kind == "Olmo3" else rotary.inv_freq
-    found = frequencies(config.head_size, config.rope_base, config.scaling)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    actual = frequencies(config.head_size, config.rope_base, config.scaling)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
     again = ARCHITECTURES[name].read_config(model.config.to_dict())
     assert bind(DecoderConfig, again, "model").scaling == config.scaling
 
@@ -331,6 +331,6 @@ def test_published_files_of_older_releases_are_read():
     assert (config.attention_pattern, config.window, config.rope_scaling) == ("lllllg", 512, "linear")
     olmo3 = read("Olmo3ForCausalLM", dict(rope_theta=4e5, rope_scaling=YARN, num_hidden_layers=8))
     old = copy.deepcopy(dict(rope_theta=4e5, rope_scaling=YARN, num_hidden_layers=8))
-    theirs = transformers.Olmo3Config(**SIZES | old)
-    assert olmo3.rope_base == theirs.rope_parameters[FULL]["rope_theta"] == 4e5
-    assert olmo3.rope_local_base == theirs.rope_parameters[LOCAL]["rope_theta"] == 5e5
+    olmo3_config = transformers.Olmo3Config(**SIZES | old)
+    assert olmo3.rope_base == olmo3_config.rope_parameters[FULL]["rope_theta"] == 4e5
+    assert olmo3.rope_local_base == olmo3_config.rope_parameters[LOCAL]["rope_theta"] == 5e5

@@ -28,7 +28,7 @@ VARIANTS = {
 
 
 @functools.cache
-def theirs(variant: str):
+def make_reference(variant: str):
     """A small random model, moved off its start so that no norm's scale is 1 and distances count."""
     torch.manual_seed(0)
     config = transformers.T5Config(
@@ -57,13 +57,13 @@ def theirs(variant: str):
 
 
 @functools.cache
-def ours(variant: str):
+def load_params(variant: str):
     """Config, graph and parameters, from the names and numbers that transformers writes."""
-    hf = theirs(variant).config.to_dict()
+    hf = make_reference(variant).config.to_dict()
     if variant == "v1.1":
         assert hf["scale_decoder_outputs"] is False
     config = bind(EncDecConfig, T5.read_config(hf) | {"vocab_multiple": 16})
-    params = state_dicts.load(T5.rules(config), tensors(theirs(variant).state_dict()), config)
+    params = state_dicts.load(T5.rules(config), tensors(make_reference(variant).state_dict()), config)
     return config, registry.abstract(config)[0], params
 
 
@@ -75,25 +75,27 @@ def batch() -> Batch:
     """Sources longer than the last bucket's edge, targets, and padding at the end of both."""
     rng = np.random.default_rng(3)
     source, target = (rng.integers(2, VOCAB, shape).astype(np.int32) for shape in ((3, 30), (3, 26)))
-    here, there = (np.arange(n) < np.array(lengths)[:, None] for n, lengths in ((26, (26, 9, 17)), (30, (30, 21, 4))))
-    places = lambda mask: np.where(mask, np.arange(mask.shape[1]), 0).astype(np.int32)
+    is_target, is_source = (
+        np.arange(n) < np.array(lengths)[:, None] for n, lengths in ((26, (26, 9, 17)), (30, (30, 21, 4)))
+    )
+    positions = lambda mask: np.where(mask, np.arange(mask.shape[1]), 0).astype(np.int32)
     return Batch(
-        inputs=np.where(here, np.c_[np.zeros(3, np.int32), target[:, :-1]], 0),
-        targets=np.where(here, target, 0),
-        weights=here.astype(np.float32),
-        segments=here.astype(np.int32),
-        positions=places(here),
+        inputs=np.where(is_target, np.c_[np.zeros(3, np.int32), target[:, :-1]], 0),
+        targets=np.where(is_target, target, 0),
+        weights=is_target.astype(np.float32),
+        segments=is_target.astype(np.int32),
+        positions=positions(is_target),
         sample=np.zeros((3, 2), np.uint32),
-        source=np.where(there, source, 0),
-        source_segments=there.astype(np.int32),
-        source_positions=places(there),
+        source=np.where(is_source, source, 0),
+        source_segments=is_source.astype(np.int32),
+        source_positions=positions(is_source),
     )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_loss_and_gradients(variant):
-    config, graph, params = ours(variant)
-    rows, model = batch(), theirs(variant)
+    config, graph, params = load_params(variant)
+    rows, model = batch(), make_reference(variant)
     real = rows.weights > 0
     labels = np.where(real, rows.targets, -100)
     give = lambda array: torch.from_numpy(np.asarray(array, np.int64))
@@ -107,7 +109,7 @@ def test_logits_loss_and_gradients(variant):
     np.testing.assert_allclose(np.asarray(logits)[real][:, :VOCAB], scores[real], rtol=0, atol=5e-4)
     assert np.abs(scores[real]).max() > 1, "logits of a size that differences show in"
     assert abs(float(loss) - expected.loss.item()) < 1e-5
-    found = state_dicts.dump(T5.rules(config), grads, config)
+    actual = state_dicts.dump(T5.rules(config), grads, config)
     for name in (
         "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
         "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
@@ -117,13 +119,13 @@ def test_logits_loss_and_gradients(variant):
     ):
         grad = model.get_parameter(name).grad.numpy()
         assert np.abs(grad).max() > 1e-4
-        np.testing.assert_allclose(found[name], grad, rtol=0, atol=1e-4 * max(1.0, np.abs(grad).max()), err_msg=name)
+        np.testing.assert_allclose(actual[name], grad, rtol=0, atol=1e-4 * max(1.0, np.abs(grad).max()), err_msg=name)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_greedy_text(variant):
-    config, graph, params = ours(variant)
-    rows, model = batch(), theirs(variant)
+    config, graph, params = load_params(variant)
+    rows, model = batch(), make_reference(variant)
     lengths = rows.source_segments.sum(1)
     prompts = [row[:length] for row, length in zip(rows.source, lengths, strict=True)]
     give = lambda array: torch.from_numpy(np.asarray(array, np.int64))
@@ -136,15 +138,15 @@ def test_greedy_text(variant):
         eos_token_id=VOCAB + 1,
         use_cache=False,  # transformers sizes its cache by the encoder's layers, and here the decoder has more
     ).numpy()
-    found = generate(graph, params, config, prompts, Sampling(max_tokens=15, temperature=0), stop_ids=[-1])
-    assert found == expected[:, 1:].tolist()
-    assert len({tuple(row) for row in found}) == 3 and max(len(set(row)) for row in found) > 2
+    actual = generate(graph, params, config, prompts, Sampling(max_tokens=15, temperature=0), stop_ids=[-1])
+    assert actual == expected[:, 1:].tolist()
+    assert len({tuple(row) for row in actual}) == 3 and max(len(set(row)) for row in actual) > 2
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_there_and_back_is_the_identity(variant, tmp_path):
-    config, _, params = ours(variant)
-    state = tensors(theirs(variant).state_dict())
+def test_mapping_round_trip_is_the_identity(variant, tmp_path):
+    config, _, params = load_params(variant)
+    state = tensors(make_reference(variant).state_dict())
     back = state_dicts.dump(T5.rules(config), params, config)
     assert back.keys() == state.keys()
     for name, tensor in state.items():
@@ -152,11 +154,11 @@ def test_there_and_back_is_the_identity(variant, tmp_path):
     # What transformers reads of our config.json is the model that it wrote.
     written = T5.write_config(config)
     assert bind(EncDecConfig, T5.read_config(written) | {"vocab_multiple": 16}) == config
-    theirs(variant).save_pretrained(tmp_path)
+    make_reference(variant).save_pretrained(tmp_path)
     again = transformers.T5Config(**{k: v for k, v in written.items() if k != "model_type"})
     for field, value in again.to_dict().items():
         if field not in ("architectures", "dtype", "transformers_version", "_name_or_path", "tie_word_embeddings"):
-            assert getattr(theirs(variant).config, field) == value, field
+            assert getattr(make_reference(variant).config, field) == value, field
     model = transformers.T5ForConditionalGeneration.from_pretrained(
         tmp_path, config=again, attn_implementation="eager"
     ).eval()
@@ -164,7 +166,7 @@ def test_there_and_back_is_the_identity(variant, tmp_path):
     give = lambda array: torch.from_numpy(np.asarray(array, np.int64))
     fields = {"input_ids": give(rows.source), "decoder_input_ids": give(rows.inputs)}
     with torch.no_grad():
-        np.testing.assert_array_equal(model(**fields).logits, theirs(variant)(**fields).logits)
+        np.testing.assert_array_equal(model(**fields).logits, make_reference(variant)(**fields).logits)
 
 
 @pytest.mark.parametrize(
@@ -177,6 +179,6 @@ def test_there_and_back_is_the_identity(variant, tmp_path):
         ({"rope_theta": 1e4}, r"rope_theta=10000.0"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused(change, words):
+def test_unsupported_settings_are_refused(change, words):
     with pytest.raises(UserError, match=words):
-        T5.read_config(theirs("v1.1").config.to_dict() | change)
+        T5.read_config(make_reference("v1.1").config.to_dict() | change)

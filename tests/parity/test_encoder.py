@@ -126,16 +126,16 @@ def test_logits_loss_gradients_and_tensors(name):
     batch, graph = masked_rows(), registry.abstract(config)[0]
     used, scored = batch.segments > 0, batch.weights > 0
     tensor = lambda x: torch.tensor(np.asarray(x), dtype=torch.long)
-    given = {"input_ids": tensor(batch.inputs), "attention_mask": tensor(used)}
+    arguments = {"input_ids": tensor(batch.inputs), "attention_mask": tensor(used)}
     if config.token_types:
-        given["token_type_ids"] = tensor(batch.token_types)
-    found = model(**given, labels=tensor(np.where(scored, batch.targets, -100)))
-    found.loss.backward()
+        arguments["token_type_ids"] = tensor(batch.token_types)
+    output = model(**arguments, labels=tensor(np.where(scored, batch.targets, -100)))
+    output.loss.backward()
 
     (loss, logits), grads = loss_logits_and_grads(graph, params, batch)
-    theirs = found.logits.detach().numpy()
-    np.testing.assert_allclose(np.asarray(logits)[used][:, :VOCAB], theirs[used], atol=2e-4, rtol=0)
-    assert abs(float(loss) - found.loss.item()) < 1e-5
+    expected = output.logits.detach().numpy()
+    np.testing.assert_allclose(np.asarray(logits)[used][:, :VOCAB], expected[used], atol=2e-4, rtol=0)
+    assert abs(float(loss) - output.loss.item()) < 1e-5
     parameters = dict(model.named_parameters())
     for key, pick in GRADIENTS[type(model).__name__].items():
         expected = parameters[key].grad.numpy()
@@ -148,12 +148,12 @@ def test_the_pooler():
     config = bind(EncoderConfig, ARCHITECTURES["BertForMaskedLM"].read_config(model.config.to_dict()), "model")
     config = dataclasses.replace(config, pooler=True)
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), registry.abstract(config)[1])
-    whole = nnx.merge(registry.abstract(config)[0], params)
+    pooling_model = nnx.merge(registry.abstract(config)[0], params)
     weight, bias = model.pooler.dense.weight.detach().numpy(), model.pooler.dense.bias.detach().numpy()
-    whole.pooler.weight[...], whole.pooler.bias[...] = weight.T, bias
+    pooling_model.pooler.weight[...], pooling_model.pooler.bias[...] = weight.T, bias
     hidden = np.random.default_rng(0).normal(size=(2, 5, 32)).astype(np.float32)
     expected = model.pooler(torch.tensor(hidden)).detach().numpy()
-    np.testing.assert_allclose(whole.pool(hidden), expected, atol=1e-5)
+    np.testing.assert_allclose(pooling_model.pool(hidden), expected, atol=1e-5)
 
 
 def test_names_of_the_first_published_files():
@@ -192,7 +192,7 @@ def test_names_of_the_first_published_files():
         ),
     ],
 )
-def test_what_cannot_be_honoured_is_refused_by_name(name, change, words):
+def test_unsupported_fields_are_refused_by_name(name, change, words):
     model = MODELS[name]()
     with pytest.raises(UserError, match=words):
         ARCHITECTURES[type(model).__name__].read_config(model.config.to_dict() | change)

@@ -80,11 +80,11 @@ def same_state(model, other) -> None:
 
 def rows(ids: np.ndarray, **more) -> Batch:
     """A batch of whole rows, one document each."""
-    places = np.broadcast_to(np.arange(ids.shape[1]), ids.shape).astype(np.int32)
+    positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape).astype(np.int32)
     ones = np.ones(ids.shape, np.int32)
     sample = np.zeros((len(ids), 2), np.uint32)
     weights = ones.astype(np.float32)
-    return Batch(inputs=ids, targets=ids, weights=weights, segments=ones, positions=places, sample=sample, **more)
+    return Batch(inputs=ids, targets=ids, weights=weights, segments=ones, positions=positions, sample=sample, **more)
 
 
 def logits(loaded, batch: Batch) -> np.ndarray:
@@ -118,21 +118,21 @@ def test_causal(name, tmp_path):
     kind, settings = CAUSAL[name]
     model = build(kind, transformers.AutoModelForCausalLM, settings)
     source, workdir = save(model, tmp_path / "in", max_shard_size="20KB"), epath.Path(tmp_path / "run")
-    found = importing.import_checkpoint(source, workdir)
+    imported = importing.import_checkpoint(source, workdir)
     exporting.export(workdir, tmp_path / "out", max_shard_bytes=30_000)
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
-    assert type(back).__name__ == type(model).__name__ == found.architecture
+    assert type(back).__name__ == type(model).__name__ == imported.architecture
     same_state(model, back)
 
     ids = random_ids((8, 20))
     with torch.no_grad():
-        theirs = back(torch.tensor(ids, dtype=torch.long)).logits.numpy()
+        expected = back(torch.tensor(ids, dtype=torch.long)).logits.numpy()
         first = model(torch.tensor(ids, dtype=torch.long)).logits.numpy()
-    np.testing.assert_allclose(theirs, first, atol=1e-5)
+    np.testing.assert_allclose(expected, first, atol=1e-5)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     prompt = tokenizer(PROMPT)["input_ids"]  # without BOS: this tokenizer puts none
     with loading.load(workdir) as loaded:
-        np.testing.assert_allclose(logits(loaded, rows(ids)), theirs, atol=2e-4, rtol=0)
+        np.testing.assert_allclose(logits(loaded, rows(ids)), expected, atol=2e-4, rtol=0)
         assert complete(loaded, PROMPT) == their_text(tmp_path / "out", back, prompt)
 
 
@@ -148,9 +148,9 @@ def test_masked(kind, tmp_path):
     same_state(model, back)
     ids = random_ids((8, 24))
     with torch.no_grad():
-        theirs = back(torch.tensor(ids, dtype=torch.long)).logits.numpy()
+        expected = back(torch.tensor(ids, dtype=torch.long)).logits.numpy()
     with loading.load(workdir) as loaded:
-        np.testing.assert_allclose(logits(loaded, rows(ids)), theirs, atol=2e-4, rtol=0)
+        np.testing.assert_allclose(logits(loaded, rows(ids)), expected, atol=2e-4, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["v1.0", "v1.1"])
@@ -165,16 +165,16 @@ def test_sequence_to_sequence(kind, tmp_path, capsys):
     same_state(model, back)
     ids, source_ids = random_ids((8, 12)), random_ids((8, 20))
     with torch.no_grad():
-        theirs = back(torch.tensor(source_ids).long(), decoder_input_ids=torch.tensor(ids).long()).logits.numpy()
+        expected = back(torch.tensor(source_ids).long(), decoder_input_ids=torch.tensor(ids).long()).logits.numpy()
     read = rows(source_ids)
     batch = rows(ids, source=source_ids, source_segments=read.segments, source_positions=read.positions)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     text = tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
-    asked, gap = (tokenizer.convert_tokens_to_ids(name) for name in ("</s>", "<extra_id_0>"))
-    plain, trained = (their_text(tmp_path / "out", back, [*text, last]) for last in (asked, gap))
+    eos_id, sentinel_id = (tokenizer.convert_tokens_to_ids(name) for name in ("</s>", "<extra_id_0>"))
+    plain, trained = (their_text(tmp_path / "out", back, [*text, last]) for last in (eos_id, sentinel_id))
     assert plain != trained, "the form must matter"
     with loading.load(workdir) as loaded:
-        np.testing.assert_allclose(logits(loaded, batch), theirs, atol=5e-4, rtol=0)
+        np.testing.assert_allclose(logits(loaded, batch), expected, atol=5e-4, rtol=0)
         assert complete(loaded, PROMPT) == plain
     command = ["generate", f"--workdir={workdir}", f"--prompt={PROMPT}", "--temperature=0", "--max_tokens=12"]
     for flags, expected in (([], plain), (["--prompt_form=trained"], PROMPT + trained)):
@@ -183,16 +183,20 @@ def test_sequence_to_sequence(kind, tmp_path, capsys):
         assert expected + "\n" in capsys.readouterr().out
 
 
-def test_a_tokenizer_trained_here_is_read_by_others(tmp_path):
+def test_trained_tokenizer_is_read_by_other_libraries(tmp_path):
     """SentencePiece BPE becomes a tokenizer.json with the same ids, long texts and all."""
     texts = [path.read_text() for path in sorted((jobs.ROOT / "llmjax").rglob("*.py"))]
     content = train_sentencepiece(texts[:20], algorithm="bpe", vocab_size=600)
-    made = tokenizers.read_tokenizer("sentencepiece", content)
-    said = tokenizers.write(made, content, epath.Path(tmp_path), texts=texts)
-    assert "the same ids" in said
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (made.bos_id, made.eos_id, made.pad_id)
-    for text, ids in zip(texts, made.encode_batch(texts), strict=True):
-        found = theirs(text, add_special_tokens=False, split_special_tokens=True)
-        assert found["input_ids"] == ids.tolist()
-        assert theirs.decode(ids.tolist(), clean_up_tokenization_spaces=False) == text
+    tokenizer = tokenizers.read_tokenizer("sentencepiece", content)
+    summary = tokenizers.write(tokenizer, content, epath.Path(tmp_path), texts=texts)
+    assert "the same ids" in summary
+    expected = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (expected.bos_token_id, expected.eos_token_id, expected.pad_token_id) == (
+        tokenizer.bos_id,
+        tokenizer.eos_id,
+        tokenizer.pad_id,
+    )
+    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        imported = expected(text, add_special_tokens=False, split_special_tokens=True)
+        assert imported["input_ids"] == ids.tolist()
+        assert expected.decode(ids.tolist(), clean_up_tokenization_spaces=False) == text

@@ -152,13 +152,13 @@ def test_logits_loss_and_gradients(name, imported, tmp_path):
     architecture, config, _, params = imported(name)
     is_token, batch = padded_rows()
     twin = copy.deepcopy(model)
-    theirs = score_reference(twin)
+    expected_output = score_reference(twin)
     (loss, logits), grads = loss_logits_and_grads(registry.abstract(config)[0], params, batch)
-    expected = theirs.logits.detach().numpy()[is_token]
+    expected = expected_output.logits.detach().numpy()[is_token]
     difference = np.abs(np.asarray(logits)[is_token][:, :VOCAB] - expected).max()
     print(f"{name}: logits {np.abs(expected).max():.2f}, differ by {difference:.1e}", end="")
     assert difference <= 5e-4
-    assert abs(float(loss) - theirs.loss.item()) <= 1e-5
+    assert abs(float(loss) - expected_output.loss.item()) <= 1e-5
     # Saved in place of the weights, their gradients get the published names too.
     with torch.no_grad():
         for parameter in twin.parameters():
@@ -174,7 +174,7 @@ def test_logits_loss_and_gradients(name, imported, tmp_path):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_tensors_come_back_to_the_last_bit(name, imported):
+def test_tensors_round_trip_bitwise(name, imported):
     architecture, config, state, params = imported(name)
     back = state_dicts.dump(architecture.rules(config), params, config)
     assert set(back) - set(state) <= {"lm_head.weight"}  # a tied head is not saved twice
@@ -183,7 +183,7 @@ def test_tensors_come_back_to_the_last_bit(name, imported):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_configs_come_back(name, imported):
+def test_configs_round_trip(name, imported):
     model = reference(name)
     architecture, config, _, _ = imported(name)
     for field, value in CASES[name][2].items():
@@ -199,14 +199,14 @@ def test_configs_come_back(name, imported):
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "deepseek"])
-def test_greedy_text_is_theirs(name, imported):
+def test_greedy_text_equals_transformers(name, imported):
     """Token by token from our cache, of latents for deepseek, against their own generation."""
     _, config, _, params = imported(name)
     assert_same_greedy_text(reference(name), config, params)
 
 
 @pytest.mark.parametrize(
-    "given",
+    "rope_fields",
     [
         {},
         dict(rope_theta=5e4, rope_parameters=None),
@@ -215,11 +215,11 @@ def test_greedy_text_is_theirs(name, imported):
         dict(rope_scaling=dict(rope_type="linear", factor=2.0)),
     ],
 )
-def test_the_frequencies_of_gpt_oss_where_its_config_says_nothing(given):
+def test_the_frequencies_of_gpt_oss_where_its_config_says_nothing(rope_fields):
     sizes = SIZES | dict(num_local_experts=6)
-    theirs = transformers.GptOssConfig(**sizes, **copy.deepcopy(given)).to_dict()
+    full_config = transformers.GptOssConfig(**sizes, **copy.deepcopy(rope_fields)).to_dict()
     read = ARCHITECTURES["GptOssForCausalLM"].read_config
-    assert read(sizes | given) == read(theirs)
+    assert read(sizes | rope_fields) == read(full_config)
 
 
 REFUSED = {
@@ -234,7 +234,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("words", REFUSED)
-def test_what_we_cannot_honour_is_refused_by_name(words):
+def test_unsupported_fields_are_refused_by_name(words):
     name, fields = REFUSED[words]
     model = reference(name)
     with pytest.raises(ValueError, match=words.replace(".", r"\.").replace("[", r"\[")):

@@ -77,28 +77,33 @@ def test_hidden_states_and_gradients_equal_those_of_torch(cell):
     score *= batch.weights[..., None]
 
     @jax.jit
-    def ours(params):
+    def loss_fn(params):
         hidden = nnx.merge(graph, params)(batch).hidden
         return jnp.sum(hidden * score), hidden
 
-    (_, hidden), grads = jax.value_and_grad(ours, has_aux=True)(params)
+    (_, hidden), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
     total = 0.0
     for row, segments in enumerate(batch.segments):
         for number in range(1, segments.max() + 1):
             (where,) = np.nonzero(segments == number)
-            found = torch_model(torch.tensor(batch.inputs[row, where][None]))[0]
-            np.testing.assert_allclose(hidden[row, where], found.detach().numpy(), rtol=0, atol=1e-5)
-            total = total + (found * torch.tensor(score[row, where])).sum()
+            actual = torch_model(torch.tensor(batch.inputs[row, where][None]))[0]
+            np.testing.assert_allclose(hidden[row, where], actual.detach().numpy(), rtol=0, atol=1e-5)
+            total = total + (actual * torch.tensor(score[row, where])).sum()
     total.backward()
     expected = load(cell, arrays((name, p.grad) for name, p in torch_model.named_parameters()))
     gate = CELLS[cell].gates[-1]
     for path in (("embed", "table"), ("blocks", "cell", "inputs", gate), ("blocks", "cell", "recurrent", gate)):
-        found, wanted = grads, expected
+        actual, expected_value = grads, expected
         for name in path:
-            found, wanted = found[name], wanted[name]
-        if "bias" in (wanted if isinstance(wanted, dict) else {}) and gate not in CELLS[cell].two_bias_gates:
-            wanted["bias"] = wanted["bias"] / 2  # torch's two biases have the same gradient
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max()), found, wanted)
+            actual, expected_value = actual[name], expected_value[name]
+        if (
+            "bias" in (expected_value if isinstance(expected_value, dict) else {})
+            and gate not in CELLS[cell].two_bias_gates
+        ):
+            expected_value["bias"] = expected_value["bias"] / 2  # torch's two biases have the same gradient
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max()), actual, expected_value
+        )
 
 
 GRIFFIN = RecurrentConfig(
@@ -174,21 +179,21 @@ def test_the_linear_recurrence_equals_recurrent_gemma():
     batch = packed(4, 40, VOCAB)
 
     @jax.jit
-    def ours(params):
+    def loss_fn(params):
         lm = nnx.merge(graph, params)
         logits = 30.0 * jnp.tanh(lm.unembed(lm(batch).hidden) / 30.0)  # theirs are capped at 30
         picked = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], axis=-1)[..., 0]
         return -jnp.sum(picked * batch.weights), logits
 
-    (loss, logits), grads = jax.value_and_grad(ours, has_aux=True)(params)
+    (loss, logits), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
     total = 0.0
     for row, segments in enumerate(batch.segments):
         for number in range(1, segments.max() + 1):
             (where,) = np.nonzero(segments == number)
-            found = model(torch.tensor(batch.inputs[row, where][None])).logits[0]
-            np.testing.assert_allclose(logits[row, where], found.detach().numpy(), rtol=0, atol=2e-4)
+            actual = model(torch.tensor(batch.inputs[row, where][None])).logits[0]
+            np.testing.assert_allclose(logits[row, where], actual.detach().numpy(), rtol=0, atol=2e-4)
             targets = torch.tensor(batch.targets[row, where], dtype=torch.long)
-            total = total + torch.nn.functional.cross_entropy(found, targets, reduction="sum")
+            total = total + torch.nn.functional.cross_entropy(actual, targets, reduction="sum")
     assert abs(loss - total.item()) / batch.weights.sum() < 1e-5
     total.backward()
     expected = load_griffin(arrays((name, p.grad) for name, p in tensors.items()), root=1.0)["blocks"]["cell"]

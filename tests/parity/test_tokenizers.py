@@ -28,55 +28,55 @@ CHATML = {"bos_token": "<s>", "eos_token": "<|im_end|>", "unk_token": "<unk>"}
 
 
 def byte_level(frame: str = "") -> tokenizers.Tokenizer:
-    made = tokenizers.Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    made.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    hf_tokenizer = tokenizers.Tokenizer(models.BPE())
+    hf_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    hf_tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    train(made, trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet))
-    return framed(made, frame)
+    train(hf_tokenizer, trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet))
+    return framed(hf_tokenizer, frame)
 
 
-def train(made, trainer) -> None:
-    made.train_from_iterator(["hello world, hello user", "low lower lowest user assistant"] * 9, trainer)
+def train(hf_tokenizer, trainer) -> None:
+    hf_tokenizer.train_from_iterator(["hello world, hello user", "low lower lowest user assistant"] * 9, trainer)
 
 
-def framed(made, frame: str):
+def framed(hf_tokenizer, frame: str):
     if frame:
-        used = [(name, made.token_to_id(name)) for name in frame.split() if name != "$A"]
-        made.post_processor = processors.TemplateProcessing(single=frame, special_tokens=used)  # type: ignore[assignment]
-    return made
+        used = [(name, hf_tokenizer.token_to_id(name)) for name in frame.split() if name != "$A"]
+        hf_tokenizer.post_processor = processors.TemplateProcessing(single=frame, special_tokens=used)  # type: ignore[assignment]
+    return hf_tokenizer
 
 
 def metaspace(scheme: str, frame: str = "<s> $A") -> tokenizers.Tokenizer:
-    made = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)  # type: ignore[assignment]
+    hf_tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    hf_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)  # type: ignore[assignment]
     steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    made.decoder = decoders.Sequence(steps)  # type: ignore[assignment]
+    hf_tokenizer.decoder = decoders.Sequence(steps)  # type: ignore[assignment]
     special = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]
-    train(made, trainers.BpeTrainer(vocab_size=340, special_tokens=special))
-    parts = json.loads(made.to_str())
+    train(hf_tokenizer, trainers.BpeTrainer(vocab_size=340, special_tokens=special))
+    parts = json.loads(hf_tokenizer.to_str())
     parts["added_tokens"] = [token for token in parts["added_tokens"] if token["content"] in SPECIAL]
     return framed(tokenizers.Tokenizer.from_str(json.dumps(parts)), frame)
 
 
 def prepended() -> tokenizers.Tokenizer:
     """As Llama 2 was published: a normalizer writes the space marks."""
-    made = metaspace("first")
-    parts = json.loads(made.to_str()) | {"pre_tokenizer": None}
-    made = tokenizers.Tokenizer.from_str(json.dumps(parts))
+    hf_tokenizer = metaspace("first")
+    parts = json.loads(hf_tokenizer.to_str()) | {"pre_tokenizer": None}
+    hf_tokenizer = tokenizers.Tokenizer.from_str(json.dumps(parts))
     steps = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
-    made.normalizer = normalizers.Sequence(steps)  # type: ignore[assignment]
-    return made
+    hf_tokenizer.normalizer = normalizers.Sequence(steps)  # type: ignore[assignment]
+    return hf_tokenizer
 
 
 def word_piece() -> tokenizers.Tokenizer:
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    made = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    made.normalizer = normalizers.BertNormalizer()  # type: ignore[assignment]
-    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # type: ignore[assignment]
-    made.decoder = decoders.WordPiece()  # type: ignore[assignment]
-    train(made, trainers.WordPieceTrainer(vocab_size=120, special_tokens=special))
-    return framed(made, "[CLS] $A [SEP]")
+    hf_tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    hf_tokenizer.normalizer = normalizers.BertNormalizer()  # type: ignore[assignment]
+    hf_tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # type: ignore[assignment]
+    hf_tokenizer.decoder = decoders.WordPiece()  # type: ignore[assignment]
+    train(hf_tokenizer, trainers.WordPieceTrainer(vocab_size=120, special_tokens=special))
+    return framed(hf_tokenizer, "[CLS] $A [SEP]")
 
 
 LLAMA = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -125,23 +125,23 @@ def compare(folder, config: dict, model_type: str) -> None:
     hf["architectures"] = [ARCHITECTURES.get(model_type, "LlamaForCausalLM")]
     (folder / "config.json").write_text(json.dumps(hf))
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    reference = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer_file = published_tokenizers.find(epath.Path(folder), hf, num_rows=400)
-    settings, ours = tokenizer_file.settings, tokenizer_file.tokenizer
+    settings, tokenizer = tokenizer_file.settings, tokenizer_file.tokenizer
     assert settings.stop_ids == (2, 4)
     different = {}
     for text in TEXTS:
-        expected = theirs(text)["input_ids"]
-        before, after = ours.prompt_frame
-        found = [*before, *encode_prompt(ours, text).tolist(), *after]
-        if found != expected:
-            different[text] = (found, expected)
-    assert not different, (type(theirs).__name__, different)
-    ids = [*ours.prompt_frame[0], *encode_prompt(ours, "hello world, low lower").tolist()]
-    for at in range(len(ours.prompt_frame[0]) + 1, len(ids)):
-        expected = theirs.decode(ids)[len(theirs.decode(ids[:at])) :]
-        if theirs.decode(ids).startswith(theirs.decode(ids[:at])):
-            assert decode_continuation(ours, ids[:at], ids[at:]) == expected
+        expected = reference(text)["input_ids"]
+        before, after = tokenizer.prompt_frame
+        actual = [*before, *encode_prompt(tokenizer, text).tolist(), *after]
+        if actual != expected:
+            different[text] = (actual, expected)
+    assert not different, (type(reference).__name__, different)
+    ids = [*tokenizer.prompt_frame[0], *encode_prompt(tokenizer, "hello world, low lower").tolist()]
+    for at in range(len(tokenizer.prompt_frame[0]) + 1, len(ids)):
+        expected = reference.decode(ids)[len(reference.decode(ids[:at])) :]
+        if reference.decode(ids).startswith(reference.decode(ids[:at])):
+            assert decode_continuation(tokenizer, ids[:at], ids[at:]) == expected
 
 
 @pytest.mark.parametrize("name", JSON)

@@ -61,7 +61,7 @@ def make_run(folder: pathlib.Path, *, steps: int = 1000, every: int = 5) -> path
             "parameters": 3_412_736,
             "parameters_by_part": {"embedding": 524_288, "blocks": 2_888_320, "norm": 128},
             "optimizer": "adamw",
-            "evaluated": "EMA of the parameters",
+            "eval_params": "EMA of the parameters",
             "unsharded_params": ["blocks.up ('layers', 'embed', 'mlp') (4, 128, 511): 1,046,528 bytes stay unsharded"],
         },
     )
@@ -78,7 +78,7 @@ def make_run(folder: pathlib.Path, *, steps: int = 1000, every: int = 5) -> path
 
 
 def scores(loss: float, tokens: int = 100, documents: int = 3) -> dict:
-    rest = {"nats": loss * tokens, "tokens": tokens, "text_bytes": 4 * tokens, "documents": documents}
+    rest = {"nats": loss * tokens, "num_targets": tokens, "text_bytes": 4 * tokens, "documents": documents}
     bits = loss / math.log(2) / 4
     return {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": bits, "accuracy": 0.5432, **rest}
 

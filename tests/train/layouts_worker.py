@@ -1,6 +1,6 @@
 """One process of the jobs in test_exactness.py: layouts_worker.py OUT CORPUS STORE trains on each mesh of LAYOUTS.
 
-One job for all meshes, as what costs time is starting processes.
+One job trains on all meshes, since starting processes takes most of the time.
 """
 
 import sys
@@ -42,7 +42,7 @@ def main(out: str, corpus: str, store: str) -> None:
             str(jobs.ROOT / "configs" / "quickstart.py"), [(field, str(value)) for field, value in settings.items()]
         )
         status = loop.train(config, epath.Path(out) / name)
-        assert status == loop.DONE
+        assert status == loop.SUCCESS
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def hits(text: str, config: DecontaminateConfig) -> dict[str, int]:
         count = 0
         for size, grams in _grams(path, streams.file_state(path), config.words, config.min_words).items():
             if words.size >= size:
-                runs = minhash.shingles(words, size)
+                runs = minhash.hash_shingles(words, size)
                 # Searched, not `np.isin`: that sorts the set anew for every document.
                 place = np.minimum(np.searchsorted(grams, runs), grams.size - 1)
                 count += int((grams[place] == runs).sum())
@@ -77,12 +77,12 @@ def examples(path: str) -> Iterator[str]:
             return
         data, _ = _OPTIONS.utf8_blocks(str(file))
         if kind in ("csv", "tsv"):
-            for row in records.csv_rows(data, kind, _OPTIONS.max_record_bytes):
+            for row in records.parse_csv(data, kind, _OPTIONS.max_record_bytes):
                 if isinstance(row, records.BadRow):
                     raise ValueError(f"a row that is not {kind.upper()}: {row.reason}")
                 yield from row[0]
         elif kind in ("jsonl", "json"):
-            split = records.json_elements if kind == "json" else streams.lines
+            split = records.split_json if kind == "json" else streams.split_lines
             for _, value in split(data, max_bytes=_OPTIONS.max_record_bytes):
                 if isinstance(value, int):
                     raise ValueError(f"a record of {value:,} bytes")
@@ -106,7 +106,7 @@ def _texts(value: object) -> Iterator[str]:
 
 
 def _words(text: str) -> np.ndarray:
-    return minhash.word_hashes(_MARK.sub(" ", text.casefold()).encode("utf-8", "surrogatepass"))
+    return minhash.hash_words(_MARK.sub(" ", text.casefold()).encode("utf-8", "surrogatepass"))
 
 
 @functools.lru_cache(maxsize=64)
@@ -117,5 +117,5 @@ def _grams(path: str, _state: tuple[int, int] | None, size: int, least: int) -> 
         words = _words(example)
         if words.size >= least:
             length = min(size, words.size)
-            made.setdefault(length, []).append(minhash.shingles(words, length))
+            made.setdefault(length, []).append(minhash.hash_shingles(words, length))
     return {length: np.unique(np.concatenate(parts)) for length, parts in sorted(made.items())}

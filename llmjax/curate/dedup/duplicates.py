@@ -67,7 +67,7 @@ def find(
         for measurement, begin, end in zip(measurements, edges[:-1], edges[1:], strict=True):
             tasks.append((measurement, int(begin), alive[begin:end], rank[begin:end]))
         pairs += list(runner.exchange(_band_keys, tasks, _similar_pairs, (signatures, config.similarity), folder))
-    labels = near_duplicates.clusters(np.concatenate([np.zeros((0, 2), np.int64), *pairs]), count)
+    labels = near_duplicates.find_clusters(np.concatenate([np.zeros((0, 2), np.int64), *pairs]), count)
     kept_as, exact = np.arange(count), np.zeros(count, bool)
     first = _first_by_rank(labels, rank, count)
     members = np.flatnonzero(np.bincount(labels, minlength=count)[labels] > 1)
@@ -100,7 +100,7 @@ def _band_keys(measurement: Measurement, begin: int, alive: np.ndarray, rank: np
                 part = np.empty(len(rows), _ROW)
                 # Mixed with the band, so that equal keys of different bands differ.
                 salt = GOLDEN_GAMMA * (cut * minhash.BANDS + band + 1) & (1 << 64) - 1
-                part["key"] = minhash.band_keys(values, band) ^ np.uint64(salt)
+                part["key"] = minhash.hash_band(values, band) ^ np.uint64(salt)
                 part["rank"], part["index"] = rank[rows], rows + begin
                 parts.append(part)
     rows = np.concatenate([np.empty(0, _ROW), *parts])
@@ -113,7 +113,7 @@ def _similar_pairs(rows: np.ndarray, signatures: near_duplicates.Signatures, sim
     _, inverse, counts = np.unique(rows["key"], return_inverse=True, return_counts=True)
     rows = rows[counts[inverse] > 1]
     rows = rows[np.argsort(rows["rank"])]
-    return np.unique(near_duplicates.pairs(rows["index"], rows["key"], signatures, similarity), axis=0)
+    return np.unique(near_duplicates.find_pairs(rows["index"], rows["key"], signatures, similarity), axis=0)
 
 
 def _first_by_rank(labels: np.ndarray, rank: np.ndarray, count: int) -> np.ndarray:

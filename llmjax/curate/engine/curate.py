@@ -58,12 +58,14 @@ def curate(config: CurateConfig, workdir: Path, runner: Runner) -> dict[str, Any
     language.check(config.language)
     if "decontaminate" in config.stages:
         decontaminate.check(config.decontaminate)
-    split.check(config.split, "curate.split")
+    split.check_fractions(config.split, "curate.split")
     units = [unit for name, input_config in config.inputs.items() for unit in list_units(name, input_config)]
     measure_settings = measure.settings_of(config)
     measurements = [Measurement(workdir / "measured", measure.key_of(unit, measure_settings)) for unit in units]
     names = [unit.source for unit in units]
-    key = token_store.fingerprint_of({"config": settings, "measured": [m.key for m in measurements], "sources": names})
+    key = token_store.compute_fingerprint(
+        {"config": settings, "measured": [m.key for m in measurements], "sources": names}
+    )
     write_bytes(workdir / "config.json", (json.dumps({"curate": settings}, indent=1) + "\n").encode())
     if (report := _read_finished(workdir)) and report["key"] == key:
         logger.info("nothing left to do: the corpus was built from these inputs with this config")
@@ -96,7 +98,7 @@ def _build(
     _check_rejects(table, config)
     decisions = decide.decide(table, config, runner, workdir / "unfinished" / "exchange", kept_before)
     logger.info(f"deciding: {int(decisions.kept.sum()):,} of {len(table):,} records stay")
-    tag = token_store.fingerprint_of({"key": key, "known": kept_before.digest()})
+    tag = token_store.compute_fingerprint({"key": key, "known": kept_before.digest()})
     folder = workdir / "unfinished" / f"written-{tag[:24]}"
     sampled_rows = summary.choose_samples(table, decisions, config)
     results = _write(units, table, decisions, sampled_rows, config, runner, folder)
@@ -105,7 +107,7 @@ def _build(
         "version": llmjax.__version__,
         "key": key,
         "config": settings,
-        "config_sha256": token_store.fingerprint_of(settings),
+        "config_sha256": token_store.compute_fingerprint(settings),
         "inputs": _summarise_inputs(units),
     }
     kept_before.with_decisions(table, decisions, config).save(folder / _SPLITS)

@@ -130,7 +130,7 @@ def decide(table: Table, config: CurateConfig, runner: Runner, folder: Path, kep
             _sample(table, decisions, stage, config, kept_before)
         elif name == "split":
             decisions.cluster = kept_before.clusters(content, decisions.cluster)
-            decisions.split[decisions.kept] = splits.assign(decisions.cluster, config.split)[decisions.kept]
+            decisions.split[decisions.kept] = splits.assign_splits(decisions.cluster, config.split)[decisions.kept]
     return decisions
 
 

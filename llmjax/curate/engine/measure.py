@@ -30,7 +30,7 @@ def key_of(unit: Unit[InputConfig], settings: dict[str, Any]) -> str:
     """A hash of the unit's files and of the settings. The unit's number is not included."""
     files = {"source": unit.source, "kind": unit.kind, "items": repr(unit.items), "state": unit.state}
     input_config = repr(dataclasses.replace(unit.config, weight=None, max_tokens=0))
-    return token_store.fingerprint_of({**settings, "unit": files, "input": input_config})[:24]
+    return token_store.compute_fingerprint({**settings, "unit": files, "input": input_config})[:24]
 
 
 def measure(unit: Unit[InputConfig], config: CurateConfig, measurement: Measurement) -> int:

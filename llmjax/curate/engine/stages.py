@@ -82,7 +82,7 @@ def _classifier(path: str, _state: tuple[int, int] | None) -> classifier.Classif
 
 def _duplicates(document: Document, config: CurateConfig) -> Document:
     data = document.text.encode("utf-8", "surrogatepass")
-    return dataclasses.replace(document, content=content_hash(document.text), signature=minhash.signature(data))
+    return dataclasses.replace(document, content=content_hash(document.text), signature=minhash.compute_signature(data))
 
 
 def _decontaminate(document: Document, config: CurateConfig) -> Document:

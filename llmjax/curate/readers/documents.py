@@ -54,7 +54,7 @@ def read_unit(unit: Unit[InputConfig]) -> Iterator[Record | Reject]:
 def _read_records(item: Item, name: str, unit: Unit[InputConfig]) -> Iterator[Record | Reject]:
     kind = "text" if unit.kind == "text" else unit.config.content
     for raw in raw_records.read_item(unit.kind, item, read_options(unit)):
-        place, notes = name + raw.place, dict(raw.notes)
+        place, notes = name + raw.location, dict(raw.notes)
         if isinstance(raw.content, Fault):
             yield Reject(place, *raw.content, raw.size)
         elif isinstance(raw.content, str):
@@ -68,7 +68,7 @@ def _read_records(item: Item, name: str, unit: Unit[InputConfig]) -> Iterator[Re
 def _read_html(item: Item, name: str, unit: Unit[InputConfig]) -> Iterator[Record | Reject]:
     with raw_records.explain_os_errors(item.path, f"curate.inputs.{unit.source}"):
         options = read_options(unit)
-        blocks = streams.UntilDamage(streams.blocks(item.path))
+        blocks = streams.UntilDamage(streams.read_blocks(item.path))
         parts, size = [], 0
         for block in blocks:
             size += len(block)
@@ -77,10 +77,10 @@ def _read_html(item: Item, name: str, unit: Unit[InputConfig]) -> Iterator[Recor
             else:
                 parts = []
         if size > options.max_record_bytes:
-            yield Reject(name, *options.too_long(size), size)
+            yield Reject(name, *options.length_fault(size), size)
         elif size or not blocks.damage:
             data = b"".join(parts)
-            content, notes = options.decode(data, encodings.declared_in_page(data) or unit.config.encoding)
+            content, notes = options.decode(data, encodings.find_page_encoding(data) or unit.config.encoding)
             cut_off = {CUT_OFF: 1} if blocks.damage else {}
             yield _to_record(name, content, "html", unit, {}, {**notes, **cut_off})
         blocks.check()
@@ -94,9 +94,9 @@ def _read_warc(item: Item, name: str, unit: Unit[InputConfig]) -> Iterator[Recor
             if isinstance(page, warc.RejectedPage):
                 yield Reject(place, page.reason, page.excerpt, page.size)
                 continue
-            declared = encodings.declared_in_header(page.content_type)
+            declared = encodings.find_header_encoding(page.content_type)
             if not declared and page.kind == "html":
-                declared = encodings.declared_in_page(page.data)
+                declared = encodings.find_page_encoding(page.data)
             content, notes = options.decode(page.data, declared)
             meta = {field: value for field, value in (("url", page.url), ("date", page.date)) if value}
             yield _to_record(place, content, page.kind, unit, meta, dict(notes))
@@ -118,7 +118,7 @@ def _from_fields(place: str, fields: dict[str, Any], unit: Unit[InputConfig], no
     text = fields[config.text_field]
     if isinstance(text, bytes):
         try:
-            text = text.decode(encodings.codec_of(config.encoding) or "utf-8")
+            text = text.decode(encodings.find_codec(config.encoding) or "utf-8")
         except UnicodeDecodeError:
             return Reject(place, "not UTF-8", repr(text[:EXCERPT]))
     if not isinstance(text, str):

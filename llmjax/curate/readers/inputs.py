@@ -22,7 +22,7 @@ def list_units(name: str, config: InputConfig) -> list[Unit[InputConfig]]:
             f"{where}.content={config.content!r}: expected one of {', '.join(map(repr, _CONTENTS))}"
             f"{suggest(config.content, _CONTENTS)}"
         )
-    if config.encoding and not encodings.codec_of(config.encoding):
+    if config.encoding and not encodings.find_codec(config.encoding):
         raise UserError(f"{where}.encoding={config.encoding!r}: no such encoding; give one such as 'utf-8' or 'cp1252'")
     units = sources.make_units(name, config, where, formats.CURATE_FORMATS, absolute=True)
     if not units:

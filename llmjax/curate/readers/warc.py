@@ -90,8 +90,8 @@ def pages(path: str, max_record_bytes: int) -> Iterator[Page | RejectedPage]:
     Records without a captured document (requests, metadata, revisits) are skipped.
     """
     row = 0
-    is_gzip = streams.compression_of(path) == "gzip"
-    segments = streams.gzip_segments(path) if is_gzip else iter([streams.blocks(path)])
+    is_gzip = streams.detect_compression(path) == "gzip"
+    segments = streams.read_gzip_segments(path) if is_gzip else iter([streams.read_blocks(path)])
     is_arc = False
     for segment in segments:
         window = Window(segment)

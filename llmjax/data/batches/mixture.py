@@ -22,10 +22,10 @@ END_RULES = ("repeat", "redistribute")
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)  # compared and hashed by identity
 class Segment:
-    """A stretch of constant weights from sample `start` on; `before` counts the earlier samples of each source."""
+    """A stretch of constant weights from sample `start` on; `earlier` counts the samples of each source before it."""
 
     start: int
-    before: np.ndarray
+    earlier: np.ndarray
     weights: np.ndarray
 
 
@@ -58,7 +58,7 @@ class Mixture:
             raise UserError(f"data.at_source_end={at_end!r}: expected one of {', '.join(END_RULES)}")
         self.names, self.rows = tuple(names), np.array(rows, np.int64)
         self._block, self._at_end, self._seed = block, at_end, seed
-        self._schedule = [(0, self._base_weights(weights)), *self._parse_schedule(schedule)]
+        self._schedule = [(0, self._parse_weights(weights)), *self._parse_schedule(schedule)]
         identity = [self.names, block, at_end, *((start, shares.tolist()) for start, shares in self._schedule)]
         self._fingerprints = [
             hashlib.sha256(repr(identity[: 4 + number]).encode()).hexdigest()[:16]
@@ -84,19 +84,19 @@ class Mixture:
             source[chosen], ordinal[chosen] = self._locate_in(self._segments[number], samples[chosen])
         return source, ordinal
 
-    def counts(self, samples: int) -> np.ndarray:
+    def count_samples(self, samples: int) -> np.ndarray:
         """How many of the first `samples` samples are from each source: int64 [sources]."""
         if not self._segments:
             return np.zeros(len(self.names), np.int64)
         segment = self._segments[int(np.searchsorted(self._starts, samples, "right")) - 1]
-        return self._counts(segment, samples)
+        return self._count_samples(segment, samples)
 
     def fingerprint(self, samples: int) -> str:
         """16 hex digits that cover everything that decides the first `samples` samples, and nothing else."""
         started = max(1, sum(start < samples for start, _ in self._schedule))
         return self._fingerprints[started - 1]
 
-    def _base_weights(self, weights: Sequence[float | None]) -> np.ndarray:
+    def _parse_weights(self, weights: Sequence[float | None]) -> np.ndarray:
         set_weights = [weight for weight in weights if weight is not None]
         if set_weights and None in weights:
             name = self.names[weights.index(None)]
@@ -145,35 +145,35 @@ class Mixture:
     def _add_segments(self, start: int, end: int | None, shares: np.ndarray) -> bool:
         """Add segments with these shares from `start` to `end`; False if the stream ends before `end`."""
         while True:
-            before = self._counts(self._segments[-1], start) if self._segments else np.zeros_like(self.rows)
+            earlier = self._count_samples(self._segments[-1], start) if self._segments else np.zeros_like(self.rows)
             if self._at_end == "repeat":
-                self._segments.append(Segment(start=start, before=before, weights=shares))
+                self._segments.append(Segment(start=start, earlier=earlier, weights=shares))
                 return True
-            remaining = np.where(before < self.rows, shares, 0.0)
+            remaining = np.where(earlier < self.rows, shares, 0.0)
             if not remaining.sum():
                 self.num_samples = start
                 return False
-            self._segments.append(Segment(start=start, before=before, weights=remaining / remaining.sum()))
+            self._segments.append(Segment(start=start, earlier=earlier, weights=remaining / remaining.sum()))
             start = self._find_exhausted(self._segments[-1])
             if end is not None and start >= end:
                 return True
 
     def _find_exhausted(self, segment: Segment) -> int:
         """The first sample of the segment whose source has no more rows."""
-        remaining = self.rows - segment.before
+        remaining = self.rows - segment.earlier
         low, high = 0, int(remaining.sum()) // self._block + 1  # numbers of blocks that fit, and that do not
         while high - low > 1:
             middle = (low + high) // 2
-            fits = (self._counts_after(segment.weights, np.array([middle]))[0] <= remaining).all()
+            fits = (self._count_after_blocks(segment.weights, np.array([middle]))[0] <= remaining).all()
             low, high = (middle, high) if fits else (low, middle)
         samples = segment.start + low * self._block + np.arange(self._block)
         source, ordinal = self._locate_in(segment, samples)
         beyond = ordinal >= self.rows[source]
         return int(samples[np.argmax(beyond)])
 
-    def _counts(self, segment: Segment, samples: int) -> np.ndarray:
+    def _count_samples(self, segment: Segment, samples: int) -> np.ndarray:
         blocks, rest = divmod(samples - segment.start, self._block)
-        counts = segment.before + self._counts_after(segment.weights, np.array([blocks]))[0]
+        counts = segment.earlier + self._count_after_blocks(segment.weights, np.array([blocks]))[0]
         if rest:
             source, _ = self._locate_in(segment, samples - rest + np.arange(rest))
             counts = counts + np.bincount(source, minlength=len(self.names))
@@ -190,16 +190,16 @@ class Mixture:
 
     def _read_block(self, segment: Segment, number: int) -> tuple[np.ndarray, np.ndarray]:
         """(source, ordinal) of every sample of a block: sources shuffled, the samples of each source in order."""
-        begin, end = self._counts_after(segment.weights, np.array([number, number + 1]))
+        begin, end = self._count_after_blocks(segment.weights, np.array([number, number + 1]))
         source = np.repeat(np.arange(len(self.names)), end - begin)
         source = source[Permutation(self._block, self._seed, "mixture", segment.start, number)(np.arange(self._block))]
         by_source = np.argsort(source, kind="stable")
         rank = np.empty_like(by_source)
         first = np.cumsum(end - begin) - (end - begin)
         rank[by_source] = np.arange(self._block) - first[source[by_source]]
-        return source, (segment.before + begin)[source] + rank
+        return source, (segment.earlier + begin)[source] + rank
 
-    def _counts_after(self, weights: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+    def _count_after_blocks(self, weights: np.ndarray, blocks: np.ndarray) -> np.ndarray:
         """Samples of each source in the first `blocks` blocks of a segment: int64 [blocks, sources]."""
         total = blocks.astype(np.int64) * self._block
         rare = weights * self._block < 1.001  # with one sample a block or more, rounding never exceeds the growth

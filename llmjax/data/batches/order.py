@@ -80,17 +80,17 @@ class Skips:
                 merged.append(list(span))
         self._starts, self._ends = np.array(merged, np.int64).reshape(-1, 2).T
         self._removed = np.concatenate([[0], np.cumsum(self._ends - self._starts)])
-        self._kept_starts = self._starts - self._removed[:-1]
+        self._unskipped_starts = self._starts - self._removed[:-1]
 
-    def kept_before(self, sample: int) -> int:
+    def count_unskipped(self, sample: int) -> int:
         """The number of samples below this index that are not skipped."""
         spans = int(np.searchsorted(self._starts, sample, "right"))  # that start at or before the sample
         beyond = max(0, int(self._ends[spans - 1]) - sample) if spans else 0
         return sample - int(self._removed[spans]) + beyond
 
-    def sample(self, kept: np.ndarray) -> np.ndarray:
-        """The index of sample number `kept` (from 0) among those that are not skipped."""
-        return kept + self._removed[np.searchsorted(self._kept_starts, kept, "right")]
+    def sample(self, number: np.ndarray) -> np.ndarray:
+        """The index of sample `number` (from 0) among those that are not skipped."""
+        return number + self._removed[np.searchsorted(self._unskipped_starts, number, "right")]
 
 
 def _valid_span(span: tuple) -> tuple[int, int]:

@@ -241,7 +241,7 @@ def best_fit(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, int]:
     return rows, num_rows
 
 
-def cut(starts: np.ndarray, lengths: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def cut_documents(starts: np.ndarray, lengths: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cut documents into chunks of at most `longest` tokens, in order: (start, length, continued) of each."""
     counts = -(-lengths // longest)
     number = ranges(np.zeros_like(counts), counts)
@@ -250,7 +250,7 @@ def cut(starts: np.ndarray, lengths: np.ndarray, longest: int) -> tuple[np.ndarr
     return start, length, number > 0
 
 
-def fill(store: TokenStore, chunks: Chunks, num_rows: int, seq_len: int) -> Rows:
+def fill_rows(store: TokenStore, chunks: Chunks, num_rows: int, seq_len: int) -> Rows:
     """Read the chunks into rows of seq_len positions (an objective's RowBudget.capacity)."""
     targets = store.gather(chunks.start, chunks.length)
     inputs = np.empty_like(targets)
@@ -285,7 +285,7 @@ def _write_plan(store: TokenStore, row_budget: RowBudget, folder: Path) -> None:
         with open(partial / "chunks.bin", "w+b") as chunks_file, open(partial / "rows.bin", "w+b") as rows_file:
             rows_file.write(np.zeros(1, _EDGE).tobytes())
             for starts, lengths in store.document_groups(_PART_TOKENS):
-                start, length, continued = cut(starts, lengths, row_budget.longest)
+                start, length, continued = cut_documents(starts, lengths, row_budget.longest)
                 costs = row_budget.cost(length)
                 row, rows = best_fit(costs, row_budget.seq_len)
                 chunks = np.empty(len(row), _CHUNK)

@@ -17,7 +17,7 @@ import numpy as np
 from llmjax.batch import Batch
 from llmjax.data.batches.mixture import Mixture
 from llmjax.data.batches.order import Permutation, Skips
-from llmjax.data.batches.packing import RowBudget, Rows, fill, open_packing
+from llmjax.data.batches.packing import RowBudget, Rows, fill_rows, open_packing
 from llmjax.data.batches.rng import CounterRng
 from llmjax.data.config import DataConfig
 from llmjax.data.objectives.objective import Objective
@@ -77,7 +77,7 @@ class PackedSource:
 
     def fill(self, rows: np.ndarray) -> Rows:
         """Read these rows, in this order."""
-        return fill(self.store, self._packing.chunks(rows), len(rows), self._row_budget.capacity)
+        return fill_rows(self.store, self._packing.chunks(rows), len(rows), self._row_budget.capacity)
 
     def summary(self) -> dict[str, Any]:
         """Counts of the split, and the density of its rows: the fraction of positions that are used."""
@@ -177,7 +177,9 @@ class TrainData:
         """The number of complete batches after `state`; None if the sources repeat without end."""
         if self._mixture.num_samples is None:
             return None
-        samples = self._skips.kept_before(self._mixture.num_samples) - self._skips.kept_before(state.next_sample)
+        samples = self._skips.count_unskipped(self._mixture.num_samples) - self._skips.count_unskipped(
+            state.next_sample
+        )
         return max(0, samples) // self._global_batch
 
     def batches(self, state: DataState, rows: np.ndarray) -> Iterator[tuple[Batch, DataState]]:
@@ -199,7 +201,7 @@ class TrainData:
             stream.close()
 
     def _stream(self, state: DataState, rows: np.ndarray) -> Generator[tuple[Batch, DataState], None, None]:
-        first, size = self._skips.kept_before(state.next_sample), self._global_batch
+        first, size = self._skips.count_unskipped(state.next_sample), self._global_batch
         length = self.remaining(state)
 
         def assemble(index: int) -> Batch:
@@ -218,7 +220,9 @@ class TrainData:
         """Summaries of the sources by name; with `state` also the samples and epochs of each up to there."""
         report = {source.name: source.summary() for source in self._sources}
         if state is not None:
-            for source, count in zip(self._sources, self._mixture.counts(state.next_sample).tolist(), strict=True):
+            for source, count in zip(
+                self._sources, self._mixture.count_samples(state.next_sample).tolist(), strict=True
+            ):
                 report[source.name] |= {"samples": count, "epochs": count / max(1, source.rows)}
         return report
 
@@ -227,9 +231,9 @@ class TrainData:
         parts = [self._sources[index].fill(row[source == index]) for index in np.unique(source).tolist()]
         if len(parts) == 1:
             return self._objective.build_batch(parts[0], samples, self._rng)
-        back = np.argsort(np.argsort(source, kind="stable"))  # from the order of sources to that of the samples
+        sample_order = np.argsort(np.argsort(source, kind="stable"))  # parts are in the order of sources
         fields = [field.name for field in dataclasses.fields(Rows)]
-        merged = {name: np.concatenate([getattr(part, name) for part in parts])[back] for name in fields}
+        merged = {name: np.concatenate([getattr(part, name) for part in parts])[sample_order] for name in fields}
         return self._objective.build_batch(Rows(**merged), samples, self._rng)
 
     def _locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

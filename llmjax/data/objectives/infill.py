@@ -12,7 +12,7 @@ from llmjax.errors import UserError
 _NUM_MARKERS = 3
 
 
-def row_budget(seq_len: int) -> RowBudget:
+def make_row_budget(seq_len: int) -> RowBudget:
     """Three markers a chunk, and an EOS for the longest chunks, which end inside their document."""
     longest = seq_len - _NUM_MARKERS - 1
     if longest < 1:

@@ -51,7 +51,7 @@ class Objective:
         return self.vocabulary.size if self.vocabulary else 0
 
 
-def causal_objective(seq_len: int, vocab: Vocabulary | None = None) -> Objective:
+def make_causal_objective(seq_len: int, vocab: Vocabulary | None = None) -> Objective:
     """The objective `causal`; only its prompts need the vocabulary."""
     return Objective(
         name="causal",
@@ -59,7 +59,7 @@ def causal_objective(seq_len: int, vocab: Vocabulary | None = None) -> Objective
         row_budget=RowBudget(seq_len=seq_len),
         target_len=seq_len,
         vocabulary=vocab,
-        build_batch=lambda rows, samples, rng: causal(rows, samples),
+        build_batch=lambda rows, samples, rng: build_causal_batch(rows, samples),
         prompt=lambda ids: np.concatenate([[vocab.bos_id] if vocab else [], ids]).astype(np.int32),
     )
 
@@ -85,24 +85,24 @@ def _open(config: ObjectiveConfig, tokenizer: Tokenizer, seq_len: int, start_id:
     """Make the objective, with prompts in the form of its training batches."""
     text_ids = vocabulary.build_vocab(tokenizer)
     prompt = lambda ids: frame_prompt(tokenizer, ids, text_ids.bos_id)
-    plain = dataclasses.replace(causal_objective(seq_len, text_ids), prompt=prompt)
+    plain = dataclasses.replace(make_causal_objective(seq_len, text_ids), prompt=prompt)
     if config.name == "causal":
         return plain
     if config.name == "masked":
         vocab = vocabulary.build_vocab(tokenizer, vocabulary.MASK)
         rate = 0.15 if config.rate is None else config.rate
         ordinary = np.setdiff1d(np.arange(tokenizer.vocab_size, dtype=np.int32), [*tokenizer.special_tokens.values()])
-        edges = vocabulary.word_edges(tokenizer) if config.whole_words else None
-        build_batch = lambda rows, samples, rng: masked(rows, samples, rng, rate, vocab, ordinary, edges)
+        edges = vocabulary.find_word_edges(tokenizer) if config.whole_words else None
+        build_batch = lambda rows, samples, rng: build_masked_batch(rows, samples, rng, rate, vocab, ordinary, edges)
         fingerprint = f"masked rate={rate:g}{', whole words' if config.whole_words else ''}"
         return dataclasses.replace(
             plain, name="masked", fingerprint=fingerprint, vocabulary=vocab, build_batch=build_batch
         )
     if config.name in ("span", "ul2"):
         assert start_id is not None, "the config accepts these objectives for encoder-decoders only"
-        return _denoising(config, tokenizer, seq_len, start_id)
+        return _make_denoising_objective(config, tokenizer, seq_len, start_id)
     if config.name == "fim":
-        vocab, budget = vocabulary.build_vocab(tokenizer, vocabulary.FIM), infill.row_budget(seq_len)
+        vocab, budget = vocabulary.build_vocab(tokenizer, vocabulary.FIM), infill.make_row_budget(seq_len)
         rate = 0.5 if config.fim_rate is None else config.fim_rate
         return dataclasses.replace(
             plain,
@@ -114,25 +114,25 @@ def _open(config: ObjectiveConfig, tokenizer: Tokenizer, seq_len: int, start_id:
         )
     assert config.name == "prefix"
     if start_id is None:
-        return dataclasses.replace(plain, name="prefix", fingerprint="prefix", build_batch=prefix)
-    vocab, target_len = _with_start(vocabulary.build_vocab(tokenizer), start_id), config.target_len or seq_len
+        return dataclasses.replace(plain, name="prefix", fingerprint="prefix", build_batch=build_prefix_batch)
+    vocab, target_len = _replace_bos(vocabulary.build_vocab(tokenizer), start_id), config.target_len or seq_len
     return dataclasses.replace(
         plain,
         name="prefix",
         fingerprint=f"prefix target={target_len}",
-        row_budget=spans.split_prefix_budget(seq_len, target_len),
+        row_budget=spans.make_prefix_budget(seq_len, target_len),
         target_len=target_len,
         vocabulary=vocab,
         build_batch=lambda rows, samples, rng: spans.split_prefix(rows, samples, rng, seq_len, target_len, vocab),
     )
 
 
-def _with_start(vocab: Vocabulary, start_id: int) -> Vocabulary:
+def _replace_bos(vocab: Vocabulary, start_id: int) -> Vocabulary:
     """The vocabulary of a decoder that reads `start_id` first; -1: the id that documents start with."""
     return vocab if start_id < 0 else dataclasses.replace(vocab, bos_id=start_id)
 
 
-def _denoising(config: ObjectiveConfig, tokenizer: Tokenizer, seq_len: int, start_id: int) -> Objective:
+def _make_denoising_objective(config: ObjectiveConfig, tokenizer: Tokenizer, seq_len: int, start_id: int) -> Objective:
     """Make the objective of span corruption, or of the mixture of denoisers."""
     mixture = config.name == "ul2"
     span_corruption = spans.Denoiser(
@@ -143,8 +143,8 @@ def _denoising(config: ObjectiveConfig, tokenizer: Tokenizer, seq_len: int, star
     span_lengths = spans.plan_lengths(
         config.name, denoisers, seq_len=seq_len, target_len=config.target_len, modes=mixture
     )
-    groups = (vocabulary.sentinels(span_lengths.sentinels), *((vocabulary.MODES,) if mixture else ()))
-    vocab = _with_start(vocabulary.build_vocab(tokenizer, *groups), start_id)
+    groups = (vocabulary.list_sentinels(span_lengths.sentinels), *((vocabulary.MODES,) if mixture else ()))
+    vocab = _replace_bos(vocabulary.build_vocab(tokenizer, *groups), start_id)
     # A prompt ends with the sentinel that the model continues; with the mixture it begins with the S-denoiser's mode.
     before = [vocab.ids[span_lengths.sentinels + 1]] if mixture else []
     return Objective(
@@ -158,7 +158,7 @@ def _denoising(config: ObjectiveConfig, tokenizer: Tokenizer, seq_len: int, star
     )
 
 
-def causal(rows: Rows, samples: np.ndarray) -> Batch:
+def build_causal_batch(rows: Rows, samples: np.ndarray) -> Batch:
     """Next-token prediction: every token, including the first and the EOS, is predicted from those before it.
 
     samples  the rows' global sample indices, int64 [batch]
@@ -173,7 +173,7 @@ def causal(rows: Rows, samples: np.ndarray) -> Batch:
     )
 
 
-def prefix(rows: Rows, samples: np.ndarray, rng: CounterRng) -> Batch:
+def build_prefix_batch(rows: Rows, samples: np.ndarray, rng: CounterRng) -> Batch:
     """Prefix language modelling (Raffel et al., 2019, arXiv 1910.10683): all positions of a chunk attend to its prefix.
 
     The rest is predicted as by `causal`. The prefix is the first p inputs, with p uniform from 1 to the length of the
@@ -185,13 +185,13 @@ def prefix(rows: Rows, samples: np.ndarray, rng: CounterRng) -> Batch:
     lengths = np.zeros(rows.segments.shape, np.int64)
     lengths[real] = np.repeat(prefix_lengths, chunks.length)
     return dataclasses.replace(
-        causal(rows, samples),
+        build_causal_batch(rows, samples),
         weights=(real & (rows.positions >= lengths - 1)).astype(np.float32),
         prefix=rows.positions < lengths,
     )
 
 
-def masked(
+def build_masked_batch(
     rows: Rows,
     samples: np.ndarray,
     rng: CounterRng,
@@ -206,7 +206,7 @@ def masked(
     a document is missing. Of the masked tokens, which are the scored ones, 80% are replaced by the mask token, 10% by
     a random id of `ordinary`, and 10% are unchanged.
 
-    edges  from `vocabulary.word_edges`: the tokens of a word are masked together; None: each by itself
+    edges  from `vocabulary.find_word_edges`: the tokens of a word are masked together; None: each by itself
     """
     text, real = rows.inputs, rows.segments > 0
     is_bos = (rows.positions == 0) & (text == vocab.bos_id)

@@ -15,7 +15,7 @@ LEGEND = (
 )
 
 
-def lines(batch: Batch, objective: Objective, tokenizer: Tokenizer, width: int = 100) -> Iterator[str]:
+def format_batch(batch: Batch, objective: Objective, tokenizer: Tokenizer, width: int = 100) -> Iterator[str]:
     """Yield the rows of a batch as lines of about `width` characters."""
     show = _Formatter(objective, tokenizer)
     for row, sample in enumerate(batch.sample.astype(np.int64)):

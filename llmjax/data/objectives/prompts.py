@@ -39,7 +39,7 @@ def decode_continuation(tokenizer: Tokenizer, prompt: Iterable[int], new: Iterab
     Decoded alone, they would lose the space before the first word if the tokenizer adds one to the start of a text.
     """
     prompt = list(prompt)
-    before, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *new])
-    pairs = zip(before, whole, strict=False)
-    shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(before), len(whole)))
-    return whole[shared:]
+    prompt_text, full_text = tokenizer.decode(prompt), tokenizer.decode([*prompt, *new])
+    pairs = zip(prompt_text, full_text, strict=False)
+    shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(prompt_text), len(full_text)))
+    return full_text[shared:]

@@ -74,7 +74,7 @@ def pack_rows(
     return padded
 
 
-def random_partition(
+def draw_partition(
     total: np.ndarray, parts: np.ndarray, chunks: RowChunks, rng: CounterRng, purpose: int
 ) -> np.ndarray:
     """Divide each chunk's total into a number of parts of at least 1, uniformly at random: int64 [sum of parts].
@@ -85,7 +85,7 @@ def random_partition(
         halves = []
         for half in (slice(0, len(total) // 2), slice(len(total) // 2, None)):
             half_chunks = dataclasses.replace(chunks, sample=chunks.sample[half], column=chunks.column[half])
-            halves.append(random_partition(total[half], parts[half], half_chunks, rng, purpose))
+            halves.append(draw_partition(total[half], parts[half], half_chunks, rng, purpose))
         return np.concatenate(halves)
     # The edges between parts are those parts - 1 of the total - 1 inner positions that draw the smallest numbers.
     sizes, chosen = total - 1, parts - 1

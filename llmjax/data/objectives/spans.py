@@ -10,8 +10,8 @@ from llmjax.data.batches.packing import RowBudget, Rows, ranges
 from llmjax.data.batches.rng import CounterRng, randint
 from llmjax.data.objectives.row_chunks import (
     RowChunks,
+    draw_partition,
     pack_rows,
-    random_partition,
     shift_right,
     split_u64,
     unpack_rows,
@@ -36,7 +36,7 @@ class Denoiser:
     mean_span: float | None
     mode: int = 0
 
-    def counts(self, lengths: np.ndarray, max_spans: int = MAX_SENTINELS) -> tuple[np.ndarray, np.ndarray]:
+    def count_spans(self, lengths: np.ndarray, max_spans: int = MAX_SENTINELS) -> tuple[np.ndarray, np.ndarray]:
         """(corrupted tokens, spans) of chunks of these lengths, computed as in T5, with 1 to `max_spans` spans."""
         noise = np.clip(np.round(self.rate * lengths), 1, np.maximum(lengths - 1, 1)).astype(np.int64)
         if self.mean_span is None:
@@ -81,14 +81,14 @@ def plan_lengths(
     Raises UserError if not even one token fits.
     """
     lengths = np.arange(1, int(seq_len / (1 - min(denoiser.rate for denoiser in denoisers))) + 3)
-    noise, spans = np.stack([denoiser.counts(lengths) for denoiser in denoisers], axis=1)
+    noise, spans = np.stack([denoiser.count_spans(lengths) for denoiser in denoisers], axis=1)
     sources, targets = (lengths - noise + spans + modes).max(axis=0), (noise + spans + 1).max(axis=0)
     num_fitting = _first_true(sources > seq_len)
     needed = targets
     if not target_len:
         if len(denoisers) == 1:
             # As if there were no limit of sentinels, since rows of several shorter chunks have more spans than that.
-            needed = np.sum(denoisers[0].counts(lengths, max_spans=seq_len), axis=0) + 1
+            needed = np.sum(denoisers[0].count_spans(lengths, max_spans=seq_len), axis=0) + 1
         target_len = -(-int(needed[:num_fitting].max(initial=1)) // _MULTIPLE) * _MULTIPLE
     costs = np.maximum(sources, -(-targets * seq_len // target_len))
     longest = _first_true(costs > seq_len)
@@ -127,7 +127,7 @@ def corrupt(
     noise, spans = np.zeros_like(which), np.zeros_like(which)
     for number, denoiser in enumerate(denoisers):
         chosen = which == number
-        noise[chosen], spans[chosen] = denoiser.counts(chunks.length[chosen])
+        noise[chosen], spans[chosen] = denoiser.count_spans(chunks.length[chosen])
     at_end = np.array([denoiser.mean_span is None for denoiser in denoisers])[which]
     lengths = _draw_spans(chunks, noise, spans, at_end, rng)
 
@@ -135,7 +135,7 @@ def corrupt(
     first_sentinel, num_sentinels = chunks.targets.size, span_lengths.sentinels
     modes = vocab.ids[num_sentinels:]
     table = np.concatenate([chunks.targets, vocab.ids[:num_sentinels], [vocab.eos_id], modes]).astype(np.int32)
-    num_slots = 2 * spans + 1  # kept and corrupted spans in turn
+    num_slots = 2 * spans + 1  # intact and corrupted spans in turn
     slot = ranges(np.zeros_like(num_slots), num_slots)
     text = np.cumsum(lengths) - lengths
     special = first_sentinel + slot // 2
@@ -148,7 +148,7 @@ def corrupt(
         source_length = np.insert(source_length, heads, 1)
     special[np.cumsum(num_slots) - 1] = first_sentinel + num_sentinels  # the last one in a target is EOS
     target_start, target_length = np.where(is_corrupted, text, special), np.where(is_corrupted, lengths, 1)
-    return encdec_batch(
+    return build_encdec_batch(
         chunks,
         samples,
         source=(table[ranges(source_start, source_length)], chunks.length - noise + spans + bool(modes)),
@@ -158,7 +158,7 @@ def corrupt(
     )
 
 
-def split_prefix_budget(seq_len: int, target_len: int) -> RowBudget:
+def make_prefix_budget(seq_len: int, target_len: int) -> RowBudget:
     """What `split_prefix` needs: either side may be almost the whole chunk."""
     if target_len >= seq_len:
         return RowBudget(seq_len=seq_len)
@@ -177,7 +177,7 @@ def split_prefix(
     chunks = unpack_rows(rows, samples)
     prefix_lengths = 1 + randint(rng.bits(chunks.sample, 0, chunks.column), chunks.length)
     target_lengths = chunks.length - prefix_lengths + 1
-    return encdec_batch(
+    return build_encdec_batch(
         chunks,
         samples,
         source=(chunks.inputs[ranges(chunks.start, prefix_lengths)], prefix_lengths),
@@ -187,7 +187,7 @@ def split_prefix(
     )
 
 
-def encdec_batch(
+def build_encdec_batch(
     chunks: RowChunks,
     samples: np.ndarray,
     *,
@@ -219,17 +219,17 @@ def encdec_batch(
 def _draw_spans(
     chunks: RowChunks, noise: np.ndarray, spans: np.ndarray, at_end: np.ndarray, rng: CounterRng
 ) -> np.ndarray:
-    """Draw lengths of kept and corrupted spans in turn, 2 spans + 1 a chunk; first and last are kept, maybe empty."""
-    corrupted = random_partition(noise, spans, chunks, rng, 1)
-    kept = random_partition(chunks.length - noise + 2, spans + 1, chunks, rng, 2)
+    """Draw lengths of intact and corrupted spans in turn, 2 spans + 1 a chunk; the first and last may be empty."""
+    corrupted = draw_partition(noise, spans, chunks, rng, 1)
+    intact = draw_partition(chunks.length - noise + 2, spans + 1, chunks, rng, 2)
     last = np.cumsum(spans + 1) - 1
     first = last - spans
-    kept[first] -= 1
-    kept[last] -= 1
-    kept[first[at_end]], kept[last[at_end]] = (chunks.length - noise)[at_end], 0
+    intact[first] -= 1
+    intact[last] -= 1
+    intact[first[at_end]], intact[last[at_end]] = (chunks.length - noise)[at_end], 0
     lengths = np.empty(int((2 * spans + 1).sum()), np.int64)
     slot = ranges(np.zeros_like(spans), 2 * spans + 1)
-    lengths[slot % 2 == 0], lengths[slot % 2 == 1] = kept, corrupted
+    lengths[slot % 2 == 0], lengths[slot % 2 == 1] = intact, corrupted
     return lengths
 
 

@@ -19,7 +19,7 @@ FIM = (
 MODES = (("[R]", "[S]", "[X]"), ("[NLU]", "[S2S]", "[NLG]"))
 
 
-def sentinels(count: int) -> tuple[tuple[str, ...], ...]:
+def list_sentinels(count: int) -> tuple[tuple[str, ...], ...]:
     """The names of the sentinels of spans 0 to count - 1."""
     return (tuple(f"<extra_id_{number}>" for number in range(count)),)
 
@@ -65,7 +65,7 @@ def build_vocab(tokenizer: Tokenizer, *groups: tuple[Sequence[str], ...]) -> Voc
     )
 
 
-def word_edges(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+def find_word_edges(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """(continues a word, can be continued) of every id: bool [vocab] each.
 
     Two neighbours belong to one word if the second continues a word and the first can be continued: there are letters,

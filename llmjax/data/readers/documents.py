@@ -18,7 +18,7 @@ NO_FAULT = (EMPTY, TRUNCATED)  # reasons that do not count against data.max_bad_
 
 
 class Document(NamedTuple):
-    """One text: its place, its unchanged characters, the same as UTF-8, and its split if the record names one."""
+    """One text: its id, its unchanged characters, the same as UTF-8, and its split if the record names one."""
 
     id: str
     text: str
@@ -27,7 +27,7 @@ class Document(NamedTuple):
 
 
 class Reject(NamedTuple):
-    """A record that is no document: its place, the reason, its first characters, and its approximate bytes."""
+    """A record that is no document: its id, the reason, its first characters, and its approximate bytes."""
 
     id: str
     reason: str
@@ -47,7 +47,7 @@ def read_unit(unit: Unit[SourceConfig], part_bytes: int | None = None) -> Iterat
                 yield record
                 continue
             for number, data in enumerate(raw_records.cut_at_blank_lines([record.data], part_bytes)):
-                part = _to_document(f"{record.id}#{number}", data.decode(), data)
+                part = _make_document(f"{record.id}#{number}", data.decode(), data)
                 yield part._replace(split=record.split) if isinstance(part, Document) else part
 
 
@@ -56,12 +56,12 @@ def _read_item(item: Item, unit: Unit[SourceConfig]) -> Iterator[Document | Reje
     options = ReadOptions(where, config.text_field, config.max_record_bytes)
     try:
         for raw in raw_records.read_item(unit.kind, item, options):
-            place = f"{item.path}:{raw.line}" if raw.line else item.path + raw.place.replace("@", " byte ")
-            record = _from_raw(place, raw, config)
+            record_id = f"{item.path}:{raw.line}" if raw.line else item.path + raw.location.replace("@", " byte ")
+            record = _make_record(record_id, raw, config)
             is_bad = isinstance(record, Reject) and record.reason != EMPTY
             yield record._replace(size=raw.size) if is_bad else record
     except raw_records.ColumnsError as error:
-        raise raw_records.columns_error(error, item, options) from None
+        raise raw_records.make_columns_error(error, item, options) from None
     except streams.DamageError as damage:
         if not damage.truncated:
             yield Reject(item.path, UNREADABLE, str(damage)[:EXCERPT], damage.lost_bytes)
@@ -74,35 +74,35 @@ def _read_item(item: Item, unit: Unit[SourceConfig]) -> Iterator[Document | Reje
             ) from None
 
 
-def _from_raw(place: str, raw: RawRecord, config: SourceConfig) -> Document | Reject:
+def _make_record(record_id: str, raw: RawRecord, config: SourceConfig) -> Document | Reject:
     content = raw.content
     if isinstance(content, Fault):
-        return Reject(place, *content)
+        return Reject(record_id, *content)
     if isinstance(content, str):
-        return _to_document(place, content, content.encode())
+        return _make_document(record_id, content, content.encode())
     if config.text_field not in content:
-        return Reject(place, f"no field {config.text_field!r}", repr(content)[:EXCERPT])
-    document = _from_value(place, content[config.text_field], config.text_field)
+        return Reject(record_id, f"no field {config.text_field!r}", repr(content)[:EXCERPT])
+    document = _parse_text_field(record_id, content[config.text_field], config.text_field)
     if not config.split_field or isinstance(document, Reject):
         return document
     if (split := content.get(config.split_field)) not in SPLITS:
-        return Reject(place, f"field {config.split_field!r} names no split", repr(split)[:EXCERPT])
+        return Reject(record_id, f"field {config.split_field!r} names no split", repr(split)[:EXCERPT])
     return document._replace(split=split)
 
 
-def _from_value(place: str, value: Any, field: str) -> Document | Reject:
+def _parse_text_field(record_id: str, value: Any, field: str) -> Document | Reject:
     if isinstance(value, bytes):
         try:
-            return _to_document(place, value.decode(), value)
+            return _make_document(record_id, value.decode(), value)
         except UnicodeDecodeError as error:
-            return Reject(place, "not UTF-8", repr(value[max(error.start - 40, 0) : error.start + 40]))
+            return Reject(record_id, "not UTF-8", repr(value[max(error.start - 40, 0) : error.start + 40]))
     if not isinstance(value, str):
-        return Reject(place, f"field {field!r} is not a text", repr(value)[:EXCERPT])
+        return Reject(record_id, f"field {field!r} is not a text", repr(value)[:EXCERPT])
     try:
-        return _to_document(place, value, value.encode())
+        return _make_document(record_id, value, value.encode())
     except UnicodeEncodeError:
-        return Reject(place, "lone surrogate", repr(value)[:EXCERPT])
+        return Reject(record_id, "lone surrogate", repr(value)[:EXCERPT])
 
 
-def _to_document(place: str, text: str, data: bytes) -> Document | Reject:
-    return Document(place, text, data) if text.strip() else Reject(place, EMPTY, repr(text[:EXCERPT]))
+def _make_document(record_id: str, text: str, data: bytes) -> Document | Reject:
+    return Document(record_id, text, data) if text.strip() else Reject(record_id, EMPTY, repr(text[:EXCERPT]))

@@ -2,6 +2,7 @@
 
 import codecs
 from collections.abc import Iterator
+import itertools
 import re
 from typing import NamedTuple
 
@@ -15,7 +16,8 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-# Names that pages use for something wider, as browsers read them (encoding.spec.whatwg.org, "Names and labels").
+# Names that browsers read as a larger encoding, since pages use them for it (encoding.spec.whatwg.org, "Names and
+# labels").
 _WIDER = {
     "ascii": "cp1252",
     "iso8859-1": "cp1252",
@@ -26,10 +28,10 @@ _WIDER = {
     "euc_kr": "cp949",
     "tis-620": "cp874",
 }
-# What Python calls encodings, and what browsers refuse to read.
+# Codecs of Python that are no encodings of text, and UTF-7, which browsers refuse to read.
 _NO_CHARSETS = frozenset(["unicode-escape", "raw-unicode-escape", "undefined", "idna", "punycode", "utf-7"])
-_SAMPLE = 1 << 15  # bytes that the detector sees
-_SHORT = 40  # bytes with fewer say nothing about their encoding
+_SAMPLE = 1 << 15  # bytes that the detector reads
+_MIN_SAMPLE = 40  # bytes; from fewer no encoding can be detected
 _MULTIBYTE = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
 _HIGH = re.compile(rb"[\x80-\xff]")
 _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
@@ -40,10 +42,10 @@ _WESTERN = frozenset(
     "€«»°£©®§¿¡·\xa0\u2018\u2019\u201c\u201d\u201e\u2013\u2014\u2026\u2022"
 )
 # In a page's head: <meta charset=x>, <meta http-equiv=... content="text/html; charset=x">, <?xml encoding="x"?>.
-_IN_PAGE = re.compile(
+_PAGE_DECLARATION = re.compile(
     rb"""(?:<meta[^>]{0,200}?charset|<\?xml[^>]{0,200}?encoding)\s*=\s*["']?\s*([\w.:-]{2,40})""", re.I
 )
-_IN_HEADER = re.compile(r"""charset\s*=\s*["']?\s*([\w.:-]{2,40})""", re.I)
+_HEADER_DECLARATION = re.compile(r"""charset\s*=\s*["']?\s*([\w.:-]{2,40})""", re.I)
 
 REPLACED = "bad bytes replaced"
 SURROGATES = "lone surrogates replaced"
@@ -64,61 +66,61 @@ def decode(data: bytes, declared: str = "") -> Decoded:
     """
     for mark, name in _MARKS:
         if data.startswith(mark):
-            return _decoded(data[len(mark) :], name)
-    if b"\0" in data[:_SAMPLE] and (name := _wide(data)):
-        return _decoded(data, name)
+            return _decode_as(data[len(mark) :], name)
+    if b"\0" in data[:_SAMPLE] and (name := _detect_utf16(data)):
+        return _decode_as(data, name)
     try:
         return Decoded(data.decode(), {})
     except UnicodeDecodeError:
         pass
-    if not _bytes_of_text(data):
+    if not _looks_like_text(data):
         return Decoded(None, {})
-    codec = codec_of(declared)
+    codec = find_codec(declared)
     if codec and codec != "utf-8":
         try:
             return Decoded(data.decode(codec), {f"decoded from {codec}": 1})
         except UnicodeDecodeError:
             pass
-    return _decoded(data, likeliest(data))
+    return _decode_as(data, detect_encoding(data))
 
 
-def likeliest(data: bytes) -> str:
+def detect_encoding(data: bytes) -> str:
     """The likeliest encoding of bytes of text that carry no mark and no declaration."""
     high = len(_HIGH.findall(data))
     if not high or 2 * sum(map(len, _MULTIBYTE.findall(data))) > high:
         return "utf-8"
-    # Long texts are mostly ASCII: what the detector sees begins near the first byte that is not.
-    at = _HIGH.search(data)
-    begin = max(at.start() - 1000, 0) if at else 0
-    return guess(data[begin : begin + _SAMPLE])
+    # Long texts are mostly ASCII: the sample begins near the first byte that is not.
+    first = _HIGH.search(data)
+    begin = max(first.start() - 1000, 0) if first else 0
+    return detect_legacy_encoding(data[begin : begin + _SAMPLE])
 
 
-def guess(sample: bytes) -> str:
+def detect_legacy_encoding(sample: bytes) -> str:
     """The likeliest name of an 8-bit or East Asian encoding of bytes that are not UTF-8."""
-    if len(sample) < _SHORT:
+    if len(sample) < _MIN_SAMPLE:
         return "cp1252"
     import charset_normalizer
 
-    found = charset_normalizer.from_bytes(sample[:_SAMPLE]).best()
-    name = found.encoding if found else "cp1252"
+    best = charset_normalizer.from_bytes(sample[:_SAMPLE]).best()
+    name = best.encoding if best else "cp1252"
     name = name.replace("_", "-") if name.startswith(("koi8", "iso8859")) else name
     if name.startswith(("cp125", "iso8859-", "latin", "mac")):
         western = sample.decode("cp1252", "replace")
         if set(filter(lambda c: ord(c) > 127, western)) <= _WESTERN:
             return "cp1252"
-    return codec_of(name) or "cp1252"
+    return find_codec(name) or "cp1252"
 
 
-def declared_in_page(data: bytes) -> str:
+def find_page_encoding(data: bytes) -> str:
     """The encoding that an HTML page names in its first 2,048 bytes, or ''."""
-    found = _IN_PAGE.search(data, 0, 2048)
-    return found[1].decode("ascii") if found else ""
+    match = _PAGE_DECLARATION.search(data, 0, 2048)
+    return match[1].decode("ascii") if match else ""
 
 
-def declared_in_header(content_type: str) -> str:
+def find_header_encoding(content_type: str) -> str:
     """The encoding that a Content-Type header names, or ''."""
-    found = _IN_HEADER.search(content_type)
-    return found[1] if found else ""
+    match = _HEADER_DECLARATION.search(content_type)
+    return match[1] if match else ""
 
 
 def replace_surrogates(text: str) -> Decoded:
@@ -138,29 +140,23 @@ def is_wide(head: bytes) -> bool:
     return any(head.startswith(mark) for mark, name in _MARKS if name != "utf-8")
 
 
-def as_utf8(data: Iterator[bytes]) -> tuple[Iterator[bytes], dict[str, int]]:
+def convert_to_utf8(data: Iterator[bytes]) -> tuple[Iterator[bytes], dict[str, int]]:
     """(blocks in UTF-8 where a byte order mark says UTF-16 or UTF-32, else as they are; notes)."""
     try:
         first = next(data, b"")
         while 0 < len(first) < 4 and (more := next(data, b"")):
             first += more
     except streams.DamageError as damage:
-        return _fail(damage), {}
+        return _raise_at_read(damage), {}
     for mark, name in _MARKS[1:]:
         if first.startswith(mark):
-            return _transcode(_chain(first[len(mark) :], data), name), {f"decoded from {name}": 1}
-    return _chain(first, data), {}
+            return _transcode(itertools.chain([first[len(mark) :]], data), name), {f"decoded from {name}": 1}
+    return itertools.chain([first] if first else [], data), {}
 
 
-def _fail(damage: Exception) -> Iterator[bytes]:
+def _raise_at_read(damage: Exception) -> Iterator[bytes]:
     raise damage
     yield b""
-
-
-def _chain(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
-    if first:
-        yield first
-    yield from rest
 
 
 def _transcode(data: Iterator[bytes], name: str) -> Iterator[bytes]:
@@ -172,13 +168,13 @@ def _transcode(data: Iterator[bytes], name: str) -> Iterator[bytes]:
         yield text.encode()
 
 
-def _bytes_of_text(data: bytes) -> bool:
+def _looks_like_text(data: bytes) -> bool:
     """Whether control bytes are rare, as in text; those of UTF-16, archives and pictures are not."""
     sample = data[:_SAMPLE]
     return len(_CONTROL.findall(sample)) * 50 <= len(sample)
 
 
-def _wide(data: bytes) -> str:
+def _detect_utf16(data: bytes) -> str:
     """The UTF-16 of bytes without a mark, where the high halves of mostly Latin text are zero; else ''."""
     sample = data[:_SAMPLE]
     for name, zeros in (("utf-16-le", sample[1::2]), ("utf-16-be", sample[::2])):
@@ -187,16 +183,16 @@ def _wide(data: bytes) -> str:
     return ""
 
 
-def _decoded(data: bytes, name: str) -> Decoded:
+def _decode_as(data: bytes, name: str) -> Decoded:
     notes = {} if name == "utf-8" else {f"decoded from {name}": 1}
     text = data.decode(name, "replace")
-    given = data.count(b"\xef\xbf\xbd") if name == "utf-8" else 0
-    if count := text.count("\ufffd") - given:
+    num_original = data.count(b"\xef\xbf\xbd") if name == "utf-8" else 0  # U+FFFD in the data itself
+    if count := text.count("\ufffd") - num_original:
         notes[REPLACED] = count
     return Decoded(text, notes)
 
 
-def codec_of(name: str) -> str:
+def find_codec(name: str) -> str:
     """Python's name for an encoding of text, the wider one that browsers take for it, or '' where it is unknown."""
     try:
         info = codecs.lookup(name) if name else None

@@ -59,7 +59,7 @@ def _read_head(path: str) -> bytes:
     """The first bytes of the content, without a UTF-8 byte order mark; empty for an unreadable file."""
     head = b""
     try:
-        for block in streams.blocks(path):
+        for block in streams.read_blocks(path):
             head += block
             if len(head) >= _HEAD_BYTES:
                 break
@@ -101,7 +101,7 @@ def _parse(value: bytes | str, parser: Callable = json.loads) -> object:
         return None
 
 
-def without_bom(data: Iterator[bytes]) -> Iterator[bytes]:
+def strip_bom(data: Iterator[bytes]) -> Iterator[bytes]:
     """Blocks without the UTF-8 byte order mark at their beginning."""
     first = b""
     for block in data:

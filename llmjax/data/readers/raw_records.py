@@ -34,14 +34,14 @@ class Fault(NamedTuple):
 class RawRecord(NamedTuple):
     """One record of a file.
 
-    place    where it is: "" for a whole file, "#2" for a part of a text, "@120" for a byte offset, ":7" for a row
+    location    where it is: "" for a whole file, "#2" for a part of a text, "@120" for a byte offset, ":7" for a row
     content  text, or fields by name; a field that is not UTF-8 is bytes
     size     bytes in the file; 0 if unknown
     line     its line from 1; 0 if unknown
     notes    what was repaired in reading: name -> count
     """
 
-    place: str
+    location: str
     content: str | dict[str, Any] | Fault
     size: int = 0
     line: int = 0
@@ -85,12 +85,12 @@ class ReadOptions:
 
     def utf8_blocks(self, path: str, keep_bom: bool = False) -> tuple[Iterator[bytes], Mapping[str, int]]:
         """(the content, notes). Lenient: UTF-16 and UTF-32 with a byte order mark are converted to UTF-8."""
-        data, notes = streams.blocks(path), {}
+        data, notes = streams.read_blocks(path), {}
         if self.is_lenient:
-            data, notes = encodings.as_utf8(data)
-        return (data if keep_bom else formats.without_bom(data)), notes
+            data, notes = encodings.convert_to_utf8(data)
+        return (data if keep_bom else formats.strip_bom(data)), notes
 
-    def too_long(self, size: int) -> Fault:
+    def length_fault(self, size: int) -> Fault:
         """The fault of a record of `size` bytes, above the limit."""
         return Fault(f"longer than {self.max_record_bytes} bytes (max_record_bytes)", "")
 
@@ -131,12 +131,12 @@ def check_columns(kind: str, item: Item, options: ReadOptions) -> None:
         elif kind in ("csv", "tsv", "tfds"):
             next(read_item(kind, item, options), None)
     except ColumnsError as error:
-        raise columns_error(error, item, options) from None
+        raise make_columns_error(error, item, options) from None
     except streams.DamageError:
         pass
 
 
-def columns_error(error: ColumnsError, item: Item, options: ReadOptions) -> UserError:
+def make_columns_error(error: ColumnsError, item: Item, options: ReadOptions) -> UserError:
     """The error that names the field, the file and its columns."""
     return UserError(f"{options.where}.text_field={options.text_field!r}: {item.path} {error}")
 
@@ -178,20 +178,20 @@ def _read_text(item: Item, options: ReadOptions) -> Iterator[RawRecord]:
     pieces = cut_at_blank_lines(data, MAX_TEXT_BYTES)
     piece, following, number = next(pieces, b""), next(pieces, b""), 0
     # All pieces have one encoding.
-    declared = options.encoding or (encodings.likeliest(piece) if following and options.is_lenient else "")
-    place = "#{}" if following else ""
+    declared = options.encoding or (encodings.detect_encoding(piece) if following and options.is_lenient else "")
+    location = "#{}" if following else ""
     while piece or not (number or data.damage):  # an empty file is one empty text
         is_cut_off = bool(data.damage) and not following
         if is_cut_off and not options.is_lenient:
             piece = piece.decode("utf-8", "ignore").encode()  # the last character may be cut
         content, repaired = options.decode(piece, declared)
         cut_off = {CUT_OFF: 1} if is_cut_off else {}
-        yield RawRecord(place.format(number), content, len(piece), 0, {**notes, **repaired, **cut_off})
+        yield RawRecord(location.format(number), content, len(piece), 0, {**notes, **repaired, **cut_off})
         piece, following, number = following, next(pieces, b""), number + 1
     data.check()
 
 
-def _lines(item: Item, options: ReadOptions) -> Iterator[tuple[int, int, bytes | int, Mapping[str, int]]]:
+def _split_item(item: Item, options: ReadOptions) -> Iterator[tuple[int, int, bytes | int, Mapping[str, int]]]:
     """(number, offset, line, notes) of the lines that begin within the item, without blank ones.
 
     The number is from 1, and 0 in an item that is not the first of its file.
@@ -202,10 +202,10 @@ def _lines(item: Item, options: ReadOptions) -> Iterator[tuple[int, int, bytes |
         begin = streams.find_line_begin(item.path, item.begin - 1, item.end)
         if begin is None:
             return
-        lines = streams.lines(streams.blocks(item.path, begin), begin, max_bytes=options.max_record_bytes)
+        lines = streams.split_lines(streams.read_blocks(item.path, begin), begin, max_bytes=options.max_record_bytes)
     else:  # a byte order mark stays: without it, offsets would not be those of the file
         data, notes = options.utf8_blocks(item.path, keep_bom=True)
-        lines = streams.lines(data, max_bytes=options.max_record_bytes)
+        lines = streams.split_lines(data, max_bytes=options.max_record_bytes)
     for number, (offset, line) in enumerate(lines, 1):
         if item.end is not None and offset >= item.end:
             return
@@ -214,30 +214,32 @@ def _lines(item: Item, options: ReadOptions) -> Iterator[tuple[int, int, bytes |
 
 
 def _read_lines(item: Item, options: ReadOptions) -> Iterator[RawRecord]:
-    for number, offset, line, notes in _lines(item, options):
+    for number, offset, line, notes in _split_item(item, options):
         if isinstance(line, int):
-            yield RawRecord(f"@{offset}", options.too_long(line), line, number)
+            yield RawRecord(f"@{offset}", options.length_fault(line), line, number)
             continue
         content, repaired = options.decode(line.rstrip(b"\r\n"), options.encoding)
         yield RawRecord(f"@{offset}", content, len(line), number, {**notes, **repaired})
 
 
 def _read_jsonl(item: Item, options: ReadOptions) -> Iterator[RawRecord]:
-    for number, offset, line, notes in _lines(item, options):
-        yield _from_json(f"@{offset}", line, options, number, notes)
+    for number, offset, line, notes in _split_item(item, options):
+        yield _make_json_record(f"@{offset}", line, options, number, notes)
 
 
 def _read_json(item: Item, options: ReadOptions) -> Iterator[RawRecord]:
     data, notes = options.utf8_blocks(item.path)
-    for offset, value in records.json_elements(data, options.max_record_bytes):
-        yield _from_json(f"@{offset}", value, options, 0, notes)
+    for offset, value in records.split_json(data, options.max_record_bytes):
+        yield _make_json_record(f"@{offset}", value, options, 0, notes)
 
 
-def _from_json(place: str, data: bytes | int, options: ReadOptions, line: int, notes: Mapping[str, int]) -> RawRecord:
+def _make_json_record(
+    location: str, data: bytes | int, options: ReadOptions, line: int, notes: Mapping[str, int]
+) -> RawRecord:
     """A record of its JSON, or of the size of JSON that is too long."""
     if isinstance(data, int):
-        return RawRecord(place, options.too_long(data), data, line)
-    return RawRecord(place, _parse_object(data, options), len(data), line, notes)
+        return RawRecord(location, options.length_fault(data), data, line)
+    return RawRecord(location, _parse_object(data, options), len(data), line, notes)
 
 
 def _parse_object(data: bytes, options: ReadOptions) -> dict[str, Any] | Fault:
@@ -245,7 +247,7 @@ def _parse_object(data: bytes, options: ReadOptions) -> dict[str, Any] | Fault:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         try:
-            text = data.decode(encodings.codec_of(options.encoding) or "utf-8")
+            text = data.decode(encodings.find_codec(options.encoding) or "utf-8")
         except UnicodeDecodeError:
             return Fault("not UTF-8", repr(data[:EXCERPT]))
     try:
@@ -263,7 +265,7 @@ def _read_csv(kind: str, item: Item, options: ReadOptions) -> Iterator[RawRecord
         _check_names(columns, options)
     hint = ", or name the columns of files without a header line in `columns`" if options.is_lenient else ""
     number = 0
-    for row in records.csv_rows(data, kind, options.max_record_bytes):
+    for row in records.parse_csv(data, kind, options.max_record_bytes):
         if isinstance(row, records.BadRow):
             yield RawRecord(f":{number}", Fault(f"not {kind.upper()}: {row.reason}", row.excerpt), row.size)
             number += 1
@@ -276,7 +278,7 @@ def _read_csv(kind: str, item: Item, options: ReadOptions) -> Iterator[RawRecord
             _check_names(columns, options, hint)
             continue
         if size > options.max_record_bytes:
-            content: dict[str, Any] | Fault = options.too_long(size)
+            content: dict[str, Any] | Fault = options.length_fault(size)
         elif len(cells) != len(columns):
             content = Fault("wrong number of columns", ",".join(values)[:EXCERPT])
         else:
@@ -304,7 +306,7 @@ class _CellRepair:
         if not self._is_lenient:
             return data
         if not self._encoding:
-            self._encoding = encodings.likeliest(next(streams.blocks(self._path), b""))
+            self._encoding = encodings.detect_encoding(next(streams.read_blocks(self._path), b""))
         text, repaired = encodings.decode(data, self._encoding)
         for name, count in repaired.items():
             notes[name] = max(notes.get(name, 0), count)
@@ -342,13 +344,13 @@ def _read_parquet(item: Item, options: ReadOptions) -> Iterator[RawRecord]:
             for batch in file.iter_batches(_BATCH, list(groups), columns=columns):
                 # Of two columns with one name, the first.
                 indices = {name: index for index, name in reversed(list(enumerate(batch.schema.names)))}
-                values = {name: records.column_values(batch.column(index)) for name, index in indices.items()}
+                values = {name: records.read_column(batch.column(index)) for name, index in indices.items()}
                 for index in range(batch.num_rows):
                     fields = {name: column[index] for name, column in values.items()}
                     text = fields[options.text_field]
                     size = len(text) if isinstance(text, bytes) else 0
                     is_long = size > options.max_record_bytes
-                    yield RawRecord(f":{row}", options.too_long(size) if is_long else fields, size)
+                    yield RawRecord(f":{row}", options.length_fault(size) if is_long else fields, size)
                     row += 1
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:

@@ -14,7 +14,7 @@ _STRUCTURE = re.compile(rb'["{}\[\],]')
 _STRING_END = re.compile(rb'(?:[^"\\]|\\.)*+"', re.S)
 
 
-def json_elements(data: Iterator[bytes], max_bytes: int) -> Iterator[tuple[int, bytes | int]]:
+def split_json(data: Iterator[bytes], max_bytes: int) -> Iterator[tuple[int, bytes | int]]:
     """(offset, JSON) for every top-level object and every element of top-level arrays; its number of bytes in place of
     the JSON of one above `max_bytes`.
 
@@ -76,14 +76,14 @@ class BadRow(NamedTuple):
     size: int
 
 
-def csv_rows(data: Iterator[bytes], kind: str, max_bytes: int) -> Iterator[tuple[list[str], int] | BadRow]:
+def parse_csv(data: Iterator[bytes], kind: str, max_bytes: int) -> Iterator[tuple[list[str], int] | BadRow]:
     """(values, bytes) of the rows of a CSV or TSV file, header included. Bytes that are not UTF-8 become surrogates.
 
     CSV as in RFC 4180; TSV as registered with IANA: a tab or a line end is never part of a field, a quote is a quote.
     An unclosed quote invalidates only the line that opens it; the lines after it are parsed again without it.
     """
     csv.field_size_limit(max(max_bytes, csv.field_size_limit()))
-    feed = _LineFeed(streams.lines(data, max_bytes=max_bytes, lone_cr=True), max_bytes)
+    feed = _LineFeed(streams.split_lines(data, max_bytes=max_bytes, lone_cr=True), max_bytes)
     style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == "tsv" else {}
     reader = csv.reader(feed, **style)
     while True:
@@ -138,7 +138,7 @@ class _LineFeed:
         return text
 
 
-def column_values(column: Any) -> list:
+def read_column(column: Any) -> list:
     """The values of an Arrow column; text as bytes, since it may not be UTF-8. Extension types are unwrapped."""
     import pyarrow
 

@@ -77,41 +77,41 @@ def list_units(name: str, source: SourceConfig) -> list[Unit[SourceConfig]]:
     return units
 
 
-def check_format(config: Any, where: str, known: tuple[str, ...]) -> None:
+def check_format(config: Any, where: str, allowed: tuple[str, ...]) -> None:
     """Raise UserError for an unknown format or an invalid limit."""
-    if config.format not in ("", *known):
+    if config.format not in ("", *allowed):
         raise UserError(
-            f"{where}.format={config.format!r}: expected one of {', '.join(known)}{suggest(config.format, known)}"
+            f"{where}.format={config.format!r}: expected one of {', '.join(allowed)}{suggest(config.format, allowed)}"
         )
     if config.max_record_bytes < 1:
         raise UserError(f"{where}.max_record_bytes={config.max_record_bytes}: must be at least 1")
 
 
 def make_units(
-    name: str, config: Config, where: str, known: tuple[str, ...], absolute: bool = False
+    name: str, config: Config, where: str, allowed: tuple[str, ...], absolute: bool = False
 ) -> list[Unit[Config]]:
     """The units of a source with fields `path` and `format`.
 
     where     names the config in error messages
-    known     formats to recognise
+    allowed   formats to recognise
     absolute  make paths absolute, for processes that run in another folder
     """
     field = f"{where}.path={config.path!r}"
     base = ""
     if config.path.startswith("tfds:"):
         num_records = len(open_tfds(config.path, field))
-        spans = [_tfds_span(config.path, begin, num_records) for begin in range(0, num_records, _TFDS_RECORDS)]
+        spans = [_make_tfds_span(config.path, begin, num_records) for begin in range(0, num_records, _TFDS_RECORDS)]
         groups = [[span] for span in spans]
     elif config.path == "stdlib:":
         files = list_stdlib_files(field)
         base = os.path.commonpath(files)
-        groups = list(_group(_make_spans(files, lambda path: config.format or "text")))
+        groups = list(_group_spans(_make_spans(files, lambda path: config.format or "text")))
     else:
         path = os.path.expanduser(config.path)
         path = os.path.abspath(path) if absolute else path
         files = list_files(path, field)
-        base = _fixed_folder(path, files)
-        groups = list(_group(_make_spans(files, lambda path: config.format or formats.detect(path, known))))
+        base = _find_fixed_folder(path, files)
+        groups = list(_group_spans(_make_spans(files, lambda path: config.format or formats.detect(path, allowed))))
     return [
         Unit(
             source=name,
@@ -148,7 +148,7 @@ def list_files(path: str, where: str) -> list[str]:
     return files
 
 
-def _fixed_folder(path: str, files: list[str]) -> str:
+def _find_fixed_folder(path: str, files: list[str]) -> str:
     """The part of a glob before its first wildcard, so that ids stay the same if the folder is moved."""
     if files == [path]:
         return os.path.dirname(path)
@@ -177,12 +177,12 @@ def list_stdlib_files(where: str) -> list[str]:
 def _make_spans(files: list[str], kind_of: Callable[[str], str]) -> list[_Span]:
     """Spans of every file; large files of lines, and Parquet, are cut, so that one file becomes many units."""
     stats = [os.stat(path) for path in files]
-    limit = unit_bytes(sum(stat.st_size for stat in stats))
+    limit = choose_unit_bytes(sum(stat.st_size for stat in stats))
     spans = []
     for path, stat in zip(files, stats, strict=True):
         kind, state = kind_of(path), f"{stat.st_size}:{stat.st_mtime_ns}"
         if kind == "parquet":
-            spans += [_Span(kind, item, size, state) for item, size in _row_groups(path, stat.st_size)]
+            spans += [_Span(kind, item, size, state) for item, size in _list_row_groups(path, stat.st_size)]
         elif stat.st_size > limit and kind in ("jsonl", "lines") and _can_cut(path):
             for begin in range(0, stat.st_size, limit):
                 end = min(begin + limit, stat.st_size)
@@ -195,10 +195,10 @@ def _make_spans(files: list[str], kind_of: Callable[[str], str]) -> list[_Span]:
 def _can_cut(path: str) -> bool:
     """Whether every line feed byte of a file ends a line."""
     with open(path, "rb") as file:
-        return not streams.compression_of(path) and not encodings.is_wide(file.read(4))
+        return not streams.detect_compression(path) and not encodings.is_wide(file.read(4))
 
 
-def _row_groups(path: str, size: int) -> Iterator[tuple[Item, int]]:
+def _list_row_groups(path: str, size: int) -> Iterator[tuple[Item, int]]:
     """(item, bytes) for every row group; a file with an unreadable footer stays whole, and its reader rejects it."""
     import pyarrow
     import pyarrow.parquet
@@ -212,7 +212,7 @@ def _row_groups(path: str, size: int) -> Iterator[tuple[Item, int]]:
         yield Item(path, group, group + 1), metadata.row_group(group).total_byte_size
 
 
-def _tfds_span(path: str, begin: int, num_records: int) -> _Span:
+def _make_tfds_span(path: str, begin: int, num_records: int) -> _Span:
     end = min(begin + _TFDS_RECORDS, num_records)
     return _Span("tfds", Item(path, begin, end), end - begin, f"{num_records} records")
 
@@ -239,14 +239,14 @@ def open_tfds(path: str, where: str) -> Any:
         ) from None
 
 
-def unit_bytes(total: int) -> int:
+def choose_unit_bytes(total: int) -> int:
     """The size of a unit of a source of `total` bytes."""
     return min(max(total // _TARGET_UNITS, MIN_UNIT_BYTES), MAX_UNIT_BYTES)
 
 
-def _group(spans: list[_Span]) -> Iterator[list[_Span]]:
+def _group_spans(spans: list[_Span]) -> Iterator[list[_Span]]:
     """Neighbouring spans of one kind, joined up to the size of a unit."""
-    limit = unit_bytes(sum(span.size for span in spans))
+    limit = choose_unit_bytes(sum(span.size for span in spans))
     group: list[_Span] = []
     size = 0
     for span in spans:

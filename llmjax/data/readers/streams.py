@@ -34,13 +34,13 @@ class DamageError(Exception):
         self.lost_bytes, self.truncated = lost_bytes, truncated
 
 
-def blocks(path: str, begin: int = 0) -> Iterator[bytes]:
+def read_blocks(path: str, begin: int = 0) -> Iterator[bytes]:
     """The content of a file in blocks of bounded size, decompressed if its first bytes are those of a compression.
 
     A plain file is read from byte `begin` on. Raises DamageError after the last readable block of a truncated or
     corrupt file, and OSError if the disk or the permissions prevent reading.
     """
-    compression = compression_of(path) if not begin else ""
+    compression = detect_compression(path) if not begin else ""
     file = _PushbackFile(path, begin)
     if not compression:
         yield from iter(file.read_block, b"")
@@ -68,7 +68,7 @@ def file_state(path: str) -> tuple[int, int] | None:
     return stat.st_mtime_ns, stat.st_size
 
 
-def compression_of(path: str) -> str:
+def detect_compression(path: str) -> str:
     """ "gzip", "zstd", "xz", "bzip2" or "", by the first bytes of a file; "" if it cannot be opened."""
     try:
         with open(path, "rb") as file:
@@ -78,7 +78,7 @@ def compression_of(path: str) -> str:
     return next((name for name, magic in _MAGIC if magic.match(head)), "")
 
 
-def gzip_segments(path: str) -> Iterator[Iterator[bytes]]:
+def read_gzip_segments(path: str) -> Iterator[Iterator[bytes]]:
     """The content of a .gz file as segments without a gap, each an iterator of blocks.
 
     A segment spans gzip members and raises DamageError at corrupt data. The next segment begins at the next member
@@ -86,7 +86,7 @@ def gzip_segments(path: str) -> Iterator[Iterator[bytes]]:
     """
     file = _PushbackFile(path)
     while file.has_more():
-        yield _gzip_segment(file)
+        yield _read_gzip_segment(file)
 
 
 class _PushbackFile:
@@ -112,11 +112,11 @@ class _PushbackFile:
         return bool(self._pushed_back)
 
 
-def _gzip_segment(file: _PushbackFile) -> Iterator[bytes]:
+def _read_gzip_segment(file: _PushbackFile) -> Iterator[bytes]:
     """Blocks up to the end of the file or to corrupt data; the file is then at the next intact member."""
     begin, num_bytes = file.position, 0
     try:
-        for block in _gzip_blocks(file):
+        for block in _decompress_gzip(file):
             num_bytes += len(block)
             yield block
     except DamageError as damage:
@@ -129,7 +129,7 @@ def _gzip_segment(file: _PushbackFile) -> Iterator[bytes]:
         raise DamageError(str(damage), max(lost_bytes, 1)) from None
 
 
-def _gzip_blocks(file: _PushbackFile) -> Iterator[bytes]:
+def _decompress_gzip(file: _PushbackFile) -> Iterator[bytes]:
     while file.has_more():
         member, is_empty = zlib.decompressobj(31), True
         while not member.eof:
@@ -191,7 +191,7 @@ def _seek_gzip_member(file: _PushbackFile) -> None:
         data = data[1:]
 
 
-def _zstd_blocks(file: _PushbackFile) -> Iterator[bytes]:
+def _decompress_zstd(file: _PushbackFile) -> Iterator[bytes]:
     import zstandard
 
     new = zstandard.ZstdDecompressor(max_window_size=_ZSTD_MAX_WINDOW).decompressobj
@@ -213,7 +213,7 @@ def _zstd_blocks(file: _PushbackFile) -> Iterator[bytes]:
         raise DamageError("the file ends inside a zstd frame")
 
 
-def _xz_or_bzip2_blocks(file: _PushbackFile, new_stream: Callable[[], Any], name: str) -> Iterator[bytes]:
+def _decompress_xz_or_bzip2(file: _PushbackFile, new_stream: Callable[[], Any], name: str) -> Iterator[bytes]:
     """Both decompressors have one interface. Zeros between and after streams are padding."""
     while file.has_more():
         stream = new_stream()
@@ -237,10 +237,10 @@ def _xz_or_bzip2_blocks(file: _PushbackFile, new_stream: Callable[[], Any], name
 
 
 _DECOMPRESSORS: dict[str, Callable[[_PushbackFile], Iterator[bytes]]] = {
-    "gzip": _gzip_blocks,
-    "zstd": _zstd_blocks,
-    "xz": lambda file: _xz_or_bzip2_blocks(file, lzma.LZMADecompressor, "xz"),
-    "bzip2": lambda file: _xz_or_bzip2_blocks(file, bz2.BZ2Decompressor, "bzip2"),
+    "gzip": _decompress_gzip,
+    "zstd": _decompress_zstd,
+    "xz": lambda file: _decompress_xz_or_bzip2(file, lzma.LZMADecompressor, "xz"),
+    "bzip2": lambda file: _decompress_xz_or_bzip2(file, bz2.BZ2Decompressor, "bzip2"),
 }
 
 
@@ -262,7 +262,7 @@ class UntilDamage:
             raise self.damage
 
 
-def lines(
+def split_lines(
     data: Iterator[bytes], offset: int = 0, *, max_bytes: int, lone_cr: bool = False
 ) -> Iterator[tuple[int, bytes | int]]:
     """(offset, line with its line end) for every line; its number of bytes in place of a line above `max_bytes`.
@@ -272,7 +272,7 @@ def lines(
     A line that DamageError cuts off is not yielded.
     """
     parts, size = [], 0
-    for block in _with_whole_line_ends(data) if lone_cr else data:
+    for block in _join_line_ends(data) if lone_cr else data:
         pieces = block.splitlines(keepends=True) if lone_cr else block.split(b"\n")
         if lone_cr and pieces[-1][-1:] in b"\r\n":
             pieces.append(b"")
@@ -300,7 +300,7 @@ def find_line_begin(path: str, position: int, end: int | None) -> int | None:
 
     The search stops there, so that many spans of one long line are not all read to its end.
     """
-    for block in blocks(path, position):
+    for block in read_blocks(path, position):
         if (at := block.find(b"\n")) >= 0:
             return position + at + 1
         position += len(block)
@@ -309,7 +309,7 @@ def find_line_begin(path: str, position: int, end: int | None) -> int | None:
     return None
 
 
-def _with_whole_line_ends(data: Iterator[bytes]) -> Iterator[bytes]:
+def _join_line_ends(data: Iterator[bytes]) -> Iterator[bytes]:
     """The same bytes in blocks that do not separate CR from LF."""
     last = b""
     for block in data:

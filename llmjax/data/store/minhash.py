@@ -25,17 +25,17 @@ _IS_WORD = (_byte >= 0x80) | np.isin(
 _STARTS_CHARACTER = (_byte >= 0xE3) & (_byte <= 0xED)  # East Asian scripts have no spaces: each character is a word
 
 
-def signature(data: bytes) -> np.ndarray:
+def compute_signature(data: bytes) -> np.ndarray:
     """Compute the signature of a text in UTF-8: uint32 [SIZE].
 
     Words are runs of letters, digits and underscores; case matters.
     """
-    words = word_hashes(data)
+    words = hash_words(data)
     if not words.size:
         words = np.frombuffer(data[:4096], np.uint8).astype(
             np.uint64
         )  # no words: texts are similar if they begin alike
-    hashes = np.unique((shingles(words, min(SHINGLE_WORDS, words.size)) >> np.uint64(32)).astype(np.uint32))
+    hashes = np.unique((hash_shingles(words, min(SHINGLE_WORDS, words.size)) >> np.uint64(32)).astype(np.uint32))
     smallest = np.full(SIZE, 0xFFFFFFFF, np.uint32)
     for begin in range(0, hashes.size, _BLOCK_SHINGLES):
         block = hashes[begin : begin + _BLOCK_SHINGLES]
@@ -47,12 +47,12 @@ def signature(data: bytes) -> np.ndarray:
     return smallest
 
 
-def word_hashes(data: bytes) -> np.ndarray:
+def hash_words(data: bytes) -> np.ndarray:
     """Hash each word of a text in UTF-8: uint64 [words]."""
-    return np.concatenate([_word_hashes(block) for block in _blocks(data)])
+    return np.concatenate([_hash_block_words(block) for block in _blocks(data)])
 
 
-def shingles(words: np.ndarray, size: int) -> np.ndarray:
+def hash_shingles(words: np.ndarray, size: int) -> np.ndarray:
     """Hash every run of `size` words, 1 <= size <= words: uint64 [words - size + 1]."""
     hashes = words[: words.size - size + 1].copy()
     for offset in range(1, size):
@@ -61,7 +61,7 @@ def shingles(words: np.ndarray, size: int) -> np.ndarray:
     return splitmix64(hashes)
 
 
-def band_keys(signatures: np.ndarray, band: int) -> np.ndarray:
+def hash_band(signatures: np.ndarray, band: int) -> np.ndarray:
     """Hash a band of signatures: uint64 [documents], equal if all rows of the band are equal."""
     keys = np.zeros(len(signatures), np.uint64)
     for row in range(band * ROWS, (band + 1) * ROWS):
@@ -80,7 +80,7 @@ def _blocks(data: bytes) -> list[bytes]:
     return [*blocks, data[begin:]]
 
 
-def _word_hashes(block: bytes) -> np.ndarray:
+def _hash_block_words(block: bytes) -> np.ndarray:
     """uint64 [words]. A word's hash depends on its bytes alone, not on its position: a difference of prefix sums."""
     values = np.frombuffer(block, np.uint8)
     inside = np.zeros(values.size + 2, bool)

@@ -41,7 +41,7 @@ class Signatures:
         return np.concatenate(parts)
 
 
-def pairs(members: np.ndarray, groups: np.ndarray, signatures: Signatures, similarity: float) -> np.ndarray:
+def find_pairs(members: np.ndarray, groups: np.ndarray, signatures: Signatures, similarity: float) -> np.ndarray:
     """Find similar documents of the same group: int64 [pairs, 2], each with the first of the group that it resembles.
 
     members, groups    [memberships]: documents, the first of a group first, and the groups that they belong to
@@ -65,7 +65,7 @@ def pairs(members: np.ndarray, groups: np.ndarray, signatures: Signatures, simil
     return np.concatenate(similar)
 
 
-def clusters(pairs: np.ndarray, count: int) -> np.ndarray:
+def find_clusters(pairs: np.ndarray, count: int) -> np.ndarray:
     """Cluster documents connected by pairs, int64 [pairs, 2]: the smallest of each cluster, int64 [documents]."""
     import scipy.sparse
 

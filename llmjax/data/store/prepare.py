@@ -19,8 +19,8 @@ from llmjax.data.readers import sources
 from llmjax.data.readers.documents import NO_FAULT
 from llmjax.data.readers.sources import Unit
 from llmjax.data.store import near_duplicates, split, stages, token_store, tokenizer, tokenizer_settings
-from llmjax.data.store.settings import check_settings, settings_of
-from llmjax.data.store.workers import Workers, cores, with_progress
+from llmjax.data.store.settings import check_settings, collect_settings
+from llmjax.data.store.workers import Workers, count_cores, with_progress
 from llmjax.errors import UserError
 from llmjax.run import workdir
 
@@ -59,7 +59,7 @@ def check_store(folder: Path | str, manifest: Manifest) -> None:
     try:
         sha256 = manifest["tokenizer"]["sha256"]
         fingerprints = _split_fingerprints(manifest["sources"])
-        fingerprint = token_store.fingerprint_of({"sources": fingerprints, "tokenizer": sha256})
+        fingerprint = token_store.compute_fingerprint({"sources": fingerprints, "tokenizer": sha256})
     except (KeyError, TypeError, AttributeError):
         sha256, fingerprints, fingerprint = "", {}, None
     if fingerprint is None or manifest.get("fingerprint") != fingerprint:
@@ -91,7 +91,7 @@ def prepare(config: DataConfig, folder: Path | str) -> Manifest:
     input, for a store that is damaged or was prepared with other settings, and for a full disk.
     """
     folder = Path(folder)
-    settings = settings_of(config)
+    settings = collect_settings(config)
     if manifest := _open_existing(folder, settings):
         return manifest
     lock = workdir.Lock(folder, primary=True, wait=True, name=_LOCK)
@@ -138,13 +138,13 @@ class _Preparation:
         self.part_bytes: dict[str, int | None] = dict.fromkeys(self.names)
         self.text_bytes: dict[str, int] = {}
         self.splits: list[np.ndarray] = []  # uint8 [documents], by unit
-        self.keys = np.zeros(0, np.uint64)  # of all documents, see split.near_copies
+        self.keys = np.zeros(0, np.uint64)  # of all documents, see split.cluster_near_copies
 
     def run(self) -> Manifest:
         self._start_or_resume()
         for name in self.names:
             logger.info("%s: %s", name, sources.describe_formats(self._units_of(name)))
-        num_workers = min(self.config.workers or cores(), max(len(self.units), 2))
+        num_workers = min(self.config.workers or count_cores(), max(len(self.units), 2))
         with Workers(num_workers) as self.pool:
             self._scan(self.units)
             self._check_rejects()
@@ -248,18 +248,18 @@ class _Preparation:
         if self.config.split.near_copies:
             start = time.monotonic()
             loaders = [functools.partial(self.scratch.load_signatures, unit) for unit in self.units]
-            self.keys = split.near_copies(self.keys, near_duplicates.Signatures(loaders, edges))
+            self.keys = split.cluster_near_copies(self.keys, near_duplicates.Signatures(loaders, edges))
             copies, seconds = len(self.keys) - len(np.unique(self.keys)), time.monotonic() - start
             logger.info(f"{len(self.keys):,} documents, {copies:,} near-duplicates of others ({seconds:.1f} s)")
         named = np.concatenate([scan.named_splits for scan in scans])
-        assigned = np.where(named == split.NONE, split.assign(self.keys, self.config.split), named)
+        assigned = np.where(named == split.NONE, split.assign_splits(self.keys, self.config.split), named)
         self.splits = np.split(assigned, edges[1:-1])
 
     def _fill_empty_splits(self, name: str) -> None:
         """Move documents of a source from train to its splits that are still empty."""
         splits = np.concatenate(self.splits)
         chosen = np.repeat([unit.source == name for unit in self.units], [len(part) for part in self.splits])
-        splits[chosen] = split.fill_missing(splits[chosen], self.keys[chosen], self.config.split)
+        splits[chosen] = split.fill_empty(splits[chosen], self.keys[chosen], self.config.split)
         self.splits = np.split(splits, np.cumsum([len(part) for part in self.splits])[:-1])
         if missing := self._missing_splits(name):
             named = " and a ".join(split.SPLITS[part] for part in missing)
@@ -267,8 +267,8 @@ class _Preparation:
 
     def _make_tokenizer(self) -> None:
         """Write the model file into the store: trained, or a copy of the file that the config names."""
-        config, done = self.config.tokenizer, self.scratch.folder / "tokenizer.done"
-        if config.kind == "bytes" or done.exists():
+        config, marker = self.config.tokenizer, self.scratch.folder / "tokenizer.done"
+        if config.kind == "bytes" or marker.exists():
             return
         if config.path:
             path = Path(config.path).expanduser()
@@ -283,7 +283,7 @@ class _Preparation:
         else:
             model = self._train_tokenizer()
         write_bytes(self.model, model)
-        done.touch()
+        marker.touch()
 
     def _train_tokenizer(self) -> bytes:
         config = self.config.tokenizer
@@ -338,7 +338,7 @@ class _Preparation:
         }
         self.lock.check()
         fingerprints = {"sources": _split_fingerprints(records), "tokenizer": model.sha256}
-        manifest["fingerprint"] = token_store.fingerprint_of(fingerprints)
+        manifest["fingerprint"] = token_store.compute_fingerprint(fingerprints)
         remove_partial(self.folder)
         write_bytes(self.folder / "manifest.json", json.dumps(manifest, indent=1).encode())
         shutil.rmtree(self.scratch.folder, ignore_errors=True)
@@ -379,7 +379,7 @@ class _Preparation:
         return np.concatenate([s for unit, s in zip(self.units, self.splits, strict=True) if unit.source == name])
 
     def _missing_splits(self, name: str) -> list[int]:
-        return split.missing(self._splits_of(name), self.config.split)
+        return split.find_missing(self._splits_of(name), self.config.split)
 
     def _split_bytes(self, unit: Unit, part: int) -> int:
         return int(self.scratch.load_scan(unit).sizes[self.scratch.load_splits(unit) == part].sum())

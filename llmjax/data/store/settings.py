@@ -14,9 +14,9 @@ from llmjax.errors import UserError
 _RESERVED = {"plans", "unfinished"}  # folders of a store that are not sources
 
 
-def settings_of(config: DataConfig) -> dict[str, Any]:
+def collect_settings(config: DataConfig) -> dict[str, Any]:
     """The settings that decide the content of a store. Raises UserError for invalid ones."""
-    split.check(config.split, "data.split")
+    split.check_fractions(config.split, "data.split")
     if config.tokenizer.kind not in tokenizer.KINDS:
         tokenizer.read_tokenizer(config.tokenizer.kind, b"")  # raises
     if config.tokenizer.kind == "huggingface" and not config.tokenizer.path:

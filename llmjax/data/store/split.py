@@ -12,7 +12,7 @@ NONE = 255  # of a document whose record names no split
 SIMILARITY = 0.7  # fraction of equal signature values from which two texts are near-duplicates
 
 
-def check(config: FractionsConfig, field: str) -> None:
+def check_fractions(config: FractionsConfig, field: str) -> None:
     """Raise UserError for values outside [0, 1), or that leave nothing to train on."""
     for name in ("validation", "test"):
         if not 0 <= (value := getattr(config, name)) < 1:
@@ -24,7 +24,7 @@ def check(config: FractionsConfig, field: str) -> None:
         )
 
 
-def near_copies(keys: np.ndarray, signatures: near_duplicates.Signatures) -> np.ndarray:
+def cluster_near_copies(keys: np.ndarray, signatures: near_duplicates.Signatures) -> np.ndarray:
     """The key of each document's cluster of near-duplicates: uint64 [documents], the smallest key of its members.
 
     keys    uint64 [documents], from the content hash; exact copies have equal keys, and so the same cluster
@@ -36,16 +36,16 @@ def near_copies(keys: np.ndarray, signatures: near_duplicates.Signatures) -> np.
     pairs = [np.zeros((0, 2), np.int64)]
     for band in range(minhash.BANDS):
         blocks = [first[i : i + near_duplicates.GATHER] for i in range(0, len(first), near_duplicates.GATHER)]
-        groups = np.concatenate([minhash.band_keys(signatures[block], band) for block in blocks])
-        pairs.append(near_duplicates.pairs(first, groups, signatures, SIMILARITY))
+        groups = np.concatenate([minhash.hash_band(signatures[block], band) for block in blocks])
+        pairs.append(near_duplicates.find_pairs(first, groups, signatures, SIMILARITY))
     index = np.zeros(len(keys), np.int64)  # into `unique`, of the documents in `first`
     index[first] = np.arange(len(first))
     # `unique` is sorted, so the smallest index of a cluster is that of its smallest key.
-    smallest = near_duplicates.clusters(index[np.concatenate(pairs)], len(first))
+    smallest = near_duplicates.find_clusters(index[np.concatenate(pairs)], len(first))
     return unique[smallest][inverse]
 
 
-def assign(keys: np.ndarray, config: FractionsConfig) -> np.ndarray:
+def assign_splits(keys: np.ndarray, config: FractionsConfig) -> np.ndarray:
     """uint8 [documents]: TRAIN, VALIDATION or TEST, a function of each key alone."""
     fraction = keys.astype(np.float64) / 2.0**64
     splits = np.full(len(keys), TRAIN, np.uint8)
@@ -54,18 +54,18 @@ def assign(keys: np.ndarray, config: FractionsConfig) -> np.ndarray:
     return splits
 
 
-def missing(splits: np.ndarray, config: FractionsConfig) -> list[int]:
+def find_missing(splits: np.ndarray, config: FractionsConfig) -> list[int]:
     """The splits that should have documents and have none."""
     required = [TRAIN, *([VALIDATION] if config.validation else []), *([TEST] if config.test else [])]
     return [split for split in required if not (splits == split).any()]
 
 
-def fill_missing(splits: np.ndarray, keys: np.ndarray, config: FractionsConfig) -> np.ndarray:
+def fill_empty(splits: np.ndarray, keys: np.ndarray, config: FractionsConfig) -> np.ndarray:
     """Give every empty split the first cluster, by key, of the training documents, while there are two or more."""
     if not (splits == TRAIN).any():
         splits = np.full_like(splits, TRAIN)
     splits = splits.copy()
-    for split in missing(splits, config):
+    for split in find_missing(splits, config):
         clusters = np.unique(keys[splits == TRAIN])
         if len(clusters) > 1:
             splits[keys == clusters[0]] = split

@@ -115,7 +115,7 @@ def scan(unit: Unit, scratch: ScratchDir, part_bytes: int | None, near_copies: b
                 sizes.append(len(record.data))
                 named_splits.append(SPLITS.index(record.split) if record.split else NONE)
                 if near_copies:
-                    signatures.append(minhash.signature(record.data))
+                    signatures.append(minhash.compute_signature(record.data))
     arrays = {
         "hashes": np.frombuffer(b"".join(hashes), ">u8").astype(np.uint64).reshape(-1, 2),
         "sizes": np.array(sizes, np.int64),

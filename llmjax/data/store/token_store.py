@@ -42,7 +42,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-def fingerprint_of(record: dict[str, Any]) -> str:
+def compute_fingerprint(record: dict[str, Any]) -> str:
     """sha256 (hex) of the canonical JSON of `record` without its own "fingerprint"."""
     fields = {name: value for name, value in record.items() if name != "fingerprint"}
     return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -145,7 +145,7 @@ def write_manifest(
         "text_bytes": sum(info["text_bytes"] for info in shards),
         "shards": shards,
     }
-    manifest["fingerprint"] = fingerprint_of(manifest)
+    manifest["fingerprint"] = compute_fingerprint(manifest)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     remove_partial(folder)
@@ -180,7 +180,7 @@ class TokenStore:
                 f"token store {self.folder}: format version {manifest.get('version')}, this llmjax reads {VERSION}; "
                 f"{_HINT}"
             )
-        if manifest.get("fingerprint") != fingerprint_of(manifest):
+        if manifest.get("fingerprint") != compute_fingerprint(manifest):
             raise UserError(f"token store {self.folder}: manifest.json is not what was written (fingerprint); {_HINT}")
         self.fingerprint: str = manifest["fingerprint"]
         self.documents: int = manifest["documents"]

@@ -118,7 +118,7 @@ class SentencePiece(Tokenizer):
             self._set_ids(settings)
             self._add_tokens(settings)
             if not settings.prefix_space:
-                self._no_prefix_model = _without_dummy_prefix(model)
+                self._no_prefix_model = _remove_dummy_prefix(model)
         self.vocab_size = max(len(ids), 1 + max(self._added, default=0))
         self._prompt_tokens = self.special_tokens | {name: i for i, name in self._added.items()}
         probe = "  a\n\n b \t\r\n "
@@ -336,7 +336,7 @@ def _byte_characters() -> dict[str, bytes]:
     return characters | {chr(256 + number): bytes([byte]) for number, byte in enumerate(others)}
 
 
-def _without_dummy_prefix(model: bytes) -> Any:
+def _remove_dummy_prefix(model: bytes) -> Any:
     """The same SentencePiece model without a space added before a text."""
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2

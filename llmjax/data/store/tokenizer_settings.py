@@ -63,12 +63,12 @@ def apply_to_json(parts: dict[str, Any], settings: TokenizerSettings) -> dict[st
     Raises UserError if text could be encoded to an id without a row.
     """
     if settings.space_marks:
-        parts = _with_space_marks(parts, settings.space_marks)
+        parts = _add_space_marks(parts, settings.space_marks)
     limit = settings.num_rows
     added = {token["id"]: token for token in [*(parts.get("added_tokens") or []), *settings.added_tokens]}
-    kept = [token for i, token in sorted(added.items()) if limit is None or i < limit]
+    remaining = [token for i, token in sorted(added.items()) if limit is None or i < limit]
     if limit is None:
-        return {**parts, "added_tokens": kept}
+        return {**parts, "added_tokens": remaining}
     dropped = {token["content"] for i, token in added.items() if i >= limit}
     model = dict(parts["model"])
     vocab = model["vocab"]
@@ -82,13 +82,13 @@ def apply_to_json(parts: dict[str, Any], settings: TokenizerSettings) -> dict[st
     if isinstance(vocab, dict):
         model["vocab"] = {piece: i for piece, i in vocab.items() if i < limit}
         if "merges" in model:
-            model["merges"] = [merge for merge in model["merges"] if _merged(merge) not in beyond]
+            model["merges"] = [merge for merge in model["merges"] if _join_merge(merge) not in beyond]
     else:
         model["vocab"] = vocab[:limit]
-    return {**parts, "model": model, "added_tokens": kept}
+    return {**parts, "model": model, "added_tokens": remaining}
 
 
-def _with_space_marks(parts: dict[str, Any], scheme: str) -> dict[str, Any]:
+def _add_space_marks(parts: dict[str, Any], scheme: str) -> dict[str, Any]:
     """The same tokenizer.json with the spaces of transformers' LlamaTokenizer, which ignores those of the file."""
     steps: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
@@ -101,5 +101,5 @@ def _with_space_marks(parts: dict[str, Any], scheme: str) -> dict[str, Any]:
     return {**parts, "normalizer": None, "pre_tokenizer": metaspace, "decoder": {"type": "Sequence", "decoders": steps}}
 
 
-def _merged(merge: Any) -> str:
+def _join_merge(merge: Any) -> str:
     return "".join(merge.split(" ") if isinstance(merge, str) else merge)

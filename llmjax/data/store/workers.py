@@ -133,7 +133,7 @@ def with_progress(
     return ordered
 
 
-def cores() -> int:
+def count_cores() -> int:
     """The number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -35,7 +35,7 @@ def found(folder, texts, *, rank=None, alive=None, stays=None, cuts=(), config=N
     folder.mkdir(exist_ok=True)
     edges = np.array([0, *cuts, len(texts)])
     units = [Measurement(folder, str(number)) for number in range(len(edges) - 1)]
-    signatures = [minhash.signature(text.encode()) for text in texts]
+    signatures = [minhash.compute_signature(text.encode()) for text in texts]
     for unit, begin, end in zip(units, edges[:-1], edges[1:], strict=True):
         unit.signatures.write_bytes(b"".join(one.tobytes() for one in signatures[begin:end]))
     content = np.frombuffer(b"".join(map(content_hash, texts)), ">u8").reshape(-1, 2).astype(np.uint64)

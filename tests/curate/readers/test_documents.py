@@ -186,13 +186,13 @@ def test_units_of_one_file_are_the_whole_and_ids_do_not_depend_on_them(tmp_path,
     one = run(path)
     assert texts(one) == [line["text"] for line in lines]
     for limit in (50, 997, 4096):
-        monkeypatch.setattr("llmjax.data.readers.sources.unit_bytes", lambda total, limit=limit: limit)
+        monkeypatch.setattr("llmjax.data.readers.sources.choose_unit_bytes", lambda total, limit=limit: limit)
         assert len(list_units("main", InputConfig(path=str(path)))) > 10
         assert run(path) == one
 
 
 def test_a_file_whose_line_ends_are_wider_than_a_byte_is_not_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr("llmjax.data.readers.sources.unit_bytes", lambda total: 1000)
+    monkeypatch.setattr("llmjax.data.readers.sources.choose_unit_bytes", lambda total: 1000)
     lines = [{"text": f"{i} \u0a00"} for i in range(500)]  # its bytes hold a line feed's
     (tmp_path / "a.jsonl").write_bytes(
         "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines).encode("utf-16")

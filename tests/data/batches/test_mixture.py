@@ -29,17 +29,17 @@ def test_drift_is_below_one_sample_at_every_block_edge(weights):
     mixed, shares = mixture(weights, block=block), np.array(weights) / sum(weights)
     for far in (0, 10**9 // block, 10**12 // block):
         for edge in range(far, far + 300):
-            counts = mixed.counts(edge * block)
+            counts = mixed.count_samples(edge * block)
             assert counts.sum() == edge * block
             # At 10**12 samples the float64 share itself is off by up to 2e-4 of a sample.
             assert np.abs(counts - edge * block * shares).max() < 1 + 1e-3
 
 
-def test_rare_sources_are_never_taken_back():
+def test_counts_of_rare_sources_never_shrink():
     """Shares below one a block, where plain largest remainders would give some block a negative count."""
     weights = [1000, 1.7, 0.9, 0.31, 0.3, 0.29, 0.003]
     mixed, shares = mixture(weights, block=64), np.array(weights) / sum(weights)
-    counts = np.stack([mixed.counts(edge * 64) for edge in range(3000)])
+    counts = np.stack([mixed.count_samples(edge * 64) for edge in range(3000)])
     assert (np.diff(counts, axis=0) >= 0).all()
     drift = np.abs(counts - counts.sum(axis=1, keepdims=True) * shares).max(axis=0)
     assert (drift[:2] < 1).all()
@@ -50,10 +50,10 @@ def test_counts_agree_with_locate():
     mixed = mixture([5, 3, 0.01], schedule=((100, (("s0", 1), ("s2", 1))), (230, (("s1", 1),))))
     source, _ = mixed.locate(np.arange(400))
     for samples in (0, 1, 99, 100, 101, 163, 230, 400):
-        np.testing.assert_array_equal(mixed.counts(samples), np.bincount(source[:samples], minlength=3))
+        np.testing.assert_array_equal(mixed.count_samples(samples), np.bincount(source[:samples], minlength=3))
 
 
-def test_samples_can_be_asked_for_in_any_order_and_batch():
+def test_samples_can_be_located_in_any_order_and_batch():
     mixed = mixture([5, 3, 2])
     order = np.random.default_rng(0).permutation(1000)
     source, ordinal = mixed.locate(np.arange(1000))
@@ -62,7 +62,7 @@ def test_samples_can_be_asked_for_in_any_order_and_batch():
     np.testing.assert_array_equal([o[0] for _, o in one], ordinal[order[:50]])
 
 
-def test_places_inside_a_block_are_stirred_by_seed_and_block():
+def test_order_inside_a_block_depends_on_seed_and_block():
     source, _ = mixture([1, 1], block=256).locate(np.arange(1024))
     blocks = source.reshape(4, 256)
     assert (blocks.sum(axis=1) == 128).all()
@@ -73,10 +73,10 @@ def test_places_inside_a_block_are_stirred_by_seed_and_block():
 
 def test_weights_default_to_the_rows():
     mixed = mixture([None, None, None], rows=[300, 100, 0])
-    np.testing.assert_array_equal(mixed.counts(1600), [1200, 400, 0])
+    np.testing.assert_array_equal(mixed.count_samples(1600), [1200, 400, 0])
 
 
-def test_a_later_segment_leaves_the_past_alone():
+def test_later_segment_does_not_change_earlier_samples():
     long = np.arange(3000)
     plain, planned = mixture([3, 1]), mixture([3, 1], schedule=((1001, (("s1", 1),)),))
     extended = mixture([3, 1], schedule=((1001, (("s1", 1),)), (2000, (("s0", 1), ("s1", 9)))))
@@ -136,11 +136,11 @@ def test_repeat_has_no_end():
         ([1, 1], {"schedule": (9,)}, r"data\.weight_schedule entry 9"),
     ],
 )
-def test_weights_that_mean_nothing_are_refused(weights, options, message):
+def test_invalid_weights_are_refused(weights, options, message):
     with pytest.raises(UserError, match=message):
         mixture(weights, **options)
 
 
 def test_a_source_of_weight_zero_may_be_empty():
     mixed = mixture([1, 0], rows=[5, 0])
-    np.testing.assert_array_equal(mixed.counts(32), [32, 0])
+    np.testing.assert_array_equal(mixed.count_samples(32), [32, 0])

@@ -11,18 +11,18 @@ from llmjax.errors import UserError
 def test_is_a_permutation_with_an_inverse(size):
     for epoch in range(3):
         order = Permutation(size, 7, "books", epoch)
-        there = order(np.arange(size))
-        np.testing.assert_array_equal(np.sort(there), np.arange(size))
-        np.testing.assert_array_equal(order.inverse(there), np.arange(size))
+        items = order(np.arange(size))
+        np.testing.assert_array_equal(np.sort(items), np.arange(size))
+        np.testing.assert_array_equal(order.inverse(items), np.arange(size))
 
 
 @pytest.mark.parametrize("size", [(1 << 32) + 15, (1 << 40) - 87, 1 << 62])
 def test_is_one_to_one_beyond_32_bits(size):
     order = Permutation(size, 0)
     index = np.concatenate([np.arange(500), np.arange(size - 500, size), np.arange(0, size, size // 500)])
-    there = order(index)
-    assert there.min() >= 0 and there.max() < size
-    np.testing.assert_array_equal(order.inverse(there), index)
+    items = order(index)
+    assert items.min() >= 0 and items.max() < size
+    np.testing.assert_array_equal(order.inverse(items), index)
 
 
 def test_every_part_of_the_key_changes_the_order():
@@ -32,7 +32,7 @@ def test_every_part_of_the_key_changes_the_order():
             assert (one == other).sum() < 12  # equal places of two random orders: Poisson of mean 1
 
 
-def test_the_order_is_the_same_for_ever():
+def test_order_never_changes_between_versions():
     # Frozen values: a checkpoint of today must go on with the same samples under every later version.
     np.testing.assert_array_equal(Permutation(10, 0, "main", 0)(np.arange(10)), [7, 8, 1, 3, 2, 6, 0, 5, 9, 4])
 
@@ -44,12 +44,12 @@ def test_looks_random():
         counts[np.arange(size), Permutation(size, trial)(np.arange(size))] += 1
     chi2 = ((counts - trials / size) ** 2 / (trials / size)).sum()
     assert chi2 < 60  # 25 degrees of freedom: mean 25, standard deviation 7; a fair order passes 60 once in 10,000
-    there = Permutation(50_000, 3)(np.arange(50_000)).astype(float)
-    assert abs(np.corrcoef(there[:-1], there[1:])[0, 1]) < 0.02  # neighbours: standard deviation 0.0045
-    assert abs(np.corrcoef(there, np.arange(50_000))[0, 1]) < 0.02
+    items = Permutation(50_000, 3)(np.arange(50_000)).astype(float)
+    assert abs(np.corrcoef(items[:-1], items[1:])[0, 1]) < 0.02  # neighbours: standard deviation 0.0045
+    assert abs(np.corrcoef(items, np.arange(50_000))[0, 1]) < 0.02
 
 
-def test_refuses_what_it_cannot_order():
+def test_invalid_sizes_and_indices_are_refused():
     for size in (0, (1 << 62) + 1):
         with pytest.raises(ValueError, match="items"):
             Permutation(size)
@@ -66,10 +66,10 @@ def test_skips_leave_exactly_the_other_samples(spans):
     skips = Skips(spans)
     np.testing.assert_array_equal(skips.sample(np.arange(len(stay))), stay)
     for sample in range(60):
-        assert skips.kept_before(sample) == sum(other < sample for other in stay)
+        assert skips.count_unskipped(sample) == sum(other < sample for other in stay)
 
 
 @pytest.mark.parametrize("span", [(3, 3), (5, 2), (-1, 4), (1.5, 2), (1, 2, 3), 7])
-def test_spans_that_mean_nothing_are_refused(span):
+def test_invalid_spans_are_refused(span):
     with pytest.raises(UserError, match=r"data\.skip"):
         Skips((span,))

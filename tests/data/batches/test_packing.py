@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llmjax.data.batches import packing
-from llmjax.data.batches.packing import ALGORITHMS, best_fit, cut, fill, open_packing
+from llmjax.data.batches.packing import ALGORITHMS, best_fit, cut_documents, fill_rows, open_packing
 from llmjax.data.store.token_store import TokenStore
 from llmjax.errors import UserError
 from tests.data.stores import BOS, EOS, random_documents, write_store
@@ -20,7 +20,7 @@ SEQ_LEN = 16
 
 def all_rows(store, tmp_path, algorithm, seq_len=SEQ_LEN):
     plan = open_packing(store, seq_len, algorithm, tmp_path / "plans")
-    return fill(store, plan.chunks(np.arange(plan.rows)), plan.rows, seq_len)
+    return fill_rows(store, plan.chunks(np.arange(plan.rows)), plan.rows, seq_len)
 
 
 def unpack(rows):
@@ -32,9 +32,9 @@ def unpack(rows):
         used = int((segments > 0).sum())
         assert (segments[used:] == 0).all() and (np.diff(segments[:used]) >= 0).all()
         for segment in range(1, int(segments.max(initial=0)) + 1):
-            (place,) = np.nonzero(segments == segment)
-            np.testing.assert_array_equal(positions[place], np.arange(place.size))
-            pieces.append((tokens[place], before[place]))
+            (columns,) = np.nonzero(segments == segment)
+            np.testing.assert_array_equal(positions[columns], np.arange(columns.size))
+            pieces.append((tokens[columns], before[columns]))
         for padded in (tokens, before, positions):
             assert (padded[used:] == 0).all()
     return pieces
@@ -43,7 +43,7 @@ def unpack(rows):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("bos_id", [BOS, None])
 @pytest.mark.parametrize("shards", [1, 3])
-def test_documents_come_back_exactly(tmp_path, algorithm, bos_id, shards):
+def test_documents_round_trip_exactly(tmp_path, algorithm, bos_id, shards):
     documents = random_documents(0, 120, 3 * SEQ_LEN)
     store = write_store(tmp_path / "s", documents, shards=shards, bos_id=bos_id)
     pieces = unpack(all_rows(store, tmp_path, algorithm))
@@ -73,13 +73,13 @@ def test_other_documents_do_not_move(tmp_path, algorithm):
     two = all_rows(write_store(tmp_path / "b", changed), tmp_path, algorithm)
     np.testing.assert_array_equal(one.segments, two.segments)
     np.testing.assert_array_equal(one.positions, two.positions)
-    touched = {(row, segment) for row, segment in zip(*_places(one, two, "targets"), strict=True)}
-    leaked = {(row, segment) for row, segment in zip(*_places(one, two, "inputs"), strict=True)}
+    touched = {(row, segment) for row, segment in zip(*_differences(one, two, "targets"), strict=True)}
+    leaked = {(row, segment) for row, segment in zip(*_differences(one, two, "inputs"), strict=True)}
     assert touched and leaked <= touched
     assert len(touched) <= len(documents[17]) // SEQ_LEN + 2
 
 
-def _places(one, two, field):
+def _differences(one, two, field):
     row, column = np.nonzero(getattr(one, field) != getattr(two, field))
     return row.tolist(), one.segments[row, column].tolist()
 
@@ -100,7 +100,7 @@ def test_best_fit_is_best_fit_decreasing():
         lengths = np.minimum(rng.geometric(0.1, 200), seq_len)
         room: list[int] = []
         for length in sorted(lengths.tolist(), reverse=True):
-            fits = [(left, row) for row, left in enumerate(room) if left >= length]
+            fits = [(free, row) for row, free in enumerate(room) if free >= length]
             if fits:
                 room[min(fits)[1]] -= length
             else:
@@ -111,7 +111,7 @@ def test_best_fit_is_best_fit_decreasing():
 
 
 def test_cut_keeps_order_and_tokens():
-    start, length, continued = cut(np.array([0, 5, 15]), np.array([5, 10, 2]), 4)
+    start, length, continued = cut_documents(np.array([0, 5, 15]), np.array([5, 10, 2]), 4)
     assert start.tolist() == [0, 4, 5, 9, 13, 15]
     assert length.tolist() == [4, 1, 4, 4, 2, 2]
     assert continued.tolist() == [False, True, False, True, True, False]
@@ -126,12 +126,12 @@ def test_density_on_real_text(shared_data):
         for line in gzip.decompress((shared_data / f"{name}.jsonl.gz").read_bytes()).splitlines():
             lengths.append(1 + max(len(value) for value in json.loads(line).values() if isinstance(value, str)) // 4)
     lengths = np.array(lengths)
-    _, chunks, _ = cut(np.cumsum(lengths) - lengths, lengths, 2048)
+    _, chunks, _ = cut_documents(np.cumsum(lengths) - lengths, lengths, 2048)
     _, rows = best_fit(chunks, 2048)
     assert chunks.sum() / (rows * 2048) >= 0.999
 
 
-def test_plan_is_made_once_and_repeatable(tmp_path, monkeypatch):
+def test_plan_is_computed_once_and_reproducible(tmp_path, monkeypatch):
     store = write_store(tmp_path / "s", random_documents(4, 50, 40), shards=2)
     for plans in (tmp_path / "one", tmp_path / "two"):
         open_packing(store, SEQ_LEN, "best_fit", plans)
@@ -147,7 +147,7 @@ def test_a_large_store_is_planned_in_parts(tmp_path, monkeypatch):
     store = write_store(tmp_path / "s", documents, shards=6)
     monkeypatch.setattr(packing, "_PART_TOKENS", store.tokens // 3)
     assert sorted(len(tokens) for tokens, _ in unpack(all_rows(store, tmp_path, "best_fit"))) == sorted(
-        cut(store.starts(), store.lengths(), SEQ_LEN)[1].tolist()
+        cut_documents(store.starts(), store.lengths(), SEQ_LEN)[1].tolist()
     )
 
 
@@ -164,7 +164,7 @@ def test_processes_may_plan_at_once(tmp_path):
     assert len(list((tmp_path / "plans").iterdir())) == 1
 
 
-def test_a_lost_race_takes_the_winners_plan(tmp_path):
+def test_second_process_uses_the_plan_of_the_first(tmp_path):
     store = write_store(tmp_path / "s", random_documents(6, 50, 40))
     open_packing(store, SEQ_LEN, "best_fit", tmp_path / "plans")
     (folder,) = (tmp_path / "plans").iterdir()

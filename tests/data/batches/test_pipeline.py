@@ -10,7 +10,7 @@ import pytest
 
 from llmjax.data.batches.pipeline import DataState, EvalData, TrainData
 from llmjax.data.config import DataConfig, SourceConfig
-from llmjax.data.objectives.objective import causal_objective
+from llmjax.data.objectives.objective import make_causal_objective
 from llmjax.errors import UserError
 from tests.data.stores import BOS, EOS, random_documents, write_store
 
@@ -33,21 +33,21 @@ def settings(sources=None, **fields) -> DataConfig:
 
 
 def train(folder, sources=None, *, seed=0, global_batch=BATCH, **fields) -> TrainData:
-    objective = causal_objective(SEQ_LEN)
+    objective = make_causal_objective(SEQ_LEN)
     return TrainData(folder, settings(sources, **fields), seed=seed, global_batch=global_batch, objective=objective)
 
 
 def evaluation(folder, source, *, batch, **fields) -> EvalData:
-    objective = causal_objective(SEQ_LEN)
+    objective = make_causal_objective(SEQ_LEN)
     return EvalData(folder, settings(**fields), split="validation", source=source, batch=batch, objective=objective)
 
 
 def take(data, number, state=None, rows=None):
     rows = np.arange(data._global_batch) if rows is None else rows
     stream = data.batches(state or data.start(), rows)
-    taken = list(itertools.islice(stream, number))
+    batches = list(itertools.islice(stream, number))
     stream.close()
-    return taken
+    return batches
 
 
 def samples(batch):
@@ -67,38 +67,38 @@ def assert_same(one, other):
 
 
 @pytest.mark.parametrize("packing", ["best_fit", "concat"])
-def test_prefetch_changes_nothing(folder, packing):
+def test_batches_do_not_depend_on_prefetch(folder, packing):
     plain = take(train(folder, packing=packing, prefetch=0), 30)
     for prefetch in (1, 2, 7):
         assert_same(plain, take(train(folder, packing=packing, prefetch=prefetch), 30))
 
 
 @pytest.mark.parametrize("hosts", [[[0, 1, 2], [3, 4, 5]], [[0], [1, 2], [3], [4, 5]], [[5, 0, 3], [4, 1], [2]]])
-def test_hosts_change_nothing(folder, hosts):
-    whole = take(train(folder), 20)
+def test_batches_do_not_depend_on_hosts(folder, hosts):
+    full = take(train(folder), 20)
     for rows in hosts:
         part = take(train(folder), 20, rows=np.array(rows))
-        for (batch, state), (local, local_state) in zip(whole, part, strict=True):
+        for (batch, state), (local, local_state) in zip(full, part, strict=True):
             assert state == local_state
             for name, value in fields(batch).items():
                 np.testing.assert_array_equal(value[rows], getattr(local, name), err_msg=name)
 
 
-def test_resuming_goes_on_bit_for_bit(folder):
-    whole = take(train(folder), 25)
-    state = DataState.from_json(json.loads(json.dumps(whole[9][1].to_json())))
-    assert_same(whole[10:], take(train(folder), 15, state))
+def test_resuming_is_bitwise_exact(folder):
+    full = take(train(folder), 25)
+    state = DataState.from_json(json.loads(json.dumps(full[9][1].to_json())))
+    assert_same(full[10:], take(train(folder), 15, state))
 
 
-def test_global_batch_may_change_on_the_way(folder):
-    whole = np.concatenate([batch.targets for batch, _ in take(train(folder), 10)])
+def test_global_batch_may_change_during_a_run(folder):
+    full = np.concatenate([batch.targets for batch, _ in take(train(folder), 10)])
     _, state = take(train(folder), 5)[-1]
     more = take(train(folder, global_batch=10), 3, state)
-    np.testing.assert_array_equal(np.concatenate([batch.targets for batch, _ in more]), whole[30:60])
+    np.testing.assert_array_equal(np.concatenate([batch.targets for batch, _ in more]), full[30:60])
     assert more[-1][1].next_sample == 60 and more[-1][1].global_batch == 10
 
 
-def test_state_is_small_and_points_behind_its_batch(folder):
+def test_state_is_small_and_points_after_its_batch(folder):
     for number, (batch, state) in enumerate(take(train(folder), 5)):
         np.testing.assert_array_equal(samples(batch), np.arange(number * BATCH, (number + 1) * BATCH))
         assert state.next_sample == (number + 1) * BATCH
@@ -140,20 +140,20 @@ def test_order_of_the_named_entries_does_not_matter(folder):
 class TestSkip:
     """Spans are left out, and all else stays: the samples, their order and their indices."""
 
-    def test_the_other_samples_come_as_ever(self, folder):
-        whole = np.concatenate([batch.targets for batch, _ in take(train(folder), 20)])
+    def test_other_samples_are_unchanged(self, folder):
+        full = np.concatenate([batch.targets for batch, _ in take(train(folder), 20)])
         skipped = take(train(folder, skip=((12, 18), (31, 40))), 12)
         index = np.concatenate([samples(batch) for batch, _ in skipped])
         assert index.tolist() == [i for i in range(87) if not (12 <= i < 18 or 31 <= i < 40)]
-        np.testing.assert_array_equal(np.concatenate([batch.targets for batch, _ in skipped]), whole[index])
+        np.testing.assert_array_equal(np.concatenate([batch.targets for batch, _ in skipped]), full[index])
 
-    def test_leaving_out_a_batch_meets_the_plain_run_again(self, folder):
+    def test_skipped_batch_is_followed_by_the_batches_of_the_plain_run(self, folder):
         """A run that skipped batch 3 stands, one batch earlier, where the plain run stands: same batch, same state."""
         plain = take(train(folder), 12)
         skipped = take(train(folder, skip=((3 * BATCH, 4 * BATCH),)), 11)
         assert_same(plain[:3] + plain[4:], skipped)
 
-    def test_may_change_on_resume(self, folder):
+    def test_prefetch_and_later_weights_may_change_on_resume(self, folder):
         _, state = take(train(folder), 4)[-1]
         data = train(folder, skip=((0, 3), (24, 30)))
         data.check(state)
@@ -174,7 +174,7 @@ class TestCheck:
             ({"at_source_end": "redistribute"}, "the mixture"),
         ],
     )
-    def test_what_changed_is_named(self, folder, change, message):
+    def test_error_names_the_change(self, folder, change, message):
         _, state = take(train(folder), 4)[-1]
         data = train(folder, **change)
         for use in (data.check, lambda state: data.batches(state, np.arange(2))):
@@ -189,7 +189,7 @@ class TestCheck:
             ("seq_len", 8, r"data\.seq_len.*16 then, 8 now"),
         ):
             changed = dataclasses.replace(config, **{name: value})
-            objective = causal_objective(changed.seq_len)
+            objective = make_causal_objective(changed.seq_len)
             data = TrainData(folder, changed, seed=0, global_batch=2, objective=objective)
             with pytest.raises(UserError, match=message):
                 data.check(state)
@@ -200,7 +200,7 @@ class TestCheck:
         with pytest.raises(UserError, match="training texts or tokenizer"):
             train(tmp_path).check(train(folder).start())
 
-    def test_what_does_not_touch_the_past_may_change(self, folder):
+    def test_settings_of_future_samples_may_change(self, folder):
         _, state = take(train(folder), 4)[-1]
         later = ((24, (("code", 1),)),)
         train(folder, weight_schedule=later, global_batch=12, prefetch=0, skip=((1, 5),)).check(state)
@@ -221,18 +221,18 @@ class TestEnds:
             assert batch.targets.shape == (5, SEQ_LEN)
             assert (batch.targets == batch.targets[0]).all()
 
-    def test_redistribute_ends_with_whole_batches_and_says_so(self, folder):
+    def test_redistribute_ends_with_complete_batches_and_an_error(self, folder):
         data = train(folder, at_source_end="redistribute")
         total = sum(source.rows for source in data._sources)
         assert data.remaining(data.start()) == total // BATCH
-        stream, seen = data.batches(data.start(), np.arange(BATCH)), 0
+        stream, num_samples = data.batches(data.start(), np.arange(BATCH)), 0
         with pytest.raises(UserError, match=rf"training data end after {total} samples.*train\.steps"):
             for batch, state in stream:
-                seen += len(batch.targets)
-                assert data.remaining(state) == (total - seen) // BATCH
-        assert seen == total // BATCH * BATCH
+                num_samples += len(batch.targets)
+                assert data.remaining(state) == (total - num_samples) // BATCH
+        assert num_samples == total // BATCH * BATCH
 
-    def test_repeat_goes_on(self, folder):
+    def test_repeat_continues_with_the_next_epoch(self, folder):
         data = train(folder)
         assert data.remaining(data.start()) is None
         far = data.at(10**9)
@@ -252,13 +252,13 @@ class TestEnds:
             ({"packing": "none"}, r"data\.packing='none'"),
         ],
     )
-    def test_settings_that_mean_nothing_are_refused(self, folder, change, message):
+    def test_invalid_settings_are_refused(self, folder, change, message):
         with pytest.raises(UserError, match=message):
             train(folder, **change)
 
     def test_no_sources(self, folder):
         with pytest.raises(UserError, match=r"data\.sources is empty"):
-            TrainData(folder, DataConfig(), seed=0, global_batch=1, objective=causal_objective(SEQ_LEN))
+            TrainData(folder, DataConfig(), seed=0, global_batch=1, objective=make_causal_objective(SEQ_LEN))
 
 
 def test_damage_reaches_the_loop_as_a_user_error_through_the_thread(folder, tmp_path):
@@ -303,11 +303,11 @@ class TestEval:
         padded = batches[-1].segments[(data.rows - 1) % batch + 1 :]
         assert not padded.any() and not batches[-1].weights[(data.rows - 1) % batch + 1 :].any()
 
-    def test_hosts_change_nothing(self, folder):
+    def test_batches_do_not_depend_on_hosts(self, folder):
         data = evaluation(folder, "code", batch=8)
-        whole = list(data.batches(np.arange(8)))
+        full = list(data.batches(np.arange(8)))
         for rows in (np.arange(3), np.arange(3, 8)):
-            for batch, local in zip(whole, data.batches(rows), strict=True):
+            for batch, local in zip(full, data.batches(rows), strict=True):
                 for name, value in fields(batch).items():
                     np.testing.assert_array_equal(value[rows], getattr(local, name), err_msg=name)
 

@@ -76,6 +76,6 @@ def write_folder(folder):
     return folder
 
 
-def assert_share(found: np.ndarray, share: float) -> None:
+def assert_share(selected: np.ndarray, share: float) -> None:
     """The mean of booleans is `share` within five standard deviations."""
-    assert found.mean() == pytest.approx(share, abs=5 * math.sqrt(share * (1 - share) / found.size) + 1e-12)
+    assert selected.mean() == pytest.approx(share, abs=5 * math.sqrt(share * (1 - share) / selected.size) + 1e-12)

@@ -6,11 +6,11 @@ import math
 import numpy as np
 import pytest
 
-from llmjax.data.batches.packing import Rows, fill, open_packing
+from llmjax.data.batches.packing import Rows, fill_rows, open_packing
 from llmjax.data.batches.pipeline import EvalData, TrainData
 from llmjax.data.batches.rng import CounterRng
 from llmjax.data.config import DataConfig, SourceConfig
-from llmjax.data.objectives.objective import causal
+from llmjax.data.objectives.objective import build_causal_batch
 from llmjax.errors import UserError
 from tests.data.objectives.masks import (
     BYTES,
@@ -39,7 +39,7 @@ class TestCausal:
     def test_first_tokens_and_ends_are_targets_and_padding_is_not(self, tmp_path):
         store = write_store(tmp_path / "s", [np.array([10, 11, STORE_EOS]), np.array([20, STORE_EOS])])
         plan = open_packing(store, 8, "best_fit", tmp_path / "plans")
-        batch = causal(fill(store, plan.chunks(np.arange(1)), 1, 8), np.array([(5 << 32) + 7]))
+        batch = build_causal_batch(fill_rows(store, plan.chunks(np.arange(1)), 1, 8), np.array([(5 << 32) + 7]))
         np.testing.assert_array_equal(batch.inputs, [[BOS, 10, 11, BOS, 20, 0, 0, 0]])
         np.testing.assert_array_equal(batch.targets, [[10, 11, STORE_EOS, 20, STORE_EOS, 0, 0, 0]])
         np.testing.assert_array_equal(batch.weights, [[1, 1, 1, 1, 1, 0, 0, 0]])
@@ -47,18 +47,18 @@ class TestCausal:
         np.testing.assert_array_equal(batch.positions, [[0, 1, 2, 0, 1, 0, 0, 0]])
         np.testing.assert_array_equal(batch.sample, [[5, 7]])
 
-    def test_a_continued_document_is_foretold_from_its_own_past(self, tmp_path):
+    def test_continued_document_is_predicted_from_its_own_past(self, tmp_path):
         store = write_store(tmp_path / "s", [np.array([10, 11, 12, 13, 14, STORE_EOS])])
         for algorithm in ("best_fit", "concat"):
             plan = open_packing(store, 4, algorithm, tmp_path / "plans")
-            batch = causal(fill(store, plan.chunks(np.arange(2)), 2, 4), np.arange(2))
+            batch = build_causal_batch(fill_rows(store, plan.chunks(np.arange(2)), 2, 4), np.arange(2))
             np.testing.assert_array_equal(batch.inputs, [[BOS, 10, 11, 12], [13, 14, 0, 0]])
             np.testing.assert_array_equal(batch.positions, [[0, 1, 2, 3], [0, 1, 0, 0]])
             assert batch.weights.sum() == 6
 
 
 @pytest.mark.parametrize(("case", "trained"), [("source prefix", [BYTES.bos_id, 65, 66]), ("span", [65, 66, 259])])
-def test_a_prompt_is_what_training_shows_or_plain_text(case, trained):
+def test_prompt_has_the_form_of_training_or_is_plain_text(case, trained):
     """A source that begins, a source with a gap at its end; plain, both are the text and EOS."""
     text = np.array([65, 66], np.int32)
     assert make(case).prompt(text).tolist() == trained
@@ -108,7 +108,7 @@ class TestEveryObjective:
                     np.testing.assert_array_equal(value[chosen], getattr(part, name), err_msg=name)
 
     @pytest.mark.parametrize("case", [case for case in CASES if case != "causal"])
-    def test_other_seeds_and_samples_draw_otherwise(self, folder, case):
+    def test_draws_depend_on_seed_and_sample(self, folder, case):
         objective, rows, batch = build_case(folder, case)
         _, samples = rows_of(folder, objective)
         for other in (
@@ -128,17 +128,17 @@ class TestEveryObjective:
         assert batch.targets.shape == (len(samples), objective.target_len)
 
     @pytest.mark.parametrize("case", CASES)
-    def test_hosts_and_prefetch_change_nothing(self, folder, case):
+    def test_batches_do_not_depend_on_hosts_and_prefetch(self, folder, case):
         objective = make(case)
         config = DataConfig(
             sources={"books": SourceConfig(weight=0.7), "code": SourceConfig(weight=0.3)}, seq_len=SEQ_LEN, prefetch=0
         )
         open_data = lambda config: TrainData(folder, config, seed=1, global_batch=6, objective=objective)
         take = lambda data, rows: [next(stream)[0] for stream in [data.batches(data.start(), rows)] for _ in range(6)]
-        whole = take(open_data(config), np.arange(6))
+        full = take(open_data(config), np.arange(6))
         for rows, ahead in ((np.array([5, 0, 3]), 3), (np.arange(6), 2)):
             data = open_data(dataclasses.replace(config, prefetch=ahead))
-            for batch, local in zip(whole, take(data, rows), strict=True):
+            for batch, local in zip(full, take(data, rows), strict=True):
                 for name, value in vars(batch).items():
                     if value is not None:
                         np.testing.assert_array_equal(value[rows], getattr(local, name), err_msg=name)
@@ -148,18 +148,18 @@ class TestEveryObjective:
     def test_evaluation_repeats_itself(self, folder, case):
         """The same places at every evaluation, by any batch size, and none of the padding."""
         objective, config = make(case), DataConfig(seq_len=SEQ_LEN)
-        found = []
+        evaluations = []
         for batch in (4, 7):
             data = EvalData(folder, config, split="validation", source="code", batch=batch, objective=objective)
             batches = list(data.batches(np.arange(batch)))
             for name in ("inputs", "targets", "weights", "segments"):
                 rows = np.concatenate([getattr(b, name) for b in batches])
                 assert not rows[data.rows :].any()
-                found.append(rows[: data.rows])
-        for one, other in zip(found[:4], found[4:], strict=True):
+                evaluations.append(rows[: data.rows])
+        for one, other in zip(evaluations[:4], evaluations[4:], strict=True):
             np.testing.assert_array_equal(one, other)
 
-    def test_a_change_on_resume_is_named(self, folder):
+    def test_error_names_the_change_on_resume(self, folder):
         config = DataConfig(sources={"books": SourceConfig()}, seq_len=SEQ_LEN)
         open_data = lambda case, **f: TrainData(folder, config, seed=1, global_batch=6, objective=make(case, **f))
         state = open_data("causal").start()
@@ -178,7 +178,7 @@ class TestPrefix:
         _, rows, batch = build_case(folder, "prefix")
         np.testing.assert_array_equal(batch.inputs, rows.inputs)
         np.testing.assert_array_equal(batch.targets, rows.targets)
-        lengths, given = [], []
+        lengths, shares = [], []
         for marks, weights in zip(
             segments_of(batch.prefix, batch.segments), segments_of(batch.weights, batch.segments), strict=True
         ):
@@ -187,9 +187,9 @@ class TestPrefix:
             # The last place of the prefix is the first that is scored: nothing shows its target.
             assert weights == [0] * (size - 1) + [1] * (len(marks) - size + 1)
             lengths.append(len(marks))
-            given.append((size - 0.5) / len(marks))
+            shares.append((size - 0.5) / len(marks))
         assert not batch.prefix[batch.segments == 0].any()
-        assert np.mean(given) == pytest.approx(0.5, abs=5 / math.sqrt(12 * len(given)))
+        assert np.mean(shares) == pytest.approx(0.5, abs=5 / math.sqrt(12 * len(shares)))
 
     @pytest.mark.parametrize("case", ["source prefix", "short source prefix"])
     def test_source_and_target_are_the_text(self, folder, case):
@@ -212,7 +212,7 @@ class TestMasked:
     """15% hidden, of these 80% masks, 10% others, 10% as they were."""
 
     @pytest.mark.parametrize(("rate", "words"), [(0.15, False), (0.4, False), (0.15, True)])
-    def test_what_is_hidden(self, folder, rate, words):
+    def test_share_of_masked_tokens(self, folder, rate, words):
         objective, rows, batch = build_case(folder, "masked", rate=rate, whole_words=words)
         (mask,) = objective.vocabulary.ids
         assert (mask, objective.min_vocab_size, objective.vocabulary.names[mask]) == (259, 260, "[MASK]")
@@ -228,7 +228,7 @@ class TestMasked:
         assert noise.max() < 256 and len(np.unique(noise)) > 60
         assert_share(batch.inputs[hidden] == batch.targets[hidden], 0.1 + 0.1 / 256)
 
-    def test_every_token_but_the_ends_can_be_hidden_once(self, folder):
+    def test_every_inner_token_can_be_corrupted(self, folder):
         """Each chunk begins with the token before it, so no token of a cut document is left out or seen twice."""
         _, rows, batch = build_case(folder, "masked")
         text = (rows.segments > 0) & ~((rows.positions == 0) & (rows.inputs == BYTES.bos_id))
@@ -241,9 +241,9 @@ class TestMasked:
         store = write_store(folder / "words" / "train", docs, bos_id=BYTES.bos_id, vocab_size=259)
         objective = make("masked", 200, whole_words=True)
         plan = open_packing(store, 200, "best_fit", folder / "plans")
-        rows = fill(store, plan.chunks(np.arange(plan.rows)), plan.rows, 200)
+        rows = fill_rows(store, plan.chunks(np.arange(plan.rows)), plan.rows, 200)
         batch = objective.build_batch(rows, np.arange(plan.rows), CounterRng(1))
-        seen = set()
+        mask_pairs = set()
         for ids, weights in zip(
             segments_of(batch.targets, batch.segments), segments_of(batch.weights, batch.segments), strict=True
         ):
@@ -252,6 +252,6 @@ class TestMasked:
                 if joins[i] and joins[i - 1]:
                     assert weights[i] == weights[i - 1]
                 else:
-                    seen.add((weights[i - 1], weights[i]))
-        assert len(seen) == 4
+                    mask_pairs.add((weights[i - 1], weights[i]))
+        assert len(mask_pairs) == 4
         assert_share(batch.weights[batch.targets == ord(" ")] > 0, 0.15)

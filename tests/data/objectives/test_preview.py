@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llmjax.cli import main
-from llmjax.data.batches.packing import fill, open_packing
+from llmjax.data.batches.packing import fill_rows, open_packing
 from llmjax.data.batches.rng import CounterRng
 from llmjax.data.config import ObjectiveConfig
 from llmjax.data.objectives import preview
@@ -100,9 +100,9 @@ def test_a_tiny_store(tmp_path, name):
     start = -1 if name in ("span", "ul2") else None
     objective = open_objective(config, tokenizer, seq_len=40, start_id=start)
     plan = open_packing(store, 40, "best_fit", tmp_path / "plans", objective.row_budget)
-    rows = fill(store, plan.chunks(np.arange(1)), 1, objective.row_budget.capacity)
+    rows = fill_rows(store, plan.chunks(np.arange(1)), 1, objective.row_budget.capacity)
     batch = objective.build_batch(rows, np.array([5]), CounterRng(1))
-    assert "\n".join(preview.lines(batch, objective, tokenizer, width=90)) + "\n" == GOLDEN[name]
+    assert "\n".join(preview.format_batch(batch, objective, tokenizer, width=90)) + "\n" == GOLDEN[name]
 
 
 def test_prepare_prints_the_first_samples(tmp_path, capsys):
@@ -122,6 +122,6 @@ def test_prepare_prints_the_first_samples(tmp_path, capsys):
     assert len(plans) == 1  # for the objective alone
 
 
-def test_wide_characters_keep_the_columns_apart():
+def test_wide_characters_are_aligned():
     lines = list(preview._align({"inputs": ["\u4e2d\u6587", "a"], "targets": ["b", "c"]}, 100))
     assert lines == ["    inputs   \u4e2d\u6587 a", "    targets  b    c"]

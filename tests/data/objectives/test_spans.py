@@ -31,7 +31,7 @@ class TestInfill:
     """Rearranging gives the text back."""
 
     @pytest.mark.parametrize("rate", [0.5, 1.0])
-    def test_nothing_is_lost(self, folder, rate):
+    def test_every_token_is_kept(self, folder, rate):
         objective, rows, batch = build_case(folder, "fim", fim_rate=rate)
         first, middle, last = objective.vocabulary.ids
         assert [objective.vocabulary.names[i] for i in (first, middle, last)] == [
@@ -71,11 +71,11 @@ class TestSpans:
     """Interleaving source and target gives the text back."""
 
     @pytest.mark.parametrize("case", ["span", "long spans", "ul2"])
-    def test_nothing_is_lost(self, folder, case):
+    def test_every_token_is_kept(self, folder, case):
         objective, rows, batch = build_case(folder, case)
         ids = objective.vocabulary.ids
         sentinels = [i for i in ids if objective.vocabulary.names[i].startswith("<extra_id_")]
-        modes, hidden, total, seen = ids[len(sentinels) :], 0, 0, []
+        modes, hidden, total, drawn_modes = ids[len(sentinels) :], 0, 0, []
         for source, target, inputs, tokens in zip(
             segments_of(batch.source, batch.source_segments),
             segments_of(batch.targets, batch.segments),
@@ -86,7 +86,7 @@ class TestSpans:
             assert inputs == [BYTES.bos_id, *target[:-1]]
             if modes:
                 mode, *source = source
-                seen.append(objective.vocabulary.names[mode])
+                drawn_modes.append(objective.vocabulary.names[mode])
             *target, end = target
             assert end == EOS
             parts: dict[int, list[int]] = {}
@@ -99,47 +99,47 @@ class TestSpans:
             assert list(parts) == sentinels[: len(parts)] == [token for token in source if token in sentinels]
             assert all(parts.values())
             assert [t for token in source for t in parts.get(token, [token])] == tokens
-            if modes and seen[-1] == "[S]":
+            if modes and drawn_modes[-1] == "[S]":
                 assert len(parts) == 1 and source[-1] == sentinels[0]
             hidden, total = hidden + sum(map(len, parts.values())), total + len(tokens)
         if case != "ul2":
             rate = 0.15 if case == "span" else 0.5
             assert hidden / total == pytest.approx(rate, abs=0.03)  # at least one token of the shortest chunks
         else:
-            assert_share(np.array(seen) == "[R]", 2 / 7)
-            assert_share(np.array(seen) == "[S]", 1 / 7)
+            assert_share(np.array(drawn_modes) == "[R]", 2 / 7)
+            assert_share(np.array(drawn_modes) == "[S]", 1 / 7)
 
-    def test_every_place_can_be_hidden(self):
+    def test_every_position_can_be_masked(self):
         """Over many samples the places of a chunk are hidden alike, but for the few next to its ends."""
         objective, size = make("span"), 40
         count, tokens = 4000, np.arange(65, 65 + size, dtype=np.int32)
         ones = np.ones((count, size), np.int32)
         rows = Rows(targets=ones * tokens, inputs=ones, segments=ones, positions=ones * np.arange(size, dtype=np.int32))
         batch = objective.build_batch(rows, np.arange(count), CounterRng(2))
-        kept = np.bincount(batch.source.ravel(), minlength=128)[65 : 65 + size] / count
-        assert 1 - kept.mean() == pytest.approx(6 / size)
-        assert (abs(1 - kept[3:-3] - 0.16) < 0.03).all() and (1 - kept > 0.04).all()
+        intact = np.bincount(batch.source.ravel(), minlength=128)[65 : 65 + size] / count
+        assert 1 - intact.mean() == pytest.approx(6 / size)
+        assert (abs(1 - intact[3:-3] - 0.16) < 0.03).all() and (1 - intact > 0.04).all()
 
     def test_sentinels_are_at_most_a_hundred(self):
         denoiser = spans.Denoiser(rate=0.5, mean_span=1.0)
-        noise, count = denoiser.counts(np.arange(1, 5000))
+        noise, count = denoiser.count_spans(np.arange(1, 5000))
         assert count.max() == 100 and noise[-1] == 2500 and (count >= 1).all() and (count <= noise).all()
 
     @pytest.mark.parametrize("rate", [0.01, 0.15, 0.5, 0.9])
     @pytest.mark.parametrize("mean", [1.0, 3.0, 64.0])
     @pytest.mark.parametrize("seq_len", [4, 31, 512])
-    def test_solved_lengths_hold_on_both_sides(self, rate, mean, seq_len):
+    def test_planned_lengths_fit_source_and_target(self, rate, mean, seq_len):
         one = spans.Denoiser(rate=rate, mean_span=mean)
         span_lengths = spans.plan_lengths("span", [one], seq_len=seq_len, target_len=0, modes=False)
         lengths = np.arange(1, span_lengths.row_budget.longest + 1)
-        noise, count = one.counts(lengths)
+        noise, count = one.count_spans(lengths)
         costs = span_lengths.row_budget.cost(lengths)
         assert (lengths - noise + count <= costs).all() and (costs <= seq_len).all()
         assert ((noise + count + 1) * seq_len <= costs * span_lengths.target_len).all()
         assert span_lengths.target_len % 8 == 0 and span_lengths.sentinels == count.max()
         assert span_lengths.row_budget.capacity >= span_lengths.row_budget.longest
 
-    def test_a_given_target_length_is_kept(self, folder):
+    def test_explicit_target_length_is_used(self, folder):
         objective = make("span", target_len=17)
         rows, samples = rows_of(folder, objective)
         assert objective.build_batch(rows, samples, CounterRng(0)).targets.shape[1] == objective.target_len == 17

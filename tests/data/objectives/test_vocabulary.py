@@ -15,7 +15,7 @@ from tests.data.objectives.masks import SEQ_LEN, make
 class TestVocabulary:
     """Ids that stand for no text."""
 
-    def test_the_models_vocabulary_covers_what_is_added(self):
+    def test_model_vocabulary_covers_added_tokens(self):
         for case, added in {"causal": 0, "prefix": 0, "masked": 1, "fim": 3, "span": 5, "ul2": 21}.items():
             objective = make(case)
             assert objective.min_vocab_size == 259 + added, case
@@ -25,13 +25,20 @@ class TestVocabulary:
         with pytest.raises(UserError, match=r"model\.vocab_size=259 is smaller than the 260 ids"):
             with_vocabulary(small, make("masked").min_vocab_size)
 
-    def test_the_tokenizers_own_are_taken(self):
-        known = {"<s>": 256, "</s>": 257, "<mask>": 7, "<fim_prefix>": 3, "<fim_middle>": 4, "<fim_suffix>": 5}
-        known |= {f"<extra_id_{n}>": 99 - n for n in range(4)} | {"[NLU]": 40, "[S2S]": 41, "[NLG]": 42}
+    def test_ids_of_the_tokenizer_are_used(self):
+        names = {
+            "<s>": 256,
+            "</s>": 257,
+            "<mask>": 7,
+            "<fim_prefix>": 3,
+            "<fim_middle>": 4,
+            "<fim_suffix>": 5,
+        }
+        names |= {f"<extra_id_{n}>": 99 - n for n in range(4)} | {"[NLU]": 40, "[S2S]": 41, "[NLG]": 42}
 
         class Special(Bytes):
             def __init__(self):
-                self.special_tokens = known
+                self.special_tokens = names
 
         open_it = lambda **fields: (
             open_objective(ObjectiveConfig(**fields), Special(), seq_len=SEQ_LEN, start_id=-1).vocabulary

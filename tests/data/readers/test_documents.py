@@ -34,7 +34,7 @@ def reasons(records):
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.md", "a.py", "a", "a.txt.gz", "A.TXT.GZ", "a.txt.zst"])
-def test_text_comes_back_untouched(tmp_path, name):
+def test_text_round_trips_unchanged(tmp_path, name):
     data = ODD.encode()
     data = gzip.compress(data) if name.lower().endswith(".gz") else data
     data = zstandard.compress(data) if name.endswith(".zst") else data
@@ -100,8 +100,10 @@ PACKERS = {"gz": gzip.compress, "zst": zstandard.compress, "xz": lzma.compress, 
 
 @pytest.mark.parametrize("suffix", PACKERS)
 def test_a_truncated_file_is_an_error_unless_accepted(tmp_path, suffix):
-    whole = b"".join(json.dumps({"text": random.Random(i).randbytes(40).hex()}).encode() + b"\n" for i in range(20000))
-    path, data = tmp_path / f"a.jsonl.{suffix}", PACKERS[suffix](whole)
+    content = b"".join(
+        json.dumps({"text": random.Random(i).randbytes(40).hex()}).encode() + b"\n" for i in range(20000)
+    )
+    path, data = tmp_path / f"a.jsonl.{suffix}", PACKERS[suffix](content)
     path.write_bytes(data)
     assert len(texts(read(path))) == 20000
     path.write_bytes(data[: len(data) // 2])
@@ -128,8 +130,10 @@ def test_json_is_recognised_by_its_content(tmp_path, name, form):
 
 def test_csv(tmp_path):
     (tmp_path / "a.csv").write_bytes(b'\xef\xbb\xbfid,text\r1,one\r2,"two ""2"""\r3,"open\r4,four\r')
-    found = read(tmp_path / "a.csv")
-    assert texts(found) == ["one", 'two "2"', "four"] and reasons(found) == ["not CSV: the file ends inside a quote"]
+    documents = read(tmp_path / "a.csv")
+    assert texts(documents) == ["one", 'two "2"', "four"] and reasons(documents) == [
+        "not CSV: the file ends inside a quote"
+    ]
     with pytest.raises(UserError, match="has the columns id, text; name the one"):
         read(tmp_path / "a.csv", text_field="body")
 
@@ -192,5 +196,5 @@ def test_a_huge_text_file_becomes_documents_of_bounded_size(tmp_path, monkeypatc
     monkeypatch.setattr(raw_records, "MAX_TEXT_BYTES", 1000)
     text = "".join(f"paragraph {i} é\n\n" for i in range(1000))
     (tmp_path / "a.txt").write_text(text)
-    found = texts(read(tmp_path / "a.txt"))
-    assert "".join(found) == text and len(found) > 5 and max(map(len, found)) <= 2000
+    documents = texts(read(tmp_path / "a.txt"))
+    assert "".join(documents) == text and len(documents) > 5 and max(map(len, documents)) <= 2000

@@ -17,7 +17,7 @@ def test_a_few_bad_bytes_do_not_change_the_encoding():
     assert encodings.decode(data) == ("naïve café, où déjà \ufffd über", {encodings.REPLACED: 1})
 
 
-def test_a_character_of_replacement_that_was_given_is_not_counted():
+def test_replacement_characters_of_the_input_are_not_counted():
     assert encodings.decode("\ufffd é é".encode() + b"\xff") == ("\ufffd é é\ufffd", {encodings.REPLACED: 1})
 
 
@@ -25,14 +25,14 @@ def test_utf8_is_preferred_to_a_wrong_declaration():
     assert encodings.decode("été".encode(), "iso-8859-1") == ("été", {})
 
 
-def test_a_declaration_is_preferred_to_a_guess():
+def test_declared_encoding_is_preferred_to_a_detected_one():
     assert encodings.decode(b"\xe9t\xe9 " * 20, "iso-8859-5").text == "щtщ " * 20
 
 
 @pytest.mark.parametrize(
     "declared", ["utf-9", "base64", "idna", "undefined", "unicode_escape", "utf-7", "\0", "x" * 50]
 )
-def test_a_senseless_declaration_is_passed_over(declared):
+def test_invalid_encoding_declaration_is_ignored(declared):
     assert encodings.decode(b"caf\xe9", declared).text == "café"
 
 

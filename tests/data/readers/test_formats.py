@@ -38,5 +38,5 @@ def test_a_byte_order_mark_is_not_text():
     for size in (1, 2, 3, 9):
         data = b"\xef\xbb\xbfab"
         blocks = (data[at : at + size] for at in range(0, len(data), size))
-        assert b"".join(formats.without_bom(blocks)) == b"ab"
-    assert b"".join(formats.without_bom(iter([b"\xef"]))) == b"\xef"
+        assert b"".join(formats.strip_bom(blocks)) == b"ab"
+    assert b"".join(formats.strip_bom(iter([b"\xef"]))) == b"\xef"

@@ -26,11 +26,11 @@ def read(command, path, **fields):
 @pytest.mark.parametrize("command", ["prepare", "curate"])
 class TestBothCommands:
     @pytest.mark.parametrize("name", ["lines.json", "string_view.parquet"])
-    def test_inputs_that_went_wrong(self, shared_data, command, name):
+    def test_inputs_of_earlier_bugs(self, shared_data, command, name):
         texts, rejects = read(command, shared_data / "cases" / "corpora" / name)
         assert len(texts) == 100 and not rejects
 
-    def test_a_file_that_lost_its_half(self, shared_data, command):
+    def test_file_that_lost_its_second_half(self, shared_data, command):
         """`prepare` stops. `curate` counts the loss by bytes, far above max_bad_fraction."""
         path = shared_data / "cases" / "corpora" / "half-lost" / "*"
         if command == "prepare":
@@ -64,15 +64,15 @@ class TestBothCommands:
 def test_strict_and_lenient_text(tmp_path):
     (tmp_path / "a").write_bytes("déjà vu, où ça? ".encode("cp1252") * 9)
     item, options = Item(str(tmp_path / "a")), ReadOptions("data.sources.main")
-    ((place, content, size, _, _),) = raw_records.read_item("text", item, options)
-    assert isinstance(content, Fault) and (place, content.reason, size) == ("", "not UTF-8", 144)
+    ((location, content, size, _, _),) = raw_records.read_item("text", item, options)
+    assert isinstance(content, Fault) and (location, content.reason, size) == ("", "not UTF-8", 144)
     options = ReadOptions("curate.inputs.main", is_lenient=True)
     (record,) = raw_records.read_item("text", item, options)
     assert record == RawRecord("", "déjà vu, où ça? " * 9, 144, 0, {"decoded from cp1252": 1})
 
 
 @pytest.mark.parametrize("text", ["para\n\n" * 500, "para\r\n\r\n" * 500, "line\n" * 500, "é" * 2000, "x", "\n" * 900])
-def test_parts_are_the_whole(text):
+def test_shards_concatenate_to_the_full_batch(text):
     data = text.encode()
     parts = list(raw_records.cut_at_blank_lines([data], 100))
     assert b"".join(parts) == data

@@ -32,8 +32,8 @@ def test_a_large_jsonl_is_shared_by_lines(tmp_path, monkeypatch):
     )
     units = sources.list_units("main", SourceConfig(path=str(tmp_path / "a.jsonl")))
     assert len(units) > 20
-    found = [record.text.split()[0] for unit in units for record in readers.read_unit(unit)]
-    assert found == [str(i) for i in range(500)]
+    documents = [record.text.split()[0] for unit in units for record in readers.read_unit(unit)]
+    assert documents == [str(i) for i in range(500)]
 
 
 def test_stdlib_is_its_code_without_tests():
@@ -45,12 +45,12 @@ def test_stdlib_is_its_code_without_tests():
 
 
 @pytest.mark.parametrize(("path", "message"), [("absent.txt", "no such file"), ("*.rst", "no file matches")])
-def test_nothing_there(tmp_path, path, message):
+def test_missing_file(tmp_path, path, message):
     with pytest.raises(UserError, match=message):
         read(tmp_path / path)
 
 
-def test_a_folder_is_answered_with_a_glob(tmp_path):
+def test_error_for_a_folder_suggests_a_glob(tmp_path):
     with pytest.raises(UserError, match=r"this is a folder; give a glob such as '.*/\*\*/\*\.txt'"):
         read(tmp_path)
 
@@ -69,7 +69,7 @@ def test_spans_of_one_long_line_are_searched_once(tmp_path, monkeypatch):
     monkeypatch.setattr("llmjax.data.readers.streams.BLOCK_BYTES", 100)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "a"}\n{"text": "' + b"x" * 100_000 + b'"}\n{"text": "b"}\n')
-    blocks, num_bytes = streams.blocks, 0
+    blocks, num_bytes = streams.read_blocks, 0
 
     def count(*arguments):
         nonlocal num_bytes
@@ -77,9 +77,9 @@ def test_spans_of_one_long_line_are_searched_once(tmp_path, monkeypatch):
             num_bytes += len(block)
             yield block
 
-    monkeypatch.setattr(streams, "blocks", count)
+    monkeypatch.setattr(streams, "read_blocks", count)
     units = sources.list_units("main", SourceConfig(path=str(path), max_record_bytes=5000))
     assert len(units) > 50
-    found = [record for unit in units for record in readers.read_unit(unit)]
-    assert texts(found) == ["a", "b"] and len(found) == 3
+    documents = [record for unit in units for record in readers.read_unit(unit)]
+    assert texts(documents) == ["a", "b"] and len(documents) == 3
     assert num_bytes < 3 * path.stat().st_size

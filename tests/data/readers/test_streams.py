@@ -47,7 +47,7 @@ def noise(size, seed=0):
 
 def read_all(path):
     """(content, the damage at its end or None)."""
-    data = streams.UntilDamage(streams.blocks(str(path)))
+    data = streams.UntilDamage(streams.read_blocks(str(path)))
     return b"".join(data), data.damage
 
 
@@ -113,13 +113,13 @@ def test_records_above_the_limit_are_rejected_in_bounded_memory(tmp_path, mode, 
     assert result["MB"] < 250  # at most the record limit, twice, and a block that zstd expands
 
 
-def test_corrupt_gzip_members_cost_only_their_bytes(tmp_path):
+def test_corrupt_gzip_members_lose_only_their_bytes(tmp_path):
     parts = [noise(3000, seed).hex().encode() for seed in range(6)]
     members = [bytearray(gzip.compress(part)) for part in parts]
     members[2][1000:] = noise(len(members[2]) - 1000, 7)
     (tmp_path / "a.gz").write_bytes(b"".join(members))
     content, damages = b"", []
-    for segment in streams.gzip_segments(str(tmp_path / "a.gz")):
+    for segment in streams.read_gzip_segments(str(tmp_path / "a.gz")):
         try:
             for block in segment:
                 content += block
@@ -136,7 +136,7 @@ def test_lines_end_where_damage_begins():
         yield b"c\nd"
         raise DamageError("why")
 
-    lines = streams.lines(data(), max_bytes=100)
+    lines = streams.split_lines(data(), max_bytes=100)
     assert [next(lines) for _ in range(2)] == [(0, b"a\n"), (2, b"bc\n")]
     with pytest.raises(DamageError):
         next(lines)
@@ -146,14 +146,14 @@ def test_lines_end_where_damage_begins():
 def test_lines_of_any_block_size(size):
     data = b"ab\r\nc\rd\n\nlong line\nend"
     blocks = [data[at : at + size] for at in range(0, len(data), size)]
-    assert list(streams.lines(iter(blocks), max_bytes=6)) == [
+    assert list(streams.split_lines(iter(blocks), max_bytes=6)) == [
         (0, b"ab\r\n"),
         (4, b"c\rd\n"),
         (8, b"\n"),
         (9, 10),
         (19, b"end"),
     ]
-    lone_cr = [line for _, line in streams.lines(iter(blocks), max_bytes=6, lone_cr=True)]
+    lone_cr = [line for _, line in streams.split_lines(iter(blocks), max_bytes=6, lone_cr=True)]
     assert lone_cr == [b"ab\r\n", b"c\r", b"d\n", b"\n", 10, b"end"]
 
 

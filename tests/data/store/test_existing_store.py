@@ -47,7 +47,7 @@ def test_a_store_whose_manifest_is_damaged_is_not_prepared_again(tmp_path, conte
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "s").rglob("*")}
 
 
-def test_a_folder_of_other_files_is_left_alone(tmp_path):
+def test_folder_of_other_files_is_not_changed(tmp_path):
     (tmp_path / "a.txt").write_text("one line\n\n" * 500)
     (tmp_path / "s/main").mkdir(parents=True)
     (tmp_path / "s/main/thesis.tex").write_text("years of work")

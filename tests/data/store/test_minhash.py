@@ -24,7 +24,7 @@ def by_definition(text: str) -> list[int]:
     for word in re.findall(r"[a-zA-Z0-9_]+", text):
         words.append(
             splitmix64(
-                sum((byte + 1) * pow(minhash.GOLDEN_GAMMA, place, 1 << 64) for place, byte in enumerate(word.encode()))
+                sum((byte + 1) * pow(minhash.GOLDEN_GAMMA, power, 1 << 64) for power, byte in enumerate(word.encode()))
                 & limit
             )
         )
@@ -43,19 +43,19 @@ def by_definition(text: str) -> list[int]:
 def test_signatures_are_as_defined(words):
     draw = random.Random(words)
     text = ", ".join(f"word{draw.randrange(1000)}" for _ in range(words))
-    assert minhash.signature(text.encode()).tolist() == by_definition(text)
+    assert minhash.compute_signature(text.encode()).tolist() == by_definition(text)
 
 
 @pytest.mark.parametrize(("shingles", "products"), [(1, 1), (7, 64), (1 << 14, 1 << 20)])
-def test_the_blocks_have_no_part_in_them(shingles, products, monkeypatch):
+def test_word_hashes_do_not_depend_on_blocks(shingles, products, monkeypatch):
     text = " ".join(f"word{number % 37}" for number in range(100)).encode()
-    whole = minhash.signature(text)
+    expected = minhash.compute_signature(text)
     monkeypatch.setattr(minhash, "_BLOCK_SHINGLES", shingles)
     monkeypatch.setattr(minhash, "_BLOCK_PRODUCTS", products)
-    assert np.array_equal(minhash.signature(text), whole)
+    assert np.array_equal(minhash.compute_signature(text), expected)
 
 
-def test_the_values_never_change():
+def test_values_never_change_between_versions():
     """Splits of stores that exist rest on them."""
-    values = minhash.signature(b"The quick brown fox jumps over the lazy dog, and runs away.")
+    values = minhash.compute_signature(b"The quick brown fox jumps over the lazy dog, and runs away.")
     assert values[:4].tolist() == [623612810, 112450900, 578524495, 757125988]

@@ -20,7 +20,7 @@ from llmjax.errors import UserError
 from tests.data.preparation import BYTES, SMALL, SPLITS, all_texts, config, read_texts, run_prepare, sentence
 
 
-def test_documents_come_back_from_the_store(corpus, tmp_path):
+def test_documents_round_trip_through_the_store(corpus, tmp_path):
     path, texts = corpus
     manifest, _ = run_prepare(config(path, tokenizer=SMALL), tmp_path / "s")
     by_split = read_texts(tmp_path / "s")
@@ -53,7 +53,7 @@ def test_other_settings_are_refused_with_the_differences(corpus, tmp_path):
         run_prepare(other, tmp_path / "s")
 
 
-def test_near_copies_stay_on_one_side_even_across_sources(tmp_path):
+def test_near_copies_share_a_split_across_sources(tmp_path):
     rng = random.Random(5)
     originals = [sentence(rng, 200) for _ in range(150)]
     for name, ending in (("a", ""), ("b", " and a word more")):
@@ -86,7 +86,7 @@ def test_a_single_book_is_cut_into_parts(tmp_path):
     assert all(size <= len(part.encode()) <= 2 * size for part in sorted(parts, key=book.index)[:-1])
 
 
-def test_a_note_is_too_little_for_three_splits(tmp_path):
+def test_short_text_does_not_fill_three_splits(tmp_path):
     (tmp_path / "note.txt").write_text("just a note\n")
     manifest, lines = run_prepare(config(tmp_path / "note.txt"), tmp_path / "s")
     assert [manifest["sources"]["main"][split]["documents"] for split in SPLITS] == [1, 0, 0]
@@ -94,14 +94,16 @@ def test_a_note_is_too_little_for_three_splits(tmp_path):
     assert manifest["compressors"] is None
 
 
-def test_rejects_are_counted_and_kept(tmp_path):
+def test_rejects_are_counted_and_listed(tmp_path):
     lines = [json.dumps({"text": f"text {i}"}) for i in range(97)] + ["{no", '{"text": 3}', '{"text": ""}']
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     with pytest.raises(UserError, match=r"2 of 99 records cannot be used .*1 not JSON.*max_bad_fraction=0\.01"):
         run_prepare(config(tmp_path / "a.jsonl"), tmp_path / "s")
-    kept = [json.loads(line) for line in (tmp_path / "s/rejects.jsonl").read_text().splitlines()]
-    assert [record["reason"] for record in kept] == ["not JSON", "field 'text' is not a text", "empty"]
-    assert kept[0]["excerpt"] == "{no" and kept[0]["where"].endswith("a.jsonl:98") and kept[0]["source"] == "main"
+    rejects = [json.loads(line) for line in (tmp_path / "s/rejects.jsonl").read_text().splitlines()]
+    assert [record["reason"] for record in rejects] == ["not JSON", "field 'text' is not a text", "empty"]
+    assert (
+        rejects[0]["excerpt"] == "{no" and rejects[0]["where"].endswith("a.jsonl:98") and rejects[0]["source"] == "main"
+    )
     # The limit decides on no content, so raising it goes on with what was read.
     manifest, lines = run_prepare(config(tmp_path / "a.jsonl", max_bad_fraction=0.03), tmp_path / "s")
     assert lines[0] == "resuming the interrupted preparation"
@@ -153,7 +155,7 @@ def test_a_tokenizer_that_loses_text_is_reported(corpus, tmp_path):
     assert run_prepare(config(corpus[0], tokenizer=lossy), tmp_path / "s")[0] == manifest
 
 
-def test_the_corpus_hash_and_fingerprint_know_no_paths(corpus, tmp_path):
+def test_corpus_hash_and_fingerprint_do_not_depend_on_paths(corpus, tmp_path):
     shutil.copytree(corpus[0].parent, tmp_path / "moved", ignore=shutil.ignore_patterns("moved"))
     one, _ = run_prepare(config(corpus[0]), tmp_path / "s")
     two, _ = run_prepare(config(tmp_path / "moved/a.jsonl"), tmp_path / "t")
@@ -164,7 +166,7 @@ def test_the_corpus_hash_and_fingerprint_know_no_paths(corpus, tmp_path):
     assert three["corpus_sha256"] != one["corpus_sha256"] and three["fingerprint"] != one["fingerprint"]
 
 
-def test_xz_needs_what_its_ninth_level_needs():
+def test_xz_output_has_the_size_of_level_9():
     import lzma
 
     for size in (0, 10, 5000, 200_000):
@@ -174,7 +176,7 @@ def test_xz_needs_what_its_ninth_level_needs():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["peps/*.jsonl.gz", "gutenberg/[df]*.txt.gz", "tldr/tldr-12*.jsonl.gz"])
-def test_every_kept_document_of_public_text_comes_back(shared_data, tmp_path, pattern):
+def test_public_documents_round_trip(shared_data, tmp_path, pattern):
     trained = TokenizerConfig(vocab_size=4096, training_bytes=2_000_000)
     manifest, _ = run_prepare(config(shared_data / pattern, tokenizer=trained, workers=2), tmp_path / "s")
     assert manifest["tokenizer"]["lossless"] and manifest["tokenizer"]["lossy_documents"] == 0

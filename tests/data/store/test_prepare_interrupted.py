@@ -66,10 +66,10 @@ def test_finished_shards_are_kept_and_damaged_ones_written_again(corpus, tmp_pat
     shards = sorted((tmp_path / "s/main/train").glob("tokens-*.bin"))
     shards[0].write_bytes(shards[0].read_bytes()[:-1])
     (tmp_path / "s/main/train/tokens-00009.bin.partial-1").write_bytes(b"left by a killed writer")
-    kept = {shard: shard.stat().st_mtime_ns for shard in shards[1:]}
+    times = {shard: shard.stat().st_mtime_ns for shard in shards[1:]}
     _, lines = run_prepare(config(corpus[0]), tmp_path / "s")
     assert lines[0] == "resuming the interrupted preparation"
-    assert kept == {shard: shard.stat().st_mtime_ns for shard in shards[1:]}
+    assert times == {shard: shard.stat().st_mtime_ns for shard in shards[1:]}
     assert contents(tmp_path / "s") == contents(tmp_path / "quiet")
 
 
@@ -95,7 +95,7 @@ def test_no_space_left_is_one_line(corpus, tmp_path, monkeypatch):
     assert run_prepare(config(corpus[0]), tmp_path / "s")[1][0] == "resuming the interrupted preparation"
 
 
-def test_a_file_that_changes_between_the_passes_is_noticed(corpus, tmp_path, monkeypatch):
+def test_file_that_changes_between_stages_is_refused(corpus, tmp_path, monkeypatch):
     def change(self):
         with open(corpus[0], "a") as file:
             file.write(json.dumps({"text": "late"}) + "\n")
@@ -111,11 +111,11 @@ def test_a_store_that_is_renamed_while_it_is_prepared(tmp_path, monkeypatch, sta
     with monkeypatch.context() as patch:
         original = getattr(preparing._Preparation, stage)
 
-        def gone(self, *arguments):
+        def remove_folder(self, *arguments):
             (tmp_path / "s").rename(tmp_path / "away")
             return original(self, *arguments)
 
-        patch.setattr(preparing._Preparation, stage, gone)
+        patch.setattr(preparing._Preparation, stage, remove_folder)
         with pytest.raises(UserError, match="was removed or renamed while"):
             run_prepare(config(tmp_path / "a.txt"), tmp_path / "s")
     run_prepare(config(tmp_path / "a.txt"), tmp_path / "s")  # nothing is in the way of the next run
@@ -150,7 +150,7 @@ except UserError as error:
 
 
 @pytest.mark.multiprocess
-def test_of_two_that_prepare_one_store_the_second_waits(corpus, tmp_path):
+def test_second_preparation_of_one_store_waits(corpus, tmp_path):
     """Then it uses the store if the settings are the same, and never changes it."""
 
     def begin(mode: str, vocab_size: int) -> subprocess.Popen:

@@ -16,8 +16,8 @@ def words(rng, count):
 
 def edited(rng, text, edits):
     text = list(text)
-    for place in rng.sample(range(len(text)), edits):
-        text[place] = "edited"
+    for index in rng.sample(range(len(text)), edits):
+        text[index] = "edited"
     return text
 
 
@@ -26,7 +26,7 @@ def shingles(text):
 
 
 def signatures(texts):
-    return np.stack([minhash.signature(" ".join(text).encode()) for text in texts])
+    return np.stack([minhash.compute_signature(" ".join(text).encode()) for text in texts])
 
 
 def numbered(table):
@@ -50,22 +50,22 @@ def test_signatures_estimate_the_jaccard_similarity():
     assert abs(np.mean(errors)) < 0.03 and np.max(np.abs(errors)) < 0.2
 
 
-def test_a_word_hashes_the_same_wherever_blocks_are_cut(monkeypatch):
+def test_word_hash_does_not_depend_on_block_edges(monkeypatch):
     text = " ".join(words(random.Random(1), 3000)).encode() + " 吾輩は猫である。名前はまだ無い。".encode()
-    whole = minhash.signature(text)
+    expected = minhash.compute_signature(text)
     monkeypatch.setattr(minhash, "_BLOCK_BYTES", 64)
-    assert (minhash.signature(text) == whole).all()
+    assert (minhash.compute_signature(text) == expected).all()
 
 
-def test_text_without_spaces_has_words():
+def test_scripts_without_spaces_have_words():
     text = "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。" * 3
-    a, b = minhash.signature(text.encode()), minhash.signature((text[:-3] + "ない。").encode())
+    a, b = minhash.compute_signature(text.encode()), minhash.compute_signature((text[:-3] + "ない。").encode())
     assert 0.5 < (a == b).mean() < 1
 
 
 @pytest.mark.parametrize("data", [b"!", b"one", b"one two three", "é".encode(), b"\0"])
 def test_tiny_texts_have_signatures(data):
-    assert minhash.signature(data).shape == (minhash.SIZE,)
+    assert minhash.compute_signature(data).shape == (minhash.SIZE,)
 
 
 def test_near_copies_share_a_key_and_others_do_not():
@@ -76,7 +76,7 @@ def test_near_copies_share_a_key_and_others_do_not():
         texts += [original, edited(rng, original, 1), edited(rng, original, 2)]
         family += [number] * 3
     keys, table = keys_of(len(texts)), signatures(texts)
-    clusters = split.near_copies(keys, numbered(table))
+    clusters = split.cluster_near_copies(keys, numbered(table))
     for number in range(300):
         mine = clusters[np.array(family) == number]
         # 1 and 2 edits in 300 words: similarity 0.93 and more, missed with probability 1e-5 by the band arithmetic
@@ -90,37 +90,37 @@ def test_a_crowded_band_is_searched_to_its_end():
     rng = random.Random(3)
     table = np.concatenate([np.tile(signatures([words(rng, 50)]), (20, 1)) for _ in range(5)])
     table[:, : minhash.ROWS] = 7
-    clusters = split.near_copies(keys_of(100), numbered(table))
+    clusters = split.cluster_near_copies(keys_of(100), numbered(table))
     assert len(np.unique(clusters)) == 5
 
 
-def test_adding_documents_moves_no_old_one():
+def test_added_documents_do_not_move_old_ones():
     config = SplitConfig(validation=0.2, test=0.2)
     rng = random.Random(4)
     texts = [words(rng, 100) for _ in range(400)]
     keys, table = keys_of(400), signatures(texts)
-    few = split.assign(split.near_copies(keys[:200], numbered(table[:200])), config)
-    many = split.assign(split.near_copies(keys, numbered(table)), config)
+    few = split.assign_splits(split.cluster_near_copies(keys[:200], numbered(table[:200])), config)
+    many = split.assign_splits(split.cluster_near_copies(keys, numbered(table)), config)
     assert (many[:200] == few).all()
 
 
 def test_fractions():
-    splits = split.assign(keys_of(20_000), SplitConfig(validation=0.1, test=0.3))
+    splits = split.assign_splits(keys_of(20_000), SplitConfig(validation=0.1, test=0.3))
     counts = np.bincount(splits, minlength=3) / 20_000
     # binomial: a standard deviation of at most 0.0033
     assert np.allclose(counts, [0.6, 0.1, 0.3], atol=0.015)
-    assert not split.assign(keys_of(1000), SplitConfig(validation=0.0, test=0.0)).any()
+    assert not split.assign_splits(keys_of(1000), SplitConfig(validation=0.0, test=0.0)).any()
 
 
-def test_empty_splits_are_filled_as_far_as_clusters_reach():
+def test_empty_splits_are_filled_while_clusters_remain():
     config = SplitConfig()
     for clusters in (1, 2, 3, 10):
         keys = np.repeat(keys_of(clusters) | np.uint64(1 << 63), 2)  # the upper half: all train
-        filled = split.fill_missing(split.assign(keys, config), keys, config)
+        filled = split.fill_empty(split.assign_splits(keys, config), keys, config)
         assert len(np.unique(filled)) == min(clusters, 3) and (filled == split.TRAIN).any()
         assert all(len(set(filled[keys == key].tolist())) == 1 for key in keys)
     lone = np.zeros(1, np.uint64)  # would validate
-    assert split.fill_missing(split.assign(lone, config), lone, config).tolist() == [split.TRAIN]
+    assert split.fill_empty(split.assign_splits(lone, config), lone, config).tolist() == [split.TRAIN]
 
 
 @pytest.mark.parametrize(
@@ -131,6 +131,6 @@ def test_empty_splits_are_filled_as_far_as_clusters_reach():
         ({"validation": 0.5, "test": 0.5}, "below 1"),
     ],
 )
-def test_fractions_that_are_none(fields, message):
+def test_invalid_fractions(fields, message):
     with pytest.raises(UserError, match=message):
-        split.check(SplitConfig(**fields), "data.split")
+        split.check_fractions(SplitConfig(**fields), "data.split")

@@ -49,7 +49,7 @@ def test_two_bytes_up_to_65536_ids():
     assert token_dtype(65_536).itemsize == 2 and token_dtype(65_537).itemsize == 4
 
 
-def test_few_shards_stay_open(tmp_path):
+def test_number_of_open_shards_is_bounded(tmp_path):
     documents = random_documents(2, 40, 20)
     write_store(tmp_path, documents, shards=20)
     store = TokenStore(tmp_path, max_open=3)
@@ -64,7 +64,7 @@ def test_opening_reads_no_shard(tmp_path, monkeypatch):
     TokenStore(tmp_path)
 
 
-def test_fingerprint_names_the_content_and_not_the_folder(tmp_path):
+def test_fingerprint_depends_on_content_and_not_on_folder(tmp_path):
     documents = random_documents(3, 10, 20)
     one, two = write_store(tmp_path / "a", documents), write_store(tmp_path / "b", documents)
     assert one.fingerprint == two.fingerprint
@@ -82,7 +82,7 @@ def test_shards_may_be_written_in_any_order(tmp_path):
     np.testing.assert_array_equal(store.read(0, store.tokens), np.concatenate(documents))
 
 
-def test_a_killed_writer_leaves_nothing_that_counts(tmp_path):
+def test_files_of_a_killed_writer_are_ignored(tmp_path):
     def killed():
         yield np.array([3, EOS])
         raise KeyboardInterrupt
@@ -107,7 +107,7 @@ def test_a_killed_writer_leaves_nothing_that_counts(tmp_path):
 
 
 @pytest.mark.parametrize("document", [np.array([], np.int32), np.array([3, VOCAB]), np.array([-1, 3])])
-def test_bad_documents_are_not_written(tmp_path, document):
+def test_invalid_documents_are_not_written(tmp_path, document):
     with pytest.raises(ValueError, match="document 1"):
         write_shard(tmp_path, 0, [np.array([3, EOS]), document], **SHARD)
 
@@ -134,7 +134,7 @@ def overwrite(path, content):
 class TestDamage:
     """Each kind raises UserError that names the shard; nothing damaged is ever handed out."""
 
-    def test_flipped_bit_is_noticed_at_first_touch(self, tmp_path, monkeypatch):
+    def test_flipped_bit_is_detected_by_the_first_read(self, tmp_path, monkeypatch):
         monkeypatch.setattr(checked_file, "BLOCK_BYTES", 64)
         documents = random_documents(4, 100, 20)
         write_store(tmp_path, documents, shards=2)
@@ -206,7 +206,7 @@ class TestDamage:
             store.read(0, 5)
 
     @pytest.mark.parametrize("harm", ["removed", "replaced"])
-    def test_an_open_shard_outlives_its_name(self, tmp_path, harm):
+    def test_open_shard_survives_its_deletion(self, tmp_path, harm):
         store = write_store(tmp_path, random_documents(4, 100, 20))
         expected = store.read(0, store.tokens)
         path = tmp_path / "tokens-00000.bin"
@@ -232,7 +232,7 @@ class TestDamage:
         (tmp_path / "manifest.json").write_text(json.dumps(forged))
         with pytest.raises(UserError, match=r"manifest\.json is not what was written"):
             TokenStore(tmp_path)
-        forged["fingerprint"] = store_module.fingerprint_of(forged)
+        forged["fingerprint"] = store_module.compute_fingerprint(forged)
         (tmp_path / "manifest.json").write_text(json.dumps(forged))
         with pytest.raises(UserError, match=r"tokens-00000\.bin holds ids of another tokenizer"):
             TokenStore(tmp_path)
@@ -245,7 +245,7 @@ class TestDamage:
             write_manifest(tmp_path, [info], **identity, tokenizer_sha256="x")
 
     @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"[" * 100_000, b"{}"])
-    def test_a_manifest_that_is_none(self, tmp_path, content):
+    def test_damaged_manifest_is_refused(self, tmp_path, content):
         write_store(tmp_path, random_documents(4, 3, 20))
         (tmp_path / "manifest.json").write_bytes(content)
         with pytest.raises(UserError, match=r"manifest\.json|format version None"):

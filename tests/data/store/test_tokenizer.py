@@ -46,7 +46,7 @@ def trained(request):
     return read_tokenizer("sentencepiece", train_sentencepiece(texts, algorithm=request.param, vocab_size=360))
 
 
-def test_trained_tokenizers_give_every_text_back(trained):
+def test_trained_tokenizers_round_trip_every_text(trained):
     encoded = trained.encode_batch(HARD)
     assert [trained.decode(ids) for ids in encoded] == HARD
     assert all(ids.dtype == np.int32 and ids.min() >= 4 and ids.max() < trained.vocab_size for ids in encoded)
@@ -61,7 +61,7 @@ def test_trained_tokenizers_learn_the_text(trained):
     assert trained.special_tokens == {"<pad>": 0, "<unk>": 1, "<s>": 2, "</s>": 3}
 
 
-def test_pieces_make_up_the_text(trained):
+def test_pieces_concatenate_to_the_text(trained):
     for text in HARD:
         ids = trained.encode_batch([text])[0]
         assert b"".join(trained.piece(int(i)) for i in ids) == text.encode()
@@ -82,7 +82,7 @@ def test_pieces_of_byte_level_and_wordpiece_vocabularies():
         tokenizers.decoders.WordPiece(),
     )
     assert [wordpiece.piece(i) for i in range(4)] == [b"un", b"##able", b"?", b"</s>"]
-    continues_word, can_be_continued = vocabulary.word_edges(wordpiece)
+    continues_word, can_be_continued = vocabulary.find_word_edges(wordpiece)
     assert continues_word.tolist() == [False, True, False, False] and can_be_continued.tolist() == [
         True,
         True,
@@ -130,7 +130,7 @@ def test_huggingface_keeps_special_tokens_out_of_text(tmp_path):
     assert tok.vocab_size == model.get_vocab_size()
 
 
-def test_a_tokenizer_json_without_an_end_is_refused():
+def test_tokenizer_json_without_eos_is_refused():
     import tokenizers
 
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
@@ -154,12 +154,12 @@ def test_a_damaged_model_is_named(kind, content):
         read_tokenizer(kind, content)
 
 
-def test_an_unknown_kind_is_answered_with_the_known_ones():
+def test_error_for_an_unknown_kind_lists_the_known_ones():
     with pytest.raises(UserError, match="did you mean 'sentencepiece'"):
         read_tokenizer("sentencpiece", b"")
 
 
-def test_special_tokens_in_a_prompt_stand_for_themselves():
+def test_special_tokens_in_a_prompt_are_recognised():
     tok = read_tokenizer("bytes", b"")
     assert encode_prompt(tok, "<s>a</s><pad>b").tolist() == [256, 97, 257, 258, 98]
     assert encode_prompt(tok, "").tolist() == []
@@ -187,7 +187,7 @@ def test_unknown_special_tokens_in_a_prompt():
         ({"algorithm": "bpe", "vocab_size": 9000}, "vocab_size=9000: cannot be trained on this text"),
     ],
 )
-def test_training_that_cannot_be(fields, message):
+def test_training_with_invalid_settings(fields, message):
     with pytest.raises(UserError, match=message):
         train_sentencepiece([CODE], **fields)
 
@@ -207,6 +207,6 @@ def test_a_store_names_its_tokenizer(tmp_path):
         tokenizer.load_tokenizer(tmp_path)
 
 
-def test_the_preparing_half_imports_no_device_code():
+def test_preparation_imports_no_device_code():
     code = "import sys, llmjax.data.store.stages, llmjax.data.store.workers; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -14,7 +14,7 @@ from llmjax.errors import UserError
 from tests.data.preparation import SMALL, config, contents, run_prepare
 
 
-def test_the_number_of_workers_changes_nothing(corpus, tmp_path, monkeypatch):
+def test_store_does_not_depend_on_the_number_of_workers(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "MIN_UNIT_BYTES", 20_000)
     for workers in (1, 3):
         run_prepare(config(corpus[0], tokenizer=SMALL, workers=workers), tmp_path / f"s{workers}")
