@@ -79,7 +79,7 @@ def oracle(layer: LatentAttention, x, segments, positions) -> np.ndarray:
 @pytest.mark.parametrize("query_rank", [0, 7])
 def test_equals_plain_attention(query_rank):
     layer, (x, segments, positions) = make_layer(query_rank), rows()
-    prepared = KERNELS["dot"].make_mask(segments, positions, None, None)
+    prepared = KERNELS["dot"].make_mask(segments, positions, causal=True)
     actual = jax.jit(lambda x: layer(x, rotary.angles(positions, ROPE, 100.0), prepared))(x)
     expected = oracle(layer, x, segments, positions)
     np.testing.assert_allclose(actual, expected, atol=2e-5 * np.abs(expected).max())
