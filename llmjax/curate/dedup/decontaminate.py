@@ -68,7 +68,9 @@ def read_examples(path: str) -> Iterator[str]:
     if not file.is_file():
         raise UserError(f"curate.decontaminate.against: {path!r} does not exist; give files of evaluation sets")
     try:
-        kind = formats.detect(path, formats.CURATE_FORMATS)
+        kind = formats.detect(str(file), formats.CURATE_FORMATS)
+        if kind == formats.UNSUPPORTED:
+            raise ValueError(formats.why_unsupported(str(file), is_lenient=True))
         if kind == "parquet":
             import pyarrow.parquet
 

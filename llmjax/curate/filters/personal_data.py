@@ -233,8 +233,9 @@ _NETWORKS = {
 }
 _PHONE = re.compile(
     r"""(?<![\w.,/$€£+=-])(?:
-        \+[1-9][0-9]{0,2}[ ./-]?(?:\(0?[0-9]{0,4}\)[ ./-]?)?[0-9]{1,5}(?:(?:[ ]?[./-][ ]?|[ ])?[0-9]{2,5}){1,4}
+        \+[1-9][0-9]{0,2}[ ]?[./-]?[ ]?(?:\(0?[0-9]{0,4}\)[ ./-]?)?[0-9]{1,5}(?:(?:[ ]?[./-][ ]?|[ ])?[0-9]{2,5}){1,4}
       | (?:(?:\+?1|001)[ .-]?)?(?:\([2-9][0-9]{2}\)[ ]?|[2-9][0-9]{2}[ .-])[2-9][0-9]{2}[.-][0-9]{4}  # North America
+      | 8[ -]?\([0-9]{3,5}\)[ -]?[0-9]{1,3}(?:[ -]?[0-9]{2}){2}                               # Russia, trunk 8
       | \(0[0-9]{1,4}\)[ .-]?[0-9]{3,4}[ .-]?[0-9]{3,4}                                       # with an area code
       | 0[1-9][0-9]{0,3}(?:[ ][0-9]{2,4}){2,4} | 0[1-9](?:[.-][0-9]{2}){4}                         # national, trunk 0
     )(?:[ ]?(?:x|ext\.?[ ]?)[0-9]{1,5})?(?!\w|[.,/-][0-9])""",
@@ -242,8 +243,8 @@ _PHONE = re.compile(
 )
 # 7 to 12 digits in any other format are a number only beside words about telephones.
 _LOOSE_PHONE = re.compile(
-    r"(?<![\w.,/$+=-])(?:\([0-9]{2,5}\)[ ./-]{0,3}|[78][ -])?"
-    r"[0-9]{2,}(?:(?: ?[./-] ?| )[0-9]{2,})*(?:[ ]?x[0-9]{1,5})?(?!\w|[.,/-][0-9])",
+    r"(?<![\w.,/$+=-])(?:\([0-9][0-9 ]{1,4}\)[ ./-]{0,3}(?:[0-9] (?=[0-9]{2}))?|[78][ -])?"
+    r"[0-9]{2,}(?:(?: ?[./-] ?| ?\((?:0\))? ?| ?\) ?-? ?| )[0-9]{2,})*(?:[ ]?x[0-9]{1,5})?(?!\w|[.,/-][0-9])",
     re.ASCII,
 )
 _PHONE_WORD_BEFORE = re.compile(
@@ -318,7 +319,7 @@ def _find_phones(text: str, low: int, high: int) -> Iterator[Span]:
     while match := _LOOSE_PHONE.search(text, at, high):
         at = match.end()
         digits = sum(c.isdigit() for c in match[0].split("x")[0])
-        if not 7 <= digits <= 12 or _DATE.match(match[0]):
+        if not 7 <= digits <= (15 if match[0].startswith("00") else 12) or _DATE.match(match[0]):
             continue
         before = text[max(match.start() - 48, 0) : match.start()]
         if _PHONE_WORD_BEFORE.search(before) or _PHONE_WORD_AFTER.match(text, match.end()):

@@ -25,6 +25,8 @@ _TRUNCATED = "truncated by the crawler"
 NO_PAGE = ("content type ", "HTTP status ", _TRUNCATED)
 CUT_OFF, DAMAGED = "cut off", "damaged record"
 _MEDIA_TYPE = re.compile(r"\s*([\w.+-]+/[\w.+-]+)")
+# Such as "100 Continue", before the response itself (RFC 9110, 15.2).
+_INTERIM_RESPONSES = re.compile(rb"\A(?:HTTP/[\d.]+ +1\d\d[^\n]*\n(?:[^\r\n][^\n]*\n)*\r?\n)+(?=HTTP/)")
 _CAPTURE_TYPES = ("response", "resource", "conversion")
 _KINDS = {"text/html": "html", "application/xhtml+xml": "html", "text/plain": "text"}
 
@@ -253,6 +255,7 @@ def _to_page(row: int, entry: _Entry, max_record_bytes: int) -> Page | RejectedP
     if entry.fault not in ("", CUT_OFF, DAMAGED):
         return reject(entry.fault)
     data, content_types, fault = entry.block, entry.content_types, entry.fault
+    data = _INTERIM_RESPONSES.sub(b"", data, count=1)
     if data.startswith(b"HTTP/"):
         end = _HEADER_END.search(data)
         if end is None:
@@ -296,8 +299,8 @@ def _check_length(body: bytes, fields: dict[str, list[str]], fault: str) -> str:
 
 
 def _select_media_type(values: list[str]) -> str:
-    """The Content-Type of a header that states several: the last one, as in browsers (fetch.spec.whatwg.org, "extract a
-    MIME type"). An earlier charset for the same type stays valid."""
+    """One Content-Type of all that a header states: the last one, as in browsers (fetch.spec.whatwg.org, "extract a
+    MIME type"); "" if none is valid. A charset stated earlier for the same type stays valid."""
     essence, parameters = "", ""
     for value in re.split(r",(?=\s*[\w.+*-]+/)", ",".join(values)):
         if not (match := _MEDIA_TYPE.match(value)):
@@ -305,7 +308,7 @@ def _select_media_type(values: list[str]) -> str:
         name, rest = match[1].lower(), value[match.end() :]
         if name != essence or "charset" in rest.lower():
             essence, parameters = name, rest
-    return essence + parameters if essence else ",".join(values)
+    return essence + parameters
 
 
 def _looks_like_html(data: bytes) -> bool:

@@ -64,7 +64,9 @@ def test_short_examples_match_as_a_whole_and_very_short_ones_do_not(tmp_path):
     assert decontaminate.count_shared_ngrams("one two three four five six seven. nine ten eleven", config) == {}
 
 
-@pytest.mark.parametrize(("name", "content"), [("bad.jsonl", "{"), ("bad.json", "{"), ("bad.parquet", "x")])
+@pytest.mark.parametrize(
+    ("name", "content"), [("bad.jsonl", "{"), ("bad.json", "{"), ("bad.parquet", "x"), ("bad.pdf", "%PDF-1.4")]
+)
 def test_the_error_names_an_unreadable_set(tmp_path, name, content):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=f"{name}.*cannot be read"):

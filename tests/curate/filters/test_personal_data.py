@@ -126,6 +126,10 @@ def test_similar_text_is_not_found(text):
         ("Tel: 212\u2011555\u20110199 +49\u00a030/901820", "Tel: <PHONE> <PHONE>"),
         ("電話：０３−１２３４−５６７８", "電話：<PHONE>"),
         ("тел. 8 495 123-45-67", "тел. <PHONE>"),
+        ("電話:03(1234)5678 전화: 02) 123-4567", "電話:<PHONE> 전화: <PHONE>"),
+        ("8 (800) 555-35-35, 8(4012)12-34-56", "<PHONE>, <PHONE>"),
+        ("Tel.: (0 30) 1 23 45 67", "Tel.: <PHONE>"),
+        ("Tel: 0049 (0) 30 123456 or +1 – 415 – 555 – 0132", "Tel: <PHONE> or <PHONE>"),
     ],
 )
 def test_values_in_other_scripts_are_replaced_completely(text, replaced):

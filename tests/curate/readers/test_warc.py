@@ -4,6 +4,7 @@ import gzip
 import random
 
 import pytest
+import zstandard
 
 from llmjax.curate.readers import warc
 from llmjax.curate.readers.warc import CUT_OFF, DAMAGED, Page
@@ -53,6 +54,7 @@ def test_repeated_headers_are_one_list_of_codings(tmp_path):
         (["", "TEXT/HTML;charset=utf-8"], "html", "text/html;charset=utf-8"),
         (["text/html charset=utf-8"], "html", "text/html charset=utf-8"),
         (['text/plain; a="x, y"'], "text", 'text/plain; a="x, y"'),
+        (["html"], "html", ""),  # no media type: judged by the body
         ([], "html", ""),
     ],
 )
@@ -65,6 +67,23 @@ def test_the_last_of_several_content_types_is_used(tmp_path, values, kind, conte
 def test_a_page_with_another_last_type_is_refused(tmp_path):
     head = b"Content-Type: text/html\r\nContent-Type: image/png\r\n"
     assert reasons(read(tmp_path, record(head=head))) == ["content type image/png"]
+
+
+def test_an_interim_response_precedes_the_page(tmp_path):
+    interim = record(b"HTTP/1.1 200 OK\r\n\r\n" + BODY, b"A: b\r\n").replace(b"200", b"100", 1)
+    (page,) = read(tmp_path, interim)
+    assert isinstance(page, Page) and page.data == BODY
+
+
+def test_zstd_with_a_dictionary_in_the_first_frame(tmp_path):
+    """As the Internet Archive's Archive Team publishes its crawls; the dictionary itself may be compressed."""
+    pages = [record(random.Random(number).randbytes(300).hex().encode()) for number in range(200)]
+    dictionary = zstandard.train_dictionary(2000, pages)
+    compressor = zstandard.ZstdCompressor(dict_data=dictionary)
+    for content in (dictionary.as_bytes(), zstandard.compress(dictionary.as_bytes())):
+        first = b"\x5d\x2a\x4d\x18" + len(content).to_bytes(4, "little") + content
+        found = read(tmp_path, first, *map(compressor.compress, pages[:3]))
+        assert len(found) == 3 and not reasons(found)
 
 
 def test_a_page_truncated_by_the_crawler_is_refused_but_not_damaged(tmp_path):

@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import random
+import tarfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -83,6 +84,22 @@ def test_json_is_recognised_by_its_content(tmp_path, name, form):
     (tmp_path / name).write_bytes(pack.get(name.rpartition(".")[2], bytes)(b"\xef\xbb\xbf" + data))
     assert texts(read(tmp_path / name)) == [record["text"] for record in records]
     assert texts(read(tmp_path / name, format="text"))[0].startswith(data[:5].decode())
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t", "|"])
+def test_the_delimiter_of_csv_is_the_one_that_makes_the_column_of_the_text(tmp_path, delimiter):
+    rows = (("id", "text"), ("1", '"a, b' + delimiter + '\nc"'), ("2", "d"))
+    (tmp_path / "a.csv").write_text("".join(delimiter.join(row) + "\n" for row in rows))
+    assert texts(read(tmp_path / "a.csv")) == [f"a, b{delimiter}\nc", "d"]
+
+
+def test_an_archive_is_a_reject_that_names_it(tmp_path):
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
+        archive.add(__file__, "a.txt")
+    (tmp_path / "b.txt").write_text("good")
+    found = read(tmp_path / "*")
+    assert texts(found) == ["good"] and reasons(found) == ["not text: a tar archive; unpack it"]
+    assert [record.size for record in found if isinstance(record, Reject)] == [(tmp_path / "a.tar.gz").stat().st_size]
 
 
 @pytest.mark.parametrize("kind", [pa.string_view(), pa.binary_view(), pa.large_string(), pa.json_()])
