@@ -109,7 +109,12 @@ def main() -> typing.NoReturn:
 
 
 def _hint_for(error: Exception) -> str:
-    """One line for an error of the operating system that the user can fix; '' for any other error."""
+    """One line for an error of the system or of the device's memory that the user can fix; '' for any other error."""
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return (
+            f"out of memory ({str(error).partition(chr(10))[0][:200]}): lower train.global_batch, data.seq_len or the "
+            "size of the model, raise train.accumulation, or use more devices"
+        )
     if not isinstance(error, OSError):
         return ""
     if error.errno in NO_SPACE:

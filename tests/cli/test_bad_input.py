@@ -285,6 +285,23 @@ def test_a_damaged_config_file_is_refused(text, refuse, run_copy):
     assert str(run_copy / "config.json") in line and "JSON" in line
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 59.6 GiB"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory: 9 bytes"),
+    ],
+    ids=["host", "device"],
+)
+def test_too_little_memory(error, refuse, monkeypatch, run_copy, corpus):
+    def allocate(*arguments, **named):
+        raise error
+
+    monkeypatch.setattr(workdirs, "write_json", allocate)
+    line = refuse(jobs.command("train", run_copy, corpus, train__steps=2))
+    assert f"out of memory ({error}): lower train.global_batch" in line
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS], ids=errno.errorcode.get)
 def test_an_error_of_the_operating_system_is_one_line(number, refuse, monkeypatch, run_copy, corpus):
     def fail(*arguments, **named):

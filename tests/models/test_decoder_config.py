@@ -77,6 +77,7 @@ def test_published_parameter_counts(family, size, vocab, count):
         ({"dtype": "float64"}, "model.dtype='float64'"),
         ({"family": "encoder"}, "model.family='encoder'"),
         ({"num_layers": 0}, "model.num_layers=0"),
+        ({"num_layers": 10**9}, "model.num_layers=1000000000: must be at most 4096"),
         ({"dropout": 1.0}, "model.dropout=1.0"),
         ({"norm_eps": 0.0}, "model.norm_eps=0.0"),
         ({"num_heads": 4, "num_kv_heads": 3}, "model.num_kv_heads=3: must divide model.num_heads=4"),
