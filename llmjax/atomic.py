@@ -14,7 +14,7 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a 
 
 
 def is_remote(path: epath.PathLike) -> bool:
-    """Whether the path is in an object store, where files are written whole and never appended to."""
+    """Whether the path is in an object store, where a file is written in one piece and never appended to."""
     return "://" in os.fspath(path)
 
 
