@@ -12,7 +12,7 @@ from llmjax.interop.hf_config import (
     Field,
     Fields,
     activation,
-    attention_pattern,
+    find_attention_pattern,
     read_fields,
     write_fields,
 )
@@ -82,7 +82,7 @@ def _write_gpt2(config: DecoderConfig) -> dict[str, Any]:
     return {"model_type": "gpt2", **write_fields(_GPT2, config)}
 
 
-def _gpt2_name(name: str) -> str | None:
+def _rename_gpt2(name: str) -> str | None:
     """Add the prefix that the first published files lack, and leave out their causal masks."""
     name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
     return None if name.endswith((".attn.bias", ".attn.masked_bias")) else name
@@ -123,7 +123,7 @@ def read_local_layers(fields: Fields, *, default: list[str], window: int = 4096)
         return {}
     if not size:
         raise UserError(f"config.json: sliding_window={size or None}: expected a number, as layer_types has {SLIDING}")
-    return {"window": size, "attention_pattern": attention_pattern(types)}
+    return {"window": size, "attention_pattern": find_attention_pattern(types)}
 
 
 def write_local_layers(config: DecoderConfig, unused_window: int | None = 4096) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def write_local_layers(config: DecoderConfig, unused_window: int | None = 4096) 
     return {"sliding_window": config.window or unused_window, "layer_types": types}
 
 
-def every_nth_global(num_layers: int, n: int) -> list[str]:
+def list_layer_types(num_layers: int, n: int) -> list[str]:
     """layer_types of a model whose every n-th layer is global, the n-th as the first."""
     return [SLIDING if (layer + 1) % n else FULL for layer in range(num_layers)]
 
@@ -218,7 +218,7 @@ def _read_gemma(hf: dict[str, Any], *, model_type: str) -> dict[str, Any]:
         new, old = (fields.optional_size(name) for name in ("_sliding_window_pattern", "sliding_window_pattern"))
         period = new or old or 6
         section |= {"qk_norm": "head"} | read_local_layers(
-            fields, default=every_nth_global(section["num_layers"], period)
+            fields, default=list_layer_types(section["num_layers"], period)
         )
         section |= read_rope_by_kind(
             fields, base=1e6, max_length=max_length, local_base=1e4, old_local="rope_local_base_freq"
@@ -226,7 +226,7 @@ def _read_gemma(hf: dict[str, Any], *, model_type: str) -> dict[str, Any]:
     else:
         section |= {"score_softcap": fields.get("attn_logit_softcapping", 50.0) or 0.0}
         fields.require("sliding_window_size", fields.optional_size("sliding_window", 4096), None)
-        section |= read_local_layers(fields, default=every_nth_global(section["num_layers"], 2))
+        section |= read_local_layers(fields, default=list_layer_types(section["num_layers"], 2))
         section |= read_rope(fields, base=10_000.0, max_length=max_length)
     fields.reject_unread("hidden_act", "sliding_window_pattern")
     return _drop_unused_base(section)
@@ -248,7 +248,7 @@ def _read_olmo(hf: dict[str, Any], *, model_type: str) -> dict[str, Any]:
     if model_type == "olmo2":
         section |= read_rope(fields, base=10_000.0, max_length=section["max_positions"])
     else:
-        section |= read_local_layers(fields, default=every_nth_global(section["num_layers"], 4))
+        section |= read_local_layers(fields, default=list_layer_types(section["num_layers"], 4))
         section |= read_rope_by_kind(fields, base=5e5, max_length=section["max_positions"], local_base=5e5)
     fields.reject_unread()
     return _drop_unused_base(section)
@@ -277,7 +277,7 @@ def _write_gemma3_text(config: DecoderConfig) -> dict[str, Any]:
     raise UserError("Gemma3ForConditionalGeneration: the image encoder is not imported; export as Gemma3ForCausalLM")
 
 
-def _gemma3_text_name(name: str) -> str | None:
+def _rename_gemma3(name: str) -> str | None:
     """The name in Gemma3ForCausalLM, from that in published files or in the newest transformers."""
     bare = name.removeprefix("model.")
     if bare.startswith(("vision_tower.", "multi_modal_projector.")):
@@ -287,7 +287,7 @@ def _gemma3_text_name(name: str) -> str | None:
     return bare if bare.startswith("lm_head.") else f"model.{bare}"
 
 
-def _llama_name(name: str) -> str | None:
+def _rename_llama(name: str) -> str | None:
     """Leave out the rotary frequencies, which older files hold as a buffer."""
     return None if name.endswith("rotary_emb.inv_freq") else name
 
@@ -296,8 +296,8 @@ def _llama_architecture(read: Any, write: Any, **model_type: str) -> Architectur
     return Architecture(
         read_config=lambda hf: read(hf, **model_type),
         write_config=lambda config: write(config, **model_type),
-        rules=decoder_rules.llama,
-        rename=_llama_name,
+        rules=decoder_rules.make_llama_rules,
+        rename=_rename_llama,
     )
 
 
@@ -305,8 +305,8 @@ ARCHITECTURES = {
     "GPT2LMHeadModel": Architecture(
         read_config=_read_gpt2,
         write_config=_write_gpt2,
-        rules=decoder_rules.gpt2,
-        rename=_gpt2_name,
+        rules=decoder_rules.make_gpt2_rules,
+        rename=_rename_gpt2,
         unused_fields=("rope_base",),
     ),
     "LlamaForCausalLM": _llama_architecture(_read_llama, _write_llama),
@@ -317,8 +317,8 @@ ARCHITECTURES = {
     "Gemma3ForConditionalGeneration": Architecture(
         read_config=_read_gemma3_text,
         write_config=_write_gemma3_text,
-        rules=decoder_rules.llama,
-        rename=_gemma3_text_name,
+        rules=decoder_rules.make_llama_rules,
+        rename=_rename_gemma3,
     ),
     "Olmo2ForCausalLM": _llama_architecture(_read_olmo, _write_olmo, model_type="olmo2"),
     "Olmo3ForCausalLM": _llama_architecture(_read_olmo, _write_olmo, model_type="olmo3"),

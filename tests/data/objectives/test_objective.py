@@ -10,7 +10,7 @@ from llmjax.data.batches.packing import Rows, fill_rows, open_packing
 from llmjax.data.batches.pipeline import EvalData, TrainData
 from llmjax.data.batches.rng import CounterRng
 from llmjax.data.config import DataConfig, SourceConfig
-from llmjax.data.objectives.objective import build_causal_batch
+from llmjax.data.objectives.row_chunks import build_causal_batch
 from llmjax.errors import UserError
 from tests.data.objectives.masks import (
     BYTES,
