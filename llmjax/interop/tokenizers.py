@@ -66,7 +66,7 @@ def find_tokenizer(folder: epath.Path, hf: dict[str, Any], *, num_rows: int) -> 
 
 
 def copy_to_workdir(folder: epath.Path, tokenizer_file: TokenizerFile, workdir: epath.Path) -> None:
-    """Copy the tokenizer that `find` read, and the files beside it that other programs read."""
+    """Copy the tokenizer that `find_tokenizer` read, and the files beside it that other programs read."""
     to = workdir / TOKENIZER
     to.mkdir(parents=True, exist_ok=True)
     (to / FILE_NAMES[tokenizer_file.tokenizer.kind]).write_bytes(tokenizer_file.content)

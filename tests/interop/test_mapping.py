@@ -146,7 +146,7 @@ def test_fields_with_effect_are_compared():
 
 
 def test_unused_field_is_no_size():
-    """0 stands for `none` in a window: a class that always has one does not express it."""
+    """window=0 means no window: a class that always has one cannot express it."""
     windowed = dataclasses.replace(CONFIG, window=16)
     assert (
         exporting._first_difference(dataclasses.replace(CONFIG, window=0), {**dataclasses.asdict(windowed)}, ()) != ""
@@ -159,7 +159,7 @@ def test_a_model_that_no_class_expresses_is_refused_by_field():
 
 
 def test_fields_derived_from_0_are_compared_by_value():
-    """num_kv_heads=0 is num_heads, mlp=0 a size of its own: what they stand for is written and read back."""
+    """num_kv_heads=0 and mlp=0 are derived sizes: the derived values are written and read back."""
     name, _, hf = exporting.choose_class(dataclasses.replace(CONFIG, num_kv_heads=0, mlp=0))
     assert name == "LlamaForCausalLM" and hf["num_key_value_heads"] == 4 and hf["intermediate_size"] == 128
 

@@ -160,7 +160,7 @@ def corrupt(
 
 
 def make_prefix_budget(seq_len: int, target_len: int) -> RowBudget:
-    """What `split_prefix` needs: either side may be almost the whole chunk."""
+    """What `split_prefix` needs: either side may have almost all tokens of the chunk."""
     if target_len >= seq_len:
         return RowBudget(seq_len=seq_len)
     costs = -(-np.arange(target_len + 1) * seq_len // target_len)
