@@ -1,6 +1,7 @@
 """Decoder-only checkpoints: GPT-2, Llama, Mistral, Qwen3, Gemma 2 and 3, OLMo 2 and 3."""
 
 from collections.abc import Sequence
+import functools
 from typing import Any
 
 from llmjax.errors import UserError
@@ -89,7 +90,7 @@ def _rename_gpt2(name: str) -> str | None:
 
 
 def read_shared(fields: Fields, **defaults: Any) -> dict[str, Any]:
-    """The fields of section `model` for SHARED; `defaults` are those in which the class differs from Llama."""
+    """The fields of section `model` for SHARED and attention_bias; `defaults` as in `read_fields`."""
     section = read_fields(SHARED, fields, **defaults)
     section["num_kv_heads"] = section["num_kv_heads"] or section["num_heads"]
     section["head_dim"] = section["head_dim"] or section["embed"] // section["num_heads"]
@@ -98,7 +99,7 @@ def read_shared(fields: Fields, **defaults: Any) -> dict[str, Any]:
 
 
 def read_llama_fields(fields: Fields, *, rope_base: float = 10_000.0, **defaults: Any) -> dict[str, Any]:
-    """The same with activation and rotary frequencies, which are equal in all layers."""
+    """The same fields, the activation, and rotary frequencies that are equal in all layers."""
     section = read_shared(fields, **defaults) | read_fields(LLAMA_ACTIVATION, fields)
     return section | read_rope(fields, base=rope_base, max_length=section["max_positions"])
 
@@ -141,7 +142,7 @@ def list_layer_types(num_layers: int, n: int) -> list[str]:
 
 
 def _drop_unused_base(section: dict[str, Any]) -> dict[str, Any]:
-    """Without rope_local_base if no layer is local."""
+    """The section without rope_local_base if no layer is local."""
     return {name: value for name, value in section.items() if name != "rope_local_base" or "window" in section}
 
 
@@ -292,34 +293,23 @@ def _rename_llama(name: str) -> str | None:
     return None if name.endswith("rotary_emb.inv_freq") else name
 
 
-def _llama_architecture(read: Any, write: Any, **model_type: str) -> Architecture:
-    return Architecture(
-        read_config=lambda hf: read(hf, **model_type),
-        write_config=lambda config: write(config, **model_type),
-        rules=decoder_rules.make_llama_rules,
-        rename=_rename_llama,
-    )
+def _make_llama_architecture(read: Any, write: Any, **model_type: str) -> Architecture:
+    read, write = functools.partial(read, **model_type), functools.partial(write, **model_type)
+    return Architecture(read, write, decoder_rules.make_llama_rules, _rename_llama)
 
 
 ARCHITECTURES = {
     "GPT2LMHeadModel": Architecture(
-        read_config=_read_gpt2,
-        write_config=_write_gpt2,
-        rules=decoder_rules.make_gpt2_rules,
-        rename=_rename_gpt2,
-        unused_fields=("rope_base",),
+        _read_gpt2, _write_gpt2, decoder_rules.make_gpt2_rules, _rename_gpt2, ("rope_base",)
     ),
-    "LlamaForCausalLM": _llama_architecture(_read_llama, _write_llama),
-    "MistralForCausalLM": _llama_architecture(_read_mistral, _write_mistral),
-    "Qwen3ForCausalLM": _llama_architecture(_read_qwen3, _write_qwen3),
-    "Gemma2ForCausalLM": _llama_architecture(_read_gemma, _write_gemma, model_type="gemma2"),
-    "Gemma3ForCausalLM": _llama_architecture(_read_gemma, _write_gemma, model_type="gemma3_text"),
+    "LlamaForCausalLM": _make_llama_architecture(_read_llama, _write_llama),
+    "MistralForCausalLM": _make_llama_architecture(_read_mistral, _write_mistral),
+    "Qwen3ForCausalLM": _make_llama_architecture(_read_qwen3, _write_qwen3),
+    "Gemma2ForCausalLM": _make_llama_architecture(_read_gemma, _write_gemma, model_type="gemma2"),
+    "Gemma3ForCausalLM": _make_llama_architecture(_read_gemma, _write_gemma, model_type="gemma3_text"),
     "Gemma3ForConditionalGeneration": Architecture(
-        read_config=_read_gemma3_text,
-        write_config=_write_gemma3_text,
-        rules=decoder_rules.make_llama_rules,
-        rename=_rename_gemma3,
+        _read_gemma3_text, _write_gemma3_text, decoder_rules.make_llama_rules, _rename_gemma3
     ),
-    "Olmo2ForCausalLM": _llama_architecture(_read_olmo, _write_olmo, model_type="olmo2"),
-    "Olmo3ForCausalLM": _llama_architecture(_read_olmo, _write_olmo, model_type="olmo3"),
+    "Olmo2ForCausalLM": _make_llama_architecture(_read_olmo, _write_olmo, model_type="olmo2"),
+    "Olmo3ForCausalLM": _make_llama_architecture(_read_olmo, _write_olmo, model_type="olmo3"),
 }

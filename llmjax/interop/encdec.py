@@ -123,8 +123,4 @@ def _rename_t5(name: str) -> str | None:
     return None if name == "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight" else name
 
 
-ARCHITECTURES = {
-    "T5ForConditionalGeneration": Architecture(
-        read_config=_read, write_config=_write, rules=_make_rules, rename=_rename_t5
-    )
-}
+ARCHITECTURES = {"T5ForConditionalGeneration": Architecture(_read, _write, _make_rules, _rename_t5)}

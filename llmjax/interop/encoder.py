@@ -220,17 +220,7 @@ def _fused_linears(inputs: Sequence[int], outputs: Sequence[int], count: int) ->
 
 
 ARCHITECTURES = {
-    "BertForPreTraining": Architecture(
-        read_config=_refuse_pretraining, write_config=_refuse_pretraining, rules=_make_bert_rules, rename=_rename_bert
-    ),
-    "BertForMaskedLM": Architecture(
-        read_config=_read_bert,
-        write_config=_write_bert,
-        rules=_make_bert_rules,
-        rename=_rename_bert,
-        unused_fields=("rope_base",),
-    ),
-    "ModernBertForMaskedLM": Architecture(
-        read_config=_read_modernbert, write_config=_write_modernbert, rules=_make_modernbert_rules
-    ),
+    "BertForPreTraining": Architecture(_refuse_pretraining, _refuse_pretraining, _make_bert_rules, _rename_bert),
+    "BertForMaskedLM": Architecture(_read_bert, _write_bert, _make_bert_rules, _rename_bert, ("rope_base",)),
+    "ModernBertForMaskedLM": Architecture(_read_modernbert, _write_modernbert, _make_modernbert_rules),
 }

@@ -45,7 +45,7 @@ class Rule:
     default: float = 0.0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Architecture:
     """One class name in config.json's "architectures".
 

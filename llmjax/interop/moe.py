@@ -340,22 +340,17 @@ def _make_layer_rules(config: MoeConfig, shared: list[Rule], experts: list[Rule]
 
 ARCHITECTURES = {
     "MixtralForCausalLM": Architecture(
-        read_config=_read_mixtral, write_config=_write_mixtral, rules=_make_mixtral_rules, unused_fields=_UNUSED_FIELDS
+        _read_mixtral, _write_mixtral, _make_mixtral_rules, unused_fields=_UNUSED_FIELDS
     ),
-    "Qwen3MoeForCausalLM": Architecture(
-        read_config=_read_qwen3, write_config=_write_qwen3, rules=_make_qwen3_rules, unused_fields=_UNUSED_FIELDS
-    ),
+    "Qwen3MoeForCausalLM": Architecture(_read_qwen3, _write_qwen3, _make_qwen3_rules, unused_fields=_UNUSED_FIELDS),
     "GptOssForCausalLM": Architecture(
-        read_config=_read_gpt_oss,
-        write_config=_write_gpt_oss,
-        rules=_make_gpt_oss_rules,
-        unused_fields=(*_UNUSED_FIELDS, "activation"),
+        _read_gpt_oss, _write_gpt_oss, _make_gpt_oss_rules, unused_fields=(*_UNUSED_FIELDS, "activation")
     ),
     "DeepseekV3ForCausalLM": Architecture(
-        read_config=_read_deepseek,
-        write_config=_write_deepseek,
-        rules=_make_deepseek_rules,
-        rename=_rename_deepseek,
-        unused_fields=("balance_loss", "router_z_loss", "mlp"),
+        _read_deepseek,
+        _write_deepseek,
+        _make_deepseek_rules,
+        _rename_deepseek,
+        ("balance_loss", "router_z_loss", "mlp"),
     ),
 }
