@@ -7,13 +7,11 @@ llmjax train --config=bert:base --workdir=runs/base --config.data.sources.main.p
 
 from ml_collections import ConfigDict
 
-from llmjax.errors import UserError
-
-# layers, embed, heads, dropout (section 3 of the paper)
+# Fields of the model by size (section 3 of the paper).
 SIZES = {
-    "tiny": (4, 128, 2, 0.0),
-    "base": (12, 768, 12, 0.1),
-    "large": (24, 1024, 16, 0.1),
+    "tiny": dict(num_layers=4, embed=128, num_heads=2, dropout=0.0),
+    "base": dict(num_layers=12, embed=768, num_heads=12, dropout=0.1),
+    "large": dict(num_layers=24, embed=1024, num_heads=16, dropout=0.1),
 }
 
 # On the masked tokens of the validation split, where the majority-class baseline is 3%.
@@ -24,16 +22,11 @@ def get_config(size: str = "tiny") -> ConfigDict:
     """Model and recipe as published (appendix A.2), but without next-sentence prediction, which later work found
     unhelpful (Liu et al., 2019, arXiv 1907.11692). Tiny reads the standard library in a few minutes. That is too short
     to learn positions well; configs/modernbert.py, with rotary ones, scores better."""
-    if size not in SIZES:
-        raise UserError(f"--config=bert:{size}: no such size; choose one of {', '.join(SIZES)}")
-    layers, embed, heads, dropout = SIZES[size]
     tiny = size == "tiny"
     c = ConfigDict()
     c.model = dict(
         family="encoder",
-        num_layers=layers,
-        embed=embed,
-        num_heads=heads,
+        **SIZES[size],
         activation="gelu",
         gated=False,
         norm_position="post",
@@ -42,7 +35,6 @@ def get_config(size: str = "tiny") -> ConfigDict:
         max_positions=512,
         token_types=2,
         biases="all",
-        dropout=dropout,
         scan=not tiny,  # a short stack compiles as fast unrolled, and runs faster
         dtype="float32" if tiny else "bfloat16",
         remat="none" if tiny else "attention",

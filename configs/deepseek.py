@@ -7,15 +7,65 @@ llmjax train --config=deepseek:16B --workdir=runs/deepseek \
 
 from ml_collections import ConfigDict
 
-from llmjax.errors import UserError
-
-# layers, dense layers, embed, heads, head width without and with position, latents of keys and of queries, mlp;
-# experts, shared experts, experts for each token, width of an expert, groups of experts and how many of them, scale,
-# rotary base
+# Fields of the model by size.
 SIZES = {
-    "tiny": (4, 1, 192, 6, 32, 16, 64, 0, 512, 16, 1, 3, 128, 4, 2, 2.5, 1e4),
-    "16B": (27, 1, 2048, 16, 128, 64, 512, 0, 11264, 64, 2, 6, 1408, 1, 1, 2.446, 5e4),
-    "671B": (61, 3, 7168, 128, 128, 64, 512, 1536, 18432, 256, 1, 8, 2048, 8, 4, 2.5, 1e4),
+    "tiny": dict(
+        num_layers=4,
+        dense_layers=1,
+        embed=192,
+        num_heads=6,
+        head_dim=32,
+        rope_dim=16,
+        latent=64,
+        query_latent=0,
+        mlp=512,
+        num_experts=16,
+        shared_experts=1,
+        experts_per_token=3,
+        expert_mlp=128,
+        router_groups=4,
+        router_top_groups=2,
+        router_scale=2.5,
+        rope_base=1e4,
+    ),
+    "16B": dict(
+        num_layers=27,
+        dense_layers=1,
+        embed=2048,
+        num_heads=16,
+        head_dim=128,
+        rope_dim=64,
+        latent=512,
+        query_latent=0,
+        mlp=11264,
+        num_experts=64,
+        shared_experts=2,
+        experts_per_token=6,
+        expert_mlp=1408,
+        router_groups=1,
+        router_top_groups=1,
+        router_scale=2.446,
+        rope_base=5e4,
+    ),
+    "671B": dict(
+        num_layers=61,
+        dense_layers=3,
+        embed=7168,
+        num_heads=128,
+        head_dim=128,
+        rope_dim=64,
+        latent=512,
+        query_latent=1536,
+        mlp=18432,
+        num_experts=256,
+        shared_experts=1,
+        experts_per_token=8,
+        expert_mlp=2048,
+        router_groups=8,
+        router_top_groups=4,
+        router_scale=2.5,
+        rope_base=1e4,
+    ),
 }
 # size -> score on the validation split of the standard library, which `make recipes` checks
 EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.99)}
@@ -23,35 +73,15 @@ EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.99)}
 
 def get_config(size: str = "tiny") -> ConfigDict:
     """The shapes as published, with load balance as in the paper: by a bias, and by a very small loss per row."""
-    if size not in SIZES:
-        raise UserError(f"--config=deepseek:{size}: no such size; choose one of {', '.join(SIZES)}")
-    layers, dense, embed, heads, head_dim, rope_dim, latent, query, mlp, *rest = SIZES[size]
-    experts, shared, chosen, expert_mlp, groups, top_groups, scale, base = rest
     c = ConfigDict()
     c.model = dict(
         family="moe",
-        num_layers=layers,
-        dense_layers=dense,
-        embed=embed,
-        num_heads=heads,
-        head_dim=head_dim,
-        rope_dim=rope_dim,
-        latent=latent,
-        query_latent=query,
-        mlp=mlp,
-        num_experts=experts,
-        shared_experts=shared,
-        experts_per_token=chosen,
-        expert_mlp=expert_mlp,
+        **SIZES[size],
         router="sigmoid",
-        router_groups=groups,
-        router_top_groups=top_groups,
-        router_scale=scale,
         expert_bias=True,
         balance_loss=1e-4,
         router_z_loss=0.0,
         norm_eps=1e-6,
-        rope_base=base,
         dtype="bfloat16",
         remat="attention",
     )

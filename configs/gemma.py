@@ -6,21 +6,20 @@ llmjax train --config=gemma:3-1B --workdir=runs/gemma --config.data.sources.main
 
 from ml_collections import ConfigDict
 
-from llmjax.errors import UserError
-
-# generation, layers, embed, heads, kv heads, head width, mlp, window, number whose root divides the scores,
-# tensor axis, sequence length
+# Fields of the model by size; Gemma 2 and 3 have sizes of their own.
 SIZES = {
-    "tiny": (3, 6, 160, 4, 1, 40, 448, 64, 40, 1, 256),
-    "2-2B": (2, 26, 2304, 8, 4, 256, 9216, 4096, 256, 1, 8192),
-    "2-9B": (2, 42, 3584, 16, 8, 256, 14336, 4096, 256, 1, 8192),
-    "2-27B": (2, 46, 4608, 32, 16, 128, 36864, 4096, 144, 8, 8192),
-    "3-270M": (3, 18, 640, 4, 1, 256, 2048, 512, 256, 1, 8192),
-    "3-1B": (3, 26, 1152, 4, 1, 256, 6912, 512, 256, 1, 8192),
-    "3-4B": (3, 34, 2560, 8, 4, 256, 10240, 1024, 256, 1, 8192),
-    "3-12B": (3, 48, 3840, 16, 8, 256, 15360, 1024, 256, 1, 8192),
-    "3-27B": (3, 62, 5376, 32, 16, 128, 21504, 1024, 168, 8, 8192),
+    "tiny": dict(num_layers=6, embed=160, num_heads=4, num_kv_heads=1, head_dim=40, mlp=448, window=64),
+    "2-2B": dict(num_layers=26, embed=2304, num_heads=8, num_kv_heads=4, head_dim=256, mlp=9216, window=4096),
+    "2-9B": dict(num_layers=42, embed=3584, num_heads=16, num_kv_heads=8, head_dim=256, mlp=14336, window=4096),
+    "2-27B": dict(num_layers=46, embed=4608, num_heads=32, num_kv_heads=16, head_dim=128, mlp=36864, window=4096),
+    "3-270M": dict(num_layers=18, embed=640, num_heads=4, num_kv_heads=1, head_dim=256, mlp=2048, window=512),
+    "3-1B": dict(num_layers=26, embed=1152, num_heads=4, num_kv_heads=1, head_dim=256, mlp=6912, window=512),
+    "3-4B": dict(num_layers=34, embed=2560, num_heads=8, num_kv_heads=4, head_dim=256, mlp=10240, window=1024),
+    "3-12B": dict(num_layers=48, embed=3840, num_heads=16, num_kv_heads=8, head_dim=256, mlp=15360, window=1024),
+    "3-27B": dict(num_layers=62, embed=5376, num_heads=32, num_kv_heads=16, head_dim=128, mlp=21504, window=1024),
 }
+# Attention scores are divided by the root of this number in place of the width of a head.
+SCORE_DIVISORS = {"2-27B": 144, "3-27B": 168}
 
 EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.88)}
 
@@ -28,21 +27,12 @@ EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.88)}
 def get_config(size: str = "tiny") -> ConfigDict:
     """The language models' shapes as published, without the later extension of the rotary frequencies to longer
     contexts. No recipe was published; this is Llama's."""
-    if size not in SIZES:
-        raise UserError(f"--config=gemma:{size}: no such size; choose one of {', '.join(SIZES)}")
-    generation, layers, embed, heads, kv_heads, head_dim, mlp, window, scalar, tensor, seq_len = SIZES[size]
     c = ConfigDict()
     c.model = dict(
         family="decoder",
-        num_layers=layers,
-        embed=embed,
-        embed_multiplier=embed**0.5,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        score_scale=0.0 if scalar == head_dim else scalar**-0.5,
-        window=window,
-        mlp=mlp,
+        **SIZES[size],
+        embed_multiplier=SIZES[size]["embed"] ** 0.5,
+        score_scale=SCORE_DIVISORS[size] ** -0.5 if size in SCORE_DIVISORS else 0.0,
         activation="gelu_tanh",
         norm="rmsnorm1p",
         norm_eps=1e-6,
@@ -51,16 +41,17 @@ def get_config(size: str = "tiny") -> ConfigDict:
         dtype="bfloat16",
         remat="attention",
     )
-    if generation == 2:
+    if size.startswith("2-"):
         c.model.update(attention_pattern="lg", score_softcap=50.0, logit_softcap=30.0)
     else:
         c.model.update(attention_pattern="lllllg", qk_norm="head", rope_base=1e6, rope_local_base=1e4)
-    c.data = dict(seq_len=seq_len, sources=dict(main=dict(path="")))
+    c.data = dict(seq_len=8192, sources=dict(main=dict(path="")))
     c.train = dict(steps=100_000, global_batch=512)
     c.optimizer = dict(name="adamw", learning_rate=3e-4, schedule="cosine", warmup_steps=2_000, weight_decay=0.1)
-    c.mesh = dict(data=1, fsdp=-1, tensor=tensor)
+    c.mesh = dict(data=1, fsdp=-1, tensor=8 if "27B" in size else 1)
     if size == "tiny":
         c.model.update(dtype="float32", remat="none", scan=False)
+        c.data.seq_len = 256
         c.data.sources = dict(python=dict(path="stdlib:"))
         c.data.tokenizer = dict(kind="sentencepiece", algorithm="bpe", vocab_size=4096)
         c.train = dict(steps=600, global_batch=8, log_every=20)

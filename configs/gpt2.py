@@ -6,16 +6,16 @@ llmjax train --config=gpt2:124M --workdir=runs/gpt2 --config.data.sources.main.p
 
 from ml_collections import ConfigDict
 
-from llmjax.errors import UserError
-
-# layers, embed, heads, peak learning rate (after GPT-3's table 2.1, arXiv 2005.14165)
+# Fields of the model by size.
 SIZES = {
-    "tiny": (4, 192, 6, 4e-3),
-    "124M": (12, 768, 12, 6e-4),
-    "355M": (24, 1024, 16, 3e-4),
-    "774M": (36, 1280, 20, 2.5e-4),
-    "1.5B": (48, 1600, 25, 2e-4),
+    "tiny": dict(num_layers=4, embed=192, num_heads=6),
+    "124M": dict(num_layers=12, embed=768, num_heads=12),
+    "355M": dict(num_layers=24, embed=1024, num_heads=16),
+    "774M": dict(num_layers=36, embed=1280, num_heads=20),
+    "1.5B": dict(num_layers=48, embed=1600, num_heads=25),
 }
+# Peak learning rates, after GPT-3's table 2.1 (arXiv 2005.14165).
+LEARNING_RATES = {"tiny": 4e-3, "124M": 6e-4, "355M": 3e-4, "774M": 2.5e-4, "1.5B": 2e-4}
 
 # On the validation documents. Learned positions need more steps than rotary ones.
 EXPECTED_SCORE = {"tiny": ("bits_per_byte", 2.11)}
@@ -23,16 +23,11 @@ EXPECTED_SCORE = {"tiny": ("bits_per_byte", 2.11)}
 
 def get_config(size: str = "tiny") -> ConfigDict:
     """The model as published; the recipe (AdamW, cosine, half a million tokens a step) is GPT-3's for its size."""
-    if size not in SIZES:
-        raise UserError(f"--config=gpt2:{size}: no such size; choose one of {', '.join(SIZES)}")
-    layers, embed, heads, learning_rate = SIZES[size]
-    seq_len = 256 if size == "tiny" else 1024
+    learning_rate, seq_len = LEARNING_RATES[size], 256 if size == "tiny" else 1024
     c = ConfigDict()
     c.model = dict(
         family="decoder",
-        num_layers=layers,
-        embed=embed,
-        num_heads=heads,
+        **SIZES[size],
         activation="gelu_tanh",
         gated=False,
         norm="layernorm",

@@ -7,13 +7,11 @@ llmjax train --config=mixtral:8x7B --workdir=runs/mixtral \
 
 from ml_collections import ConfigDict
 
-from llmjax.errors import UserError
-
-# layers, embed, heads, kv heads, head width, width of an expert, sequence length
+# Fields of the model by size.
 SIZES = {
-    "tiny": (4, 192, 6, 2, 32, 256, 256),
-    "8x7B": (32, 4096, 32, 8, 128, 14336, 8192),
-    "8x22B": (56, 6144, 48, 8, 128, 16384, 8192),
+    "tiny": dict(num_layers=4, embed=192, num_heads=6, num_kv_heads=2, head_dim=32, mlp=256),
+    "8x7B": dict(num_layers=32, embed=4096, num_heads=32, num_kv_heads=8, head_dim=128, mlp=14336),
+    "8x22B": dict(num_layers=56, embed=6144, num_heads=48, num_kv_heads=8, head_dim=128, mlp=16384),
 }
 # size -> score on the validation split of the standard library, which `make recipes` checks
 EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.96)}
@@ -21,30 +19,23 @@ EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.96)}
 
 def get_config(size: str = "tiny") -> ConfigDict:
     """The shapes as published: 8 experts a layer, 2 for each token. No recipe was published; this is Llama's."""
-    if size not in SIZES:
-        raise UserError(f"--config=mixtral:{size}: no such size; choose one of {', '.join(SIZES)}")
-    layers, embed, heads, kv_heads, head_dim, mlp, seq_len = SIZES[size]
     c = ConfigDict()
     c.model = dict(
         family="moe",
-        num_layers=layers,
-        embed=embed,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        mlp=mlp,
+        **SIZES[size],
         num_experts=8,
         experts_per_token=2,
         rope_base=1e4 if size == "tiny" else 1e6,
         dtype="bfloat16",
         remat="attention",
     )
-    c.data = dict(seq_len=seq_len, sources=dict(main=dict(path="")))
+    c.data = dict(seq_len=8192, sources=dict(main=dict(path="")))
     c.train = dict(steps=100_000, global_batch=512)
     c.optimizer = dict(name="adamw", learning_rate=3e-4, schedule="cosine", warmup_steps=2_000, weight_decay=0.1)
     c.mesh = dict(data=1, fsdp=-1, tensor=1)
     if size == "tiny":
         c.model.update(dtype="float32", remat="none", scan=False, tie_embeddings=True)
+        c.data.seq_len = 256
         c.data.sources = dict(python=dict(path="stdlib:"))
         c.data.tokenizer = dict(kind="sentencepiece", algorithm="bpe", vocab_size=4096)
         c.train = dict(steps=600, global_batch=8, log_every=20)

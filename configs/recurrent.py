@@ -9,27 +9,30 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from llmjax.errors import UserError
-
-# model fields, sequence length, sequences a step, peak learning rate
-SIZES: dict[str, tuple[dict[str, Any], int, int, float]] = {
-    "lstm": (dict(cell="lstm", embed=256, hidden=384), 256, 8, 6e-3),
-    "gru": (dict(cell="gru", embed=256, hidden=448), 256, 8, 6e-3),
-    "rnn": (dict(cell="rnn", embed=256, hidden=512), 256, 8, 3e-3),
-    "rglru": (
-        dict(cell="rglru", recurrence="associative", num_layers=3, embed=224, hidden=288, mlp=512, gate_blocks=4),
-        256,
-        8,
-        4e-3,
+# Fields of the model, and the recipe, by size.
+SIZES: dict[str, dict[str, Any]] = {
+    "lstm": dict(model=dict(cell="lstm", embed=256, hidden=384), seq_len=256, global_batch=8, learning_rate=6e-3),
+    "gru": dict(model=dict(cell="gru", embed=256, hidden=448), seq_len=256, global_batch=8, learning_rate=6e-3),
+    "rnn": dict(model=dict(cell="rnn", embed=256, hidden=512), seq_len=256, global_batch=8, learning_rate=3e-3),
+    "rglru": dict(
+        model=dict(cell="rglru", recurrence="associative", num_layers=3, embed=224, hidden=288, mlp=512, gate_blocks=4),
+        seq_len=256,
+        global_batch=8,
+        learning_rate=4e-3,
     ),
     # the large model of Zaremba et al., 2014, arXiv 1409.2329, with AdamW in place of their SGD
-    "zaremba": (dict(cell="lstm", embed=1500, norm="none", residual=False, dropout=0.65), 256, 32, 1e-3),
+    "zaremba": dict(
+        model=dict(cell="lstm", embed=1500, norm="none", residual=False, dropout=0.65),
+        seq_len=256,
+        global_batch=32,
+        learning_rate=1e-3,
+    ),
     # Hawk of De et al., 2024, arXiv 2402.19427. From the paper: widths and depth (table 2: 2048, 2560, 24, and an mlp
     # of 3 x 2048), the 16 blocks of each gate (section 4.1), the shared embedding (2), AdamW and rows of 2048 (3.1).
     # Not in the paper: rows in a step, steps, rates. The authors compute the recurrence token by token in their own
     # kernel, because an associative scan was slower on a TPU v3.
-    "hawk-1.3B": (
-        dict(
+    "hawk-1.3B": dict(
+        model=dict(
             cell="rglru",
             recurrence="associative",
             num_layers=24,
@@ -40,9 +43,9 @@ SIZES: dict[str, tuple[dict[str, Any], int, int, float]] = {
             tie_embeddings=True,
             dtype="bfloat16",
         ),
-        2048,
-        512,
-        4e-4,
+        seq_len=2048,
+        global_batch=512,
+        learning_rate=4e-4,
     ),
 }
 # Measured: 1.710 (lstm), 1.753 (gru), 1.850 (rnn), 1.756 (rglru); the decoder of quickstart.py reaches 1.93 and gzip -9
@@ -58,14 +61,13 @@ EXPECTED_SCORE = {
 def get_config(size: str = "lstm") -> ConfigDict:
     """lstm, gru, rnn and rglru read the standard library for 600 steps, a few minutes on two cores, to the bits per
     byte of its validation documents that EXPECTED_SCORE bounds. The published shapes need your own text."""
-    if size not in SIZES:
-        raise UserError(f"--config=recurrent:{size}: no such size; choose one of {', '.join(SIZES)}")
-    model, seq_len, batch, learning_rate = SIZES[size]
+    shape = SIZES[size]
+    seq_len, global_batch, learning_rate = shape["seq_len"], shape["global_batch"], shape["learning_rate"]
     c = ConfigDict()
-    c.model = dict(family="recurrent") | model
+    c.model = dict(family="recurrent", **shape["model"])
     if size not in EXPECTED_SCORE:
         c.data = dict(seq_len=seq_len, sources=dict(main=dict(path="")))
-        c.train = dict(steps=100_000, global_batch=batch)
+        c.train = dict(steps=100_000, global_batch=global_batch)
         c.optimizer = dict(
             name="adamw", learning_rate=learning_rate, schedule="cosine", warmup_steps=2_000, weight_decay=0.1
         )
@@ -79,7 +81,7 @@ def get_config(size: str = "lstm") -> ConfigDict:
     # A short stack compiles as fast unrolled. Four tokens per iteration reduce the overhead of the loop.
     c.model.update(tie_embeddings=True, scan=False, unroll=1 if size == "rglru" else 4)
     c.optimizer = dict(name="adamw", learning_rate=learning_rate, schedule="wsd", decay_fraction=0.4, end_fraction=0.02)
-    c.train = dict(steps=600, global_batch=batch, log_every=20)
+    c.train = dict(steps=600, global_batch=global_batch, log_every=20)
     c.checkpoint = dict(every=200)
     c.eval = dict(every=200)
     c.sample = dict(prompts=("def main(", "import os\n", "class Stack:\n"))

@@ -6,16 +6,14 @@ llmjax train --config=t5:base --workdir=runs/t5 --config.data.sources.main.path=
 
 from ml_collections import ConfigDict
 
-from llmjax.errors import UserError
-
-# layers of each stack, embed, heads, head width, feed-forward width
+# Fields of the model by size; num_layers is that of each stack.
 SIZES = {
-    "tiny": (2, 160, 5, 32, 432),
-    "small": (8, 512, 6, 64, 1024),
-    "base": (12, 768, 12, 64, 2048),
-    "large": (24, 1024, 16, 64, 2816),
-    "xl": (24, 2048, 32, 64, 5120),
-    "xxl": (24, 4096, 64, 64, 10240),
+    "tiny": dict(num_layers=2, embed=160, num_heads=5, head_dim=32, mlp=432),
+    "small": dict(num_layers=8, embed=512, num_heads=6, head_dim=64, mlp=1024),
+    "base": dict(num_layers=12, embed=768, num_heads=12, head_dim=64, mlp=2048),
+    "large": dict(num_layers=24, embed=1024, num_heads=16, head_dim=64, mlp=2816),
+    "xl": dict(num_layers=24, embed=2048, num_heads=32, head_dim=64, mlp=5120),
+    "xxl": dict(num_layers=24, embed=4096, num_heads=64, head_dim=64, mlp=10240),
 }
 
 # On the validation split of the standard library, including sentinels, which are a quarter of the targets.
@@ -25,17 +23,10 @@ EXPECTED_SCORE = {"tiny": ("accuracy", 0.25)}
 def get_config(size: str = "tiny") -> ConfigDict:
     """The published models and the paper's baseline recipe (Adafactor, 2^19 steps of 128 rows), or "tiny", in which
     half of the text is masked instead of 15%, so that a small corpus has more targets."""
-    if size not in SIZES:
-        raise UserError(f"--config=t5:{size}: no such size; choose one of {', '.join(SIZES)}")
-    layers, embed, heads, head_dim, mlp = SIZES[size]
     c = ConfigDict()
     c.model = dict(
         family="encdec",
-        num_layers=layers,
-        embed=embed,
-        num_heads=heads,
-        head_dim=head_dim,
-        mlp=mlp,
+        **SIZES[size],
         dtype="bfloat16",
         remat="attention",
     )

@@ -55,7 +55,7 @@ def main() -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a bad flag is one line and status 78, as it is for llmjax."""
+    """argparse that reports a bad flag in one line with status 78, as llmjax does."""
 
     def error(self, message: str) -> NoReturn:
         """Print the error and exit."""
@@ -88,7 +88,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if options.command[:1] == ["--"]:
         del options.command[0]
     if not options.command:
-        parser.error("no command given; put it after --, such as: -- llmjax train --config=... --workdir=...")
+        parser.error("the command is missing; put it after --, such as: -- llmjax train --config=... --workdir=...")
     options.command[0] = resolve(options.command[0])
     return options
 
@@ -119,7 +119,7 @@ def seconds(text: str) -> float:
 
 
 def resolve(command: str) -> str:
-    """`llmjax` and `python` of the environment that runs this script or, failing that, of the checkout's .venv."""
+    """The path of a command; `llmjax` and `python` are those of this environment, else of the checkout's .venv."""
     own = pathlib.Path(sys.executable).parent
     for folder in (own, pathlib.Path(__file__).resolve().parents[1] / ".venv" / "bin"):
         if command in ("llmjax", "python") and os.access(folder / command, os.X_OK):
@@ -129,12 +129,12 @@ def resolve(command: str) -> str:
 
 def log(line: str) -> None:
     """Print a line of the launcher."""
-    with contextlib.suppress(OSError):  # the terminal is gone
+    with contextlib.suppress(OSError):  # the terminal may be gone
         print(f"[local] {line}", flush=True)
 
 
 def free_port() -> int:
-    """A port on which no program listens."""
+    """A free port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -205,7 +205,7 @@ class Job:
             raise SystemExit(BAD_INPUT) from None
 
     def _print_lines(self, index: int) -> None:
-        """Print a process's lines, marked with its index."""
+        """Print the lines of a process, each with its index as prefix."""
         stream = self.processes[index].stdout
         assert stream is not None
         for line in stream:
@@ -223,7 +223,7 @@ class Job:
         self.deadline = time.monotonic() + self.options.grace
 
     def _set_deadline(self, index: int, status: int, running: int) -> None:
-        """After a process failed, give the others some seconds to notice by themselves."""
+        """Give the other processes some seconds to end by themselves after one failed."""
         if running and self.deadline is None:
             seconds = min(self.options.grace, 10.0)
             log(f"process {index} ended with {status}; the other {running} get {seconds:g} s")

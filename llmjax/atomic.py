@@ -65,8 +65,8 @@ class AppendFile:
         """Write the data to disk."""
         os.fsync(self._file.fileno())
 
-    def is_in_place(self) -> bool:
-        """Whether the file still has its path: it was neither removed, renamed nor replaced."""
+    def still_exists(self) -> bool:
+        """Whether the path still is this file, which was neither removed, renamed nor replaced."""
         try:
             return os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
         except FileNotFoundError:

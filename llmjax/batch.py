@@ -1,6 +1,6 @@
 """The input and output of every model: packed rows (numpy on the host, arrays on the device) and hidden states.
 
-Also the two parts that a model is passed around in: its graph and its parameters.
+Also the types of a model's two parts: its graph and its parameters.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ class Batch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Output:
-    """What a model returns for a batch.
+    """The result of a model for a batch.
 
     hidden        [batch, seq, embed] in the compute type, the input of the model's `unembed`
     aux_loss      float32 scalar, added to the summed nats of the loss, its coefficient included (router losses);

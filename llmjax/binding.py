@@ -19,8 +19,8 @@ import ml_collections
 from llmjax.errors import UserError, suggest
 
 
-def _open_map(hint: Any) -> Any | None:
-    """The entry type of a Mapping[str, Entry] field, else None."""
+def _entry_type(hint: Any) -> Any | None:
+    """The type of the entries of a Mapping[str, Entry] field; None for any other field."""
     if typing.get_origin(hint) in (dict, Mapping):
         return typing.get_args(hint)[1]
     return None
@@ -43,10 +43,14 @@ def bind(cls: type, section: Mapping[str, Any], path: str = "") -> Any:
     values = {}
     for name, value in section.items():
         where = f"{path}.{name}" if path else name
-        if name not in hints:
-            raise UserError(f"unknown config field {where!r}{suggest(name, hints)}")
-        values[name] = _bind_value(hints[name], value, where)
+        values[name] = _bind_value(_find_hint(name, hints, where), value, where)
     return cls(**values)
+
+
+def _find_hint(name: str, hints: dict[str, Any], path: str) -> Any:
+    if name not in hints:
+        raise UserError(f"unknown config field {path!r}{suggest(name, hints)}")
+    return hints[name]
 
 
 def _bind_value(hint: Any, value: Any, where: str) -> Any:
@@ -64,7 +68,7 @@ def _bind_value(hint: Any, value: Any, where: str) -> Any:
                 f"{dataclasses.fields(hint)[0].name}"
             )
         return bind(typing.cast(type, hint), value, where)
-    if (entry := _open_map(hint)) is not None:
+    if (entry := _entry_type(hint)) is not None:
         if not isinstance(value, Mapping):
             raise UserError(f"{where}={value!r}: this is a map of named entries; set {where}.NAME.FIELD")
         return {name: _bind_value(entry, item, f"{where}.{name}") for name, item in value.items()}
@@ -78,7 +82,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         options = typing.get_args(hint)
         if value is None and type(None) in options:
             return None
-        hint = next(o for o in options if o is not type(None))
+        hint = next(option for option in options if option is not type(None))
         origin = typing.get_origin(hint)
     kind = origin or hint
     if typing.get_args(hint)[:1] == (str,):  # tuple[str, ...]
@@ -99,7 +103,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _describe(kind: type) -> str:
@@ -113,20 +117,11 @@ def _describe(kind: type) -> str:
     return names.get(kind, kind.__name__)
 
 
-def as_dict(config: Any) -> Any:
-    """A plain nested dict of a bound config, JSON-ready except for tuples."""
-    return dataclasses.asdict(config)
-
-
-def shipped_folder() -> pathlib.Path:
-    """The folder of the shipped configs: llmjax/configs in an installed wheel, configs/ in a checkout."""
-    package = pathlib.Path(__file__).resolve().parent
-    return next(folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir())
-
-
 def shipped_files() -> dict[str, pathlib.Path]:
-    """Name -> file of every config that ships with llmjax."""
-    return {path.stem: path for path in sorted(shipped_folder().glob("*.py")) if path.stem != "__init__"}
+    """Name -> file of every config that ships with llmjax: in llmjax/configs of a wheel, or configs/ of a checkout."""
+    package = pathlib.Path(__file__).resolve().parent
+    folder = next(path for path in (package / "configs", package.parent / "configs") if path.is_dir())
+    return {path.stem: path for path in sorted(folder.glob("*.py")) if path.stem != "__init__"}
 
 
 def find_file(spec: str) -> pathlib.Path:
@@ -145,15 +140,20 @@ def find_file(spec: str) -> pathlib.Path:
             )
         return shipped[file]
     if not path.is_file() or path.suffix != ".py":
-        what = "not a Python file" if path.is_file() else "no such file"
+        problem = "not a Python file" if path.is_file() else "no such file"
         if names := difflib.get_close_matches(path.stem.lower(), shipped, n=1):
-            what += f" (did you mean --config={names[0]}{argument and ':' + argument}, which ships with llmjax?)"
-        raise UserError(f"--config={spec}: {what}; give a Python file with get_config(), or a name of `llmjax configs`")
+            problem += f" (did you mean --config={names[0]}{argument and ':' + argument}, which ships with llmjax?)"
+        raise UserError(
+            f"--config={spec}: {problem}; give a Python file with get_config(), or a name of `llmjax configs`"
+        )
     return path
 
 
-def load_file(spec: str) -> ml_collections.ConfigDict:
-    """`FILE.py[:ARG]` or `NAME[:ARG]` -> the locked ConfigDict that its get_config(ARG) returns."""
+def load_file(spec: str) -> dict[str, Any]:
+    """`FILE.py[:ARG]` or `NAME[:ARG]` -> the nested dict of the ConfigDict that its get_config(ARG) returns.
+
+    A file with a table SIZES takes its keys alone as ARG.
+    """
     file, _, argument = spec.partition(":")
     path = find_file(spec)
     with _as_user_error(spec, path):
@@ -162,13 +162,19 @@ def load_file(spec: str) -> ml_collections.ConfigDict:
         raise UserError(f"--config={spec}: {file} has no function get_config()")
     if argument and not inspect.signature(module.get_config).parameters:
         raise UserError(f"--config={spec}: {file} has no sizes; remove {':' + argument!r}")
+    if argument and argument not in (sizes := getattr(module, "SIZES", (argument,))):
+        raise UserError(f"--config={spec}: no such size; choose one of {', '.join(sizes)}")
     with _as_user_error(spec, path):
         config = module.get_config(argument) if argument else module.get_config()
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(
             f"--config={spec}: get_config() returns {type(config).__name__}; return an ml_collections.ConfigDict"
         )
-    return config.lock()
+    return _to_dict(config)
+
+
+def _to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    return {k: _to_dict(v) if isinstance(v, ml_collections.ConfigDict) else v for k, v in config.items()}
 
 
 @contextlib.contextmanager
@@ -182,11 +188,6 @@ def _as_user_error(spec: str, path: pathlib.Path) -> Iterator[None]:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = f"line {lines[-1]}: " if lines else ""  # a SyntaxError names its line itself
         raise UserError(f"--config={spec}: cannot be read ({line}{type(error).__name__}: {error})") from error
-
-
-def specs(path: pathlib.Path) -> list[str]:
-    """The values of `--config` for a config file: FILE.py, and FILE.py:SIZE for every size in its table SIZES."""
-    return [str(path), *(f"{path}:{size}" for size in getattr(load_module(path), "SIZES", ()))]
 
 
 def load_module(path: pathlib.Path) -> Any:
@@ -207,21 +208,16 @@ def parse_override(cls: type, field: str, text: str) -> Any:
         where = ".".join(parents)
         if families := families_of(hint):  # families give a shared field the same type
             hints = {n: h for family in reversed(families.values()) for n, h in typing.get_type_hints(family).items()}
-            if name not in hints:
-                raise UserError(f"unknown config field {where!r}{suggest(name, hints)}")
-            hint = hints[name]
+            hint = _find_hint(name, hints, where)
         elif dataclasses.is_dataclass(hint):
-            hints = typing.get_type_hints(hint)
-            if name not in hints:
-                raise UserError(f"unknown config field {where!r}{suggest(name, hints)}")
-            hint = hints[name]
-        elif (entry := _open_map(hint)) is not None:
+            hint = _find_hint(name, typing.get_type_hints(hint), where)
+        elif (entry := _entry_type(hint)) is not None:
             hint = entry
         else:
             raise UserError(f"unknown config field {where!r}: {'.'.join(parents[:-1])} is a value, not a section")
-    if dataclasses.is_dataclass(hint) or families_of(hint) or _open_map(hint) is not None:
+    if dataclasses.is_dataclass(hint) or families_of(hint) or _entry_type(hint) is not None:
         raise UserError(f"--config.{field}={text}: this is a section; set one of its fields")
-    options = [o for o in typing.get_args(hint)] if isinstance(hint, types.UnionType) else [hint]
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if str in options and not (type(None) in options and text == "None"):
         return text
     if bool in options and text.lower() in ("true", "false"):
@@ -234,7 +230,7 @@ def parse_override(cls: type, field: str, text: str) -> Any:
 
 
 def set_field(tree: dict, field: str, value: Any) -> None:
-    """Put one dotted field into a nested dict."""
+    """Set one dotted field of a nested dict."""
     *parents, leaf = field.split(".")
     for name in parents:
         tree = tree.setdefault(name, {})
@@ -249,20 +245,15 @@ def bind_overridden(cls: type, tree: dict[str, Any], overrides: Sequence[tuple[s
     """
     section, _, leaf = inputs.partition(".")
     entries = tree.setdefault(section, {}).setdefault(leaf, {})
-    typed = [(field, parse_override(cls, field, text)) for field, text in overrides]
-    named = {field.split(".")[2] for field, _ in typed if field.startswith(f"{inputs}.")}
-    if named - set(entries):
-        stdlib = [name for name, entry in entries.items() if entry.get("path", "stdlib:") == "stdlib:"]
-        for name in set(stdlib) - named:
+    values = [(field, parse_override(cls, field, text)) for field, text in overrides]
+    overridden = {field.split(".")[2] for field, _ in values if field.startswith(f"{inputs}.")}
+    if overridden - set(entries):
+        stdlib = {name for name, entry in entries.items() if entry.get("path", "stdlib:") == "stdlib:"}
+        for name in stdlib - overridden:
             del entries[name]
-    for field, value in typed:
+    for field, value in values:
         set_field(tree, field, value)
     return bind(cls, tree)
-
-
-def as_tree(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """A ConfigDict as a nested dict."""
-    return {k: as_tree(v) if isinstance(v, ml_collections.ConfigDict) else v for k, v in config.items()}
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:

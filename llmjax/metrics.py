@@ -8,7 +8,7 @@ z_loss             the mean that train.z_loss adds to it
 accuracy           share of scored targets that got the highest score
 batch_digest       uint32 hash of the global batch's rows, samples and tokens; the same on any mesh
 num_targets        scored targets of this step
-num_tokens         tokens of this step, scored or not; padding is none
+num_tokens         tokens of this step, scored or not, without padding
 total_targets      scored targets since step 0
 tokens_per_second  scored targets per second, on all devices
 step_seconds       wall time of a step
@@ -19,7 +19,7 @@ load_balance_loss, router_z_loss, max_expert_load, unused_expert_fraction
                    of mixtures of experts, see nn.moe.losses
 mfu                model FLOPs over the devices' peak FLOPs, or null where the peak is unknown
 
-NaN and the infinities are written as Python's json spells them, so that a broken loss does not look like a missing one.
+NaN and infinities are written as in Python's json, so that a loss that is not finite differs from a missing one.
 """
 
 from collections.abc import Callable, Mapping
@@ -73,7 +73,7 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def mfu(*, flops_per_token: float, tokens_per_second: float, device_kind: str, num_devices: int) -> float | None:
-    """Model FLOPs utilisation, 0 to 1; padding counts for nothing. None where the peak is unknown."""
+    """Model FLOPs utilisation, 0 to 1, without the FLOPs of padding. None where the peak is unknown."""
     peak = peak_flops(device_kind)
     return None if peak is None else flops_per_token * tokens_per_second / (peak * num_devices)
 
@@ -81,15 +81,16 @@ def mfu(*, flops_per_token: float, tokens_per_second: float, device_kind: str, n
 def read_metrics(workdir: epath.PathLike, *, last_step: int | None = None) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl in order of steps, up to `last_step`; [] where there is no file.
 
-    A torn line is dropped. A line replaces earlier lines of the same or later steps: it was written after a restart.
+    An incomplete line is dropped. A line replaces earlier lines of the same or later steps, since it was written after
+    a restart.
     Raises UserError where the file cannot be read.
     """
     path = epath.Path(workdir) / workdirs.METRICS
-    kept: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        return kept
+        return records
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); restore or remove it") from error
     for line in content.splitlines():
@@ -99,10 +100,10 @@ def read_metrics(workdir: epath.PathLike, *, last_step: int | None = None) -> li
             continue
         if not isinstance(record, dict) or type(record.get("step")) is not int:
             continue
-        while kept and kept[-1]["step"] >= record["step"]:
-            kept.pop()
-        kept.append(record)
-    return [record for record in kept if last_step is None or record["step"] <= last_step]
+        while records and records[-1]["step"] >= record["step"]:
+            records.pop()
+        records.append(record)
+    return [record for record in records if last_step is None or record["step"] <= last_step]
 
 
 class ScalarSink(Protocol):
@@ -157,7 +158,7 @@ class MetricsLog:
         assert step > self._last_step, f"step {step} is logged after step {self._last_step}"
         self._last_step = step
         if self._file:
-            if not self._file.is_in_place():
+            if not self._file.still_exists():
                 raise UserError(
                     f"{self._path} was removed, renamed or replaced while this run was writing to it; stopped. Put it "
                     "back and rerun the same command to resume"
@@ -177,7 +178,7 @@ class MetricsLog:
             sink.log(step, numbers)
 
     def add_sink(self, sink: ScalarSink) -> None:
-        """Give every scalar from now on to `sink` as well, and close it with the log."""
+        """Log every later scalar to `sink` as well, and close it with the log."""
         self._sinks.append(sink)
 
     def flush(self) -> None:
@@ -240,16 +241,16 @@ class ProgressLine:
 
 
 def progress_line(record: Mapping[str, Any], steps: int, seconds_left: float) -> str:
-    """`step  120/1000  loss 3.412  1,834 tok/s  lr 2.9e-4  grad 1.02  data 0.1%  ETA 4:31`, without what is absent."""
+    """`step  120/1000  loss 3.412  1,834 tok/s  lr 2.9e-4  grad 1.02  data 0.1%  ETA 4:31`, without missing values."""
     parts = [f"step {record['step']:>{len(str(steps))}}/{steps}"]
-    shown = {
+    formats = {
         "loss": "loss {:.3f}",
         "tokens_per_second": "{:,.0f} tok/s",
         "learning_rate": "lr {}",
         "grad_norm": "grad {:.2f}",
         "mfu": "mfu {:.1%}",
     }
-    for name, form in shown.items():
+    for name, form in formats.items():
         if (value := record.get(name)) is not None:
             parts.append(form.format(short_exponent(float(value)) if name == "learning_rate" else float(value)))
     if record.get("data_wait_seconds") is not None and record.get("step_seconds"):

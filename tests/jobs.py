@@ -9,7 +9,7 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LLMJAX = pathlib.Path(sys.executable).with_name("llmjax")
 
-# A model that compiles in seconds, on bytes, with every feature that exactness depends on: packing, dropout, clipping.
+# A model on bytes that compiles in seconds, with every feature that exactness depends on: packing, dropout, clipping.
 TINY = {
     "data.tokenizer.kind": "bytes",
     "data.seq_len": 64,
@@ -57,8 +57,8 @@ def command(verb: str, workdir: pathlib.Path, corpus: pathlib.Path | None = None
 
 def environment(**more: str) -> dict[str, str]:
     """This environment, on CPU, without a test's own device settings."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("LLMJAX_", "XLA_FLAGS"))}
-    return {**kept, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", **more}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("LLMJAX_", "XLA_FLAGS"))}
+    return {**inherited, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", **more}
 
 
 def launch(arguments: list[str], processes: int = 1, devices: int = 8, *options: str) -> list[str]:
@@ -69,11 +69,11 @@ def launch(arguments: list[str], processes: int = 1, devices: int = 8, *options:
 
 def run(arguments: list[str], *, status: int = 0, timeout: float = 240, **env: str) -> str:
     """Run to the end, check the exit status, return what was printed."""
-    done = subprocess.run(
+    process = subprocess.run(
         arguments, capture_output=True, text=True, timeout=timeout, env=environment(**env), check=False
     )
-    printed = done.stdout + done.stderr
-    assert done.returncode == status, f"exit {done.returncode}, expected {status}:\n{' '.join(arguments)}\n{printed}"
+    printed, code = process.stdout + process.stderr, process.returncode
+    assert code == status, f"exit {code}, expected {status}:\n{' '.join(arguments)}\n{printed}"
     return printed
 
 
@@ -83,12 +83,12 @@ def metrics(workdir: pathlib.Path) -> list[dict]:
 
 
 def checkpoints(workdir: pathlib.Path) -> dict[int, dict]:
-    """What `llmjax inspect --json` says of each checkpoint, by step."""
-    found = json.loads(run([str(LLMJAX), "inspect", f"--workdir={workdir}", "--json"]))["checkpoints"]
-    assert [entry["step"] for entry in found] == sorted(entry["step"] for entry in found)
-    return {entry["step"]: entry for entry in found}
+    """The entry of each checkpoint in `llmjax inspect --json`, by step."""
+    entries = json.loads(run([str(LLMJAX), "inspect", f"--workdir={workdir}", "--json"]))["checkpoints"]
+    assert [entry["step"] for entry in entries] == sorted(entry["step"] for entry in entries)
+    return {entry["step"]: entry for entry in entries}
 
 
 def trace(workdir: pathlib.Path) -> list[tuple]:
-    """What must repeat bit for bit: (step, loss, batch digest, gradient norm) of every step."""
+    """(step, loss, batch digest, gradient norm) of every step, which must repeat bit for bit."""
     return [(line["step"], line["loss"], line["batch_digest"], line["grad_norm"]) for line in metrics(workdir)]

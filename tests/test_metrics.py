@@ -1,4 +1,4 @@
-"""metrics.jsonl survives kills without a lost, doubled or rounded number; the console tells what is left."""
+"""metrics.jsonl loses, repeats and rounds no number when a run is killed; the progress line shows the time left."""
 
 import json
 import logging
@@ -28,11 +28,11 @@ def write_steps(workdir, steps, **kwargs) -> None:
 
 
 def raw_steps(workdir: pathlib.Path) -> list[int]:
-    """The steps as another program would read them: line by line, with nothing forgiven."""
+    """The steps as another program reads them: every line must be valid JSON."""
     return [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_float32_values_come_back_bit_for_bit(tmp_path):
+def test_float32_values_are_read_back_bit_for_bit(tmp_path):
     bits = np.random.default_rng(0).integers(0, 2**32, 2000, dtype=np.uint32)
     values = bits.view(np.float32)
     values = np.concatenate([values[np.isfinite(values)], np.float32([0.1, 1e-45, np.nan, np.inf, -np.inf])])
@@ -44,7 +44,7 @@ def test_float32_values_come_back_bit_for_bit(tmp_path):
     np.testing.assert_array_equal(back, values.astype(np.float64))
 
 
-def test_device_scalars_are_plain_numbers_in_the_file(tmp_path):
+def test_device_scalars_are_written_as_plain_numbers(tmp_path):
     with MetricsLog(tmp_path, primary=True) as log:
         log.write(
             {"step": np.int32(3), "loss": np.ones((1,), np.float32), "batch_digest": np.uint32(2**32 - 1), "mfu": None}
@@ -53,20 +53,20 @@ def test_device_scalars_are_plain_numbers_in_the_file(tmp_path):
     assert text == '{"step": 3, "loss": 1.0, "batch_digest": 4294967295, "mfu": null}\n'
 
 
-def test_resuming_drops_what_a_killed_run_wrote_beyond_the_checkpoint(tmp_path):
+def test_a_resumed_run_removes_lines_after_its_checkpoint(tmp_path):
     write_steps(tmp_path, range(10, 60, 10))
     write_steps(tmp_path, [40, 50, 60], resume_step=30)
     assert raw_steps(tmp_path) == [10, 20, 30, 40, 50, 60]
 
 
-def test_a_fresh_start_drops_every_line(tmp_path):
+def test_a_fresh_start_removes_every_line(tmp_path):
     write_steps(tmp_path, [1, 2])
     write_steps(tmp_path, [1])
     assert raw_steps(tmp_path) == [1]
 
 
 @pytest.mark.parametrize("torn", [b'{"step": 30, "lo', b'{"step": 30, "loss": 1.0', b'{"step": 3', b"\0\0", b"\xff"])
-def test_a_torn_last_line_is_dropped_and_nothing_is_glued_to_it(tmp_path, torn):
+def test_an_incomplete_last_line_is_dropped_and_not_continued(tmp_path, torn):
     write_steps(tmp_path, [10, 20])
     with open(tmp_path / "metrics.jsonl", "ab") as file:
         file.write(torn)
@@ -76,34 +76,34 @@ def test_a_torn_last_line_is_dropped_and_nothing_is_glued_to_it(tmp_path, torn):
 
 
 @pytest.mark.parametrize("line", [b"[" * 100_000, b'{"step": true}', b'{"step": "1"}', b'"step"', b"1" * 5000])
-def test_odd_lines_are_dropped(tmp_path, line):
+def test_invalid_lines_are_dropped(tmp_path, line):
     write_steps(tmp_path, [1])
     with open(tmp_path / "metrics.jsonl", "ab") as file:
         file.write(line + b"\n")
-    assert [found["step"] for found in read_metrics(tmp_path)] == [1]
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1]
 
 
-def test_a_folder_in_its_place_is_one_line(tmp_path):
+def test_a_folder_named_metrics_jsonl_is_refused(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
     for read in (lambda: read_metrics(tmp_path), lambda: MetricsLog(tmp_path, primary=True)):
         with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be read \(Is a directory\)"):
             read()
 
 
-@pytest.mark.parametrize("harm", ["removed", "renamed", "replaced"])
-def test_a_log_that_goes_away_is_told(tmp_path, harm):
+@pytest.mark.parametrize("change", ["removed", "renamed", "replaced"])
+def test_a_log_that_is_removed_during_a_run_stops_it(tmp_path, change):
     with MetricsLog(tmp_path, primary=True) as log:
         log.write(record(1))
         path = tmp_path / "metrics.jsonl"
-        path.unlink() if harm == "removed" else path.rename(tmp_path / "other")
-        if harm == "replaced":
+        path.unlink() if change == "removed" else path.rename(tmp_path / "other")
+        if change == "replaced":
             path.touch()
         with pytest.raises(UserError, match=r"metrics\.jsonl was removed, renamed or replaced"):
             log.write(record(2))
 
 
 @pytest.mark.parametrize("file", ["metrics.jsonl", "events"])
-def test_a_full_disk_is_told_with_the_files_name_and_leaves_nothing_behind(tmp_path, file):
+def test_a_full_disk_raises_an_error_with_the_name_of_the_file(tmp_path, file):
     """A limit on file size stands for the full disk. Nothing is printed, then or at the end of the process."""
     code = f"""
 import resource, signal, sys
@@ -121,11 +121,11 @@ try:
 except OSError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
-    assert done.stderr == "" and done.stdout.startswith(f"[Errno 27] File too large: '{tmp_path / file}")
+    process = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
+    assert process.stderr == "" and process.stdout.startswith(f"[Errno 27] File too large: '{tmp_path / file}")
 
 
-def test_readers_take_the_later_of_two_runs_over_the_same_steps(tmp_path):
+def test_a_later_line_replaces_earlier_lines_of_the_same_steps(tmp_path):
     lines = [record(10, 1.0), record(20, 1.0), record(30, 1.0), record(20, 2.0)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(10, 1.0), (20, 2.0)]
@@ -148,8 +148,8 @@ def test_lines_are_on_disk_when_the_process_is_killed(tmp_path):
         "for step in (1, 2, 3): log.write({'step': step, 'loss': 0.5})\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=60)
-    assert done.returncode == -signal.SIGKILL
+    process = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=60)
+    assert process.returncode == -signal.SIGKILL
     assert raw_steps(tmp_path) == [1, 2, 3]
 
 
@@ -160,13 +160,13 @@ def test_only_the_primary_process_writes(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_an_object_store_gets_whole_files(tmp_path, monkeypatch):
+def test_an_object_store_gets_complete_files(tmp_path, monkeypatch):
     monkeypatch.setattr(atomic, "is_remote", lambda path: True)
     write_steps(tmp_path, [1, 2, 3])
     log = MetricsLog(tmp_path, primary=True, resume_step=2, rewrite_seconds=3600)
     log.write(record(3))
     log.write(record(4))
-    assert raw_steps(tmp_path) == [1, 2], "rewritten before its time"
+    assert raw_steps(tmp_path) == [1, 2], "rewritten before rewrite_seconds"
     log.flush()
     assert raw_steps(tmp_path) == [1, 2, 3, 4]
     log.write(record(5))
@@ -183,25 +183,25 @@ def test_an_object_store_is_written_at_intervals(tmp_path, monkeypatch):
     assert raw_steps(tmp_path) == [1]
 
 
-def test_remote_paths_are_told_by_their_scheme(tmp_path):
+def test_a_path_with_a_scheme_is_remote(tmp_path):
     assert atomic.is_remote("gs://bucket/run") and not atomic.is_remote(tmp_path) and not atomic.is_remote("runs/a")
 
 
-def test_tensorboard_holds_the_scalars(tmp_path):
+def test_tensorboard_events_contain_the_scalars(tmp_path):
     from tensorboardX.proto.event_pb2 import Event
 
     with MetricsLog(tmp_path, primary=True) as log:
         log.write({**record(7, loss=2.5), "mfu": None})
         log.scalars(7, {"validation/loss": 3.25, "validation/split": "text"})
     (events,) = (tmp_path / "events").iterdir()
-    found = {}
+    scalars = {}
     data = events.read_bytes()
     while data:  # TFRecord: length, its checksum, the event, its checksum
         length = int.from_bytes(data[:8], "little")
         event = Event.FromString(data[12 : 12 + length])
-        found.update({value.tag: (event.step, value.simple_value) for value in event.summary.value})
+        scalars.update({value.tag: (event.step, value.simple_value) for value in event.summary.value})
         data = data[16 + length :]
-    assert found == {"train/loss": (7, 2.5), "train/total_targets": (7, 700.0), "validation/loss": (7, 3.25)}
+    assert scalars == {"train/loss": (7, 2.5), "train/total_targets": (7, 700.0), "validation/loss": (7, 3.25)}
 
 
 FULL = {
@@ -217,22 +217,22 @@ FULL = {
 }
 
 
-def test_progress_line_reads_as_documented():
+def test_the_progress_line_is_as_documented():
     expected = "step  120/1000  loss 3.412  1,834 tok/s  lr 2.9e-4  grad 1.02  data 0.1%  ETA 4:31"
     assert progress_line(FULL, 1000, 271.2) == expected
 
 
-def test_progress_line_with_little_and_with_much():
+def test_the_progress_line_omits_missing_values_and_shows_all_others():
     assert progress_line({"step": 3, "loss": math.nan}, 5, math.nan) == "step 3/5  loss nan"
     full = progress_line({**FULL, "mfu": 0.412, "skipped_steps": 2, "learning_rate": 0.0}, 1000, 90061)
     assert "mfu 41.2%" in full and "skipped 2" in full and "lr 0 " in full and full.endswith("ETA 1d 01:01:01")
 
 
-def test_time_left_counts_what_passes_between_steps(caplog):
+def test_the_time_left_includes_evaluations_between_steps(caplog):
     caplog.set_level(logging.INFO, logger="llmjax")
     now = [100.0]
     line = ProgressLine(100, clock=lambda: now[0])
-    line.update({"step": 10, "step_seconds": 1.0})  # mostly the compiler's time, which says nothing
+    line.update({"step": 10, "step_seconds": 1.0})  # mostly compilation, so no estimate yet
     now[0] += 40.0
     line.update({"step": 20, "step_seconds": 1.0})  # 4 s a step with an evaluation in between: 80 steps of 4 s
     assert [message.partition("ETA ")[2] for message in caplog.messages] == ["", "5:20"]
@@ -259,11 +259,11 @@ def test_time_left_counts_what_passes_between_steps(caplog):
         ("cpu", None),
     ],
 )
-def test_peak_flops_is_known_or_none_never_guessed(kind, peak):
+def test_peak_flops_of_a_device_kind(kind, peak):
     assert metrics.peak_flops(kind) == peak
 
 
-def test_mfu_of_a_known_case():
+def test_mfu_of_eight_h100():
     # eight H100s do 7.912e15 FLOPs a second; 4e6 tokens of 0.8e9 FLOPs use 3.2e15 of them
     used = metrics.mfu(flops_per_token=8e8, tokens_per_second=4e6, device_kind="NVIDIA H100 80GB HBM3", num_devices=8)
     assert used == pytest.approx(3.2 / 7.912)

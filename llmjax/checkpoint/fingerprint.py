@@ -25,9 +25,9 @@ def fingerprint(params: Any, opt_state: Any) -> str:
 def digests(parts: dict[str, Any]) -> dict[str, str]:
     """8 hex digits for each tree of arrays in `parts`. A collective: all processes call it with the same trees.
 
-    A sum over all elements modulo 2^32 does not depend on their order: it is equal on any sharding. Its terms are the
-    elements' bits, mixed with the leaf's name and the element's index by a bijection of the bits: a change of a single
-    element always changes the sum, any other change does so with a probability of about 1 - 2^-32.
+    A digest is a sum over all elements modulo 2^32, which does not depend on their order, so it is equal on any
+    sharding. Each term hashes an element's bits, its leaf's name and its index by a bijection of the bits. So a change
+    of one element always changes the digest, and any other change does so with a probability of about 1 - 2^-32.
     """
     sums = {name: _leaf_sums(tree) for name, tree in parts.items()}
     # Parameters first: jax.tree.map does not keep the order of a dict.
@@ -49,10 +49,10 @@ def _leaf_sum(seed: jax.Array, leaf: Any) -> jax.Array:
     for dim in range(bits.ndim):
         stride = np.uint32(_STRIDES[dim % len(_STRIDES)])
         position = position + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, dim) * stride
-    mixed = bits ^ position  # then the finaliser of MurmurHash3, whose steps are bijections
-    mixed = (mixed ^ (mixed >> 16)) * np.uint32(0x85EBCA6B)
-    mixed = (mixed ^ (mixed >> 13)) * np.uint32(0xC2B2AE35)
-    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
+    hashed = bits ^ position  # then the finaliser of MurmurHash3, whose steps are bijections
+    hashed = (hashed ^ (hashed >> 16)) * np.uint32(0x85EBCA6B)
+    hashed = (hashed ^ (hashed >> 13)) * np.uint32(0xC2B2AE35)
+    return jnp.sum(hashed ^ (hashed >> 16), dtype=jnp.uint32)
 
 
 def _bits(x: jax.Array) -> jax.Array:

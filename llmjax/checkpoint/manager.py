@@ -21,23 +21,28 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from llmjax.atomic import is_remote
 from llmjax.checkpoint.fingerprint import digests, leaf_name
 from llmjax.errors import UserError
 from llmjax.parallel import hosts
 
 logger = logging.getLogger(__name__)
 
-_NO_SPACE = ("No space left", "RESOURCE_EXHAUSTED", "File too large", "Disk quota", "ENOSPC")
+_FULL_DISK_WORDS = ("No space left", "RESOURCE_EXHAUSTED", "File too large", "Disk quota", "ENOSPC")
 
 
-def _keep_record(record: logging.LogRecord) -> bool:
-    """False for what Orbax's threads log about a full disk: pages, where the error that they raise becomes one line."""
+def _means_full_disk(text: str) -> bool:
+    return any(words in text for words in _FULL_DISK_WORDS)
+
+
+def _is_not_about_full_disk(record: logging.LogRecord) -> bool:
+    """A filter of Orbax's log: its threads log pages about a full disk, and the error that they raise is one line."""
     error = record.exc_info[1] if record.exc_info else None
-    return not any(sign in f"{record.getMessage()} {error}" for sign in _NO_SPACE)
+    return not _means_full_disk(f"{record.getMessage()} {error}")
 
 
-def _report_unraisable(hook: Callable[[Any], None], unraisable: Any) -> None:
-    """Suppress what TensorStore's threads print for each write that ends after its save has failed."""
+def _ignore_closed_loop(hook: Callable[[Any], None], unraisable: Any) -> None:
+    """Pass on unraisable errors, except those of TensorStore's writes that end after their save has failed."""
     if "Event loop is closed" not in str(unraisable.exc_value):
         hook(unraisable)
 
@@ -62,7 +67,7 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A verified checkpoint: its step, its parts and the JSON object saved beside them."""
+    """A verified checkpoint: its step, its trees of arrays by name, and the JSON object saved beside them."""
 
     step: int
     parts: dict[str, Any]
@@ -76,14 +81,14 @@ class CorruptCheckpointError(Exception):
 class Checkpoints:
     """The checkpoints in one folder (any path that epath supports). Reading creates and removes nothing."""
 
-    def __init__(self, folder: epath.PathLike, *, keep: int = 3, keep_every: int = 0, timeout_seconds: int = 600):
+    def __init__(self, folder: epath.PathLike, config: CheckpointConfig = CheckpointConfig()):
         self.folder = epath.Path(folder)
-        if "://" not in str(folder):
-            self.folder = self.folder.resolve()  # Orbax wants absolute paths
-        self._keep, self._keep_every, self._timeout = keep, keep_every, timeout_seconds
+        if not is_remote(folder):
+            self.folder = self.folder.resolve()  # Orbax requires absolute paths
+        self._config = config
         self._manager: ocp.CheckpointManager | None = None
-        self._saving: int | None = None
-        self._failure = ""  # of the save under way, on any process
+        self._saving: int | None = None  # the step whose save is running
+        self._failure = ""  # of the running save, on any process
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, oldest first."""
@@ -104,43 +109,39 @@ class Checkpoints:
         Raises UserError when this save, or the one before it, finds no space. A collective: all processes call it.
         """
         self.wait()
-        found = digests(parts)
-        leaves = {name: describe(tree) for name, tree in parts.items()}
+        part_digests = digests(parts)
         body = {
             "step": step,
             "meta": meta,
-            "digests": found,
-            "leaves": leaves,
-            "fingerprint": "".join(found.values()),
+            "digests": part_digests,
+            "leaves": {name: _leaf_types(tree) for name, tree in parts.items()},
+            "fingerprint": "".join(part_digests.values()),
         }
-        items: dict[str, Any] = {name: ocp.args.StandardSave(_nested(tree)) for name, tree in parts.items()}
+        items: dict[str, Any] = {name: ocp.args.StandardSave(_to_nested_dict(tree)) for name, tree in parts.items()}
         items["meta"] = ocp.args.JsonSave({"crc32": _crc32(body), **body})
         self._saving = step
-        self._guarded(lambda: self._open().save(step, args=ocp.args.Composite(**items), force=True))
+        self._run_save(lambda: self._open().save(step, args=ocp.args.Composite(**items), force=True))
         return body["fingerprint"]
 
     def wait(self) -> None:
-        """Return when the save under way is complete. Raises UserError when there was no space for it."""
+        """Return when the running save is complete. Raises UserError when there was no space for it."""
         if self._manager is not None:
-            self._guarded(self._manager.wait_until_finished)
+            self._run_save(self._manager.wait_until_finished)
         self._saving = None
 
     def close(self) -> None:
-        """Complete the save under way and stop the threads."""
+        """Complete the running save and stop the threads."""
         try:
             self.wait()
         finally:
             if self._manager is not None:
                 manager, self._manager = self._manager, None
-                self._guarded(manager.close)
+                self._run_save(manager.close)
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """The JSON object saved with `step`, and its "fingerprint". No array is read. Raises UserError if damaged."""
-        try:
-            body = self._read_body(step)
-        except CorruptCheckpointError as error:
-            raise UserError(f"checkpoint {self.folder / str(step)} is damaged: {error}; use another step") from error
-        return {**body["meta"], "fingerprint": body["fingerprint"]}
+        with self._damage_as_user_error(step):
+            return _read_meta(self._read_body(step))
 
     def restore(self, step: int, abstract: dict[str, Any]) -> Restored:
         """The parts of `step` named in `abstract`, with the shardings of its leaves, verified.
@@ -150,8 +151,13 @@ class Checkpoints:
         """
         if step not in self.steps():
             raise UserError(f"no checkpoint of step {step} in {self.folder}; there are {self.steps() or 'none'}")
-        try:
+        with self._damage_as_user_error(step):
             return self._restore(step, abstract)
+
+    @contextlib.contextmanager
+    def _damage_as_user_error(self, step: int) -> Iterator[None]:
+        try:
+            yield
         except CorruptCheckpointError as error:
             raise UserError(f"checkpoint {self.folder / str(step)} is damaged: {error}; use another step") from error
 
@@ -186,24 +192,24 @@ class Checkpoints:
     ) -> Restored:
         """Restore without a barrier inside, so that a process that fails leaves none of the others waiting."""
         body = self._read_on_all(f"meta of checkpoint {step}", lambda: self._read_body(step))
-        check({**body["meta"], "fingerprint": body["fingerprint"]})
+        check(_read_meta(body))
         _check_leaves(step, body["leaves"], abstract)
         parts = self._read_on_all(
             f"restore of checkpoint {step}",
             lambda: {name: self._read_part(step, name, tree) for name, tree in abstract.items()},
         )
-        found = digests(parts)
-        stored = {name: body["digests"][name] for name in found}
-        if not hosts.agree(found == stored, f"fingerprint of checkpoint {step}"):
+        computed = digests(parts)
+        saved = {name: body["digests"][name] for name in computed}
+        if not hosts.agree(computed == saved, f"fingerprint of checkpoint {step}"):
             raise CorruptCheckpointError(
-                f"its fingerprint is {'-'.join(found.values())}, but {'-'.join(stored.values())} was saved"
+                f"its fingerprint is {'-'.join(computed.values())}, but {'-'.join(saved.values())} was saved"
             )
-        return Restored(step, parts, {**body["meta"], "fingerprint": body["fingerprint"]})
+        return Restored(step, parts, _read_meta(body))
 
     def _read_on_all(self, name: str, read: Callable[[], Any]) -> Any:
         """The result of `read` if it succeeds on all processes; else CorruptCheckpointError on all of them."""
         value, problem = None, ""
-        with _quiet():
+        with _orbax_muted():
             try:
                 value = read()
             except CorruptCheckpointError as error:
@@ -211,7 +217,7 @@ class Checkpoints:
             except Exception as error:
                 problem = f"{type(error).__name__}: {error}".splitlines()[0].split(". See full")[0][:200]
             if problem:
-                gc.collect()  # dropped coroutines print when they are collected
+                gc.collect()  # abandoned coroutines print when they are collected, so collect them while muted
         problems = hosts.exchange(name, problem)
         failed = [process for process, text in enumerate(problems) if text]
         if any("Out of memory" in text or "MemoryError" in text for text in problems):
@@ -224,8 +230,8 @@ class Checkpoints:
     def _read_body(self, step: int) -> dict[str, Any]:
         try:
             body = json.loads((self.folder / str(step) / "meta" / "metadata").read_text())
-            stored = body.pop("crc32")
-            if stored != _crc32(body):
+            checksum = body.pop("crc32")
+            if checksum != _crc32(body):
                 raise CorruptCheckpointError("its meta differs from what was saved (checksum)")
             saved_as = body["step"]
         except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
@@ -235,52 +241,54 @@ class Checkpoints:
         return body
 
     def _read_part(self, step: int, name: str, tree: Any) -> Any:
-        me = jax.process_index()
-        only_me = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
-        handler = ocp.StandardCheckpointHandler(multiprocessing_options=only_me)
-        nested = handler.restore(self.folder / str(step) / name, args=ocp.args.StandardRestore(_nested(tree)))
+        process = jax.process_index()
+        this_process_alone = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
+        handler = ocp.StandardCheckpointHandler(multiprocessing_options=this_process_alone)
+        nested = handler.restore(self.folder / str(step) / name, args=ocp.args.StandardRestore(_to_nested_dict(tree)))
         handler.close()
         leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-        return jax.tree.unflatten(structure, [_walk(nested, path) for path, _ in leaves])
+        return jax.tree.unflatten(structure, [_find_leaf(nested, path) for path, _ in leaves])
 
     def _set_aside(self, step: int) -> epath.Path:
-        aside = self.folder / "damaged"
-        count = len(list(aside.glob(f"{step}-*"))) if aside.exists() else 0
-        aside = aside / f"{step}-{count + 1}"
+        """Move a damaged checkpoint to damaged/<step>-<n>, on the primary process. Returns that path."""
+        folder = self.folder / "damaged"
+        count = len(list(folder.glob(f"{step}-*"))) if folder.exists() else 0
+        target = folder / f"{step}-{count + 1}"
         hosts.barrier(f"set aside {step}")  # no process reads the folder any more, and all have counted
         if hosts.is_primary():
-            aside.parent.mkdir(parents=True, exist_ok=True)
-            (self.folder / str(step)).rename(aside)
+            folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / str(step)).rename(target)
         hosts.barrier(f"set aside {step}")
         if self._manager is not None:
             self._manager.reload()
-        return aside
+        return target
 
     def _open(self) -> ocp.CheckpointManager:
         """The manager; when it starts, it removes the remains of a killed save."""
         if self._manager is None:
-            policies: list[Any] = [preservation_policy.LatestN(self._keep)]
-            if self._keep_every:
-                policies.append(preservation_policy.EveryNSteps(self._keep_every))
+            policies: list[Any] = [preservation_policy.LatestN(self._config.keep)]
+            if self._config.keep_every:
+                policies.append(preservation_policy.EveryNSteps(self._config.keep_every))
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
                 cleanup_tmp_directories=True,
                 async_options=ocp.options.AsyncOptions(
-                    timeout_secs=self._timeout, barrier_sync_fn=self._sync if jax.process_count() > 1 else None
+                    timeout_secs=self._config.timeout_seconds,
+                    barrier_sync_fn=self._exchange_failures if jax.process_count() > 1 else None,
                 ),
             )
             for name in ("absl", "asyncio"):
-                logging.getLogger(name).addFilter(_keep_record)
-            sys.unraisablehook = functools.partial(_report_unraisable, sys.unraisablehook)
+                logging.getLogger(name).addFilter(_is_not_about_full_disk)
+            sys.unraisablehook = functools.partial(_ignore_closed_loop, sys.unraisablehook)
             self._manager = ocp.CheckpointManager(self.folder, options=options)
         return self._manager
 
-    def _sync(self, *, key: str, timeout_ms: int) -> None:
-        """Orbax's barriers in a job of several processes, with the reason why a process failed.
+    def _exchange_failures(self, *, key: str, timeout_ms: int) -> None:
+        """A barrier for Orbax in a job of several processes, which also tells every process why one of them failed.
 
-        A process whose write fails skips the barriers at which the others wait, but Orbax calls the last one in a
-        `finally`. The n-th call of each process belongs together, whatever its `key`, so the others learn of the error
-        there instead of waiting for `timeout_seconds`.
+        A process whose write fails skips the barriers at which the others wait, except the last one, which Orbax calls
+        in a `finally`. The n-th calls of all processes meet, whatever their `key`, so the others learn of the error at
+        once instead of waiting for `timeout_seconds`.
         """
         error = sys.exc_info()[1]
         if not self._failure:
@@ -290,41 +298,45 @@ class Checkpoints:
         if self._failure:
             raise RuntimeError(self._failure)
 
-    def _guarded(self, action: Callable[[], Any]) -> None:
+    def _run_save(self, action: Callable[[], Any]) -> None:
         """Run a part of a save. Raises UserError when there is no space, on any process, else RuntimeError."""
         try:
             action()
         except Exception as error:
             step, text = self._saving, self._failure or _first_line(error)
             latest = self.latest()
-            kept = "there is no complete one yet" if latest is None else f"the newest complete one is of step {latest}"
-            if any(sign in f"{text} {error}" for sign in _NO_SPACE):
+            rest = "there is no complete one yet" if latest is None else f"the newest complete one is of step {latest}"
+            if _means_full_disk(f"{text} {error}"):
                 process = f" ({text.partition(':')[0]})" if self._failure else ""
                 raise UserError(
-                    f"no space left in {self.folder} for checkpoint {step}{process}; {kept}: free some space"
+                    f"no space left in {self.folder} for checkpoint {step}{process}; {rest}: free some space"
                 ) from error
-            raise RuntimeError(f"checkpoint {step} was not saved to {self.folder}; {kept}: {text}") from error
+            raise RuntimeError(f"checkpoint {step} was not saved to {self.folder}; {rest}: {text}") from error
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress what Orbax's coroutines print when one of them fails and the rest are dropped: pages for each file."""
+def _orbax_muted() -> Iterator[None]:
+    """Suppress the pages that Orbax's coroutines print for each file when one of them fails."""
     log, hook = logging.getLogger("asyncio"), sys.unraisablehook
-    before, log.disabled, sys.unraisablehook = log.disabled, True, lambda unraisable: None
+    was_disabled, log.disabled, sys.unraisablehook = log.disabled, True, lambda unraisable: None
     try:
         yield
     finally:
-        log.disabled, sys.unraisablehook = before, hook
+        log.disabled, sys.unraisablehook = was_disabled, hook
 
 
 def _first_line(error: BaseException) -> str:
-    """An error in one line; for a full disk, which libraries report in many, the words that tell so."""
+    """The first line of an error, and the words that mean a full disk, which may be in a later line."""
     text = f"{type(error).__name__}: {error}"
-    sign = next((sign for sign in _NO_SPACE if sign in text), "")
-    return f"{text.splitlines()[0][:200]}{f' ({sign})' if sign else ''}"
+    words = next((words for words in _FULL_DISK_WORDS if words in text), "")
+    return f"{text.splitlines()[0][:200]}{f' ({words})' if words else ''}"
 
 
-def describe(tree: Any) -> dict[str, str]:
+def _read_meta(body: dict[str, Any]) -> dict[str, Any]:
+    return {**body["meta"], "fingerprint": body["fingerprint"]}
+
+
+def _leaf_types(tree: Any) -> dict[str, str]:
     """Leaf name -> 'dtype[shape]' of a tree of arrays or of ShapeDtypeStructs."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {leaf_name(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
@@ -334,12 +346,13 @@ def _check_leaves(step: int, saved: dict[str, dict[str, str]], abstract: dict[st
     for part, tree in abstract.items():
         if part not in saved:
             raise UserError(f"checkpoint {step} has no {part!r}: it holds {', '.join(saved)}")
-        wanted = describe(tree)
-        for name in [*saved[part], *wanted]:
-            old, new = saved[part].get(name, "nothing"), wanted.get(name, "nothing")
+        expected = _leaf_types(tree)
+        for name in [*saved[part], *expected]:
+            old, new = saved[part].get(name, "missing"), expected.get(name, "missing")
             if old != new:
                 raise UserError(
-                    f"checkpoint {step} does not fit this config: {part}.{name} is {old} there, but {new} here"
+                    f"checkpoint {step} does not fit this config: {part}.{name} is {old} in the checkpoint, but {new} "
+                    "in the config; use the config that it was saved with, or another --workdir"
                 )
 
 
@@ -347,7 +360,7 @@ def _crc32(body: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(body, sort_keys=True).encode())
 
 
-def _nested(tree: Any) -> dict[str, Any]:
+def _to_nested_dict(tree: Any) -> dict[str, Any]:
     """The tree as plain nested dicts, so that the files on disk depend on no library's container types."""
     nested: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
@@ -359,7 +372,7 @@ def _nested(tree: Any) -> dict[str, Any]:
     return nested
 
 
-def _walk(nested: Any, path: tuple) -> Any:
+def _find_leaf(nested: Any, path: tuple) -> Any:
     for key in path:
         nested = nested[leaf_name((key,))]
     return nested

@@ -22,8 +22,8 @@ def complete(commands: Mapping[str, Callable[[list[str]], int]]) -> None:
     The command builds its parser and calls `parse_args`, where `Parser.completer` prints the completions.
     """
     _, prefix, _, words, _ = split_line(os.environ["COMP_LINE"], int(os.environ["COMP_POINT"]))
-    fields = prefix.startswith("--config.")
-    Parser.completer = lambda parser: _print_completions(parser, fields)
+    is_override = prefix.startswith("--config.")
+    Parser.completer = lambda parser: _print_completions(parser, is_override)
     if len(words) > 1 and words[1] in commands:
         commands[words[1]](words[2:])
     parser = Parser(prog="llmjax")
@@ -31,19 +31,18 @@ def complete(commands: Mapping[str, Callable[[list[str]], int]]) -> None:
     parser.parse_args([])
 
 
-def _print_completions(parser: Parser, fields: bool) -> None:
+def _print_completions(parser: Parser, is_override: bool) -> None:
     for action in parser._actions:
         name = action.dest
         if name == "config":
             action.completer = _config_names  # type: ignore[attr-defined]
         elif name in ("workdir", "to", "source"):
             action.completer = DirectoriesCompleter()  # type: ignore[attr-defined]
-    if fields and parser.takes_overrides:
+    if is_override and parser.takes_overrides:
         for field in _fields(parser.prog):
             parser.add_argument(f"--config.{field}")
-    os.environ["_ARGCOMPLETE"] = str(
-        len(parser.prog.split())
-    )  # number of words in COMP_LINE before the parser's arguments
+    # argcomplete reads the number of words in COMP_LINE before the parser's arguments from this variable.
+    os.environ["_ARGCOMPLETE"] = str(len(parser.prog.split()))
     argcomplete.autocomplete(parser, validator=lambda value, prefix: value.startswith(prefix))
 
 

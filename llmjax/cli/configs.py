@@ -24,7 +24,7 @@ def configs(arguments: list[str]) -> int:
     files = shipped_files()
     if flags.name is None:
         for name, path in files.items():
-            print(_entry(name, path))
+            print(_describe(name, path))
         return 0
     if flags.name not in files:
         near = suggest(flags.name.lower(), files)
@@ -36,7 +36,7 @@ def configs(arguments: list[str]) -> int:
     return 0
 
 
-def _entry(name: str, path: pathlib.Path) -> str:
+def _describe(name: str, path: pathlib.Path) -> str:
     """`name   summary`, and below it the sizes."""
     module = load_module(path)
     lines = [f"{name:<12} {(inspect.getdoc(module) or '').splitlines()[0]}"]

@@ -10,7 +10,7 @@ import pathlib
 import shlex
 from typing import Any
 
-from llmjax.binding import as_tree, bind_overridden, load_file
+from llmjax.binding import bind_overridden, load_file
 from llmjax.cli.flags import CONFIG, Parser, make_parser, parse, parse_workdir
 from llmjax.errors import UserError
 
@@ -38,7 +38,7 @@ def curate(arguments: list[str]) -> int:
         _EXAMPLE,
     )
     parser.add_argument("--config", metavar="FILE", help=f"{CONFIG.split(';')[0]}; not needed with --resume")
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="where the corpus goes")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the corpus")
     parser.add_argument("--resume", action="store_true", help="use the config in the workdir")
     parser.add_argument(
         "--runner", choices=("local", "ray"), default="local", help="processes of this machine (default), or Ray"
@@ -55,7 +55,6 @@ def curate(arguments: list[str]) -> int:
     packages.check_installed()
     from llmjax.curate.engine import curate as curating, runners
     from llmjax.data.store import workers
-    from llmjax.report import data_card
     from llmjax.run import workdir as workdirs
 
     workdir = _workdir(parser, flags.workdir)
@@ -74,7 +73,7 @@ def curate(arguments: list[str]) -> int:
         else:
             runner = stack.enter_context(runners.LocalRunner(config.workers or workers.count_cores()))
         report = curating.curate(config, workdir, runner)
-    return _show(workdir, report, list(data_card.summary_lines(report)), data_card.render_page(report), flags.workdir)
+    return _write_report(workdir, report, flags.workdir)
 
 
 def _report(arguments: list[str]) -> int:
@@ -86,18 +85,15 @@ def _report(arguments: list[str]) -> int:
     )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="a workdir of llmjax curate")
     flags = parser.parse_args(arguments)
-    from llmjax.report import data_card
 
     workdir = _workdir(parser, flags.workdir)
     path = workdir / "report.json"
     if not path.is_file():
         raise UserError(f"--workdir={flags.workdir}: no report.json there, so no corpus; run `llmjax curate` first")
     try:
-        report = json.loads(path.read_text())
-        lines, page = list(data_card.summary_lines(report)), data_card.render_page(report)
+        return _write_report(workdir, json.loads(path.read_text()), flags.workdir)
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: not a report of this version of llmjax; run `llmjax curate` again") from None
-    return _show(workdir, report, lines, page, flags.workdir)
 
 
 def _classifier(arguments: list[str]) -> int:
@@ -127,26 +123,31 @@ def _classifier(arguments: list[str]) -> int:
     model, evaluation = classifier.train_folders(flags.good, flags.bad)
     model.save(flags.to)
     if math.isnan(evaluation.auc):
-        logger.info(f"held out {evaluation.texts} texts: too few of both sides to evaluate the model")
+        logger.info(f"held out {evaluation.num_texts} texts: too few of each class to evaluate the model")
     else:
-        logger.info(f"held out {evaluation.texts} texts: {evaluation.accuracy:.1%} correct (the mean of both sides);")
+        accuracy = f"{evaluation.accuracy:.1%} correct (the mean of both classes)"
+        logger.info(f"held out {evaluation.num_texts} texts: {accuracy};")
         logger.info(f"a good one scores above a bad one with probability {evaluation.auc:.3f}")
     logger.info(f"\nmodel: {flags.to}, trained on all texts")
     logger.info(
         f"next: --config.curate.quality.classifier={shlex.quote(flags.to)} writes the score beside every text; "
-        "--config.curate.quality.min_classifier=0.5 drops what is below"
+        "--config.curate.quality.min_classifier_score=0.5 drops what is below"
     )
     return 0
 
 
-def _show(workdir: pathlib.Path, report: dict[str, Any], lines: list[str], page: str, named: str) -> int:
+def _write_report(workdir: pathlib.Path, report: dict[str, Any], flag: str) -> int:
+    """Log the data card and write report.html. `flag` is the workdir as the user wrote it."""
+    from llmjax.report import data_card
+
+    lines, page = list(data_card.summary_lines(report)), data_card.render_page(report)
     for line in lines:
         logger.info(line)
     (workdir / "report.html").write_text(page)
-    logger.info(f"\nreport: {named.rstrip('/')}/report.html")
+    logger.info(f"\nreport: {flag.rstrip('/')}/report.html")
     if not report["kept"]["documents"]:
         return 0
-    pattern = shlex.quote(f"{glob.escape(named.rstrip('/'))}/curated/*.jsonl.zst")
+    pattern = shlex.quote(f"{glob.escape(flag.rstrip('/'))}/curated/*.jsonl.zst")
     logger.info(
         "next: llmjax prepare --config=quickstart --workdir=runs/mine "
         f"--config.data.sources.main.path={pattern}"
@@ -162,7 +163,7 @@ def _read_tree(flags: Any, path: pathlib.Path) -> dict[str, Any]:
     if saved is not None and "curate" not in saved:
         raise UserError(f"--workdir={flags.workdir}: contains a training run, not a corpus; give another folder")
     if flags.config is not None:
-        tree = as_tree(load_file(flags.config))
+        tree = load_file(flags.config)
         if "curate" not in tree:
             raise UserError(f"--config={flags.config}: has no section `curate`; give a config such as --config=curate")
         return tree

@@ -44,9 +44,9 @@ def export(arguments: list[str]) -> int:
         max_shard_bytes=flags.max_shard_bytes,
         overrides=overrides,
     )
-    name, size = exported.architecture, exported.nbytes / 1e9
-    logger.info("written to %s: %s in %d file(s), %.2f GB", flags.to, name, len(exported.files), size)
+    name, gigabytes = exported.architecture, exported.nbytes / 1e9
+    logger.info("written to %s: %s in %d file(s), %.2f GB", flags.to, name, len(exported.files), gigabytes)
     logger.info("tokenizer: %s", exported.tokenizer)
-    auto = "AutoModelForCausalLM" if name.endswith(("CausalLM", "LMHeadModel")) else name
-    logger.info("next: from transformers import %s; %s.from_pretrained(%r)", auto, auto, flags.to)
+    loader = "AutoModelForCausalLM" if name.endswith(("CausalLM", "LMHeadModel")) else name
+    logger.info("next: from transformers import %s; %s.from_pretrained(%r)", loader, loader, flags.to)
     return 0

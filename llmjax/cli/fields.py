@@ -1,8 +1,10 @@
 """`llmjax fields`: list every config field with its docstring and default."""
 
+from collections.abc import Iterator
 import dataclasses
 import textwrap
 import typing
+from typing import NamedTuple
 
 from llmjax.binding import families_of
 from llmjax.cli.flags import make_parser
@@ -22,35 +24,51 @@ def fields(arguments: list[str]) -> int:
     from llmjax.curate.config import CurateConfig
     from llmjax.run.config import RunConfig
 
-    shown, explained = [], set()
-
-    def show(cls: type, path: str, family: str = "") -> None:
-        hints = typing.get_type_hints(cls)
-        shown.append(path)
-        if not flags.section or path == flags.section:
-            print(f"[{path or 'top level'}{family}] ", end="")
-            for base in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
-                if base not in explained:  # families share base classes
-                    print(f"{textwrap.dedent('    ' + (base.__doc__ or '')).strip()}\n")
-                    explained.add(base)
-            for field in dataclasses.fields(cls):
-                if not dataclasses.is_dataclass(hints[field.name]) and field.default is not dataclasses.MISSING:
-                    print(f"  --config.{path}{'.' if path else ''}{field.name}={field.default!r}")
-            print()
-        for name, hint in hints.items():
-            families = families_of(hint)
-            for family, config in families.items():
-                show(config, f"{path}.{name}" if path else name, f", {name}.family={family}")
-            if families:
-                continue
-            inner = next((h for h in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(h)), None)
-            if inner is not None:
-                entry = f"{name}.NAME" if inner is not hint else name
-                show(typing.cast(type, inner), f"{path}.{entry}" if path else entry)
-
-    show(RunConfig, "")
-    show(CurateConfig, "curate")
-    if flags.section and flags.section not in shown:
-        sections = ", ".join(dict.fromkeys(shown[1:]))
-        raise UserError(f"no section {flags.section!r}{suggest(flags.section, shown)}: choose one of {sections}")
+    sections = [*_list_sections(RunConfig), *_list_sections(CurateConfig, "curate")]
+    paths = list(dict.fromkeys(section.path for section in sections if section.path))
+    if flags.section and flags.section not in paths:
+        near = suggest(flags.section, paths)
+        raise UserError(f"no section {flags.section!r}{near}: choose one of {', '.join(paths)}")
+    explained: set[type] = set()
+    for section in sections:
+        if not flags.section or section.path == flags.section:
+            _print_section(section, explained)
     return 0
+
+
+class _Section(NamedTuple):
+    """A dataclass of the config, its dotted path, and its family where the section has several."""
+
+    cls: type
+    path: str
+    family: str
+
+
+def _list_sections(cls: type, path: str = "", family: str = "") -> Iterator[_Section]:
+    """The section of `cls` and all sections below it. The entries of an open map have the name NAME."""
+    yield _Section(cls, path, family)
+    for name, hint in typing.get_type_hints(cls).items():
+        field = f"{path}.{name}" if path else name
+        families = families_of(hint)
+        for family_name, config in families.items():
+            yield from _list_sections(config, field, f", {name}.family={family_name}")
+        entry = next((inner for inner in typing.get_args(hint) if dataclasses.is_dataclass(inner)), None)
+        if dataclasses.is_dataclass(hint):
+            yield from _list_sections(typing.cast(type, hint), field)
+        elif entry is not None and not families:
+            yield from _list_sections(typing.cast(type, entry), f"{field}.NAME")
+
+
+def _print_section(section: _Section, explained: set[type]) -> None:
+    """Print docstrings, except those of base classes in `explained`, and the default of every field."""
+    cls, path, family = section
+    print(f"[{path or 'top level'}{family}] ", end="")
+    for base in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
+        if base not in explained:  # families share base classes
+            print(f"{textwrap.dedent('    ' + (base.__doc__ or '')).strip()}\n")
+            explained.add(base)
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if not dataclasses.is_dataclass(hints[field.name]) and field.default is not dataclasses.MISSING:
+            print(f"  --config.{path}{'.' if path else ''}{field.name}={field.default!r}")
+    print()

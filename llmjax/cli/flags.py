@@ -16,7 +16,7 @@ CONFIG = "a name of `llmjax configs`, or a Python file with get_config(); may be
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a bad flag is a UserError: one line, like every other bad input.
+    """argparse that raises UserError for a bad flag, as for every other bad input.
 
     completer   called in place of parsing when a shell requests completions; see llmjax.cli.completion
     """
@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
     takes_overrides = False
 
     def parse_args(self, *args: typing.Any, **named: typing.Any) -> typing.Any:
-        """As in argparse, unless a shell requests completions."""
+        """As in argparse; calls `completer` where there is one."""
         if Parser.completer:
             Parser.completer(self)
         return super().parse_args(*args, **named)
@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
             self.error(f"argument {'/'.join(action.option_strings)}={arg_string}: {error.message}")
 
     def error(self, message: str) -> typing.NoReturn:
-        """Raise UserError; argparse prints the usage and exits."""
+        """Raise UserError. The method of argparse would print the usage and exit."""
         raise UserError(f"{self.prog}: {message}; see `{self.prog} --help`")
 
 

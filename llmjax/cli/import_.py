@@ -33,11 +33,9 @@ def import_(arguments: list[str]) -> int:
     from llmjax.parallel import hosts
     from llmjax.run import config as run_config
 
-    # The model is known once the source is read, but the backend's settings, which come first, are overrides.
-    parallel = run_config.apply_overrides(
-        {}, [(name, text) for name, text in overrides if name.startswith("parallel.")]
-    )
-    hosts.initialize(parallel.parallel.cpu_threads)
+    # The backend starts before the source is read, so its settings come from the overrides alone.
+    backend = run_config.apply_overrides({}, [(name, text) for name, text in overrides if name.startswith("parallel.")])
+    hosts.initialize(backend.parallel.cpu_threads)
     from llmjax.interop import importing
 
     source = pathlib.Path(os.path.expanduser(flags.source))

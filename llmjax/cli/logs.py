@@ -1,7 +1,7 @@
-"""Where the log of a command goes: one handler on the logger "llmjax", which prints each message alone.
+"""The log of a command: a handler on the logger "llmjax" that prints messages without level, time or name.
 
-A record with `extra={"progress": True}` is a progress line: on a terminal it replaces the one before it, elsewhere it
-is a line like any other.
+A record with `extra={"progress": True}` is a progress line. On a terminal it replaces the previous progress line;
+elsewhere it is printed like any other line.
 """
 
 import logging
@@ -13,7 +13,7 @@ _LOGGER = logging.getLogger("llmjax")
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints messages on the primary process. The stream is looked up for each record: tests and users replace it."""
+    """Prints messages on the primary process. It looks up the stream for each record, since tests replace it."""
 
     def __init__(self, stream: Literal["stdout", "stderr"]):
         super().__init__()
@@ -21,7 +21,7 @@ class ConsoleHandler(logging.Handler):
         self._progress_is_drawn = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print one record. Errors of the stream, such as a closed pipe, are those of the command."""
+        """Print one record. Raises the errors of the stream, such as BrokenPipeError, which end the command."""
         if not _is_primary():
             return
         stream: TextIO = getattr(sys, self._stream_name)
@@ -34,7 +34,7 @@ class ConsoleHandler(logging.Handler):
         stream.flush()
 
     def end_progress(self) -> None:
-        """Leave the progress line as it stands and go to the next line, before something else is printed."""
+        """Keep the progress line and start a new one, before something else is printed."""
         if self._progress_is_drawn:
             stream: TextIO = getattr(sys, self._stream_name)
             stream.write(self._end_of_progress())
@@ -46,16 +46,16 @@ class ConsoleHandler(logging.Handler):
 
 
 def configure_logging(stream: Literal["stdout", "stderr"] = "stdout") -> None:
-    """Print what llmjax logs, from level INFO on, to `stream` ("stderr" where the results own stdout)."""
+    """Print what llmjax logs, from level INFO on, to `stream` ("stderr" for commands that print results on stdout)."""
     for handler in [handler for handler in _LOGGER.handlers if isinstance(handler, ConsoleHandler)]:
         _LOGGER.removeHandler(handler)
     _LOGGER.addHandler(ConsoleHandler(stream))
     _LOGGER.setLevel(logging.INFO)
-    if not logging.getLogger().handlers:  # absl, which Orbax uses, would add one that prints all of this a second time
-        others = logging.StreamHandler()
-        others.setLevel(logging.WARNING)
-        others.addFilter(lambda record: not record.name.startswith("llmjax"))
-        logging.getLogger().addHandler(others)
+    if not logging.getLogger().handlers:  # else absl, which Orbax uses, adds one that prints everything a second time
+        library_handler = logging.StreamHandler()
+        library_handler.setLevel(logging.WARNING)
+        library_handler.addFilter(lambda record: not record.name.startswith("llmjax"))
+        logging.getLogger().addHandler(library_handler)
 
 
 def end_progress() -> None:
@@ -66,7 +66,7 @@ def end_progress() -> None:
 
 
 def _is_primary() -> bool:
-    """Whether this process is the one that prints; a process that has joined no job is its own primary."""
+    """Whether this process prints. One that has joined no job does."""
     if "jax" not in sys.modules:
         return True
     import jax

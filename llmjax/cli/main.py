@@ -44,8 +44,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "configs": configs,
 }
 BAD_INPUT, HANG = 78, 75
-_RESULT_COMMANDS = ("generate", "fill")  # their results own stdout
-_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+_RESULT_COMMANDS = ("generate", "fill")  # stdout has only their results
+_ACCESS_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 OVERVIEW = """\
 llmjax: pretrain language models, from a laptop to a pod
@@ -81,8 +81,11 @@ Completion in bash and zsh: eval "$(register-python-argcomplete llmjax)"
 
 
 def main() -> typing.NoReturn:
-    """Run a command and exit: 0 done, 75 hang, 76 diverged, 78 bad input (no restart helps), 85 saved on request, 129,
-    130 or 143 stopped by SIGHUP, Ctrl-C or SIGTERM, 141 the output was closed, else a crash."""
+    """Run a command and exit.
+
+    Exit statuses: 0 success, 75 hang, 76 diverged, 78 bad input (no restart helps), 85 saved and stopped on request,
+    129, 130 or 143 stopped by SIGHUP, Ctrl-C or SIGTERM, 141 the output was closed, any other a crash.
+    """
     try:
         interrupts.install()
         status = run(sys.argv[1:])
@@ -91,7 +94,7 @@ def main() -> typing.NoReturn:
     except TimeoutError as error:
         print(f"llmjax: error: {error}", file=sys.stderr, flush=True)
         status = HANG
-    except BrokenPipeError:  # `llmjax inspect ... | head`: the reader has ended
+    except BrokenPipeError:  # as in `llmjax inspect ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     except KeyboardInterrupt as error:
@@ -106,14 +109,19 @@ def main() -> typing.NoReturn:
 
 
 def _hint_for(error: Exception) -> str:
-    """One line for an error of the system that the user can fix; '' for any other error."""
+    """One line for an error of the system or of the device's memory that the user can fix; '' for any other error."""
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return (
+            f"out of memory ({str(error).partition(chr(10))[0][:200]}): lower train.global_batch, data.seq_len or the "
+            "size of the model, raise train.accumulation, or use more devices"
+        )
     if not isinstance(error, OSError):
         return ""
     if error.errno in NO_SPACE:
         return f"no space left{f' for {error.filename}' if error.filename else ''}: free some and rerun the command"
     if error.errno in (errno.EISDIR, errno.ENOTEMPTY) and error.filename:
         return f"{error.filename}: is a folder where a file is expected; remove it or rename it"
-    if error.errno in _REFUSED and error.filename:
+    if error.errno in _ACCESS_ERRORS and error.filename:
         return f"{error.filename}: {os.strerror(error.errno).lower()}; make it accessible, or give another path"
     return ""
 

@@ -44,8 +44,8 @@ def prepare(arguments: list[str]) -> int:
     rows = f"{config.data.seq_len:,} tokens"
     if objective.target_len != config.data.seq_len:
         rows = f"{config.data.seq_len:,} source and {objective.target_len:,} target tokens"
-    for name, part in data.summary().items():
-        logger.info(f"{name}: packed in {part['rows']:,} rows of {rows}, {part['density']:.2%} full")
+    for name, source in data.summary().items():
+        logger.info(f"{name}: packed in {source['rows']:,} rows of {rows}, {source['density']:.2%} full")
     if flags.preview:
         logger.info("\n%s: %s", config.objective.name, preview.LEGEND)
         remaining = data.remaining(data.start())
@@ -53,8 +53,7 @@ def prepare(arguments: list[str]) -> int:
         for batch, _ in itertools.islice(data.batches(data.start(), np.arange(1)), count):
             logger.info("%s", "\n".join(["", *preview.format_batch(batch, objective, tokenizer)]))
         data.close()
-    again = [f"--config={flags.config}"] if flags.config else []
-    again += [f"--workdir={flags.workdir}"]
-    again += [f"--config.{field}={value}" for field, value in overrides]
-    logger.info("next: %s", shlex.join(["llmjax", "train", *again]))
+    same_flags = [f"--config={flags.config}"] if flags.config else []
+    same_flags += [f"--workdir={flags.workdir}", *(f"--config.{field}={value}" for field, value in overrides)]
+    logger.info("next: %s", shlex.join(["llmjax", "train", *same_flags]))
     return 0

@@ -36,11 +36,9 @@ def size(arguments: list[str]) -> int:
     if not 0 < flags.mfu <= 1:
         raise UserError(f"--mfu={flags.mfu}: must be above 0 and at most 1")
     if flags.config:
-        budget_flags = [
-            name for name in ("flops", "budget_hours", "tokens", "parameters") if getattr(flags, name) is not None
-        ]
-        if budget_flags:
-            raise UserError(f"--{budget_flags[0]} chooses a size and --config describes one: set only one of them")
+        for name in ("flops", "budget_hours", "tokens", "parameters"):
+            if getattr(flags, name) is not None:
+                raise UserError(f"--{name} chooses a size and --config describes one: set only one of them")
         config = sizes.resolve(flags.config, flags.vocab_size, tuple(overrides))
         print("\n".join(sizes.describe_config(config, flags.config, device)))
         return 0
@@ -49,7 +47,7 @@ def size(arguments: list[str]) -> int:
     flops = flags.flops
     if flags.budget_hours is not None:
         if flops is not None:
-            raise UserError("--flops and --budget_hours say the same thing: set only one of them")
+            raise UserError("--flops and --budget_hours both set the FLOPs: set only one of them")
         flops = flags.budget_hours * 3600 * flags.devices * device.peak * flags.mfu
     choice = budget.choose(flops=flops, tokens=flags.tokens, parameters=flags.parameters)
     print("\n".join(sizes.describe_budget(choice, device, mfu=flags.mfu, seq_len=flags.seq_len)))

@@ -42,7 +42,7 @@ def watch(arguments: list[str]) -> int:
         return 0
     try:
         (_redraw if sys.stdout.isatty() else _print_changes)(workdir, flags.every)
-    except KeyboardInterrupt as stop:  # Ctrl-C leaves; other signals end the command as usual
+    except KeyboardInterrupt as stop:  # Ctrl-C is the normal end; other signals end the command as in other commands
         if getattr(stop, "number", signal.SIGINT) != signal.SIGINT:
             raise
     return 0
@@ -74,12 +74,12 @@ def _redraw(workdir: epath.Path, every: int) -> None:
 def _print_changes(workdir: epath.Path, every: int) -> None:
     from llmjax.report import terminal
 
-    shown = None
+    printed = None
     while True:
         snapshot = terminal.read(workdir)
-        if (state := (snapshot.step, snapshot.is_running, snapshot.eval_step)) != shown:
+        if (state := (snapshot.step, snapshot.is_running, snapshot.eval_step)) != printed:
             _print([*terminal.describe(snapshot), ""])
-            shown = state
+            printed = state
         time.sleep(every)
 
 

@@ -35,15 +35,17 @@ _PROGRESS_SECONDS = 5.0
 class Sums:
     """Exact totals of a split, float64 on the host, so that they depend on no batch size and no mesh.
 
-    targets  how often each id was to be predicted; 0 where that is not counted (causal)
+    num_targets     scored targets
+    correct         targets that had the highest probability
+    target_counts   [vocab], how often each id was a target; 0 where that is not counted (causal)
     """
 
     nats: float = 0.0
-    tokens: float = 0.0
+    num_targets: float = 0.0
     correct: float = 0.0
     text_bytes: int = 0
     documents: int = 0
-    targets: Any = 0
+    target_counts: Any = 0
 
     def add(self, other: "Sums") -> None:
         """Add the totals of other documents."""
@@ -51,20 +53,23 @@ class Sums:
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
     def scores(self) -> dict[str, Any]:
-        """Means over the scored tokens. loss: nats a token. accuracy: share that had the highest probability.
+        """Totals, and means over the scored targets, JSON-ready.
 
+        loss               nats per target
         bits_per_byte      causal: all nats, first tokens and EOS included, over the original UTF-8 bytes; else None
+        accuracy           share of the targets that had the highest probability
         baseline_accuracy  that of always predicting the most frequent target; causal: None
         """
-        loss, causal = self.nats / max(self.tokens, 1), not np.any(self.targets)
+        num_targets = max(self.num_targets, 1)
+        loss, causal = self.nats / num_targets, not np.any(self.target_counts)
         return {
             "loss": loss,
             "perplexity": math.exp(min(loss, 700.0)),
             "bits_per_byte": self.nats / math.log(2) / max(self.text_bytes, 1) if causal else None,
-            "accuracy": self.correct / max(self.tokens, 1),
-            "baseline_accuracy": None if causal else float(np.max(self.targets)) / max(self.tokens, 1),
+            "accuracy": self.correct / num_targets,
+            "baseline_accuracy": None if causal else float(np.max(self.target_counts)) / num_targets,
             "nats": self.nats,
-            "tokens": int(self.tokens),
+            "num_targets": int(self.num_targets),
             "text_bytes": self.text_bytes,
             "documents": self.documents,
         }
@@ -126,7 +131,7 @@ class Evaluator:
             )
         scores = {"split": split, "settings": self.settings, "total": total.scores(), "sources": sources}
         if self._causal and not self.manifest["tokenizer"]["lossless"]:
-            scores["note"] = "the tokenizer loses text, so bits per byte are of what it keeps over the original bytes"
+            scores["note"] = "the tokenizer loses text: bits per byte count only what it keeps, over all original bytes"
         return scores
 
     def _score_source(self, params: Params, name: str, split: str, should_stop: Callable[[], bool]) -> Sums | None:
@@ -141,15 +146,15 @@ class Evaluator:
             # Wait for each batch: two batches at once are independent programs, and on CPU processes their collectives
             # could start in different orders and wait for each other forever.
             scored, counts = jax.device_get(self._score(params, self._to_devices(local)))
-            targets = 0 if counts is None else counts.astype(np.float64)
-            sums.add(Sums(float(scored.nats), float(scored.weight), float(scored.correct), targets=targets))
+            counts = 0 if counts is None else counts.astype(np.float64)
+            sums.add(Sums(float(scored.nats), float(scored.weight), float(scored.correct), target_counts=counts))
             if time.monotonic() - last > _PROGRESS_SECONDS:
                 last = time.monotonic()
                 seconds = (last - began) / count * (data.num_batches - count)
                 text = f"{count}/{data.num_batches} batches, {seconds:.0f} s left"
                 logger.info("  evaluating %s/%s: %s", split, name, text, extra={"progress": True})
-        if self._causal and sums.tokens != data.tokens:
-            raise AssertionError(f"{split}/{name}: scored {sums.tokens} tokens of {data.tokens}")
+        if self._causal and sums.num_targets != data.tokens:
+            raise AssertionError(f"{split}/{name}: scored {sums.num_targets} targets of {data.tokens} tokens")
         return sums
 
     def _to_devices(self, local: Batch) -> Batch:
@@ -193,7 +198,7 @@ def describe(scores: dict[str, Any]) -> list[str]:
         rows["(all)"] = scores["total"]
     lines = [
         f"  {name}: loss {s['loss']:.4f} nats/token, perplexity {s['perplexity']:.2f}, {_format_scores(s)} "
-        f"({s['tokens']:,} tokens, {s['documents']:,} documents, {s['text_bytes']:,} bytes)"
+        f"({s['num_targets']:,} targets, {s['documents']:,} documents, {s['text_bytes']:,} bytes)"
         for name, s in rows.items()
     ]
     return [*lines, f"  note: {scores['note']}"] if "note" in scores else lines

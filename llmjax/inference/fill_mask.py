@@ -69,7 +69,7 @@ def fill(loaded: Loaded, texts: Sequence[str], count: int) -> list[list[list[Pre
 
 
 def _encode(text: str, tokenizer: Tokenizer, vocab: vocabulary.Vocabulary) -> np.ndarray:
-    """The ids of a text, with one id for each mask, framed as the tokenizer frames documents."""
+    """The ids of a text, with one id for each mask, and BOS or EOS as in documents."""
     mask = vocab.ids[0]
     marks = dict.fromkeys((vocab.names[mask], vocabulary.MASK[0][0]))
     imported = tokenizer.prompt_frame is not None and vocab.names[mask] in tokenizer.special_tokens
@@ -111,7 +111,7 @@ def _most_probable(model, batch: Batch, positions: tuple[np.ndarray, np.ndarray]
 
 
 def _token_text(token_id: int, tokenizer: Tokenizer, vocab: vocabulary.Vocabulary) -> str:
-    """The text of an id. Ids that only round the vocabulary up have none: "<id 50300>"."""
+    """The text of an id; "<id 50300>" for an id that only pads the vocabulary."""
     if token_id in vocab.names:
         return vocab.names[token_id]
     return tokenizer.piece(token_id).decode(errors="replace") if token_id < vocab.text_size else f"<id {token_id}>"

@@ -81,6 +81,11 @@ def complete(loaded: Loaded, prompts: Sequence[str], sampling: Sampling) -> list
     return [decode_continuation(tokenizer, prompt, new) for prompt, new in pairs]
 
 
+def sampling_from_config(config: SampleConfig, seed: int = 0) -> Sampling:
+    """How the samples after training are drawn. Raises UserError for a value out of range."""
+    return Sampling(max_tokens=config.max_tokens, temperature=config.temperature, top_p=config.top_p, seed=seed)
+
+
 def check_samples(sample: SampleConfig, model: ModelConfig, tokenizer: Tokenizer, objective: Objective) -> None:
     """Raise UserError, before anything is trained, for samples that could not be drawn at the end of training."""
     if not (sample.prompts and model.generates):
@@ -89,7 +94,7 @@ def check_samples(sample: SampleConfig, model: ModelConfig, tokenizer: Tokenizer
         if not isinstance(prompt, str):
             raise UserError(f"sample.prompts: {prompt!r} is not a string; give strings, such as ('Once', 'Call me')")
     try:
-        Sampling(max_tokens=sample.max_tokens, temperature=sample.temperature, top_p=sample.top_p)
+        sampling_from_config(sample)
         _check(model, _encode(sample.prompts, tokenizer, objective), sample.max_tokens)
     except UserError as error:
         raise UserError(f"the samples after training: {error}; `llmjax fields sample` lists what to set") from None
@@ -102,11 +107,11 @@ def _encode(prompts: Sequence[str], tokenizer: Tokenizer, objective: Objective) 
 def draw(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
     """One token id for each row of float32 logits [batch, vocab] and keys [batch]; int32 [batch].
 
-    Among equal logits the lowest id comes first, so top_k=k keeps exactly k tokens.
+    Among equal logits the lowest id comes first, so top_k=k leaves exactly k tokens to draw from.
     """
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    # Relative to the highest logit, so that no temperature overflows.
+    # Scores are relative to the highest logit, so that no temperature overflows.
     scores = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampling.temperature
     if sampling.top_k == 0 and sampling.top_p == 1:
         return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
@@ -114,9 +119,9 @@ def draw(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
     scores, ids = jax.lax.top_k(scores, k)
     probabilities = jax.nn.softmax(scores, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    # The first token is kept even where rounding leaves no other.
-    kept = (before < sampling.top_p) | (jnp.arange(k) == 0)
-    index = jax.vmap(jax.random.categorical)(keys, jnp.where(kept, scores, MASKED))
+    # The first token is allowed even where rounding excludes it.
+    allowed = (before < sampling.top_p) | (jnp.arange(k) == 0)
+    index = jax.vmap(jax.random.categorical)(keys, jnp.where(allowed, scores, MASKED))
     return jnp.take_along_axis(ids, index[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
 
@@ -142,11 +147,10 @@ def generate(
         row[: len(prompt)] = prompt
     model = nnx.merge(graph, params)
     logits, cache, first = _prefill(model, tokens, lengths, max_tokens=sampling.max_tokens)
-    root = jax.random.key(sampling.seed)
-    same_program = dataclasses.replace(sampling, seed=0)  # a static argument: another seed must not compile again
-    new, counts = jax.device_get(
-        _decode(model, logits, cache, first, root, sampling=same_program, stop_ids=tuple(stop_ids))
-    )
+    key = jax.random.key(sampling.seed)
+    without_seed = dataclasses.replace(sampling, seed=0)  # a static argument: another seed must not compile again
+    decoded = _decode(model, logits, cache, first, key, sampling=without_seed, stop_ids=tuple(stop_ids))
+    new, counts = jax.device_get(decoded)
     return [row[:count].tolist() for row, count in zip(new, counts, strict=True)]
 
 
@@ -158,27 +162,27 @@ def _prefill(model, tokens: jax.Array, lengths: jax.Array, *, max_tokens: int):
 
 
 @functools.partial(jax.jit, static_argnames=("sampling", "stop_ids"))
-def _decode(model, logits, cache, first, root, *, sampling: Sampling, stop_ids: tuple[int, ...]):
-    """New tokens [batch, max_tokens] and how many of them count in each row."""
-    batch, max_tokens, ends = logits.shape[0], sampling.max_tokens, jnp.array(stop_ids, jnp.int32)
-    rows = jax.vmap(lambda row: jax.random.fold_in(root, row))(jnp.arange(batch))
+def _decode(model, logits, cache, first, key, *, sampling: Sampling, stop_ids: tuple[int, ...]):
+    """New tokens [batch, max_tokens], and the number of tokens of each row before its stop id, [batch]."""
+    batch, max_tokens, stops = logits.shape[0], sampling.max_tokens, jnp.array(stop_ids, jnp.int32)
+    row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
 
-    def unfinished(state):
-        i, _, _, _, _, done = state
-        return (i < max_tokens) & ~jnp.all(done)
+    def is_unfinished(state):
+        i, _, _, _, _, stopped = state
+        return (i < max_tokens) & ~jnp.all(stopped)
 
     def step(state):
-        i, logits, cache, new, counts, done = state
+        i, logits, cache, new, counts, stopped = state
         positions = first + i
-        token = draw(logits, jax.vmap(jax.random.fold_in)(rows, positions), sampling)
-        done |= jnp.isin(token, ends)
+        token = draw(logits, jax.vmap(jax.random.fold_in)(row_keys, positions), sampling)
+        stopped |= jnp.isin(token, stops)
         new = new.at[:, i].set(token)
         hidden, cache = model.cached(token[:, None], positions[:, None], cache)
-        return i + 1, model.unembed(hidden[:, 0]), cache, new, counts + ~done, done
+        return i + 1, model.unembed(hidden[:, 0]), cache, new, counts + ~stopped, stopped
 
     new = jnp.zeros((batch, max_tokens), jnp.int32)
     start = (0, logits, cache, new, jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool))
-    _, _, _, new, counts, _ = jax.lax.while_loop(unfinished, step, start)
+    _, _, _, new, counts, _ = jax.lax.while_loop(is_unfinished, step, start)
     return new, counts
 
 
@@ -196,9 +200,8 @@ def _check(config: ModelConfig, prompts: Sequence[Tokens], max_tokens: int) -> N
                 raise UserError(
                     f"prompt {number} contains token id {token_id}; the model has ids 0 to {config.vocab_size - 1}"
                 )
-        # The last token drawn is never read, so it needs no position.
-        needed = len(prompt) + max_tokens - 1
-        if config.max_seq_len is not None and needed > config.max_seq_len:
+        # The model never reads the last new token, so that one needs no position.
+        if config.max_seq_len is not None and len(prompt) + max_tokens - 1 > config.max_seq_len:
             raise UserError(
                 f"max_tokens={max_tokens}: prompt {number} has {len(prompt)} tokens and the model only "
                 f"{config.max_seq_len} learned positions; at most {config.max_seq_len - len(prompt) + 1} new tokens fit"

@@ -137,7 +137,7 @@ def read_json(path: Path) -> dict[str, Any]:
         if size > _LONGEST_HEADER:
             raise UserError(f"{path}: {size} bytes are too many for this file; fetch it again")
         return parse_json(path.read_bytes(), str(path))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such file; give the folder of a checkpoint with config.json") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None

@@ -5,6 +5,7 @@ import re
 from typing import Any, NamedTuple
 
 from llmjax.errors import UserError
+from llmjax.models.base import MAX_LAYERS
 
 _MISSING = object()
 NUMBER = (int, float)
@@ -12,10 +13,10 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 _TYPE_NAMES = {bool: "true or false", int: "a number", float: "a number", str: "a string", list: "a list"}
 # Bounds far above every published model, so that a damaged config.json is refused before anything is allocated.
 _MAX_NUMBER = 1e15
-_MAX_SIZE, _MAX_LAYERS, _MAX_EXPERTS = 1 << 24, 1 << 12, 1 << 16
+_MAX_SIZE, _MAX_EXPERTS = 1 << 24, 1 << 16
 _MAX_SIZES = {
     **dict.fromkeys(
-        ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers", "first_k_dense_replace"), _MAX_LAYERS
+        ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers", "first_k_dense_replace"), MAX_LAYERS
     ),
     **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "n_shared_experts"), _MAX_EXPERTS),
 }

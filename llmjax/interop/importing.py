@@ -151,9 +151,7 @@ def _check_aliases(table: ParamMapping, tensors: hf_checkpoint.Tensors) -> None:
 
 def _save(workdir: epath.Path, config: RunConfig, params: Params, tokenizer: Tokenizer, source: Path) -> str:
     """Write checkpoint 0 and return its fingerprint."""
-    checkpoints = Checkpoints(
-        workdir / workdirs.CHECKPOINTS, keep=config.checkpoint.keep, timeout_seconds=config.checkpoint.timeout_seconds
-    )
+    checkpoints = Checkpoints(workdir / workdirs.CHECKPOINTS, config.checkpoint)
     meta = {
         "config": run_config.to_json(config),
         "imported": str(source.resolve()),

@@ -64,18 +64,24 @@ def read(
     roles = {role: find(_read_token_name(token_fields, f"{role}_token")) for role in _ROLES}
     prefix, suffix = _choose_affixes(config, roles, vocabulary, is_t5)
     stop_ids = (
-        _read_eos_ids(generation, "generation_config.json")
-        or _read_eos_ids(hf, "config.json")
-        or _read_eos_ids(hf.get("text_config") or {}, "config.json: text_config")
+        _read_eos_ids(generation, "generation_config.json", num_rows)
+        or _read_eos_ids(hf, "config.json", num_rows)
+        or _read_eos_ids(hf.get("text_config") or {}, "config.json: text_config", num_rows)
         or _first_id(roles["eos"], vocabulary.eos_id, roles["sep"], *suffix[:1])
         or _first_id(*(vocabulary.find(name) for name in EOS_NAMES if name in vocabulary.special))
     )
-    if not stop_ids:
-        raise UserError(f"{folder}: no file names the token that ends a text; set eos_token_id in config.json")
+    size = max([vocabulary.size, *(1 + token_id for token_id in added_ids.values())])
+    size = size if num_rows is None else min(size, num_rows)
+    known_ids = [token_id for token_id in stop_ids if token_id < size]
+    if not known_ids:
+        raise UserError(
+            f"{folder}: no file names the token that ends a text; set eos_token_id in config.json to an id of the "
+            f"tokenizer, below {size}"
+        )
     pad = hf.get("pad_token_id")
     pad = pad if type(pad) is int and pad >= 0 else roles["pad"]
     return TokenizerSettings(
-        eos_id=roles["eos"] if roles["eos"] in stop_ids else stop_ids[0],
+        eos_id=roles["eos"] if roles["eos"] in stop_ids else known_ids[0],
         stop_ids=stop_ids,
         bos_id=prefix[0] if prefix else None,
         pad_id=pad if pad is None or num_rows is None or pad < num_rows else None,
@@ -110,13 +116,13 @@ def read_optional(folder: epath.Path, name: str) -> dict[str, Any]:
     return parse_json(path.read_bytes(), str(path), unique_keys=False) if path.exists() else {}
 
 
-def _read_eos_ids(fields: Any, file: str) -> tuple[int, ...]:
-    """The value of eos_token_id, which is an id or a list of ids; () if it is absent."""
+def _read_eos_ids(fields: Any, file: str, num_rows: int | None) -> tuple[int, ...]:
+    """The ids of eos_token_id, an id or a list, that the model has rows for; () if it is absent."""
     value = fields.get("eos_token_id") if isinstance(fields, dict) else None
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(i) is int and i >= 0 for i in ids):
         raise UserError(f"{file}: eos_token_id={value!r}: expected a token id, or a list of them")
-    return tuple(dict.fromkeys(ids))
+    return tuple(token_id for token_id in dict.fromkeys(ids) if num_rows is None or token_id < num_rows)
 
 
 def _read_token_name(fields: dict[str, Any], field: str) -> str | None:

@@ -8,6 +8,7 @@ from llmjax.errors import UserError, suggest
 from llmjax.nn.mlp import ACTIVATIONS
 from llmjax.nn.stack import REMAT
 
+MAX_LAYERS = 1 << 12  # far above every published model
 PARAMETRIZATIONS = ("standard", "mup")
 _DTYPES = ("float32", "bfloat16")
 _MUP_HEAD_DIM = 64  # the head width at which muP scales attention scores as the standard parametrization does
@@ -82,6 +83,8 @@ class BaseModelConfig:
                 raise UserError(f"model.{field}={getattr(self, field)}: must be at least {minimum}")
         if not self.dropout < 1:
             raise UserError(f"model.dropout={self.dropout}: must be at least 0 and below 1")
+        if self.num_layers > MAX_LAYERS:
+            raise UserError(f"model.num_layers={self.num_layers}: must be at most {MAX_LAYERS}")
         for field in self.above_zero:
             if not getattr(self, field) > 0:
                 raise UserError(f"model.{field}={getattr(self, field)}: must be above 0")

@@ -58,24 +58,24 @@ class OptimizerConfig:
     def __post_init__(self):
         if self.name not in DEFAULTS:
             raise UserError(
-                f"optimizer.name={self.name!r}{suggest(self.name, DEFAULTS)}: known are {', '.join(DEFAULTS)}"
+                f"optimizer.name={self.name!r}{suggest(self.name, DEFAULTS)}: choose one of {', '.join(DEFAULTS)}"
             )
         if self.schedule not in (None, *SCHEDULES):
             raise UserError(
                 f"optimizer.schedule={self.schedule!r}{suggest(str(self.schedule), SCHEDULES)}: "
-                f"known are {', '.join(SCHEDULES)}"
+                f"choose one of {', '.join(SCHEDULES)}"
             )
-        self._check_used()
+        self._check_unused_fields()
         self._check_ranges()
 
-    def _check_used(self):
+    def _check_unused_fields(self):
         for field in ("b1", "b2", "eps", "momentum"):
             value = getattr(self, field)
             if value is not None and field not in DEFAULTS[self.name]:
-                raise UserError(f"optimizer.{field}={value}: unused by optimizer.name={self.name!r}; leave it at None")
+                raise UserError(f"optimizer.{field}={value}: unused by optimizer.name={self.name!r}; unset it")
         if self.ema_decay and self.name == "schedule_free_adamw":
             raise UserError(
-                f"optimizer.ema_decay={self.ema_decay}: optimizer.name={self.name!r} has its own average; leave it at 0"
+                f"optimizer.ema_decay={self.ema_decay}: optimizer.name={self.name!r} has its own average; set it to 0"
             )
 
     def _check_ranges(self):
@@ -97,5 +97,5 @@ class OptimizerConfig:
 
     def resolved(self) -> Any:
         """The config with the optimizer's values in place of None. Any: its fields are no longer optional."""
-        missing = {field: value for field, value in DEFAULTS[self.name].items() if getattr(self, field) is None}
-        return dataclasses.replace(self, **missing)
+        unset = {field: value for field, value in DEFAULTS[self.name].items() if getattr(self, field) is None}
+        return dataclasses.replace(self, **unset)

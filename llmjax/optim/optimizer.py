@@ -54,7 +54,7 @@ class Optimizer:
         The inner optimizer does not update an expert bias. Its gradient is the load of its expert above the mean, and
         it takes a step of `expert_bias_update_rate` against the sign of that.
         """
-        loads = grads
+        loads = grads  # those of expert biases
         grads = self._map_expert_bias(lambda g: jnp.zeros_like(g), lambda g: g, grads)
         norm = optax.tree.norm(grads)
         if self.clip_norm:
@@ -96,7 +96,7 @@ class Optimizer:
         def axes_of(path, leaf):
             keys = _dict_keys(path)
             owner = next((params[keys[i:]] for i in range(len(keys)) if keys[i:] in params), None)
-            return (None,) * leaf.ndim if owner is None else _axes_like(str(path[-1]), leaf.shape, *owner)
+            return (None,) * leaf.ndim if owner is None else _statistic_axes(str(path[-1]), leaf.shape, *owner)
 
         return jax.tree_util.tree_map_with_path(axes_of, jax.eval_shape(self.init, shapes))
 
@@ -106,8 +106,8 @@ def _dict_keys(path) -> tuple:
     return tuple(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
 
 
-def _axes_like(field: str, shape: tuple, param_shape: tuple, param_axes: tuple) -> tuple:
-    """Axes of a statistic of a parameter: those of the parameter, of a factored moment, or only the stacked ones."""
+def _statistic_axes(field: str, shape: tuple, param_shape: tuple, param_axes: tuple) -> tuple:
+    """Axes of a statistic of a parameter: the parameter's own, those of a factored moment, or only the stacked ones."""
     if shape == param_shape:
         return param_axes
     view_shape, view_axes = matrix_view(param_shape, param_axes)
@@ -156,8 +156,8 @@ def make_optimizer(config: OptimizerConfig, *, horizon: int, axes: Params, width
     )
 
 
-def _tree_of(function: Callable, axes: Params) -> dict[str, Any]:
-    """A tree like the parameters with `function` of each one's axes."""
+def _map_axes(function: Callable, axes: Params) -> dict[str, Any]:
+    """A tree like the parameters, with the result of `function` for the axes of each."""
     return jax.tree.map(function, axes, is_leaf=lambda node: isinstance(node, tuple))
 
 
@@ -171,7 +171,7 @@ def _scale_for_width(config: Any, axes: Params, width: float) -> optax.GradientT
             "model.parametrization='standard'"
         )
     factor = width ** -WIDTH_POWERS[config.name]
-    factors = _tree_of(lambda names: factor if kind(names) == "matrix" else 1.0, axes)
+    factors = _map_axes(lambda names: factor if kind(names) == "matrix" else 1.0, axes)
     return optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, factors))
 
 
@@ -180,7 +180,7 @@ def _decay_and_rate(config: Any, axes: Params, learning_rate: Callable) -> optax
 
     Tables are not decayed: rows of rare tokens get few gradients, so decay would shrink them.
     """
-    decayed = _tree_of(lambda names: kind(names) in ("matrix", "head"), axes)
+    decayed = _map_axes(lambda names: kind(names) in ("matrix", "head"), axes)
     decay = optax.add_decayed_weights(config.weight_decay, decayed) if config.weight_decay else optax.identity()
     return optax.chain(decay, optax.scale_by_learning_rate(learning_rate))
 
@@ -207,8 +207,8 @@ def _muon(config: Any, axes: Params) -> optax.GradientTransformation:
     def scale(update, names):
         return MUON_RMS * max(matrix_view(update.shape, names)[0][-2:]) ** 0.5 * update
 
-    numbers = _tree_of(dimension_numbers, axes)
-    matrices = _tree_of(lambda names: names if kind(names) == "matrix" else optax.MaskedNode(), axes)
+    numbers = _map_axes(dimension_numbers, axes)
+    matrices = _map_axes(lambda names: names if kind(names) == "matrix" else optax.MaskedNode(), axes)
     return optax.partition(
         {
             "muon": optax.chain(
@@ -217,7 +217,7 @@ def _muon(config: Any, axes: Params) -> optax.GradientTransformation:
             ),
             "adamw": optax.scale_by_adam(config.b1, config.b2, config.eps),
         },
-        _tree_of(lambda names: "muon" if kind(names) == "matrix" else "adamw", axes),
+        _map_axes(lambda names: "muon" if kind(names) == "matrix" else "adamw", axes),
     )
 
 

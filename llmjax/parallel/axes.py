@@ -42,22 +42,29 @@ _rules = jax.make_user_context(DEFAULT_RULES)
 def complete_rules(rules: LogicalRules) -> LogicalRules:
     """`rules`, with the default for every logical axis that they do not name.
 
-    The config of an old run has no rule for an axis that was added later, and must stay loadable. Defaults are safe:
-    rules decide on which device numbers are, never their values, and `spec` raises where a default and a rule would
+    The config of an old run has no rule for an axis that was added later, and must stay loadable. Defaults are safe,
+    since rules decide which device holds a number and never its value. `spec` raises where a default and a rule would
     shard two dimensions of an array by one mesh axis. Raises UserError for a malformed rule and for an unknown axis.
     """
-    known = dict(DEFAULT_RULES)
+    completed = dict(DEFAULT_RULES)
     for rule in rules:
         if not (isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], str)):
             raise UserError(f"parallel.rules: {rule!r} is not a pair (logical axis, mesh axes)")
         logical, mesh_axes = rule
-        if logical not in known:
-            raise UserError(f"parallel.rules: there is no logical axis {logical!r}{suggest(logical, known)}")
-        for name in () if mesh_axes is None else mesh_axes if isinstance(mesh_axes, tuple) else (mesh_axes,):
+        if logical not in completed:
+            raise UserError(f"parallel.rules: there is no logical axis {logical!r}{suggest(logical, completed)}")
+        for name in _as_tuple(mesh_axes):
             if name not in MESH_AXES:
                 near = suggest(str(name), MESH_AXES)
                 raise UserError(f"parallel.rules: {logical!r} -> {name!r}: there is no such mesh axis{near}")
-    return tuple((known | dict(rules)).items())
+    return tuple((completed | dict(rules)).items())
+
+
+def _as_tuple(mesh_axes: Any) -> tuple:
+    """The right side of a rule as a tuple of mesh axes."""
+    if mesh_axes is None:
+        return ()
+    return mesh_axes if isinstance(mesh_axes, tuple) else (mesh_axes,)
 
 
 @contextlib.contextmanager
@@ -83,14 +90,13 @@ def spec(
     manual = set(getattr(mesh, "manual_axes", ()))
     entries, used = [], []
     for i, name in enumerate(logical):
-        rule = table[name] if name is not None else None
-        rule = (rule,) if isinstance(rule, str) else tuple(rule or ())
+        rule = _as_tuple(None if name is None else table[name])
         mesh_axes = tuple(axis for axis in rule if axis in mesh.axis_names and axis not in manual)
         if shape is not None and shape[i] % math.prod(mesh.shape[axis] for axis in mesh_axes):
             mesh_axes = ()
-        if twice := [axis for axis in mesh_axes if axis in used]:
+        if reused := [axis for axis in mesh_axes if axis in used]:
             raise UserError(
-                f"parallel.rules: {twice[0]!r} would shard two dimensions of ({', '.join(map(str, logical))}); change "
+                f"parallel.rules: {reused[0]!r} would shard two dimensions of ({', '.join(map(str, logical))}); change "
                 "the rule of one of them"
             )
         used += mesh_axes

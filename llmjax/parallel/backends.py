@@ -34,7 +34,7 @@ PMAP = Reduction(
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """The compiled train step, and the conversions between its arrays and the global arrays of the rest.
+    """The compiled train step, and conversions between its arrays and the global arrays of other code.
 
     step            (state, batch) -> (state, metrics); takes what `shard_state` and `shard_batch` return, donates state
     shard_state     global state -> the arrays that `step` takes
@@ -58,11 +58,11 @@ def check_batch(name: str, size: int, accumulation: int = 1) -> None:
     mesh = jax.sharding.get_mesh()
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if size % (shards * accumulation):
-        parts = f"mesh.data x mesh.fsdp = {shards}" + (
-            f" x train.accumulation = {accumulation}" if accumulation > 1 else ""
-        )
+        divisor = f"mesh.data x mesh.fsdp = {shards}"
+        if accumulation > 1:
+            divisor += f" x train.accumulation = {accumulation}"
         near = max(size // (shards * accumulation), 1) * shards * accumulation
-        raise UserError(f"{name}={size} is not divisible by {parts}: set it to {near}, or change the mesh")
+        raise UserError(f"{name}={size} is not divisible by {divisor}: set it to {near}, or change the mesh")
 
 
 def check_backend(backend: str) -> None:
@@ -92,10 +92,10 @@ def _compile_jit(step: Callable, state_shardings: Any, rows: np.ndarray, batch: 
         out_shardings=(state_shardings, replicated),
         donate_argnums=0,
     )
-    same = lambda state: state
+    unchanged = lambda tree: tree
     # A process that holds the whole batch passes the numpy arrays to jit, which shards them faster than this code.
     shard_batch = lambda local: hosts.global_batch(data, local, rows, batch)
-    return CompiledStep(compiled, same, same, same if jax.process_count() == 1 else shard_batch)
+    return CompiledStep(compiled, unchanged, unchanged, unchanged if jax.process_count() == 1 else shard_batch)
 
 
 def _compile_pmap(step: Callable) -> CompiledStep:
@@ -112,14 +112,14 @@ def _compile_pmap(step: Callable) -> CompiledStep:
     no_mesh = Mesh(np.empty((), object), ())
 
     def step_without_mesh(state, batch):
-        with jax.set_mesh(no_mesh):  # pmap makes a mesh of its own and refuses to run inside another one
+        with jax.set_mesh(no_mesh):  # pmap creates its own mesh and refuses to run inside another one
             return mapped(state, batch)
 
-    # Placing before the first call matters: a donated state that pmap had to copy itself would be deleted under it.
+    # The state is put on the devices before the first call: pmap would delete a donated state that it has to copy.
     def shard_state(state):
         return jax.tree.map(lambda x: jax.device_put(x.addressable_shards[0].data, local), state)
 
-    # pmap returns host-local arrays; the rest takes the same buffers as one array over all processes.
+    # pmap returns host-local arrays; other code takes the same buffers as one array over all processes.
     def unshard_state(state):
         return jax.tree.map(
             lambda x: jax.make_array_from_single_device_arrays(

@@ -20,7 +20,7 @@ def enable(folder: str, cpu_threads: int) -> None:
     if folder == "off":
         return
     if jax.process_count() > 1 and jax.default_backend() == "cpu" and not _write_on_every_process():
-        logger.warning("no compilation cache: jax %s keeps its process index elsewhere", jax.__version__)
+        logger.warning("no compilation cache: the process index of jax %s was not found", jax.__version__)
         return
     jax.config.update("jax_compilation_cache_dir", f"{folder}/cpu_threads_{cpu_threads}")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS)
@@ -30,9 +30,9 @@ def _write_on_every_process() -> bool:
     """Make JAX write the programs of every process, not of process 0 alone. False where that is not possible.
 
     On GPU and TPU all processes share one cache key, so one writer is enough. On CPU the key contains a fingerprint of
-    the topology as the process sees it: other processes never find what process 0 wrote, and would compile again at
-    each start. As keys differ, two processes never write the same file. JAX has no public switch, so this replaces the
-    process index that its compiler module reads.
+    the topology as the process sees it. So other processes never find what process 0 wrote, and would compile again at
+    each start, and two processes never write the same file. JAX has no public switch, so this replaces the process
+    index that its compiler module reads.
     """
     try:
         compiler: Any = importlib.import_module("jax._src.compiler")

@@ -1,4 +1,4 @@
-"""Jobs of several processes: initialisation, agreement, bounded waiting, rows of the global batch per process."""
+"""Jobs of several processes: initialisation, agreement, barriers with a time limit, and rows of the global batch."""
 
 import collections
 import ctypes
@@ -39,25 +39,25 @@ def initialize(cpu_threads: int = CPU_THREADS) -> None:
     cpu_threads     size of XLA's thread pool on CPU (parallel.cpu_threads)
 
     LLMJAX_COORDINATOR (host:port), LLMJAX_NUM_PROCESSES and LLMJAX_PROCESS_ID name a job explicitly.
-    LLMJAX_DISTRIBUTED=auto lets JAX find Slurm, GKE or TPU pods itself. With neither, this process is the whole job.
+    LLMJAX_DISTRIBUTED=auto lets JAX detect a Slurm, GKE or TPU job. With neither, this process alone is the job.
     LLMJAX_CPU_DEVICES emulates that many devices in this process. LLMJAX_INIT_SECONDS (60) bounds the wait for the
-    other processes, LLMJAX_HEARTBEAT_SECONDS (100) the silence after which a process counts as dead.
+    other processes, LLMJAX_HEARTBEAT_SECONDS (100) the time without a heartbeat after which a process counts as dead.
     LLMJAX_LAUNCHER_PID is the process that started this one; on Linux this process ends when the launcher does.
     Raises UserError for incomplete or malformed variables, where JAX_PLATFORMS names a platform that is not installed,
     and where this process has more CPU devices than threads; TimeoutError where process 0 cannot be reached in time.
     """
     set_cpu_threads(cpu_threads)
-    if (devices := _number("LLMJAX_CPU_DEVICES")) is not None:
+    if (devices := _read_number("LLMJAX_CPU_DEVICES")) is not None:
         jax.config.update("jax_num_cpu_devices", devices)
-    _end_with_launcher(_number("LLMJAX_LAUNCHER_PID"))
-    seconds = _number("LLMJAX_INIT_SECONDS", 60)
+    _end_with_launcher(_read_number("LLMJAX_LAUNCHER_PID"))
+    seconds = _read_number("LLMJAX_INIT_SECONDS", 60)
     limits = {
         "initialization_timeout": seconds,
-        "heartbeat_timeout_seconds": _number("LLMJAX_HEARTBEAT_SECONDS", 100),
+        "heartbeat_timeout_seconds": _read_number("LLMJAX_HEARTBEAT_SECONDS", 100),
         "shutdown_timeout_seconds": 60,
     }
     coordinator = os.environ.get("LLMJAX_COORDINATOR")
-    count, index = _number("LLMJAX_NUM_PROCESSES"), _number("LLMJAX_PROCESS_ID", least=0)
+    count, index = _read_number("LLMJAX_NUM_PROCESSES"), _read_number("LLMJAX_PROCESS_ID", least=0)
     is_set = (coordinator is not None, count is not None, index is not None)
     if any(is_set) and not all(is_set):
         raise UserError(
@@ -79,9 +79,7 @@ def initialize(cpu_threads: int = CPU_THREADS) -> None:
         try:
             jax.distributed.initialize(**limits)
         except ValueError as error:
-            raise UserError(
-                f"LLMJAX_DISTRIBUTED=auto, but JAX finds no Slurm, GKE or TPU job here ({error})"
-            ) from error
+            raise UserError(f"LLMJAX_DISTRIBUTED=auto, but JAX detects no Slurm, GKE or TPU job ({error})") from error
     if jax.distributed.is_initialized():
         interrupts.take_over_sigterm()
     _check_platform(jax.config.jax_platforms)  # type: ignore[attr-defined]
@@ -111,7 +109,7 @@ def _end_with_launcher(launcher: int | None) -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
-def _number(variable: str, default: int | None = None, least: int = 1) -> Any:
+def _read_number(variable: str, default: int | None = None, least: int = 1) -> Any:
     text = os.environ.get(variable)
     if text is None:
         return default
@@ -131,8 +129,8 @@ def _wait_for_coordinator(coordinator: str, seconds: int, index: int) -> None:
         except OSError as error:
             if time.monotonic() > end:
                 raise TimeoutError(
-                    f"process {index} found nobody at LLMJAX_COORDINATOR={coordinator} within {seconds} s ({error}): "
-                    "is process 0 running, and can its port be reached from here?"
+                    f"process {index} could not connect to LLMJAX_COORDINATOR={coordinator} within {seconds} s "
+                    f"({error}): check that process 0 is running and that this host can reach its port"
                 ) from error
             time.sleep(0.2)
 
@@ -195,17 +193,17 @@ def barrier(name: str, timeout_seconds: float = 300) -> None:
 
 
 def agree(value: bool, name: str = "agree") -> bool:
-    """True on all processes when it is true on all of them, else False on all of them."""
+    """Whether `value` is true on all processes; the same answer on all of them."""
     return all(text == "1" for text in exchange(name, "1" if value else "0"))
 
 
 def broadcast(name: str, text: str, timeout_seconds: float = 300) -> str:
-    """The primary process's `text`, on all of them."""
+    """The `text` of the primary process, on all processes."""
     return exchange(name, text if is_primary() else "", timeout_seconds)[0]
 
 
 def all_equal(name: str, text: str) -> None:
-    """Check that every process has the same `text`. Raises UserError naming the ones that differ from process 0."""
+    """Raise UserError where processes have different texts; it names those that differ from process 0."""
     texts = exchange(name, text)
     different = [process for process, other in enumerate(texts) if other != texts[0]]
     if different:
@@ -221,12 +219,12 @@ def local_rows(sharding: NamedSharding, global_batch: int) -> np.ndarray:
     sharding    that of a batch; rows that several devices hold appear once
     """
     rows = NamedSharding(sharding.mesh, P(*sharding.spec[:1])).devices_indices_map((global_batch,))
-    mine = {
+    local = {
         index[0].indices(global_batch)[:2]
         for device, index in rows.items()
         if device.process_index == jax.process_index()
     }
-    return np.concatenate([np.arange(start, stop) for start, stop in sorted(mine)])
+    return np.concatenate([np.arange(start, stop) for start, stop in sorted(local)])
 
 
 def global_batch(sharding: NamedSharding, local: Batch, rows: np.ndarray, global_batch: int) -> Batch:
@@ -234,7 +232,7 @@ def global_batch(sharding: NamedSharding, local: Batch, rows: np.ndarray, global
     if jax.process_count() == 1:
         return jax.device_put(local, sharding)
 
-    def place(field: np.ndarray) -> jax.Array:
+    def to_global(field: np.ndarray) -> jax.Array:
         def shard(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(global_batch)
             first = int(np.searchsorted(rows, start))
@@ -242,11 +240,11 @@ def global_batch(sharding: NamedSharding, local: Batch, rows: np.ndarray, global
 
         return jax.make_array_from_callback((global_batch, *field.shape[1:]), sharding, shard, dtype=field.dtype)
 
-    return jax.tree.map(place, local)
+    return jax.tree.map(to_global, local)
 
 
 def exit_now(code: int) -> NoReturn:
-    """End this process at once, logs flushed.
+    """Flush the logs and end this process at once.
 
     After a failure in a job of several processes an ordinary exit would wait for the others in JAX's shutdown barrier,
     then abort with another code. Process 0 exits a second later: its coordination service ends with it, which aborts

@@ -45,8 +45,8 @@ def describe(number: int, lost: str = "") -> str:
     return f"stopped by {name}{f'; {lost}' if lost else ''}: rerun the same command to resume"
 
 
-_deferred = threading.Event()  # set while the training loop handles the first signal
-_handlers: list[Any] = []  # the C handler of SIGTERM before `take_over_sigterm`, if there was one
+_deferred = threading.Event()  # set inside `deferred`: the training loop handles the first signal
+_saved_sigterm: list[Any] = []  # the C handler of SIGTERM before `take_over_sigterm`; empty: not taken over
 _watching = False
 
 
@@ -70,7 +70,7 @@ def install() -> None:
 
 
 def take_over_sigterm() -> None:
-    """Replace the SIGTERM handler of JAX's preemption notifier until `give_back_sigterm`.
+    """Replace the SIGTERM handler of JAX's preemption notifier until `restore_sigterm`.
 
     The notifier only records the signal, so a job of several processes could not be stopped outside its step loop.
     """
@@ -78,19 +78,19 @@ def take_over_sigterm() -> None:
         return
     previous = ctypes.create_string_buffer(_BUFFER_BYTES)
     ctypes.CDLL(None).sigaction(int(signal.SIGTERM), None, previous)
-    _handlers[:] = [previous]
+    _saved_sigterm[:] = [previous]
     signal.signal(signal.SIGTERM, _raise_stopped)
 
 
-def give_back_sigterm() -> None:
+def restore_sigterm() -> None:
     """Let JAX's notifier handle SIGTERM: all processes then agree on a step to stop at."""
-    if _handlers:
-        ctypes.CDLL(None).sigaction(int(signal.SIGTERM), _handlers[0], None)
+    if _saved_sigterm:
+        ctypes.CDLL(None).sigaction(int(signal.SIGTERM), _saved_sigterm[0], None)
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Inside, the caller's own handler has all the time it needs for the first signal."""
+    """Inside, the caller's handler may take any time for the first signal."""
     _deferred.set()
     try:
         yield

@@ -15,7 +15,7 @@ from llmjax.parallel import axes, hosts
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each mesh axis; their product is the number of devices. One axis may be -1: all the rest.
+    """Devices along each mesh axis; their product is the number of devices. One axis may be -1: all remaining devices.
 
     data     replicas that split the batch
     fsdp     shards of parameters and optimizer state, which split the batch as well

@@ -5,7 +5,7 @@ import dataclasses
 from llmjax.errors import UserError
 
 # L(N, D) = E + A / N^alpha + B / D^beta: Hoffmann et al., 2022 (arXiv 2203.15556), third approach, with the
-# coefficients that Besiroglu et al., 2024 (arXiv 2404.10102) found when they fitted the same data again.
+# coefficients that Besiroglu et al., 2024 (arXiv 2404.10102) fitted to the same data.
 _E, _A, _B, _ALPHA, _BETA = 1.8172, 482.01, 2085.43, 0.3478, 0.3658
 _G = (_ALPHA * _A / (_BETA * _B)) ** (1 / (_ALPHA + _BETA))
 _MAX = 1e40  # of each quantity
@@ -69,7 +69,7 @@ def choose(*, flops: float | None, tokens: float | None, parameters: float | Non
             raise UserError(f"{name}={value}: must be from 1 to {_MAX:g}")
     match flops, tokens, parameters:
         case (None, None, None):
-            raise UserError("give --flops, --budget_hours, --tokens or --parameters, or --config to look at a model")
+            raise UserError("give --flops, --budget_hours, --tokens or --parameters, or --config to describe a model")
         case (float(), None, None):
             return for_flops(flops)
         case (None, float(), None):

@@ -1,4 +1,4 @@
-"""The memory of a training step: bytes of the state, and bytes kept for the backward pass."""
+"""The memory of a training step: bytes of the state, and bytes of activations for the backward pass."""
 
 import dataclasses
 import math
@@ -26,16 +26,16 @@ def state_bytes_per_parameter(model: ModelConfig, optimizer: OptimizerConfig) ->
     return (2 * _bytes(shapes) + _bytes(state)) / _size(shapes)
 
 
-def kept_bytes(config: RunConfig) -> dict[str, int]:
+def residual_bytes(config: RunConfig) -> dict[str, int]:
     """Bytes that the forward pass of a row keeps for the backward pass, by remat policy; nothing is allocated.
 
     They are counted in the program that JAX differentiates, before the compiler, which may fuse some away. Temporary
     memory and the parameters are not counted.
     """
-    return {name: _count_kept_bytes(config, name) for name in REMAT}
+    return {name: _count_residual_bytes(config, name) for name in REMAT}
 
 
-def _count_kept_bytes(config: RunConfig, remat: str) -> int:
+def _count_residual_bytes(config: RunConfig, remat: str) -> int:
     model = dataclasses.replace(config.model, remat=remat)
     graph, shapes, _ = registry.abstract(model)
     loss = make_loss(graph, seed=0, chunk=config.train.loss_chunk, z_loss=config.train.z_loss)
@@ -45,8 +45,8 @@ def _count_kept_bytes(config: RunConfig, remat: str) -> int:
 
     program = jax.make_jaxpr(forward)(shapes, abstract_batch(config)).jaxpr
     inputs = {id(variable) for variable in program.invars}
-    kept = {id(out): out.aval for out in program.outvars if id(out) not in inputs and hasattr(out, "aval")}
-    return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in kept.values())
+    residuals = {id(out): out.aval for out in program.outvars if id(out) not in inputs and hasattr(out, "aval")}
+    return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in residuals.values())
 
 
 def abstract_batch(config: RunConfig) -> Batch:

@@ -35,18 +35,18 @@ class Device:
 
 
 def find(name: str) -> Device:
-    """The device with that name; "here" is this machine's, measured. Raises UserError for an unknown name."""
+    """The device with that name; "here" is that of this machine. Raises UserError for an unknown name."""
     if name == "here":
-        return _measured()
+        return _measure_local_device()
     if name not in _KINDS:
-        raise UserError(f"--device={name}: known are {', '.join(NAMES)}{suggest(name, NAMES)}")
+        raise UserError(f"--device={name}{suggest(name, NAMES)}: choose one of {', '.join(NAMES)}")
     kind, gib = _KINDS[name]
     peak = peak_flops(kind)
     assert peak is not None
     return Device(name, peak, gib << 30)
 
 
-def _measured() -> Device:
+def _measure_local_device() -> Device:
     """This machine's first device. An unknown peak is measured by matrix products, the fastest within a second."""
     device = jax.devices()[0]
     if (peak := peak_flops(device.device_kind)) is not None:

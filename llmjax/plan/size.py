@@ -2,9 +2,7 @@
 
 import dataclasses
 import math
-import pathlib
 
-from llmjax.binding import shipped_folder, specs
 from llmjax.errors import UserError
 from llmjax.models import registry
 from llmjax.plan import budget as budgets, count
@@ -40,7 +38,7 @@ def describe_budget(budget: budgets.Budget, device: Device, *, mfu: float, seq_l
         )
     lines += ["", f"on {device.name} at {mfu:.0%} of {device.peak:.3g} FLOPs a second; AdamW in float32, 16 bytes each"]
     lines += ["  devices   state, GiB each   time"]
-    for devices in _counts(budget, device):
+    for devices in _device_counts(budget, device):
         seconds = budget.flops / (devices * device.peak * mfu)
         lines.append(f"  {devices:7,}   {16 * budget.parameters / devices / 2**30:15.2f}   {_time(seconds)}")
     spec, parameters = nearest_config(budget.parameters)
@@ -73,19 +71,13 @@ def describe_config(config: RunConfig, spec: str, device: Device) -> list[str]:
         f"kept for the backward pass, of each row of {seq:,} tokens that a device reads at once (model.remat):",
     ]
     mark = lambda name: "   <- this config" if name == model.remat else ""
-    return lines + [f"  {name:<14} {_gib(kept):>12}{mark(name)}" for name, kept in count.kept_bytes(config).items()]
+    return lines + [f"  {name:<14} {_gib(size):>12}{mark(name)}" for name, size in count.residual_bytes(config).items()]
 
 
 def nearest_config(parameters: float) -> tuple[str, int]:
     """(`NAME:SIZE`, parameters) of the shipped decoder config whose number of parameters is nearest by ratio."""
-    candidates = []
-    for path in run_config.files(shipped_folder()):
-        for spec in specs(path):
-            model = resolve(spec, None).model
-            if model.family == "decoder":
-                name, _, size = pathlib.Path(spec).name.partition(":")
-                short_spec = f"{name.removesuffix('.py')}:{size}".rstrip(":")
-                candidates.append((short_spec, registry.count_parameters(model)))
+    models = {spec: resolve(spec, None).model for specs in run_config.shipped_specs().values() for spec in specs}
+    candidates = [(s, registry.count_parameters(model)) for s, model in models.items() if model.family == "decoder"]
     return min(candidates, key=lambda item: abs(math.log(item[1] / parameters)))
 
 
@@ -101,7 +93,7 @@ def resolve(spec: str, vocab_size: int | None, overrides: tuple[tuple[str, str],
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
 
 
-def _counts(budget: budgets.Budget, device: Device) -> list[int]:
+def _device_counts(budget: budgets.Budget, device: Device) -> list[int]:
     """Six numbers of devices, powers of two, from the first whose memory fits the state; 1 if memory is unknown."""
     if device.memory is None:
         return [1]

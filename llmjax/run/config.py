@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 import dataclasses
 import json
-import pathlib
+import operator
 from typing import Any
 
-from llmjax.binding import as_dict, as_tree, bind_overridden, load_file
+from llmjax.binding import bind_overridden, load_file, load_module, shipped_files
 from llmjax.checkpoint.manager import CheckpointConfig
 from llmjax.data.config import DataConfig, ObjectiveConfig
 from llmjax.data.objectives.objective import Objective, open_objective
@@ -25,7 +25,7 @@ class TrainConfig:
     steps         optimizer steps, and the horizon of every schedule
     stop_at       end the run at this step without touching the schedules; 0: at `steps`
     global_batch  sequences of a step, over all devices
-    accumulation  microbatches of a step; their gradients are summed, and divided by the targets once
+    accumulation  microbatches of a step; their gradients are added, and the sum is divided by the targets once
     loss_chunk    positions of a row whose logits are in memory at one time
     z_loss        weight of log(normaliser)^2 in the loss
     log_every     steps between lines of metrics.jsonl
@@ -75,6 +75,20 @@ class SampleConfig:
     top_p: float = 0.95
 
 
+# Fields of each section that must be at least 1, and those that must not be negative.
+_POSITIVE = {
+    "train": ("steps", "global_batch", "accumulation", "loss_chunk", "log_every", "max_skipped"),
+    "checkpoint": ("every", "keep", "timeout_seconds"),
+    "data": ("seq_len", "tokenizer.training_bytes"),
+}
+_NOT_NEGATIVE = {
+    "data": ("workers", "max_bad_fraction"),
+    "train": ("stop_at", "z_loss"),
+    "checkpoint": ("keep_every",),
+    "eval": ("every", "batch"),
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One run. `seed` keys the initial parameters, the data order, the draws of objectives, and dropout."""
@@ -92,37 +106,10 @@ class RunConfig:
     sample: SampleConfig = SampleConfig()
 
     def __post_init__(self):
-        positive = {
-            "train.steps": self.train.steps,
-            "train.global_batch": self.train.global_batch,
-            "train.accumulation": self.train.accumulation,
-            "train.loss_chunk": self.train.loss_chunk,
-            "train.log_every": self.train.log_every,
-            "train.max_skipped": self.train.max_skipped,
-            "checkpoint.every": self.checkpoint.every,
-            "checkpoint.keep": self.checkpoint.keep,
-            "checkpoint.timeout_seconds": self.checkpoint.timeout_seconds,
-            "data.seq_len": self.data.seq_len,
-            "data.tokenizer.training_bytes": self.data.tokenizer.training_bytes,
-        }
-        counts = {
-            "seed": self.seed,
-            "data.workers": self.data.workers,
-            "data.max_bad_fraction": self.data.max_bad_fraction,
-            "train.stop_at": self.train.stop_at,
-            "train.z_loss": self.train.z_loss,
-            "checkpoint.keep_every": self.checkpoint.keep_every,
-            "eval.every": self.eval.every,
-            "eval.batch": self.eval.batch,
-        }
-        for name, value in positive.items():
-            if value < 1:
-                raise UserError(f"{name}={value}: must be at least 1")
-        for name, value in counts.items():
-            if value < 0:
-                raise UserError(f"{name}={value}: must not be negative")
-        if self.seed >= 1 << 32:  # JAX's keys have 32 bits: a larger seed would repeat the draws of a smaller one
-            raise UserError(f"seed={self.seed}: must be below {1 << 32}")
+        self._check_least(_POSITIVE, 1, "must be at least 1")
+        self._check_least(_NOT_NEGATIVE, 0, "must not be negative")
+        if not 0 <= self.seed < 1 << 32:  # JAX's keys have 32 bits: a larger seed would repeat draws of a smaller one
+            raise UserError(f"seed={self.seed}: must be from 0 to {(1 << 32) - 1}")
         if self.train.stop_at > self.train.steps:
             raise UserError(f"train.stop_at={self.train.stop_at} is beyond train.steps={self.train.steps}: lower it")
         _check_profile(self.train)
@@ -144,6 +131,13 @@ class RunConfig:
                 f"train.accumulation={self.train.accumulation}: change one of them"
             )
 
+    def _check_least(self, fields: dict[str, tuple[str, ...]], least: int, expected: str) -> None:
+        for section, names in fields.items():
+            for name in names:
+                value = operator.attrgetter(f"{section}.{name}")(self)
+                if value < least:
+                    raise UserError(f"{section}.{name}={value}: {expected}")
+
 
 def _check_profile(train: TrainConfig) -> None:
     profile = train.profile
@@ -161,18 +155,14 @@ def _check_profile(train: TrainConfig) -> None:
 
 def resolve(file: str, overrides: Sequence[tuple[str, str]]) -> RunConfig:
     """The config of `--config=FILE[:ARG]` with `(FIELD, TEXT)` overrides."""
-    return apply_overrides(read_file(file), overrides)
+    return apply_overrides(load_file(file), overrides)
 
 
-def read_file(file: str) -> dict[str, Any]:
-    """The nested dict of `FILE[:ARG]`."""
-    return as_tree(load_file(file))
-
-
-def files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The config files of a folder, sorted by name, without those of curation."""
-    paths = (path for path in sorted(folder.glob("*.py")) if path.stem != "__init__")
-    return [path for path in paths if "curate" not in read_file(str(path))]
+def shipped_specs() -> dict[str, list[str]]:
+    """Name -> the values NAME, NAME:SIZE, ... of `--config`, for every shipped config of training."""
+    sizes = {name: getattr(load_module(path), "SIZES", ()) for name, path in shipped_files().items()}
+    specs = {name: [name, *(f"{name}:{size}" for size in table)] for name, table in sizes.items()}
+    return {name: values for name, values in specs.items() if "curate" not in load_file(name)}
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> RunConfig:
@@ -182,7 +172,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[tuple[str, str]]) 
 
 def to_json(config: RunConfig) -> dict[str, Any]:
     """The config as a JSON object: tuples become lists."""
-    return json.loads(json.dumps(as_dict(config)))
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def objective(config: RunConfig, tokenizer: Tokenizer) -> Objective:

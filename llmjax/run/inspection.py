@@ -28,7 +28,7 @@ def inspect(workdir: epath.PathLike) -> dict[str, Any]:
     if not root.exists():
         raise UserError(f"--workdir={root}: no such folder; `llmjax train --workdir={root}` creates it")
     config = workdirs.read_json(root / workdirs.CONFIG)
-    good, damaged = _checkpoints(root / workdirs.CHECKPOINTS, config)
+    good, damaged = _read_checkpoints(root / workdirs.CHECKPOINTS, config)
     store = epath.Path((config or {}).get("data", {}).get("store") or root / workdirs.STORE).expanduser()
     manifest = workdirs.read_json(store / "manifest.json")
     if config is None and manifest is None and not good and not damaged:
@@ -39,7 +39,7 @@ def inspect(workdir: epath.PathLike) -> dict[str, Any]:
         "checkpoints": good,
         "damaged": damaged,
         "config": config,
-        "store": None if manifest is None else _store(store, manifest),
+        "store": None if manifest is None else _summarize_store(store, manifest),
         "last_logged": lines[-1] if lines else None,
     }
 
@@ -60,7 +60,7 @@ def describe(run: dict[str, Any]) -> str:
                     ", ".join(changed) if changed else "same as config.json",
                 )
             )
-        lines += _aligned(rows)
+        lines += _align(rows)
     else:
         lines.append("no checkpoint yet")
     lines += [f"damaged: {item['path']}: {item['reason']}" for item in run["damaged"]]
@@ -69,7 +69,7 @@ def describe(run: dict[str, Any]) -> str:
     lines += ["", *_config_lines(run["config"])]
     if (store := run["store"]) is not None:
         lines.append(f"store: {store['path']}, {store['tokens']:,} tokens of {', '.join(store['sources'])}")
-    return "\n".join([*lines, "", f"next: {_next(run)}"])
+    return "\n".join([*lines, "", f"next: {_next_command(run)}"])
 
 
 def verify(run: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -95,7 +95,7 @@ def describe_verified(part: dict[str, Any]) -> str:
     return f"verified {part['source']}/{part['split']}: {part['bytes']:,} bytes, {rate:,.0f} MB/s"
 
 
-def _checkpoints(folder: epath.Path, config: dict | None) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+def _read_checkpoints(folder: epath.Path, config: dict | None) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     checkpoints, good, damaged = Checkpoints(folder), [], []
     for step in checkpoints.steps():
         try:
@@ -110,17 +110,17 @@ def _checkpoints(folder: epath.Path, config: dict | None) -> tuple[list[dict[str
                 "fingerprint": meta["fingerprint"],
                 "data_state": meta.get("data_state"),
                 "total_targets": meta.get("total_targets"),
-                "config_differences": {field: [was, now] for field, was, now in changed},
+                "config_differences": {field: [before, after] for field, before, after in changed},
             }
         )
     aside = folder / "damaged"
     if aside.exists():
-        found = sorted(aside.iterdir(), key=lambda path: path.name)
-        damaged += [{"path": str(path), "reason": "set aside when a run resumed"} for path in found]
+        paths = sorted(aside.iterdir(), key=lambda path: path.name)
+        damaged += [{"path": str(path), "reason": "set aside when a run resumed"} for path in paths]
     return good, damaged
 
 
-def _store(path: epath.Path, manifest: dict[str, Any]) -> dict[str, Any]:
+def _summarize_store(path: epath.Path, manifest: dict[str, Any]) -> dict[str, Any]:
     splits = ("train", "validation", "test")
     return {
         "path": str(path),
@@ -144,13 +144,13 @@ def _config_lines(config: dict[str, Any] | None) -> list[str]:
     ]
 
 
-def _next(run: dict[str, Any]) -> str:
+def _next_command(run: dict[str, Any]) -> str:
     workdir = run["workdir"]
     if not run["checkpoints"]:
         return f"llmjax train --config=FILE --workdir={workdir}"
     return f"llmjax eval --workdir={workdir}   |   llmjax generate --workdir={workdir} --prompt='...'"
 
 
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+def _align(rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

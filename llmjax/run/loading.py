@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from llmjax import atomic
 from llmjax.batch import Graph, Params
+from llmjax.binding import load_file
 from llmjax.checkpoint.manager import Checkpoints
 from llmjax.data.objectives.objective import Objective
 from llmjax.data.store import prepare
@@ -59,10 +60,10 @@ def store_folder(config: RunConfig, workdir: epath.Path) -> pathlib.Path:
 
 def read_config(workdir: epath.Path, overrides: Sequence[tuple[str, str]] = ()) -> RunConfig:
     """The config that training wrote to the workdir, with command-line overrides. Raises UserError without one."""
-    tree = _config_tree(workdir)
+    tree = _read_saved(workdir)
     if tree is None:
-        raise _not_trained(workdir)
-    return _bind_written(workdir, tree, overrides)
+        raise _no_config_error(workdir)
+    return _bind_saved(workdir, tree, overrides)
 
 
 def initialize(workdir: epath.Path, overrides: Sequence[tuple[str, str]] = ()) -> None:
@@ -76,16 +77,15 @@ def resolve(file: str | None, workdir: epath.Path, overrides: Sequence[tuple[str
     Imported parameters bring their model and tokenizer, in place of the config's. Overrides come last. Raises UserError
     where there is neither a file nor a config.json.
     """
-    written = _config_tree(workdir)
+    saved = _read_saved(workdir)
     imported = workdirs.read_json(workdir / workdirs.IMPORT)
-    if written is not None:
-        written.get("checkpoint", {}).pop("accept_changes", None)  # it was meant for one start
     if file is not None:
-        tree = run_config.read_file(file)
-    elif written is not None:
-        tree = written
+        tree = load_file(file)
+    elif saved is not None:
+        saved.get("checkpoint", {}).pop("accept_changes", None)  # accepts the changes of one start
+        tree = saved
     elif imported is not None:
-        raise _not_trained(workdir)
+        raise _no_config_error(workdir)
     else:
         raise UserError(
             "--config is missing: give a Python file with get_config(), or a name of `llmjax configs`, such as "
@@ -96,11 +96,11 @@ def resolve(file: str | None, workdir: epath.Path, overrides: Sequence[tuple[str
         tree.setdefault("data", {})["tokenizer"] = tokenizer_section(workdir, imported["tokenizer"]["kind"])
     if file is not None:
         return run_config.apply_overrides(tree, overrides)
-    return _bind_written(workdir, tree, overrides)
+    return _bind_saved(workdir, tree, overrides)
 
 
 def log_config_source(file: str | None, workdir: epath.Path) -> None:
-    """Log where `resolve` found the config, once it is clear which process is the primary one."""
+    """Log where the config of `resolve` comes from; after `initialize`, as the primary process alone logs."""
     if (imported := workdirs.read_json(workdir / workdirs.IMPORT)) is not None:
         logger.info("  model and tokenizer are those that were imported from %s", imported["from"])
     elif file is None:
@@ -117,12 +117,12 @@ def tokenizer_section(workdir: epath.Path, kind: str) -> dict[str, str]:
 def load(
     workdir: epath.Path, *, step: int | None = None, overrides: Sequence[tuple[str, str]] = ()
 ) -> Iterator[Loaded]:
-    """The checkpoint of `step` (None: the newest good one), inside the mesh on which it lies."""
+    """The checkpoint of `step` (None: the newest good one), inside the mesh that holds its parameters."""
     config = read_config(workdir, overrides)
     store = store_folder(config, workdir)
     tokenizer = _load_tokenizer(workdir, store)
-    mesh_is_chosen = any(field.startswith("mesh.") for field, _ in overrides)
-    mesh = meshes.make_mesh(config.mesh) if mesh_is_chosen else mesh_or_default(config)
+    is_mesh_overridden = any(field.startswith("mesh.") for field, _ in overrides)
+    mesh = meshes.make_mesh(config.mesh) if is_mesh_overridden else mesh_or_default(config)
     with axes.use_mesh(mesh, config.parallel.rules):
         yield _restore(config, workdir, step, store, tokenizer)
 
@@ -137,11 +137,11 @@ def mesh_or_default(config: RunConfig) -> Mesh:
         return meshes.make_mesh(meshes.MeshConfig(data=1, fsdp=-1, tensor=1))
 
 
-def _not_trained(workdir: epath.Path) -> UserError:
+def _no_config_error(workdir: epath.Path) -> UserError:
     return UserError(f"--workdir={workdir}: no config.json there, so nothing was trained; run `llmjax train` first")
 
 
-def _config_tree(workdir: epath.Path) -> dict[str, Any] | None:
+def _read_saved(workdir: epath.Path) -> dict[str, Any] | None:
     """A workdir's config.json, None where there is none. Raises UserError for that of a corpus."""
     tree = workdirs.read_json(workdir / workdirs.CONFIG)
     if tree is not None and "curate" in tree:
@@ -149,8 +149,8 @@ def _config_tree(workdir: epath.Path) -> dict[str, Any] | None:
     return tree
 
 
-def _bind_written(workdir: epath.Path, tree: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> RunConfig:
-    """A config from a workdir's config.json. Raises UserError for one that another version of llmjax wrote."""
+def _bind_saved(workdir: epath.Path, tree: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> RunConfig:
+    """The config of a workdir's config.json. Raises UserError for one that another version of llmjax wrote."""
     try:
         run_config.apply_overrides(dict(tree), [])
     except UserError as error:

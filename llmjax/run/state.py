@@ -31,7 +31,7 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class StateSpec:
-    """What is fixed about a state: the model's graph, the optimizer, logical axes, abstract leaves, shardings."""
+    """How a train state is built: the model's graph, the optimizer, and axes, shapes and shardings of the leaves."""
 
     graph: Graph
     optimizer: Optimizer
@@ -73,19 +73,22 @@ def make_state_spec(model: ModelConfig, optimizer: OptimizerConfig, *, horizon: 
 
 
 def to_checkpoint(state: TrainState) -> dict:
-    """The arrays that a checkpoint saves; its counters travel as JSON beside them."""
+    """The arrays that a checkpoint saves; its counters are saved as JSON."""
     return {"params": state.params, "opt_state": state.opt_state}
 
 
 def from_checkpoint(spec: StateSpec, parts: dict, *, step: int, skipped: int) -> TrainState:
     """The state from a checkpoint's arrays and counters."""
-    step_array = jax.device_put(jnp.int32(step), spec.shardings.step)
-    skipped_array = jax.device_put(jnp.int32(skipped), spec.shardings.skipped)
-    return TrainState(step_array, skipped_array, parts["params"], parts["opt_state"])
+    return TrainState(
+        step=jax.device_put(jnp.int32(step), spec.shardings.step),
+        skipped=jax.device_put(jnp.int32(skipped), spec.shardings.skipped),
+        params=parts["params"],
+        opt_state=parts["opt_state"],
+    )
 
 
 def init_state(spec: StateSpec, model: ModelConfig, seed: int) -> TrainState:
-    """A fresh state, created in place on the mesh."""
+    """The state before the first step, created on the mesh without a copy on the host."""
 
     def create() -> TrainState:
         params = registry.init(model, jax.random.key(seed))

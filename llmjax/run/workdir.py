@@ -100,23 +100,16 @@ class Lock:
     name   of the lock's file
     """
 
-    def __init__(
-        self,
-        folder: epath.PathLike,
-        *,
-        primary: bool,
-        wait: bool = False,
-        name: str = LOCK,
-    ):
+    def __init__(self, folder: epath.PathLike, *, primary: bool, wait: bool = False, name: str = LOCK):
         self._folder = epath.Path(folder)
         self._path = self._folder / name
         self._primary = primary
         self._wait = wait
         self._inode: tuple[int, int] | None = None
-        self._me = {
+        self._content = {
             "run": uuid.uuid4().hex,
             "host": socket.gethostname(),
-            "machine": _machine(),
+            "machine": _machine_id(),
             "pid": os.getpid(),
             "born": _start_time(os.getpid()),
             "started": time.time(),
@@ -137,7 +130,7 @@ class Lock:
             self._released.set()
             self._thread.join()
             with contextlib.suppress(FileNotFoundError), _exclusive(self._folder):
-                if self._owner() == self._me["run"]:
+                if not self._is_taken_over():
                     self._path.unlink(missing_ok=True)
 
     def check(self) -> None:
@@ -156,47 +149,47 @@ class Lock:
         watched, deadline, reported = None, 0.0, -_REPEAT_SECONDS
         while True:
             with _exclusive(self._folder):
-                holder = self._holder()
+                holder = self._read()
                 silent = holder is not None and holder == watched and time.monotonic() >= deadline
-                if holder is None or silent or self._died(holder):
+                if holder is None or silent or self._has_died(holder):
                     self._write()
                     break
             if watched is None or holder != watched:
-                if not self._wait and (watched is not None or self._is_here(holder)):
-                    raise self._in_use(holder)
+                if not self._wait and (watched is not None or self._is_on_this_machine(holder)):
+                    raise self._in_use_error(holder)
                 # Even a lock that looks old is watched for longer than a refresh takes: the other clock may be wrong.
                 age = time.time() - holder["refreshed"]
                 patience = min(EXPIRY_SECONDS, max(EXPIRY_SECONDS - age, 1.5 * REFRESH_SECONDS))
                 watched, deadline = holder, time.monotonic() + patience
-            elif self._is_here(holder):
-                deadline = time.monotonic() + EXPIRY_SECONDS  # alive, only stopped or busy
+            elif self._is_on_this_machine(holder):
+                deadline = time.monotonic() + EXPIRY_SECONDS  # the process exists, suspended or busy
             if self._wait and time.monotonic() - reported >= _REPEAT_SECONDS:
                 reported = time.monotonic()
                 name = f"process {holder['pid']} on {holder['host']}"
                 logger.info("waiting for %s, which uses %s", name, self._folder)
             time.sleep(min(_POLL_SECONDS, REFRESH_SECONDS))
-        time.sleep(0.1)  # without flock, of two that start together the later writer wins; both see who that is
-        if self._owner() in (None, self._me["run"]):
+        # Without flock, two processes may have written at the same time. The later one wins, as both read its content.
+        time.sleep(0.1)
+        if not self._is_taken_over():
             return True
         if not self._wait:
-            raise self._in_use(self._holder() or {"host": "unknown", "pid": "unknown"})
+            raise self._in_use_error(self._read() or {"host": "unknown", "pid": "unknown"})
         return False
 
-    def _in_use(self, holder: dict[str, Any]) -> UserError:
+    def _in_use_error(self, holder: dict[str, Any]) -> UserError:
         return UserError(
             f"workdir {self._folder} is in use by process {holder['pid']} on {holder['host']}: "
             "wait for it, stop it, or take another --workdir"
         )
 
-    def _is_here(self, holder: dict[str, Any]) -> bool:
-        """Whether the holder's process id is one of this machine."""
-        return (holder["host"], holder["machine"]) == (self._me["host"], self._me["machine"])
+    def _is_on_this_machine(self, holder: dict[str, Any]) -> bool:
+        return (holder["host"], holder["machine"]) == (self._content["host"], self._content["machine"])
 
-    def _died(self, holder: dict[str, Any]) -> bool:
-        return self._is_here(holder) and not _alive(holder)
+    def _has_died(self, holder: dict[str, Any]) -> bool:
+        return self._is_on_this_machine(holder) and not _is_alive(holder)
 
-    def _holder(self) -> dict[str, Any] | None:
-        """The content of the lock; None for a file that is no lock. Raises UserError where it cannot be read."""
+    def _read(self) -> dict[str, Any] | None:
+        """The content of the lock; None where there is no lock. Raises UserError where it cannot be read."""
         try:
             holder = read_json(self._path)
         except UserError as error:
@@ -205,24 +198,24 @@ class Lock:
             return None
         return {"machine": "", **holder} if holder is not None and _is_lock(holder) else None
 
-    def _owner(self) -> str | None:
-        holder = self._holder()
-        return holder["run"] if holder else None
+    def _is_taken_over(self) -> bool:
+        holder = self._read()
+        return holder is not None and holder["run"] != self._content["run"]
 
     def _write(self) -> None:
-        write_json(self._path, {**self._me, "refreshed": time.time()})
+        write_json(self._path, {**self._content, "refreshed": time.time()})
 
     def _refresh(self) -> None:
         while not self._released.wait(REFRESH_SECONDS):
             try:
                 if _inode(self._folder) != self._inode:
-                    continue  # removed or renamed: `check` raises, and a new folder of that name belongs to another run
+                    continue  # removed or renamed: `check` raises; a new folder of that name belongs to another run
                 with _exclusive(self._folder):
-                    if self._owner() in (None, self._me["run"]):
+                    if not self._is_taken_over():
                         self._write()
                         continue
             except (OSError, UserError):
-                continue  # a disk that is full or away for a while; the lock stays valid until it expires
+                continue  # the disk is full or unreachable for a while; the lock stays valid until it expires
             print(
                 f"llmjax: error: workdir {self._folder} was taken over by another run while this one was suspended",
                 file=sys.stderr,
@@ -244,11 +237,11 @@ class Holder:
 def read_holder(folder: epath.PathLike) -> Holder | None:
     """The holder of FOLDER/lock.json, for commands that only read; None where nobody holds it."""
     lock = Lock(folder, primary=False)
-    holder = lock._holder()
+    holder = lock._read()
     if holder is None:
         return None
     silent = max(time.time() - holder["refreshed"], 0.0)
-    alive = _alive(holder) if lock._is_here(holder) else silent < EXPIRY_SECONDS
+    alive = _is_alive(holder) if lock._is_on_this_machine(holder) else silent < EXPIRY_SECONDS
     return Holder(holder["pid"], str(holder["host"]), alive, silent)
 
 
@@ -295,7 +288,7 @@ def _inode(folder: epath.Path) -> tuple[int, int] | None:
     return (stat.st_dev, stat.st_ino) if stat else None
 
 
-def _machine() -> str:
+def _machine_id() -> str:
     """The boot of this kernel and this process's namespace of process ids; '' where that is unknown."""
     try:
         boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -323,7 +316,7 @@ def _stat(pid: int) -> list[str]:
         return []
 
 
-def _alive(holder: dict[str, Any]) -> bool:
+def _is_alive(holder: dict[str, Any]) -> bool:
     """Whether a holder on this machine still runs; a zombie, whose parent has not read its status, does not."""
     try:
         os.kill(holder["pid"], 0)

@@ -1,4 +1,4 @@
-"""The fixed parts of a training run, and the progress that a checkpoint saves."""
+"""What is fixed during a training run, and the progress that a checkpoint saves."""
 
 import dataclasses
 from typing import Any
@@ -50,7 +50,7 @@ class TrainContext:
 
     @property
     def last_step(self) -> int:
-        """The step at which this start of the run ends."""
+        """The step at which this process stops: train.stop_at, or train.steps."""
         return self.config.train.stop_at or self.config.train.steps
 
     def save(self, progress: Progress) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from llmjax import report
 from llmjax.checkpoint.fingerprint import fingerprint
-from llmjax.inference.generate import Sampling, complete
+from llmjax.inference.generate import complete, sampling_from_config
 from llmjax.parallel import hosts
 from llmjax.report.files import compressors
 from llmjax.run import workdir as workdirs
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 def write_final_report(context: TrainContext, progress: Progress) -> None:
     """Write eval/<step>/validation.json, samples.json and report.html for the state of `progress`.
 
-    Files that were already written for this state and these settings are kept.
+    Scores and samples that an earlier start wrote for this state and these settings are read instead.
     """
     state = fingerprint(progress.state.params, progress.state.opt_state)
     scores = _evaluate(context, progress, state)
@@ -42,34 +42,28 @@ def write_final_report(context: TrainContext, progress: Progress) -> None:
 
 
 def _evaluate(context: TrainContext, progress: Progress, state: str) -> dict[str, Any] | None:
-    """The scores of the validation split, read where they are those of this state; None where the split is empty."""
+    """The scores of the validation split, from their file if it is of this state; None where the split is empty."""
     if not any(source["validation"]["tokens"] for source in context.manifest["sources"].values()):
         return None
-    old = workdirs.read_json(workdirs.eval_path(context.workdir, progress.step, "validation"))
-    wanted = (state, context.evaluator.settings)
-    if hosts.agree(old is not None and (old["fingerprint"], old.get("settings")) == wanted, "evaluated"):
-        return old
+    saved = workdirs.read_json(workdirs.eval_path(context.workdir, progress.step, "validation"))
+    expected = (state, context.evaluator.settings)
+    if hosts.agree(saved is not None and (saved["fingerprint"], saved.get("settings")) == expected, "evaluated"):
+        return saved
     name = context.spec.optimizer.eval_params_name
     logger.info("evaluating the validation split at step %d (%s)", progress.step, name)
     return context.evaluate(progress.step, progress.state)
 
 
 def _sample(context: TrainContext, progress: Progress, state: str) -> list[dict[str, Any]]:
-    """The samples of the report, read where they are those of this state and these settings."""
-    path, settings = context.workdir / workdirs.SAMPLES, context.config.sample
-    if not settings.prompts:
+    """The samples of the report, from their file if it is of this state and these settings."""
+    path, prompts = context.workdir / workdirs.SAMPLES, context.config.sample.prompts
+    if not prompts:
         return []
     if not context.config.model.generates:
         logger.info("no samples: model.family=%r does not generate text", context.config.model.family)
         return []
-    old = workdirs.read_json(path, list)
-    sampling = Sampling(
-        max_tokens=settings.max_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        seed=context.config.seed,
-    )
-    shared = {
+    sampling = sampling_from_config(context.config.sample, context.config.seed)
+    settings = {
         "step": progress.step,
         "fingerprint": state,
         "seed": sampling.seed,
@@ -78,12 +72,13 @@ def _sample(context: TrainContext, progress: Progress, state: str) -> list[dict[
         "top_p": sampling.top_p,
         "prompt_form": context.config.objective.prompt_form,
     }
-    wanted = [{**shared, "prompt": prompt} for prompt in settings.prompts]
-    written = [{name: sample.get(name) for name in wanted[0]} for sample in old or []]
-    if hosts.agree(written == wanted, "sampled"):
-        return old
-    texts = complete(context.loaded(progress, state), settings.prompts, sampling)
-    samples = [{**sample, "text": text} for sample, text in zip(wanted, texts, strict=True)]
+    without_text = [{**settings, "prompt": prompt} for prompt in prompts]
+    saved = workdirs.read_json(path, list) or []
+    saved_without_text = [{name: sample.get(name) for name in without_text[0]} for sample in saved]
+    if hosts.agree(saved_without_text == without_text, "sampled"):
+        return saved
+    texts = complete(context.loaded(progress, state), prompts, sampling)
+    samples = [{**sample, "text": text} for sample, text in zip(without_text, texts, strict=True)]
     if hosts.is_primary():
         context.lock.check()
         workdirs.write_json(path, samples)
@@ -108,7 +103,7 @@ def _summary(
     ]
     if total["bits_per_byte"] is None:
         lines += [
-            f"  accuracy        {total['accuracy']:.2%}   this model, of {total['tokens']:,} scored targets",
+            f"  accuracy        {total['accuracy']:.2%}   this model, of {total['num_targets']:,} scored targets",
             f"                  {total['baseline_accuracy']:.2%}   majority-class baseline",
         ]
     else:

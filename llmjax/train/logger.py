@@ -1,4 +1,4 @@
-"""Metrics and timings of a running job. Step n is read once step n + 1 runs, so the device never waits."""
+"""Metrics and timings of a running job. Step n is read after step n + 1 was started, so the device never waits."""
 
 from collections.abc import Iterator
 import contextlib
@@ -19,7 +19,8 @@ class MetricsLogger:
     """Reads the metrics and times of each step; every `train.log_every` steps it writes a line of metrics.jsonl.
 
     total_targets   scored targets since step 0
-    diverged        `train.max_skipped` steps in a row were not finite; never reset, as a step is read one step late
+    diverged        `train.max_skipped` steps in a row were not finite. It is never reset, since a step is read one
+                    step late
     """
 
     def __init__(self, context: TrainContext, progress: Progress):
@@ -33,24 +34,24 @@ class MetricsLogger:
         self._restart_window()
 
     def _restart_window(self) -> None:
-        """Rates and times of a line are over the steps since the previous line: the window."""
+        """Rates and times of a line cover the steps since the previous line, which are the window."""
         self._began, self._data_wait, self._steps = time.monotonic(), 0.0, 0
         self._window_targets = self._window_tokens = 0
 
     @contextlib.contextmanager
     def data_timer(self) -> Iterator[None]:
-        """The time spent inside counts as waiting for data."""
+        """Inside, the time counts as waiting for data."""
         began = time.monotonic()
         yield
         self._data_wait += time.monotonic() - began
 
     def record(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Note that `step` was started, and read the metrics of the step before it."""
+        """Remember that `step` was started, and read the metrics of the step before it."""
         self.flush()
         self._pending = step, metrics
 
     def flush(self) -> None:
-        """Read the metrics of the step that is running, which waits for it."""
+        """Wait for the running step and read its metrics."""
         if self._pending is None:
             return
         (step, arrays), self._pending = self._pending, None
@@ -62,7 +63,7 @@ class MetricsLogger:
         self._window_tokens += int(tokens)
         self._steps += 1
         logged = step % self._context.config.train.log_every == 0 or step == self._context.last_step
-        # The first step is shown at once, and its compilation kept out of the times of the following steps.
+        # The first step is printed at once, and its compilation does not count in the times of later steps.
         if logged or self._first:
             values = {name: value.item() for name, value in jax.device_get(arrays).items() if name != "finite"}
             self._write(step, values | {"num_targets": int(targets)}, logged)
@@ -91,11 +92,9 @@ class MetricsLogger:
         self._restart_window()
 
     def log_eval(self, scores: dict[str, Any]) -> None:
-        """Log the scores of an evaluation, and keep its time out of the times of the steps."""
-        total = scores["total"]
-        last = f"accuracy {total['accuracy']:.2%}"
-        if total["bits_per_byte"] is not None:
-            last = f"{total['bits_per_byte']:.4f} bits per byte"
-        text = f"loss {total['loss']:.4f}, perplexity {total['perplexity']:.2f}, {last}"
+        """Log the scores of an evaluation, whose time does not count in the times of steps."""
+        total, bits = scores["total"], scores["total"]["bits_per_byte"]
+        quality = f"accuracy {total['accuracy']:.2%}" if bits is None else f"{bits:.4f} bits per byte"
+        text = f"loss {total['loss']:.4f}, perplexity {total['perplexity']:.2f}, {quality}"
         logger.info("  %s: %s", scores["split"], text)
         self._restart_window()

@@ -28,7 +28,7 @@ from llmjax.train.wandb_run import check_wandb, start_wandb
 
 logger = logging.getLogger(__name__)
 
-DONE, DIVERGED, PREEMPTED = 0, 76, 85
+SUCCESS, DIVERGED, PREEMPTED = 0, 76, 85  # exit statuses
 
 
 def train(config: RunConfig, workdir: epath.Path) -> int:
@@ -41,14 +41,14 @@ def train(config: RunConfig, workdir: epath.Path) -> int:
             folder = config.train.compilation_cache or str(workdir / workdirs.COMPILATION_CACHE)
             compilation_cache.enable(folder, config.parallel.cpu_threads)
             context, progress = _set_up(config, workdir, lock)
-            status = DONE
+            status = SUCCESS
             if progress.step < context.last_step:
                 status = _run_to_last_step(context, progress)
             else:
                 _log_nothing_left(context)
             context.checkpoints.close()
             context.data.close()
-            if status == DONE:
+            if status == SUCCESS:
                 lock.check()
                 finish.write_final_report(context, progress)
             context.log.close()
@@ -56,7 +56,7 @@ def train(config: RunConfig, workdir: epath.Path) -> int:
 
 
 def _check_config(config: RunConfig, workdir: epath.Path) -> None:
-    """Every check that is cheap, before anything is written."""
+    """All checks that are cheap, before anything is written."""
     backends.check_backend(config.parallel.backend)
     backends.check_batch("train.global_batch", config.train.global_batch, config.train.accumulation)
     config.model.check(seq_len=config.data.seq_len, tensor=jax.sharding.get_mesh().shape["tensor"])
@@ -81,12 +81,7 @@ def _set_up(config: RunConfig, workdir: epath.Path, lock: workdirs.Lock) -> tupl
     unsharded = states.unsharded_params(spec)
     for line in unsharded:
         logger.info("  unsharded: %s", line)
-    checkpoints = Checkpoints(
-        workdir / workdirs.CHECKPOINTS,
-        keep=config.checkpoint.keep,
-        keep_every=config.checkpoint.keep_every,
-        timeout_seconds=config.checkpoint.timeout_seconds,
-    )
+    checkpoints = Checkpoints(workdir / workdirs.CHECKPOINTS, config.checkpoint)
     progress = resume.restore_or_init(config, spec, data, checkpoints, tokenizer.sha256)
     context = TrainContext(
         config=config,
@@ -118,7 +113,7 @@ def _run_to_last_step(context: TrainContext, progress: Progress) -> int:
     logger.info("training from step %d to %d: %s", progress.step, context.last_step, summary)
     if config.data.skip:
         skipped = ", ".join(f"{start}..{stop - 1}" for start, stop in config.data.skip)
-        logger.info("  left out by data.skip: samples %s", skipped)
+        logger.info("  data.skip leaves out samples %s", skipped)
     status = run_steps(context, progress)
     if status == DIVERGED:
         count = config.train.max_skipped
@@ -160,22 +155,22 @@ def run_steps(context: TrainContext, progress: Progress) -> int:
             metrics_logger.record(step, metrics)
             profiler.after_step(step, state)
 
-            save = step == stop or step % config.checkpoint.every == 0
-            evaluate = config.eval.every and step % config.eval.every == 0 and step < stop
+            should_save = step == stop or step % config.checkpoint.every == 0
+            should_evaluate = config.eval.every and step % config.eval.every == 0 and step < stop
             stopping = preemption.reached()
-            if save or evaluate or stopping or metrics_logger.diverged:
+            if should_save or should_evaluate or stopping or metrics_logger.diverged:
                 metrics_logger.flush()
                 progress.step, progress.total_targets = step, metrics_logger.total_targets
                 progress.state, progress.data_state = compiled.unshard_state(state), data_state
-                if save or stopping:
+                if should_save or stopping:
                     context.save(progress)
-                if evaluate and not stopping:
+                if should_evaluate and not stopping:
                     scores = context.evaluate(step, progress.state, preemption)
                     if scores is not None:
                         metrics_logger.log_eval(scores)
-                    else:
+                    else:  # a signal ended the evaluation
                         stopping = True
-                        if not save:
+                        if not should_save:
                             context.save(progress)
             if metrics_logger.diverged or stopping:
                 context.checkpoints.wait()  # a second signal meanwhile prints what is lost
@@ -183,11 +178,11 @@ def run_steps(context: TrainContext, progress: Progress) -> int:
     finally:
         profiler.close()
         preemption.close()
-    return DONE
+    return SUCCESS
 
 
 def _describe_loss(step: int, newest: int | None) -> str:
-    """What is lost by ending now, after `step` was run and `newest` is the newest complete checkpoint."""
+    """Which steps are lost if the process ends now, after `step`; `newest` is the newest complete checkpoint."""
     if newest is not None and newest >= step:
         return "nothing is lost"
     return f"steps {(newest or 0) + 1} to {step} are lost" if step else "no step was finished"

@@ -20,13 +20,13 @@ class Preemption:
         self._describe_loss, self._requested = describe_loss, False
         self._checks, self._agreed = 0, False
         # With several processes JAX's own notifier handles SIGTERM; other signals are passed on to it as SIGTERM.
-        self._single = jax.process_count() == 1
-        self._old = {}
+        self._is_single = jax.process_count() == 1
+        self._old_handlers = {}
         for number in interrupts.SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN and (self._single or number != signal.SIGTERM):
-                self._old[number] = signal.signal(number, self._request)
-        if not self._single:
-            interrupts.give_back_sigterm()
+            if signal.getsignal(number) != signal.SIG_IGN and (self._is_single or number != signal.SIGTERM):
+                self._old_handlers[number] = signal.signal(number, self._request)
+        if not self._is_single:
+            interrupts.restore_sigterm()
         self._deferred = interrupts.deferred()
         self._deferred.__enter__()
 
@@ -35,16 +35,16 @@ class Preemption:
         if self._requested:
             raise interrupts.Stopped(number, self._describe_loss())
         self._requested = True
-        if not self._single:
+        if not self._is_single:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def reached(self) -> bool:
         """Whether to stop here. All processes call it at the same points and get the same answer.
 
-        After a signal, JAX's coordination service picks the number of a call that no process has made yet: at that call
-        all of them return True. So calls are counted here, over training steps and batches of evaluations alike.
+        After a signal, JAX's coordination service chooses the number of a future call, and at that call all processes
+        return True. So this counts its calls, which training steps and batches of evaluations make alike.
         """
-        if self._single:
+        if self._is_single:
             return self._requested
         if not self._agreed:
             self._checks += 1
@@ -54,7 +54,7 @@ class Preemption:
     def close(self) -> None:
         """Restore the signal handlers that were there before."""
         self._deferred.__exit__(None, None, None)
-        for number, handler in self._old.items():
+        for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
-        if not self._single:
+        if not self._is_single:
             interrupts.take_over_sigterm()

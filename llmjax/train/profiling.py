@@ -25,7 +25,7 @@ def check_profile(train: TrainConfig, workdir: epath.Path) -> None:
 
 
 class Profiler:
-    """Traces the steps of `train.profile` on the primary process, to WORKDIR/profile; other processes do nothing.
+    """Traces the steps of `train.profile` (the window) on the primary process, to WORKDIR/profile.
 
     next_step  the first step that this process runs; steps of the window before it are not traced
     """
@@ -34,7 +34,7 @@ class Profiler:
         first, steps = train.profile or (1, 0)
         self._window = range(first, first + steps) if hosts.is_primary() else range(0)
         self._folder = workdir / workdirs.PROFILE
-        self._first = self._last = 0  # the steps traced so far; 0: no trace is open
+        self._first = self._last = 0  # first and last step of the open trace; 0: no trace is open
         if self._window and next_step >= self._window.stop:
             logger.info("train.profile=%s: these steps are done, so no trace is written", train.profile)
 
@@ -44,7 +44,7 @@ class Profiler:
             return
         jax.block_until_ready(state)
         options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = 0  # Python calls slow the host down and crowd operations out of the trace
+        options.python_tracer_level = 0  # Python calls slow the host and fill the trace
         jax.profiler.start_trace(str(self._folder), profiler_options=options)
         self._first = step
 
@@ -67,7 +67,7 @@ class Profiler:
         first, self._first = self._first, 0
         try:
             jax.profiler.stop_trace()
-        except jax.errors.JaxRuntimeError as error:  # a disk that is full must not end the run
+        except jax.errors.JaxRuntimeError as error:  # a full disk must not end the run
             logger.info("no profile of steps %d to %d: %s; training continues", first, self._last, error)
             return
         newest = max(self._folder.glob("plugins/profile/*"), key=lambda folder: folder.name)

@@ -1,19 +1,18 @@
 """Metadata files of a run: config.json, run.json (devices, sizes, restarts), data.json."""
 
+import importlib.metadata
 import time
 import uuid
 
-import flax
-import grain
 import jax
-import optax
-import orbax.checkpoint as ocp
 
 import llmjax
 from llmjax.models import registry
 from llmjax.parallel import hosts
 from llmjax.run import config as run_config, workdir as workdirs
 from llmjax.train.context import Progress, TrainContext
+
+_LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain")
 
 
 def write_run_metadata(context: TrainContext, progress: Progress, unsharded: list[str]) -> None:
@@ -42,11 +41,7 @@ def write_run_metadata(context: TrainContext, progress: Progress, unsharded: lis
             "cpu_threads": context.config.parallel.cpu_threads,
             "versions": {
                 "llmjax": llmjax.__version__,
-                "jax": jax.__version__,
-                "flax": flax.__version__,
-                "optax": optax.__version__,
-                "orbax-checkpoint": ocp.__version__,
-                "grain": getattr(grain, "__version__", "unknown"),
+                **{name: importlib.metadata.version(name) for name in _LIBRARIES},
             },
             "parameters": sum(by_part.values()),
             "parameters_by_part": by_part,
@@ -60,9 +55,8 @@ def write_run_metadata(context: TrainContext, progress: Progress, unsharded: lis
 def run_summary(context: TrainContext) -> str:
     """The run in one line: parameters, devices, rows and tokens per step."""
     train, data = context.config.train, context.config.data
-    mesh = (
-        " x ".join(f"{name} {size}" for name, size in jax.sharding.get_mesh().shape.items() if size > 1) or "1 device"
-    )
+    axes = [f"{name} {size}" for name, size in jax.sharding.get_mesh().shape.items() if size > 1]
+    mesh = " x ".join(axes) or "1 device"
     parameters = sum(registry.parameters_by_part(context.spec.shapes.params).values())
     return (
         f"{parameters:,} parameters, {jax.devices()[0].device_kind} ({mesh}), "

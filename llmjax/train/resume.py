@@ -35,7 +35,7 @@ def restore_or_init(
     """
     newest = _newest_meta(checkpoints)
     imported = newest is not None and "imported" in newest
-    keeps_optimizer = newest is None or (not imported and _has_same_state(config, newest, spec))
+    keeps_optimizer = newest is None or (not imported and _can_keep_optimizer_state(config, newest, spec))
     abstract = states.to_checkpoint(spec.abstract())
     if not keeps_optimizer:
         del abstract["opt_state"]
@@ -84,8 +84,8 @@ def _saved_config(meta: dict[str, Any]) -> RunConfig:
         ) from error
 
 
-def _has_same_state(config: RunConfig, meta: dict[str, Any], spec: StateSpec) -> bool:
-    """Whether this config's optimizer can continue from the saved optimizer state."""
+def _can_keep_optimizer_state(config: RunConfig, meta: dict[str, Any], spec: StateSpec) -> bool:
+    """Whether this config's optimizer can continue from the saved state of the optimizer."""
     old = _saved_config(meta)
     optimizer = make_optimizer(old.optimizer, horizon=old.train.steps, axes=spec.axes)
     shapes = jax.eval_shape(optimizer.init, spec.shapes.params)
@@ -94,10 +94,10 @@ def _has_same_state(config: RunConfig, meta: dict[str, Any], spec: StateSpec) ->
 
 
 def _section_changes(section: str, config: RunConfig, meta: dict[str, Any], ignore: set[str]) -> list[str]:
-    """Lines `section.field: old -> new`; a field that the checkpoint's config lacks had its default."""
+    """Lines `section.field: old -> new`; a field that is missing in the checkpoint's config had its default."""
     old = run_config.to_json(_saved_config(meta))
-    changed = differences(old[section], run_config.to_json(config)[section])
-    return [f"{section}.{field}: {was!r} -> {now!r}" for field, was, now in changed if field not in ignore]
+    changes = differences(old[section], run_config.to_json(config)[section])
+    return [f"{section}.{field}: {before!r} -> {after!r}" for field, before, after in changes if field not in ignore]
 
 
 def _changes(config: RunConfig, meta: dict[str, Any], tokenizer_sha256: str) -> list[str]:
@@ -139,9 +139,9 @@ def _log_computation_changes(config: RunConfig, meta: dict[str, Any]) -> None:
         ("train.z_loss", old.train.z_loss, config.train.z_loss),
         ("parallel.cpu_threads", old.parallel.cpu_threads, config.parallel.cpu_threads),
     )
-    for field, was, now in fields:
-        if was != now:
-            logger.info("  changed since the checkpoint: %s: %r -> %r", field, was, now)
+    for field, before, after in fields:
+        if before != after:
+            logger.info("  changed since the checkpoint: %s: %r -> %r", field, before, after)
 
 
 def _restore_data_state(config: RunConfig, data: TrainData, meta: dict[str, Any]) -> DataState:

@@ -59,7 +59,7 @@ def train_step(
     grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
     params, opt_state, info = optimizer.update(grads, state.opt_state, state.params)
     finite = jnp.isfinite(sums.nats + sums.z + aux_loss) & jnp.isfinite(info["grad_norm"])
-    keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+    new_if_finite = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
     skipped = state.skipped + jnp.where(finite, 0, 1)
     metrics = {
         "loss": sums.nats / weight,
@@ -74,8 +74,13 @@ def train_step(
         **{name: total / jnp.maximum(weight, 1.0) for name, (total, weight) in aux_metrics.items()},
         "batch_digest": reduction.all_sum(batch_digest(batch, reduction.first_row(batch.inputs.shape[0]))),
     }
-    state = TrainState(state.step + 1, skipped, keep(params, state.params), keep(opt_state, state.opt_state))
-    return state, metrics
+    new_state = TrainState(
+        step=state.step + 1,
+        skipped=skipped,
+        params=new_if_finite(params, state.params),
+        opt_state=new_if_finite(opt_state, state.opt_state),
+    )
+    return new_state, metrics
 
 
 def _gradients(loss: Callable, params: Params, batch: Batch, accumulation: int):
@@ -85,17 +90,17 @@ def _gradients(loss: Callable, params: Params, batch: Batch, accumulation: int):
         return gradient(params, batch)
 
     def split(x: jax.Array) -> jax.Array:
-        # Microbatch a takes rows a, a + accumulation, ...: each device keeps its own rows and nothing is sent.
+        # Microbatch a has rows a, a + accumulation, ...: each device keeps its own rows and nothing is sent.
         x = x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1)
         return axes.constrain(x, None, "batch", *(None,) * (x.ndim - 2))
 
-    def add(total, micro):
-        return jax.tree.map(jnp.add, total, gradient(params, micro)), None
+    def add(total, microbatch):
+        return jax.tree.map(jnp.add, total, gradient(params, microbatch)), None
 
-    micros = jax.tree.map(split, batch)
-    shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], micros))
+    microbatches = jax.tree.map(split, batch)
+    shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], microbatches))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return jax.lax.scan(add, zeros, micros)[0]
+    return jax.lax.scan(add, zeros, microbatches)[0]
 
 
 def batch_digest(batch: Batch, first_row) -> jax.Array:

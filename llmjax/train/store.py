@@ -17,7 +17,7 @@ _VISIBLE_SECONDS = 60  # until a finished manifest becomes visible on a shared f
 def prepare_once(config: RunConfig, folder: pathlib.Path) -> dict[str, Any]:
     """The store's manifest; process 0 prepares the store where it is missing.
 
-    Raises UserError where another process then sees no store (the folder is neither shared nor copied), or another one.
+    Raises UserError where another process then reads no store (the folder is neither shared nor copied), or another.
     """
     problem = ""
     if hosts.is_primary():
@@ -25,28 +25,24 @@ def prepare_once(config: RunConfig, folder: pathlib.Path) -> dict[str, Any]:
             prepare.prepare(config.data, folder)
         except UserError as error:
             problem = str(error)
-    problem = _wait_for_primary(problem)
-    if problem:
+    if problem := _wait_for_primary(problem):
         raise UserError(problem)
-    manifest = prepare.read_manifest(folder)
-    began = time.monotonic()
-    while manifest is None and time.monotonic() - began < _VISIBLE_SECONDS:
+    deadline = time.monotonic() + _VISIBLE_SECONDS
+    while (manifest := prepare.read_manifest(folder)) is None and time.monotonic() < deadline:
         time.sleep(0.5)
-        manifest = prepare.read_manifest(folder)
-    seen = manifest["fingerprint"] if manifest else f"nothing at {folder}"
-    hosts.all_equal("token store", seen)
+    hosts.all_equal("token store", manifest["fingerprint"] if manifest else f"no store in {folder}")
     assert manifest is not None
     prepare.check_store(folder, manifest)  # a host may have a copy of its own
     return manifest
 
 
 def _wait_for_primary(problem: str) -> str:
-    """Process 0's problem ("" where it has none), on all processes; those that wait print so every half minute."""
-    done = threading.Event()
+    """The error of process 0, or "", on all processes. Processes that wait for it print that every 30 s."""
+    answered = threading.Event()
 
     def report_waiting() -> None:
         began = time.monotonic()
-        while not done.wait(30):
+        while not answered.wait(30):
             print(f"waiting for process 0 to prepare the token store ({time.monotonic() - began:.0f} s)", flush=True)
 
     if not hosts.is_primary():
@@ -54,4 +50,4 @@ def _wait_for_primary(problem: str) -> str:
     try:
         return hosts.broadcast("prepare", problem, timeout_seconds=_PREPARE_SECONDS)
     finally:
-        done.set()
+        answered.set()

@@ -1,4 +1,4 @@
-"""Weights & Biases beside TensorBoard, for `train.wandb_project`; the package comes with the extra `wandb`."""
+"""Log to Weights & Biases as well, for `train.wandb_project`; the extra `wandb` installs the package."""
 
 from collections.abc import Mapping
 import importlib.util
@@ -21,7 +21,7 @@ def check_wandb(train: TrainConfig) -> None:
     if not train.wandb_project:
         return
     spec = importlib.util.find_spec("wandb")
-    if spec is None or spec.origin is None:  # no origin: a folder `wandb`, which W&B itself leaves where it runs
+    if spec is None or spec.origin is None:  # no origin: a folder that W&B wrote, not the package
         raise UserError(
             f"train.wandb_project={train.wandb_project}: the package wandb is not installed; run "
             "`pip install 'llmjax[wandb]'`, or set train.wandb_project=''"
@@ -36,16 +36,17 @@ def start_wandb(context: TrainContext) -> None:
     run_id = workdirs.read_json(context.workdir / workdirs.RUN)["run_id"]
     folder = None if atomic.is_remote(context.workdir) else str(context.workdir)
     wandb_run = WandbRun(project, run_id, context.workdir.name, folder, run_config.to_json(context.config))
-    logger.info("  W&B: run %s of project %s, %s", run_id, project, wandb_run.place)
+    logger.info("  W&B: run %s of project %s, %s", run_id, project, wandb_run.address)
     context.log.add_sink(wandb_run)
 
 
 class WandbRun:
     """One W&B run; the same `run_id` continues it.
 
-    name     shown by W&B
-    folder   W&B writes to FOLDER/wandb; None: where W&B itself chooses
-    config   the resolved config, JSON-ready
+    name      shown by W&B
+    folder    W&B writes to FOLDER/wandb; None: where W&B itself chooses
+    config    the resolved config, JSON-ready
+    address   where the run can be seen: a folder or a URL
 
     The step is logged as a value, since W&B's own step counter drops the steps that a resumed run repeats.
     Raises UserError where W&B refuses the run or cannot be reached.
@@ -68,7 +69,7 @@ class WandbRun:
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
         offline_folder = pathlib.Path(self._run.dir).parent
-        self.place = f"offline in {offline_folder}" if self._run.offline else self._run.url or "disabled"
+        self.address = f"offline in {offline_folder}" if self._run.offline else self._run.url or "disabled"
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Log numbers of one step."""

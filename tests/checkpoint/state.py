@@ -1,13 +1,19 @@
-"""A small state with every kind of leaf that checkpoints meet, and its abstract form on any mesh."""
+"""A small state with every kind of leaf that checkpoints hold, and its abstract form on any mesh."""
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 import optax
 
 # Leaf name -> the dimension that is sharded over all devices.
 _SHARDED = {"up": 1, "embed": 0}
+
+
+def make_mesh(*shape: int) -> Mesh:
+    """A mesh of the axes data, fsdp and tensor over the first devices."""
+    devices = np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape)
+    return Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
 def tree(step: int) -> dict:
@@ -30,7 +36,7 @@ def tree(step: int) -> dict:
 
 
 def shardings(mesh: Mesh) -> dict:
-    """Shardings of `tree` in which some leaves are cut over all devices and others are replicated."""
+    """Shardings of `tree`: some leaves are sharded over all devices, others are replicated."""
 
     def choose(path, leaf):
         dim = _SHARDED.get(jax.tree_util.keystr(path[-1:], simple=True))
@@ -42,15 +48,15 @@ def shardings(mesh: Mesh) -> dict:
 def state(mesh: Mesh, step: int) -> dict:
     """`tree(step)` on the devices of `mesh`."""
 
-    def place(leaf, sharding):
+    def to_devices(leaf, sharding):
         leaf = np.asarray(leaf)
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
-    return jax.tree.map(place, tree(step), shardings(mesh))
+    return jax.tree.map(to_devices, tree(step), shardings(mesh))
 
 
 def abstract(mesh: Mesh) -> dict:
-    """What a restore onto `mesh` asks for."""
+    """The shapes, types and shardings of the state on `mesh`, as a restore takes them."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree(0), shardings(mesh)
     )

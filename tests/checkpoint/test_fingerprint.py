@@ -1,34 +1,28 @@
-"""The fingerprint: the same on every mesh, another one for every other value."""
+"""A fingerprint is equal on every mesh, and differs for every other value."""
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 import ml_dtypes
 import numpy as np
 import pytest
 
 from llmjax.checkpoint.fingerprint import digests, fingerprint
-from tests.checkpoint.state import state, tree
-
-AXES = ("data", "fsdp", "tensor")
+from tests.checkpoint.state import make_mesh, state, tree
 
 
-def mesh(*shape: int) -> Mesh:
-    devices = np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape)
-    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
-
-
-def test_it_is_the_same_on_every_mesh():
-    found = {fingerprint(**state(mesh(*shape), 5)) for shape in [(8, 1, 1), (1, 8, 1), (2, 2, 2), (4, 1, 1), (1, 1, 1)]}
-    found.add(fingerprint(**tree(5)))  # numpy arrays
-    sharded = jax.device_put(tree(5)["params"]["embed"], NamedSharding(mesh(2, 2, 2), P("fsdp", "tensor")))
+def test_a_fingerprint_is_equal_on_every_mesh():
+    shapes = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (4, 1, 1), (1, 1, 1)]
+    fingerprints = {fingerprint(**state(make_mesh(*shape), 5)) for shape in shapes}
+    fingerprints.add(fingerprint(**tree(5)))  # numpy arrays
+    sharded = jax.device_put(tree(5)["params"]["embed"], NamedSharding(make_mesh(2, 2, 2), P("fsdp", "tensor")))
     params = {**tree(5)["params"], "embed": sharded}
-    found.add(fingerprint(params, tree(5)["opt_state"]))
-    assert len(found) == 1
-    assert len(found.pop()) == 16
+    fingerprints.add(fingerprint(params, tree(5)["opt_state"]))
+    assert len(fingerprints) == 1
+    assert len(fingerprints.pop()) == 16
 
 
-def test_the_halves_stand_for_parameters_and_optimizer_state():
+def test_the_first_half_is_of_the_parameters_and_the_second_of_the_optimizer_state():
     parts, other = tree(5), tree(6)
     mixed = fingerprint(parts["params"], other["opt_state"])
     assert mixed[:8] == fingerprint(**parts)[:8]
@@ -39,21 +33,21 @@ def test_the_halves_stand_for_parameters_and_optimizer_state():
 @pytest.mark.parametrize(
     "dtype", ["float32", "bfloat16", "float16", "int32", "uint32", "int8", "uint8", "bool", "float8_e4m3fn"]
 )
-def test_every_single_bit_counts(dtype):
+def test_a_flip_of_any_bit_changes_the_digest(dtype):
     """Flips each bit of one element, and one bit of every element."""
     dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
     values = np.arange(24).reshape(2, 3, 4).astype(dtype)
     bits = 1 if dtype.kind == "b" else 8 * dtype.itemsize
-    seen = {digests({"a": values})["a"]}
-    places = [(7, bit) for bit in range(bits)] + [(element, 0) for element in range(24) if element != 7]
-    for element, bit in places:
+    distinct = {digests({"a": values})["a"]}
+    flips = [(7, bit) for bit in range(bits)] + [(element, 0) for element in range(24) if element != 7]
+    for element, bit in flips:
         flipped = values.copy()
         flipped.reshape(-1).view(np.uint8)[element * dtype.itemsize + bit // 8] ^= 1 << bit % 8
-        seen.add(digests({"a": flipped})["a"])
-    assert len(seen) == 1 + len(places)
+        distinct.add(digests({"a": flipped})["a"])
+    assert len(distinct) == 1 + len(flips)
 
 
-def test_names_places_and_negative_zeros_count():
+def test_names_positions_shapes_and_negative_zeros_change_the_digest():
     a, b = np.arange(6.0, dtype=np.float32), np.arange(6.0, dtype=np.float32)[::-1].copy()
     trees = [
         {"x": a, "y": b},
@@ -63,25 +57,24 @@ def test_names_places_and_negative_zeros_count():
         {"x": a.reshape(2, 3), "y": b},
         {"x": a, "y": np.where(b == 0, -0.0, b).astype(np.float32)},
         {"x": np.roll(a, 1), "y": b},
+        {"a": np.zeros(3)},
+        {"a": np.zeros(4)},
+        {"b": np.zeros(3)},
+        {},
     ]
     assert len({digests({"p": tree})["p"] for tree in trees}) == len(trees)
 
 
-def test_zeros_at_other_places_or_in_other_numbers_differ():
-    trees = [{"a": np.zeros(3)}, {"a": np.zeros(4)}, {"b": np.zeros(3)}, {}]
-    assert len({digests({"p": tree})["p"] for tree in trees}) == len(trees)
-
-
-def test_containers_do_not_count_but_names_do():
+def test_a_named_tuple_has_the_digest_of_a_dict_with_its_names():
     from optax import ScaleByAdamState
 
     named = ScaleByAdamState(count=np.int32(1), mu=np.ones(3), nu=np.zeros(2))
     assert digests({"p": named}) == digests({"p": {"count": np.int32(1), "mu": np.ones(3), "nu": np.zeros(2)}})
 
 
-def test_random_keys_and_scalars_have_bits_too():
-    found = {
+def test_random_keys_and_scalars_have_digests():
+    distinct = {
         digests({"p": {"k": leaf}})["p"]
         for leaf in (jax.random.key(0), jax.random.key(1), jnp.float32(0), jnp.int32(1))
     }
-    assert len(found) == 4
+    assert len(distinct) == 4

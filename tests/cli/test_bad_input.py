@@ -1,4 +1,4 @@
-"""Bad input: one line that names the field, the value and the fix, status 78, and nothing lost."""
+"""Bad input ends with status 78 and one line that names the field, the value and the fix; no file is damaged."""
 
 import errno
 import json
@@ -31,14 +31,14 @@ def trained(tmp_path_factory, corpus) -> pathlib.Path:
 
 @pytest.fixture
 def run_copy(trained, tmp_path) -> pathlib.Path:
-    """A copy of that run, to be spoilt."""
+    """A copy of that run, for tests that damage it."""
     shutil.copytree(trained, tmp_path / "run")
     return tmp_path / "run"
 
 
 @pytest.fixture
 def refuse(monkeypatch, capfd):
-    """Run a command line and return the one line that it was refused with."""
+    """Run a command line that is refused, and return its only error line."""
 
     def run(arguments: list[str]) -> str:
         monkeypatch.setattr(sys, "argv", ["llmjax", *arguments[1:]])
@@ -82,7 +82,7 @@ FLAGS = {
 
 
 @pytest.mark.parametrize("mistake", FLAGS)
-def test_flags(mistake, refuse):
+def test_bad_flags_are_refused(mistake, refuse):
     arguments, message = FLAGS[mistake]
     assert message in refuse(arguments)
 
@@ -139,7 +139,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("mistake", CONFIGS)
-def test_configs(mistake, refuse, trained, corpus, tmp_path):
+def test_bad_config_fields_are_refused_before_training(mistake, refuse, trained, corpus, tmp_path):
     changes, message = CONFIGS[mistake]
     settings = {"train__steps": 2, "data__store": trained / "store", **changes}
     assert message in refuse(jobs.command("train", tmp_path / "run", corpus, **settings))
@@ -153,20 +153,20 @@ SOURCES = {
 
 
 @pytest.mark.parametrize("mistake", SOURCES)
-def test_sources(mistake, refuse, tmp_path):
+def test_a_source_without_files_is_refused(mistake, refuse, tmp_path):
     path, message = SOURCES[mistake]
     arguments = [*jobs.command("prepare", tmp_path / "run"), f"--config.data.sources.main.path={path}"]
     assert message in refuse(arguments)
 
 
-def test_empty_corpus(refuse, tmp_path):
+def test_an_empty_corpus_is_refused(refuse, tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("")
     line = refuse(jobs.command("prepare", tmp_path / "run", tmp_path / "texts"))
     assert "data.sources.main" in line
 
 
-def test_too_many_bad_records(refuse, tmp_path):
+def test_too_many_bad_records_are_refused_and_a_few_are_left_out(refuse, tmp_path):
     records = [json.dumps({"text": f"document number {n} is fine"}) for n in range(40)]
     records[3:6] = ["{not json", json.dumps({"text": 5}), json.dumps({"body": "no text"})]
     file = tmp_path / "records.jsonl"
@@ -176,12 +176,12 @@ def test_too_many_bad_records(refuse, tmp_path):
     assert "max_bad_fraction" in line and "4" in line
     rejects = (tmp_path / "run" / "store" / "rejects.jsonl").read_text().splitlines()
     assert len(rejects) == 4
-    # What is few enough is left out, counted and kept aside.
+    # A small enough number is left out, counted and written to rejects.jsonl.
     jobs.run([*arguments, "--config.data.max_bad_fraction=0.2"])
     assert len((tmp_path / "run" / "store" / "rejects.jsonl").read_text().splitlines()) == 4
 
 
-def test_store_made_from_other_settings(refuse, run_copy, corpus):
+def test_a_store_of_other_settings_is_refused_and_not_changed(refuse, run_copy, corpus):
     before = contents(run_copy / "store")
     line = refuse(jobs.command("prepare", run_copy, corpus, data__split__validation=0.2))
     assert "validation" in line
@@ -189,7 +189,7 @@ def test_store_made_from_other_settings(refuse, run_copy, corpus):
 
 
 @pytest.mark.slow
-def test_changes_that_matter_are_refused_and_one_word_accepts_them(refuse, run_copy, corpus):
+def test_changes_that_matter_are_refused_unless_accept_changes_is_set(refuse, run_copy, corpus):
     settings = {"train__steps": 4, "checkpoint__every": 1}
     line = refuse(jobs.command("train", run_copy, corpus, optimizer__name="lion", **settings))
     assert "optimizer.name: 'adamw' -> 'lion'" in line and "checkpoint.accept_changes=true" in line
@@ -204,8 +204,7 @@ def test_changes_that_matter_are_refused_and_one_word_accepts_them(refuse, run_c
     assert 4 in jobs.checkpoints(run_copy)
 
 
-def test_other_data(refuse, run_copy, corpus, tmp_path):
-    """A store of other text, and one of another tokenizer."""
+def test_a_store_of_other_texts_is_refused(refuse, run_copy, corpus, tmp_path):
     other = jobs.write_corpus(tmp_path / "other", documents=30)
     jobs.run(jobs.command("prepare", tmp_path / "second", other))
     settings = {"train__steps": 4, "data__store": tmp_path / "second" / "store"}
@@ -213,7 +212,7 @@ def test_other_data(refuse, run_copy, corpus, tmp_path):
     assert "the training texts" in line and "checkpoint.accept_changes=true" in line
 
 
-def test_other_tokenizer(refuse, run_copy, corpus, tmp_path):
+def test_a_store_of_another_tokenizer_is_refused(refuse, run_copy, corpus, tmp_path):
     settings = {"data__tokenizer__kind": "sentencepiece", "data__tokenizer__vocab_size": 400}
     jobs.run(jobs.command("prepare", tmp_path / "second", corpus, **settings))
     store = tmp_path / "second" / "store"
@@ -221,7 +220,7 @@ def test_other_tokenizer(refuse, run_copy, corpus, tmp_path):
     assert "tokenizer" in line and str(store) in line
 
 
-def test_corrupt_token_shard(refuse, run_copy, corpus):
+def test_a_corrupt_token_shard_is_refused(refuse, run_copy, corpus):
     shard = next((run_copy / "store" / "main" / "train").glob("tokens-*.bin"))
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
@@ -232,35 +231,35 @@ def test_corrupt_token_shard(refuse, run_copy, corpus):
 
 
 @pytest.mark.slow
-def test_damaged_checkpoint_is_set_aside_and_the_previous_one_used(refuse, run_copy, corpus):
-    def spoil(step: int) -> None:
-        """A bit in every file of array data: which of them a restore reads depends on how the writes were merged."""
+def test_a_damaged_checkpoint_is_set_aside_and_the_previous_one_resumed(refuse, run_copy, corpus):
+    def damage(step: int) -> None:
+        """Flip a bit in every file of array data: which of them a restore reads depends on how writes were merged."""
         for path in (run_copy / "checkpoints" / str(step) / "params").rglob("d/*"):
             data = bytearray(path.read_bytes())
             data[len(data) // 2] ^= 4
             path.write_bytes(data)
 
-    spoil(2)
+    damage(2)
     printed = jobs.run(jobs.command("train", run_copy, corpus, train__steps=2), LLMJAX_CPU_DEVICES="8")
     assert "checkpoint 2 is damaged and was moved" in printed and "resuming at step 1" in printed
     for step in jobs.checkpoints(run_copy):
-        spoil(step)
+        damage(step)
     line = refuse(jobs.command("train", run_copy, corpus, train__steps=2))
     assert "holds damaged checkpoints and no good one" in line
     assert list((run_copy / "checkpoints" / "damaged").iterdir())
 
 
-def test_workdir_in_use(refuse, run_copy, corpus):
+def test_a_workdir_in_use_is_refused(refuse, run_copy, corpus):
     with workdirs.Lock(run_copy, primary=True):
         line = refuse(jobs.command("train", run_copy, corpus, train__steps=2))
     assert str(run_copy) in line and "in use" in line
 
 
-def test_missing_step(refuse, run_copy):
+def test_a_missing_step_is_refused(refuse, run_copy):
     assert "3" in refuse(["llmjax", "eval", f"--workdir={run_copy}", "--step=3"])
 
 
-def test_prompt_with_an_unknown_special_token(refuse, run_copy):
+def test_a_prompt_with_an_unknown_special_token_is_refused(refuse, run_copy):
     line = refuse(["llmjax", "generate", f"--workdir={run_copy}", "--prompt=<|im_start|>user"])
     assert "<|im_start|>" in line
 
@@ -269,31 +268,46 @@ GENERATIONS = {
     "top_p": (["--prompt=a", "--top_p=1.5"], "top_p=1.5"),
     "a prompt of other bytes": (["--prompt=\udcff"], "contains bytes that are not UTF-8"),
     "more than memory holds": (["--prompt=a", f"--max_tokens={2**30}"], f"max_tokens={2**30}: out of memory"),
-    "a mesh that was asked for": (["--prompt=a", "--config.mesh.tensor=3"], "3 does not divide the 8 devices"),
+    "a mesh that does not fit": (["--prompt=a", "--config.mesh.tensor=3"], "3 does not divide the 8 devices"),
 }
 
 
 @pytest.mark.parametrize("mistake", GENERATIONS)
-def test_generation(mistake, refuse, run_copy):
+def test_bad_generation_settings_are_refused(mistake, refuse, run_copy):
     flags, message = GENERATIONS[mistake]
     assert message in refuse(["llmjax", "generate", f"--workdir={run_copy}", *flags])
 
 
 @pytest.mark.parametrize("text", ["", "{torn", "[]", "\0"])
-def test_a_damaged_config_of_the_run(text, refuse, run_copy):
+def test_a_damaged_config_file_is_refused(text, refuse, run_copy):
     (run_copy / "config.json").write_text(text)
     line = refuse(["llmjax", "eval", f"--workdir={run_copy}"])
     assert str(run_copy / "config.json") in line and "JSON" in line
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS], ids=errno.errorcode.get)
-def test_what_the_kernel_refuses(number, refuse, monkeypatch, run_copy, corpus):
-    """The kernel's own error, whoever meets it, is one line."""
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 59.6 GiB"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory: 9 bytes"),
+    ],
+    ids=["host", "device"],
+)
+def test_too_little_memory(error, refuse, monkeypatch, run_copy, corpus):
+    def allocate(*arguments, **named):
+        raise error
 
-    def refused(*arguments, **named):
+    monkeypatch.setattr(workdirs, "write_json", allocate)
+    line = refuse(jobs.command("train", run_copy, corpus, train__steps=2))
+    assert f"out of memory ({error}): lower train.global_batch" in line
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS], ids=errno.errorcode.get)
+def test_an_error_of_the_operating_system_is_one_line(number, refuse, monkeypatch, run_copy, corpus):
+    def fail(*arguments, **named):
         raise OSError(number, os.strerror(number), str(run_copy / "run.json"))
 
-    monkeypatch.setattr(workdirs, "write_json", refused)
+    monkeypatch.setattr(workdirs, "write_json", fail)
     line = refuse(jobs.command("train", run_copy, corpus, train__steps=2))
     assert os.strerror(number).removesuffix(" on device").lower() in line and "run.json" in line
     assert jax.process_count() == 1

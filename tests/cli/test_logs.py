@@ -1,4 +1,4 @@
-"""The handler of the commands: messages alone, on one stream, progress in place on a terminal, process 0 alone."""
+"""The console handler: plain messages on one stream, progress redrawn on a terminal, only on process 0."""
 
 import io
 import logging
@@ -27,7 +27,7 @@ def _without_handler():
 
 
 @pytest.mark.parametrize("name", ["stdout", "stderr"])
-def test_messages_are_printed_alone_and_whole(capsys, caplog, name):
+def test_messages_are_printed_without_level_name_or_line_breaks(capsys, caplog, name):
     logs.configure_logging("stdout")
     logs.configure_logging(name)  # takes the place of the first handler
     logger.info("%s is %d", "x" * 500, 5)
@@ -37,7 +37,7 @@ def test_messages_are_printed_alone_and_whole(capsys, caplog, name):
     assert caplog.messages, "the logger passes records on"
 
 
-def test_progress_is_a_line_like_any_other_where_there_is_no_terminal(capsys):
+def test_progress_is_an_ordinary_line_without_a_terminal(capsys):
     logs.configure_logging()
     logger.info("a", extra={"progress": True})
     logger.info("b", extra={"progress": True})
@@ -68,7 +68,7 @@ def test_only_the_primary_process_prints(capsys, monkeypatch):
     assert capsys.readouterr().out == "from process 0\n"
 
 
-def test_a_closed_pipe_is_an_error_of_the_command(monkeypatch):
+def test_a_closed_pipe_raises_broken_pipe_error(monkeypatch):
     class Closed(io.StringIO):
         def write(self, text: str) -> int:
             raise BrokenPipeError

@@ -43,14 +43,13 @@ def summary(path: pathlib.Path) -> str:
 @functools.cache
 def recipes() -> dict[str, list[tuple[str, list[str], list]]]:
     """For each family its (config file, sizes, resolved model configs), the default size first among the configs."""
-    found = {family: [] for family in registry.FAMILIES}
-    for path in run_config.files(ROOT / "configs"):
-        if path.stem == "quickstart":
+    by_family = {family: [] for family in registry.FAMILIES}
+    for name, specs in run_config.shipped_specs().items():
+        if name == "quickstart":
             continue
-        specs = binding.specs(path)
         models = [run_config.with_vocabulary(run_config.resolve(spec, []), 1000).model for spec in specs]
-        found[models[0].family].append((path.name, [spec.rpartition(":")[2] for spec in specs[1:]], models))
-    return found
+        by_family[models[0].family].append((f"{name}.py", [spec.partition(":")[2] for spec in specs[1:]], models))
+    return by_family
 
 
 def models_table() -> str:
@@ -60,7 +59,7 @@ def models_table() -> str:
         for name, sizes, models in files:
             title = re.sub(r" \([^)]*\)", "", summary(ROOT / "configs" / name))
             title = re.split(r"[:;]| in its | from |,? and a tiny", title)[0]
-            classes = dict.fromkeys(f"`{found}`" for model in models if (found := transformers_class(model)))
+            classes = dict.fromkeys(f"`{cls}`" for model in models if (cls := transformers_class(model)))
             cells = (family, f"`configs/{name}`", title, ", ".join(sizes), ", ".join(models[0].objectives))
             lines.append(f"| {' | '.join(cells)} | {', '.join(classes)} |")
     return "\n".join(lines)

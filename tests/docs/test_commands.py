@@ -34,7 +34,7 @@ def test_every_command_line_parses(arguments, monkeypatch):
     words = [word.removeprefix("--config.") for word in arguments if word.startswith("--config.")]
     overrides = [(field, value) for field, _, value in (word.partition("=") for word in words)]
     if arguments[0] == "curate":
-        tree = binding.as_tree(binding.load_file("configs/curate.py"))
+        tree = binding.load_file("configs/curate.py")
         assert binding.bind_overridden(Curation, tree, overrides, inputs="curate.inputs").curate.inputs
         return
     resolved = run_config.resolve(getattr(options, "config", None) or "configs/quickstart.py", overrides)

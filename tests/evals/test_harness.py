@@ -1,4 +1,4 @@
-"""Evaluation scores every token of every document once, the same on any mesh, as if each document stood alone."""
+"""Evaluation scores every token of every document once, equally on any mesh, and each document independently."""
 
 import dataclasses
 import json
@@ -7,7 +7,7 @@ import math
 from etils import epath
 from flax import nnx
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 import numpy as np
 import pytest
 
@@ -24,6 +24,7 @@ from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.run import config as run_config, state as states
 from llmjax.run.config import resolve
 from tests import jobs
+from tests.train.trainer import one_device
 
 
 @pytest.fixture(scope="module")
@@ -59,25 +60,19 @@ def evaluator(config, store, graph) -> harness.Evaluator:
     return harness.Evaluator(graph, config, run_config.objective(config, load_tokenizer(store)), store, manifest)
 
 
-def test_an_evaluation_ends_before_the_batch_at_which_it_is_asked_to(prepared):
+def test_should_stop_is_called_before_each_batch_and_ends_the_evaluation(prepared):
     config, store = prepared
-    asked = []
+    answers = []
 
     def should_stop() -> bool:
-        asked.append(len(asked) == 1)
-        return asked[-1]
+        answers.append(len(answers) == 1)
+        return answers[-1]
 
     with axes.use_mesh(one_device(), config.parallel.rules):
         spec = states.make_state_spec(config.model, config.optimizer, horizon=10)
         params = states.init_state(spec, config.model, seed=1).params
         assert evaluator(config, store, spec.graph).score_split(params, "validation", should_stop) is None
-    assert asked == [False, True]
-
-
-def one_device() -> Mesh:
-    return Mesh(
-        np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3
-    )
+    assert answers == [False, True]
 
 
 def test_a_uniform_model_needs_log_vocab_nats(prepared):
@@ -85,17 +80,17 @@ def test_a_uniform_model_needs_log_vocab_nats(prepared):
     config, store = prepared
     scores, _, _ = score(prepared, one_device(), zero=True)
     manifest = prepare.read_manifest(store)
-    for name, found in scores["sources"].items():
+    for name, source in scores["sources"].items():
         expected = manifest["sources"][name]["validation"]
-        assert (found["tokens"], found["text_bytes"]) == (expected["tokens"], expected["text_bytes"])
+        assert (source["num_targets"], source["text_bytes"]) == (expected["tokens"], expected["text_bytes"])
         # One token a byte and one EOS a document: bits per byte are those of all tokens over the bytes alone.
-        assert found["tokens"] == found["text_bytes"] + found["documents"]
-        bits = math.log2(config.model.vocab_size) * found["tokens"] / found["text_bytes"]
+        assert source["num_targets"] == source["text_bytes"] + source["documents"]
+        bits = math.log2(config.model.vocab_size) * source["num_targets"] / source["text_bytes"]
         # A batch adds some 500 equal terms in float32, which may all round the same way: 500 x 6e-8.
-        assert found["bits_per_byte"] == pytest.approx(bits, rel=3e-5)
-        assert found["loss"] == pytest.approx(math.log(config.model.vocab_size), rel=3e-5)
+        assert source["bits_per_byte"] == pytest.approx(bits, rel=3e-5)
+        assert source["loss"] == pytest.approx(math.log(config.model.vocab_size), rel=3e-5)
     total = scores["total"]
-    assert total["tokens"] == sum(source["tokens"] for source in scores["sources"].values())
+    assert total["num_targets"] == sum(source["num_targets"] for source in scores["sources"].values())
 
 
 @pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
@@ -103,15 +98,16 @@ def test_any_mesh_gives_the_same_scores(prepared, mesh):
     one, _, _ = score(prepared, one_device())
     many, _, _ = score(prepared, make_mesh(MeshConfig(**{"data": 1, **mesh})))
     for name, expected in one["sources"].items():
-        found = many["sources"][name]
-        for exact in ("tokens", "documents", "text_bytes"):
-            assert found[exact] == expected[exact]
+        scores = many["sources"][name]
+        for exact in ("num_targets", "documents", "text_bytes"):
+            assert scores[exact] == expected[exact]
         # Sums of a batch are float32 in another order; between batches they are float64.
-        assert found["nats"] == pytest.approx(expected["nats"], rel=1e-6)
-        assert found["accuracy"] == pytest.approx(expected["accuracy"], abs=2 / expected["tokens"])  # ties of logits
+        assert scores["nats"] == pytest.approx(expected["nats"], rel=1e-6)
+        ties_of_logits = 2 / expected["num_targets"]
+        assert scores["accuracy"] == pytest.approx(expected["accuracy"], abs=ties_of_logits)
 
 
-def test_each_document_scores_as_if_alone(prepared):
+def test_a_document_scores_the_same_alone_and_packed(prepared):
     """The oracle reads the store itself: chunks of seq_len tokens, a row each, unpacked, in float64, without losses."""
     config, store = prepared
     scores, params, graph = score(prepared, one_device())
@@ -153,7 +149,7 @@ def test_an_empty_split_is_refused(prepared, tmp_path):
         score((dataclasses.replace(config, data=bare), tmp_path / "store"), one_device(), split="test")
 
 
-def test_scores_are_written_with_the_name_of_what_was_scored(tmp_path):
+def test_the_file_of_scores_names_step_parameters_and_fingerprint(tmp_path):
     scores = {"split": "test", "total": {"loss": 1.0}, "sources": {}}
     path = harness.write(epath.Path(tmp_path), 7, scores, parameters="EMA of the parameters", fingerprint="ab")
     assert json.loads(path.read_text()) == {
@@ -165,8 +161,8 @@ def test_scores_are_written_with_the_name_of_what_was_scored(tmp_path):
     assert path == epath.Path(tmp_path) / "eval" / "7" / "test.json"
 
 
-def test_other_objectives_score_what_they_ask_for(prepared):
-    """A uniform masked model needs log vocab nats a hidden token; guessing is as right as the commonest target is."""
+def test_a_masked_objective_scores_masked_tokens_and_a_majority_class_baseline(prepared):
+    """A uniform model needs log vocab nats for each; the baseline is the share of the most frequent target."""
     config, store = prepared
     encoder = EncoderConfig(num_layers=1, embed=32, num_heads=4)
     config = dataclasses.replace(config, model=encoder, objective=ObjectiveConfig(name="masked"))
@@ -174,12 +170,12 @@ def test_other_objectives_score_what_they_ask_for(prepared):
     config = run_config.with_objective(config, objective)
     scores, _, _ = score((config, store), make_mesh(MeshConfig(data=8)), zero=True)
     again, _, _ = score((config, store), one_device(), zero=True)
-    for name, found in scores["sources"].items():
+    for name, source in scores["sources"].items():
         data = EvalData(store, config.data, split="validation", source=name, batch=8, objective=objective)
         counts = sum(np.bincount(b.targets.ravel(), b.weights.ravel(), 300) for b in data.batches(np.arange(8)))
-        assert found["tokens"] == counts.sum() == again["sources"][name]["tokens"]
-        assert found["baseline_accuracy"] == counts.max() / counts.sum() and found["bits_per_byte"] is None
-        assert found["loss"] == pytest.approx(math.log(config.model.vocab_size), rel=3e-5)
+        assert source["num_targets"] == counts.sum() == again["sources"][name]["num_targets"]
+        assert source["baseline_accuracy"] == counts.max() / counts.sum() and source["bits_per_byte"] is None
+        assert source["loss"] == pytest.approx(math.log(config.model.vocab_size), rel=3e-5)
     assert any("majority-class baseline" in line for line in harness.describe(scores))
     small = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=259))
     with pytest.raises(UserError, match=r"objective\.name='masked' needs 260 ids, but model\.vocab_size=259"):

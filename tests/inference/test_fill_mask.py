@@ -1,4 +1,4 @@
-"""Filling masks: probabilities are the model's, texts do not touch each other, and bad texts are refused."""
+"""Predicted tokens have the probabilities of the model, texts are independent, and bad texts are refused."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ def parts(config):
     return registry.abstract(config)[0], params
 
 
-def filled(texts, count=3, tokenizer=None, config=CONFIG):
+def fill_texts(texts, count=3, tokenizer=None, config=CONFIG):
     graph, params = parts(config)
     auto = (jax.sharding.AxisType.Auto,) * 3
     mesh = jax.make_mesh((1, 1, 1), axes.MESH_AXES, axis_types=auto, devices=jax.devices()[:1])
@@ -45,8 +45,8 @@ def loaded(graph, params, model, tokenizer) -> Any:
     return types.SimpleNamespace(graph=graph, params=params, config=config, tokenizer=tokenizer)
 
 
-def test_the_likeliest_tokens_are_those_of_the_full_model():
-    found = filled(["a[MASK]c[MASK]"])
+def test_the_most_probable_tokens_are_those_of_the_model():
+    predictions = fill_texts(["a[MASK]c[MASK]"])
     tokens = np.array([[256, ord("a"), MASK, ord("c"), MASK]], np.int32)
     ones = np.ones_like(tokens)
     positions = np.arange(5, dtype=np.int32)[None]
@@ -59,18 +59,19 @@ def test_the_likeliest_tokens_are_those_of_the_full_model():
         sample=np.zeros((1, 2), np.uint32),
     )
     model = nnx.merge(*parts(CONFIG))
-    shares = np.asarray(jax.nn.softmax(model.unembed(model(batch).hidden)))[0]
-    for place, fillers in zip((2, 4), found[0], strict=True):
-        best = np.argsort(-shares[place])[:3]
+    probabilities = np.asarray(jax.nn.softmax(model.unembed(model(batch).hidden)))[0]
+    for position, candidates in zip((2, 4), predictions[0], strict=True):
+        best = np.argsort(-probabilities[position])[:3]
         names = ["<s>", "</s>", "<pad>", "[MASK]"]
         expected = [bytes([i]).decode(errors="replace") if i < 256 else names[i - 256] for i in best]
-        assert [filler.text for filler in fillers] == expected
-        np.testing.assert_allclose([filler.probability for filler in fillers], shares[place][best], rtol=1e-4)
+        assert [candidate.text for candidate in candidates] == expected
+        predicted = [candidate.probability for candidate in candidates]
+        np.testing.assert_allclose(predicted, probabilities[position][best], rtol=1e-4)
 
 
 def test_a_text_does_not_depend_on_the_others():
-    alone = filled(["x = [MASK]"])[0]
-    together = filled(["a much longer text, [MASK] padded", "x = [MASK]"])[1]
+    alone = fill_texts(["x = [MASK]"])[0]
+    together = fill_texts(["a much longer text, [MASK] padded", "x = [MASK]"])[1]
     for a, b in zip(alone[0], together[0], strict=True):
         assert a.text == b.text and a.probability == pytest.approx(b.probability, rel=1e-4)
 
@@ -79,9 +80,9 @@ def test_the_space_before_a_mask_belongs_to_the_token():
     text = pathlib.Path(__file__).read_text()
     tokenizer = SentencePiece(train_sentencepiece([text], algorithm="bpe", vocab_size=400))
     config = dataclasses.replace(CONFIG, vocab_size=401)
-    ask = lambda text: filled([text], tokenizer=tokenizer, config=config)[0][0]
-    assert ask("import [MASK] as np") == ask("import[MASK] as np")
-    assert filled(["a [MASK]"])[0] != filled(["a[MASK]"])[0], "a byte's space is a byte of its own"
+    predict = lambda text: fill_texts([text], tokenizer=tokenizer, config=config)[0][0]
+    assert predict("import [MASK] as np") == predict("import[MASK] as np")
+    assert fill_texts(["a [MASK]"])[0] != fill_texts(["a[MASK]"])[0], "with bytes, the space is a token"
 
 
 @pytest.mark.parametrize(
@@ -94,6 +95,6 @@ def test_the_space_before_a_mask_belongs_to_the_token():
         ("[MASK]", DecoderConfig(vocab_size=260), "model.family='decoder' does not predict masked tokens"),
     ],
 )
-def test_what_cannot_be_filled_is_named(text, config, words):
+def test_a_text_that_cannot_be_filled_is_refused(text, config, words):
     with pytest.raises(UserError, match=words):
         fill(loaded(None, {}, config, Bytes()), [text], 3)

@@ -1,4 +1,4 @@
-"""Cached decoding is the full forward pass; rows are independent; sampling keeps to its filters."""
+"""Cached decoding equals the full forward pass, rows are independent, and draws follow the sampling settings."""
 
 import dataclasses
 import functools
@@ -61,14 +61,14 @@ def test_cached_logits_equal_the_full_forward_pass(fields):
     model = nnx.merge(graph, params)
     tokens = np.random.default_rng(0).integers(0, VOCAB, 12)
     full = logits_of(graph, params, tokens)
-    cache, found = model.cache(1, 16), []
+    cache, parts_of_logits = model.cache(1, 16), []
     for start, stop in ((0, 5), (5, 6), (6, 7), (7, 12)):
-        piece = jnp.asarray(tokens[None, start:stop], jnp.int32)
-        logits, cache = cached(model, piece, jnp.arange(start, stop)[None], cache)
-        found.append(np.asarray(logits[0]))
+        part = jnp.asarray(tokens[None, start:stop], jnp.int32)
+        logits, cache = cached(model, part, jnp.arange(start, stop)[None], cache)
+        parts_of_logits.append(np.asarray(logits[0]))
     # Same float32 sums in another order over at most 128 terms: a few hundred ulps of the largest logit.
     np.testing.assert_allclose(
-        np.concatenate(found)[:, :VOCAB], full[:, :VOCAB], atol=3e-5 * np.abs(full[:, :VOCAB]).max()
+        np.concatenate(parts_of_logits)[:, :VOCAB], full[:, :VOCAB], atol=3e-5 * np.abs(full[:, :VOCAB]).max()
     )
 
 
@@ -87,29 +87,33 @@ def test_a_row_does_not_depend_on_its_neighbours():
     settings = config()
     graph, params = parts(settings)
     prompt, long = [7, 2, 9], list(range(1, 40))
-    go = lambda prompts: generate(graph, params, settings, prompts, Sampling(max_tokens=8, seed=3), stop_ids=[NO_EOS])
-    alone = go([prompt])[0]
-    assert go([prompt, long])[0] == alone
-    assert go([long, prompt])[0] == go([long])[0]
+    run = lambda prompts: generate(graph, params, settings, prompts, Sampling(max_tokens=8, seed=3), stop_ids=[NO_EOS])
+    alone = run([prompt])[0]
+    assert run([prompt, long])[0] == alone
+    assert run([long, prompt])[0] == run([long])[0]
 
 
-def test_unequal_lengths_equal_single_prompts():
+def test_prompts_of_unequal_lengths_equal_single_prompts():
     settings = config()
     graph, params = parts(settings)
     prompts = [[5], list(range(1, 40)), [8, 8, 3]]
-    go = lambda some: generate(graph, params, settings, some, Sampling(max_tokens=9, temperature=0), stop_ids=[NO_EOS])
-    assert go(prompts) == [go([prompt])[0] for prompt in prompts]
+    run = lambda prompts: generate(
+        graph, params, settings, prompts, Sampling(max_tokens=9, temperature=0), stop_ids=[NO_EOS]
+    )
+    assert run(prompts) == [run([prompt])[0] for prompt in prompts]
 
 
-def test_the_seed_decides():
+def test_the_seed_decides_the_text():
     settings = config()
     graph, params = parts(settings)
-    go = lambda seed: generate(graph, params, settings, [[1, 2]], Sampling(max_tokens=20, seed=seed), stop_ids=[NO_EOS])
-    assert go(1) == go(1)
-    assert go(1) != go(2)
+    run = lambda seed: generate(
+        graph, params, settings, [[1, 2]], Sampling(max_tokens=20, seed=seed), stop_ids=[NO_EOS]
+    )
+    assert run(1) == run(1)
+    assert run(1) != run(2)
 
 
-def test_stops_at_eos_and_goes_on_in_other_rows():
+def test_a_row_stops_at_eos_and_other_rows_continue():
     settings = config()
     graph, params = parts(settings)
     free = generate(
@@ -156,13 +160,13 @@ def frequencies(sampling: Sampling, count: int = 4000) -> np.ndarray:
     ],
 )
 def test_draws_follow_the_filtered_distribution(sampling, expected):
-    found = frequencies(sampling)
-    assert ((found > 0) == (np.array(expected) > 0)).all()
-    # 4000 draws: the standard deviation of a frequency is at most 0.008; fixed keys, so this can't flicker.
-    np.testing.assert_allclose(found, expected, atol=0.03)
+    observed = frequencies(sampling)
+    assert ((observed > 0) == (np.array(expected) > 0)).all()
+    # 4000 draws: the standard deviation of a frequency is at most 0.008; fixed keys, so the test is deterministic.
+    np.testing.assert_allclose(observed, expected, atol=0.03)
 
 
-def test_equal_logits_leave_exactly_k():
+def test_top_k_of_equal_logits_leaves_exactly_k_tokens():
     keys = jax.random.split(jax.random.key(1), 500)
     drawn = draw(jnp.zeros((500, 6)), keys, Sampling(top_k=2))
     assert set(np.asarray(drawn).tolist()) == {0, 1}
@@ -175,7 +179,7 @@ def test_a_tiny_temperature_is_greedy():
 
 
 @pytest.mark.parametrize("temperature", [-1.0, 1e-7, 1e-39, 1e7, 1e300, float("inf"), float("nan")])
-def test_temperatures_at_which_float32_tells_nothing_apart(temperature):
+def test_a_temperature_beyond_float32_is_refused(temperature):
     with pytest.raises(UserError, match=r"must be 0 .* or from 1e-6 to 1e6"):
         Sampling(temperature=temperature)
 
@@ -194,7 +198,7 @@ def test_temperatures_at_which_float32_tells_nothing_apart(temperature):
         ([[1] * 10], {"max_tokens": 8}, "at most 7 new tokens fit"),
     ],
 )
-def test_bad_input_is_named(prompts, fields, words):
+def test_a_bad_prompt_or_setting_is_refused(prompts, fields, words):
     settings = config(positions="learned", max_positions=16)
     graph, params = parts(settings)
     with pytest.raises(UserError, match=words):

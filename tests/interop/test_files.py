@@ -168,6 +168,12 @@ def test_a_json_file_that_is_wrong_is_one_line(tmp_path, content):
     assert "\n" not in str(error.value)
 
 
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"give the folder of a checkpoint with config\.json"):
+        files.read_json(tmp_path / "model.safetensors" / "config.json")
+
+
 def test_a_json_file_that_cannot_be_read_is_one_line(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         files.read_json(tmp_path / "config.json")

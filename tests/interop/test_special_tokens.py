@@ -117,6 +117,15 @@ def test_eos_is_read_from_the_files(tmp_path, case):
     assert (tokenizer.stop_ids, tokenizer.eos_id) == expected
 
 
+def test_an_end_of_text_that_the_model_or_the_tokenizer_lacks_is_passed_over(tmp_path):
+    """Documents end with an id that has a row and a token; generation may stop at a row without a token."""
+    files = {"generation_config": {"eos_token_id": 99}, "config": {"eos_token_id": [15, 99, 3]}}
+    settings, tokenizer = read(write(tmp_path, **files), num_rows=16)
+    assert (settings.stop_ids, settings.eos_id) == ((15, 3), 3) == (tokenizer.stop_ids, tokenizer.eos_id)
+    with pytest.raises(UserError, match=r"names the token that ends a text; set eos_token_id .* below 11"):
+        read(write(tmp_path, config={"eos_token_id": 15}), num_rows=16)
+
+
 def test_eos_is_read_from_the_template_if_no_file_names_it(tmp_path):
     settings, _ = read(write(tmp_path, make_tokenizer(frame="<s> $A <|eot|>")))
     assert settings.stop_ids == (EOT,) and (settings.prefix, settings.suffix) == ((BOS,), (EOT,))

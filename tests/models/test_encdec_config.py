@@ -12,8 +12,7 @@ from llmjax.binding import bind
 from llmjax.errors import UserError
 from llmjax.models import registry
 from llmjax.models.encdec import EncDecConfig
-from llmjax.run.config import resolve
-from tests.models.test_decoder_config import CONFIGS, recipe
+from tests.models.test_decoder_config import recipe
 
 
 @pytest.mark.parametrize(
@@ -37,17 +36,6 @@ def test_first_t5_has_its_published_parameter_count():
         vocab_size=32128, num_layers=12, embed=768, num_heads=12, activation="relu", gated=False, tie_embeddings=True
     )
     assert registry.count_parameters(base) == 222_903_552
-
-
-@pytest.mark.parametrize("size", ["tiny", "small", "base", "large", "xl", "xxl"])
-def test_recipes_bind_and_their_models_fit(size):
-    config = resolve(f"{CONFIGS / 't5.py'}:{size}", [])
-    config.model.check(seq_len=config.data.seq_len, tensor=config.mesh.tensor)
-
-
-def test_an_unknown_size_lists_the_sizes():
-    with pytest.raises(UserError, match=r"no such size; choose one of tiny, small.*xxl"):
-        recipe("t5", "3B")
 
 
 @pytest.mark.parametrize(

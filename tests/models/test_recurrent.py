@@ -15,7 +15,6 @@ from llmjax.inference.generate import Sampling, generate
 from llmjax.models import registry
 from llmjax.models.recurrent import RecurrentConfig
 from llmjax.optim.layerwise import kind, matrix_view
-from llmjax.run.config import resolve
 from tests.batches import packed
 from tests.models.programs import assert_close, init_model, logits, loss_and_grads
 from tests.models.variants import LSTM, RECURRENT, RGLRU, VOCAB
@@ -119,17 +118,6 @@ def test_hawk_has_the_size_of_its_name():
     width, hidden = 2048, 2560
     matrices = 24 * (3 * width * hidden + 3 * width * 3 * width + 2 * hidden**2 // 16)
     assert 0 < outside - matrices < 0.001 * matrices, "norms, biases, convolutions and decays"
-
-
-@pytest.mark.parametrize("size", ["", ":lstm", ":gru", ":rnn", ":rglru", ":zaremba", ":hawk-1.3B"])
-def test_recipes_bind_and_their_models_fit(size):
-    config = resolve(str(CONFIGS / f"recurrent.py{size}"), [])
-    config.model.check(seq_len=config.data.seq_len, tensor=config.mesh.tensor)
-
-
-def test_an_unknown_size_lists_the_sizes():
-    with pytest.raises(UserError, match=r"no such size; choose one of lstm, .*zaremba"):
-        recipe("9T")
 
 
 def test_every_gate_is_a_matrix_of_its_own():

@@ -1,4 +1,4 @@
-"""Wrong optimizer settings are refused in one line that names the field, the value and the fix."""
+"""Bad optimizer settings are refused in one line that names the field, the value and the fix."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from llmjax.optim.config import DEFAULTS, OptimizerConfig
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(name="adamv"), r"optimizer.name='adamv' \(did you mean 'adamw'\?\): known are adamw, adafactor"),
+        (dict(name="adamv"), r"optimizer.name='adamv' \(did you mean 'adamw'\?\): choose one of adamw, adafactor"),
         (dict(schedule="cosin"), r"optimizer.schedule='cosin' \(did you mean 'cosine'\?\)"),
         (dict(learning_rate=-1.0), r"optimizer.learning_rate=-1.0: must be above 0"),
         (dict(learning_rate=float("nan")), r"optimizer.learning_rate=nan: must be above 0"),
@@ -26,14 +26,14 @@ from llmjax.optim.config import DEFAULTS, OptimizerConfig
         (dict(name="schedule_free_adamw", ema_decay=0.9), r"optimizer.ema_decay=0.9: .* its own average"),
     ],
 )
-def test_refused(settings, message):
+def test_a_bad_setting_is_refused_in_one_line(settings, message):
     with pytest.raises(UserError, match=message) as caught:
         OptimizerConfig(**settings)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
-def test_name_alone_is_enough(name):
+def test_the_name_alone_sets_every_default(name):
     resolved = OptimizerConfig(name=name).resolved()
     assert all(getattr(resolved, field) == value for field, value in DEFAULTS[name].items())
     assert OptimizerConfig(name=name, learning_rate=0.5).resolved().learning_rate == 0.5

@@ -1,4 +1,4 @@
-"""Kinds of parameters by axes, and three steps with stacked blocks equal three with every layer on its own."""
+"""The kind of a parameter follows from its axes; stacked layers are updated as separate layers are."""
 
 import jax
 import jax.numpy as jnp
@@ -37,11 +37,11 @@ from tests.optim.parameters import AXES, UNSTACKED_AXES, random_tree, run, unsta
         (("experts",), "expert_bias"),
     ],
 )
-def test_kind(axes, expected):
+def test_the_axes_decide_the_kind(axes, expected):
     assert kind(axes) == expected
 
 
-def test_matrix_view_merges_heads():
+def test_the_matrix_view_merges_heads():
     query, out = ("layers", "embed", "heads", "head_dim"), ("layers", "heads", "head_dim", "embed")
     assert matrix_dims(query) == ((1,), (2, 3))
     assert matrix_dims(out) == ((1, 2), (3,))
@@ -69,8 +69,8 @@ EXPERTS = {"up": ("layers", "experts", "embed", "mlp"), "up_bias": ("layers", "e
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
-def test_experts_equal_layers(name):
-    """Two layers of three experts move as six layers do."""
+def test_experts_are_updated_as_layers_are(name):
+    """Two layers of three experts are updated as six layers are."""
     config = OptimizerConfig(name=name, learning_rate=0.01, weight_decay=0.1)
     rng = np.random.default_rng(0)
     draw = lambda: {
@@ -80,50 +80,50 @@ def test_experts_equal_layers(name):
     flat = lambda tree: jax.tree.map(lambda leaf: leaf.reshape(6, *leaf.shape[2:]), tree)
     params, gradients = draw(), [draw(), draw()]
     optimizer = make_optimizer(config, horizon=10, axes=EXPERTS)
-    found, state = run(optimizer, params, gradients)
+    updated, state = run(optimizer, params, gradients)
     layers = {key: ("layers", *names[2:]) for key, names in EXPERTS.items()}
     expected, _ = run(make_optimizer(config, horizon=10, axes=layers), flat(params), [flat(g) for g in gradients])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), flat(found), expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), flat(updated), expected)
     is_axes = lambda node: type(node) is tuple and all(name is None or isinstance(name, str) for name in node)
     axes = jax.tree.leaves(optimizer.state_axes(params), is_leaf=is_axes)
     assert [leaf.ndim for leaf in jax.tree.leaves(state)] == [len(names) for names in axes]
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
-def test_a_balance_parameter_moves_by_the_sign_of_its_gradient(name):
-    """Whatever optimizer, clipping, decay and schedule; and nothing else feels its gradient."""
+def test_an_expert_bias_moves_by_the_sign_of_its_gradient(name):
+    """With any optimizer, clipping, decay and schedule; its gradient affects no other parameter."""
     config = OptimizerConfig(name=name, clip_norm=0.1, weight_decay=0.3, expert_bias_update_rate=0.01)
-    axes = {"up": ("layers", "embed", "mlp"), "correction": ("layers", "experts")}
-    params = {"up": jnp.ones((2, 8, 8)), "correction": jnp.full((2, 3), 5.0)}
+    axes = {"up": ("layers", "embed", "mlp"), "expert_bias": ("layers", "experts")}
+    params = {"up": jnp.ones((2, 8, 8)), "expert_bias": jnp.full((2, 3), 5.0)}
     loads = jnp.array([[9e6, -9e6, 0.0], [1e-3, 0.0, -1e-3]])
-    grads = [{"up": jnp.full((2, 8, 8), 0.5), "correction": loads * sign} for sign in (1, 1, -1)]
+    grads = [{"up": jnp.full((2, 8, 8), 0.5), "expert_bias": loads * sign} for sign in (1, 1, -1)]
     optimizer = make_optimizer(config, horizon=10, axes=axes)
-    found, state = run(optimizer, params, grads)
-    moved = -0.01 * np.sign(loads)
-    np.testing.assert_allclose(found["correction"], 5 + moved, atol=1e-6)
-    np.testing.assert_allclose(optimizer.eval_params(found, state)["correction"], 5 + moved, atol=1e-6)
+    updated, state = run(optimizer, params, grads)
+    biases = 5 - 0.01 * np.sign(loads)
+    np.testing.assert_allclose(updated["expert_bias"], biases, atol=1e-6)
+    np.testing.assert_allclose(optimizer.eval_params(updated, state)["expert_bias"], biases, atol=1e-6)
     alone = make_optimizer(config, horizon=10, axes={"up": axes["up"]})
     expected, _ = run(alone, {"up": params["up"]}, [{"up": g["up"]} for g in grads])
-    np.testing.assert_allclose(found["up"], expected["up"], rtol=1e-6)
+    np.testing.assert_allclose(updated["up"], expected["up"], rtol=1e-6)
     _, _, info = optimizer.update(grads[0], optimizer.init(params), params)
     np.testing.assert_allclose(info["grad_norm"], 0.5 * 128**0.5, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
-def test_stacked_equals_unstacked(name):
+def test_stacked_layers_are_updated_as_separate_layers_are(name):
     config = OptimizerConfig(name=name, learning_rate=0.01, weight_decay=0.1, ema_decay=0 if "free" in name else 0.9)
     params, gradients = random_tree(0), [random_tree(seed, scale=0.1) for seed in (1, 2, 3)]
     stacked, state = run(make_optimizer(config, horizon=10, axes=AXES), params, gradients)
     optimizer = make_optimizer(config, horizon=10, axes=UNSTACKED_AXES)
     alone, alone_state = run(optimizer, unstack(params), [unstack(g) for g in gradients])
 
-    def check(got, want, before):
-        # Relative to how far the three steps moved: sums in another order differ by float32 rounding, which Muon's five
+    def check(updated, expected, before):
+        # Relative to the change of the three steps: sums in another order differ by float32 rounding, which Muon's five
         # iterations of slope 3.4 at zero amplify; a statistic shared across the layers is wrong by half or more.
-        moved = np.abs(np.asarray(want) - before).max()
-        assert moved > 0
-        np.testing.assert_allclose(got, want, rtol=0, atol=2e-3 * moved)
+        change = np.abs(np.asarray(expected) - before).max()
+        assert change > 0
+        np.testing.assert_allclose(updated, expected, rtol=0, atol=2e-3 * change)
 
     jax.tree.map(check, unstack(stacked), alone, unstack(params))
-    evaluated = make_optimizer(config, horizon=10, axes=AXES).eval_params(stacked, state)
-    jax.tree.map(check, unstack(evaluated), optimizer.eval_params(alone, alone_state), unstack(params))
+    averages = make_optimizer(config, horizon=10, axes=AXES).eval_params(stacked, state)
+    jax.tree.map(check, unstack(averages), optimizer.eval_params(alone, alone_state), unstack(params))

@@ -67,7 +67,7 @@ def sgd(t, g, m, momentum=0.9):
 
 @pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize("direction", [adamw, lion, sgd], ids=lambda f: f.__name__)
-def test_against_numpy(direction, clip):
+def test_updates_equal_those_of_a_numpy_oracle(direction, clip):
     params, _ = run(make(direction.__name__, clip_norm=clip or 0.0), random_tree(0), gradients())
     # Float32 rounding of about 10 operations a step on directions of order 1: 1e-5 of a step of 0.01. Lion's sign could
     # flip where its argument rounds through 0; none of these draws does.
@@ -75,7 +75,7 @@ def test_against_numpy(direction, clip):
     jax.tree.map(compare, params, oracle(direction, clip))
 
 
-def test_schedule_free_against_the_recurrences():
+def test_schedule_free_follows_the_recurrences_of_the_paper():
     b1, b2, eps = 0.9, 0.99, 1e-8
     x = z = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), random_tree(0))
     nu = jax.tree.map(np.zeros_like, x)
@@ -102,11 +102,9 @@ def test_schedule_free_against_the_recurrences():
 
 def test_muon_orthogonalises_matrices_and_leaves_the_rest_to_adamw():
     params, grads = random_tree(0), gradients()[0]
-    moved, _ = run(make("muon", weight_decay=0.0), params, [grads])
+    muon, _ = run(make("muon", weight_decay=0.0), params, [grads])
     adam, _ = run(make("adamw", weight_decay=0.0), params, [grads])
-    steps, adam_steps = (
-        jax.tree.map(lambda a, b: np.asarray(b - a) / (RATE / 2), params, new) for new in (moved, adam)
-    )
+    steps, adam_steps = (jax.tree.map(lambda a, b: np.asarray(b - a) / (RATE / 2), params, new) for new in (muon, adam))
     matrices = {"query": 128, "key": 64, "out": 128, "up": 136, "down": 136}
     for name in steps["blocks"]:
         for layer in range(3):
@@ -124,8 +122,8 @@ def test_muon_orthogonalises_matrices_and_leaves_the_rest_to_adamw():
         np.testing.assert_array_equal(steps[name], adam_steps[name])
 
 
-def test_adafactor_is_optax_on_each_layer_as_matrices():
-    """Queries and outputs are given to optax's own adafactor as two-dimensional matrices, one layer at a time."""
+def test_adafactor_equals_optax_on_the_matrix_of_each_layer():
+    """optax's own adafactor gets queries and outputs as two-dimensional matrices, one layer at a time."""
     flat = lambda tree: {
         f"{block}/{name}": leaf.reshape(128, -1) if name in ("query", "key") else leaf.reshape(-1, 128)
         for block, leaves in unstack(tree).items()
@@ -135,13 +133,13 @@ def test_adafactor_is_optax_on_each_layer_as_matrices():
     }
     params = random_tree(0)
     optimizer = optax.adafactor(lambda count: jnp.where(count == 0, RATE / 2, RATE))
-    want, state = flat(params), optimizer.init(flat(params))
+    expected, state = flat(params), optimizer.init(flat(params))
     for grads in gradients():
-        updates, state = optimizer.update(flat(grads), state, want)
-        want = optax.apply_updates(want, updates)
-    got, ours = run(make("adafactor", weight_decay=0.0), params, gradients())
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), flat(got), want)
-    query = ours["inner"][0]["blocks"]["query"][0]
+        updates, state = optimizer.update(flat(grads), state, expected)
+        expected = optax.apply_updates(expected, updates)
+    updated, our_state = run(make("adafactor", weight_decay=0.0), params, gradients())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), flat(updated), expected)
+    query = our_state["inner"][0]["blocks"]["query"][0]
     assert (query.v_row.shape, query.v_col.shape, query.v.shape) == ((3, 128), (3, 128), (3, 1))
 
 
@@ -153,9 +151,9 @@ def test_weight_decay_follows_the_axes(name):
 
     def check(without, with_decay, before, kind_of):
         if kind_of in ("matrix", "head"):
-            lost = np.asarray(without - with_decay)
-            np.testing.assert_allclose(lost, RATE / 2 * DECAY * np.asarray(before), rtol=0.02, atol=5e-6)
-            assert np.abs(lost).max() > 0
+            decay = np.asarray(without - with_decay)
+            np.testing.assert_allclose(decay, RATE / 2 * DECAY * np.asarray(before), rtol=0.02, atol=5e-6)
+            assert np.abs(decay).max() > 0
         else:
             np.testing.assert_array_equal(without, with_decay)
 
@@ -163,24 +161,24 @@ def test_weight_decay_follows_the_axes(name):
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
-def test_update_is_pure_and_a_skipped_step_leaves_no_trace(name):
-    """Finite, non-finite (the caller keeps the old pair), finite is bitwise the run that never saw the bad step."""
+def test_a_skipped_update_changes_nothing(name):
+    """A non-finite update after which the caller keeps the old pair: the result is bitwise that of a run without it."""
     optimizer = make(name, clip_norm=1.0, schedule="cosine", ema_decay=0.0 if "free" in name else 0.9)
     params, grads = random_tree(0), gradients()[:2]
 
     @jax.jit
-    def guarded(grads, state, params):
+    def update_if_finite(grads, state, params):
         new, new_state, info = optimizer.update(grads, state, params)
         keep = lambda old, new: jnp.where(jnp.isfinite(info["grad_norm"]), new, old)
         return jax.tree.map(keep, params, new), jax.tree.map(keep, state, new_state), info
 
     bad = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), grads[1])
-    state, plain_state, plain, seen = optimizer.init(params), optimizer.init(params), params, params
+    state, expected_state, updated, expected = optimizer.init(params), optimizer.init(params), params, params
     for step in (grads[0], bad, grads[1]):
-        seen, state, _ = guarded(step, state, seen)
+        updated, state, _ = update_if_finite(step, state, updated)
     for step in grads:
-        plain, plain_state, info = guarded(step, plain_state, plain)
-    jax.tree.map(np.testing.assert_array_equal, (seen, state), (plain, plain_state))
+        expected, expected_state, info = update_if_finite(step, expected_state, expected)
+    jax.tree.map(np.testing.assert_array_equal, (updated, state), (expected, expected_state))
     assert int(state["count"]) == 2
     counters = [
         leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state) if str(path[-1]) in ("['count']", ".count")
@@ -189,7 +187,7 @@ def test_update_is_pure_and_a_skipped_step_leaves_no_trace(name):
     assert float(info["learning_rate"]) == float(optimizer.learning_rate(1))
 
 
-def test_grad_norm_is_that_before_clipping():
+def test_grad_norm_is_measured_before_clipping():
     params, grads = random_tree(0), gradients()[0]
     optimizer = make("sgd", clip_norm=0.5)
     _, _, info = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
@@ -199,16 +197,16 @@ def test_grad_norm_is_that_before_clipping():
 
 def test_ema_is_a_mean_first_and_then_exponential():
     optimizer = make("sgd", ema_decay=0.6)
-    params, state, seen = random_tree(0), optimizer.init(random_tree(0)), []
+    params, state, tables = random_tree(0), optimizer.init(random_tree(0)), []
     for grads in gradients():
         params, state, _ = jax.jit(optimizer.update)(grads, state, params)
-        seen.append(np.asarray(params["table"], np.float64))
+        tables.append(np.asarray(params["table"], np.float64))
     assert optimizer.eval_params_name == "EMA of the parameters"
-    want = 0.6 * (0.6 * (seen[0] + seen[1]) / 2 + 0.4 * seen[2]) + 0.4 * seen[3]
-    np.testing.assert_allclose(optimizer.eval_params(params, state)["table"], want, rtol=1e-5, atol=1e-7)
+    expected = 0.6 * (0.6 * (tables[0] + tables[1]) / 2 + 0.4 * tables[2]) + 0.4 * tables[3]
+    np.testing.assert_allclose(optimizer.eval_params(params, state)["table"], expected, rtol=1e-5, atol=1e-7)
 
 
-def test_without_average_the_live_parameters_are_evaluated():
+def test_without_an_average_the_parameters_themselves_are_evaluated():
     optimizer, params = make("adamw"), random_tree(0)
     assert optimizer.eval_params(params, optimizer.init(params)) is params
     assert optimizer.eval_params_name == "parameters"

@@ -19,7 +19,7 @@ def rates(*counts, horizon=HORIZON, **settings):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_warmup(name):
+def test_warmup_rises_linearly_to_the_peak(name):
     first, fifth, last, peak = rates(0, 4, WARMUP - 1, WARMUP, schedule=name)
     assert first == pytest.approx(PEAK / 10)
     assert fifth == pytest.approx(PEAK / 2)
@@ -39,12 +39,12 @@ def test_warmup(name):
         ("constant", 1.0, 1.0, 1.0),
     ],
 )
-def test_after_warmup(name, half, end, beyond):
+def test_the_rate_after_warmup_follows_the_schedule(name, half, end, beyond):
     got = rates(59, HORIZON, 100 * HORIZON, schedule=name)
     assert got == pytest.approx([PEAK * half, PEAK * end, PEAK * beyond], rel=1e-5)
 
 
-def test_cosine_quarter():
+def test_cosine_at_a_quarter_of_its_span():
     (quarter,) = rates(34, schedule="cosine")
     assert quarter == pytest.approx(PEAK * (0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2), rel=1e-5)
 
@@ -60,14 +60,14 @@ def test_default_warmup_fits_any_horizon():
     assert rates(1999, 2000, warmup_steps=None, horizon=10**6)[1] == pytest.approx(PEAK)
 
 
-def test_what_does_not_fit_is_refused():
+def test_a_warmup_or_decay_longer_than_the_horizon_is_refused():
     with pytest.raises(UserError, match=r"optimizer.warmup_steps=200: must be below train.steps=109"):
         rates(0, warmup_steps=200)
     with pytest.raises(UserError, match=r"optimizer.decay_fraction=0.95: 104 steps of decay and 9 of warmup"):
         rates(0, schedule="wsd", decay_fraction=0.95)
 
 
-def test_describe_change():
+def test_describe_change_names_old_and_new_rates():
     config = OptimizerConfig(learning_rate=1.0, warmup_steps=0, schedule="linear", end_fraction=0.0)
     line = describe_change(config, 100, 200, 50)
     assert line == (

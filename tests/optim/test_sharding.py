@@ -1,4 +1,4 @@
-"""Every optimizer on (fsdp 8): its state is sharded as said, equals one device's, and survives a checkpoint bitwise."""
+"""Every optimizer on fsdp 8: its state follows state_axes, equals that of one device, and is restored bit for bit."""
 
 import jax
 from jax.sharding import PartitionSpec as P
@@ -12,8 +12,8 @@ from llmjax.parallel.axes import shardings, use_mesh
 from tests.optim.parameters import AXES, random_tree, run
 
 STEPS = 3
-# Reduction of "embed" leave whole only what has none: biases over heads or mlp, columns over them, counters.
-LARGEST_WHOLE_SHARE = {"adafactor": 0.25}
+# Leaves without "embed" are replicated: biases and factored columns over heads or mlp, and counters.
+LARGEST_SHARE_OF_A_DEVICE = {"adafactor": 0.25}
 
 
 def mesh():
@@ -26,7 +26,7 @@ def make(name):
 
 
 def sharded_run(optimizer):
-    """(params, state, state shardings) after STEPS updates on (fsdp 8), the state created in place."""
+    """(params, state, state shardings) after STEPS updates on fsdp 8; the state is created sharded."""
     with use_mesh(mesh()):
         params, gradients = random_tree(0), [random_tree(seed) for seed in range(1, STEPS + 1)]
         of_params = shardings(AXES, params)
@@ -41,7 +41,7 @@ def sharded_run(optimizer):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DEFAULTS)
-def test_sharded_equal_and_saved(name, tmp_path):
+def test_sharded_updates_equal_unsharded_ones_and_are_restored(name, tmp_path):
     optimizer = make(name)
     params, state, of_state = sharded_run(optimizer)
 
@@ -56,21 +56,21 @@ def test_sharded_equal_and_saved(name, tmp_path):
         embed_dims += "embed" in names
     assert embed_dims >= len(jax.tree.leaves(AXES, is_leaf=lambda node: isinstance(node, tuple))) - 3
 
-    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     for device in jax.devices():
         shards = (s for leaf in jax.tree.leaves(state) for s in leaf.addressable_shards if s.device == device)
         held = sum(shard.data.nbytes for shard in shards)
-        assert held < whole * LARGEST_WHOLE_SHARE.get(name, 0.13), (held, whole)
+        assert held < total * LARGEST_SHARE_OF_A_DEVICE.get(name, 0.13), (held, total)
 
     gradients = [random_tree(seed) for seed in range(1, STEPS + 1)]
     one_device = run(optimizer, random_tree(0), gradients)
     before = random_tree(0)
 
-    def check(got, want, start):
-        # Relative to the distance moved, and one rounding of the parameter itself. Sums in another order round
-        # otherwise; Muon's iterations amplify that (see test_layerwise), the rest hardly.
-        moved = np.abs(np.asarray(want) - start).max()
-        np.testing.assert_allclose(got, want, rtol=2e-7, atol=(2e-3 if name == "muon" else 2e-4) * moved)
+    def check(updated, expected, start):
+        # Relative to the change, and one rounding of the parameter itself. Sums in another order have other roundings,
+        # which Muon's iterations amplify (see test_layerwise) and the other optimizers hardly.
+        change = np.abs(np.asarray(expected) - start).max()
+        np.testing.assert_allclose(updated, expected, rtol=2e-7, atol=(2e-3 if name == "muon" else 2e-4) * change)
 
     jax.tree.map(check, params, one_device[0], before)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-4), state, one_device[1])

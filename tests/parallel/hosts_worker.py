@@ -1,4 +1,4 @@
-"""One process of the job in test_hosts.py: hosts_worker.py OUT STATUS writes what it saw to OUT/<process>.json."""
+"""One process of the job in test_hosts.py: hosts_worker.py OUT STATUS writes a report to OUT/<process>.json."""
 
 import json
 import pathlib
@@ -24,8 +24,8 @@ def attempt(action):
         return f"{type(error).__name__}: {error}"
 
 
-def feed(data: int, tensor: int) -> dict:
-    """Which rows this process brings on a (data, tensor) mesh, and the sums of the batch that came together."""
+def make_batch(data: int, tensor: int) -> dict:
+    """The rows of this process on a (data, tensor) mesh, and shape and sum of the global batch."""
     mesh = Mesh(np.array(jax.devices()).reshape(data, tensor), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     sharding = NamedSharding(mesh, P("data"))
     rows = hosts.local_rows(sharding, 8)
@@ -44,7 +44,7 @@ def feed(data: int, tensor: int) -> dict:
 
 
 me = jax.process_index()
-seen = {
+report = {
     "devices": [jax.local_device_count(), jax.device_count()],
     "primary": hosts.is_primary(),
     "exchange": [hosts.exchange("name", f"text {me} {turn}") for turn in range(3)],
@@ -52,14 +52,14 @@ seen = {
     "agree": [hosts.agree(True), hosts.agree(me != 1), hosts.agree(False)],
     "same": attempt(lambda: hosts.all_equal("token store", "abc")),
     "different": attempt(lambda: hosts.all_equal("token store", "abc" if me != 1 else "xyz")),
-    "feed": [feed(data, jax.device_count() // data) for data in (1, 2, 4)],
+    "batches": [make_batch(data, jax.device_count() // data) for data in (1, 2, 4)],
 }
 if me == 1:
     time.sleep(3)  # longer than the others wait
-    seen["late"] = "slept"
+    report["late"] = "slept"
 else:
-    seen["late"] = attempt(lambda: hosts.barrier("lunch", timeout_seconds=1))
-(pathlib.Path(sys.argv[1]) / f"{me}.json").write_text(json.dumps(seen))
+    report["late"] = attempt(lambda: hosts.barrier("late", timeout_seconds=1))
+(pathlib.Path(sys.argv[1]) / f"{me}.json").write_text(json.dumps(report))
 hosts.barrier("end")
 if status := int(sys.argv[2]):
     hosts.exit_now(status if me == 1 else 0)

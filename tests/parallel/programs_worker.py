@@ -1,7 +1,7 @@
 """One process of the jobs in test_compilation_cache.py: programs_worker.py FOLDER... (of the cache, one a process).
 
-Prints `connected` once the mesh is there, then runs programs that sum over every group of mesh axes, and prints how
-many of them were found in the cache.
+Prints `connected` after `make_mesh`, then runs programs that sum over every group of mesh axes, and prints how many of
+them were in the cache.
 """
 
 import sys

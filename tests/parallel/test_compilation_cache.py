@@ -1,4 +1,4 @@
-"""The cache of compiled programs in a job of several processes, and the connections that wait for no compiler."""
+"""The compilation cache of a job of several processes, and connections that do not wait for a compilation."""
 
 import pathlib
 import re
@@ -21,13 +21,13 @@ def start(*folders: pathlib.Path) -> list[list[str]]:
 
 def counts(lines: list[str]) -> tuple[int, int]:
     """(hits, misses), after a check that the sums are right."""
-    found = re.fullmatch(r"sums 28.0 28.0 28.0 hits (\d+) misses (\d+)", lines[-1])
-    assert found, lines
-    return int(found[1]), int(found[2])
+    match = re.fullmatch(r"sums 28.0 28.0 28.0 hits (\d+) misses (\d+)", lines[-1])
+    assert match, lines
+    return int(match[1]), int(match[2])
 
 
-def test_every_process_finds_its_programs(tmp_path):
-    """The second start compiles nothing on any process, and one whose cache was deleted still meets the others."""
+def test_every_process_finds_its_programs_at_the_second_start(tmp_path):
+    """A process whose cache was deleted compiles again, and the others wait for it."""
     shared = tmp_path / "shared"
     first = start(shared, shared)
     programs = counts(first[0])[1]
@@ -37,7 +37,7 @@ def test_every_process_finds_its_programs(tmp_path):
     uneven = start(shared, tmp_path / "empty")
     assert [counts(lines) for lines in uneven] == [(programs, 0), (0, programs)]
 
-    # Gloo greets each connection. All are made before the mesh is returned, so that none waits for a later compilation.
+    # Gloo prints a line for each connection. All are opened before `make_mesh` returns, so none waits for a compiler.
     for lines in (*first, *uneven):
         connected = lines.index("connected")
         assert any("[Gloo]" in line for line in lines[:connected])
@@ -45,8 +45,8 @@ def test_every_process_finds_its_programs(tmp_path):
 
 
 def test_another_number_of_cpu_threads_uses_other_programs(tmp_path, monkeypatch):
-    seen = {}
-    monkeypatch.setattr(compilation_cache.jax.config, "update", seen.__setitem__)
+    settings = {}
+    monkeypatch.setattr(compilation_cache.jax.config, "update", settings.__setitem__)
     compilation_cache.enable(str(tmp_path), 8)
     compilation_cache.enable("off", 2)
-    assert seen["jax_compilation_cache_dir"] == f"{tmp_path}/cpu_threads_8"
+    assert settings["jax_compilation_cache_dir"] == f"{tmp_path}/cpu_threads_8"

@@ -1,4 +1,4 @@
-"""Processes of one job: starting, agreeing, waiting with a limit, and which rows each one brings."""
+"""Jobs of several processes: start, agreement, barriers with a time limit, and the rows of each process."""
 
 import json
 import os
@@ -16,13 +16,19 @@ from llmjax.errors import UserError
 from llmjax.parallel import hosts
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-JOB = ("LLMJAX_COORDINATOR", "LLMJAX_NUM_PROCESSES", "LLMJAX_PROCESS_ID", "LLMJAX_DISTRIBUTED", "LLMJAX_CPU_DEVICES")
+JOB_VARIABLES = (
+    "LLMJAX_COORDINATOR",
+    "LLMJAX_NUM_PROCESSES",
+    "LLMJAX_PROCESS_ID",
+    "LLMJAX_DISTRIBUTED",
+    "LLMJAX_CPU_DEVICES",
+)
 
 
 @pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    for name in JOB:
-        monkeypatch.delenv(name, raising=False)
+def without_job_variables(monkeypatch):
+    for name in JOB_VARIABLES:
+        monkeypatch.delenv(f"LLMJAX_{name}", raising=False)
 
 
 def launch(processes: int, devices: int, worker: str, *arguments) -> subprocess.CompletedProcess:
@@ -35,41 +41,48 @@ def launch(processes: int, devices: int, worker: str, *arguments) -> subprocess.
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(("processes", "devices", "status"), [(2, 2, 77), (4, 1, 0)])
 def test_a_job_of_several_processes(tmp_path, processes, devices, status):
-    """What each process saw; `status` is that with which process 1 ends."""
-    done = launch(processes, devices, "parallel/hosts_worker.py", tmp_path, status)
-    assert done.returncode == status, done.stdout
-    seen = [json.loads((tmp_path / f"{process}.json").read_text()) for process in range(processes)]
+    """Every process writes a report. `status` is the exit status of process 1."""
+    job = launch(processes, devices, "parallel/hosts_worker.py", tmp_path, status)
+    assert job.returncode == status, job.stdout
+    reports = [json.loads((tmp_path / f"{process}.json").read_text()) for process in range(processes)]
     tokens = np.arange(32).reshape(8, 4)
-    for process, one in enumerate(seen):
-        assert one["devices"] == [devices, processes * devices]
-        assert one["primary"] == (process == 0)
-        assert one["exchange"] == [[f"text {other} {turn}" for other in range(processes)] for turn in range(3)]
-        assert one["broadcast"] == "from 0"
-        assert one["agree"] == [True, False, False]
-        assert one["same"] is None
-        assert one["different"].startswith("UserError: token store on process 1 differs from process 0")
-        assert one["late"] == (
-            "slept" if process == 1 else "TimeoutError: process 1 did not reach 'barrier/lunch' within 1 s"
-        )
-        assert {feed["sum"] for feed in one["feed"]} == {int((tokens * np.arange(1, 9)[:, None]).sum())}
-        assert all(feed["shape"] == [8, 4] for feed in one["feed"])
-    # Rows follow the devices that hold them: processes that share a data shard bring the same rows.
-    for feed, data in enumerate((1, 2, 4)):
-        holds = 8 // data
-        for process, one in enumerate(seen):
-            first = process * data // processes * holds
-            assert one["feed"][feed]["rows"] == list(range(first, first + max(holds, 8 // processes)))
+    for process, report in enumerate(reports):
+        assert report["devices"] == [devices, processes * devices]
+        assert report["primary"] == (process == 0)
+        assert report["exchange"] == [[f"text {other} {turn}" for other in range(processes)] for turn in range(3)]
+        assert report["broadcast"] == "from 0"
+        assert report["agree"] == [True, False, False]
+        assert report["same"] is None
+        assert report["different"].startswith("UserError: token store on process 1 differs from process 0")
+        timeout = "TimeoutError: process 1 did not reach 'barrier/late' within 1 s"
+        assert report["late"] == ("slept" if process == 1 else timeout)
+        assert {batch["sum"] for batch in report["batches"]} == {int((tokens * np.arange(1, 9)[:, None]).sum())}
+        assert all(batch["shape"] == [8, 4] for batch in report["batches"])
+    # A process has the rows of its devices, so processes that share a data shard have the same rows.
+    for index, data in enumerate((1, 2, 4)):
+        shard_rows = 8 // data
+        for process, report in enumerate(reports):
+            first = process * data // processes * shard_rows
+            expected = list(range(first, first + max(shard_rows, 8 // processes)))
+            assert report["batches"][index]["rows"] == expected
+
+
+def initialize_in_process(arguments: str = "", **variables: str) -> subprocess.CompletedProcess:
+    """Run hosts.initialize(ARGUMENTS) in a process of its own with these environment variables."""
+    code = f"from llmjax.parallel import hosts; hosts.initialize({arguments})"
+    environment = {**os.environ, **variables, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
 
 
 @pytest.mark.multiprocess
-def test_a_job_that_does_not_assemble_says_so():
-    """Process 1 of 2 with nobody at the coordinator's address."""
-    code = "from llmjax.parallel import hosts; hosts.initialize()"
-    place = {"LLMJAX_COORDINATOR": "127.0.0.1:1", "LLMJAX_NUM_PROCESSES": "2", "LLMJAX_PROCESS_ID": "1"}
-    environment = {**os.environ, **place, "LLMJAX_INIT_SECONDS": "2", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
-    assert done.returncode != 0
-    assert "TimeoutError: process 1 found nobody at LLMJAX_COORDINATOR=127.0.0.1:1 within 2 s" in done.stderr
+def test_a_coordinator_that_does_not_answer_is_a_timeout():
+    """Process 1 of 2; no process listens at the coordinator's address."""
+    process = initialize_in_process(
+        LLMJAX_COORDINATOR="127.0.0.1:1", LLMJAX_NUM_PROCESSES="2", LLMJAX_PROCESS_ID="1", LLMJAX_INIT_SECONDS="2"
+    )
+    assert process.returncode != 0
+    message = "TimeoutError: process 1 could not connect to LLMJAX_COORDINATOR=127.0.0.1:1 within 2 s"
+    assert message in process.stderr
 
 
 @pytest.mark.parametrize(
@@ -88,38 +101,32 @@ def test_a_job_that_does_not_assemble_says_so():
         ),
     ],
 )
-def test_a_wrong_environment_is_told(monkeypatch, variables, message):
+def test_bad_environment_variables_are_refused(monkeypatch, variables, message):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
         hosts.initialize()
 
 
-def test_a_cluster_that_is_not_there_is_told():
-    code = "from llmjax.parallel import hosts; hosts.initialize()"
-    environment = {**os.environ, "LLMJAX_DISTRIBUTED": "auto", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
-    assert "UserError: LLMJAX_DISTRIBUTED=auto, but JAX finds no Slurm, GKE or TPU job here" in done.stderr
+def test_automatic_detection_without_a_cluster_is_refused():
+    process = initialize_in_process(LLMJAX_DISTRIBUTED="auto")
+    assert "UserError: LLMJAX_DISTRIBUTED=auto, but JAX detects no Slurm, GKE or TPU job" in process.stderr
 
 
 @pytest.mark.parametrize("platform", ["moon", "cuda"])
-def test_a_platform_that_is_not_there_is_told(platform):
-    code = "from llmjax.parallel import hosts; hosts.initialize()"
-    environment = {**os.environ, "JAX_PLATFORMS": platform, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
-    if platform == "cuda" and not done.returncode:
-        pytest.skip("it is there")
-    assert f"UserError: JAX_PLATFORMS='{platform}': this installation has no such devices" in done.stderr
+def test_a_platform_that_is_not_installed_is_refused(platform):
+    process = initialize_in_process(JAX_PLATFORMS=platform)
+    if platform == "cuda" and not process.returncode:
+        pytest.skip("CUDA is installed")
+    assert f"UserError: JAX_PLATFORMS='{platform}': this installation has no such devices" in process.stderr
 
 
 def test_fewer_threads_than_devices_are_refused():
-    code = "from llmjax.parallel import hosts; hosts.initialize(cpu_threads=2)"
-    environment = {**os.environ, "LLMJAX_CPU_DEVICES": "4", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
-    assert "UserError: parallel.cpu_threads=2: XLA takes a thread for each of the 4 CPU devices" in done.stderr
+    process = initialize_in_process("cpu_threads=2", LLMJAX_CPU_DEVICES="4")
+    assert "UserError: parallel.cpu_threads=2: XLA takes a thread for each of the 4 CPU devices" in process.stderr
 
 
-def test_one_process_agrees_with_itself():
+def test_a_job_of_one_process_returns_its_own_values():
     hosts.initialize()
     assert hosts.exchange("name", "text") == ["text"]
     assert [hosts.agree(value) for value in (True, False)] == [True, False]
@@ -129,7 +136,7 @@ def test_one_process_agrees_with_itself():
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (2, 1, 4), (1, 1, 8)])
-def test_a_global_batch_holds_every_row_where_it_belongs(shape):
+def test_a_global_batch_has_every_row_in_order(shape):
     mesh = Mesh(np.array(jax.devices()).reshape(shape), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     sharding = NamedSharding(mesh, P(("data", "fsdp")))
     rows = hosts.local_rows(sharding, 8)
@@ -139,7 +146,7 @@ def test_a_global_batch_holds_every_row_where_it_belongs(shape):
     local = Batch(**fields, weights=rng.random((8, 16), np.float32), sample=rng.integers(0, 99, (8, 2), np.uint32))
     batch = hosts.global_batch(sharding, local, rows, 8)
     for name in ("inputs", "targets", "weights", "segments", "positions", "sample"):
-        placed, given = getattr(batch, name), getattr(local, name)
-        assert placed.sharding == sharding
-        assert placed.dtype == given.dtype
-        np.testing.assert_array_equal(placed, given)
+        field, expected = getattr(batch, name), getattr(local, name)
+        assert field.sharding == sharding
+        assert field.dtype == expected.dtype
+        np.testing.assert_array_equal(field, expected)

@@ -1,4 +1,4 @@
-"""Requests to stop end a command with one line and 128 + signal, whatever its main thread is doing."""
+"""A signal ends a command with one line and status 128 + signal, whatever its main thread is doing."""
 
 import signal
 import subprocess
@@ -11,11 +11,11 @@ import signal, sys, time
 from llmjax.cli import main as cli
 from llmjax.parallel import interrupts
 interrupts._REACTION_SECONDS = 0.2
-def verb(arguments):
+def command(arguments):
     print("ready", flush=True)
     BODY
-cli.COMMANDS["verb"] = verb
-sys.argv = ["llmjax", "verb"]
+cli.COMMANDS["command"] = command
+sys.argv = ["llmjax", "command"]
 cli.main()
 """
 BODIES = {
@@ -33,7 +33,7 @@ STOPS = [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGHUP, 129, "SIGHUP"), (sign
 
 
 def start(body: str, **options) -> subprocess.Popen:
-    """A command that runs `body`. It does not inherit what this process ignores, unless told to."""
+    """A command that runs `body`. By default it does not inherit the signals that this process ignores."""
     options.setdefault("preexec_fn", lambda: [signal.signal(number, signal.SIG_DFL) for number, _, _ in STOPS])
     process = subprocess.Popen(
         [sys.executable, "-c", PRELUDE.replace("BODY", body)],
@@ -48,14 +48,14 @@ def start(body: str, **options) -> subprocess.Popen:
 
 @pytest.mark.parametrize(("number", "status", "name"), STOPS)
 @pytest.mark.parametrize("body", BODIES)
-def test_every_signal_ends_every_command_with_a_line(number, status, name, body):
+def test_every_signal_ends_a_command_with_one_line(number, status, name, body):
     process = start(BODIES[body])
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (status, f"llmjax: stopped by {name}: rerun the same command to resume\n")
 
 
-def test_what_must_be_released_is_released(tmp_path):
+def test_a_signal_releases_the_lock_of_the_workdir(tmp_path):
     body = f"""
     from llmjax.run.workdir import Lock
     with Lock({str(tmp_path)!r}, primary=True):
@@ -68,7 +68,7 @@ def test_what_must_be_released_is_released(tmp_path):
     assert process.returncode == 143 and not list(tmp_path.iterdir())
 
 
-def test_what_nohup_ignores_stays_ignored():
+def test_a_signal_that_nohup_ignores_stays_ignored():
     process = start(
         "sys.stdin.readline(); print('done')",
         stdin=subprocess.PIPE,

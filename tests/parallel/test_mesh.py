@@ -1,4 +1,4 @@
-"""Mesh sizes against devices, and rules against names."""
+"""Mesh sizes for the devices, and rules from logical axes to mesh axes."""
 
 import jax
 from jax.sharding import PartitionSpec as P
@@ -18,7 +18,7 @@ from llmjax.parallel.mesh import MeshConfig, ParallelConfig, make_mesh, mesh_sha
         (MeshConfig(data=2, fsdp=2, tensor=2), (2, 2, 2)),
     ],
 )
-def test_sizes_fill_the_devices(config, expected):
+def test_minus_one_is_resolved_to_the_remaining_devices(config, expected):
     assert tuple(mesh_shape(config, 8).values()) == expected
     assert make_mesh(config).devices.shape == expected
 
@@ -32,22 +32,22 @@ def test_sizes_fill_the_devices(config, expected):
         (MeshConfig(data=-1, tensor=-1), r"at most one of them to -1"),
     ],
 )
-def test_sizes_that_do_not_fit(config, message):
+def test_sizes_that_do_not_fit_the_devices_are_refused(config, message):
     with pytest.raises(UserError, match=message):
         mesh_shape(config, 8)
 
 
-def test_names_become_mesh_axes():
+def test_spec_maps_logical_axes_to_mesh_axes():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     assert axes.spec(("batch", "seq", "mlp"), mesh=mesh) == P(("data", "fsdp"), None, "tensor")
-    # 3 heads cannot be cut in two, so they stay whole.
+    # 3 heads cannot be sharded over two devices, so they stay unsharded.
     assert axes.spec(("embed", "heads", "head_dim"), (8, 3, 4), mesh) == P("fsdp", None, None)
     with pytest.raises(KeyError):
         axes.spec(("width",), mesh=mesh)
 
 
-def test_changed_rules_are_traced_anew():
-    """The rules are part of jit's cache key: the same function under other rules is another program."""
+def test_other_rules_compile_another_program():
+    """The rules are part of jit's cache key."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     traced = []
 
@@ -56,7 +56,7 @@ def test_changed_rules_are_traced_anew():
         traced.append(axes.spec(("mlp",)))
         return axes.constrain(x, "mlp") * 2
 
-    other = tuple(("mlp", "data") if name == "mlp" else (name, found) for name, found in axes.DEFAULT_RULES)
+    other = tuple(("mlp", "data") if name == "mlp" else (name, mesh_axes) for name, mesh_axes in axes.DEFAULT_RULES)
     x = jax.numpy.ones(8)
     specs = []
     for rules in (axes.DEFAULT_RULES, other, axes.DEFAULT_RULES):
@@ -74,12 +74,12 @@ def test_changed_rules_are_traced_anew():
         (("batch",), r"'batch' is not a pair"),
     ],
 )
-def test_rules_that_mean_nothing(rules, message):
+def test_malformed_rules_are_refused(rules, message):
     with pytest.raises(UserError, match=message):
         ParallelConfig(rules=rules)
 
 
-def test_a_rule_that_is_left_out_is_the_default():
+def test_a_missing_rule_is_the_default():
     assert ParallelConfig(rules=axes.DEFAULT_RULES[1:]) == ParallelConfig()
-    found = dict(ParallelConfig(rules=(("mlp", None),)).rules)
-    assert found == {**dict(axes.DEFAULT_RULES), "mlp": None}
+    rules = dict(ParallelConfig(rules=(("mlp", None),)).rules)
+    assert rules == {**dict(axes.DEFAULT_RULES), "mlp": None}

@@ -14,7 +14,7 @@ from llmjax.plan import budget as budgets, count, devices, size
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 
 
-def test_the_laws_are_consistent():
+def test_the_scaling_laws_are_consistent():
     for flops in (1e18, 1e21, 1e24):
         budget = budgets.for_flops(flops)
         assert budget.flops == pytest.approx(flops)
@@ -25,7 +25,7 @@ def test_the_laws_are_consistent():
             assert moved.flops == pytest.approx(flops) and moved.loss > budget.loss
 
 
-def test_the_laws_agree_with_what_was_published():
+def test_the_scaling_laws_reproduce_published_numbers():
     # The replication's abstract finds about 20 tokens a parameter, as Chinchilla was trained (70B on 1.4T).
     chinchilla = budgets.for_flops(5.76e23)
     assert 65e9 < chinchilla.parameters < 80e9 and 17 < chinchilla.tokens / chinchilla.parameters < 22
@@ -36,14 +36,14 @@ def test_the_laws_agree_with_what_was_published():
 
 
 @pytest.mark.parametrize("spec", ["quickstart.py", "llama.py:tiny"])
-def test_parameters_are_those_of_the_real_model(spec):
+def test_the_parameter_count_is_that_of_the_initialised_model(spec):
     config = size.resolve(str(CONFIGS / spec), 500)
     params = jax.jit(lambda key: registry.init(config.model, key))(jax.random.key(0))
     real = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in params.items()}
     assert registry.parameters_by_part(registry.abstract(config.model)[1]) == real
 
 
-def test_flops_are_those_that_the_compiler_counts():
+def test_flops_agree_with_the_count_of_the_compiler():
     """The forward pass of an unrolled model: matmuls are all but a few percent, and the mask hides half a product."""
     config = size.resolve(str(CONFIGS / "quickstart.py"), 4096, (("model.vocab_multiple", "1"),))
     model, seq = config.model, config.data.seq_len
@@ -60,9 +60,9 @@ def test_flops_are_those_that_the_compiler_counts():
     assert counted == pytest.approx(whole + hidden_half, rel=0.06)
 
 
-def test_remat_keeps_less_and_less():
+def test_each_remat_policy_keeps_fewer_bytes():
     config = size.resolve(str(CONFIGS / "llama.py:tiny"), 500)
-    kept = count.kept_bytes(config)
+    kept = count.residual_bytes(config)
     assert kept["none"] > kept["dots"] > kept["full"] and kept["attention"] > kept["full"]
     # full keeps each block's input; "attention" each head's output as well, which is as wide here
     block = config.model.num_layers * config.data.seq_len * config.model.embed * 4
@@ -73,17 +73,17 @@ def test_remat_keeps_less_and_less():
     assert kept["dots"] - kept["full"] <= config.model.num_layers * config.data.seq_len * (widths + 512) * 4
 
 
-def test_adamw_holds_sixteen_bytes():
+def test_adamw_needs_sixteen_bytes_per_parameter():
     config = size.resolve(str(CONFIGS / "quickstart.py"), 500)
     assert count.state_bytes_per_parameter(config.model, config.optimizer) == pytest.approx(16, rel=1e-4)
 
 
-def test_the_nearest_config():
+def test_the_nearest_config_to_7e9_parameters_is_llama_8b():
     spec, parameters = size.nearest_config(7e9)
     assert spec == "llama:8B" and 7e9 < parameters < 8.1e9
 
 
-def test_this_machine_is_measured():
+def test_the_peak_of_this_machine_is_measured():
     assert devices.find("here").peak > 1e9
 
 
@@ -94,20 +94,20 @@ def test_this_machine_is_measured():
         (["--flops=0"], "=0.0: must be from 1 to 1e"),
         (["--tokens=1e300"], "must be from 1 to 1e"),
         (["--config=configs/quickstart.py", "--config.data.seq_len=0"], "data.seq_len=0: must be at least 1"),
-        (["--flops=1e20", "--budget_hours=3"], "say the same thing"),
+        (["--flops=1e20", "--budget_hours=3"], "both set the FLOPs"),
         (["--flops=1e20", "--tokens=1e9", "--parameters=1e9"], "over-determine the size"),
-        (["--flops=1e20", "--device=v7"], "--device=v7: known are"),
+        (["--flops=1e20", "--device=v7"], "--device=v7.*: choose one of"),
         (["--flops=1e20", "--mfu=1.5"], "--mfu=1.5"),
         (["--flops=1e20", "--config=configs/quickstart.py"], "set only one of them"),
         (["--flops=1e20", "--config.train.steps=3"], "needs --config"),
     ],
 )
-def test_bad_input(arguments, words):
+def test_bad_flags_are_refused(arguments, words):
     with pytest.raises(main.UserError, match=words):
         main.run(["size", *arguments])
 
 
-def test_what_is_printed(capsys, monkeypatch):
+def test_the_output_names_flops_time_and_parameters(capsys, monkeypatch):
     monkeypatch.chdir(CONFIGS.parent)
     assert main.run(["size", "--budget_hours=24", "--device=h100", "--devices=8"]) == 0
     printed = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""`llmjax inspect` lists what a run holds, oldest first, and what is damaged, without touching an array."""
+"""`llmjax inspect` lists checkpoints, damage, config and store of a run, and reads no array."""
 
 import json
 import shutil
@@ -18,15 +18,15 @@ STATE = {"version": 1, "fingerprint": "ab", "seed": 0, "mixture": "cd", "global_
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run of three checkpoints; the last one was trained to another horizon than the first two."""
+def finished_run(tmp_path_factory):
+    """A workdir of three checkpoints, and their fingerprints; the last one has another horizon than the first two."""
     workdir = tmp_path_factory.mktemp("runs") / "run"
     workdir.mkdir()
-    checkpoints, prints = Checkpoints(workdir / "checkpoints"), {}
+    checkpoints, fingerprints = Checkpoints(workdir / "checkpoints"), {}
     for step in (9, 10, 30):
         config = {**CONFIG, "train": {"steps": 30 if step == 30 else 10, "global_batch": 8}}
         meta = {"config": config, "data_state": {**STATE, "next_sample": step * 8}, "total_targets": step * 500}
-        prints[step] = checkpoints.save(step, {"params": {"w": jnp.full((4,), step, jnp.float32)}}, meta)
+        fingerprints[step] = checkpoints.save(step, {"params": {"w": jnp.full((4,), step, jnp.float32)}}, meta)
     checkpoints.close()
     split = {"documents": 3, "tokens": 1000, "text_bytes": 4000}
     source = {"path": "stdlib:", "train": split, "validation": split, "test": split}
@@ -35,58 +35,60 @@ def finished(tmp_path_factory):
     (workdir / "store" / "manifest.json").write_text(json.dumps(manifest))
     (workdir / "config.json").write_text(json.dumps(CONFIG))
     (workdir / "metrics.jsonl").write_text('{"step": 30, "loss": 2.5}\n{"step": 31, "lo')
-    return workdir, prints
+    return workdir, fingerprints
 
 
 @pytest.fixture
-def run(finished, tmp_path):
-    """A copy to do harm to."""
-    return shutil.copytree(finished[0], tmp_path / "run")
+def run(finished_run, tmp_path):
+    """A copy of that workdir, for tests that change it."""
+    return shutil.copytree(finished_run[0], tmp_path / "run")
 
 
-def test_checkpoints_come_oldest_first_with_fingerprint_and_data_state(finished):
-    workdir, prints = finished
-    found = inspection.inspect(workdir)
-    assert [item["step"] for item in found["checkpoints"]] == [9, 10, 30]  # by number: as text, 10 sorts before 9
-    assert {item["step"]: item["fingerprint"] for item in found["checkpoints"]} == prints
-    assert len(set(prints.values())) == 3
-    assert found["checkpoints"][1]["data_state"] == {**STATE, "next_sample": 80}
-    assert found["checkpoints"][1]["config_differences"] == {"train.steps": [10, 30]}
-    assert found["checkpoints"][2]["config_differences"] == {}
-    assert found["config"] == CONFIG
-    assert found["store"]["sources"]["main"]["train"]["tokens"] == 1000 and found["store"]["tokens"] == 3000
-    assert found["last_logged"] == {"step": 30, "loss": 2.5}
-    assert json.loads(json.dumps(found)) == found
+def test_inspect_lists_checkpoints_oldest_first_with_fingerprint_and_data_state(finished_run):
+    workdir, fingerprints = finished_run
+    result = inspection.inspect(workdir)
+    assert [item["step"] for item in result["checkpoints"]] == [9, 10, 30]  # by number: as text, 10 sorts before 9
+    assert {item["step"]: item["fingerprint"] for item in result["checkpoints"]} == fingerprints
+    assert len(set(fingerprints.values())) == 3
+    assert result["checkpoints"][1]["data_state"] == {**STATE, "next_sample": 80}
+    assert result["checkpoints"][1]["config_differences"] == {"train.steps": [10, 30]}
+    assert result["checkpoints"][2]["config_differences"] == {}
+    assert result["config"] == CONFIG
+    assert result["store"]["sources"]["main"]["train"]["tokens"] == 1000 and result["store"]["tokens"] == 3000
+    assert result["last_logged"] == {"step": 30, "loss": 2.5}
+    assert json.loads(json.dumps(result)) == result
 
 
-def test_the_table_names_steps_prints_changes_and_the_next_command(finished):
-    workdir, prints = finished
+def test_describe_shows_steps_fingerprints_config_changes_and_the_next_command(finished_run):
+    workdir, fingerprints = finished_run
     text = inspection.describe(inspection.inspect(workdir))
-    rows = [line.split("  ") for line in text.splitlines() if prints[10][:16] in line or prints[30][:16] in line]
+    rows = [
+        line.split("  ") for line in text.splitlines() if fingerprints[10][:16] in line or fingerprints[30][:16] in line
+    ]
     assert [[cell.strip() for cell in row if cell.strip()] for row in rows] == [
-        ["10", prints[10][:16], "80", "5,000", "train.steps"],
-        ["30", prints[30][:16], "240", "15,000", "same as config.json"],
+        ["10", fingerprints[10][:16], "80", "5,000", "train.steps"],
+        ["30", fingerprints[30][:16], "240", "15,000", "same as config.json"],
     ]
     assert "last logged step 30, loss 2.5000" in text
     assert "steps=30" in text and "3,000 tokens of main" in text
     assert text.splitlines()[-1].startswith(f"next: llmjax eval --workdir={workdir}")
 
 
-def test_a_damaged_checkpoint_is_listed_and_the_others_are_still_shown(run):
+def test_damaged_checkpoints_are_listed_beside_the_good_ones(run):
     (meta,) = (run / "checkpoints" / "10" / "meta").glob("metadata")
     meta.write_text(meta.read_text().replace("5000", "5001"))
     (run / "checkpoints" / "damaged" / "7-1").mkdir(parents=True)
-    found = inspection.inspect(run)
-    assert [item["step"] for item in found["checkpoints"]] == [9, 30]
-    assert [item["path"] for item in found["damaged"]] == [
+    result = inspection.inspect(run)
+    assert [item["step"] for item in result["checkpoints"]] == [9, 30]
+    assert [item["path"] for item in result["damaged"]] == [
         str(run / "checkpoints" / "10"),
         str(run / "checkpoints" / "damaged" / "7-1"),
     ]
-    text = inspection.describe(found)
+    text = inspection.describe(result)
     assert "checksum" in text and "7-1: set aside when a run resumed" in text
 
 
-def test_a_prepared_run_points_to_training(run):
+def test_the_next_command_of_a_prepared_workdir_is_train(run):
     shutil.rmtree(run / "checkpoints")
     (run / "config.json").unlink()
     text = inspection.describe(inspection.inspect(run))
@@ -94,14 +96,14 @@ def test_a_prepared_run_points_to_training(run):
     assert text.splitlines()[-1] == f"next: llmjax train --config=FILE --workdir={run}"
 
 
-def test_what_is_no_run_is_refused(tmp_path):
+def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"--workdir=.*absent: no such folder"):
         inspection.inspect(tmp_path / "absent")
     with pytest.raises(UserError, match=r"--workdir=.*: no run there"):
         inspection.inspect(tmp_path)
 
 
-def test_a_torn_config_is_named(run):
+def test_an_incomplete_config_file_is_named(run):
     (run / "config.json").write_text('{"seed": ')
     with pytest.raises(UserError, match=r"config\.json: not JSON"):
         inspection.inspect(run)
@@ -120,7 +122,7 @@ def prepared(tmp_path):
     return tmp_path / "run"
 
 
-def test_every_byte_of_the_token_store_is_verified(prepared, capsys):
+def test_verify_reads_every_byte_of_the_token_store(prepared, capsys):
     assert main.run(["inspect", f"--workdir={prepared}", "--verify"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("verified ")]
     splits = [f"{name}/{split}" for name in ("books", "code") for split in ("train", "validation", "test")]
@@ -136,7 +138,7 @@ def test_every_byte_of_the_token_store_is_verified(prepared, capsys):
 
 
 @pytest.mark.parametrize("file", ["tokens-00000.bin", "offsets-00000.npy"])
-def test_a_flipped_bit_anywhere_in_the_token_store_is_named(prepared, file, capsys):
+def test_verify_names_the_file_of_a_flipped_bit(prepared, file, capsys):
     path = prepared / "store" / "code" / "train" / file
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
@@ -146,7 +148,7 @@ def test_a_flipped_bit_anywhere_in_the_token_store_is_named(prepared, file, caps
     assert "verified books/test" in capsys.readouterr().out
 
 
-def test_nothing_to_verify_is_said(run):
+def test_verify_without_a_token_store_is_refused(run):
     shutil.rmtree(run / "store")
     with pytest.raises(UserError, match=r"no token store to verify; `llmjax prepare`"):
         main.run(["inspect", f"--workdir={run}", "--verify"])

@@ -1,4 +1,4 @@
-"""What a run kept of itself is enough to use it later, by code that has learned more since."""
+"""A run is loaded and resumed from the files of its workdir, also after llmjax has got new fields and axes."""
 
 import json
 import pathlib
@@ -21,23 +21,23 @@ def trained(tmp_path_factory) -> tuple[pathlib.Path, pathlib.Path]:
     return corpus, workdir
 
 
-def without(config: dict, axis: str) -> dict:
-    """A config as it was kept before there was a rule for `axis`."""
+def without_rule(config: dict, axis: str) -> dict:
+    """A config as it was saved before there was a rule for `axis`."""
     rules = [rule for rule in config["parallel"]["rules"] if rule[0] != axis]
     assert len(rules) == len(config["parallel"]["rules"]) - 1
     return {**config, "parallel": {**config["parallel"], "rules": rules}}
 
 
 @pytest.mark.slow
-def test_a_run_from_before_an_axis_had_a_rule_is_used_and_resumed(trained, tmp_path):
+def test_a_run_saved_without_a_rule_for_a_newer_axis_is_evaluated_and_resumed(trained, tmp_path):
     corpus, workdir = trained
     old = shutil.copytree(workdir, tmp_path / "run")
     shutil.rmtree(old / "eval")
     path = old / "config.json"
-    path.write_text(json.dumps(without(json.loads(path.read_text()), "mlp")))
+    path.write_text(json.dumps(without_rule(json.loads(path.read_text()), "mlp")))
     meta = old / "checkpoints" / "2" / "meta" / "metadata"
     body = json.loads(meta.read_text())
-    body["meta"]["config"] = without(body["meta"]["config"], "mlp")
+    body["meta"]["config"] = without_rule(body["meta"]["config"], "mlp")
     del body["crc32"]
     meta.write_text(json.dumps({"crc32": manager._crc32(body), **body}))
 
@@ -48,12 +48,12 @@ def test_a_run_from_before_an_axis_had_a_rule_is_used_and_resumed(trained, tmp_p
     assert scores[old] == scores[workdir]
     resumed = jobs.command("train", old, corpus, train__steps=3, mesh__tensor=2)
     assert "resuming at step 2" in jobs.run(resumed, LLMJAX_CPU_DEVICES="2")
-    assert "mlp" in dict(json.loads(path.read_text())["parallel"]["rules"]), "what is kept now is whole"
+    assert "mlp" in dict(json.loads(path.read_text())["parallel"]["rules"]), "all rules are saved now"
 
 
 @pytest.mark.slow
 def test_training_resumes_from_the_config_of_the_workdir(trained, tmp_path):
-    """Neither --config nor the overrides of the first start are repeated; new ones are applied, or refused."""
+    """Neither --config nor the overrides of the first start are repeated; new overrides are applied."""
     workdir = shutil.copytree(trained[1], tmp_path / "run")
     command = [str(jobs.LLMJAX), "train", f"--workdir={workdir}"]
     assert "nothing left to train" in jobs.run(command, LLMJAX_CPU_DEVICES="2")
@@ -62,10 +62,10 @@ def test_training_resumes_from_the_config_of_the_workdir(trained, tmp_path):
     assert "set --config.train.stop_at=0 to train to step 4" in jobs.run(command, LLMJAX_CPU_DEVICES="2")
 
 
-def test_what_was_accepted_once_is_not_accepted_again(tmp_path):
+def test_accept_changes_holds_for_one_start(tmp_path):
     path = epath.Path(tmp_path)
-    kept = {"train": {"steps": 7}, "checkpoint": {"accept_changes": True, "every": 3}}
-    (tmp_path / "config.json").write_text(json.dumps(kept))
+    saved = {"train": {"steps": 7}, "checkpoint": {"accept_changes": True, "every": 3}}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
     config = loading.resolve(None, path, [("train.log_every", "2")])
     assert (config.train.steps, config.train.log_every, config.checkpoint.every) == (7, 2, 3)
     assert not config.checkpoint.accept_changes
@@ -74,7 +74,6 @@ def test_what_was_accepted_once_is_not_accepted_again(tmp_path):
 
 
 def test_a_workdir_of_another_version_is_refused_in_one_line(tmp_path):
-    """As written before a field was renamed."""
     (tmp_path / "config.json").write_text(json.dumps({"parallel": {"how": "pjit"}}))
     message = r"config\.json: unknown config field 'parallel\.how'.*; another version of llmjax wrote this workdir: use"
     for read in (lambda path: loading.read_config(path), lambda path: loading.resolve(None, path, [])):

@@ -1,4 +1,4 @@
-"""Resume, re-shard and re-scale, bit for bit, with real processes that are really killed."""
+"""Bitwise resume, also on other meshes and process counts, with real processes that are killed."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def corpus(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def common(tmp_path_factory, corpus) -> dict:
-    """What all jobs share: a prepared store, and a folder of compiled programs, as one workdir has for its restarts."""
+    """Settings of all jobs: one prepared store, and one compilation cache, as a workdir has for its restarts."""
     workdir = tmp_path_factory.mktemp("prepared")
     jobs.run(jobs.command("prepare", workdir, corpus))
     return {"data__store": workdir / "store", "train__compilation_cache": workdir / "compiled"}
@@ -32,20 +32,20 @@ def common(tmp_path_factory, corpus) -> dict:
 
 @pytest.fixture(scope="module")
 def train(corpus, common, tmp_path_factory):
-    """Run a whole job (memoised by its settings) and return its workdir."""
-    done: dict = {}
+    """Run a job to its last step (memoised by its settings) and return its workdir."""
+    workdirs: dict = {}
 
     def run(*, processes: int = 1, devices: int = 8, **changes) -> pathlib.Path:
         key = (processes, devices, *sorted(changes.items()))
-        if key not in done:
+        if key not in workdirs:
             workdir = tmp_path_factory.mktemp("run")
             arguments = jobs.command("train", workdir, corpus, **common, **changes)
             if processes == 1:
                 jobs.run(arguments, LLMJAX_CPU_DEVICES=str(devices))
             else:
                 jobs.run(jobs.launch(arguments, processes, devices))
-            done[key] = workdir
-        return done[key]
+            workdirs[key] = workdir
+        return workdirs[key]
 
     return run
 
@@ -54,12 +54,12 @@ def fingerprints(workdir: pathlib.Path) -> dict[int, tuple]:
     return {step: (entry["fingerprint"], str(entry["data_state"])) for step, entry in jobs.checkpoints(workdir).items()}
 
 
-def test_kill_and_resume_equals_an_unbroken_run(train, corpus, common, tmp_path):
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_run(train, corpus, common, tmp_path):
     """SIGKILL in the middle of a run, then the same command: losses, digests, parameters and optimizer state agree."""
-    whole = train(mesh__data=1, mesh__fsdp=8)
-    broken = tmp_path / "broken"
-    arguments = jobs.command("train", broken, corpus, mesh__data=1, mesh__fsdp=8, **common)
-    # Long enough to be killed on the way; the kill lands after the checkpoint of step 4 and before the end.
+    uninterrupted = train(mesh__data=1, mesh__fsdp=8)
+    resumed = tmp_path / "resumed"
+    arguments = jobs.command("train", resumed, corpus, mesh__data=1, mesh__fsdp=8, **common)
+    # The kill is after the checkpoint of step 4 and before the last step.
     job = subprocess.Popen(
         arguments,
         env=jobs.environment(LLMJAX_CPU_DEVICES="8"),
@@ -67,44 +67,47 @@ def test_kill_and_resume_equals_an_unbroken_run(train, corpus, common, tmp_path)
         stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and not (broken / "checkpoints" / "4").exists():
+    while time.monotonic() < deadline and not (resumed / "checkpoints" / "4").exists():
         assert job.poll() is None, "the job ended before it could be killed"
         time.sleep(0.01)
     os.kill(job.pid, signal.SIGKILL)
     assert job.wait() == -signal.SIGKILL
-    assert jobs.metrics(broken)[-1]["step"] < 12
+    assert jobs.metrics(resumed)[-1]["step"] < 12
     printed = jobs.run(arguments, LLMJAX_CPU_DEVICES="8")
     assert "resuming at step" in printed
-    assert jobs.trace(broken) == jobs.trace(whole)
-    assert fingerprints(broken) == fingerprints(whole)
+    assert jobs.trace(resumed) == jobs.trace(uninterrupted)
+    assert fingerprints(resumed) == fingerprints(uninterrupted)
     assert "nothing left to train" in jobs.run(arguments, LLMJAX_CPU_DEVICES="8")
-    assert len(json.loads((broken / "run.json").read_text())["restarts"]) == 1, "looking at a run restarts nothing"
+    assert len(json.loads((resumed / "run.json").read_text())["restarts"]) == 1, (
+        "a start with no steps left is no restart"
+    )
 
 
 @pytest.fixture(scope="module")
 def layouts(corpus, tmp_path_factory):
     """Train on every mesh of LAYOUTS in one job of a process layout (memoised), and return the folder of workdirs.
 
-    The programs are compiled without optimisation, as they are many: it changes bits, but the same bits everywhere.
+    XLA_FLAGS of the tests turn off optimisation, since there are many programs. That changes the bits of all layouts
+    alike.
     """
-    done: dict[tuple[int, int], pathlib.Path] = {}
+    folders: dict[tuple[int, int], pathlib.Path] = {}
     store = tmp_path_factory.mktemp("layouts") / "store"
 
     def run(processes: int, devices: int) -> pathlib.Path:
-        if (processes, devices) not in done:
+        if (processes, devices) not in folders:
             out = tmp_path_factory.mktemp("layout")
             command = [sys.executable, "-m", "tests.train.layouts_worker", str(out), str(corpus), str(store)]
             flags, root = os.environ["XLA_FLAGS"], str(jobs.ROOT)
             jobs.run(jobs.launch(command, processes, devices), timeout=600, XLA_FLAGS=flags, PYTHONPATH=root)
-            done[processes, devices] = out
-        return done[processes, devices]
+            folders[processes, devices] = out
+        return folders[processes, devices]
 
     return run
 
 
 @pytest.mark.timeout(1800)  # the first one starts three jobs
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_process_layouts_agree(layouts, name):
+def test_two_and_four_processes_agree_bitwise_on_every_mesh(layouts, name):
     """2 processes x 4 devices and 4 x 2: the same bits on every mesh. One process x 8: the same batches, losses within
     1e-6.
 
@@ -112,23 +115,23 @@ def test_process_layouts_agree(layouts, name):
     """
     one, two, four = (layouts(processes, 8 // processes) / name for processes in (1, 2, 4))
     assert jobs.trace(two) == jobs.trace(four)
-    assert recorded(two) == recorded(four)
+    assert read_checkpoints(two) == read_checkpoints(four)
     for (_, loss, digest, _), (_, expected, expected_digest, _) in zip(jobs.trace(one), jobs.trace(two), strict=True):
         assert digest == expected_digest
         assert loss == pytest.approx(expected, rel=1e-6)
 
 
-def recorded(workdir: pathlib.Path) -> list[tuple]:
+def read_checkpoints(workdir: pathlib.Path) -> list[tuple]:
     """(step, fingerprint, data state) of every checkpoint."""
     checkpoints = inspection.inspect(workdir)["checkpoints"]
     assert checkpoints
     return [(entry["step"], entry["fingerprint"], entry["data_state"]) for entry in checkpoints]
 
 
-def test_saved_on_one_layout_resumed_on_another(train, corpus, common, tmp_path):
+def test_a_run_of_two_processes_is_resumed_by_one_on_another_mesh(train, corpus, common, tmp_path):
     """Half on 2 processes x 4 devices (2 x 2 x 2), half on one (fsdp 8): same batches, the same state at restore."""
     shape = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
-    whole = train(processes=2, devices=4, **shape)
+    uninterrupted = train(processes=2, devices=4, **shape)
     moved = tmp_path / "moved"
     settings = {**common, "checkpoint__every": 6}
     first = jobs.command("train", moved, corpus, train__stop_at=6, **shape, **settings)
@@ -138,22 +141,21 @@ def test_saved_on_one_layout_resumed_on_another(train, corpus, common, tmp_path)
     printed = jobs.run(second, LLMJAX_CPU_DEVICES="8")
     # The fingerprint printed at resume was computed from the arrays after the restore.
     assert f"resuming at step 6, fingerprint {saved}" in printed
-    assert [line[2] for line in jobs.trace(moved)] == [line[2] for line in jobs.trace(whole)]
-    for found, expected in zip(jobs.trace(moved), jobs.trace(whole), strict=True):
-        assert found[1] == pytest.approx(
-            expected[1], rel=1e-4
-        )  # the second half adds in another order, and it compounds
+    assert [line[2] for line in jobs.trace(moved)] == [line[2] for line in jobs.trace(uninterrupted)]
+    for line, expected in zip(jobs.trace(moved), jobs.trace(uninterrupted), strict=True):
+        # The second half adds in another order, and the differences grow with every step.
+        assert line[1] == pytest.approx(expected[1], rel=1e-4)
 
 
 def test_pmap_over_two_processes_agrees_with_jit(layouts):
-    """pmap's host-local state is saved as global arrays: jit on any layout could have made the checkpoint."""
+    """pmap's host-local state is saved as global arrays, which jit restores on any layout."""
     mapped, plain = layouts(2, 4) / "pmap", layouts(2, 4) / "data8"
     for (_, loss, digest, _), (_, expected, expected_digest, _) in zip(
         jobs.trace(mapped), jobs.trace(plain), strict=True
     ):
         assert digest == expected_digest
         assert loss == pytest.approx(expected, rel=1e-6)
-    assert [entry[0] for entry in recorded(mapped)] == [entry[0] for entry in recorded(plain)]
+    assert [entry[0] for entry in read_checkpoints(mapped)] == [entry[0] for entry in read_checkpoints(plain)]
     printed = jobs.run([*jobs.command("eval", mapped), "--split=train"], LLMJAX_CPU_DEVICES="8")
     assert "bits per byte" in printed
 
@@ -164,23 +166,23 @@ def test_prefetch_and_microbatches_change_no_batch(train):
     assert [line[2] for line in jobs.trace(plain)] == [line[2] for line in jobs.trace(other)]
 
 
-def test_skipped_span_is_the_run_without_it(train, corpus, common, tmp_path):
-    """data.skip given at a resume drops exactly that span: the batches after it are those the unbroken run saw."""
-    whole = train(mesh__data=1, mesh__fsdp=8)
-    part = tmp_path / "part"
+def test_data_skip_leaves_out_exactly_its_samples(train, corpus, common, tmp_path):
+    """Set at a resume, it leaves out these samples: the batches after them are those of the uninterrupted run."""
+    uninterrupted = train(mesh__data=1, mesh__fsdp=8)
+    workdir = tmp_path / "skipping"
     settings = {**common, "mesh__data": 1, "mesh__fsdp": 8}
-    jobs.run(jobs.command("train", part, corpus, train__stop_at=4, **settings), LLMJAX_CPU_DEVICES="8")
-    skipping = jobs.command("train", part, corpus, train__stop_at=6, data__skip=((64, 96),), **settings)
+    jobs.run(jobs.command("train", workdir, corpus, train__stop_at=4, **settings), LLMJAX_CPU_DEVICES="8")
+    skipping = jobs.command("train", workdir, corpus, train__stop_at=6, data__skip=((64, 96),), **settings)
     jobs.run(skipping, LLMJAX_CPU_DEVICES="8")
-    digests = {line[0]: line[2] for line in jobs.trace(part)}
-    unbroken = {line[0]: line[2] for line in jobs.trace(whole)}
-    assert digests[5] == unbroken[7] and digests[6] == unbroken[8]
+    digests = {line[0]: line[2] for line in jobs.trace(workdir)}
+    expected = {line[0]: line[2] for line in jobs.trace(uninterrupted)}
+    assert digests[5] == expected[7] and digests[6] == expected[8]
 
 
-def test_terminated_job_saves_and_goes_on(train, corpus, common, tmp_path):
-    """SIGTERM to a job of two: both save the same step, exit 85, and the resumed run is the unbroken one."""
+def test_a_terminated_job_saves_and_is_resumed(train, corpus, common, tmp_path):
+    """After SIGTERM both processes save one step and exit with 85; the resumed run equals an uninterrupted one."""
     layout = {"mesh__data": 2, "mesh__fsdp": 4}
-    whole = train(processes=2, devices=4, **layout)
+    uninterrupted = train(processes=2, devices=4, **layout)
     stopped = tmp_path / "stopped"
     arguments = jobs.command("train", stopped, corpus, **common, **layout)
     job = subprocess.Popen(
@@ -198,4 +200,4 @@ def test_terminated_job_saves_and_goes_on(train, corpus, common, tmp_path):
     assert job.returncode == 85, printed
     assert jobs.checkpoints(stopped), printed
     jobs.run(jobs.launch(arguments, 2, 4))
-    assert jobs.trace(stopped) == jobs.trace(whole)
+    assert jobs.trace(stopped) == jobs.trace(uninterrupted)

@@ -10,8 +10,8 @@ from llmjax.train.logger import MetricsLogger
 
 @pytest.mark.parametrize("max_skipped", [1, 3])
 @pytest.mark.parametrize("bad", [1, 2, 3, 4])
-def test_max_skipped_steps_in_a_row_are_reported_though_a_good_one_follows(monkeypatch, max_skipped, bad):
-    """A step is read when the next one was started, so a good one is always read before anybody asks."""
+def test_diverged_is_set_after_max_skipped_bad_steps_and_stays_set(monkeypatch, max_skipped, bad):
+    """A step is read after the next one was started, so the loop asks only after a good step may have been read."""
     monkeypatch.setattr("llmjax.train.logger.run_config.flops_per_token", lambda *_: 1.0)
     monkeypatch.setattr(MetricsLogger, "_write", lambda *_: None)
     train = types.SimpleNamespace(max_skipped=max_skipped, log_every=1)

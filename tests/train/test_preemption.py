@@ -16,16 +16,16 @@ from tests import jobs
 @pytest.fixture
 def preemption():
     old = {number: signal.signal(number, signal.SIG_DFL) for number in interrupts.SIGNALS}
-    found = Preemption(lambda: "steps 5 to 7 are lost")
-    yield found
-    found.close()
+    preemption = Preemption(lambda: "steps 5 to 7 are lost")
+    yield preemption
+    preemption.close()
     assert all(signal.getsignal(number) == signal.SIG_DFL for number in old)
     for number, handler in old.items():
         signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", interrupts.SIGNALS)
-def test_the_first_signal_asks_and_the_second_ends(preemption, number):
+def test_the_first_signal_requests_a_stop_and_the_second_ends_the_process(preemption, number):
     assert not preemption.reached()
     os.kill(os.getpid(), number)
     assert preemption.reached()
@@ -35,28 +35,28 @@ def test_the_first_signal_asks_and_the_second_ends(preemption, number):
     assert stopped.value.status == 128 + number
 
 
-def test_several_processes_count_every_check(preemption, monkeypatch):
-    """The coordination service answers True at one number: numbers grow by 1, and the answer stays."""
-    monkeypatch.setattr(preemption, "_single", False)
-    seen = []
+def test_calls_of_reached_are_numbered_until_all_processes_agree(preemption, monkeypatch):
+    """The coordination service returns True at one number; from then on the answer stays True."""
+    monkeypatch.setattr(preemption, "_is_single", False)
+    numbers = []
 
     def reached_sync_point(number: int) -> bool:
-        seen.append(number)
+        numbers.append(number)
         return number == 3
 
     monkeypatch.setattr("llmjax.train.preemption.multihost_utils.reached_preemption_sync_point", reached_sync_point)
     assert [preemption.reached() for _ in range(5)] == [False, False, True, True, True]
-    assert seen == [1, 2, 3]
-    preemption._single = True
+    assert numbers == [1, 2, 3]
+    preemption._is_single = True
 
 
-def test_what_is_ignored_stays_ignored(monkeypatch):
+def test_an_ignored_signal_stays_ignored(monkeypatch):
     old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        found = Preemption(lambda: "")
+        preemption = Preemption(lambda: "")
         os.kill(os.getpid(), signal.SIGHUP)
-        assert not found.reached()
-        found.close()
+        assert not preemption.reached()
+        preemption.close()
     finally:
         signal.signal(signal.SIGHUP, old)
 
@@ -70,7 +70,7 @@ def test_what_is_ignored_stays_ignored(monkeypatch):
         (0, None, "no step was finished"),
     ],
 )
-def test_what_is_lost(step, newest, expected):
+def test_describe_loss_names_the_lost_steps(step, newest, expected):
     assert _describe_loss(step, newest) == expected
 
 
@@ -79,21 +79,21 @@ import sys, time
 from llmjax.cli import main
 from llmjax.evals import harness
 
-place = harness.Evaluator._to_devices
+to_devices = harness.Evaluator._to_devices
 
-def wait_and_place(evaluator, local):
+def wait_before_batch(evaluator, local):
     print("a batch of the evaluation", flush=True)
     time.sleep(0.2)
-    return place(evaluator, local)
+    return to_devices(evaluator, local)
 
-harness.Evaluator._to_devices = wait_and_place
+harness.Evaluator._to_devices = wait_before_batch
 main.main()
 """
 
 
 @pytest.mark.multiprocess
 def test_processes_stop_in_the_middle_of_an_evaluation(tmp_path):
-    """With 2 rows a batch the evaluation has some hundred batches; it ends some batches after the signal."""
+    """With 2 rows a batch the evaluation has about a hundred batches; it ends a few batches after the signal."""
     corpus, workdir = jobs.write_corpus(tmp_path / "corpus"), tmp_path / "run"
     changes = {"checkpoint__every": 100, "eval__every": 3, "eval__batch": 2, "data__split__validation": 0.3}
     _, *arguments = jobs.command("train", workdir, corpus, **changes)

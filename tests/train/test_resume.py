@@ -1,12 +1,9 @@
-"""What may change between a checkpoint and the run that goes on from it: without a word, said, or not at all."""
+"""Which changes of the config a resumed run accepts silently, logs, or refuses."""
 
 import dataclasses
 import functools
 import logging
 
-import jax
-from jax.sharding import AxisType, Mesh
-import numpy as np
 import pytest
 
 from llmjax.checkpoint.manager import Checkpoints
@@ -17,12 +14,13 @@ from llmjax.parallel import axes
 from llmjax.run import config as run_config, state as states
 from llmjax.run.config import RunConfig, TrainConfig
 from llmjax.train import resume
+from tests.train.trainer import one_device
 
 MODEL = RecurrentConfig(cell="rglru", vocab_size=64, embed=16, num_layers=1, recurrence="associative")
 
 
 class Data:
-    """Data that any checkpoint goes on with."""
+    """Training data that every checkpoint can resume from."""
 
     def start(self) -> DataState:
         return DataState(fingerprint="text", seed=0, mixture="one", next_sample=0, global_batch=8)
@@ -36,15 +34,13 @@ def resume_run(tmp_path_factory):
     """Resume from one checkpoint with another model or training section, and return the log."""
     folder = tmp_path_factory.mktemp("checkpoints")
     saved = RunConfig(model=MODEL, train=TrainConfig(steps=10))
-    mesh = Mesh(
-        np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3
-    )
+    mesh = one_device()
 
-    def planned(config: RunConfig) -> states.StateSpec:
+    def make_spec(config: RunConfig) -> states.StateSpec:
         with axes.use_mesh(mesh, config.parallel.rules):
             return states.make_state_spec(config.model, config.optimizer, horizon=config.train.steps)
 
-    spec = planned(saved)
+    spec = make_spec(saved)
     checkpoints = Checkpoints(folder)
     meta = {"config": run_config.to_json(saved), "data_state": Data().start().to_json(), "tokenizer_sha256": "a"}
     meta |= {"total_targets": 5, "skipped": 0}
@@ -58,11 +54,11 @@ def resume_run(tmp_path_factory):
             train=dataclasses.replace(saved.train, **train or {}),
             parallel=dataclasses.replace(saved.parallel, **parallel or {}),
         )
-        again = Checkpoints(folder)
+        checkpoints = Checkpoints(folder)
         caplog.clear()
         with caplog.at_level(logging.INFO, logger="llmjax"):
-            progress = resume.restore_or_init(config, planned(config), Data(), again, "a")  # pyright: ignore[reportArgumentType]
-        again.close()
+            progress = resume.restore_or_init(config, make_spec(config), Data(), checkpoints, "a")  # pyright: ignore[reportArgumentType]
+        checkpoints.close()
         assert (progress.step, progress.total_targets) == (1, 5)
         return list(caplog.messages)
 
@@ -82,25 +78,25 @@ def resumed(resume_run, caplog):
     ],
     ids=", ".join,
 )
-def test_how_a_model_computes_may_change_without_a_word(resumed, model):
+def test_fields_of_how_a_model_computes_change_silently(resumed, model):
     (line,) = resumed(model=model)
     assert "resuming at step 1" in line
 
 
-def test_what_a_model_is_may_not_change(resumed):
+def test_a_change_of_the_models_function_is_refused(resumed):
     with pytest.raises(UserError, match=r"model.norm: 'rmsnorm' -> 'layernorm'"):
         resumed(model=dict(norm="layernorm"))
 
 
-def test_what_training_lowers_is_said_when_it_changes(resumed):
-    changed, line = resumed(train=dict(z_loss=1e-4, loss_chunk=32))
-    assert changed.strip() == "changed since the checkpoint: train.z_loss: 0.0 -> 0.0001"
+def test_a_change_of_the_loss_is_logged(resumed):
+    change, line = resumed(train=dict(z_loss=1e-4, loss_chunk=32))
+    assert change.strip() == "changed since the checkpoint: train.z_loss: 0.0 -> 0.0001"
     assert "resuming at step 1" in line
 
 
-def test_another_number_of_cpu_threads_is_said(resumed):
-    changed, line = resumed(parallel=dict(cpu_threads=4))
-    assert changed.strip() == "changed since the checkpoint: parallel.cpu_threads: 8 -> 4"
+def test_a_change_of_cpu_threads_is_logged(resumed):
+    change, line = resumed(parallel=dict(cpu_threads=4))
+    assert change.strip() == "changed since the checkpoint: parallel.cpu_threads: 8 -> 4"
     assert "resuming at step 1" in line
 
 

@@ -1,4 +1,4 @@
-"""The step is one function: every mesh, pmap and any microbatching agree with one device."""
+"""The train step on every mesh, under pmap and with microbatches agrees with one device."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ from tests.train.trainer import ROWS, Trainer, one_device
 
 SEQ, VOCAB = 32, 200
 MODEL = DecoderConfig(vocab_size=VOCAB, num_layers=2, embed=32, num_heads=8, num_kv_heads=4, mlp=64, dropout=0.1)
-# The decay of the schedule, the clipping and the EMA are all at work in these steps.
+# The schedule, clipping and the EMA all take effect in these steps.
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, clip_norm=0.5, ema_decay=0.9)
 
 
@@ -57,20 +57,20 @@ def test_layouts_agree_with_one_device(layout, oracle):
     trainer = make_trainer(make_mesh(mesh), backend=backend, accumulation=accumulation)
     metrics, params = oracle
     for k, expected in enumerate(metrics):
-        found = trainer.step(batch(k))
-        assert found["batch_digest"] == expected["batch_digest"]
-        assert found["num_targets"] == expected["num_targets"]
+        result = trainer.step(batch(k))
+        assert result["batch_digest"] == expected["batch_digest"]
+        assert result["num_targets"] == expected["num_targets"]
         # float32 sums of 16 x 32 terms in another order: a few units in the last place (1.2e-7), compounded over steps.
-        np.testing.assert_allclose(found["loss"], expected["loss"], rtol=2e-6)
-        np.testing.assert_allclose(found["grad_norm"], expected["grad_norm"], rtol=1e-5)
+        np.testing.assert_allclose(result["loss"], expected["loss"], rtol=2e-6)
+        np.testing.assert_allclose(result["grad_norm"], expected["grad_norm"], rtol=1e-5)
     # Adam divides by the root of tiny second moments, which magnifies an ulp of the gradient up to the step size of
     # 1e-2: parameters agree to a small part of one update.
-    for found, expected in zip(jax.tree.leaves(trainer.global_state().params), jax.tree.leaves(params), strict=True):
-        np.testing.assert_allclose(np.asarray(found), expected, atol=2e-4)
+    for leaf, expected in zip(jax.tree.leaves(trainer.global_state().params), jax.tree.leaves(params), strict=True):
+        np.testing.assert_allclose(np.asarray(leaf), expected, atol=2e-4)
 
 
 def test_gradients_agree_across_meshes():
-    """The gradients themselves, before any optimizer can hide or magnify a difference."""
+    """The gradients alone, since an optimizer can hide or magnify a difference."""
 
     def gradient(mesh: Mesh) -> dict:
         with axes.use_mesh(mesh):
@@ -78,17 +78,17 @@ def test_gradients_agree_across_meshes():
             loss = make_loss(spec.graph, seed=3, chunk=16, z_loss=1e-3)
             params = states.init_state(spec, MODEL, seed=0).params
             sharding = backends.batch_sharding()
-            placed = hosts.global_batch(sharding, batch(0), hosts.local_rows(sharding, ROWS), ROWS)
-            return jax.device_get(jax.jit(jax.grad(loss, has_aux=True))(params, placed)[0])
+            rows = hosts.global_batch(sharding, batch(0), hosts.local_rows(sharding, ROWS), ROWS)
+            return jax.device_get(jax.jit(jax.grad(loss, has_aux=True))(params, rows)[0])
 
     meshes = [one_device(), make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))]
     one, many = map(gradient, meshes)
-    for found, expected in zip(jax.tree.leaves(many), jax.tree.leaves(one), strict=True):
+    for leaf, expected in zip(jax.tree.leaves(many), jax.tree.leaves(one), strict=True):
         # Summed (not mean) gradients of some 400 tokens: float32 rounding relative to the leaf's largest entry.
-        np.testing.assert_allclose(found, expected, atol=3e-6 * np.abs(expected).max())
+        np.testing.assert_allclose(leaf, expected, atol=3e-6 * np.abs(expected).max())
 
 
-def test_state_is_sharded_by_the_rules():
+def test_every_leaf_but_the_counters_is_sharded():
     with axes.use_mesh(make_mesh(MeshConfig(data=1, fsdp=8))):
         spec = states.make_state_spec(MODEL, OPTIMIZER, horizon=10)
     replicated = [
@@ -100,7 +100,7 @@ def test_state_is_sharded_by_the_rules():
     assert all(name in counters or "count" in name for name in replicated), replicated
 
 
-def test_a_dimension_that_does_not_divide_is_reported():
+def test_a_parameter_that_the_mesh_does_not_divide_is_reported():
     narrow = dataclasses.replace(MODEL, embed=36, num_heads=2, num_kv_heads=2, head_dim=18)
     with axes.use_mesh(make_mesh(MeshConfig(data=1, fsdp=8))):
         lines = states.unsharded_params(states.make_state_spec(narrow, OPTIMIZER, horizon=10))
@@ -109,28 +109,27 @@ def test_a_dimension_that_does_not_divide_is_reported():
     assert f"{256 * 36 * 4:,} bytes" in table and "fsdp" in table
 
 
-def broken(step: int):
-    """A batch whose loss is not a number."""
-    good = batch(step)
-    weights = good.weights.copy()
+def batch_with_nan_loss(step: int):
+    finite = batch(step)
+    weights = finite.weights.copy()
     weights[0, 0] = np.nan
-    return dataclasses.replace(good, weights=weights)
+    return dataclasses.replace(finite, weights=weights)
 
 
 @pytest.mark.parametrize("backend", ["jit", "pmap"])
-def test_a_non_finite_step_leaves_no_trace(backend):
-    """Parameters and optimizer state are bitwise those of a run that never saw the batch; only counters differ."""
+def test_a_non_finite_step_changes_only_the_counters(backend):
+    """Parameters and optimizer state are bitwise those of a run without that batch."""
     mesh = make_mesh(MeshConfig(data=8))
-    hurt, spared = make_trainer(mesh, backend=backend), make_trainer(mesh, backend=backend)
+    skipping, reference = make_trainer(mesh, backend=backend), make_trainer(mesh, backend=backend)
     for k in (0, 1):
-        hurt.step(batch(k))
-        spared.step(batch(k))
-    metrics = hurt.step(broken(2))
+        skipping.step(batch(k))
+        reference.step(batch(k))
+    metrics = skipping.step(batch_with_nan_loss(2))
     assert not metrics["finite"] and metrics["skipped_steps"] == 1
     for k in (3, 4):
-        last, expected = hurt.step(batch(k)), spared.step(batch(k))
+        last, expected = skipping.step(batch(k)), reference.step(batch(k))
         assert last["loss"] == expected["loss"] and last["learning_rate"] == expected["learning_rate"]
-    one, other = hurt.global_state(), spared.global_state()
+    one, other = skipping.global_state(), reference.global_state()
     assert fingerprint(one.params, one.opt_state) == fingerprint(other.params, other.opt_state)
     assert int(one.step) == 5 and int(other.step) == 4
     assert int(one.skipped) == 1 and int(other.skipped) == 0
@@ -141,26 +140,26 @@ def test_pmap_refuses_a_sharded_state():
         make_trainer(make_mesh(MeshConfig(data=2, fsdp=4)), backend="pmap")
 
 
-def test_unknown_backend():
+def test_an_unknown_backend_is_refused():
     with pytest.raises(UserError, match=r"parallel.backend='pjit': expected 'jit' or 'pmap'"):
         make_trainer(one_device(), backend="pjit")
 
 
-def test_batch_that_the_mesh_does_not_divide():
+def test_a_batch_that_the_mesh_does_not_divide_is_refused():
     mesh = make_mesh(MeshConfig(data=4, fsdp=2))
     message = r"train.global_batch=12 is not divisible by mesh.data x mesh.fsdp = 8: set it to 8"
     with axes.use_mesh(mesh), pytest.raises(UserError, match=message):
         backends.check_batch("train.global_batch", 12)
 
 
-def test_digest_sees_order_tokens_and_samples():
+def test_the_digest_depends_on_order_tokens_and_samples():
     from llmjax.train.step import batch_digest
 
-    good = batch(0)
-    digests = {int(batch_digest(good, 0))}
-    swapped = jax.tree.map(lambda x: x[::-1], good)
-    other_token = dataclasses.replace(good, targets=good.targets + (np.arange(SEQ) == 5).astype(np.int32))
-    other_sample = dataclasses.replace(good, sample=good.sample + np.uint32(1))
+    original = batch(0)
+    digests = {int(batch_digest(original, 0))}
+    swapped = jax.tree.map(lambda x: x[::-1], original)
+    other_token = dataclasses.replace(original, targets=original.targets + (np.arange(SEQ) == 5).astype(np.int32))
+    other_sample = dataclasses.replace(original, sample=original.sample + np.uint32(1))
     for changed in (swapped, other_token, other_sample):
         digests.add(int(batch_digest(changed, 0)))
     assert len(digests) == 4

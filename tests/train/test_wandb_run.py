@@ -1,4 +1,4 @@
-"""`train.wandb_project` logs to W&B under the run's own id; without the package it is one line."""
+"""`train.wandb_project` logs to W&B under the run's id; without the package it is refused."""
 
 import importlib.machinery
 import json
@@ -29,7 +29,7 @@ def log_step(workdir, step: int, loss: float) -> None:
         log.scalars(step, {"validation/loss": loss + 0.5})
 
 
-def test_an_offline_run_is_below_the_workdir_and_continues_under_its_id(tmp_path, monkeypatch, caplog):
+def test_an_offline_run_is_written_below_the_workdir_and_resumed_under_its_id(tmp_path, monkeypatch, caplog):
     pytest.importorskip("wandb", reason="needs the extra wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     for step, loss in ((1, 2.625), (2, 1.125)):
@@ -47,7 +47,7 @@ def test_an_offline_run_is_below_the_workdir_and_continues_under_its_id(tmp_path
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
 
 
-def test_a_run_that_wandb_refuses_is_one_line(tmp_path, monkeypatch):
+def test_a_run_that_wandb_refuses_is_an_error_of_one_line(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb", reason="needs the extra wandb")
 
     def refuse(**settings):
@@ -66,8 +66,8 @@ def test_only_the_primary_process_starts_a_run(tmp_path, monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("spec", [None, importlib.machinery.ModuleSpec("wandb", None)])
-def test_a_missing_package_is_one_line(monkeypatch, spec):
-    """Not even a folder `wandb` without the package, such as W&B leaves, passes for it."""
+def test_a_missing_package_is_an_error_of_one_line(monkeypatch, spec):
+    """A folder `wandb` without the package, such as W&B itself writes, does not count as the package."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
     check_wandb(TrainConfig())
     with pytest.raises(UserError, match=r"wandb is not installed; run `pip install 'llmjax\[wandb\]'`"):

@@ -1,11 +1,12 @@
 """Detect the format of a file by its content; the file name decides where the content leaves it open."""
 
 from collections.abc import Callable, Container, Iterator
+import contextlib
 import json
 from pathlib import Path
 import re
 
-from llmjax.data.readers import streams
+from llmjax.data.readers import encodings, streams
 
 # What `prepare` reads, and what `curate` reads in addition.
 FORMATS = ("text", "jsonl", "json", "csv", "tsv", "parquet")
@@ -21,6 +22,7 @@ NAMES = {
     "html": "HTML",
     "warc": "WARC",
     "tfds": "a TFDS data set",
+    "unsupported": "neither text nor a format that is read",
 }
 _ENDINGS = {
     ".jsonl": "jsonl",
@@ -37,35 +39,61 @@ _ENDINGS = {
     ".wet": "warc",
     ".arc": "warc",
 }
+UNSUPPORTED = "unsupported"
+# What the content begins with -> why it is no text, and what to do.
+_NO_TEXT = (
+    (re.compile(rb"(?=.{0,256}\0).{257}ustar[\0 ]", re.S), "a tar archive; unpack it"),
+    (re.compile(rb"PK\x03\x04|7z\xbc\xaf|Rar!\x1a"), "an archive; unpack it"),
+    (re.compile(rb"\x04\x22\x4d\x18|\x1f\x9d|\x5d\0\0"), "compressed by lz4, compress or lzma; decompress it"),
+    (re.compile(rb"ARROW1|FEA1"), "an Arrow file; write it as Parquet"),
+    (re.compile(rb"%PDF-\d"), "a PDF; extract its text"),
+)
 _MAGIC = ((b"PAR1", "parquet"), (b"WARC/", "warc"), (b"filedesc://", "warc"))
 _COMPRESSED = re.compile(r"\.(gz|gzip|zst|zstd|xz|bz2)$")
 _HEAD_BYTES = 1 << 16
-_UTF8_BOM = b"\xef\xbb\xbf"
+UTF8_BOM = b"\xef\xbb\xbf"
 
 
 def detect(path: str, formats: Container[str] = FORMATS) -> str:
-    """One of `formats`. JSON, Parquet and WARC are recognised by their content, the others by the file name alone."""
+    """One of `formats`, or UNSUPPORTED. JSON, Parquet and WARC are recognised by their content, the others by the file
+    name alone."""
     ending = Path(_COMPRESSED.sub("", path.lower())).suffix
     hint = _ENDINGS.get(ending, "text")
     hint = hint if hint in formats else "text"
     head = _read_head(path)
+    if why_unsupported(path, head, is_lenient="warc" in formats):
+        return UNSUPPORTED
     for magic, name in _MAGIC:
         if head.startswith(magic) and name in formats:
             return name
     return _json_format(head, hint == "jsonl") or hint
 
 
+def why_unsupported(path: str, head: bytes | None = None, is_lenient: bool = False) -> str:
+    """Why a file is neither text nor a format that is read, and what to do; "" if it may be."""
+    head = _read_head(path) if head is None else head
+    if not is_lenient and head.startswith((b"WARC/", b"filedesc://")):
+        return "a WARC or ARC file; extract its pages with `llmjax curate`"
+    if not is_lenient and encodings.is_wide(next(_read_blocks(path), b"")):
+        return "UTF-16 or UTF-32; convert it to UTF-8"
+    if streams.detect_compression(path) and (streams.find_compression(head) or head.startswith(b"PAR1")):
+        return "compressed twice, or Parquet in another compression; decompress it once"
+    return next((reason for magic, reason in _NO_TEXT if magic.match(head)), "")
+
+
 def _read_head(path: str) -> bytes:
-    """The first bytes of the content, without a UTF-8 byte order mark; empty for an unreadable file."""
+    """The first bytes of the content as UTF-8, without a byte order mark; empty for an unreadable file."""
     head = b""
-    try:
-        for block in streams.read_blocks(path):
-            head += block
-            if len(head) >= _HEAD_BYTES:
-                break
-    except (streams.DamageError, OSError):
-        pass
-    return head[:_HEAD_BYTES].removeprefix(_UTF8_BOM)
+    for block in encodings.convert_to_utf8(_read_blocks(path))[0]:
+        head += block
+        if len(head) >= _HEAD_BYTES:
+            break
+    return head[:_HEAD_BYTES].removeprefix(UTF8_BOM)
+
+
+def _read_blocks(path: str) -> Iterator[bytes]:
+    with contextlib.suppress(streams.DamageError, OSError):
+        yield from streams.read_blocks(path)
 
 
 def _json_format(head: bytes, is_expected: bool) -> str:
@@ -106,8 +134,8 @@ def strip_bom(data: Iterator[bytes]) -> Iterator[bytes]:
     first = b""
     for block in data:
         first += block
-        if len(first) >= len(_UTF8_BOM):
+        if len(first) >= len(UTF8_BOM):
             break
-    if first := first.removeprefix(_UTF8_BOM):
+    if first := first.removeprefix(UTF8_BOM):
         yield first
     yield from data

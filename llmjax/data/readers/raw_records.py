@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import contextlib
 import dataclasses
 import json
+import os
 import re
 from typing import Any, NamedTuple
 
@@ -191,6 +192,11 @@ def _read_text(item: Item, options: ReadOptions) -> Iterator[RawRecord]:
     data.check()
 
 
+def _read_unsupported(item: Item, _: ReadOptions) -> Iterator[RawRecord]:
+    reason = formats.why_unsupported(item.path)
+    yield RawRecord("", Fault(f"not text: {reason}", ""), os.stat(item.path).st_size)
+
+
 def _split_item(item: Item, options: ReadOptions) -> Iterator[tuple[int, int, bytes | int, Mapping[str, int]]]:
     """(number, offset, line, notes) of the lines that begin within the item, without blank ones.
 
@@ -209,7 +215,7 @@ def _split_item(item: Item, options: ReadOptions) -> Iterator[tuple[int, int, by
     for number, (offset, line) in enumerate(lines, 1):
         if item.end is not None and offset >= item.end:
             return
-        if isinstance(line, int) or line.strip():
+        if isinstance(line, int) or line.removeprefix(formats.UTF8_BOM).strip():
             yield (0 if item.begin else number), offset, line, notes
 
 
@@ -265,7 +271,8 @@ def _read_csv(kind: str, item: Item, options: ReadOptions) -> Iterator[RawRecord
         _check_names(columns, options)
     hint = ", or name the columns of files without a header line in `columns`" if options.is_lenient else ""
     number = 0
-    for row in records.parse_csv(data, kind, options.max_record_bytes):
+    text_field = "" if columns else options.text_field
+    for row in records.parse_csv(data, kind, options.max_record_bytes, text_field):
         if isinstance(row, records.BadRow):
             yield RawRecord(f":{number}", Fault(f"not {kind.upper()}: {row.reason}", row.excerpt), row.size)
             number += 1
@@ -374,6 +381,7 @@ def _describe(error: Exception) -> str:
 
 _READERS: dict[str, Callable[[Item, ReadOptions], Iterator[RawRecord]]] = {
     "text": _read_text,
+    formats.UNSUPPORTED: _read_unsupported,
     "lines": _read_lines,
     "jsonl": _read_jsonl,
     "json": _read_json,

@@ -76,16 +76,20 @@ class BadRow(NamedTuple):
     size: int
 
 
-def parse_csv(data: Iterator[bytes], kind: str, max_bytes: int) -> Iterator[tuple[list[str], int] | BadRow]:
+def parse_csv(
+    data: Iterator[bytes], kind: str, max_bytes: int, text_field: str = ""
+) -> Iterator[tuple[list[str], int] | BadRow]:
     """(values, bytes) of the rows of a CSV or TSV file, header included. Bytes that are not UTF-8 become surrogates.
 
-    CSV as in RFC 4180; TSV as registered with IANA: a tab or a line end is never part of a field, a quote is a quote.
+    CSV as in RFC 4180, and with semicolons, tabs or bars where only they make `text_field` a column of the header;
+    TSV as registered with IANA: a tab or a line end is never part of a field, a quote is a quote.
     An unclosed quote invalidates only the line that opens it; the lines after it are parsed again without it.
     """
     csv.field_size_limit(max(max_bytes, csv.field_size_limit()))
     feed = _LineFeed(streams.split_lines(data, max_bytes=max_bytes, lone_cr=True), max_bytes)
     style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == "tsv" else {}
     reader = csv.reader(feed, **style)
+    is_header = kind == "csv" and bool(text_field)
     while True:
         feed.row.clear()
         try:
@@ -105,6 +109,13 @@ def parse_csv(data: Iterator[bytes], kind: str, max_bytes: int) -> Iterator[tupl
             feed.fault, feed.long_line = "", 0
             reader = csv.reader(feed, **style)
         elif values:
+            if is_header and len(feed.row) == 1 and text_field not in values:
+                for delimiter in ";\t|":
+                    cells = next(csv.reader(feed.row, delimiter=delimiter))
+                    if text_field in cells:
+                        values, style = cells, {"delimiter": delimiter}
+                        reader = csv.reader(feed, **style)
+            is_header = False
             yield values, size
 
 

@@ -20,6 +20,7 @@ _MAGIC = (
 # A compressed block of zstd has at least 4 bytes and expands to at most 128 KiB: a step expands to at most 64 MiB.
 _ZSTD_STEP = 2048
 _ZSTD_MAX_WINDOW = 1 << 31  # what `zstd --long=31` needs
+_ZSTD_MAX_DICTIONARY = 1 << 24
 
 
 class DamageError(Exception):
@@ -72,9 +73,13 @@ def detect_compression(path: str) -> str:
     """ "gzip", "zstd", "xz", "bzip2" or "", by the first bytes of a file; "" if it cannot be opened."""
     try:
         with open(path, "rb") as file:
-            head = file.read(16)
+            return find_compression(file.read(16))
     except OSError:
         return ""
+
+
+def find_compression(head: bytes) -> str:
+    """The compression that data begins with, or ""."""
     return next((name for name, magic in _MAGIC if magic.match(head)), "")
 
 
@@ -194,7 +199,8 @@ def _seek_gzip_member(file: _PushbackFile) -> None:
 def _decompress_zstd(file: _PushbackFile) -> Iterator[bytes]:
     import zstandard
 
-    new = zstandard.ZstdDecompressor(max_window_size=_ZSTD_MAX_WINDOW).decompressobj
+    dictionary = zstandard.ZstdCompressionDict(_read_zstd_dictionary(file))
+    new = zstandard.ZstdDecompressor(dict_data=dictionary, max_window_size=_ZSTD_MAX_WINDOW).decompressobj
     frame, inside_frame = new(), False
     while block := file.read_block():
         for begin in range(0, len(block), _ZSTD_STEP):
@@ -204,13 +210,35 @@ def _decompress_zstd(file: _PushbackFile) -> Iterator[bytes]:
                 try:
                     data = frame.decompress(step)
                 except zstandard.ZstdError as error:
-                    file.push_back(block[begin:])
+                    file.push_back(step + block[begin + _ZSTD_STEP :])
                     raise DamageError(f"corrupt zstd data ({error})") from None
                 if data:
                     yield data
                 step, inside_frame = (frame.unused_data, False) if frame.eof else (b"", True)
     if inside_frame:
         raise DamageError("the file ends inside a zstd frame")
+
+
+def _read_zstd_dictionary(file: _PushbackFile) -> bytes:
+    """The dictionary of a .warc.zst file, in its first, skippable frame; b"" without one.
+
+    Source: IIPC, "Zstandard Compression of WARC files", version 1.0. The dictionary itself may be compressed.
+    """
+    import zstandard
+
+    head, size = file.read_block(), 0
+    if head.startswith(b"\x5d\x2a\x4d\x18"):
+        size = min(int.from_bytes(head[4:8], "little"), _ZSTD_MAX_DICTIONARY)
+        while len(head) < 8 + size and (block := file.read_block()):
+            head += block
+    file.push_back(head)
+    dictionary = head[8 : 8 + size]
+    if dictionary.startswith(b"\x28\xb5\x2f\xfd"):
+        try:
+            return zstandard.ZstdDecompressor().decompressobj().decompress(dictionary)
+        except zstandard.ZstdError:
+            return b""
+    return dictionary
 
 
 def _decompress_xz_or_bzip2(file: _PushbackFile, new_stream: Callable[[], Any], name: str) -> Iterator[bytes]:

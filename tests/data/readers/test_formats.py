@@ -20,18 +20,31 @@ from llmjax.data.readers import formats
         ("a", b"PAR1....", "parquet", "parquet"),
         ("a.pq", b"", "parquet", "parquet"),
         ("a.html", b"<p>x", "text", "html"),
-        ("a", b"WARC/1.0\r\n", "text", "warc"),
-        ("a", b"filedesc://x 0.0.0.0", "text", "warc"),
+        ("a", b"WARC/1.0\r\n", "unsupported", "warc"),
+        ("a", b"filedesc://x 0.0.0.0", "unsupported", "warc"),
+        ("a.json", b'[{"text": "x"}]'.decode().encode("utf-16"), "unsupported", "json"),
+        ("a.tar", b"a.txt".ljust(257, b"\0") + b"ustar\0", "unsupported", "unsupported"),
+        ("a.docx", b"PK\x03\x04", "unsupported", "unsupported"),
+        ("a.jsonl", gzip.compress(gzip.compress(b"{}")), "unsupported", "unsupported"),
+        ("a.txt", b"Rar! ustar PK %PDF BZh", "text", "text"),
         ("a.wet", b"", "text", "warc"),
         ("a", b"", "text", "text"),
     ],
 )
 @pytest.mark.parametrize("is_compressed", [False, True])
 def test_detection(tmp_path, name, data, prepared, curated, is_compressed):
+    if is_compressed and data.startswith(b"PAR1"):  # Parquet cannot be streamed
+        prepared = curated = "unsupported"
     path = tmp_path / (f"{name}.gz" if is_compressed else name)
     path.write_bytes(gzip.compress(data) if is_compressed else data)
     assert formats.detect(str(path)) == prepared
     assert formats.detect(str(path), formats.CURATE_FORMATS) == curated
+
+
+def test_a_file_that_is_no_text_says_why(tmp_path):
+    for data, reason in ((b"PK\x03\x04", "an archive; unpack it"), (b"WARC/1.0\r\n", "`llmjax curate`")):
+        (tmp_path / "a").write_bytes(data)
+        assert reason in formats.why_unsupported(str(tmp_path / "a"))
 
 
 def test_a_byte_order_mark_is_not_text():

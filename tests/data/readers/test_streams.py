@@ -71,6 +71,14 @@ def test_zeros_after_the_last_stream_are_padding(tmp_path, suffix):
     assert read_all(tmp_path / "a") == (b"text", None)
 
 
+def test_bytes_after_the_last_zstd_frame_cost_only_themselves(tmp_path):
+    (tmp_path / "a").write_bytes(zstandard.compress(b"text" * 1000) + b"no frame")
+    content, damage = read_all(tmp_path / "a")
+    size = (tmp_path / "a").stat().st_size
+    assert content == b"text" * 1000 and f"at byte {size - 8:,} of {size:,}" in str(damage)
+    assert damage.lost_bytes < len(content)
+
+
 def test_a_zstd_window_of_2_gib_is_accepted(tmp_path):
     """`zstd --long=31` declares it. The frame is written by hand: a raw block of a few bytes (RFC 8878, 3.1.1)."""
     text = b'{"text": "far"}\n'
