@@ -1,4 +1,4 @@
-"""Safetensors files: ours are read by the reference library, and its by us."""
+"""Safetensors files: the library safetensors reads our files, and we read its files."""
 
 import json
 

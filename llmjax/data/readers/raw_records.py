@@ -26,7 +26,7 @@ _BATCH = 256  # rows of Parquet and TFDS that are read at once
 
 
 class Fault(NamedTuple):
-    """Why a record cannot be read, and the first characters of what was there."""
+    """Why a record cannot be read, and its first characters."""
 
     reason: str
     excerpt: str

@@ -129,7 +129,7 @@ def _read_gzip_segment(file: _PushbackFile) -> Iterator[bytes]:
         _seek_gzip_member(file)
         num_skipped = file.position - position
         ratio = max(num_bytes / max(position - begin, 1), 1)
-        # As in `blocks`: what is skipped is estimated by the compression ratio; an early end counts as a whole.
+        # As in `read_blocks`: what is skipped is estimated by the compression ratio; an early end counts as a whole.
         lost_bytes = int(num_skipped * ratio) if num_skipped else num_bytes
         raise DamageError(str(damage), max(lost_bytes, 1)) from None
 

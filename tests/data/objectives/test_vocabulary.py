@@ -1,4 +1,4 @@
-"""Ids that stand for no text, and the section of the config that asks for them."""
+"""Special ids, and the section of the config that requests them."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from tests.data.objectives.masks import SEQ_LEN, make
 
 
 class TestVocabulary:
-    """Ids that stand for no text."""
+    """Special ids."""
 
     def test_model_vocabulary_covers_added_tokens(self):
         for case, added in {"causal": 0, "prefix": 0, "masked": 1, "fim": 3, "span": 5, "ul2": 21}.items():
