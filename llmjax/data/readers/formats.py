@@ -22,7 +22,7 @@ NAMES = {
     "html": "HTML",
     "warc": "WARC",
     "tfds": "a TFDS data set",
-    "unsupported": "neither text nor a format that is read",
+    "unsupported": "an unsupported format",
 }
 _ENDINGS = {
     ".jsonl": "jsonl",
