@@ -1,4 +1,4 @@
-"""From raw text to a corpus: clean, judge, deduplicate, decontaminate, remove personal data, split.
+"""From raw text to a corpus: extract, normalise, filter, deduplicate, decontaminate, replace personal data, split.
 
 llmjax curate --config=curate --workdir=runs/web --config.curate.inputs.web.path='crawl/*.warc.gz'
 llmjax prepare --config=quickstart --workdir=runs/mine \
@@ -9,8 +9,10 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """Every stage with its defaults, which suit prose and documentation in any language; `llmjax fields curate` says
-    more. Without an input of your own it reads the sources of Python's standard library, to show what happens."""
+    """All stages with their defaults, for prose and documentation in any language; see `llmjax fields curate`.
+
+    Without an input of your own it reads the source files of Python's standard library, as a demonstration.
+    """
     c = ConfigDict()
     c.curate = dict(
         inputs=dict(python=dict(path="stdlib:", licence="PSF-2.0")),
@@ -26,11 +28,11 @@ def get_config() -> ConfigDict:
             "sample",
             "split",
         ),
-        # Languages that stay, such as ("en", "de"); none named: all do.
+        # Languages to keep, such as ("en", "de"); empty: all.
         language=dict(keep=()),
         quality=dict(rules=("gopher", "repetition", "c4", "fineweb")),
         duplicates=dict(similarity=0.6),
-        # Files of the sets that models will be evaluated on.
+        # Files of the evaluation sets.
         decontaminate=dict(against=()),
         personal_data=dict(action="replace"),
         split=dict(validation=0.05, test=0.05),

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure the data engine on real text, on one core, beside Grain's own packer and what the memory map allows.
+"""Measure the data engine on real text, on one core, and compare with Grain's packer and bare reads.
 
 python tools/bench_data.py                          the standard library's sources as text
 python tools/bench_data.py --text='/my/**/*.txt'    your own
@@ -79,7 +79,7 @@ def open_data(folder: Path, config: DataConfig) -> TrainData:
 
 
 def bench_assembly(folder: Path, repeats: int) -> None:
-    """Tokens a second: rows to batch, batches through Grain, beside Grain's packer and bare reads."""
+    """Tokens per second: rows to batch, batches through Grain, Grain's packer, and bare reads."""
     for packing in ("best_fit", "concat"):
         config = DataConfig(sources={"main": SourceConfig()}, seq_len=SEQ_LEN, packing=packing)
         source = PackedSource(folder, "main", "train", config)
@@ -116,7 +116,7 @@ def bench_objectives(folder: Path, tokenizer: Tokenizer, repeats: int) -> None:
         work = lambda b=batches, s=source, o=objective, g=rng: [o.build_batch(s.fill(r), r, g) for r in b]
         text = source.store.tokens / (source.rows * SEQ_LEN)
         built = work()
-        full = {"places": np.mean([batch.segments > 0 for batch in built])}
+        full = {"positions": np.mean([batch.segments > 0 for batch in built])}
         if built[0].source is not None:
             full["source"] = np.mean([batch.source_segments > 0 for batch in built])
         listed = ", ".join(f"{what} {share:.4f}" for what, share in full.items())
@@ -145,7 +145,7 @@ def grain_first_fit(store: TokenStore, repeats: int) -> tuple[str, float]:
 
 
 def read_windows(store: TokenStore) -> Callable[[], Iterator[np.ndarray]]:
-    """Random windows of a memory-mapped shard, int32 by the batch: what reading alone allows."""
+    """Random windows of a memory-mapped shard, in int32 batches: the limit of reading alone."""
     tokens = np.memmap(store.folder / "tokens-00000.bin", store.dtype, "r")
     rng = np.random.default_rng(0)
 
@@ -172,9 +172,9 @@ def bench_planning(folder: Path, repeats: int) -> None:
 
 
 def bench_startup(folder: Path) -> None:
-    """From opening to the first batch; resuming far away."""
+    """Time from opening to the first batch, and time to resume at a high sample index."""
     config = DataConfig(sources={"thousand": SourceConfig()}, seq_len=SEQ_LEN)
-    open_data(folder, config)  # makes the plan
+    open_data(folder, config)  # writes the plan
 
     def open_and_read() -> None:
         data = open_data(folder, config)
@@ -227,7 +227,7 @@ def bench_prepare(folder: Path, texts: list[str], model: bytes, tokens: int, rep
 
 
 def tokenizing_tasks(folder: Path, name: str) -> list[tuple]:
-    """What `prepare` would hand to `stages.tokenize`, all documents for training."""
+    """The arguments of `prepare` for `stages.tokenize`, with all documents in the training split."""
     scratch = stages.ScratchDir(folder / f"unfinished-{name}")
     for new in (scratch.folder, folder / f"tokens-{name}"):
         new.mkdir()
@@ -285,7 +285,7 @@ def write_store(folder: Path, documents: list[np.ndarray], tokenizer: Tokenizer,
 
 
 def rate(work: Callable[[], list], batches: int, repeats: int, share: float = 1.0) -> str:
-    """Millions of tokens a second of processor time, all threads together; `share` tokens a place of the row."""
+    """Millions of tokens a second of processor time, all threads together; `share`: tokens per position of a row."""
     work()
     return f"{share * batches * BATCH * SEQ_LEN / min(cpu_seconds(work) for _ in range(repeats)) / 1e6:.1f}"
 

@@ -5,10 +5,10 @@ python tools/bench_gpu.py                 124M and 1.3B parameters
 python tools/bench_gpu.py --size=124M     one of them
 python tools/bench_gpu.py --size=tiny     a smoke test of this program that runs on a CPU too; its figures mean nothing
 
-The decoders are GPT-2's make on rows of 1,024 tokens, 1.3B in GPT-3 XL's shape. PyTorch runs it under autocast with
-scaled_dot_product_attention and fused AdamW, eager and compiled. Each system has the card to itself, in a process of
-its own. MFU is the flops that the model needs over the card's peak by its data sheet; the limit is the best bfloat16
-matrix product that a system reached here.
+The decoders have the architecture of GPT-2 and rows of 1,024 tokens; 1.3B has the shape of GPT-3 XL. PyTorch runs
+them under autocast with scaled_dot_product_attention and fused AdamW, eager and compiled. Each system uses the card
+alone, in a process of its own. MFU is the flops that the model needs over the card's peak by its data sheet; the limit
+is the fastest bfloat16 matrix product that a system reached.
 """
 
 import argparse
@@ -16,12 +16,12 @@ from pathlib import Path
 import sys
 
 import jax
-from peers import INSTALL_TORCH, race, resolved
+from peers import INSTALL_TORCH, compare, resolve_config
 
 from llmjax.errors import UserError
 
 CONFIG = f"{Path(__file__).resolve().parent.parent / 'configs' / 'gpt2.py'}:124M"
-# what each size changes in it; "none" keeps all activations, "attention" makes most again
+# Overrides of that config; remat "none" keeps all activations, "attention" computes most of them again.
 SIZES = {
     "124M": {"train.global_batch": 16, "model.remat": "none"},
     "1.3B": {
@@ -52,10 +52,10 @@ def main() -> None:
         overrides = SIZES[size] | ({"train.global_batch": options.batch} if options.batch else {})
         overrides |= {"model.remat": options.remat} if options.remat else {}
         try:
-            config = resolved(CONFIG, overrides, 50_257)
+            config = resolve_config(CONFIG, overrides, 50_257)
         except UserError as error:
             sys.exit(f"bench_gpu: {error}")
-        race(size, config, turns=options.turns, seconds=options.seconds, device=device)
+        compare(size, config, turns=options.turns, seconds=options.seconds, device=device)
 
 
 def parse_options() -> argparse.Namespace:

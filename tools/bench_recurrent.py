@@ -5,9 +5,9 @@ python tools/bench_recurrent.py                    lstm, gru and rglru of config
 python tools/bench_recurrent.py --size=lstm        one of them
 python tools/bench_recurrent.py --turns=9          more timings of each
 
-A step is forward, backward, clip at 1.0 and AdamW in float32. lstm, gru and rnn stand beside the same stack with
-torch.nn's layer for the cell, whose second bias makes it a little larger; rglru stands beside the quickstart's decoder,
-and beside itself, its recurrence run token by token and as a parallel scan. llmjax resets states where documents end;
+A step is forward, backward, clip at 1.0 and AdamW in float32. lstm, gru and rnn are compared with the same
+stack of torch.nn's layers, which have a second bias. rglru is compared with the quickstart's decoder, and its two
+recurrences, token by token and as a parallel scan, with each other. llmjax resets states where documents end;
 PyTorch does not.
 
 All run on one core, in turns, and are timed by processor time, so that other work on the machine does not count. The
@@ -26,7 +26,7 @@ import numpy as np
 from peers import INSTALL_TORCH, environment
 
 os.environ.update(environment("cpu"))
-# Before JAX starts its threads, of which there are as many as cores.
+# Before JAX starts one thread for each core.
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 import jax
@@ -43,8 +43,8 @@ VOCAB_SIZE = 4096  # the recipes'
 
 
 @dataclasses.dataclass
-class Racer:
-    """A step to be timed: `work` does it, and is done when it returns."""
+class TimedStep:
+    """A step to be timed: `work` runs it, and returns when it has finished."""
 
     name: str
     work: Callable
@@ -61,21 +61,26 @@ class Racer:
 
 def main() -> None:
     options = parse_options()
-    racers, shapes = [], set()
+    timed_steps, shapes = [], set()
     for cell in options.size or ("lstm", "gru", "rglru"):
-        for racer, shape in contestants(cell):
-            racer.work()  # compiled
-            racers.append(racer)
+        for timed_step, shape in steps_to_compare(cell):
+            timed_step.work()  # compiles
+            timed_steps.append(timed_step)
             shapes.add(shape)
     ((rows, seq),) = shapes
     for _ in range(options.turns):
-        for racer in racers:
-            racer.turn(options.steps)
+        for timed_step in timed_steps:
+            timed_step.turn(options.steps)
     print(f"{rows} x {seq} tokens a step, float32, one core, median of {options.turns} turns by processor time")
     print(f"  {'':30}{'tokens/s':>10}{'step':>10}{'(min - max)':>18}{'parameters':>13}")
-    for racer in racers:
-        middle, span = statistics.median(racer.seconds), f"({min(racer.seconds):.3f} - {max(racer.seconds):.3f})"
-        print(f"  {racer.name:30}{rows * seq / middle:>10,.0f}{middle:>8.3f} s{span:>18}{racer.parameters:>13,}")
+    for timed_step in timed_steps:
+        middle, span = (
+            statistics.median(timed_step.seconds),
+            f"({min(timed_step.seconds):.3f} - {max(timed_step.seconds):.3f})",
+        )
+        print(
+            f"  {timed_step.name:30}{rows * seq / middle:>10,.0f}{middle:>8.3f} s{span:>18}{timed_step.parameters:>13,}"
+        )
 
 
 def parse_options() -> argparse.Namespace:
@@ -88,36 +93,37 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def contestants(cell: str) -> list[tuple[Racer, tuple[int, int]]]:
-    """A recipe and its peers, each with its rows and tokens a row."""
+def steps_to_compare(cell: str) -> list[tuple[TimedStep, tuple[int, int]]]:
+    """A recipe and its peers, each with its rows and tokens per row."""
     config = recipe(f"recurrent.py:{cell}")
     assert isinstance(config.model, RecurrentConfig)
     if cell != "rglru":
-        given = [ours(f"llmjax {cell}", config)]
-        return given + ([peer] if (peer := torch_peer(config)) else [])
-    kinds = {how: dataclasses.replace(config.model, recurrence=how) for how in RECURRENCES}
-    given = [ours(f"llmjax rglru, {how}", dataclasses.replace(config, model=kind)) for how, kind in kinds.items()]
-    return [*given, ours("llmjax decoder, quickstart", recipe("quickstart.py"))]
+        peer = torch_step(config)
+        return [llmjax_timed_step(f"llmjax {cell}", config), *([peer] if peer else [])]
+    models = {name: dataclasses.replace(config.model, recurrence=name) for name in RECURRENCES}
+    configs = {f"llmjax rglru, {name}": dataclasses.replace(config, model=model) for name, model in models.items()}
+    configs["llmjax decoder, quickstart"] = recipe("quickstart.py")
+    return [llmjax_timed_step(name, config) for name, config in configs.items()]
 
 
 def recipe(name: str) -> RunConfig:
     return run_config.with_vocabulary(run_config.resolve(str(CONFIGS / name), []), VOCAB_SIZE)
 
 
-def drawn(config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
+def random_batch(config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
     """Inputs and targets of a batch."""
     shape = config.train.global_batch, config.data.seq_len + 1
     tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, shape, np.int32)
     return np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:])
 
 
-def ours(name: str, config: RunConfig) -> tuple[Racer, tuple[int, int]]:
-    batch = drawn(config)
+def llmjax_timed_step(name: str, config: RunConfig) -> tuple[TimedStep, tuple[int, int]]:
+    batch = random_batch(config)
     step, parameters = llmjax_step(run_config.to_json(config), *batch)
-    return Racer(name, lambda: jax.block_until_ready(step()), parameters), batch[0].shape
+    return TimedStep(name, lambda: jax.block_until_ready(step()), parameters), batch[0].shape
 
 
-def torch_peer(config: RunConfig) -> tuple[Racer, tuple[int, int]] | None:
+def torch_step(config: RunConfig) -> tuple[TimedStep, tuple[int, int]] | None:
     """The same stack in PyTorch, or None where it is not installed."""
     try:
         import torch  # pyright: ignore[reportMissingImports]  (the extra `bench`)
@@ -127,18 +133,18 @@ def torch_peer(config: RunConfig) -> tuple[Racer, tuple[int, int]] | None:
         return None
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model, batch = config.model, drawn(config)
+    model, batch = config.model, random_batch(config)
     assert isinstance(model, RecurrentConfig)
     layer = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}[model.cell]
 
     class Stack(nn.Module):
         def __init__(self):
             super().__init__()
-            each = range(model.num_layers)
+            layers = range(model.num_layers)
             self.embed = nn.Embedding(model.padded_vocab, model.embed)
             self.norms = nn.ModuleList(nn.RMSNorm(model.embed, eps=model.norm_eps) for _ in range(model.num_layers + 1))
-            self.cells = nn.ModuleList(layer(model.embed, model.state_size, batch_first=True) for _ in each)
-            self.outs = nn.ModuleList(nn.Linear(model.state_size, model.embed) for _ in each)
+            self.cells = nn.ModuleList(layer(model.embed, model.state_size, batch_first=True) for _ in layers)
+            self.outs = nn.ModuleList(nn.Linear(model.state_size, model.embed) for _ in layers)
 
         def forward(self, tokens, targets):
             x = self.embed(tokens)
@@ -158,7 +164,7 @@ def torch_peer(config: RunConfig) -> tuple[Racer, tuple[int, int]] | None:
         adamw.step()
         adamw.zero_grad(set_to_none=True)
 
-    return Racer(f"torch.nn.{layer.__name__}", step, sum(p.numel() for p in stack.parameters())), batch[0].shape
+    return TimedStep(f"torch.nn.{layer.__name__}", step, sum(p.numel() for p in stack.parameters())), batch[0].shape
 
 
 if __name__ == "__main__":

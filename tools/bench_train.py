@@ -6,15 +6,14 @@ python tools/bench_train.py --quick        the quickstart's shape alone, short t
 python tools/bench_train.py --only=speed   one part
 
 speed   a step of `llmjax train` (forward, backward, clip at 1.0, AdamW, and the checks that every step makes) and the
-        same decoder in plain PyTorch, float32, each in a process of its own. They take turns, so that all see the same
-        machine: the median turn counts, the span of all turns stands beside it. The limit is the best square matrix
-        product of any system; a share of it counts the flops that the model needs. llmjax masks packed documents,
-        PyTorch is only told "causal", its best case.
+        same decoder in plain PyTorch, float32, each in a process of its own. They take turns, so that the load of the
+        machine affects all. The table shows the median turn and the range of all turns. The limit is the fastest
+        square matrix product of any system; a share of it counts the flops that the model needs. llmjax masks packed
+        documents, and PyTorch uses a causal mask alone, its fastest case.
 start   `llmjax train --config=configs/quickstart.py` as a process, until step 1 is logged, with the text prepared
         before: with an empty compilation cache, and with the one that this start filled.
-host    what a run does on the host for a step while its device has nothing to do, with 12 layers of next to no width:
-        fetch and log the metrics of the step before, take the next batch, feed it, dispatch. Behind a step that takes
-        longer all of it is hidden.
+host    the work of the host for a step of 12 very narrow layers, while the device is idle: read and log the metrics
+        of the previous step, fetch the next batch, shard it, dispatch. A longer step of the device hides all of it.
 """
 
 import argparse
@@ -35,7 +34,7 @@ from unittest import mock
 from etils import epath
 import jax
 import numpy as np
-from peers import INSTALL_TORCH, environment, load, race, resolved
+from peers import INSTALL_TORCH, compare, environment, load, resolve_config
 
 from llmjax.data.batches.pipeline import TrainData
 from llmjax.parallel import backends
@@ -56,9 +55,9 @@ def main() -> None:
     if "speed" in options.only:
         shapes = {"quickstart": {}} | ({} if options.quick else {"larger": LARGER})
         for name, overrides in shapes.items():
-            race(
+            compare(
                 name,
-                resolved(CONFIG, overrides, VOCAB_SIZE),
+                resolve_config(CONFIG, overrides, VOCAB_SIZE),
                 turns=options.turns,
                 seconds=options.seconds,
                 device="cpu",
@@ -66,7 +65,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="llmjax-bench-") as folder:
         store = f"{folder}/store"
         if {"start", "host"} & set(options.only) and llmjax("prepare", Path(folder), {"data.store": store}).wait():
-            sys.exit("preparing the quickstart's text failed; what it said stands above")
+            sys.exit("preparing the quickstart's text failed; see its output above")
         if "start" in options.only:
             start(Path(folder), store, 1 if options.quick else 3)
         if "host" in options.only:
@@ -84,7 +83,7 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     options.only = options.only.split(",")
     if unknown := set(options.only) - set(PARTS):
-        parser.error(f"--only={','.join(sorted(unknown))}: known are {', '.join(PARTS)}")
+        parser.error(f"--only={','.join(sorted(unknown))}: choose of {', '.join(PARTS)}")
     options.turns = options.turns or (3 if options.quick else 9)
     options.seconds = options.seconds or (2 if options.quick else 4)
     return options
@@ -104,7 +103,7 @@ def start(folder: Path, store: str, repeats: int) -> None:
             metrics = workdir / "metrics.jsonl"
             while not metrics.exists() or not metrics.stat().st_size:
                 if process.poll() is not None:
-                    sys.exit(f"llmjax train ended with status {process.returncode}; what it said stands above")
+                    sys.exit(f"llmjax train ended with status {process.returncode}; see its output above")
                 time.sleep(0.01)
             times.append(time.perf_counter() - began)
             process.kill()
@@ -113,19 +112,19 @@ def start(folder: Path, store: str, repeats: int) -> None:
         row(name, f"{statistics.median(times):.1f} s", f"< {limit} s", f"{min(times):.1f} to {max(times):.1f} s")
 
 
-def llmjax(verb: str, workdir: Path, overrides: dict[str, Any]) -> subprocess.Popen:
-    """Start a verb on the quickstart's config as a user would, its progress unseen."""
-    command = [sys.executable, "-c", "from llmjax.cli.main import main; main()", verb]
+def llmjax(name: str, workdir: Path, overrides: dict[str, Any]) -> subprocess.Popen:
+    """Start a command on the quickstart's config, without its output."""
+    command = [sys.executable, "-c", "from llmjax.cli.main import main; main()", name]
     command += [f"--config={CONFIG}", f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in overrides.items())]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL)
 
 
 class Clock:
-    """Times the parts of a real run's loop from outside, by wrapping what it calls; each step is waited for."""
+    """Times the parts of the training loop by wrapping the functions that it calls; waits for each step."""
 
     def __init__(self, steps: int):
-        self.parts: dict[str, list[float]] = {"fetch and log": [], "take the batch": [], "feed": [], "dispatch": []}
-        self._left, self._ready, self._between = steps, 0.0, 0.0
+        self.parts: dict[str, list[float]] = {"read and log": [], "next batch": [], "shard batch": [], "dispatch": []}
+        self._steps_left, self._ready, self._between = steps, 0.0, 0.0
 
     def part(self, name: str, function: Callable) -> Callable:
         """`function`, timed as that part of the step."""
@@ -133,54 +132,56 @@ class Clock:
         def timed(*arguments):
             began = time.perf_counter()
             result = function(*arguments)
-            taken = time.perf_counter() - began
-            self.parts[name].append(taken)
-            self._between += taken
+            seconds = time.perf_counter() - began
+            self.parts[name].append(seconds)
+            self._between += seconds
             return result
 
         return timed
 
     def step(self, function: Callable) -> Callable:
-        """The compiled step; what passed since it was last ready and is no other part is fetching and logging."""
+        """The compiled step. The time since the last step that no other part took is that of reading and logging."""
         dispatch = self.part("dispatch", function)
 
         def timed(state, batch):
-            self.parts["fetch and log"].append(time.perf_counter() - self._ready - self._between)
+            self.parts["read and log"].append(time.perf_counter() - self._ready - self._between)
             result = jax.block_until_ready(dispatch(state, batch))
-            self._left -= 1
-            if not self._left:
-                raise Enough
+            self._steps_left -= 1
+            if not self._steps_left:
+                raise AllStepsTimed
             self._ready, self._between = time.perf_counter(), 0.0
             return result
 
         return timed
 
 
-class Enough(Exception):
-    """Every step that was asked for is measured."""
+class AllStepsTimed(Exception):
+    """Ends the training loop after the last step that is timed."""
 
 
 def host(workdir: Path, store: str, steps: int) -> None:
     """The host's work for a step, part by part, in `llmjax train` itself."""
     print(f"\nhost's work for a step, {NARROW['model.num_layers']} layers, median of {steps} steps, {load()}")
     clock = Clock(steps + WARMUP)
-    config = resolved(CONFIG, NARROW | {"data.store": store}, VOCAB_SIZE)
+    config = resolve_config(CONFIG, NARROW | {"data.store": store}, VOCAB_SIZE)
     compile_step, batches = backends.compile_step, TrainData.batches
 
-    def watched_compile(*arguments):
+    def timed_compile_step(*arguments):
         real = compile_step(*arguments)
-        return dataclasses.replace(real, step=clock.step(real.step), shard_batch=clock.part("feed", real.shard_batch))
+        return dataclasses.replace(
+            real, step=clock.step(real.step), shard_batch=clock.part("shard batch", real.shard_batch)
+        )
 
-    def watched_batches(*arguments):
-        take = clock.part("take the batch", batches(*arguments).__next__)
+    def timed_batches(*arguments):
+        next_batch = clock.part("next batch", batches(*arguments).__next__)
         while True:
-            yield take()
+            yield next_batch()
 
     with (
-        mock.patch.object(backends, "compile_step", watched_compile),
-        mock.patch.object(TrainData, "batches", watched_batches),
+        mock.patch.object(backends, "compile_step", timed_compile_step),
+        mock.patch.object(TrainData, "batches", timed_batches),
         contextlib.redirect_stdout(io.StringIO()),
-        contextlib.suppress(Enough),
+        contextlib.suppress(AllStepsTimed),
     ):
         loop.train(config, epath.Path(workdir))
     parts = {name: np.array(times[WARMUP:]) * 1e3 for name, times in clock.parts.items()}

@@ -1,10 +1,11 @@
-"""Check muP: how far a few steps move logits and hidden states by width and depth, and which rate suits each width.
+"""Check muP: the change of logits and hidden states after a few steps by width and depth, and the best learning rate.
 
 python tools/coord_check.py                       # the coordinate check of every family, a table and a plot
 python tools/coord_check.py --sweep               # the best learning rate by width, standard against muP (15 minutes)
 
-Under muP what a step does to an activation stays as the width grows; under the standard parametrization it grows with
-it, which is why a rate that suits a narrow model is too high for a wide one (Yang et al., 2022, arXiv 2203.03466).
+Under muP the change of an activation by a step does not depend on the width. Under the standard parametrization it
+grows with the width, so the best rate of a narrow model is too high for a wide one (Yang et al., 2022, arXiv
+2203.03466).
 """
 
 import argparse
@@ -48,13 +49,13 @@ def text() -> np.ndarray:
 
 
 def batch(config, step: int, rows: int = 8, seq: int = 64) -> Batch:
-    """Windows of text for one step, hidden or copied to a source as the family wants them."""
+    """Windows of text for one step; masked for an encoder, with a source for an encoder-decoder."""
     rng = np.random.default_rng(step)
     starts = rng.integers(0, len(text()) - seq - 1, rows)
     windows = np.stack([text()[start : start + seq + 1] for start in starts])
     ones, positions = np.ones((rows, seq), np.int32), np.tile(np.arange(seq, dtype=np.int32), (rows, 1))
     sample = np.stack([np.zeros(rows), step * rows + np.arange(rows)], axis=1).astype(np.uint32)
-    made = Batch(
+    batch = Batch(
         inputs=windows[:, :-1],
         targets=windows[:, 1:],
         weights=ones.astype(np.float32),
@@ -65,12 +66,12 @@ def batch(config, step: int, rows: int = 8, seq: int = 64) -> Batch:
     if config.family == "encoder":
         hidden = rng.random((rows, seq)) < 0.15
         inputs = np.where(hidden, 0, windows[:, 1:]).astype(np.int32)
-        return dataclasses.replace(made, inputs=inputs, weights=hidden.astype(np.float32))
+        return dataclasses.replace(batch, inputs=inputs, weights=hidden.astype(np.float32))
     if config.family == "encdec":
         return dataclasses.replace(
-            made, source=windows[:, :-1][:, ::-1].copy(), source_segments=ones, source_positions=positions
+            batch, source=windows[:, :-1][:, ::-1].copy(), source_segments=ones, source_positions=positions
         )
-    return made
+    return batch
 
 
 class Run:
@@ -102,8 +103,8 @@ class Run:
         return losses
 
 
-def moved(config, *, steps: int = 4, learning_rate: float = 5e-3, optimizer: str = "adamw") -> dict[str, float]:
-    """Root mean square of what `steps` steps did to the hidden states and logits of one batch."""
+def change_after(config, *, steps: int = 4, learning_rate: float = 5e-3, optimizer: str = "adamw") -> dict[str, float]:
+    """Root mean square of the change of hidden states and logits of one batch by `steps` steps."""
     run, probe = Run(config, learning_rate, steps, optimizer), batch(config, 10_000)
     before = run.activations(run.state.params, probe)
     run.train(steps)
@@ -152,7 +153,7 @@ def _draw(curves: dict[tuple[str, str], list[float]], path: pathlib.Path) -> Non
 
 def _table(parametrization: str, made: dict) -> list[float]:
     """Print a line for hidden states and one for logits; returns what happened to the logits."""
-    values = [moved(config) for config in made.values()]
+    values = [change_after(config) for config in made.values()]
     for name in ("hidden", "logits"):
         row = "  ".join(
             f"{size:4}: {value[name]:7.3f} ({value[name] / values[0][name]:5.2f})"

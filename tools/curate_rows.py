@@ -1,4 +1,4 @@
-"""What all rows of tools/bench_curate.py rest on: the table's lines, real texts, timings, the peer."""
+"""Shared parts of tools/bench_curate.py: lines of the table, real texts, timings, the peer."""
 
 from collections.abc import Callable
 import dataclasses
@@ -17,28 +17,29 @@ import time
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-NOT_GIVEN = "not given"
+NOT_MEASURED = "not run"  # the peer, without --peer_python
 
 
 class Row(NamedTuple):
-    """A line of the table; numbers are written as they are to be read."""
+    """A line of the table, with formatted numbers."""
 
-    what: str
-    ours: str
+    label: str
+    value: str
     peer: str = ""
     target: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """What the rows are measured on.
+    """Data and settings of the rows.
 
-    shared       the folder of public data, or None where it is absent
-    texts        documents
-    repeats      timings of which the best counts
-    peer_python  a Python that has datatrove; empty: none
-    run_megabytes, memory_megabytes  what whole runs are timed on; what memory is measured on, and on ten times as much
-    run_repeats  whole runs of which the fastest counts
+    shared            the folder of public data, or None
+    texts             documents
+    repeats           timings, of which the best counts
+    peer_python       a Python with datatrove; empty: none
+    run_megabytes     size of the corpus of complete runs
+    memory_megabytes  size of the corpus of memory measurements; they are repeated with ten times as much
+    run_repeats       complete runs, of which the fastest counts
     """
 
     shared: Path | None
@@ -53,28 +54,28 @@ class Bench:
     def megabytes(self) -> float:
         return sum(len(text.encode("utf-8", "replace")) for text in self.texts) / 1e6
 
-    def rate(self, work: Callable[[str], object]) -> str:
-        """Megabytes of the texts a second of processor time, done one by one."""
-        return f"{self.megabytes / best(lambda: [work(text) for text in self.texts], self.repeats):.1f}"
+    def rate(self, function: Callable[[str], object]) -> str:
+        """Megabytes of text per second of processor time, for a function of one text."""
+        return f"{self.megabytes / best_seconds(lambda: [function(text) for text in self.texts], self.repeats):.1f}"
 
-    def peer(self, what: str, given: Any) -> Any | None:
-        """What `tools/peer_datatrove.py` answers, or None without a peer. Stops the program where it fails."""
+    def peer(self, task: str, argument: Any) -> Any | None:
+        """The result of a task of tools/peer_datatrove.py, None without a peer. Exits if the task fails."""
         if not self.peer_python:
             return None
-        command = [self.peer_python, str(ROOT / "tools" / "peer_datatrove.py"), what]
-        done = subprocess.run(command, input=json.dumps(given), capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"--peer_python={self.peer_python}: {what} failed\n{done.stderr[-2000:]}")
-        return json.loads(done.stdout.splitlines()[-1])
+        command = [self.peer_python, str(ROOT / "tools" / "peer_datatrove.py"), task]
+        result = subprocess.run(command, input=json.dumps(argument), capture_output=True, text=True)
+        if result.returncode:
+            sys.exit(f"--peer_python={self.peer_python}: {task} failed\n{result.stderr[-2000:]}")
+        return json.loads(result.stdout.splitlines()[-1])
 
 
 def public_texts(shared: Path) -> list[str]:
-    """Books, Wikipedia, documentation and articles, cut into documents of the lengths that texts on the web have."""
-    draw, texts = random.Random(0), []
+    """Books, Wikipedia, documentation and articles, in documents of the lengths of web texts."""
+    rng, texts = random.Random(0), []
     for path in sorted((shared / "gutenberg").glob("*.gz")):
         paragraphs, begin = read_text(path).split("\n\n"), 0
         while begin < len(paragraphs):
-            count = draw.choice((3, 10, 40, 200))
+            count = rng.choice((3, 10, 40, 200))
             texts.append("\n\n".join(paragraphs[begin : begin + count]))
             begin += count
     for path in sorted((shared / "wikitext2").glob("*.gz")):
@@ -93,14 +94,14 @@ def user_texts(pattern: str) -> list[str]:
 
 
 def sample(texts: list[str], megabytes: float) -> list[str]:
-    """Some of the texts, up to a size, drawn evenly and always alike."""
-    texts, chosen, left = random.Random(0).sample(texts, len(texts)), [], megabytes * 1e6
-    for text in texts:
-        left -= len(text)
-        if chosen and left < 0:
+    """A uniform sample of the texts up to a size, the same in every run."""
+    selected, remaining = [], megabytes * 1e6
+    for text in random.Random(0).sample(texts, len(texts)):
+        remaining -= len(text)
+        if selected and remaining < 0:
             break
-        chosen.append(text)
-    return chosen
+        selected.append(text)
+    return selected
 
 
 def read_text(path: Path) -> str:
@@ -111,12 +112,12 @@ def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in read_text(path).split("\n") if line]
 
 
-def best(work: Callable[[], object], repeats: int) -> float:
-    """Seconds of processor time, the least of some."""
-    return min(cpu_seconds(work) for _ in range(max(1, repeats)))
+def best_seconds(function: Callable[[], object], repeats: int) -> float:
+    """The least processor time of several calls."""
+    return min(cpu_seconds(function) for _ in range(max(1, repeats)))
 
 
-def cpu_seconds(work: Callable[[], object]) -> float:
+def cpu_seconds(function: Callable[[], object]) -> float:
     started = time.process_time()
-    work()
+    function()
     return time.process_time() - started

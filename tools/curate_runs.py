@@ -1,4 +1,4 @@
-"""Rows of tools/bench_curate.py: whole runs of `llmjax curate`, by the clock, on more workers, on Ray, on more data."""
+"""Rows of tools/bench_curate.py on complete runs of `llmjax curate`: scaling with workers, Ray, memory."""
 
 from collections.abc import Iterator
 import contextlib
@@ -19,37 +19,37 @@ from llmjax.curate.config import CurateConfig, InputConfig
 from llmjax.curate.engine import curate
 from llmjax.curate.engine.runners import LocalRunner, RayRunner, Runner
 
-_IDLE = 0.3  # processors that others may use before a row says so
+_MAX_OTHER_CORES = 0.3  # cores that other processes may use before a row says so
 _CURATE = "import sys; from llmjax.cli.main import main; sys.exit(main())"
-_POLL = 0.05  # seconds between looks at the memory
+_POLL = 0.05  # seconds between readings of the memory
 
 
 def scaling_rows(bench: Bench) -> Iterator[Row]:
-    """A whole run with one worker and with two. Every worker has loaded what it needs before."""
-    with tempfile.TemporaryDirectory() as folder, _every_core():
-        config, others = _corpora(bench, Path(folder)), _Others()
+    """A complete run with one worker and with two. The workers have loaded their modules before."""
+    with tempfile.TemporaryDirectory() as folder, _all_cores():
+        configs, others = _make_corpora(bench, Path(folder)), _OtherLoad()
         seconds = {}
         for workers in (1, 2):
             with LocalRunner(workers) as runner:
-                seconds[workers] = _seconds(config, runner, Path(folder), bench.run_repeats)
-        yield Row("whole run, MB/s by the clock, 1 worker", f"{bench.run_megabytes / seconds[1]:.2f}")
-        yield Row(f"  2 workers are faster{others.told()}", f"{seconds[1] / seconds[2]:.2f}x", "", "1.8x")
+                seconds[workers] = _best_seconds(configs, runner, Path(folder), bench.run_repeats)
+        yield Row("complete run, MB/s of wall time, 1 worker", f"{bench.run_megabytes / seconds[1]:.2f}")
+        yield Row(f"  speedup with 2 workers{others.describe()}", f"{seconds[1] / seconds[2]:.2f}x", "", "1.8x")
 
 
 def ray_rows(bench: Bench) -> Iterator[Row]:
-    """A whole run on Ray, two nodes of one process each on this machine, beside two local processes."""
+    """A complete run on Ray with two nodes of one process on this machine, compared with two local processes."""
     try:
         import ray.cluster_utils
     except ImportError:
-        yield Row("Ray on 2 nodes, times local", "not installed", "", "1.3x")
+        yield Row("Ray on 2 nodes, relative to 2 local processes", "not installed", "", "1.3x")
         return
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    with tempfile.TemporaryDirectory() as folder, _every_core():
-        config, others = _corpora(bench, Path(folder)), _Others()
+    with tempfile.TemporaryDirectory() as folder, _all_cores():
+        configs, others = _make_corpora(bench, Path(folder)), _OtherLoad()
         with LocalRunner(2) as runner:
-            local = _seconds(config, runner, Path(folder), bench.run_repeats)
-        told = others.told()  # now: the processes of Ray are not told from those of others
-        began = time.monotonic()
+            local = _best_seconds(configs, runner, Path(folder), bench.run_repeats)
+        load = others.describe()  # before Ray starts, whose processes would count as others
+        begin = time.monotonic()
         cluster = ray.cluster_utils.Cluster(
             initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
         )
@@ -58,25 +58,25 @@ def ray_rows(bench: Bench) -> Iterator[Row]:
             cluster.wait_for_nodes()
             with RayRunner(str(cluster.address)) as runner:
                 list(runner.map(abs, [(0,), (1,)]))
-                started = time.monotonic() - began
-                there = _seconds(config, runner, Path(folder), bench.run_repeats)
+                startup = time.monotonic() - begin
+                on_ray = _best_seconds(configs, runner, Path(folder), bench.run_repeats)
         finally:
             cluster.shutdown()
-        yield Row(f"Ray on 2 nodes, times local on 2{told}", f"{there / local:.2f}x", "", "1.3x")
-        yield Row("  to start both nodes and the first task, s", f"{started:.1f}")
+        yield Row(f"Ray on 2 nodes, relative to 2 local processes{load}", f"{on_ray / local:.2f}x", "", "1.3x")
+        yield Row("  startup of the nodes and the first task, s", f"{startup:.1f}")
 
 
 def memory_rows(bench: Bench) -> Iterator[Row]:
-    """Resident memory of `llmjax curate` with two workers, at its highest, on the data and on ten times as much."""
+    """Peak resident memory of `llmjax curate` with two workers, on a corpus and on one ten times as large."""
     peaks = []
-    with tempfile.TemporaryDirectory() as folder, _every_core():
-        for times in (1, 10):
-            path = Path(folder) / f"{times}.jsonl"
-            grow(bench.texts, bench.memory_megabytes * times, path)
+    with tempfile.TemporaryDirectory() as folder, _all_cores():
+        for factor in (1, 10):
+            path = Path(folder) / f"{factor}.jsonl"
+            write_corpus(bench.texts, bench.memory_megabytes * factor, path)
             command = [sys.executable, "-c", _CURATE, "curate", f"--config={ROOT / 'configs' / 'curate.py'}"]
-            command += [f"--workdir={folder}/run-{times}", f"--config.curate.inputs.python.path={path}"]
-            peaks.append(_peak([*command, "--config.curate.workers=2"]))
-    names = ("all processes together", "the largest process", "the largest worker's", "the one that decides")
+            command += [f"--workdir={folder}/run-{factor}", f"--config.curate.inputs.python.path={path}"]
+            peaks.append(_measure_peak([*command, "--config.curate.workers=2"]))
+    names = ("all processes", "largest process", "largest worker", "main process")
     for name, small, large in zip(names, *peaks, strict=True):
         target = "1.3x" if name == names[0] else ""
         ratio = f"{large / small:.2f}x"
@@ -84,54 +84,54 @@ def memory_rows(bench: Bench) -> Iterator[Row]:
 
 
 class Peak(NamedTuple):
-    """Bytes."""
+    """Peak bytes; `total` is of all processes at the same time."""
 
-    together: int
-    largest: int
+    total: int
+    process: int
     worker: int
-    driver: int
+    main: int
 
 
-def _peak(command: list[str]) -> Peak:
-    """Stops the program where the command fails."""
-    done = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    said: list[str] = []
-    reading = threading.Thread(target=lambda: said.extend(done.stdout or ()))
-    reading.start()
-    together = worker = driver = 0
-    while done.poll() is None:
-        sizes = {number: _resident(number) for number in (done.pid, *_children(done.pid))}
-        together = max(together, sum(now for now, _ in sizes.values()))
-        driver = max(driver, sizes.pop(done.pid)[1])
-        worker = max([worker, *(most for _, most in sizes.values())])
+def _measure_peak(command: list[str]) -> Peak:
+    """Exits if the command fails."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    output: list[str] = []
+    reader = threading.Thread(target=lambda: output.extend(process.stdout or ()))
+    reader.start()
+    total = worker = main = 0
+    while process.poll() is None:
+        sizes = {pid: _resident_bytes(pid) for pid in (process.pid, *_children(process.pid))}
+        total = max(total, sum(now for now, _ in sizes.values()))
+        main = max(main, sizes.pop(process.pid)[1])
+        worker = max([worker, *(peak for _, peak in sizes.values())])
         time.sleep(_POLL)
-    reading.join()
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} failed\n{''.join(said[-20:])}")
-    return Peak(together, max(worker, driver), worker, driver)
+    reader.join()
+    if process.returncode:
+        sys.exit(f"{' '.join(command)} failed\n{''.join(output[-20:])}")
+    return Peak(total, max(worker, main), worker, main)
 
 
-def _children(process: int) -> list[int]:
+def _children(pid: int) -> list[int]:
     try:
-        return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
         return []
 
 
-def _resident(process: int) -> tuple[int, int]:
-    """Bytes that a process has now, and had at most; without pages of files, which the system takes back at need."""
+def _resident_bytes(pid: int) -> tuple[int, int]:
+    """(current, peak) of a process. The current value excludes pages of files, which the system can reclaim."""
     try:
-        lines = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
+        lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
         now = (int(lines["RssAnon"].split()[0]) + int(lines["RssShmem"].split()[0])) * 1024
         return now, int(lines["VmHWM"].split()[0]) * 1024
     except (OSError, KeyError):  # it has ended
         return 0, 0
 
 
-def _corpora(bench: Bench, folder: Path) -> dict[str, CurateConfig]:
-    """The corpus that counts, and a small one of four parts, on which every process loads what it needs."""
-    grow(bench.texts, 0.05, folder / "small.jsonl")
-    grow(bench.texts, bench.run_megabytes, folder / "large.jsonl")
+def _make_corpora(bench: Bench, folder: Path) -> dict[str, CurateConfig]:
+    """The measured corpus, and a small one of four parts for warm-up."""
+    write_corpus(bench.texts, 0.05, folder / "small.jsonl")
+    write_corpus(bench.texts, bench.run_megabytes, folder / "large.jsonl")
     small, large = (InputConfig(path=str(folder / f"{name}.jsonl")) for name in ("small", "large"))
     return {
         "small": CurateConfig(inputs={f"part{number}": small for number in range(4)}),
@@ -139,33 +139,33 @@ def _corpora(bench: Bench, folder: Path) -> dict[str, CurateConfig]:
     }
 
 
-def grow(texts: list[str], megabytes: float, path: Path) -> None:
-    """JSONL of new documents: paragraphs of all texts, drawn at random, as many as a text has."""
-    draw = random.Random(0)
+def write_corpus(texts: list[str], megabytes: float, path: Path) -> None:
+    """Write JSON lines of documents from random paragraphs of all texts, with as many paragraphs as the texts have."""
+    rng = random.Random(0)
     paragraphs = [part for text in texts for part in text.split("\n\n") if part.strip()]
-    left, number = megabytes * 1e6, 0
+    remaining, number = megabytes * 1e6, 0
     with open(path, "w", encoding="utf-8") as file:
-        while left > 0:
-            count = min(draw.choice(texts).count("\n\n") + 1, 200)
-            text = "\n\n".join(draw.choice(paragraphs) for _ in range(count))
-            left -= file.write(json.dumps({"id": f"{number}", "text": text}, ensure_ascii=False) + "\n")
+        while remaining > 0:
+            count = min(rng.choice(texts).count("\n\n") + 1, 200)
+            text = "\n\n".join(rng.choice(paragraphs) for _ in range(count))
+            remaining -= file.write(json.dumps({"id": f"{number}", "text": text}, ensure_ascii=False) + "\n")
             number += 1
 
 
-def _seconds(configs: dict[str, CurateConfig], runner: Runner, folder: Path, repeats: int) -> float:
-    """By the clock, the least of some runs; the first run, on next to nothing, is not counted."""
+def _best_seconds(configs: dict[str, CurateConfig], runner: Runner, folder: Path, repeats: int) -> float:
+    """The least wall time of several runs, after a run on the small corpus."""
     times = []
     for name in ("small", *["large"] * repeats):
         with tempfile.TemporaryDirectory(dir=folder) as workdir:
-            began = time.monotonic()
+            begin = time.monotonic()
             curate.curate(configs[name], Path(workdir), runner)
-            times.append(time.monotonic() - began)
+            times.append(time.monotonic() - begin)
     return min(times[1:])
 
 
 @contextlib.contextmanager
-def _every_core() -> Iterator[None]:
-    """Rows of one core pin this process to it; these use all."""
+def _all_cores() -> Iterator[None]:
+    """Undo the pinning of this process to one core."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -177,20 +177,20 @@ def _every_core() -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-class _Others:
-    """What else the machine does from now on: time of its processors that is not ours."""
+class _OtherLoad:
+    """The load of other processes on this machine, since this object was created."""
 
     def __init__(self):
-        self._began, self._busy = time.monotonic(), _busy() - _ours()
+        self._begin, self._seconds = time.monotonic(), _machine_seconds() - _own_seconds()
 
-    def told(self) -> str:
-        """To be said in a row, once our processes have ended: nothing where the machine was idle but for us."""
-        used = (_busy() - _ours() - self._busy) / (time.monotonic() - self._began)
-        return f" (others used {used:.1f} cores)" if used > _IDLE else ""
+    def describe(self) -> str:
+        """A note for a row, "" if other processes used little. Call it after own subprocesses have ended."""
+        used = (_machine_seconds() - _own_seconds() - self._seconds) / (time.monotonic() - self._begin)
+        return f" (others used {used:.1f} cores)" if used > _MAX_OTHER_CORES else ""
 
 
-def _busy() -> float:
-    """Seconds of processor time of the whole machine."""
+def _machine_seconds() -> float:
+    """Processor time of all processes of this machine."""
     try:
         user, nice, system = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:4])
     except OSError:
@@ -198,6 +198,6 @@ def _busy() -> float:
     return (user + nice + system) / os.sysconf("SC_CLK_TCK")
 
 
-def _ours() -> float:
-    """The same of this process and of those that it has started and that have ended."""
+def _own_seconds() -> float:
+    """Processor time of this process and of its ended subprocesses."""
     return sum(os.times()[:4])

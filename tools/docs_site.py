@@ -30,13 +30,13 @@ def dotted(path: pathlib.Path) -> str:
     return ".".join(path.relative_to(ROOT).parts)
 
 
-def page_of(folder: pathlib.Path) -> str:
+def page_name(folder: pathlib.Path) -> str:
     return f"reference/{dotted(folder)}.md"
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Put the added pages into the navigation."""
-    reference = [{dotted(folder): page_of(folder)} for folder in packages()]
+    reference = [{dotted(folder): page_name(folder)} for folder in packages()]
     config.nav = [{"Overview": OVERVIEW}, *(config.nav or []), {"API reference": reference}]
     return config
 
@@ -46,7 +46,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     files.append(File.generated(config, OVERVIEW, content=readme()))
     for folder in packages():
         content = f"# {dotted(folder)}\n\n" + "\n".join(f"::: {module}" for module in public_modules(folder)) + "\n"
-        files.append(File.generated(config, page_of(folder), content=content))
+        files.append(File.generated(config, page_name(folder), content=content))
     return files
 
 

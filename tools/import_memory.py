@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 VOCAB, EMBED, MLP, HEADS = 32_000, 1024, 4096, 16
 
 
-def write(folder: Path, megabytes: int) -> int:
+def write_checkpoint(folder: Path, megabytes: int) -> int:
     """A Llama of about that size in bfloat16, in shards of 100 MB, with a tokenizer of bytes. Returns its bytes."""
     import ml_dtypes
     import numpy as np
@@ -49,10 +49,10 @@ def write(folder: Path, megabytes: int) -> int:
     make = lambda name: rng.standard_normal(shapes[name], np.float32).astype(ml_dtypes.bfloat16)
     specs = {name: ("BF16", shape) for name, shape in shapes.items()}
     paths = files.write_folder(folder, specs, make, limit=100_000_000)
-    made = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()  # type: ignore[assignment]
-    made.add_special_tokens(["</s>"])
-    made.save(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
     return sum(path.stat().st_size for path in paths)
 
 
@@ -63,14 +63,14 @@ def measure(folder: Path, workdir: Path) -> dict[str, int]:
     from llmjax.interop import importing
 
     jax.block_until_ready(jax.numpy.ones(8) + 1)
-    watch = Watch()
+    memory = PeakMemory()
     before, peaks = resident(), {}
 
     class PeakAtSaving(logging.StreamHandler):  # to stderr
         def emit(self, record: logging.LogRecord) -> None:
             if record.getMessage().startswith("writing checkpoint"):
-                peaks["reading"] = watch.take()
-                peaks["held"] = resident()
+                peaks["reading"] = memory.reset()
+                peaks["loaded"] = resident()
             super().emit(record)
 
     logger = logging.getLogger("llmjax")
@@ -79,24 +79,24 @@ def measure(folder: Path, workdir: Path) -> dict[str, int]:
 
     from etils import epath
 
-    found = importing.import_checkpoint(folder, epath.Path(workdir))
-    peaks["saving"] = watch.take()
-    return {"before": before, "parameters": 4 * found.parameters, **{k: v - before for k, v in peaks.items()}}
+    imported = importing.import_checkpoint(folder, epath.Path(workdir))
+    peaks["saving"] = memory.reset()
+    return {"before": before, "parameters": 4 * imported.parameters, **{k: v - before for k, v in peaks.items()}}
 
 
-class Watch:
-    """The highest resident size, looked at every 2 ms."""
+class PeakMemory:
+    """The highest resident size, measured every 2 ms."""
 
     def __init__(self):
         self.peak = 0
-        threading.Thread(target=self._look, daemon=True).start()
+        threading.Thread(target=self._measure, daemon=True).start()
 
-    def _look(self) -> None:
+    def _measure(self) -> None:
         while True:
             self.peak = max(self.peak, resident())
             time.sleep(0.002)
 
-    def take(self) -> int:
+    def reset(self) -> int:
         """The peak since the last call."""
         peak, self.peak = max(self.peak, resident()), 0
         return peak
@@ -116,15 +116,15 @@ def main() -> None:
     if flags.folder:
         print(json.dumps(measure(flags.folder, flags.workdir)))
         return
-    with tempfile.TemporaryDirectory() as place:
-        size = write(Path(place) / "in", flags.megabytes)
-        command = [sys.executable, __file__, f"--folder={place}/in", f"--workdir={place}/run"]
+    with tempfile.TemporaryDirectory() as folder:
+        size = write_checkpoint(Path(folder) / "in", flags.megabytes)
+        command = [sys.executable, __file__, f"--folder={folder}/in", f"--workdir={folder}/run"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-        found = json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
-    arrays = found["parameters"]
+        result = json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
+    arrays = result["parameters"]
     print(f"checkpoint {size / 1e6:,.0f} MB on disk, {arrays / 1e6:,.0f} MB as float32 arrays, one CPU device")
-    for name in ("reading", "held", "saving"):
-        print(f"  {name:8} {found[name] / 1e6:8,.0f} MB beyond the {found['before'] / 1e6:,.0f} MB before it")
+    for name in ("reading", "loaded", "saving"):
+        print(f"  {name:8} {result[name] / 1e6:8,.0f} MB above the {result['before'] / 1e6:,.0f} MB before the import")
     print(f"  limit    {(size + 2 * arrays) / 1e6:8,.0f} MB = checkpoint + twice its arrays")
 
 

@@ -1,4 +1,4 @@
-"""Prints the table of docs/optimizers.md: what each optimizer's state costs in bytes per parameter.
+"""Print the table of docs/optimizers.md: bytes per parameter of the state of each optimizer.
 
 python tools/optimizer_table.py [--config=configs/gpt2.py:124M] [--vocab_size=50257]
 """
@@ -34,8 +34,8 @@ def main():
     print("| optimizer | state, bytes per parameter | with parameters and gradients |")
     print("|---|---|---|")
     for name in DEFAULTS:
-        each = state_bytes(shapes, axes, name=name) / count
-        print(f"| {name} | {each:.2f} | {each + 8:.2f} |")
+        state = state_bytes(shapes, axes, name=name) / count
+        print(f"| {name} | {state:.2f} | {state + 8:.2f} |")
     average = state_bytes(shapes, axes, name="sgd", ema_decay=0.999) - state_bytes(shapes, axes, name="sgd")
     print(f"| ema_decay above 0 | +{average / count:.2f} | +{average / count:.2f} |")
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""What datatrove does with the texts of tools/bench_curate.py: run by a Python that has it, and by that tool alone.
+"""Run datatrove on the texts of tools/bench_curate.py, which starts this script with a Python that has datatrove.
 
-PYTHON tools/peer_datatrove.py WHAT < given.json     the last line printed is the answer, as JSON
+PYTHON tools/peer_datatrove.py TASK < argument.json     prints the result as JSON in the last line
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from datatrove.data import Document  # pyright: ignore[reportMissingImports]  (n
 
 
 def quality(texts: list[str]) -> dict[str, float]:
-    """FineWeb's order: each step sees what the ones before kept. Seconds of processor time, and fractions kept."""
+    """Filters in FineWeb's order. Processor time, and the kept fractions of documents and characters."""
     from datatrove.pipeline.filters import (  # pyright: ignore[reportMissingImports]
         C4QualityFilter,
         FineWebQualityFilter,
@@ -36,7 +36,7 @@ def quality(texts: list[str]) -> dict[str, float]:
         document = Document(text=formatter.format(text), id="")
         return all(step.filter(document) is True for step in filters)
 
-    passes("Loads what is loaded once.")
+    passes("This loads the models.")
     started = time.process_time()
     kept = [text for text in texts if passes(text)]
     seconds = time.process_time() - started
@@ -44,23 +44,23 @@ def quality(texts: list[str]) -> dict[str, float]:
     return {"seconds": seconds, "documents": len(kept) / len(texts), "characters": characters}
 
 
-def repetition(given: list[tuple[str, list[str]]]) -> list[dict[str, float]]:
-    """Fractions of characters in repeated runs of words, for each (text, its words)."""
+def repetition(texts: list[tuple[str, list[str]]]) -> list[dict[str, float]]:
+    """Fractions of characters in repeated n-grams, for each (text, its words)."""
     from datatrove.pipeline.filters import gopher_repetition_filter as gopher  # pyright: ignore[reportMissingImports]
 
-    found = []
-    for text, words in given:
-        runs = {n: gopher.get_n_grams(words, n) for n in (2, 3, 4)}
-        top = {f"top_{n}": gopher.find_top_duplicate(run) / len(text) if run else 0.0 for n, run in runs.items()}
-        repeated = {f"repeated_{n}": gopher.find_all_duplicate(words, n) / len(text) for n in range(5, 11)}
-        found.append(top | repeated)
-    return found
+    scores = []
+    for text, words in texts:
+        ngrams = {n: gopher.get_n_grams(words, n) for n in (2, 3, 4)}
+        top = {f"top_{n}gram": gopher.find_top_duplicate(g) / len(text) if g else 0.0 for n, g in ngrams.items()}
+        duplicate = {f"duplicate_{n}gram": gopher.find_all_duplicate(words, n) / len(text) for n in range(5, 11)}
+        scores.append(top | duplicate)
+    return scores
 
 
 def signatures(texts: list[str]) -> dict[str, Any]:
-    """MinHash of 5-word shingles, 14 x 8: seconds of processor time, and of each text the first that it is put with.
+    """MinHash of 5-word shingles, 14 x 8: processor time, and for each text the first one of its cluster.
 
-    Texts that share a bucket are one cluster, as its later stages have it.
+    Texts that share a bucket are in one cluster, as in the later stages of datatrove.
     """
     from datatrove.pipeline.dedup.minhash import (  # pyright: ignore[reportMissingImports]
         MinhashConfig,
@@ -70,27 +70,29 @@ def signatures(texts: list[str]) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         step = MinhashDedupSignature(folder, MinhashConfig(n_grams=5, num_buckets=14, hashes_per_bucket=8))
-        step._hash_func = lambda run: xxhash.xxh64_intdigest(run.encode())  # it passes text, which xxhash 4 refuses
-        step.get_signature(step.get_shingles("Loads what is loaded once, a few words at least."))
+        step._hash_func = lambda shingle: xxhash.xxh64_intdigest(
+            shingle.encode()
+        )  # datatrove passes str, which xxhash 4 refuses
+        step.get_signature(step.get_shingles("This loads the models, with a few words at least."))
         started = time.process_time()
         shingles = [step.get_shingles(text) for text in texts]
-        found = [step.get_signature(one) if one.size else [] for one in shingles]
+        signatures = [step.get_signature(values) if values.size else [] for values in shingles]
         seconds = time.process_time() - started
-    first, seen = list(range(len(texts))), {}
+    first, owners = list(range(len(texts))), {}
 
     def root(index: int) -> int:
         while first[index] != index:
             index = first[index]
         return index
 
-    for index, buckets in enumerate(found):
+    for index, buckets in enumerate(signatures):
         for key in enumerate(map(tuple, buckets)):
-            one, other = sorted((root(index), root(seen.setdefault(key, index))))
-            first[other] = one
+            low, high = sorted((root(index), root(owners.setdefault(key, index))))
+            first[high] = low
     return {"seconds": seconds, "first": [root(index) for index in range(len(texts))]}
 
 
-WHAT: dict[str, Callable[[Any], Any]] = {"quality": quality, "repetition": repetition, "signatures": signatures}
+TASKS: dict[str, Callable[[Any], Any]] = {"quality": quality, "repetition": repetition, "signatures": signatures}
 
 if __name__ == "__main__":
-    print(json.dumps(WHAT[sys.argv[1]](json.load(sys.stdin))))
+    print(json.dumps(TASKS[sys.argv[1]](json.load(sys.stdin))))

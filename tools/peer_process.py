@@ -1,4 +1,4 @@
-"""One system under test: trains a small decoder when told to, and says how long a step took.
+"""One measured system: trains a small decoder on request and answers with the time of a step.
 
 Requests come as JSON, one a line: first {"system", "config", "device"}, answered after the first step by {"parameters",
 "device_kind"}; then {"seconds": s} for the mean seconds of a step over about s seconds, or {"matmul": true} for the
@@ -20,7 +20,7 @@ MATMUL_SIZES = {"cpu": (512, 1024, 2048), "gpu": (4096, 8192)}
 
 
 def llmjax_step(tree: dict[str, Any], inputs: np.ndarray, targets: np.ndarray) -> tuple[Callable, int]:
-    """(step, number of parameters): the very program that `llmjax train` compiles for this config."""
+    """(step, number of parameters); the step is the program that `llmjax train` compiles for this config."""
     import jax
 
     from llmjax.batch import Batch
@@ -70,16 +70,16 @@ def llmjax_matmul(size: int) -> Callable:
     return lambda: product(a, a)
 
 
-def dispatch_and_combine() -> None:
+def answer_requests() -> None:
     """Answer requests until the input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not mix with the answers
-    say = lambda **answer: print(json.dumps(answer), file=answers, flush=True)
+    answer = lambda **fields: print(json.dumps(fields), file=answers, flush=True)
     first = json.loads(sys.stdin.readline())
     config, device = first["config"], first["device"]
     shape = (config["train"]["global_batch"], config["data"]["seq_len"] + 1)
-    draw = np.random.default_rng(0).integers(0, config["model"]["vocab_size"], shape, np.int32)
-    batch = np.ascontiguousarray(draw[:, :-1]), np.ascontiguousarray(draw[:, 1:])
+    tokens = np.random.default_rng(0).integers(0, config["model"]["vocab_size"], shape, np.int32)
+    batch = np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:])
     if first["system"] == "llmjax":
         import jax
 
@@ -91,28 +91,29 @@ def dispatch_and_combine() -> None:
         step, parameters = peer.make_step(config, *batch, device=device, compiled=first["system"] == "torch compile")
         make_matmul, wait, kind = functools.partial(peer.make_matmul, device=device), peer.wait, peer.kind(device)
     wait(step())
-    say(parameters=parameters, device_kind=kind)
+    answer(parameters=parameters, device_kind=kind)
     for request in map(json.loads, sys.stdin):
         if "seconds" in request:
-            say(step=timed(step, wait, max(1, round(request["seconds"] / timed(step, wait, 1)))))
+            count = max(1, round(request["seconds"] / mean_seconds(step, wait, 1)))
+            answer(step=mean_seconds(step, wait, count))
             continue
         best = 0.0
         for size in MATMUL_SIZES[device]:
             product = make_matmul(size)
-            best = max(best, *(2 * size**3 / timed(product, wait, 1) for _ in range(3)))
-        say(flops=best)
+            best = max(best, *(2 * size**3 / mean_seconds(product, wait, 1) for _ in range(3)))
+        answer(flops=best)
 
 
-def timed(work: Callable, wait: Callable, times: int) -> float:
-    """Mean seconds of `times` calls in a row, after one that is not counted."""
+def mean_seconds(work: Callable, wait: Callable, count: int) -> float:
+    """Mean seconds of `count` consecutive calls, after one that is not timed."""
     result = work()
     wait(result)
     started = time.perf_counter()
-    for _ in range(times):
+    for _ in range(count):
         result = work()
     wait(result)
-    return (time.perf_counter() - started) / times
+    return (time.perf_counter() - started) / count
 
 
 if __name__ == "__main__":
-    dispatch_and_combine()
+    answer_requests()

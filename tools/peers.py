@@ -1,4 +1,4 @@
-"""Training steps of several systems side by side: each in a process of its own, working only in its turn."""
+"""Compare the training steps of several systems: each runs in a process of its own, and only in its turn."""
 
 import contextlib
 import dataclasses
@@ -19,17 +19,17 @@ from llmjax.run.config import RunConfig
 
 SYSTEMS = ("llmjax", "torch eager", "torch compile")
 INSTALL_TORCH = """\
-PyTorch is no dependency. For its rows install its CPU build first (the default package brings CUDA; PyTorch's install
-page names the index of CPU wheels), then the extra:
+PyTorch is not a dependency. For its rows install its CPU build first (the default package contains CUDA; PyTorch's
+install page names the index of CPU wheels), then the extra:
   .venv/bin/pip install -e '.[bench]' -c constraints.txt
 """
 
 
 class Peer:
-    """A process that trains one decoder. Its start and compilation are over when this returns.
+    """A process that trains one decoder. It has started and compiled when the constructor returns.
 
     parameters   number of parameters of its model
-    device_kind  what it runs on, by the name that JAX or PyTorch gives
+    device_kind  name of its device in JAX or PyTorch
     first_step   seconds from the start of the process to the end of its first step
     """
 
@@ -44,11 +44,11 @@ class Peer:
         self.first_step = time.perf_counter() - started
 
     def turn(self, seconds: float) -> float:
-        """Seconds of a step, the mean of as many as fit into `seconds`, after one that warms the caches again."""
+        """Mean seconds of a step over about `seconds`, after one step that fills the caches."""
         return self._ask({"seconds": seconds})["step"]
 
     def matmul(self) -> float:
-        """Flops a second of this system's best square matrix product, which is what no model can exceed."""
+        """Flops per second of this system's fastest square matrix product, an upper limit for every model."""
         return self._ask({"matmul": True})["flops"]
 
     def close(self) -> None:
@@ -64,15 +64,15 @@ class Peer:
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         if not answer:
-            sys.exit(f"{self.system} ended with status {self._process.wait()}; what it said stands above")
+            sys.exit(f"{self.system} ended with status {self._process.wait()}; see its output above")
         return json.loads(answer)
 
 
 def environment(device: str) -> dict[str, str]:
-    """The CPU alone, or the first GPU alone.
+    """Environment variables that select the CPU alone, or the first GPU alone.
 
-    On CPU with huge pages for glibc's allocator, for all systems alike: a step's temporary memory is mapped afresh each
-    time, and in pages of 4 KiB that alone is a fifth of a small step.
+    On CPU, glibc allocates huge pages for all systems alike: the temporary memory of a step is mapped again each time,
+    which takes a fifth of a small step with pages of 4 KiB.
     """
     if device == "cpu":
         tunables = os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
@@ -80,8 +80,8 @@ def environment(device: str) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
 
 
-def resolved(file: str, overrides: dict[str, Any], vocab_size: int) -> RunConfig:
-    """A config with every size that it leaves open filled in, as other systems need it."""
+def resolve_config(file: str, overrides: dict[str, Any], vocab_size: int) -> RunConfig:
+    """A config in which every size has a value, as other systems need it."""
     config = run_config.resolve(file, [(field, str(value)) for field, value in overrides.items()])
     model = run_config.with_vocabulary(config, vocab_size).model
     assert isinstance(model, DecoderConfig), "the peers are decoders"
@@ -91,7 +91,7 @@ def resolved(file: str, overrides: dict[str, Any], vocab_size: int) -> RunConfig
 
 @dataclasses.dataclass
 class Result:
-    """What one system did: seconds of a step in each turn, and its best matrix product in flops a second."""
+    """Seconds of a step of one system in each turn, and its fastest matrix product in flops per second."""
 
     peer: Peer
     steps: list[float] = dataclasses.field(default_factory=list)
@@ -102,10 +102,10 @@ class Result:
         self.product = max(self.product, self.peer.matmul())
 
 
-def race(name: str, config: RunConfig, *, turns: int, seconds: float, device: str) -> None:
+def compare(name: str, config: RunConfig, *, turns: int, seconds: float, device: str) -> None:
     """Print the tokens a second of every system that is installed.
 
-    device   "cpu": all are up and take turns, for a CPU is seldom quiet; "gpu": one after the other, for its memory
+    device   "cpu": the processes take turns, since the load of a CPU changes; "gpu": one after the other, for memory
     """
     model, rows, seq = config.model, config.train.global_batch, config.data.seq_len
     shape = f"{model.num_layers} layers x {model.embed}, {rows} x {seq} tokens, {model.dtype}"
@@ -115,7 +115,7 @@ def race(name: str, config: RunConfig, *, turns: int, seconds: float, device: st
     for group in [installed] if device == "cpu" else [(system,) for system in installed]:
         with contextlib.ExitStack() as stack:
             tree, running = run_config.to_json(config), []
-            for system in group:  # one after the other, so that each has the machine for its first step
+            for system in group:  # one after the other, so that no other system slows a first step
                 running.append(Result(stack.enter_context(contextlib.closing(Peer(system, tree, device)))))
             for _ in range(turns):
                 for result in running:
@@ -123,25 +123,25 @@ def race(name: str, config: RunConfig, *, turns: int, seconds: float, device: st
             results += running
     if len({result.peer.parameters for result in results}) > 1:
         sys.exit(f"not the same model: {[(r.peer.system, r.peer.parameters) for r in results]} parameters")
-    show(results, rows * seq, model.flops_per_token(seq))
+    print_results(results, rows * seq, model.flops_per_token(seq))
     print(f"  {turns} turns of {seconds:g} s each; {load()}", flush=True)
     if len(installed) == 1:
         print(INSTALL_TORCH)
 
 
-def show(results: list[Result], tokens: int, flops: float) -> None:
+def print_results(results: list[Result], tokens: int, flops: float) -> None:
     """One row a system, for `tokens` in a step and model `flops` a token."""
-    limit, ours = max(result.product for result in results), statistics.median(results[0].steps)
+    limit, reference = max(result.product for result in results), statistics.median(results[0].steps)
     peak = peak_flops(results[0].peer.device_kind)
     columns = f"{'tokens/s':>10}{'step':>10}{'(min - max)':>18}{'of limit':>10}{'MFU' if peak else '':>7}"
-    print(f"  {'':14}{columns}{'ours is':>9}{'first step':>12}")
+    print(f"  {'':14}{columns}{'of llmjax':>10}{'first step':>12}")
     for result in results:
         middle = statistics.median(result.steps)
         rate, span = flops * tokens / middle, f"({min(result.steps):.3f} - {max(result.steps):.3f})"
         mfu = f"{rate / peak:.1%}" if peak else ""
         print(
             f"  {result.peer.system:14}{tokens / middle:>10,.0f}{middle:>8.3f} s{span:>18}{rate / limit:>10.0%}{mfu:>7}"
-            f"{middle / ours:>8.2f}x{result.peer.first_step:>10.1f} s"
+            f"{middle / reference:>9.2f}x{result.peer.first_step:>10.1f} s"
         )
     print(f"  {'limit':14}{limit / flops:>10,.0f}{tokens * flops / limit:>8.3f} s{'':18}{1:>10.0%}")
     measured = ", ".join(f"{result.peer.system} {result.product / 1e9:,.0f}" for result in results)
@@ -149,5 +149,5 @@ def show(results: list[Result], tokens: int, flops: float) -> None:
 
 
 def load() -> str:
-    """How busy the machine is, which every time depends on."""
+    """The load of the machine, on which every time depends."""
     return f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"

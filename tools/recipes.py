@@ -1,4 +1,4 @@
-"""Train the recipes that need no text of their own, and hold each to the score that its config states.
+"""Train the recipes that read the standard library, and compare each with the expected score of its config.
 
 python tools/recipes.py [NAME ...] [--folder=runs/recipes]      # such as: python tools/recipes.py bert recurrent:gru
 
@@ -21,16 +21,16 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 def recipes() -> dict[str, tuple[str, str, float]]:
     """Name, such as "bert:tiny" -> (spec for --config, field of the scores, bound)."""
-    found = {}
+    recipes = {}
     for path in sorted((ROOT / "configs").glob("*.py")):
         for size, (field, bound) in getattr(load_module(path), "EXPECTED_SCORE", {}).items():
             name, spec = (f"{path.stem}:{size}", f"{path}:{size}") if size else (path.stem, str(path))
-            found[name] = (spec, field, bound)
-    return found
+            recipes[name] = (spec, field, bound)
+    return recipes
 
 
 def train(spec: str, workdir: pathlib.Path) -> None:
-    """Run the recipe to its end, with its progress on the terminal."""
+    """Train the recipe, with its output on the terminal."""
     llmjax = pathlib.Path(sys.executable).with_name("llmjax")
     command = [str(llmjax), "train", f"--config={spec}", f"--workdir={workdir}"]
     if (status := subprocess.run(command, check=False).returncode) != 0:
@@ -38,23 +38,24 @@ def train(spec: str, workdir: pathlib.Path) -> None:
 
 
 def result(workdir: pathlib.Path) -> tuple[dict, dict]:
-    """(validation scores in all at the last step, run.json) of a finished run."""
+    """(total validation scores at the last step, run.json) of a finished run."""
     last = max((workdir / "eval").iterdir(), key=lambda path: int(path.name))
     scores = json.loads((last / "validation.json").read_text())["total"]
     return scores, json.loads((workdir / "run.json").read_text())
 
 
 def main() -> None:
-    known = recipes()
+    all_recipes = recipes()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)} (default: all)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(all_recipes)} (default: all)")
     parser.add_argument("--folder", type=pathlib.Path, default=ROOT / "runs" / "recipes", help="where the runs go")
     flags = parser.parse_args()
     chosen = {}
-    for name in flags.names or known:
-        matching = {full: recipe for full, recipe in known.items() if full == name or full.split(":")[0] == name}
+    for name in flags.names or all_recipes:
+        matching = {full: recipe for full, recipe in all_recipes.items() if full == name or full.split(":")[0] == name}
         if not matching:
-            raise SystemExit(f"no recipe {name!r}{suggest(name, known)}: known are {', '.join(known)}")
+            near = suggest(name, all_recipes)
+            raise SystemExit(f"no recipe {name!r}{near}: choose of {', '.join(all_recipes)}")
         chosen |= matching
     lines, failed = [], []
     for name, (spec, field, bound) in chosen.items():
@@ -63,18 +64,18 @@ def main() -> None:
         train(spec, workdir)
         scores, run = result(workdir)
         value = scores[field]
-        good = value < bound if field == "bits_per_byte" else value > bound
-        failed += [] if good else [name]
-        guess = scores.get("baseline_accuracy")
-        beside = "" if field == "bits_per_byte" else f" (commonest target: {guess:.3f})"
+        passed = value < bound if field == "bits_per_byte" else value > bound
+        failed += [] if passed else [name]
+        baseline = scores.get("baseline_accuracy")
+        note = "" if field == "bits_per_byte" else f" (majority-class baseline: {baseline:.3f})"
         lines.append(
             f"{name:<20} {run['parameters']:>12,} {time.monotonic() - began:8.0f} s   {field.replace('_', ' '):<14}"
-            f"{value:7.3f} {'<' if field == 'bits_per_byte' else '>'} {bound:.3f}  {'ok' if good else 'MISSED'}{beside}"
+            f"{value:7.3f} {'<' if field == 'bits_per_byte' else '>'} {bound:.3f}  {'ok' if passed else 'FAILED'}{note}"
         )
-    print(f"\n{'recipe':<20} {'parameters':>12} {'time':>10}   reaches")
+    print(f"\n{'recipe':<20} {'parameters':>12} {'time':>10}   score")
     print("\n".join(lines))
     if failed:
-        raise SystemExit(f"missed what they state: {', '.join(failed)}")
+        raise SystemExit(f"expected scores not reached: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

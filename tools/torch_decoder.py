@@ -1,8 +1,8 @@
-"""The peer: the same decoder in plain PyTorch, written as one would by hand, with its train step.
+"""The same decoder and train step in plain PyTorch.
 
-It has what PyTorch does best: scaled_dot_product_attention told only "causal" (no packing mask to read, which spares
-it work that llmjax does), one product for queries, keys and values, fused AdamW, foreach clipping, and autocast where
-the compute type is bfloat16.
+It uses the fastest functions of PyTorch: scaled_dot_product_attention with is_causal (without the packing mask that
+llmjax reads), one product for queries, keys and values, fused AdamW, foreach clipping, and autocast if the compute type
+is bfloat16.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def norm(model: dict[str, Any]) -> nn.Module:
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward. `model` is the model section of a config, every size filled in."""
+    """Pre-norm attention and feed-forward. `model` is the model section of a config in which every size has a value."""
 
     def __init__(self, model: dict[str, Any]):
         super().__init__()

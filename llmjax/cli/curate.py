@@ -38,7 +38,7 @@ def curate(arguments: list[str]) -> int:
         _EXAMPLE,
     )
     parser.add_argument("--config", metavar="FILE", help=f"{CONFIG.split(';')[0]}; not needed with --resume")
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="where the corpus goes")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the corpus")
     parser.add_argument("--resume", action="store_true", help="use the config in the workdir")
     parser.add_argument(
         "--runner", choices=("local", "ray"), default="local", help="processes of this machine (default), or Ray"
@@ -123,14 +123,15 @@ def _classifier(arguments: list[str]) -> int:
     model, evaluation = classifier.train_folders(flags.good, flags.bad)
     model.save(flags.to)
     if math.isnan(evaluation.auc):
-        logger.info(f"held out {evaluation.texts} texts: too few of each class to evaluate the model")
+        logger.info(f"held out {evaluation.num_texts} texts: too few of each class to evaluate the model")
     else:
-        logger.info(f"held out {evaluation.texts} texts: {evaluation.accuracy:.1%} correct (the mean of both classes);")
+        accuracy = f"{evaluation.accuracy:.1%} correct (the mean of both classes)"
+        logger.info(f"held out {evaluation.num_texts} texts: {accuracy};")
         logger.info(f"a good one scores above a bad one with probability {evaluation.auc:.3f}")
     logger.info(f"\nmodel: {flags.to}, trained on all texts")
     logger.info(
         f"next: --config.curate.quality.classifier={shlex.quote(flags.to)} writes the score beside every text; "
-        "--config.curate.quality.min_classifier=0.5 drops what is below"
+        "--config.curate.quality.min_classifier_score=0.5 drops what is below"
     )
     return 0
 

@@ -23,25 +23,33 @@ STAGES = (
 )
 
 
+def _check_fractions(values: Mapping[str, float]) -> None:
+    for field, value in values.items():
+        if not 0 <= value <= 1:
+            raise UserError(f"curate.{field}={value}: expected a number from 0 to 1")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InputConfig:
     """One named input of documents.
 
-    path        a file, a glob (`**` crosses folders), `tfds:NAME[:SPLIT][@DATA_DIR]`, or `stdlib:` (Python's sources)
-    format      "text", "lines" (a document a line), "jsonl", "json" (arrays, or objects over several lines),
-                "parquet", "csv", "tsv", "html" or "warc" (ARC too); empty: JSON by its content, others by the name
-    text_field  the field or column that holds the text in JSONL, Parquet, CSV, TSV and TFDS records
-    id_field    the field that holds a record's id; a record without one is named after its file and place
-    max_record_bytes  a longer record, page or row is left out and counted; text files are no records
-    content     what text_field holds: "text", "html", or "auto": HTML where a text is a page or a part of one, such as
-                `<div class=a><p>...</div>`; code, XML, Markdown and prose in which tags occur stay as they are
-    encoding    of text, CSV, TSV and JSONL files that are not UTF-8; empty: it is detected (in JSONL, refused)
-    columns     names of the columns of CSV and TSV files that have no header line
-    fields      other fields of a record that are carried through, beside its text; ("*",): all
-    weight      relative share of the kept tokens; None: as many as there are (give all inputs a weight, or none)
-    max_tokens  of the input that stay at most, about; 0: no limit
-    licence     of the whole input, carried through with every record that states none
-    origin      where the input comes from, such as an address; carried through with every record that states none
+    path              a file, a glob (`**` matches folders), `tfds:NAME[:SPLIT][@DATA_DIR]`, or `stdlib:` (the source
+                      files of Python's standard library)
+    format            "text", "lines" (a document per line), "jsonl", "json" (arrays, or objects over several lines),
+                      "parquet", "csv", "tsv", "html" or "warc" (also ARC); empty: JSON is recognised by its content,
+                      others by the file name
+    text_field        field or column of the text in JSONL, Parquet, CSV, TSV and TFDS records
+    id_field          field of the id; a record without one is named after its file and position
+    max_record_bytes  a longer record, page or row is dropped and counted; text files are not records
+    content           of text_field: "text", "html" or "auto", which treats texts that are HTML pages or fragments as
+                      HTML; code, XML, Markdown and prose that contain tags stay unchanged
+    encoding          of text, CSV, TSV and JSONL files that are not UTF-8; empty: detected (JSONL: lines are dropped)
+    columns           column names of CSV and TSV files without a header line
+    fields            other fields to copy to the output; ("*",): all
+    weight            relative share of the kept tokens; None: no share (set it for all inputs or for none)
+    max_tokens        approximate limit of kept tokens; 0: no limit
+    licence           of the input; added to records without a field `licence`
+    origin            of the input, such as a URL; added to records without a field `origin`
     """
 
     path: str = "stdlib:"
@@ -60,25 +68,36 @@ class InputConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PersonalConfig:
+class PersonalDataConfig:
     """Personal data and secrets in a text.
 
-    kinds   what is looked for: "email", "ip", "phone", "card" (payment cards), "iban", "ssn" (US social security
-            numbers), "secret" (keys, tokens, passwords)
+    kinds   to find: "email", "ip", "phone", "card" (payment cards), "iban", "ssn" (US social security numbers),
+            "secret" (keys, tokens, passwords)
     action  "replace" by typed placeholders such as <EMAIL>, "drop" the document, or "count" only
     """
 
     kinds: tuple[str, ...] = ("email", "ip", "phone", "card", "iban", "ssn", "secret")
     action: str = "replace"
 
+    def __post_init__(self):
+        kinds = PersonalDataConfig.kinds
+        for kind in self.kinds:
+            if kind not in kinds:
+                raise UserError(
+                    f"curate.personal_data.kinds={self.kinds!r}: no kind {kind!r}{suggest(kind, kinds)}; choose from "
+                    f"{', '.join(kinds)}"
+                )
+        if self.action not in ("replace", "drop", "count"):
+            raise UserError(f"curate.personal_data.action={self.action!r}: expected 'replace', 'drop' or 'count'")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NormaliseConfig:
-    """What is repaired in every text.
+    """Repairs of every text.
 
     mojibake   undo UTF-8 that was decoded as another encoding, such as "cafÃ©" (ftfy)
-    entities   write HTML entities such as "&eacute;" as characters, but in lines that hold a "<": those show markup
-    spaces     write the many widths of space as the plain one
+    entities   replace HTML entities such as "&eacute;" by characters, except in lines with a "<", which show markup
+    spaces     replace the various Unicode spaces by the ASCII space
     """
 
     mojibake: bool = True
@@ -88,35 +107,35 @@ class NormaliseConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LanguageConfig:
-    """Which languages stay.
+    """Which languages to keep.
 
     keep            codes such as ("en", "de"); empty: all
-    min_confidence  probability from 0 to 1 of the language found; a text below it is dropped where `keep` names any
-    characters      read at most from a text, from `places` that are spread over it
-    places          number of places
+    min_confidence  minimum probability from 0 to 1 of the detected language; not applied if `keep` is empty
+    max_characters  that are read from a text, in `num_excerpts` evenly spaced excerpts
+    num_excerpts    number of excerpts of a longer text
     """
 
     keep: tuple[str, ...] = ()
     min_confidence: float = 0.5
-    characters: int = 1200
-    places: int = 4
+    max_characters: int = 1200
+    num_excerpts: int = 4
 
     def __post_init__(self):
-        if not 0 <= self.min_confidence <= 1:
-            raise UserError(f"curate.language.min_confidence={self.min_confidence}: expected a value from 0 to 1")
-        if not 1 <= self.places <= self.characters:
+        _check_fractions({"language.min_confidence": self.min_confidence})
+        if not 1 <= self.num_excerpts <= self.max_characters:
             raise UserError(
-                f"curate.language.places={self.places}: expected 1 up to curate.language.characters={self.characters}"
+                f"curate.language.num_excerpts={self.num_excerpts}: expected 1 up to "
+                f"curate.language.max_characters={self.max_characters}"
             )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DuplicatesConfig:
-    """Copies: of a cluster what stayed before stays, else what is of the first input in the config.
+    """Removal of duplicates. Of copies, a document kept by an earlier run is kept, else one of the first input.
 
-    exact       look for texts that are equal but for letter case and spacing
-    near        look for texts that are alike
-    similarity  of 5-word shingles (Jaccard, estimated from 112 MinHash values) from which two texts are alike
+    exact       remove texts that are equal except for letter case and spacing
+    near        remove texts that are similar to a kept one
+    similarity  minimum Jaccard similarity of near-duplicates: of 5-word shingles, estimated from 112 MinHash values
     """
 
     exact: bool = True
@@ -130,34 +149,34 @@ class DuplicatesConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecontaminateConfig:
-    """Documents that share runs of words with evaluation sets are dropped.
+    """Removal of documents that share word n-grams with evaluation sets.
 
-    against    files of evaluation sets: JSONL, JSON, CSV, Parquet (every text in a record), or text (paragraphs)
-    words      in a run
-    min_words  of an example that is shorter than a run, to be looked for as a whole
-    min_hits   runs that a document shares with a set before it is dropped
+    against            files of evaluation sets: JSONL, JSON, CSV, Parquet (all texts of a record), or text (paragraphs)
+    ngram_words        n
+    min_words          an example of fewer than n words is matched as a whole if it has at least this many
+    min_shared_ngrams  number of n-grams shared with one set from which a document is dropped
     """
 
     against: tuple[str, ...] = ()
-    words: int = 13
+    ngram_words: int = 13
     min_words: int = 8
-    min_hits: int = 1
+    min_shared_ngrams: int = 1
 
     def __post_init__(self):
-        if not 1 <= self.min_words <= self.words:
+        if not 1 <= self.min_words <= self.ngram_words:
             raise UserError(
-                f"curate.decontaminate.min_words={self.min_words}: expected 1 up to words={self.words}, its longest run"
+                f"curate.decontaminate.min_words={self.min_words}: expected 1 up to ngram_words={self.ngram_words}"
             )
-        if self.min_hits < 1:
-            raise UserError(f"curate.decontaminate.min_hits={self.min_hits}: must be at least 1")
+        if self.min_shared_ngrams < 1:
+            raise UserError(f"curate.decontaminate.min_shared_ngrams={self.min_shared_ngrams}: must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """Balance: inputs give no more than their `max_tokens`, and tokens in proportion to their `weight`.
+    """Balance of the inputs by their `max_tokens` and `weight`, and counts of terms.
 
-    terms  files of word lists, with lines such as `gender/women: she, her`; empty: a small list that llmjax brings
-    seed   another seed, another choice of documents where an input gives only some
+    terms  files of word lists, with lines such as `gender/women: she, her`; empty: a small built-in list
+    seed   selects the documents of an input of which only some are kept
     """
 
     terms: tuple[str, ...] = ()
@@ -166,40 +185,39 @@ class SampleConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Changed copies of training documents, for small sets that a model is fine-tuned on.
+    """Changed copies of training documents, for fine-tuning on small sets.
 
-    copies   of each document, named ID~1, ID~2 and so on
-    drop     fraction of words that are left out
-    swap     fraction of words that change place with the next one
-    case     probability that a whole copy is in small letters
-    seed     another seed, other copies
+    copies     number of copies of each document, with the ids ID~1, ID~2, ...
+    drop       fraction of words to remove
+    swap       fraction of words to swap with the next one
+    lowercase  probability that a copy is all in lower case
+    seed       of the random changes
     """
 
     copies: int = 1
     drop: float = 0.05
     swap: float = 0.05
-    case: float = 0.1
+    lowercase: float = 0.1
     seed: int = 0
 
     def __post_init__(self):
         if self.copies < 1:
             raise UserError(
-                f"curate.augment.copies={self.copies}: must be at least 1; or leave 'augment' out of stages"
+                f"curate.augment.copies={self.copies}: must be at least 1; or remove 'augment' from curate.stages"
             )
-        for name in ("drop", "swap", "case"):
-            if not 0 <= (value := getattr(self, name)) <= 1:
-                raise UserError(f"curate.augment.{name}={value}: expected a fraction from 0 to 1")
+        _check_fractions({f"augment.{name}": getattr(self, name) for name in ("drop", "swap", "lowercase")})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CurateConfig:
     """From raw text to a corpus.
 
-    inputs            named entries; a name that is new gets InputConfig's defaults
-    stages            that run, in this order: read extract normalise language quality duplicates decontaminate
-                      personal_data sample split augment (augment only where it is asked for)
-    max_bad_fraction  of records that cannot be read before the command stops; they are counted, and kept in dropped/
-    workers           processes of --runner=local; 0: one a core
+    inputs            named inputs; a new name gets InputConfig's defaults
+    stages            to run, in this order: read extract normalise language quality duplicates decontaminate
+                      personal_data sample split, and augment, which is not in the default
+    max_bad_fraction  fraction of unreadable records or bytes of an input from which the command stops; fewer are
+                      written to dropped/
+    workers           processes of --runner=local; 0: one per core
     """
 
     inputs: Mapping[str, InputConfig] = dataclasses.field(default_factory=dict)
@@ -209,7 +227,7 @@ class CurateConfig:
     quality: QualityConfig = QualityConfig()
     duplicates: DuplicatesConfig = DuplicatesConfig()
     decontaminate: DecontaminateConfig = DecontaminateConfig()
-    personal_data: PersonalConfig = PersonalConfig()
+    personal_data: PersonalDataConfig = PersonalDataConfig()
     sample: SampleConfig = SampleConfig()
     split: FractionsConfig = FractionsConfig()
     augment: AugmentConfig = AugmentConfig()
@@ -222,42 +240,43 @@ class CurateConfig:
         for name in self.stages:
             if name not in STAGES:
                 raise UserError(
-                    f"curate.stages names {name!r}{suggest(str(name), STAGES)}: known are {', '.join(STAGES)}"
+                    f"curate.stages names {name!r}{suggest(str(name), STAGES)}: choose from {', '.join(STAGES)}"
                 )
         if len(set(self.stages)) < len(self.stages):
             raise UserError(f"curate.stages={self.stages!r}: names a stage twice; name each once")
-        order = {name: place for place, name in enumerate(self.stages)}
+        order = {name: index for index, name in enumerate(self.stages)}
         for first, later, why in _ORDER:
             if first in order and later in order and order[first] > order[later]:
                 raise UserError(f"curate.stages={self.stages!r}: {first} must come before {later}, {why}")
         if "augment" in order and "split" not in order:
-            raise UserError("curate.stages has augment without split: copies of test documents would be trained on")
+            raise UserError(
+                "curate.stages has augment without split: the model would be trained on copies of test documents"
+            )
         numbers = {"workers": self.workers, "sample.seed": self.sample.seed, "augment.seed": self.augment.seed}
-        for name, given in self.inputs.items():
+        for name, config in self.inputs.items():
             if not re.fullmatch(r"[\w-]+", name):
                 raise UserError(f"curate.inputs: {name!r} cannot name files; use letters, digits, _ and -")
-            numbers |= {f"inputs.{name}.weight": given.weight or 0, f"inputs.{name}.max_tokens": given.max_tokens}
+            numbers |= {f"inputs.{name}.weight": config.weight or 0, f"inputs.{name}.max_tokens": config.max_tokens}
         for name, value in numbers.items():
             if value < 0:
                 raise UserError(f"curate.{name}={value}: must not be negative")
             if value >= 1 << 63:
                 raise UserError(f"curate.{name}={value}: must be below 2^63")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise UserError(f"curate.max_bad_fraction={self.max_bad_fraction}: expected a fraction from 0 to 1")
+        _check_fractions({"max_bad_fraction": self.max_bad_fraction})
 
 
-# Pairs of stages that make no sense the other way round.
+# (earlier, later, reason): pairs of stages with a required order.
 _ORDER = (
-    ("extract", "normalise", "which reads text, not pages"),
-    ("extract", "language", "which reads text, not pages"),
-    ("extract", "quality", "which judges text, not pages"),
+    ("extract", "normalise", "which needs text, not pages"),
+    ("extract", "language", "which needs text, not pages"),
+    ("extract", "quality", "which needs text, not pages"),
     ("duplicates", "split", "which keeps copies together"),
-    ("split", "augment", "which changes training documents only"),
+    ("split", "augment", "which changes only training documents"),
 )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Curation:
-    """A config file of `llmjax curate`."""
+    """The config of `llmjax curate`."""
 
     curate: CurateConfig = CurateConfig()

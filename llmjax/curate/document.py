@@ -1,4 +1,4 @@
-"""A document on its way through the stages: text, scores and metadata."""
+"""A document between two stages: text, scores and metadata."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -8,22 +8,25 @@ from typing import Any
 
 import numpy as np
 
-_PIECE = re.compile(r"\w{1,12}|[^\w\s]")
-EXCERPT = 200  # characters of a dropped document that are shown
+_TOKEN = re.compile(r"\w{1,12}|[^\w\s]")
+EXCERPT = 200  # characters of a dropped document on the card
+NOT_STATED = "not stated"  # licence or origin in report.json
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Document:
     """One document between two stages.
 
-    id, source  as the input names it, and which input that is
-    text        what the stages before made of it; of kind "html" or "auto" until pages are extracted
-    meta        the record's other fields, carried through to the output
-    scores      what stages measured: numbers, the columns that thresholds are applied to
-    notes       what stages found that is no number, kept beside the text and shown on the card
-    language    its code; empty: not asked
-    content     128 bits that exact copies share; empty: not asked
-    signature   uint32 [minhash.SIZE]; None: not asked
+        id, source    its id in the input, and the input's name
+        text          after the previous stages
+        kind          "text"; before extraction also "html", or "auto" if the input does not say which
+        meta          other fields of the record, copied to the output
+        scores        measured numbers, to which thresholds are applied
+        notes         other findings, shown on the card
+    NOT_STATED = "not stated"  # licence or origin in report.json
+        language      code; empty: not measured
+        content_hash  128 bits, equal for exact copies; empty: not measured
+        signature     uint32 [minhash.SIZE]; None: not measured
     """
 
     id: str
@@ -34,7 +37,7 @@ class Document:
     scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     language: str = ""
-    content: bytes = b""
+    content_hash: bytes = b""
     signature: np.ndarray | None = None
 
     def with_text(self, text: str, **scores: float) -> "Document":
@@ -47,19 +50,19 @@ class Document:
 
 
 def count_tokens(text: str) -> int:
-    """Pieces of words of up to 12 characters, and marks: about what a tokenizer of 32,000 makes of English prose.
+    """Word pieces of up to 12 characters, and punctuation marks: about the tokens of a vocabulary of 32,000 in English.
 
-    The same for every tokenizer that a later run may train, and fast; exact counts come with the token store.
+    Exact counts need a tokenizer, which is trained later.
     """
-    return len(_PIECE.findall(text))
+    return len(_TOKEN.findall(text))
 
 
-def hash_of(*parts: str) -> int:
-    """64 bits of the names of a thing: an order that depends on no place in a file and on no run."""
+def stable_hash(*parts: str) -> int:
+    """A 64-bit hash, the same in every process."""
     joined = "\0".join(parts).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(joined, digest_size=8).digest(), "big")
 
 
-def content_hash(text: str) -> bytes:
-    """128 bits of a text, letter case and spacing aside: exact copies share it."""
+def hash_content(text: str) -> bytes:
+    """A 128-bit hash of a text that ignores letter case and spacing: equal for exact copies."""
     return hashlib.blake2b(" ".join(text.casefold().split()).encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -4,7 +4,7 @@ import importlib.util
 
 from llmjax.errors import UserError
 
-_PACKAGES = {
+_PACKAGE_OF_MODULE = {
     "trafilatura": "trafilatura",
     "lxml_html_clean": "lxml_html_clean",
     "brotli": "brotli",
@@ -15,6 +15,6 @@ _PACKAGES = {
 
 
 def check_installed() -> None:
-    """Raises UserError that names what is missing and the command that installs it."""
-    if missing := [name for module, name in _PACKAGES.items() if importlib.util.find_spec(module) is None]:
+    """Raise UserError with the names of missing packages and the command that installs them."""
+    if missing := [name for module, name in _PACKAGE_OF_MODULE.items() if importlib.util.find_spec(module) is None]:
         raise UserError(f"llmjax curate needs {', '.join(missing)}: run `pip install 'llmjax[curate]'`")

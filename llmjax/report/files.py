@@ -16,9 +16,9 @@ class RunFiles:
     """The files of one run.
 
     evals      split -> step -> the JSON object of eval/<step>/<split>.json
-    manifest   the token store's, from data.store or WORKDIR/store
+    manifest   of the token store in data.store or WORKDIR/store
     profile    the newest trace of train.profile
-    unreadable   names of files that are damaged
+    unreadable names of damaged files
     """
 
     workdir: epath.Path
@@ -33,7 +33,7 @@ class RunFiles:
     unreadable: list[str]
 
     def last_eval(self, split: str) -> dict[str, Any] | None:
-        """The scores of a split at the last step that was evaluated."""
+        """The scores of a split at its last evaluated step."""
         by_step = self.evals.get(split, {})
         return by_step[max(by_step)] if by_step else None
 
@@ -81,9 +81,9 @@ def read(workdir: epath.PathLike) -> RunFiles:
 
 
 def compressors(manifest: dict[str, Any] | None) -> list[tuple[str, int]]:
-    """(label, bytes) of the validation text after general compressors, smallest first; [] if it was not measured.
+    """(label, bytes) of the validation text compressed by general compressors, smallest first; [] if not measured.
 
-    The manifest holds {"gzip -9": {"concatenated": bytes, "per_document": bytes}, ...} under "compressors".
+    The manifest has {"gzip -9": {"concatenated": bytes, "per_document": bytes}, ...} under "compressors".
     """
     sizes = [
         (f"{name}, {scope.replace('_', ' ')}", size)

@@ -6,86 +6,120 @@ import math
 import re
 from typing import Any
 
-UNITS = ((1e4, 1e3, "k"), (1e6, 1e6, "M"), (1e9, 1e9, "G"), (1e12, 1e12, "T"))  # from, divided by, letter
+_UNITS = ((1e4, 1e3, "k"), (1e6, 1e6, "M"), (1e9, 1e9, "G"), (1e12, 1e12, "T"))  # (minimum, divisor, unit)
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 
 
-def clean(text: Any) -> str:
-    """Text that is safe inside HTML, SVG and attributes; what neither can hold becomes U+FFFD."""
+def escape(text: Any) -> str:
+    """Text that is safe in HTML, SVG and attributes; characters that are invalid there become U+FFFD."""
     return html.escape(_UNPRINTABLE.sub("\ufffd", str(text)))
 
 
-def figure(value: float | None) -> str:
+def format_number(value: float | None) -> str:
     """A number in at most four significant digits: 0.000291, 3.412, 1,834, 12.3 k, 4.57 M; None is an em dash."""
     if value is None:
         return "\u2014"
     if not math.isfinite(value):
         return str(value)
-    if abs(value) >= UNITS[0][0]:
-        return figures([value])[0]
+    if abs(value) >= _UNITS[0][0]:
+        return format_axis([value])[0]
     if value == int(value):
         return f"{int(value):,}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def figures(values: Sequence[float]) -> list[str]:
-    """Finite numbers of one axis, all in the unit of the largest: 0, 5 k, 10 k."""
+def format_axis(values: Sequence[float]) -> list[str]:
+    """Finite numbers, all in the unit of the largest: 0, 5 k, 10 k."""
     largest = max(map(abs, values), default=0.0)
-    for least, divisor, unit in reversed(UNITS):
-        if largest >= least:
+    for minimum, divisor, unit in reversed(_UNITS):
+        if largest >= minimum:
             return [f"{value / divisor:.3g}\u202f{unit}" if value else "0" for value in values]
-    return [figure(value) for value in values]
+    return [format_number(value) for value in values]
 
 
-def count(value: int | float | None) -> str:
-    """A whole number with all its digits: 1,234,567."""
-    return figure(None) if value is None else f"{value:,.0f}"
+def format_count(value: int | float | None) -> str:
+    """A number rounded to an integer with all digits: 1,234,567; None is an em dash."""
+    return format_number(None) if value is None else f"{value:,.0f}"
+
+
+def _escape_cell(value: Any) -> str:
+    is_count = value is None or (isinstance(value, int) and not isinstance(value, bool))
+    return escape(format_count(value) if is_count else value)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]], *, texts: int = 1) -> str:
-    """A table whose first `texts` columns are text; the others are right-aligned numbers."""
-    kind = lambda column: "" if column < texts else ' class="number"'
-    heads = "".join(f"<th{kind(i)}>{clean(name)}</th>" for i, name in enumerate(head))
-    body = "".join(
-        "<tr>" + "".join(f"<td{kind(i)}>{clean(cell)}</td>" for i, cell in enumerate(row)) + "</tr>" for row in rows
-    )
-    return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
+    """A table whose first `texts` columns are text; the others are right-aligned numbers. Integers are formatted."""
+
+    def render_row(cells: Sequence[Any], tag: str) -> str:
+        attributes = [""] * texts + [' class="number"'] * (len(cells) - texts)
+        items = (f"<{tag}{a}>{_escape_cell(cell)}</{tag}>" for a, cell in zip(attributes, cells, strict=True))
+        return f"<tr>{''.join(items)}</tr>"
+
+    body = "".join(render_row(row, "td") for row in rows)
+    return f'<div class="wide"><table><thead>{render_row(head, "th")}</thead><tbody>{body}</tbody></table></div>'
 
 
-def pairs(rows: Iterable[tuple[str, Any]]) -> str:
-    """A list of names and values; a value of None or "" is left out."""
-    items = (
-        f"<div><dt>{clean(name)}</dt><dd>{clean(value)}</dd></div>" for name, value in rows if value not in (None, "")
-    )
+def definition_list(rows: Iterable[tuple[str, Any]]) -> str:
+    """A list of names and values; rows with the value None or "" are omitted. Integers are formatted."""
+    shown = ((name, value) for name, value in rows if value not in (None, ""))
+    items = (f"<div><dt>{escape(name)}</dt><dd>{_escape_cell(value)}</dd></div>" for name, value in shown)
     return f"<dl>{''.join(items)}</dl>"
 
 
 def section(title: str, body: str, *, note: str = "") -> str:
-    """A titled part of the page; `note` is small text under the title."""
-    below = f'<p class="note">{clean(note)}</p>' if note else ""
-    return f"<section><h2>{clean(title)}</h2>{below}{body}</section>"
+    """A section of the page with a title; `note` is small text under the title."""
+    below = f'<p class="note">{escape(note)}</p>' if note else ""
+    return f"<section><h2>{escape(title)}</h2>{below}{body}</section>"
 
 
-def missing(what: str, command: str) -> str:
-    """A line about something that is missing, with the command that makes it."""
-    return f'<p class="missing">{clean(what)} <code>{clean(command)}</code> makes it.</p>'
+def missing_part(text: str, command: str) -> str:
+    """A line about a missing part of the report, with the command that writes it."""
+    return f'<p class="missing">{escape(text)} To get it, run <code>{escape(command)}</code>.</p>'
 
 
-def page(title: str, body: str) -> str:
-    """The whole document."""
+def facts_and_chart(facts: Iterable[tuple[str, str]], title: str, chart: str) -> str:
+    """(value, description) pairs beside a chart, for the top of a page."""
+    items = "".join(
+        f'<div class="fact"><div class="big">{escape(value)}</div><div class="what">{escape(description)}</div></div>'
+        for value, description in facts
+    )
+    return f'<div class="hero"><div class="facts">{items}</div><div><h3>{escape(title)}</h3>{chart}</div></div>'
+
+
+def chart_grid(charts: Iterable[tuple[str, str]]) -> str:
+    """(title, SVG) pairs in two columns."""
+    cells = "".join(f"<div><h3>{escape(title)}</h3>{chart}</div>" for title, chart in charts)
+    return f'<div class="plots">{cells}</div>'
+
+
+def collapsed(summary: str, body: str) -> str:
+    """A part that opens on a click; the words of the summary before a colon are highlighted."""
+    first, colon, rest = summary.partition(": ")
+    return f"<details><summary><b>{escape(first)}</b>{colon}{escape(rest)}</summary>{body}</details>"
+
+
+def excerpt(html_text: str, caption: str = "") -> str:
+    """A block of preformatted text, already escaped, with a caption."""
+    below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    return f"<figure><pre>{html_text}</pre>{below}</figure>"
+
+
+def html_page(title: str, body: str) -> str:
+    """The complete document."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{clean(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
 
 
 STYLE = """
 :root { --paper: #faf9f7; --card: #ffffff; --ink: #1f2328; --soft: #656d76; --rule: #e4e2dd; --grid: #efede9;
-  --ours: #0f6e6e; --ours-faint: #9cc9c6; --other: #c9c6bf; --dots: #b4570c; --restart: #7a5ea8; --skipped: #c0392b; }
+  --accent: #0f6e6e; --accent-faint: #9cc9c6; --other: #c9c6bf; --dots: #b4570c;
+  --restart: #7a5ea8; --skipped: #c0392b; }
 @media (prefers-color-scheme: dark) { :root { --paper: #15171a; --card: #1c1f23; --ink: #e6e4df; --soft: #9a9fa6;
-  --rule: #2e3238; --grid: #272b30; --ours: #5cc4bd; --ours-faint: #2f6663; --other: #4a4f57; --dots: #e8a25c;
+  --rule: #2e3238; --grid: #272b30; --accent: #5cc4bd; --accent-faint: #2f6663; --other: #4a4f57; --dots: #e8a25c;
   --restart: #b39ddb; --skipped: #ef7f73; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); line-height: 1.5; font-size: 15px;
@@ -104,7 +138,7 @@ section > h2 + .note { margin: -10px 0 14px; }
 .facts { display: grid; gap: 14px; }
 .fact .big { font-size: 34px; line-height: 1.1; font-weight: 650; letter-spacing: -0.02em;
   font-variant-numeric: tabular-nums; }
-.fact:first-child .big { color: var(--ours); }
+.fact:first-child .big { color: var(--accent); }
 .fact .what { color: var(--soft); font-size: 13px; }
 .plots { margin-top: 26px; display: grid; grid-template-columns: 1fr 1fr; gap: 22px 28px; }
 .plots > div { min-width: 0; }
@@ -113,18 +147,18 @@ svg { display: block; width: 100%; height: auto; overflow: visible;
 svg .tick { font-size: 11.5px; fill: var(--soft); }
 svg .grid { stroke: var(--grid); }
 svg .axis { stroke: var(--rule); }
-svg .line { fill: none; stroke: var(--ours); stroke-width: 1.8; stroke-linejoin: round; }
-svg .faint { fill: none; stroke: var(--ours-faint); stroke-width: 1; stroke-linejoin: round; }
-svg .dot { fill: var(--ours); } svg .dot.faint { fill: var(--ours-faint); stroke: none; }
+svg .line { fill: none; stroke: var(--accent); stroke-width: 1.8; stroke-linejoin: round; }
+svg .faint { fill: none; stroke: var(--accent-faint); stroke-width: 1; stroke-linejoin: round; }
+svg .dot { fill: var(--accent); } svg .dot.faint { fill: var(--accent-faint); stroke: none; }
 svg .dot.dots { fill: var(--dots); stroke: var(--card); stroke-width: 1.2; }
 svg .mark { stroke-width: 1.2; stroke-dasharray: 4 3; } svg .mark.restart { stroke: var(--restart); }
-svg .mark.skipped { stroke: var(--skipped); } svg .broken { fill: var(--skipped); }
-svg .bar { fill: var(--other); } svg .whole { fill: var(--rule); } svg .bar.ours { fill: var(--ours); }
-svg .name, svg .value { font-size: 13px; fill: var(--ink); } svg .name.ours, svg .value.ours { font-weight: 650; }
+svg .mark.skipped { stroke: var(--skipped); } svg .nonfinite { fill: var(--skipped); }
+svg .bar { fill: var(--other); } svg .total { fill: var(--rule); } svg .bar.accent { fill: var(--accent); }
+svg .name, svg .value { font-size: 13px; fill: var(--ink); } svg .name.accent, svg .value.accent { font-weight: 650; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 8px 0 0; padding: 0; list-style: none; }
 .legend i { display: inline-block; width: 14px; height: 3px; border-radius: 2px;
   margin-right: 6px; vertical-align: middle; }
-.legend .line i { background: var(--ours); } .legend .faint i { background: var(--ours-faint); }
+.legend .line i { background: var(--accent); } .legend .faint i { background: var(--accent-faint); }
 .legend .dots i { background: var(--dots); width: 8px; height: 8px; border-radius: 50%; }
 .legend .restart i { background: var(--restart); } .legend .skipped i { background: var(--skipped); }
 .wide { overflow-x: auto; }
@@ -146,7 +180,7 @@ pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 4; li
 figure { margin: 0; padding: 14px 16px; background: var(--paper); border-radius: 8px; }
 figure + figure { margin-top: 12px; }
 figcaption { color: var(--soft); font-size: 12.5px; margin-top: 8px; }
-mark { background: none; color: var(--ours); font-weight: 650; }
+mark { background: none; color: var(--accent); font-weight: 650; }
 .part { margin-top: 18px; } .part + details { margin-top: 4px; }
 .narrow { max-width: 520px; }
 details + details { margin-top: 8px; } summary { cursor: pointer; color: var(--soft); }

@@ -44,12 +44,12 @@ def read_profile(workdir: epath.Path) -> Profile | None:
     path = max(paths, key=lambda path: (path.parent.name, path.name))  # the folder is named by its time
     try:
         events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
-        return Profile(path, operations(events))
+        return Profile(path, sum_operations(events))
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a trace of the JAX profiler ({error}); remove it") from error
 
 
-def operations(events: list[dict[str, Any]]) -> list[Operation]:
+def sum_operations(events: list[dict[str, Any]]) -> list[Operation]:
     """HLO operations of trace events in Chrome's format, whose times are in microseconds."""
     seconds: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
@@ -57,7 +57,7 @@ def operations(events: list[dict[str, Any]]) -> list[Operation]:
     for event in _operation_events(events):
         by_thread[event["pid"], event["tid"]].append(event)
     for thread in by_thread.values():
-        for event, time in _own_times(thread):
+        for event, time in _compute_own_times(thread):
             name = event.get("args", {}).get("hlo_op", event["name"])
             seconds[name] += time / 1e6
             counts[name] += 1
@@ -87,7 +87,7 @@ def _operation_events(events: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             yield event
 
 
-def _own_times(events: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], float]]:
+def _compute_own_times(events: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], float]]:
     """Each event of one thread with its duration less that of the events directly inside it, such as a loop's body."""
     own: list[float] = []
     ordered = sorted(events, key=lambda event: (event["ts"], -event["dur"]))

@@ -1,4 +1,4 @@
-"""The state of a run as text, read from the files of its workdir alone; needs no JAX."""
+"""The state of a run as text, from the files of its workdir; does not import JAX."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -14,9 +14,9 @@ from llmjax.metrics import duration, progress_line, read_metrics
 from llmjax.run import workdir as workdirs
 
 WIDTH, CURVE_ROWS = 80, 10
-RECENT_LINES = 20  # of metrics.jsonl, whose median step time predicts the time that is left
+RECENT_LINES = 20  # of metrics.jsonl; their median step time predicts the remaining time
 SAMPLES, SAMPLE_LINES = 2, 4
-_BLOCKS = " \u2581▂▃▄▅▆▇█"  # a cell filled to 0, 1, ... 8 eighths
+_BLOCKS = " \u2581▂▃▄▅▆▇█"  # cells of which 0 to 8 eighths are filled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,27 +76,27 @@ def read(workdir: epath.Path) -> Snapshot:
 
 def describe(snapshot: Snapshot, *, width: int = WIDTH) -> list[str]:
     """The snapshot as lines: the run and its state, the last metrics, the loss curve, evaluations, samples."""
-    lines = [f"{snapshot.workdir.name}: {status(snapshot)}"]
+    lines = [f"{snapshot.workdir.name}: {describe_status(snapshot)}"]
     if not snapshot.metrics:
         return [*lines, "no step was logged yet"]
     if _is_number(snapshot.run.get("parameters")) and "device" in snapshot.run:
         devices = f"{snapshot.run.get('num_devices', 1)} x {snapshot.run['device']}"
         lines.append(f"{snapshot.run['parameters']:,} parameters, {devices}")
     last = {name: value for name, value in snapshot.metrics[-1].items() if _is_number(value)}
-    lines += [progress_line(last, snapshot.stop or snapshot.step, seconds_left(snapshot)), ""]
+    lines += [progress_line(last, snapshot.stop or snapshot.step, predict_remaining_seconds(snapshot)), ""]
     losses = [(line["step"], float(line["loss"])) for line in snapshot.metrics if _is_number(line.get("loss"))]
-    lines += ["training loss, nats per token", *curve(losses, width=width)]
+    lines += ["training loss, nats per token", *draw_curve(losses, width=width)]
     if snapshot.evals:
         lines += ["", f"evaluation at step {snapshot.eval_step}"]
-        lines += [f"  {split}: {_scores(total)}" for split, total in snapshot.evals.items()]
+        lines += [f"  {split}: {_format_scores(total)}" for split, total in snapshot.evals.items()]
     if snapshot.samples:
         lines += ["", f"samples at step {snapshot.samples[0].get('step', '?')}"]
         for sample in snapshot.samples[:SAMPLES]:
-            lines += _sample(sample, width)
+            lines += _format_sample(sample, width)
     return lines
 
 
-def status(snapshot: Snapshot) -> str:
+def describe_status(snapshot: Snapshot) -> str:
     """Whether the run is running, finished or stopped, and at which step."""
     holder = snapshot.holder
     if holder is None:
@@ -110,23 +110,23 @@ def status(snapshot: Snapshot) -> str:
     return f"running: {process}{silent if holder.silent_seconds > workdirs.EXPIRY_SECONDS else ''}"
 
 
-def seconds_left(snapshot: Snapshot) -> float:
-    """Time to the last step at the recent median time of a step; nan if the run is not running."""
+def predict_remaining_seconds(snapshot: Snapshot) -> float:
+    """Seconds to the last step at the recent median time of a step; nan if the run is not running."""
     times = [line["step_seconds"] for line in snapshot.metrics if _is_number(line.get("step_seconds"))]
     if not snapshot.is_running or not times:
         return math.nan
     return statistics.median(times[-RECENT_LINES:]) * max(snapshot.stop - snapshot.step, 0)
 
 
-def curve(points: Sequence[tuple[int, float]], *, width: int = WIDTH, rows: int = CURVE_ROWS) -> list[str]:
-    """A chart of (step, value) points, each column the mean of its steps; values that are not finite are left out.
+def draw_curve(points: Sequence[tuple[int, float]], *, width: int = WIDTH, rows: int = CURVE_ROWS) -> list[str]:
+    """A chart of (step, value) points, each column the mean of its steps; values that are not finite are skipped.
 
     The rows go from the lowest to the highest mean, in eighths of a row.
     """
     finite = [(step, value) for step, value in points if math.isfinite(value)]
     if not finite:
         return ["no finite value"]
-    columns = _columns(finite, max(width - 11, 8))
+    columns = _average_columns(finite, max(width - 11, 8))
     low, high = min(columns), max(columns)
     scale = (8 * rows - 1) / (high - low) if high > low else 0.0
     heights = [1 + round((value - low) * scale) for value in columns]
@@ -138,8 +138,8 @@ def curve(points: Sequence[tuple[int, float]], *, width: int = WIDTH, rows: int 
     return [*lines, " " * 10 + first + last.rjust(max(len(columns) - len(first), len(last) + 1))]
 
 
-def _columns(points: Sequence[tuple[int, float]], width: int) -> list[float]:
-    """Means of the points by column, from the first to the last step; an empty column takes the value before it."""
+def _average_columns(points: Sequence[tuple[int, float]], width: int) -> list[float]:
+    """Means of the points by column, from the first to the last step; an empty column repeats the previous value."""
     first, last = points[0][0], points[-1][0]
     values: list[list[float]] = [[] for _ in range(width)]
     for step, value in points:
@@ -150,7 +150,7 @@ def _columns(points: Sequence[tuple[int, float]], width: int) -> list[float]:
     return means
 
 
-def _scores(total: dict[str, Any]) -> str:
+def _format_scores(total: dict[str, Any]) -> str:
     forms = {
         "loss": "loss {:.4f}",
         "perplexity": "perplexity {:,.2f}",
@@ -160,8 +160,8 @@ def _scores(total: dict[str, Any]) -> str:
     return ", ".join(form.format(total[name]) for name, form in forms.items() if _is_number(total.get(name)))
 
 
-def _sample(sample: dict[str, Any], width: int) -> list[str]:
-    """The first lines of a sample, without control characters, which could change the terminal."""
+def _format_sample(sample: dict[str, Any], width: int) -> list[str]:
+    """The first lines of a sample, without control characters, which could affect the terminal."""
     text = f"{sample.get('prompt', '')}{sample.get('text', '')}"
     plain = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text.replace("\t", "    "))
     lines = [part for line in plain.splitlines() for part in textwrap.wrap(line, max(width - 4, 8)) or [""]]

@@ -1,4 +1,4 @@
-"""A missing package of the extra `curate` is named with the command that installs it."""
+"""The packages of the extra `curate` are required."""
 
 import importlib.util
 
@@ -8,7 +8,7 @@ from llmjax.curate import packages
 from llmjax.errors import UserError
 
 
-def test_a_missing_package_is_named(monkeypatch):
+def test_the_error_names_the_missing_package(monkeypatch):
     packages.check_installed()
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ftfy" else find(name))

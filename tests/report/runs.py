@@ -1,4 +1,4 @@
-"""A workdir with every file that the report reads, and checks of a page's HTML and SVG."""
+"""A workdir with all files that the report reads, and checks of the HTML and SVG of a page."""
 
 from html.parser import HTMLParser
 import json
@@ -13,7 +13,7 @@ HOSTILE = "<script>alert('x')</script> & \"quoted\" \x00\x1b[31m \ud800 </pre></
 
 
 def make_run(folder: pathlib.Path, *, steps: int = 1000, every: int = 5) -> pathlib.Path:
-    """A run folder in the real format, with a restart, skipped steps, a NaN and hostile text in it."""
+    """A workdir in the real format, with a restart, skipped steps, a NaN and hostile text."""
     rng, run = np.random.default_rng(0), folder / "quickstart"
     lines = []
     for step in range(every, steps + 1, every):
@@ -44,8 +44,8 @@ def make_run(folder: pathlib.Path, *, steps: int = 1000, every: int = 5) -> path
         {"step": 1000, "split": "test", "total": scores(2.3), "sources": {"a": scores(2.3)}},
     )
     samples = [("def main(", "):\n    print('hi')\n    if x < 3 & y:\n        return None\n"), ("class ", HOSTILE)]
-    drawn = [{"step": 1000, "prompt": p, "text": t, "seed": 0, "temperature": 0.8, "top_p": 0.95} for p, t in samples]
-    put(run / "samples.json", drawn)
+    records = [{"step": 1000, "prompt": p, "text": t, "seed": 0, "temperature": 0.8, "top_p": 0.95} for p, t in samples]
+    put(run / "samples.json", records)
     put(
         run / "run.json",
         {
@@ -105,8 +105,8 @@ def put(path: pathlib.Path, value: object) -> None:
     path.write_text(value if isinstance(value, str) else json.dumps(value))
 
 
-class Reader(HTMLParser):
-    """Elements in order, whether each is closed by its own tag, and the text outside of style."""
+class PageParser(HTMLParser):
+    """Elements in order and the text outside of style. Asserts that each element is closed by its own tag."""
 
     VOID = ("meta", "br", "link", "img")
 
@@ -136,10 +136,11 @@ class Reader(HTMLParser):
 
 
 def check_svgs(text: str) -> int:
-    found = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
-    for drawn in found:
-        root = ElementTree.fromstring(drawn)
+    """Assert that all SVGs are well-formed; return their number."""
+    svgs = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    for svg in svgs:
+        root = ElementTree.fromstring(svg)
         assert root.attrib["role"] == "img" and root.attrib["aria-label"]
         numbers = [value for item in root.iter() for value in item.attrib.values() if re.fullmatch(r"-?[\d.]+", value)]
         assert numbers and "nan" not in " ".join(numbers)
-    return len(found)
+    return len(svgs)

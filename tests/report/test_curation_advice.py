@@ -1,4 +1,4 @@
-"""Advice on the data card: given where numbers ask for it, and names the setting to change."""
+"""Suggestions on the data card name the setting to change, and appear only if numbers give cause."""
 
 import pytest
 
@@ -6,10 +6,10 @@ from llmjax.report import curation_advice
 
 
 def report(**changes) -> dict:
-    """Of a hundred documents from two inputs of which nothing is to be said."""
+    """A report on a hundred documents from two inputs that gives no cause for advice."""
     amount = {"documents": 100, "tokens": 1000}
-    half = {"documents": 50, "tokens": 500, "given": {"documents": 50}}
-    plain = {
+    half = {"records": {"documents": 50}, "kept": {"documents": 50, "tokens": 500}}
+    default = {
         "records": amount,
         "kept": amount,
         "stages": [],
@@ -18,7 +18,7 @@ def report(**changes) -> dict:
         "personal_data": {},
         "licences": {"MIT": 100},
     }
-    return plain | changes
+    return default | changes
 
 
 def dropped(stage: str, reason: str, documents: int, **by_source: int) -> list[dict]:
@@ -29,10 +29,10 @@ def test_good_numbers_give_no_advice():
     assert curation_advice.suggest(report()) == []
     assert curation_advice.suggest(report(stages=dropped("quality", "gopher_min_words", 5))) == []
     assert curation_advice.suggest(report(stages=dropped("duplicates", "near duplicate", 60))) == [], (
-        "copies are no mistake"
+        "duplicates are not mistakes"
     )
     assert curation_advice.suggest(report(stages=dropped("read", "content type image/png", 60))) == [], (
-        "nor are a crawl's pictures"
+        "nor are the pictures of a crawl"
     )
 
 
@@ -44,29 +44,29 @@ def test_good_numbers_give_no_advice():
         ("language", "language de", "curate.language.keep"),
         ("language", "language uncertain", "curate.language.min_confidence"),
         ("quality", "gopher_min_words", "curate.quality.gopher_min_words"),
-        ("quality", "no line left", "curate.quality.c4_policy"),
+        ("quality", "all lines removed", "curate.quality.c4_remove_policy"),
     ],
 )
-def test_a_frequent_reason_names_its_setting(stage, reason, field):
+def test_advice_on_a_frequent_reason_names_its_setting(stage, reason, field):
     (advice,) = curation_advice.suggest(report(stages=dropped(stage, reason, 6)))
     assert advice.startswith("6% of all documents") and reason in advice and advice.endswith(f"change {field}.")
 
 
-def test_an_input_that_is_nearly_lost_or_outweighs_the_others():
-    few = {"documents": 5, "tokens": 50, "given": {"documents": 50}}
-    most = {"documents": 50, "tokens": 950, "given": {"documents": 50}}
+def test_advice_on_an_input_with_few_kept_or_most_of_the_tokens():
+    few = {"records": {"documents": 50}, "kept": {"documents": 5, "tokens": 50}}
+    most = {"records": {"documents": 50}, "kept": {"documents": 50, "tokens": 950}}
     stages = dropped("duplicates", "near duplicate", 45, a=45)
-    few_kept, outweighs = curation_advice.suggest(report(stages=stages, sources={"a": few, "b": most}))
-    assert few_kept.startswith("Of a, 5 of 50 documents are kept; most were dropped in duplicates for “near duplicate”")
-    assert outweighs.startswith("95.0% of all tokens are from b")
+    on_few, on_most = curation_advice.suggest(report(stages=stages, sources={"a": few, "b": most}))
+    assert on_few.startswith("Of a, 5 of 50 documents are kept; most were dropped in duplicates for “near duplicate”")
+    assert on_most.startswith("95.0% of all tokens are from b")
 
 
-def test_missing_settings():
+def test_advice_on_missing_settings():
     config = {"stages": ["read", "decontaminate"], "decontaminate": {"against": []}}
     personal = {"action": "count", "kinds": {"email": {}}}
-    advice = curation_advice.suggest(report(config=config, personal_data=personal, licences={"not given": 100}))
+    advice = curation_advice.suggest(report(config=config, personal_data=personal, licences={"not stated": 100}))
     assert [line.split(":")[0] for line in advice] == [
-        "No evaluation set was looked for",
+        "No evaluation set was given",
         "Personal data are still in the text",
         "All documents have no licence",
     ]

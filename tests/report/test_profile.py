@@ -24,33 +24,37 @@ def put_trace(run: pathlib.Path, events: list, time: str = "2026_01_01_00_00_00"
     return path
 
 
-def test_the_profile_lists_operations_without_what_is_inside_them(tmp_path):
-    """A loop of 100 us whose body takes 70 us; an event of the host and one of another thread at the same time."""
+def test_operation_times_exclude_nested_operations(tmp_path):
+    """A loop of 100 us with a body of 70 us, and concurrent events of the host and of another thread."""
     run = make_run(tmp_path, steps=10)
     put_trace(run, [trace_event("old", 0, 5, hlo_op="old")], time="2025_12_31_00_00_00")
     loop = [trace_event("while.1", 10, 100, hlo_op="while.1"), trace_event("body <b>", 20, 30, hlo_op="body <b>")]
     loop += [trace_event("body <b>", 60, 40, hlo_op="body <b>"), trace_event("inner", 65, 10, hlo_op="inner")]
     other = [trace_event("dot.2", 15, 900, tid=2, hlo_op="dot.2"), trace_event("PjitFunction", 0, 5000)]
     put_trace(run, [*loop, *other, {}])
-    found = [(op.name, round(op.seconds * 1e6), op.count) for op in read_profile(epath.Path(run)).operations]
-    assert found == [("dot.2", 900, 1), ("body <b>", 60, 2), ("while.1", 30, 1), ("inner", 10, 1)]
+    operations = [(op.name, round(op.seconds * 1e6), op.count) for op in read_profile(epath.Path(run)).operations]
+    assert operations == [("dot.2", 900, 1), ("body <b>", 60, 2), ("while.1", 30, 1), ("inner", 10, 1)]
     page = write_report(run).read_text()
     cells = re.findall(r"<td[^>]*>(.*?)</td>", page.split("<h2>Profile</h2>")[1].split("</table>")[0])
     assert cells[4:8] == ["body &lt;b&gt;", "0.060", "6.0%", "2"]
 
 
-def test_an_accelerators_operations_are_counted_once(tmp_path):
-    """They are on its line "XLA Ops", and again on a stream."""
+def test_operations_of_an_accelerator_count_once(tmp_path):
+    """They are on the line "XLA Ops", and again on the line of a stream."""
     lines = [(1, "XLA Ops"), (2, "Stream #7")]
     events = [{"ph": "M", "pid": 3, "tid": tid, "name": "thread_name", "args": {"name": name}} for tid, name in lines]
     events += [trace_event("fusion.1", 0, 50, tid=tid, pid=3, hlo_op="fusion.1") for tid, _ in lines]
     put_trace(tmp_path, events)
-    (found,) = read_profile(epath.Path(tmp_path)).operations
-    assert (found.name, found.count) == ("fusion.1", 1)
+    (operation,) = read_profile(epath.Path(tmp_path)).operations
+    assert (operation.name, operation.count) == ("fusion.1", 1)
 
 
-@pytest.mark.parametrize("content", [b"", b"no gzip", gzip.compress(b"[]"), gzip.compress(b'{"traceEvents": [1]}')])
-def test_a_damaged_profile_is_named(tmp_path, content):
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"no gzip", gzip.compress(b"[]"), gzip.compress(b'{"traceEvents": [1]}')],
+    ids=["empty", "not gzip", "not an object", "not an event"],  # gzip data contain the time, which differs by process
+)
+def test_the_report_names_a_damaged_profile(tmp_path, content):
     run = make_run(tmp_path, steps=10)
     put_trace(run, []).write_bytes(content)
     page = write_report(run).read_text()

@@ -1,4 +1,4 @@
-"""`llmjax watch` shows what the files of a run hold, live or once, and needs no JAX."""
+"""`llmjax watch` shows the content of a run's files, live or once, without JAX."""
 
 import json
 import math
@@ -23,7 +23,7 @@ def snapshot(run: pathlib.Path, **options) -> str:
     return "\n".join(watch.describe(watch.read(epath.Path(run)), **options))
 
 
-def test_a_snapshot_holds_the_numbers_of_the_files(tmp_path, capsys):
+def test_a_snapshot_has_the_numbers_of_the_files(tmp_path, capsys):
     run = make_run(tmp_path)
     assert cli.run(["watch", f"--workdir={run}", "--once"]) == 0
     shown = capsys.readouterr().out
@@ -36,7 +36,7 @@ def test_a_snapshot_holds_the_numbers_of_the_files(tmp_path, capsys):
     assert HOSTILE not in shown
 
 
-def test_the_state_of_a_run_is_from_its_lock(tmp_path):
+def test_the_lock_determines_the_state_of_a_run(tmp_path):
     run = make_run(tmp_path, steps=100)
     put(run / "config.json", {"train": {"steps": 200, "stop_at": 150}})
     assert snapshot(run).startswith("quickstart: not running, stopped at step 100 of 150\n")
@@ -44,22 +44,22 @@ def test_the_state_of_a_run_is_from_its_lock(tmp_path):
         shown = snapshot(run)
         assert shown.startswith(f"quickstart: running: process {os.getpid()} on ")
         assert "ETA 0:07" in shown, "50 steps of 0.134 s"
-        here = json.loads((run / "lock.json").read_text())
-    put(run / "lock.json", {**here, "born": "0"})
+        lock = json.loads((run / "lock.json").read_text())
+    put(run / "lock.json", {**lock, "born": "0"})
     assert "ended without releasing the workdir" in snapshot(run) and "ETA" not in snapshot(run)
-    put(run / "lock.json", {**here, "host": "elsewhere", "machine": "other"})
+    put(run / "lock.json", {**lock, "host": "elsewhere", "machine": "other"})
     assert snapshot(run).startswith(f"quickstart: running: process {os.getpid()} on elsewhere\n")
-    put(run / "lock.json", {**here, "host": "elsewhere", "refreshed": here["refreshed"] - 3600})
+    put(run / "lock.json", {**lock, "host": "elsewhere", "refreshed": lock["refreshed"] - 3600})
     assert "ended without releasing the workdir; it has not written lock.json for 1:00:" in snapshot(run)
 
 
-def test_the_curve_has_the_mean_of_each_column():
-    rising = watch.curve([(step, float(step)) for step in range(1, 9)], width=19, rows=1)
+def test_a_column_of_the_curve_is_the_mean_of_its_steps():
+    rising = watch.draw_curve([(step, float(step)) for step in range(1, 9)], width=19, rows=1)
     assert rising == ["        8 ▁▂▃▄▅▆▇█", "          step 1 8"]
-    broken = watch.curve([(1, math.nan), (2, 1.0), (3, math.inf), (4, 3.0)], width=19, rows=2)
-    assert [line[:9].strip() for line in broken] == ["3", "1", ""]
-    assert watch.curve([(1, math.nan)]) == ["no finite value"]
-    assert watch.curve([(7, 2.0)], width=19, rows=1)[0].split() == ["2", "▁" * 8]
+    with_gaps = watch.draw_curve([(1, math.nan), (2, 1.0), (3, math.inf), (4, 3.0)], width=19, rows=2)
+    assert [line[:9].strip() for line in with_gaps] == ["3", "1", ""]
+    assert watch.draw_curve([(1, math.nan)]) == ["no finite value"]
+    assert watch.draw_curve([(7, 2.0)], width=19, rows=1)[0].split() == ["2", "▁" * 8]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_the_curve_has_the_mean_of_each_column():
     ],
 )
 @pytest.mark.parametrize("width", [1, 80])
-def test_odd_files_are_shown(tmp_path, lines, width):
+def test_odd_files_are_handled(tmp_path, lines, width):
     put(tmp_path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     put(tmp_path / "config.json", {"train": {"steps": "many"}})
     put(tmp_path / "run.json", {"parameters": "all", "device": 3})
@@ -82,7 +82,7 @@ def test_odd_files_are_shown(tmp_path, lines, width):
     assert f"step {lines[-1]['step']}" in shown and "validation: accuracy 50.00%" in shown
 
 
-def test_a_missing_folder_or_log_is_one_line(tmp_path):
+def test_a_missing_folder_or_log_is_an_error(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         cli.run(["watch", f"--workdir={tmp_path / 'none'}"])
     for flags in ([], ["--once"]):
@@ -94,14 +94,14 @@ def test_a_missing_folder_or_log_is_one_line(tmp_path):
         cli.run(["watch", f"--workdir={tmp_path}", "--once"])
 
 
-def test_watching_needs_no_jax(tmp_path):
+def test_watch_does_not_import_jax(tmp_path):
     put(tmp_path / "metrics.jsonl", '{"step": 1, "loss": 2.0}\n')
     code = f"import sys; from llmjax.cli import main; main.run(['watch', '--workdir={tmp_path}', '--once']); "
     out = jobs.run([sys.executable, "-c", code + "print('jax' in sys.modules)"])
     assert out.splitlines()[-1] == "False"
 
 
-def test_a_pipe_gets_a_snapshot_for_each_new_step(tmp_path):
+def test_a_pipe_receives_a_snapshot_for_each_new_step(tmp_path):
     put(tmp_path / "metrics.jsonl", '{"step": 1, "loss": 2.0}\n')
     arguments = [str(jobs.LLMJAX), "watch", f"--workdir={tmp_path}", "--every=1"]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, env=jobs.environment()) as process:
@@ -114,7 +114,7 @@ def test_a_pipe_gets_a_snapshot_for_each_new_step(tmp_path):
         assert process.wait(timeout=60) == 0
 
 
-def test_a_terminal_is_redrawn_and_left_with_the_last_view(tmp_path):
+def test_a_terminal_is_redrawn_and_keeps_the_last_view(tmp_path):
     put(tmp_path / "metrics.jsonl", '{"step": 1, "loss": 2.0}\n')
     main, terminal = os.openpty()
     arguments = [str(jobs.LLMJAX), "watch", f"--workdir={tmp_path}"]

@@ -1,7 +1,7 @@
-"""Decontamination: find documents that share an n-gram with an evaluation set.
+"""Decontamination: count the word n-grams that a document shares with evaluation sets.
 
-Runs of 13 words, as in Brown et al., 2020 (arXiv 2005.14165, appendix C). An example of the set that is shorter
-but has at least `min_words` is looked for as a whole; shorter ones say nothing: ordinary text has them by chance.
+13 words, as in Brown et al., 2020 (arXiv 2005.14165, appendix C). A shorter example of at least `min_words` is matched
+as a whole. Even shorter ones are ignored: ordinary text contains them by chance.
 """
 
 from collections.abc import Iterator
@@ -18,55 +18,55 @@ from llmjax.data.readers.raw_records import ReadOptions
 from llmjax.data.store import minhash
 from llmjax.errors import UserError
 
-_VAGUE = ("train", "test", "dev", "valid", "validation", "val", "data", "eval", "examples", "questions")
+# File names that do not identify a set.
+_GENERIC_NAMES = ("train", "test", "dev", "valid", "validation", "val", "data", "eval", "examples", "questions")
 _OPTIONS = ReadOptions(where="curate.decontaminate.against", is_lenient=True)
-_MARK = re.compile(r"[^\w\s]|_")
+_PUNCTUATION = re.compile(r"[^\w\s]|_")
 
 
-def hits(text: str, config: DecontaminateConfig) -> dict[str, int]:
-    """For each set that the text has something of: how many of its runs of words are in the set."""
-    words = _words(text)
-    found = {}
+def count_shared_ngrams(text: str, config: DecontaminateConfig) -> dict[str, int]:
+    """Name of a set -> number of the text's n-grams that are in the set, without zeros."""
+    words = _hash_words(text)
+    counts = {}
     for path in config.against:
         count = 0
-        for size, grams in _grams(path, streams.file_state(path), config.words, config.min_words).items():
+        for size, set_ngrams in _load_ngrams(path, config).items():
             if words.size >= size:
-                runs = minhash.hash_shingles(words, size)
-                # Searched, not `np.isin`: that sorts the set anew for every document.
-                place = np.minimum(np.searchsorted(grams, runs), grams.size - 1)
-                count += int((grams[place] == runs).sum())
+                ngrams = minhash.hash_shingles(words, size)
+                # `np.isin` would sort the set again for every document.
+                index = np.minimum(np.searchsorted(set_ngrams, ngrams), set_ngrams.size - 1)
+                count += int((set_ngrams[index] == ngrams).sum())
         if count:
-            found[set_names(config.against)[path]] = count
-    return found
+            counts[set_names(config.against)[path]] = count
+    return counts
 
 
-def check(config: DecontaminateConfig) -> None:
-    """Raises UserError for an evaluation set that cannot be read, or that holds nothing to look for."""
+def check_evaluation_sets(config: DecontaminateConfig) -> None:
+    """Raise UserError for an evaluation set that cannot be read, or that has no n-grams."""
     for path in config.against:
-        if not _grams(path, streams.file_state(path), config.words, config.min_words):
+        if not _load_ngrams(path, config):
             raise UserError(
-                f"curate.decontaminate.against names {path!r}: it holds no text of {config.min_words} words "
-                "(curate.decontaminate.min_words) or more, so nothing of it would be found"
+                f"curate.decontaminate.against: {path!r} contains no text of at least {config.min_words} words "
+                "(curate.decontaminate.min_words), so it would match nothing"
             )
 
 
 @functools.lru_cache(maxsize=4)
 def set_names(paths: tuple[str, ...]) -> dict[str, str]:
-    """What the sets are called: after their files, and after the folder too where a file's name says little."""
-    short = {path: Path(path).name.split(".")[0] for path in paths}
-    named = {}
-    for path, name in short.items():
-        alone = list(short.values()).count(name) == 1 and name.lower() not in _VAGUE
-        named[path] = name if alone else f"{Path(path).absolute().parent.name}/{name}"
-    return {path: name if list(named.values()).count(name) == 1 else path for path, name in named.items()}
+    """Path -> name of the set: the file name, with the folder if it is not unique or generic, else the path."""
+    stems = {path: Path(path).name.split(".")[0] for path in paths}
+    names = {}
+    for path, stem in stems.items():
+        is_unique = list(stems.values()).count(stem) == 1 and stem.lower() not in _GENERIC_NAMES
+        names[path] = stem if is_unique else f"{Path(path).absolute().parent.name}/{stem}"
+    return {path: name if list(names.values()).count(name) == 1 else path for path, name in names.items()}
 
 
-def examples(path: str) -> Iterator[str]:
-    """The texts of an evaluation set: every text in records of JSON, CSV or Parquet; paragraphs of a text file."""
+def read_examples(path: str) -> Iterator[str]:
+    """The texts of an evaluation set: all strings in records of JSON, CSV or Parquet; the paragraphs of a text file."""
     file = Path(path).expanduser()
-    where = f"curate.decontaminate.against names {path!r}"
     if not file.is_file():
-        raise UserError(f"{where}: no such file; give files of the evaluation sets")
+        raise UserError(f"curate.decontaminate.against: {path!r} does not exist; give files of evaluation sets")
     try:
         kind = formats.detect(str(file), formats.CURATE_FORMATS)
         if kind == formats.UNSUPPORTED:
@@ -75,49 +75,52 @@ def examples(path: str) -> Iterator[str]:
             import pyarrow.parquet
 
             for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
-                yield from _texts(batch.to_pylist())
+                yield from _iterate_strings(batch.to_pylist())
             return
         data, _ = _OPTIONS.utf8_blocks(str(file))
         if kind in ("csv", "tsv"):
             for row in records.parse_csv(data, kind, _OPTIONS.max_record_bytes):
                 if isinstance(row, records.BadRow):
-                    raise ValueError(f"a row that is not {kind.upper()}: {row.reason}")
+                    raise ValueError(f"not {kind.upper()}: {row.reason}")
                 yield from row[0]
         elif kind in ("jsonl", "json"):
-            split = records.split_json if kind == "json" else streams.split_lines
-            for _, value in split(data, max_bytes=_OPTIONS.max_record_bytes):
+            split_records = records.split_json if kind == "json" else streams.split_lines
+            for _, value in split_records(data, max_bytes=_OPTIONS.max_record_bytes):
                 if isinstance(value, int):
                     raise ValueError(f"a record of {value:,} bytes")
                 if value.strip():
-                    yield from _texts(json.loads(value))
+                    yield from _iterate_strings(json.loads(value))
         else:
             yield from re.split(r"\n\s*\n", b"".join(data).decode("utf-8", "replace"))
     except (OSError, ValueError, streams.DamageError) as error:
-        raise UserError(f"{where}: cannot be read ({error}); give JSONL, JSON, CSV, Parquet or text") from None
+        raise UserError(
+            f"curate.decontaminate.against: {path!r} cannot be read ({error}); give JSONL, JSON, CSV, Parquet or text"
+        ) from None
 
 
-def _texts(value: object) -> Iterator[str]:
+def _iterate_strings(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _texts(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _texts(item)
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _iterate_strings(item)
 
 
-def _words(text: str) -> np.ndarray:
-    return minhash.hash_words(_MARK.sub(" ", text.casefold()).encode("utf-8", "surrogatepass"))
+def _hash_words(text: str) -> np.ndarray:
+    return minhash.hash_words(_PUNCTUATION.sub(" ", text.casefold()).encode("utf-8", "surrogatepass"))
+
+
+def _load_ngrams(path: str, config: DecontaminateConfig) -> dict[int, np.ndarray]:
+    """n -> sorted hashes of the set's n-grams: of `ngram_words`, and of fewer for shorter examples."""
+    return _hash_ngrams(path, streams.file_state(path), config.ngram_words, config.min_words)
 
 
 @functools.lru_cache(maxsize=64)
-def _grams(path: str, _state: tuple[int, int] | None, size: int, least: int) -> dict[int, np.ndarray]:
-    """Words in a run -> sorted hashes of the set's runs: `size` words, or fewer for examples that have no more."""
-    made: dict[int, list[np.ndarray]] = {}
-    for example in examples(path):
-        words = _words(example)
-        if words.size >= least:
-            length = min(size, words.size)
-            made.setdefault(length, []).append(minhash.hash_shingles(words, length))
-    return {length: np.unique(np.concatenate(parts)) for length, parts in sorted(made.items())}
+def _hash_ngrams(path: str, _state: tuple[int, int] | None, max_size: int, min_words: int) -> dict[int, np.ndarray]:
+    by_size: dict[int, list[np.ndarray]] = {}
+    for example in read_examples(path):
+        words = _hash_words(example)
+        if words.size >= min_words:
+            size = min(max_size, words.size)
+            by_size.setdefault(size, []).append(minhash.hash_shingles(words, size))
+    return {size: np.unique(np.concatenate(parts)) for size, parts in sorted(by_size.items())}

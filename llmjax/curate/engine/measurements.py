@@ -1,17 +1,16 @@
 """The files of a measured unit: texts, and their scores as columns.
 
-KEY.jsonl.zst        one line a record in the unit's order: a document, or an excerpt of one that a stage dropped
-KEY.npz              columns, one row a record
-KEY.signatures       uint32 [records, minhash.SIZE], empty without the stage duplicates
-KEY.json             written last: the unit is complete
+KEY.jsonl.zst    one line per record, in the unit's order: a document, or an excerpt of a dropped one
+KEY.npz          columns, one row per record
+KEY.signatures   uint32 [records, minhash.SIZE]; empty without the stage duplicates
+KEY.json         marks a complete unit: it is written last
 
-KEY is a hash of VERSION, the unit, its files' state and every setting that measuring depends on. After a change of a
-threshold the measurement is still valid.
+KEY is a hash of VERSION, the unit, the state of its files and every setting that measurements depend on. Thresholds are
+not included.
 """
 
 import array
 from collections.abc import Iterator, Mapping, Sequence
-import contextlib
 import dataclasses
 import io
 import json
@@ -24,10 +23,10 @@ import zstandard
 
 from llmjax.data.store import minhash
 
-VERSION = 4  # of these files and of what the stages measure; with another one, everything is measured again
-NOT_DROPPED = -1  # in the column "early": no stage dropped the record while it was measured
-_CODE = 8  # bytes of a language's code
-_LEVEL = 3  # of Zstandard: a higher one saves a tenth of the space for three times the time
+VERSION = 5  # of these files and of what the stages measure; a new version measures everything again
+NOT_DROPPED = -1  # in the column "drop_stage": no stage dropped the record while it was measured
+_LANGUAGE_BYTES = 8
+_LEVEL = 3  # of Zstandard: a higher level saves a tenth of the space and takes three times as long
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,63 +67,65 @@ class Measurement:
         return np.memmap(self.signatures, np.uint32, "r").reshape(-1, minhash.SIZE)
 
     def read_records(self) -> Iterator[dict[str, Any]]:
-        """The lines of the text file, one a record."""
-        with open_lines(self.texts) as lines:
-            for line in lines:
-                yield json.loads(line)
+        """The objects of the text file, one per record."""
+        with open(self.texts, "rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as stream:
+            yield from map(json.loads, io.BufferedReader(cast(io.RawIOBase, stream), 1 << 20))
 
 
 class Columns:
-    """Columns of a unit while it is measured, some 400 bytes a record. Missing scores are NaN."""
+    """Columns of a unit while it is measured, about 400 bytes per record. Missing scores are NaN."""
 
     def __init__(self, stages: Sequence[str]):
         self._stages = list(stages)
-        self._id_hash, self._content, self._sizes = array.array("Q"), bytearray(), array.array("q")
-        self._early, self._reason = array.array("h"), array.array("i")
-        self._languages = bytearray()
+        self._id_hash, self._content_hash, self._sizes = array.array("Q"), bytearray(), array.array("q")
+        self._drop_stage, self._reason, self._language = array.array("h"), array.array("i"), bytearray()
         self._scores: dict[str, array.array] = {}
         self._reasons: dict[str, int] = {}
 
     def __len__(self) -> int:
-        return len(self._early)
+        return len(self._drop_stage)
 
     def add(
         self,
         *,
         id_hash: int,
-        content: bytes,
+        content_hash: bytes,
         sizes: list[tuple[int, int]],
         scores: Mapping[str, float],
         language: str,
-        early: tuple[str, str] | None,
+        drop: tuple[str, str] | None,
     ) -> None:
-        """Add one record. `sizes`: bytes and tokens before each stage and after the last; 0 after it was dropped."""
+        """Add one record.
+
+        sizes  (bytes, tokens) before each stage and after the last; (0, 0) after a drop
+        drop   (stage, reason) if a stage dropped the record
+        """
         stage, reason = NOT_DROPPED, 0
-        if early:
-            stage, reason = self._stages.index(early[0]), self._reasons.setdefault(early[1], len(self._reasons))
+        if drop:
+            stage, reason = self._stages.index(drop[0]), self._reasons.setdefault(drop[1], len(self._reasons))
         for name, value in scores.items():
             column = self._scores.setdefault(name, array.array("f"))
             _fill(column, len(self))
             column.append(value)
         self._id_hash.append(id_hash)
-        self._content += content
-        self._early.append(stage)
+        self._content_hash += content_hash
+        self._drop_stage.append(stage)
         self._reason.append(reason)
         for pair in sizes:
             self._sizes.extend(pair)
-        self._languages += language.encode()[:_CODE].ljust(_CODE, b"\0")
+        self._language += language.encode()[:_LANGUAGE_BYTES].ljust(_LANGUAGE_BYTES, b"\0")
 
     def arrays(self) -> dict[str, Any]:
-        """The columns by name, one row a record; `reasons` are the texts that `reason` indexes."""
+        """The columns by name, one row per record, and `reasons`: the texts that `reason` indexes."""
         count = len(self)
         arrays = {
             "id_hash": np.frombuffer(self._id_hash, np.uint64),
-            "content": np.frombuffer(self._content, ">u8").reshape(count, 2).astype(np.uint64),
-            "early": np.frombuffer(self._early, np.int16),
+            "content_hash": np.frombuffer(self._content_hash, ">u8").reshape(count, 2).astype(np.uint64),
+            "drop_stage": np.frombuffer(self._drop_stage, np.int16),
             "reason": np.frombuffer(self._reason, np.int32),
             "sizes": np.frombuffer(self._sizes, np.int64).reshape(count, len(self._stages) + 1, 2),
             "reasons": np.array(list(self._reasons), dtype=np.str_),
-            "language": np.frombuffer(self._languages, f"S{_CODE}"),
+            "language": np.frombuffer(self._language, f"S{_LANGUAGE_BYTES}"),
         }
         for name, column in sorted(self._scores.items()):
             _fill(column, count)
@@ -138,15 +139,8 @@ def _fill(column: array.array, count: int) -> None:
         column.extend([math.nan] * (count - len(column)))
 
 
-@contextlib.contextmanager
-def open_lines(path: Path) -> Iterator[io.BufferedReader]:
-    """Lines of a Zstandard file."""
-    with open(path, "rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as stream:
-        yield io.BufferedReader(cast(io.RawIOBase, stream), 1 << 20)
-
-
 class LineWriter:
-    """Writes JSON lines to a Zstandard file without time and name: equal lines give equal bytes."""
+    """Writes JSON lines to a Zstandard file, byte-identical for equal lines."""
 
     def __init__(self, file: BinaryIO):
         self._writer = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True).stream_writer(file, closefd=False)

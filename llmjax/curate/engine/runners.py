@@ -1,7 +1,7 @@
-"""Runners that execute stage functions over many parts: local processes, or a Ray cluster.
+"""Runners that execute functions on many parts: local processes, or a Ray cluster.
 
-Both offer `map`, one task after another wherever there is room, and `exchange`, in which every task sorts its results
-into partitions and every partition is then reduced as a whole. What comes out depends on the tasks alone.
+`map` runs a function on every task. `exchange` also shuffles: every task divides its rows into partitions, and each
+partition is then reduced. The results depend on the tasks alone.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,24 +21,25 @@ import numpy as np
 from llmjax.data.store.workers import Workers
 from llmjax.errors import UserError
 
-_MAX_RUNNING = 1000  # tasks that a cluster holds at once: more than it has cores
-_SHUFFLE_BLOCKS = 256  # blocks of a Ray shuffle; it moves the square of this many pieces
+_MAX_RUNNING = 1000  # submitted tasks, more than a cluster has cores
+_SHUFFLE_BLOCKS = 256  # blocks of a Ray shuffle, which moves the square of this number of pieces
 
 Mapper = Callable[..., dict[int, np.ndarray]]  # task -> partition -> rows
 Reducer = Callable[..., Any]  # (rows of all tasks in any order, *shared) -> result
+Exchange = Callable[[Mapper, list[tuple], Reducer, tuple], Iterator[Any]]  # Runner.exchange with its folder bound
 
 
 class Runner(Protocol):
-    """Executes functions over tasks; the results depend on the tasks alone."""
+    """Executes functions on tasks."""
 
     def map(self, function: Callable, tasks: list[tuple]) -> Iterator[tuple[int, Any]]:
-        """(index of the task, function(*task)), in any order."""
+        """(index of the task, function(*task)) of all tasks, in any order."""
         ...
 
     def exchange(
         self, mapper: Mapper, tasks: list[tuple], reducer: Reducer, shared: tuple, folder: Path
     ) -> Iterator[Any]:
-        """Every partition's reducer(rows, *shared), in any order. `folder` is for what goes between."""
+        """reducer(rows, *shared) of every partition, in any order. `folder` is for intermediate files."""
         ...
 
 
@@ -49,22 +50,22 @@ class LocalRunner(Workers):
         super().__init__(num_workers, hint="set curate.workers to a smaller number")
 
     def exchange(self, mapper, tasks, reducer, shared, folder):
-        """Partitions go over the disk: what is held in memory does not grow with the corpus."""
+        """Partitions are exchanged as files, so memory does not grow with the corpus."""
         shutil.rmtree(folder, ignore_errors=True)
-        found = {
-            p for _, parts in self.map(_spill, [(mapper, t, folder, i) for i, t in enumerate(tasks)]) for p in parts
-        }
-        for _, result in self.map(_reduce, [(reducer, folder / str(part), shared) for part in sorted(found)]):
+        map_tasks = [(mapper, task, folder, index) for index, task in enumerate(tasks)]
+        partitions = {partition for _, written in self.map(_write_partitions, map_tasks) for partition in written}
+        reduce_tasks = [(reducer, folder / str(partition), shared) for partition in sorted(partitions)]
+        for _, result in self.map(_reduce, reduce_tasks):
             yield result
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _spill(mapper: Mapper, task: tuple, folder: Path, index: int) -> list[int]:
-    parts = mapper(*task)
-    for part, rows in parts.items():
-        (folder / str(part)).mkdir(parents=True, exist_ok=True)
-        np.save(folder / str(part) / f"{index}.npy", rows)
-    return list(parts)
+def _write_partitions(mapper: Mapper, task: tuple, folder: Path, index: int) -> list[int]:
+    rows_by_partition = mapper(*task)
+    for partition, rows in rows_by_partition.items():
+        (folder / str(partition)).mkdir(parents=True, exist_ok=True)
+        np.save(folder / str(partition) / f"{index}.npy", rows)
+    return list(rows_by_partition)
 
 
 def _reduce(reducer: Reducer, folder: Path, shared: tuple) -> Any:
@@ -72,10 +73,10 @@ def _reduce(reducer: Reducer, folder: Path, shared: tuple) -> Any:
 
 
 class RayRunner:
-    """Ray on the cluster at `address` ("auto": the one that this machine belongs to; "local": a new one here).
+    """The Ray cluster at `address` ("auto": the one of this machine; "local": a new one on this machine).
 
-    Tasks read and write files, so the workdir and the inputs must be visible to all nodes under the same path. Ray
-    repeats the tasks of a worker or node that dies. A context manager.
+    Tasks read and write files, so the workdir and the inputs must have the same path on all nodes. Ray reruns the tasks
+    of a worker or node that dies. A context manager.
     """
 
     def __init__(self, address: str):
@@ -94,7 +95,7 @@ class RayRunner:
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # llmjax logs its own progress
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
-        # By sorted keys, in the workers that exist: hashing starts new ones for every shuffle, which takes seconds.
+        # A sort shuffle uses the existing workers; a hash shuffle starts new ones, which takes seconds.
         context.shuffle_strategy = ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
 
     def __enter__(self) -> "RayRunner":
@@ -107,16 +108,15 @@ class RayRunner:
             ray.shutdown()
 
     def map(self, function: Callable, tasks: list[tuple]) -> Iterator[tuple[int, Any]]:
-        """By Ray's own tasks: Ray Data leaves a core idle for 0.2 s between two tasks, they for a few milliseconds."""
+        """Runs Ray tasks: Ray Data leaves a core idle for 0.2 s between two tasks, Ray tasks for a few milliseconds."""
         import ray
         from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
         remote = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(_ray_call)
-        waiting, running = iter(enumerate(tasks)), []
+        pending, running = iter(enumerate(tasks)), []
         while True:
-            running += [
-                remote.remote(function, *task) for task in itertools.islice(waiting, _MAX_RUNNING - len(running))
-            ]
+            submitted = itertools.islice(pending, _MAX_RUNNING - len(running))
+            running += [remote.remote(function, *task) for task in submitted]
             if not running:
                 return
             finished, running = ray.wait(running)
@@ -125,23 +125,23 @@ class RayRunner:
             except (NodeDiedError, OutOfMemoryError, WorkerCrashedError) as error:
                 reason = str(error).strip().splitlines()[0]
                 raise UserError(
-                    f"--runner=ray: a task's process ended again and again ({reason}); give its node more memory or "
-                    "fewer cores (`ray start --num-cpus=`) and run again: finished parts are kept"
+                    f"--runner=ray: the process of a task died repeatedly ({reason}); give its node more memory or "
+                    "fewer cores (`ray start --num-cpus=`) and rerun the command: finished parts are kept"
                 ) from None
             if isinstance(result, UserError):
                 raise result
             yield index, result
 
     def exchange(self, mapper, tasks, reducer, shared, folder):
-        """The shuffle is Ray Data's: rows go from node to node by the object store."""
+        """Ray Data shuffles the rows, through the object store."""
         if not tasks:
             return
         import ray
 
         items = [{"task": pickle.dumps(task)} for task in tasks]
         rows = ray.data.from_items(items, override_num_blocks=min(len(items), _SHUFFLE_BLOCKS))
-        parted = rows.flat_map(functools.partial(_ray_partition, mapper=mapper), num_cpus=1)
-        reduced = parted.groupby("partition").map_groups(
+        partitions = rows.flat_map(functools.partial(_ray_partition, mapper=mapper), num_cpus=1)
+        reduced = partitions.groupby("partition").map_groups(
             functools.partial(_ray_reduce, reducer=reducer, shared=shared), batch_format="pandas"
         )
         for row in reduced.iter_rows():
@@ -149,7 +149,7 @@ class RayRunner:
 
 
 def _check_port(address: str) -> None:
-    """Raises OSError where nothing listens at HOST:PORT; Ray itself would try for minutes."""
+    """Raise OSError if nothing listens at HOST:PORT; Ray itself would retry for minutes."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdigit():
         socket.create_connection((host, int(port)), timeout=10).close()
@@ -162,7 +162,7 @@ def _as_user_error(address: str):
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"--ray_address={address}: no cluster answers ({reason}); start one with `ray start --head`, or give "
+            f"--ray_address={address}: no cluster answers ({reason}); start one with `ray start --head`, or use "
             "--ray_address=local"
         ) from None
 
@@ -170,13 +170,13 @@ def _as_user_error(address: str):
 def _ray_call(function: Callable, index: int, task: tuple) -> tuple[int, Any]:
     try:
         return index, function(*task)
-    except UserError as error:  # bad input: Ray must not repeat the task
+    except UserError as error:  # bad input: Ray must not rerun the task
         return index, error
 
 
 def _ray_partition(row: dict, mapper: Mapper) -> Iterator[dict]:
-    for part, rows in mapper(*pickle.loads(row["task"])).items():
-        yield {"partition": part, "rows": pickle.dumps(rows)}
+    for partition, rows in mapper(*pickle.loads(row["task"])).items():
+        yield {"partition": partition, "rows": pickle.dumps(rows)}
 
 
 def _ray_reduce(group, reducer: Reducer, shared: tuple) -> dict:

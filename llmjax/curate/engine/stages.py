@@ -1,9 +1,10 @@
-"""The stages by name: what each computes for a document, and which settings this depends on.
+"""The stages by name: what each measures, and the settings that this depends on.
 
-A stage's `measure` is a pure function of a document and the config. It returns the document, changed or with more
-scores, or the reason why it is dropped with any thresholds. Thresholds are applied later.
+`Stage.measure` is a pure function of a document and the config. It returns the document, changed or with more scores,
+or the reason to drop it regardless of thresholds. Thresholds are applied later.
 """
 
+from collections import Counter
 from collections.abc import Callable
 import dataclasses
 import functools
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 from llmjax.curate.config import CurateConfig
 from llmjax.curate.dedup import decontaminate
-from llmjax.curate.document import Document, content_hash
+from llmjax.curate.document import Document, hash_content
 from llmjax.curate.filters import classifier, language, normalise, personal_data, quality, terms
 from llmjax.curate.readers import html, markup
 from llmjax.data.readers import formats, streams
@@ -25,13 +26,13 @@ MeasureFn = Callable[[Document, CurateConfig], Document | str]
 
 
 class Stage(NamedTuple):
-    """`settings`: the part of the config that `measure` depends on."""
+    """A step of curation. `settings` returns the part of the config that `measure` depends on."""
 
     measure: MeasureFn
     settings: Callable[[CurateConfig], Any]
 
 
-def _unchanged(document: Document, config: CurateConfig) -> Document:
+def _keep_unchanged(document: Document, config: CurateConfig) -> Document:
     return document
 
 
@@ -40,84 +41,82 @@ def _extract(document: Document, config: CurateConfig) -> Document | str:
     if document.kind == "text":
         return document
     if document.kind == "auto":
-        page, scores = markup.html_of(document.text), {"repaired.text extracted from HTML in a field": 1}
+        page, scores = markup.detect_html(document.text), {"repair.text extracted from HTML in a field": 1}
         if page is None:
             return dataclasses.replace(document, kind="text")
-    found = html.main_text(page, str(document.meta.get("url", "")))
-    if not found.text.strip():
+    text, title = html.extract_main_text(page, str(document.meta.get("url", "")))
+    if not text.strip():
         return "no main text"
-    meta = document.meta if "title" in document.meta or not found.title else {**document.meta, "title": found.title}
-    return dataclasses.replace(document, kind="text", meta=meta).with_text(found.text, **scores)
+    meta = document.meta if "title" in document.meta or not title else {**document.meta, "title": title}
+    return dataclasses.replace(document, kind="text", meta=meta).with_text(text, **scores)
 
 
 def _normalise(document: Document, config: CurateConfig) -> Document | str:
     text, counts = normalise.normalise(document.text, config.normalise)
     if not text.strip():
         return "empty"
-    return document.with_text(text, **{f"repaired.{what}": count for what, count in counts.items() if count})
+    return document.with_text(text, **{f"repair.{name}": count for name, count in counts.items()})
 
 
-def _language(document: Document, config: CurateConfig) -> Document:
+def _detect_language(document: Document, config: CurateConfig) -> Document:
     code, confidence = language.detect(document.text, config.language)
     return dataclasses.replace(document, language=code).with_scores({"confidence": confidence})
 
 
-def _quality(document: Document, config: CurateConfig) -> Document | str:
-    text, counts = quality.clean_lines(document.text, config.quality)
+def _score_quality(document: Document, config: CurateConfig) -> Document | str:
+    text, counts = quality.remove_c4_lines(document.text, config.quality)
     if not text.strip():
-        return "no line left"
+        return "all lines removed"
     document = document if text == document.text else document.with_text(text)
-    lines = {f"lines.{what}": count for what, count in counts.items() if count}
-    scores = quality.scores(text)
-    if config.quality.classifier:
-        path = config.quality.classifier
-        scores["classifier"] = _classifier(path, streams.file_state(path)).score(text)
-    return document.with_scores({**lines, **scores})
+    scores = {f"lines.{name}": count for name, count in counts.items()} | quality.compute_scores(text)
+    if path := config.quality.classifier:
+        scores["classifier"] = _load_classifier(path, streams.file_state(path)).score(text)
+    return document.with_scores(scores)
 
 
 @functools.lru_cache(maxsize=1)
-def _classifier(path: str, _state: tuple[int, int] | None) -> classifier.Classifier:
+def _load_classifier(path: str, _state: tuple[int, int] | None) -> classifier.Classifier:
     return classifier.load(path)
 
 
-def _duplicates(document: Document, config: CurateConfig) -> Document:
-    data = document.text.encode("utf-8", "surrogatepass")
-    return dataclasses.replace(document, content=content_hash(document.text), signature=minhash.compute_signature(data))
+def _compute_signature(document: Document, config: CurateConfig) -> Document:
+    signature = minhash.compute_signature(document.text.encode("utf-8", "surrogatepass"))
+    return dataclasses.replace(document, content_hash=hash_content(document.text), signature=signature)
 
 
-def _decontaminate(document: Document, config: CurateConfig) -> Document:
-    hits = decontaminate.hits(document.text, config.decontaminate)
-    return document.with_scores({f"contaminated.{name}": count for name, count in hits.items()})
+def _count_shared_ngrams(document: Document, config: CurateConfig) -> Document:
+    counts = decontaminate.count_shared_ngrams(document.text, config.decontaminate)
+    return document.with_scores({f"shared_ngrams.{name}": count for name, count in counts.items()})
 
 
-def _personal(document: Document, config: CurateConfig) -> Document:
-    spans = personal_data.find(document.text, config.personal_data.kinds)
+def _replace_personal_data(document: Document, config: CurateConfig) -> Document:
+    text, spans = document.text, personal_data.find_spans(document.text, config.personal_data.kinds)
     if not spans:
         return document
-    counts: dict[str, int] = {}
-    for span in spans:
-        counts[span.kind] = counts.get(span.kind, 0) + 1
-    masked = [[span.kind, personal_data.mask(document.text, spans, index)] for index, span in enumerate(spans[:3])]
-    document = document.with_scores({f"personal.{kind}": count for kind, count in counts.items()}, personal=masked)
-    if config.personal_data.action != "replace":
-        return document
-    return document.with_text(personal_data.replace(document.text, spans))
+    counts = Counter(span.kind for span in spans)
+    contexts = [[span.kind, personal_data.mask_context(text, spans, index)] for index, span in enumerate(spans[:3])]
+    document = document.with_scores({f"personal.{kind}": count for kind, count in counts.items()}, personal=contexts)
+    return (
+        document.with_text(personal_data.replace_spans(text, spans))
+        if config.personal_data.action == "replace"
+        else document
+    )
 
 
-def _sample(document: Document, config: CurateConfig) -> Document:
-    counts = terms.count(document.text, config.sample.terms)
+def _count_terms(document: Document, config: CurateConfig) -> Document:
+    counts = terms.count_terms(document.text, config.sample.terms)
     return document.with_scores({f"term.{name}": count for name, count in counts.items()})
 
 
 def _hash_files(field: str, paths: tuple[str, ...]) -> list[str]:
-    """Hashes of files that measuring reads, named by curate.FIELD."""
+    """Hashes of the files that curate.FIELD names. Raises UserError for one that cannot be read."""
     hashes = []
     for path in filter(None, paths):
         file = Path(path).expanduser()
         try:
             hashes.append(_hash_file(file, streams.file_state(path)))
         except OSError as error:
-            raise UserError(f"curate.{field} names {path!r}: cannot be read ({error.strerror}); give a file") from None
+            raise UserError(f"curate.{field}: {path!r} cannot be read ({error.strerror}); give a file") from None
     return hashes
 
 
@@ -131,47 +130,39 @@ def _version(package: str) -> str:
     return f"{package} {importlib.metadata.version(package)}"
 
 
-def _evaluation_sets(config: CurateConfig) -> list[Any]:
-    """(name, format, hash) of every evaluation set."""
-    against = config.decontaminate.against
-    names = decontaminate.set_names(against)
-    hashes = _hash_files("decontaminate.against", against)
-    kinds = [formats.detect(path, formats.CURATE_FORMATS) for path in against]
-    return list(zip(map(names.get, against), kinds, hashes, strict=True))
+def _decontaminate_settings(config: CurateConfig) -> list[Any]:
+    """n-gram lengths, and (name, format, hash) of every evaluation set."""
+    paths = config.decontaminate.against
+    names = decontaminate.set_names(paths)
+    hashes = _hash_files("decontaminate.against", paths)
+    kinds = [formats.detect(path, formats.CURATE_FORMATS) for path in paths]
+    sets = list(zip(map(names.get, paths), kinds, hashes, strict=True))
+    return [sets, config.decontaminate.ngram_words, config.decontaminate.min_words]
 
 
 def _quality_settings(config: CurateConfig) -> list[Any]:
     """The rules that change the text, and the classifier. All other rules read scores."""
-    quality_config = config.quality
-    lines = (
-        "c4_citations",
-        "c4_terminal_punctuation",
-        "c4_min_line_words",
-        "c4_max_word",
-        "c4_javascript",
-        "c4_policy",
-    )
+    c = config.quality
     return [
-        "c4" in quality_config.rules,
-        [getattr(quality_config, name) for name in lines],
-        _hash_files("quality.classifier", (quality_config.classifier,)),
+        "c4" in c.rules,
+        (c.c4_remove_citations, c.c4_require_terminal_punctuation, c.c4_min_line_words),
+        (c.c4_max_word_length, c.c4_remove_javascript, c.c4_remove_policy),
+        _hash_files("quality.classifier", (c.classifier,)),
     ]
 
 
-# In the order in which they run unless curate.stages says otherwise.
 STAGES: dict[str, Stage] = {
-    "read": Stage(_unchanged, lambda c: _version("charset-normalizer")),
-    "extract": Stage(_extract, lambda c: html.version()),
+    "read": Stage(_keep_unchanged, lambda c: _version("charset-normalizer")),
+    "extract": Stage(_extract, lambda c: html.package_versions()),
     "normalise": Stage(_normalise, lambda c: (repr(c.normalise), _version("ftfy"))),
-    "language": Stage(_language, lambda c: (c.language.characters, c.language.places, _version("py3langid"))),
-    "quality": Stage(_quality, _quality_settings),
-    "duplicates": Stage(_duplicates, lambda c: None),
-    "decontaminate": Stage(
-        _decontaminate,
-        lambda c: (_evaluation_sets(c), c.decontaminate.words, c.decontaminate.min_words),
+    "language": Stage(
+        _detect_language, lambda c: (c.language.max_characters, c.language.num_excerpts, _version("py3langid"))
     ),
-    "personal_data": Stage(_personal, lambda c: repr(c.personal_data)),
-    "sample": Stage(_sample, lambda c: _hash_files("sample.terms", c.sample.terms)),
-    "split": Stage(_unchanged, lambda c: None),
-    "augment": Stage(_unchanged, lambda c: None),
+    "quality": Stage(_score_quality, _quality_settings),
+    "duplicates": Stage(_compute_signature, lambda c: None),
+    "decontaminate": Stage(_count_shared_ngrams, _decontaminate_settings),
+    "personal_data": Stage(_replace_personal_data, lambda c: repr(c.personal_data)),
+    "sample": Stage(_count_terms, lambda c: _hash_files("sample.terms", c.sample.terms)),
+    "split": Stage(_keep_unchanged, lambda c: None),
+    "augment": Stage(_keep_unchanged, lambda c: None),
 }

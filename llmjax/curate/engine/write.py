@@ -1,4 +1,4 @@
-"""Write the documents of a unit: kept ones by split, dropped ones with stage and reason."""
+"""Write the documents of a unit: kept ones by split, dropped ones with the stage and the reason."""
 
 from collections import Counter
 import contextlib
@@ -12,7 +12,7 @@ import numpy as np
 
 from llmjax.atomic import atomic_write, write_bytes
 from llmjax.curate.config import CurateConfig
-from llmjax.curate.document import EXCERPT
+from llmjax.curate.document import EXCERPT, NOT_STATED
 from llmjax.curate.engine.decide import KEPT
 from llmjax.curate.engine.measurements import LineWriter, Measurement
 from llmjax.curate.filters import augment
@@ -22,12 +22,11 @@ from llmjax.data.store.split import SPLITS
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One unit's share of the decisions.
+    """The decisions on one unit.
 
-    name             of its files, such as web-00003
-    stage, reason    int [records], see decide.Decisions
-    split            uint8 [records]
-    samples          rows of records that the card shows
+    name                  prefix of its files, such as web-00003
+    stage, reason, split  int [records], see decide.Decisions
+    sampled_rows          records that the card shows
     """
 
     name: str
@@ -36,11 +35,11 @@ class Task:
     stage: np.ndarray
     reason: np.ndarray
     split: np.ndarray
-    samples: frozenset[int]
+    sampled_rows: frozenset[int]
 
 
 def write(task: Task, reasons: list[str], config: CurateConfig, folder: Path) -> dict[str, Any]:
-    """Write curated/ and dropped/ files of a unit into `folder`; return a summary of them and the sampled records.
+    """Write the files of a unit to `folder`/curated and /dropped; return their summaries and the sampled records.
 
     A split without documents has no file.
     """
@@ -48,10 +47,10 @@ def write(task: Task, reasons: list[str], config: CurateConfig, folder: Path) ->
     licences, origins = Counter(), Counter()
     with _Files(folder) as files:
         for row, record in enumerate(task.measurement.read_records()):
-            if row in task.samples:
+            if row in task.sampled_rows:
                 text = masked_excerpt(record["text"], 3 * EXCERPT) if "text" in record else record["excerpt"]
-                name = masked_excerpt(record["id"], EXCERPT)
-                samples[str(row)] = {"id": name, "text": text, "notes": record["notes"]}
+                id = masked_excerpt(record["id"], EXCERPT)
+                samples[str(row)] = {"id": id, "text": text, "notes": record["notes"]}
             if task.stage[row] != KEPT:
                 stage, reason = config.stages[task.stage[row]], reasons[task.reason[row]]
                 dropped = {"id": record["id"], "stage": stage, "reason": reason, "source": task.source}
@@ -64,10 +63,10 @@ def write(task: Task, reasons: list[str], config: CurateConfig, folder: Path) ->
                 kept |= {field: value} if value else {}
             files.write(name, kept)
             for counts, field in ((licences, "licence"), (origins, "origin")):
-                counts[masked_excerpt(str(record["meta"].get(field) or "not given"), 80)] += 1
+                counts[masked_excerpt(str(record["meta"].get(field) or NOT_STATED), 80)] += 1
             if "augment" in config.stages and split == "train":
                 for number in range(1, config.augment.copies + 1):
-                    text = augment.augment(record["text"], copy=number, id=record["id"], config=config.augment)
+                    text = augment.change_text(record["text"], copy=number, id=record["id"], config=config.augment)
                     files.write(name, {**kept, "id": f"{record['id']}~{number}", "text": text})
     result = {"files": files.summary, "samples": samples, "licences": licences, "origins": origins}
     write_bytes(_marker(folder, task.name), json.dumps(result).encode())
@@ -75,18 +74,18 @@ def write(task: Task, reasons: list[str], config: CurateConfig, folder: Path) ->
 
 
 def read_result(folder: Path, name: str) -> dict[str, Any] | None:
-    """The result of `write` for a unit that is written, else None."""
+    """The result of `write` for a unit that is complete, else None."""
     marker = _marker(folder, name)
     return json.loads(marker.read_text()) if marker.is_file() else None
 
 
 def _marker(folder: Path, name: str) -> Path:
-    """The file that is written last, when all others of the unit are complete."""
-    return folder / "done" / f"{name}.json"
+    """The file that marks a complete unit: it is written last."""
+    return folder / "complete" / f"{name}.json"
 
 
 class _Files:
-    """Opens files when they are needed; at the end all get their names, after an error none."""
+    """Output files, opened at the first write. They get their final names together at the end, or not at all."""
 
     def __init__(self, folder: Path):
         self._folder, self._stack = folder, contextlib.ExitStack()

@@ -13,36 +13,33 @@ UNDETERMINED = "und"  # of ISO 639-2
 _LETTER = re.compile(r"[^\W\d_]")
 
 
-def check(config: LanguageConfig) -> None:
-    """Raises UserError for a language to keep that the model does not know."""
-    known = {*_model().nb_classes, UNDETERMINED} if config.keep else ()
+def check_config(config: LanguageConfig) -> None:
+    """Raise UserError if `keep` has a language that the model cannot detect."""
+    codes = {*_model().nb_classes, UNDETERMINED} if config.keep else ()
     for code in config.keep:
-        if code not in known:
+        if code not in codes:
             raise UserError(
-                f"curate.language.keep={config.keep!r}: no language {code!r}{suggest(str(code), known)}; give codes of "
+                f"curate.language.keep={config.keep!r}: no language {code!r}{suggest(str(code), codes)}; use codes of "
                 "two letters such as 'en'"
             )
 
 
 def detect(text: str, config: LanguageConfig = _DEFAULTS) -> tuple[str, float]:
-    """(code of ISO 639, probability from 0 to 1); ("und", 0.0) for a text without letters where it was read.
-
-    Of a long text, pieces spread evenly from its beginning to its end are read: always the same ones.
-    """
-    sample = excerpt(text, config.characters, config.places)
+    """(ISO 639 code, probability from 0 to 1); ("und", 0.0) without letters. Of a long text, excerpts are read."""
+    sample = select_excerpts(text, config.max_characters, config.num_excerpts)
     if not _LETTER.search(sample):
         return UNDETERMINED, 0.0
     code, confidence = _model().classify(sample)
     return code, min(1.0, confidence)
 
 
-def excerpt(text: str, characters: int, places: int) -> str:
-    """At most so many characters, in pieces that are spread evenly; the whole text where it is no longer."""
-    if len(text) <= characters:
+def select_excerpts(text: str, max_characters: int, num_excerpts: int) -> str:
+    """Evenly spaced excerpts, one per line, of at most `max_characters` in total; a shorter text is unchanged."""
+    if len(text) <= max_characters:
         return text
-    size = characters // places
+    size = max_characters // num_excerpts
     last = len(text) - size
-    starts = [last * place // max(1, places - 1) for place in range(places)]
+    starts = [last * index // max(1, num_excerpts - 1) for index in range(num_excerpts)]
     return "\n".join(text[start : start + size] for start in starts)
 
 

@@ -1,7 +1,7 @@
 """Find personal data and secrets in a text and replace them by typed placeholders.
 
-Every kind has a cheap sign (an @, a digit, a marker); its patterns are matched only there. Names and postal addresses
-of people are not found: no pattern distinguishes them from other words.
+Every kind has a character that is cheap to find (an @, a digit, a marker); its patterns are matched only there. Names
+and postal addresses of people are not found: no pattern distinguishes them from other words.
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,13 +10,10 @@ import itertools
 import re
 from typing import NamedTuple
 
-from llmjax.curate.config import PersonalConfig
 from llmjax.curate.filters import secrets
-from llmjax.errors import UserError, suggest
 
-# In order of priority, where two findings overlap.
+# In order of priority, for spans that overlap.
 KINDS = ("secret", "email", "iban", "card", "ssn", "ip", "phone")
-ACTIONS = ("replace", "drop", "count")
 
 
 class Span(NamedTuple):
@@ -32,27 +29,27 @@ class Span(NamedTuple):
         return f"<{self.kind.upper()}>"
 
 
-def find(text: str, kinds: Iterable[str] = KINDS) -> list[Span]:
-    """Personal data in order, without overlaps: of two that overlap, the kind that comes first in KINDS is kept."""
+def find_spans(text: str, kinds: Iterable[str] = KINDS) -> list[Span]:
+    """Personal data in order, without overlaps: of two that overlap, the kind that is earlier in KINDS is kept."""
     selected = frozenset(kinds)
-    found: list[Span] = []
+    spans: list[Span] = []
     if "secret" in selected:
-        found += (Span("secret", *span) for span in secrets.find_secrets(text))
+        spans += (Span("secret", *span) for span in secrets.find_secrets(text))
     if not text.isascii():
         text = _fold_to_ascii(text)
     if "@" in text and selected & {"email", "secret"}:
-        found += (span for span in _find_emails(text) if span.kind in selected)
+        spans += (span for span in _find_emails(text) if span.kind in selected)
     if "iban" in selected:
-        found += _find_ibans(text)
+        spans += _find_ibans(text)
     if selected & {"card", "ssn", "ip", "phone"}:
         for run in _DIGIT_RUN.finditer(text):
-            found += _find_in_digit_run(text, run.start(), run.end(), selected)
+            spans += _find_in_digit_run(text, run.start(), run.end(), selected)
     if "ip" in selected and ":" in text:
-        found += _find_ipv6(text)
-    return _remove_overlaps(found) if len(found) > 1 else found
+        spans += _find_ipv6(text)
+    return _remove_overlaps(spans) if len(spans) > 1 else spans
 
 
-def replace(text: str, spans: list[Span]) -> str:
+def replace_spans(text: str, spans: list[Span]) -> str:
     """The text with placeholders such as <EMAIL> in place of the spans."""
     parts, last = [], 0
     for span in spans:
@@ -61,66 +58,54 @@ def replace(text: str, spans: list[Span]) -> str:
     return "".join([*parts, text[last:]])
 
 
-def mask(text: str, spans: list[Span], index: int, width: int = 40) -> str:
-    """The context of span `index` for a report: `width` characters on each side, with every span replaced and any other
-    digit as #, so that no part of a value is shown."""
+def mask_context(text: str, spans: list[Span], index: int, width: int = 40) -> str:
+    """The context of span `index` for a report: `width` characters on each side, with all spans and digits replaced."""
     span = spans[index]
     low, high = max(span.begin - width, 0), min(span.end + width, len(text))
-    near = [other for other in spans[max(index - width, 0) : index + width] if other.end > low and other.begin < high]
-    low, high = min(low, near[0].begin), max(high, near[-1].end)
-    shifted = [Span(other.kind, other.begin - low, other.end - low) for other in near]
-    return " ".join(re.sub("[0-9]", "#", replace(text[low:high], shifted)).split())
+    nearby = [other for other in spans[max(index - width, 0) : index + width] if other.end > low and other.begin < high]
+    low, high = min(low, nearby[0].begin), max(high, nearby[-1].end)
+    shifted = [Span(other.kind, other.begin - low, other.end - low) for other in nearby]
+    return " ".join(re.sub("[0-9]", "#", replace_spans(text[low:high], shifted)).split())
 
 
 def masked_excerpt(text: str, limit: int) -> str:
     """The beginning of a text for a report, at most `limit` characters, with personal data of all kinds replaced."""
-    # Longer than the excerpt, so that no half of a value remains at its end.
+    # A value at the end of the excerpt may continue after it.
     text = text[: 2 * limit + 200]
-    return replace(text, find(text))[:limit]
+    return replace_spans(text, find_spans(text))[:limit]
 
 
-def check(config: PersonalConfig, where: str = "curate.personal_data") -> None:
-    """Raises UserError for a kind or an action that is not offered."""
-    for kind in config.kinds:
-        if kind not in KINDS:
-            raise UserError(
-                f"{where}.kinds={config.kinds!r}: no kind {kind!r}{suggest(kind, KINDS)}; known: {', '.join(KINDS)}"
-            )
-    if config.action not in ACTIONS:
-        raise UserError(f"{where}.action={config.action!r}: expected one of {', '.join(ACTIONS)}")
-
-
-# Characters that stand for ASCII ones in addresses and numbers, each for one.
-_WIDE = {chr(code + 0xFEE0): chr(code) for code in (*range(0x30, 0x3B), *range(0x40, 0x5B), *range(0x61, 0x7B))}
-_WIDE |= dict(zip("\uff0b\uff08\uff09\uff0d\uff0e\uff0f\uff3f\uff61\ufe6b", "+()-./_\u3002@", strict=True))
-_WIDE |= dict.fromkeys("\u00a0\u2002\u2003\u2005\u2007\u2008\u2009\u200a\u202f\u3000", " ")
-_WIDE |= {chr(zero + digit): str(digit) for zero in (0x660, 0x6F0, 0x966) for digit in range(10)}
+# Characters that are equivalent to one ASCII character in addresses and numbers.
+_ASCII_OF = {chr(code + 0xFEE0): chr(code) for code in (*range(0x30, 0x3B), *range(0x40, 0x5B), *range(0x61, 0x7B))}
+_ASCII_OF |= dict(zip("\uff0b\uff08\uff09\uff0d\uff0e\uff0f\uff3f\uff61\ufe6b", "+()-./_\u3002@", strict=True))
+_ASCII_OF |= dict.fromkeys("\u00a0\u2002\u2003\u2005\u2007\u2008\u2009\u200a\u202f\u3000", " ")
+_ASCII_OF |= {chr(zero + digit): str(digit) for zero in (0x660, 0x6F0, 0x966) for digit in range(10)}
 _DASHES = "\u2010-\u2015\u2212\ufe58\ufe63\uff0d"
-_TO_FOLD = re.compile(f"[{''.join(_WIDE)}{_DASHES}]")
+_TO_FOLD = re.compile(f"[{''.join(_ASCII_OF)}{_DASHES}]")
 _BESIDE_DASH = frozenset("0123456789() ")
 
 
 def _fold_to_ascii(text: str) -> str:
-    """The text with full-width letters and digits, other digits, dashes and spaces as in ASCII; no position changes."""
+    """The text with full-width letters, digits of all scripts, dashes and spaces in ASCII; positions stay the same."""
     return _TO_FOLD.sub(_to_ascii, text)
 
 
 def _to_ascii(match: re.Match) -> str:
     character = match[0]
-    if plain := _WIDE.get(character):
+    if plain := _ASCII_OF.get(character):
         return plain
-    # A dash in a number, not one between words.
+    # A dash in a number, not between words.
     around = match.string[match.start() - 1 : match.start()] + match.string[match.end() : match.end() + 1]
-    return "-" if {_WIDE.get(c, c) for c in around} <= _BESIDE_DASH else character
+    return "-" if {_ASCII_OF.get(c, c) for c in around} <= _BESIDE_DASH else character
 
 
-def _remove_overlaps(found: list[Span]) -> list[Span]:
+def _remove_overlaps(spans: list[Span]) -> list[Span]:
     """The spans in order, without overlaps."""
-    found.sort(key=lambda span: (span.begin, span.end))
-    if all(a.end <= b.begin for a, b in itertools.pairwise(found)):
-        return found
+    spans.sort(key=lambda span: (span.begin, span.end))
+    if all(a.end <= b.begin for a, b in itertools.pairwise(spans)):
+        return spans
     kept: list[Span] = []
-    for span in found:
+    for span in spans:
         while kept and kept[-1].end > span.begin:
             if KINDS.index(kept[-1].kind) <= KINDS.index(span.kind):
                 break
@@ -130,10 +115,10 @@ def _remove_overlaps(found: list[Span]) -> list[Span]:
     return kept
 
 
-# E-mail addresses, and passwords in addresses of the web.
+# E-mail addresses, and passwords in URLs.
 
-# Letters of scripts that put no spaces between words, and all others with their marks. Without spaces, an address and
-# the words beside it are told apart by their scripts.
+# Letters of scripts without spaces between words, and all other letters with their marks. Without spaces, only the
+# script separates an address from the words beside it.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1100-\u11ff"
 _UNSPACED += "\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
 _UNSPACED += "\U00020000-\U0003ffff"
@@ -143,7 +128,7 @@ _SPACED = rf"(?:(?![{_UNSPACED}])[{_WORD}.%+&'\u2019-])"
 _LOCAL = re.compile(rf"(?<![{_WORD}.%+&'\u2019-])[{_WORD}.%+&'\u2019-]{{1,64}}\Z")
 _LOCAL_SPACED = re.compile(rf"{_SPACED}*[A-Za-z0-9]{_SPACED}*\Z")
 _LABEL = rf"[{_WORD}](?:[{_WORD}-]{{0,61}}[{_WORD}])?"
-# Top-level domains in scripts without spaces, where a word may follow at once.
+# Top-level domains in scripts without spaces, which a word may follow directly.
 _UNSPACED_TLD = "\u516c\u53f8|\u4e2d\u56fd|\u4e2d\u570b|\u7f51\u7edc|\u7f51\u5740|\u7f51\u7ad9"
 _UNSPACED_TLD += "|\u5728\u7ebf|\u9999\u6e2f|\u53f0\u6e7e|\u53f0\u7063|\ud55c\uad6d|\ub2f7\ucef4|\u307f\u3093\u306a"
 _TLD = (
@@ -153,31 +138,31 @@ _TLD = (
 _DOMAIN = re.compile(
     rf"@(?:(?:{_LABEL}\.){{1,8}}({_TLD})|(?:{_LABEL}\u3002){{1,8}}([A-Za-z]{{2,24}}(?![A-Za-z0-9])|{_UNSPACED_TLD}))"
 )
-_GLUED = re.compile(r"(?:\.[A-Za-z0-9-]*[A-Za-z][0-9]+)(?![\w.])", re.ASCII)
-_IN_URL = re.compile(r"://[^\s/:@]{0,64}:([^\s/:@]{1,128})\Z")
-# Ends of file names such as icon@2x.png, and of decorators in code.
-_FILES = "png jpg jpeg gif svg webp ico css js jsx ts tsx py rb html htm json xml md txt"
-_NO_DOMAIN = frozenset(_FILES.split())
+_DOMAIN_REST = re.compile(r"(?:\.[A-Za-z0-9-]*[A-Za-z][0-9]+)(?![\w.])", re.ASCII)
+_URL_PASSWORD = re.compile(r"://[^\s/:@]{0,64}:([^\s/:@]{1,128})\Z")
+# File names such as icon@2x.png, and decorators in code.
+_FILE_SUFFIXES = "png jpg jpeg gif svg webp ico css js jsx ts tsx py rb html htm json xml md txt"
+_NOT_TLDS = frozenset(_FILE_SUFFIXES.split())
 
 
 def _find_emails(text: str) -> Iterator[Span]:
     at = text.find("@")
     while at >= 0:
-        if password := _IN_URL.search(text, max(at - 200, 0), at):
+        if password := _URL_PASSWORD.search(text, max(at - 200, 0), at):
             if not secrets.is_placeholder(password[1]):
                 yield Span("secret", password.start(1), at)
         elif (domain := _DOMAIN.match(text, at)) and (local := _LOCAL.search(text, max(at - 65, 0), at)):
             begin, end = _local_begin(local, domain[0].isascii()), domain.end()
-            # Half an address left is worse than a letter too many: what continues the domain is hidden too.
-            if rest := _GLUED.match(text, end):
+            # To hide too much is better than to leave half of an address.
+            if rest := _DOMAIN_REST.match(text, end):
                 end = rest.end()
-            if begin < at and (domain[1] or domain[2]).lower() not in _NO_DOMAIN and text[begin:at] != "git":
+            if begin < at and (domain[1] or domain[2]).lower() not in _NOT_TLDS and text[begin:at] != "git":
                 yield Span("email", begin, end)
         at = text.find("@", at + 1)
 
 
 def _local_begin(local: re.Match, is_ascii_domain: bool) -> int:
-    """Where the part before the @ begins: behind quotes, dots of an ellipsis, and words of a script without spaces."""
+    """The begin of the part before the @: after quotes, an ellipsis, and words of a script without spaces."""
     begin, end = local.span()
     if is_ascii_domain and (spaced := _LOCAL_SPACED.search(local.string, begin, end)):
         begin = spaced.start()
@@ -188,7 +173,7 @@ def _local_begin(local: re.Match, is_ascii_domain: bool) -> int:
     return begin
 
 
-# IBAN: ISO 13616; length by country from the SWIFT registry; check digits by ISO 7064, mod 97.
+# IBAN: ISO 13616, lengths by country from the SWIFT registry, check digits by ISO 7064, mod 97.
 
 _IBAN_COUNTRIES = {
     15: "NO", 16: "BE", 18: "DK FI FK FO GL NL SD", 19: "MK SI", 20: "AT BA EE KZ LT LU MN XK", 21: "CH HR LI LV",
@@ -197,7 +182,7 @@ _IBAN_COUNTRIES = {
     29: "BR EG PS QA UA", 30: "JO KW MU YE", 31: "MT SC", 32: "LC", 33: "RU",
 }  # fmt: skip
 _IBAN_LENGTH = {country: length for length, listed in _IBAN_COUNTRIES.items() for country in listed.split()}
-# Begins at a digit, so that a text of letters alone is passed over fast; the two letters are looked up behind.
+# Begins at the digits, so that a text of letters is skipped fast; the two letters are checked by a lookbehind.
 _IBAN = re.compile(r"[0-9]{2}(?<=\b[A-Za-z]{2}[0-9]{2})(?:[ -]?[A-Za-z0-9]){11,29}", re.ASCII)
 
 
@@ -220,7 +205,7 @@ def _mod_97(iban: str) -> int:
     return int("".join(str(int(c, 36)) for c in iban[4:] + iban[:4])) % 97
 
 
-# Numbers: a run of digits and what may stand between them is looked at once, for every kind.
+# Numbers: each run of digits and separators is examined once, for all kinds.
 
 _DIGIT_RUN = re.compile(r"[0-9][0-9 .()/-]{5,}[0-9]")
 _IPV4 = re.compile(r"(?<![\w.])([0-9]{1,3})\.([0-9]{1,3})\.([0-9]{1,3})\.([0-9]{1,3})(?![\w]|\.[0-9])", re.ASCII)
@@ -233,8 +218,8 @@ _CARD = re.compile(
     )(?!\w|[.,-][0-9])""",
     re.ASCII | re.VERBOSE,
 )
-# First digits of the networks, by the number of digits: ISO/IEC 7812 ranges of Visa, Mastercard, Maestro, American
-# Express, Diners Club, Discover, JCB, UnionPay.
+# Number of digits -> first digits of the networks: ISO/IEC 7812 ranges of Visa, Mastercard, Maestro, American Express,
+# Diners Club, Discover, JCB, UnionPay.
 _MAESTRO = r"5[06-8]|6"
 _NETWORKS = {
     12: re.compile(_MAESTRO),
@@ -256,22 +241,22 @@ _PHONE = re.compile(
     )(?:[ ]?(?:x|ext\.?[ ]?)[0-9]{1,5})?(?!\w|[.,/-][0-9])""",
     re.ASCII | re.VERBOSE,
 )
-# Any other way to write 7 to 12 digits counts where the words beside it speak of telephones.
-_LOOSE = re.compile(
+# 7 to 12 digits in any other format are a number only beside words about telephones.
+_LOOSE_PHONE = re.compile(
     r"(?<![\w.,/$+=-])(?:\([0-9][0-9 ]{1,4}\)[ ./-]{0,3}(?:[0-9] (?=[0-9]{2}))?|[78][ -])?"
     r"[0-9]{2,}(?:(?: ?[./-] ?| ?\((?:0\))? ?| ?\) ?-? ?| )[0-9]{2,})*(?:[ ]?x[0-9]{1,5})?(?!\w|[.,/-][0-9])",
     re.ASCII,
 )
-_BEFORE = re.compile(
+_PHONE_WORD_BEFORE = re.compile(
     r"(?:\b(?:(?:tele)?phone|tel|mobile|cell(?:ular)?|fax|call(?:ed|ing)?|desk|office|dial|whatsapp|hotline|sms|ring|reach"
     r"|contact|answering|messages|telefono?|téléphone|tél|móvil|handy|mobil|portable|appele[rz]|celular|telefone|telefoon"
     r"|rufnummer|erreichen|cellulare|teléfono|тел|телефон|моб|факс|звоните|τηλ|τηλέφωνο|κινητό|טלפון|נייד|هاتف|جوال|تلفن"
     r"|फ़ोन|फोन)\b|电话|電話|手机|手機|热线|熱線|传真|傳真|携帯|联系方式|전화|휴대폰|연락처|โทร)[^0-9\n]{0,24}\n?[^0-9\n]{0,4}\Z",
     re.I,
 )
-_AFTER = re.compile(r"[\s,-]{0,3}[(]?(?:office|fax|mobile|cell|home|work)\b", re.I)
-_VERSION = re.compile(r"(?:\b(?:v|ver|version|release|section|sect?\.|chapter)|§)[ .:]{0,2}\Z", re.I)
-_NET = re.compile(r"\bip|addr|host|server|ping|dns|://", re.I)
+_PHONE_WORD_AFTER = re.compile(r"[\s,-]{0,3}[(]?(?:office|fax|mobile|cell|home|work)\b", re.I)
+_VERSION_BEFORE = re.compile(r"(?:\b(?:v|ver|version|release|section|sect?\.|chapter)|§)[ .:]{0,2}\Z", re.I)
+_NETWORK_WORD = re.compile(r"\bip|addr|host|server|ping|dns|://", re.I)
 _DATE = re.compile(
     r"(?:19|20)[0-9]{2}[-./ ][01]?[0-9][-./ ][0-3]?[0-9]\b|[0-3]?[0-9][-./][0-3]?[0-9][-./](?:19|20)[0-9]{2}\b"
 )
@@ -279,11 +264,11 @@ _DATE = re.compile(
 
 def _find_in_digit_run(text: str, begin: int, end: int, selected: frozenset[str]) -> Iterator[Span]:
     """Numbers of the selected kinds in text[begin:end], a run of digits, spaces and punctuation."""
-    # What a number may begin and end with lies just outside of the run.
+    # A number may begin with + or ( and end with an extension, outside of the run.
     low, high = max(begin - 2, 0), min(end + 8, len(text))
     if "ip" in selected and text.count(".", begin, end) >= 3:
         for match in _IPV4.finditer(text, low, high):
-            if _is_address(match):
+            if _is_ip_address(match):
                 yield Span("ip", match.start(), match.end())
     if "ssn" in selected and end - begin >= 11:
         for match in _SSN.finditer(text, low, high):
@@ -299,20 +284,22 @@ def _find_in_digit_run(text: str, begin: int, end: int, selected: frozenset[str]
         yield from _find_phones(text, low, high)
 
 
-def _is_address(match: re.Match) -> bool:
-    """Whether four numbers are an IP address: not local, not a mask, and likely not a version."""
+def _is_ip_address(match: re.Match) -> bool:
+    """Whether four numbers are an IP address: not local, not a netmask, and likely not a version."""
     octets = [int(octet) for octet in match.groups()]
     if max(octets) > 255 or octets[0] in (0, 127) or octets[0] >= 240:
         return False
     if any(len(octet) > 1 and octet[0] == "0" for octet in match.groups()):
         return False
     before = match.string[max(match.start() - 32, 0) : match.start()]
-    # Versions and numbers of sections are small; an address of small numbers is taken where the words say so.
-    return not _VERSION.search(before) and (max(octets) >= 20 or octets[0] == 10 or bool(_NET.search(before)))
+    # Version and section numbers are small; an address of small numbers needs a word about networks before it.
+    return not _VERSION_BEFORE.search(before) and (
+        max(octets) >= 20 or octets[0] == 10 or bool(_NETWORK_WORD.search(before))
+    )
 
 
 def _is_card(written: str) -> bool:
-    """Length and first digits of a network, and the check digit by Luhn's rule (ISO/IEC 7812-1, annex B)."""
+    """Whether the length, the first digits and the Luhn check digit (ISO/IEC 7812-1, annex B) are those of a card."""
     digits = written.replace(" ", "").replace("-", "")
     network = _NETWORKS.get(len(digits))
     if not network or not network.match(digits) or len(set(digits)) < 2:
@@ -329,19 +316,19 @@ def _find_phones(text: str, low: int, high: int) -> Iterator[Span]:
         if 8 <= digits <= 15 and not _DATE.match(match[0]):
             yield Span("phone", match.start(), match.end())
     at = low
-    while match := _LOOSE.search(text, at, high):
+    while match := _LOOSE_PHONE.search(text, at, high):
         at = match.end()
         digits = sum(c.isdigit() for c in match[0].split("x")[0])
         if not 7 <= digits <= (15 if match[0].startswith("00") else 12) or _DATE.match(match[0]):
             continue
         before = text[max(match.start() - 48, 0) : match.start()]
-        if _BEFORE.search(before) or _AFTER.match(text, match.end()):
+        if _PHONE_WORD_BEFORE.search(before) or _PHONE_WORD_AFTER.match(text, match.end()):
             yield Span("phone", match.start(), match.end())
 
 
 _COLONS = re.compile(r":[0-9A-Fa-f]{0,4}:")
 _HEX = re.compile(r"[0-9A-Fa-f:]+(?:\.[0-9]{1,3}){0,3}")
-_NOT_HEX_END = re.compile(r"[0-9A-Fa-f:]*\Z")
+_HEX_BEFORE = re.compile(r"[0-9A-Fa-f:]*\Z")
 
 
 def _find_ipv6(text: str) -> Iterator[Span]:
@@ -349,14 +336,14 @@ def _find_ipv6(text: str) -> Iterator[Span]:
     for colons in _COLONS.finditer(text):
         if colons.start() < last:
             continue
-        behind = _NOT_HEX_END.search(text, max(colons.start() - 5, last), colons.start())
-        begin = behind.start() if behind else colons.start()
+        before = _HEX_BEFORE.search(text, max(colons.start() - 5, last), colons.start())
+        begin = before.start() if before else colons.start()
         match = _HEX.match(text, begin, begin + 60)
         if not match:
             continue
         last = match.end()
         written = match[0].rstrip(":") if not match[0].endswith("::") else match[0]
-        # Code writes names such as a::b; an address has digits, and more than two parts.
+        # Code contains names such as a::b; an address has digits, and more than two parts.
         if len(written) < 8 or not any(c.isdigit() for c in written) or written.count(":") < 3:
             continue
         around = text[max(begin - 1, 0) : begin] + text[begin + len(written) : begin + len(written) + 1]

@@ -6,15 +6,15 @@ Sources of the rules, thresholds and word lists:
   Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer",
       arXiv 1910.10683, section 2.2 and the code of its data set, C4;
   Penedo et al. 2024, "The FineWeb Datasets", arXiv 2406.17557, section 3.6.
-Where a paper leaves something open (which line ends count, what a second copy is) it is settled as in datatrove, the
-code of FineWeb, but for words: those are what white space parts, and in scripts that use none (Chinese, Japanese, Thai,
-...) each letter. datatrove makes every punctuation mark a word of its own.
+Details that the papers leave open (which characters end a line, what counts as a repeat) follow datatrove, the code of
+FineWeb. One thing differs: words are separated by white space, and in scripts without spaces (Chinese, Japanese, Thai)
+every letter is a word. In datatrove every punctuation mark is also a word.
 """
 
-# ruff: noqa: RUF001  (letters and marks of other scripts are meant)
+# ruff: noqa: RUF001  (letters and marks of other scripts are intended)
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import itertools
 import re
@@ -35,15 +35,15 @@ _HAS_SPACELESS = re.compile(f"[{_SPACELESS}]")
 _WORD = re.compile(f"[{_SPACELESS}]|[^\\s{_SPACELESS}]+")
 _LETTER = re.compile(r"[^\W\d_]")
 _DIGIT = re.compile(r"\d")
-_MARKS_OF_SENTENCES = ".,;:?!()\"'“”‘’«»–—-。，、；：？！（）「」『』"
-_TOP, _REPEATED = (2, 3, 4), (5, 6, 7, 8, 9, 10)  # words of the runs that Gopher looks for
+_SENTENCE_PUNCTUATION = ".,;:?!()\"'“”‘’«»–—-。，、；：？！（）「」『』"
+_TOP_NGRAMS, _DUPLICATE_NGRAMS = (2, 3, 4), (5, 6, 7, 8, 9, 10)  # of Gopher
 
-# What ends a sentence, in many scripts.
-_ENDS = tuple(".?!。．｡？！﹖﹗‼‽⁇⁈⁉⸮؟۔।॥։።፧፨၊။។៕᠃᠉᙮꓿꘎꘏꤯꩝꩞꩟꫰꫱꯫")
+# The end of a sentence, in many scripts.
+_SENTENCE_ENDS = tuple(".?!。．｡？！﹖﹗‼‽⁇⁈⁉⸮؟۔।॥։።፧፨၊။។៕᠃᠉᙮꓿꘎꘏꤯꩝꩞꩟꫰꫱꯫")
 _INNER_END = re.compile(r"""[.?!]["'”’)\]]*[^\S\n]+(?=\S)|[。？！](?=[^\s」』”’）])""")
 _PARAGRAPH = re.compile("\n{2,}")
 _BULLETS, _ELLIPSES = ("•", "-"), ("...", "…")
-_SHORT_LINE = 30  # characters, of FineWeb
+_SHORT_LINE = 30  # characters, as in FineWeb
 
 _CITATION = re.compile(r"\[\d*\]|\[edit\]|\[citation needed\]")
 _POLICY = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
@@ -54,296 +54,291 @@ _C4_ENDS = (".", "?", "!", '"', "'", "”", "’")
 class Rule:
     """A bound on a score.
 
-    name       of the rule, of the field of QualityConfig that holds its bound, and of the reason for dropping a text
-    score      that it reads
-    published  the bound that its source gives
-    english    asked of English only
-    spaced     asked only of text in scripts with spaces between words: in others a run of ten letters is no run of ten
-               words, and each repeats
+    name          SET_min_SCORE or SET_max_SCORE: the field of QualityConfig with the bound, and the reason for a drop
+    published     the bound in the source
+    english_only  applies to English only
+    spaced_only   applies only to scripts that separate words by spaces: elsewhere every letter counts as a word
     """
 
     name: str
-    score: str
     published: float
-    source: str
-    english: bool = False
-    spaced: bool = False
+    english_only: bool = False
+    spaced_only: bool = False
 
     @property
     def rule_set(self) -> str:
-        """The set of rules it is from, such as gopher."""
+        """The set of rules that it belongs to, such as gopher."""
         return self.name.split("_")[0]
 
     @property
-    def least(self) -> bool:
-        """Whether the bound is the least that the score may be, else it is the most."""
+    def is_minimum(self) -> bool:
+        """Whether the bound is a minimum; otherwise it is a maximum."""
         return self.name.split("_")[1] == "min"
 
+    @property
+    def score(self) -> str:
+        """The name of the score that it bounds."""
+        return self.name.split("_", 2)[2]
 
-_GOPHER, _C4, _FINEWEB = "Rae et al. 2021, A.1.1", "Raffel et al. 2020, 2.2", "Penedo et al. 2024, 3.6"
-_TABLE = "Rae et al. 2021, table A1"
+
 RULES = (
-    Rule("gopher_min_words", "words", 50, _GOPHER),
-    Rule("gopher_max_words", "words", 100_000, _GOPHER),
-    Rule("gopher_min_mean_word", "mean_word", 3, _GOPHER, english=True),
-    Rule("gopher_max_mean_word", "mean_word", 10, _GOPHER, spaced=True),
-    Rule("gopher_max_hashes", "hashes", 0.1, _GOPHER),
-    Rule("gopher_max_ellipses", "ellipses", 0.1, _GOPHER),
-    Rule("gopher_max_bullet_lines", "bullet_lines", 0.9, _GOPHER),
-    Rule("gopher_max_ellipsis_lines", "ellipsis_lines", 0.3, _GOPHER),
-    Rule("gopher_min_alphabetic", "alphabetic", 0.8, _GOPHER),
-    Rule("gopher_min_stop_words", "stop_words", 2, _GOPHER, english=True),
-    Rule("repetition_max_lines", "duplicate_lines", 0.3, _TABLE),
-    Rule("repetition_max_paragraphs", "duplicate_paragraphs", 0.3, _TABLE),
-    Rule("repetition_max_line_chars", "duplicate_line_chars", 0.2, _TABLE),
-    Rule("repetition_max_paragraph_chars", "duplicate_paragraph_chars", 0.2, _TABLE),
-    *(
-        Rule(f"repetition_max_top_{n}", f"top_{n}", p, _TABLE, spaced=True)
-        for n, p in zip(_TOP, (0.2, 0.18, 0.16), strict=True)
-    ),
-    *(
-        Rule(f"repetition_max_{n}", f"repeated_{n}", p, _TABLE, spaced=True)
-        for n, p in zip(_REPEATED, (0.15, 0.14, 0.13, 0.12, 0.11, 0.1), strict=True)
-    ),
-    Rule("c4_min_sentences", "sentences", 5, _C4),
-    Rule("c4_max_lorem_ipsum", "lorem_ipsum", 0, _C4),
-    Rule("c4_max_curly_brackets", "curly_brackets", 0, _C4),
-    Rule("fineweb_min_punctuated_lines", "punctuated_joined_lines", 0.12, _FINEWEB),
-    Rule("fineweb_max_short_lines", "short_lines", 0.67, _FINEWEB),
-    Rule("fineweb_max_line_chars", "duplicate_text_line_chars", 0.01, _FINEWEB),
-    Rule("fineweb_max_newlines", "newlines", 0.3, _FINEWEB),
+    # Rae et al. 2021, A.1.1
+    Rule("gopher_min_words", 50),
+    Rule("gopher_max_words", 100_000),
+    Rule("gopher_min_mean_word_length", 3, english_only=True),
+    Rule("gopher_max_mean_word_length", 10, spaced_only=True),
+    Rule("gopher_max_hashes", 0.1),
+    Rule("gopher_max_ellipses", 0.1),
+    Rule("gopher_max_bullet_lines", 0.9),
+    Rule("gopher_max_ellipsis_lines", 0.3),
+    Rule("gopher_min_alphabetic", 0.8),
+    Rule("gopher_min_stop_words", 2, english_only=True),
+    # Rae et al. 2021, table A1
+    Rule("repetition_max_duplicate_lines", 0.3),
+    Rule("repetition_max_duplicate_paragraphs", 0.3),
+    Rule("repetition_max_duplicate_line_chars", 0.2),
+    Rule("repetition_max_duplicate_paragraph_chars", 0.2),
+    Rule("repetition_max_top_2gram", 0.2, spaced_only=True),
+    Rule("repetition_max_top_3gram", 0.18, spaced_only=True),
+    Rule("repetition_max_top_4gram", 0.16, spaced_only=True),
+    *(Rule(f"repetition_max_duplicate_{n}gram", (20 - n) / 100, spaced_only=True) for n in _DUPLICATE_NGRAMS),
+    # Raffel et al. 2020, 2.2
+    Rule("c4_min_sentences", 5),
+    Rule("c4_max_lorem_ipsum", 0),
+    Rule("c4_max_curly_brackets", 0),
+    # Penedo et al. 2024, 3.6
+    Rule("fineweb_min_punctuated_lines", 0.12),
+    Rule("fineweb_max_short_lines", 0.67),
+    Rule("fineweb_max_duplicate_text_chars", 0.01),
+    Rule("fineweb_max_newlines", 0.3),
 )
 
 
-def broken(score: Callable[[str], Any], english: Any, config: QualityConfig) -> Iterator[tuple[str, Any]]:
-    """(name of a rule, whether it is broken), for the rules that apply, in the order of RULES.
+def find_violations(
+    get_score: Callable[[str], Any], is_english: Any, config: QualityConfig
+) -> Iterator[tuple[str, Any]]:
+    """(name of a rule, whether it is violated) of the rules in effect, in the order of RULES.
 
-    score     of a name, that of one text, or an array of those of many
-    english   whether rules for English are asked: of the text, or of each, bool [texts]
-
-    Rules read scores alone: a changed threshold needs no text. A score that is missing, NaN, breaks none.
+    get_score    name -> the score of one text, or an array of the scores of many
+    is_english   whether the rules for English apply: one bool, or bool [texts]
+    A missing score (NaN) violates no rule.
     """
-    spaceless = np.greater(score("spaceless"), 0.5)
+    is_spaceless = np.greater(get_score("spaceless"), 0.5)
     for rule in RULES:
         bound = getattr(config, rule.name)
         if bound is None or rule.rule_set not in config.rules:
             continue
-        beyond = np.less(score(rule.score), bound) if rule.least else np.greater(score(rule.score), bound)
-        beyond = beyond & english if rule.english else beyond
-        yield rule.name, beyond & ~spaceless if rule.spaced else beyond
-    if config.min_classifier is not None:
-        yield "min_classifier", np.less(score("classifier"), config.min_classifier)
+        is_violated = (np.less if rule.is_minimum else np.greater)(get_score(rule.score), bound)
+        if rule.english_only:
+            is_violated = is_violated & is_english
+        yield rule.name, is_violated & ~is_spaceless if rule.spaced_only else is_violated
+    if config.min_classifier_score is not None:
+        yield "min_classifier_score", np.less(get_score("classifier"), config.min_classifier_score)
 
 
-def failures(scores: Mapping[str, float], config: QualityConfig = _DEFAULTS, language: str = "en") -> list[str]:
-    """Names of the rules that a text with these scores breaks, in the order of RULES.
-
-    language   code of the text's; English-only rules are asked where it is "en"
-    """
-    return [name for name, fails in broken(scores.__getitem__, language == "en", config) if fails]
+def violated_rules(scores: Mapping[str, float], config: QualityConfig = _DEFAULTS, language: str = "en") -> list[str]:
+    """Names of the rules that a text with these scores and this language code violates, in the order of RULES."""
+    return [name for name, violated in find_violations(scores.__getitem__, language == "en", config) if violated]
 
 
 def split_words(text: str) -> list[str]:
-    """What white space parts; in scripts that are written without it, each letter."""
+    """The parts between white space; in scripts without spaces, the letters."""
     return _WORD.findall(text) if not text.isascii() and _HAS_SPACELESS.search(text) else text.split()
 
 
-def scores(text: str) -> dict[str, float]:
-    """All that the rules read, and `longest_word` besides. Every value is finite; a text without words has zeros.
+def compute_scores(text: str) -> dict[str, float]:
+    """The scores that the rules bound. All are finite; a text without words has zeros.
 
-    words, sentences, stop_words   numbers; words without a letter or digit are not counted, sentences are at least the
-                                   lines, stop words are the different ones of the eight
-    mean_word, longest_word        characters
-    spaceless                      fraction of words that are a letter of a script without spaces
+    words, sentences, stop_words   counts; words consist not only of punctuation, a line has at least one sentence, and
+                                   each of the eight stop words counts once
+    mean_word_length               characters
+    spaceless                      fraction of words that are letters of scripts without spaces
     hashes, ellipses, newlines     per word
     lorem_ipsum, curly_brackets    occurrences
-    all others                     fractions of lines, words or characters, as their rules say
+    others                         fractions of lines, words or characters, see the rules
     """
     words = split_words(text)
-    return _words(words, len(text)) | _lines(text, len(words))
+    return _score_words(words, len(text)) | _score_lines(text, len(words))
 
 
-def _words(words: list[str], chars: int) -> dict[str, float]:
-    """Scores of the words of a text of so many characters."""
-    known: dict[str, int] = {}
-    # A word is known by the place where it first stands: `setdefault` keeps that.
-    ids = np.fromiter(map(known.setdefault, words, itertools.count()), np.int64, len(words))
-    first = np.fromiter(known.values(), np.int64, len(known))
-    size = np.fromiter(map(len, known), np.int64, len(known))
-    count = np.bincount(ids, minlength=1)[first]
-    kind = np.fromiter(map(_kind, known), np.int8, len(known))
-    solid = kind >= _DIGITS
-    number, counted = int(count[solid].sum()), int(count[kind > _PUNCTUATION].sum())
-    spaceless = int(count[kind == _LETTERS_WITHOUT_SPACES].sum())
-    by_place = np.zeros(len(words), np.int64)
-    by_place[first] = size
+def _score_words(words: list[str], num_chars: int) -> dict[str, float]:
+    first_positions: dict[str, int] = {}
+    # The id of a word is the position of its first occurrence, which `setdefault` keeps.
+    ids = np.fromiter(map(first_positions.setdefault, words, itertools.count()), np.int64, len(words))
+    first = np.fromiter(first_positions.values(), np.int64, len(first_positions))
+    lengths = np.fromiter(map(len, first_positions), np.int64, len(first_positions))
+    counts = np.bincount(ids, minlength=1)[first]
+    kinds = np.fromiter(map(_word_kind, first_positions), np.int8, len(first_positions))
+    has_letter_or_digit = kinds >= _DIGITS
+    num_words = int(counts[has_letter_or_digit].sum())
+    length_by_id = np.zeros(len(words), np.int64)
+    length_by_id[first] = lengths
     return {
-        "words": number,
-        "mean_word": int((size * count)[solid].sum()) / max(1, number),
-        "longest_word": int(size.max(initial=0)),
-        "alphabetic": int(count[kind >= _LETTERS].sum()) / max(1, counted),
-        "spaceless": spaceless / max(1, number),
-        "stop_words": len({form.lower() for form in _STOP_FORMS.intersection(known)}),
-    } | _runs(ids, by_place[ids], max(1, chars))
+        "words": num_words,
+        "mean_word_length": int((lengths * counts)[has_letter_or_digit].sum()) / max(1, num_words),
+        "alphabetic": int(counts[kinds >= _LETTERS].sum()) / max(1, int(counts[kinds > _PUNCTUATION].sum())),
+        "spaceless": int(counts[kinds == _SPACELESS_LETTER].sum()) / max(1, num_words),
+        "stop_words": len({form.lower() for form in _STOP_FORMS.intersection(first_positions)}),
+    } | _score_ngrams(ids, length_by_id[ids], max(1, num_chars))
 
 
-_PUNCTUATION, _SYMBOLS, _DIGITS, _LETTERS, _LETTERS_WITHOUT_SPACES = range(5)
+_PUNCTUATION, _SYMBOLS, _DIGITS, _LETTERS, _SPACELESS_LETTER = range(5)
 
 
-def _kind(word: str) -> int:
-    """Of what a word is: the first of letters, digits and symbols that is in it."""
+def _word_kind(word: str) -> int:
     if not word.isascii() and _HAS_SPACELESS.match(word):
-        return _LETTERS_WITHOUT_SPACES
+        return _SPACELESS_LETTER
     if _LETTER.search(word):
         return _LETTERS
     if _DIGIT.search(word):
         return _DIGITS
-    return _SYMBOLS if word.strip(_MARKS_OF_SENTENCES) else _PUNCTUATION
+    return _SYMBOLS if word.strip(_SENTENCE_PUNCTUATION) else _PUNCTUATION
 
 
-def _runs(ids: np.ndarray, sizes: np.ndarray, chars: int) -> dict[str, float]:
-    """Fractions of a text's characters in its most frequent run of n words, and in runs that occurred before.
+def _score_ngrams(ids: np.ndarray, lengths: np.ndarray, num_chars: int) -> dict[str, float]:
+    """Fractions of the characters in the most frequent n-gram, and in n-grams that occurred before.
 
-    ids     int64 [words]; equal words have equal ones, below the number of words
-    sizes   int64 [words], characters
-    chars   of the text, white space included
+    ids        int64 [words], the same for equal words, below the number of words
+    lengths    int64 [words], characters
+    num_chars  of the text, white space included
 
-    A run can occur twice only if the two runs in it that are a word shorter do: at each length only the places of
-    those are looked at, and in ordinary text few are left after three words.
+    An n-gram repeats only if both (n-1)-grams in it repeat: each pass looks only at the positions of those. In
+    ordinary text few are left after three words.
     """
-    found = {f"top_{n}": 0.0 for n in _TOP} | {f"repeated_{n}": 0.0 for n in _REPEATED}
-    ends = np.concatenate([[0], np.cumsum(sizes)])
-    places, kinds = np.arange(len(ids)), ids
-    for n in range(2, max(_REPEATED) + 1):
-        follows = np.flatnonzero(places[1:] == places[:-1] + 1)
-        if not follows.size:
+    scores = {f"top_{n}gram": 0.0 for n in _TOP_NGRAMS} | {f"duplicate_{n}gram": 0.0 for n in _DUPLICATE_NGRAMS}
+    ends = np.concatenate([[0], np.cumsum(lengths)])
+    positions, grams = np.arange(len(ids)), ids
+    for n in range(2, max(_DUPLICATE_NGRAMS) + 1):
+        adjacent = np.flatnonzero(positions[1:] == positions[:-1] + 1)
+        if not adjacent.size:
             break
-        places, keys = places[follows], kinds[follows] * len(ids) + kinds[follows + 1]
-        _, kinds, counts = np.unique(keys, return_inverse=True, return_counts=True)
-        counts = counts[kinds]
-        twice = counts > 1
-        places, kinds, counts = places[twice], kinds[twice], counts[twice]
-        if not places.size:
+        positions, keys = positions[adjacent], grams[adjacent] * len(ids) + grams[adjacent + 1]
+        _, grams, counts = np.unique(keys, return_inverse=True, return_counts=True)
+        counts = counts[grams]
+        repeats = counts > 1
+        positions, grams, counts = positions[repeats], grams[repeats], counts[repeats]
+        if not positions.size:
             break
-        if n in _TOP:
-            top = int(counts.argmax())  # the first of those that are as frequent
-            size = int(ends[places[top] + n] - ends[places[top]]) + n - 1
-            found[f"top_{n}"] = size * int(counts[top]) / chars
-        if n in _REPEATED:
-            found[f"repeated_{n}"] = _repeated(places, kinds, ends[places + n] - ends[places], n) / chars
-    return found
+        if n in _TOP_NGRAMS:
+            top = int(counts.argmax())  # the first of equally frequent ones
+            length = int(ends[positions[top] + n] - ends[positions[top]]) + n - 1
+            scores[f"top_{n}gram"] = length * int(counts[top]) / num_chars
+        if n in _DUPLICATE_NGRAMS:
+            num_repeated = _count_repeated_chars(positions, grams, ends[positions + n] - ends[positions], n)
+            scores[f"duplicate_{n}gram"] = num_repeated / num_chars
+    return scores
 
 
-def _repeated(places: np.ndarray, kinds: np.ndarray, sizes: np.ndarray, n: int) -> int:
-    """Characters in runs of n words that occurred before, none counted twice: after a copy the search goes on behind
-    it. All arrays are int64 [runs that occur at least twice], in the order of the text."""
-    seen: set[int] = set()
-    total, free = 0, 0
-    for place, kind, size in zip(places.tolist(), kinds.tolist(), sizes.tolist(), strict=True):
-        if place < free:
+def _count_repeated_chars(positions: np.ndarray, grams: np.ndarray, lengths: np.ndarray, n: int) -> int:
+    """Characters in n-grams that occurred before, none counted twice: after a repeat the search resumes behind it.
+
+    All arrays are int64 [n-grams that occur at least twice], in the order of the text.
+    """
+    occurred: set[int] = set()
+    total, resume_at = 0, 0
+    for position, gram, length in zip(positions.tolist(), grams.tolist(), lengths.tolist(), strict=True):
+        if position < resume_at:
             continue
-        if kind in seen:
-            total += size
-            free = place + n
+        if gram in occurred:
+            total += length
+            resume_at = position + n
         else:
-            seen.add(kind)
+            occurred.add(gram)
     return total
 
 
-def _lines(text: str, parts: int) -> dict[str, float]:
-    """Scores of the lines, paragraphs and characters of a text of so many words."""
+def _score_lines(text: str, num_words: int) -> dict[str, float]:
     lines = text.split("\n")
     newlines = len(lines) - 1
     if newlines and not lines[-1]:
         lines.pop()
     filled = [line for line in lines if line and not line.isspace()]
     paragraphs = [part for part in _PARAGRAPH.split(text.strip("\n")) if part] if "\n\n" in text else [text]
-    copies, copied = _copies(filled)
-    paragraph_copies, paragraphs_copied = _copies(paragraphs)
+    duplicate_lines, duplicate_line_chars = _count_duplicates(filled)
+    duplicate_paragraphs, duplicate_paragraph_chars = _count_duplicates(paragraphs)
     ellipses = text.count("...") + text.count("…")
-    ended = [line.rstrip().endswith(_ENDS) for line in lines]
-    goes_on = sum(not end and bool(line) and after[:1].islower() for end, line, after in _pairs(ended, lines))
+    ends_sentence = [line.rstrip().endswith(_SENTENCE_ENDS) for line in lines]
+    # A line whose sentence continues in the next one, with a small letter, is the same line.
+    num_continued = sum(
+        not ends and bool(line) and following[:1].islower()
+        for ends, line, following in zip(ends_sentence, lines, lines[1:], strict=False)
+    )
     return {
         "sentences": len(filled) + len(_INNER_END.findall(text)),
-        "hashes": text.count("#") / max(1, parts),
-        "ellipses": ellipses / max(1, parts),
-        "newlines": newlines / max(1, parts),
+        "hashes": text.count("#") / max(1, num_words),
+        "ellipses": ellipses / max(1, num_words),
+        "newlines": newlines / max(1, num_words),
         "bullet_lines": sum(line.lstrip().startswith(_BULLETS) for line in filled) / len(lines),
         "ellipsis_lines": sum(line.rstrip().endswith(_ELLIPSES) for line in filled) / len(lines) if ellipses else 0.0,
         "short_lines": sum(len(line) <= _SHORT_LINE for line in filled) / max(1, len(filled)),
-        "punctuated_lines": sum(ended) / max(1, len(filled)),
-        "punctuated_joined_lines": sum(ended) / max(1, len(filled) - goes_on),
-        "duplicate_lines": copies / max(1, len(filled)),
-        "duplicate_line_chars": copied / max(1, len(text)),
-        "duplicate_paragraphs": paragraph_copies / max(1, len(paragraphs)),
-        "duplicate_paragraph_chars": paragraphs_copied / max(1, len(text)),
-        "duplicate_text_line_chars": copied / max(1, len(text) - newlines),
+        "punctuated_lines": sum(ends_sentence) / max(1, len(filled) - num_continued),
+        "duplicate_lines": duplicate_lines / max(1, len(filled)),
+        "duplicate_line_chars": duplicate_line_chars / max(1, len(text)),
+        "duplicate_paragraphs": duplicate_paragraphs / max(1, len(paragraphs)),
+        "duplicate_paragraph_chars": duplicate_paragraph_chars / max(1, len(text)),
+        "duplicate_text_chars": duplicate_line_chars / max(1, len(text) - newlines),
         "lorem_ipsum": text.lower().count("lorem ipsum"),
         "curly_brackets": text.count("{"),
     }
 
 
-def _pairs(ended: list[bool], lines: list[str]) -> Iterable[tuple[bool, str, str]]:
-    return zip(ended, lines, lines[1:], strict=False)
-
-
-def _copies(parts: list[str]) -> tuple[int, int]:
-    """(number, characters) of those that equal an earlier one."""
-    first = set(parts)
-    if len(first) == len(parts):
+def _count_duplicates(parts: list[str]) -> tuple[int, int]:
+    """(number, characters) of the parts that equal an earlier one."""
+    unique = set(parts)
+    if len(unique) == len(parts):
         return 0, 0
-    return len(parts) - len(first), sum(map(len, parts)) - sum(map(len, first))
+    return len(parts) - len(unique), sum(map(len, parts)) - sum(map(len, unique))
 
 
-def clean_lines(text: str, config: QualityConfig = _DEFAULTS) -> tuple[str, dict[str, int]]:
-    """A text without the lines that C4 removes, and their number by reason, as C4 tries them; only what happened.
+def remove_c4_lines(text: str, config: QualityConfig = _DEFAULTS) -> tuple[str, dict[str, int]]:
+    """(the text without the lines that C4 removes, number of removed lines by reason, in C4's order of checks).
 
-    long_word              a word of more than c4_max_word characters
-    terminal_punctuation   no sentence ends at its end
+    long_word              a word of more than c4_max_word_length characters
+    terminal_punctuation   the line does not end with a sentence
     few_words              fewer than c4_min_line_words
     javascript, policy     mentions javascript; cookies, privacy or terms of use
-    citations              marks taken out of lines, which stay
+    citations              citation marks that were removed; their lines are kept
 
-    Where C4 is not among the rules the text is as it was. Empty lines stay: they part paragraphs.
+    Without c4 among the rules the text is unchanged. Empty lines are kept: they separate paragraphs.
     """
     if "c4" not in config.rules:
         return text, {}
     counts: Counter[str] = Counter()
     lower = text.lower()
-    citations = config.c4_citations and "[" in text
-    javascript = config.c4_javascript and "javascript" in lower
-    policy = [phrase for phrase in _POLICY if phrase in lower] if config.c4_policy else []
-    long = re.compile(f"[^\\s{_SPACELESS}]{{{config.c4_max_word + 1}}}")
+    has_citations = config.c4_remove_citations and "[" in text
+    has_javascript = config.c4_remove_javascript and "javascript" in lower
+    policy_phrases = [phrase for phrase in _POLICY if phrase in lower] if config.c4_remove_policy else []
+    long_word = re.compile(f"[^\\s{_SPACELESS}]{{{config.c4_max_word_length + 1}}}")
 
-    def reason(line: str, words: int) -> str:
-        if len(line) > config.c4_max_word and long.search(line):
+    def find_reason(line: str, num_words: int) -> str:
+        if len(line) > config.c4_max_word_length and long_word.search(line):
             return "long_word"
-        if config.c4_terminal_punctuation and not _ends_a_sentence(line):
+        if config.c4_require_terminal_punctuation and not _ends_c4_sentence(line):
             return "terminal_punctuation"
-        if words < config.c4_min_line_words:
+        if num_words < config.c4_min_line_words:
             return "few_words"
-        if javascript and "javascript" in line.lower():
+        if has_javascript and "javascript" in line.lower():
             return "javascript"
-        if policy and any(phrase in line.lower() for phrase in policy):
+        if policy_phrases and any(phrase in line.lower() for phrase in policy_phrases):
             return "policy"
         return ""
 
-    kept = []
+    lines = []
     for line in text.split("\n"):
         if not line or line.isspace():
-            kept.append(line)
+            lines.append(line)
             continue
-        words = len(split_words(line)) if config.c4_min_line_words > 1 else 1
-        if citations and "[" in line:
-            line, taken = _CITATION.subn("", line)
-            counts["citations"] += taken
-        if why := reason(line, words):
-            counts[why] += 1
+        num_words = len(split_words(line)) if config.c4_min_line_words > 1 else 1
+        if has_citations and "[" in line:
+            line, num_citations = _CITATION.subn("", line)
+            counts["citations"] += num_citations
+        if reason := find_reason(line, num_words):
+            counts[reason] += 1
         else:
-            kept.append(line)
-    return "\n".join(kept).strip("\n"), {name: count for name, count in counts.items() if count}
+            lines.append(line)
+    return "\n".join(lines).strip("\n"), {name: count for name, count in counts.items() if count}
 
 
-def _ends_a_sentence(line: str) -> bool:
+def _ends_c4_sentence(line: str) -> bool:
     line = line.rstrip()
     return line.endswith(_C4_ENDS) and not line.endswith("...")

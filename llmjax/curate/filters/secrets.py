@@ -1,11 +1,12 @@
-"""Find secrets: keys and tokens that their issuers mark, and values that are assigned to a name such as password."""
+"""Find secrets: keys and tokens with an issuer's prefix, and values assigned to a name such as password."""
 
 from collections.abc import Iterator
 import math
 import re
 
 _KEY_END = r"-----END (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----"
-_MARKED: tuple[tuple[tuple[str, ...], str], ...] = (
+# (substrings of which a text must contain one, pattern)
+_PREFIXED: tuple[tuple[tuple[str, ...], str], ...] = (
     (
         ("-----BEGIN ",),
         r"-----BEGIN (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----"
@@ -29,7 +30,7 @@ _MARKED: tuple[tuple[tuple[str, ...], str], ...] = (
     (("pypi-",), r"\bpypi-[A-Za-z0-9_-]{50,}"),
     (("SG.",), r"\bSG\.[A-Za-z0-9_-]{16,32}\.[A-Za-z0-9_-]{32,64}"),  # SendGrid
 )
-_MARKERS = tuple((markers, re.compile(pattern, re.ASCII)) for markers, pattern in _MARKED)
+_PREFIXED_PATTERNS = tuple((prefixes, re.compile(pattern, re.ASCII)) for prefixes, pattern in _PREFIXED)
 _NAMES = ("password", "passwd", "passphrase", "pwd", "secret", "token", "api_key", "apikey", "api-key", "access_key")
 _NAMES += ("accesskey", "private_key", "auth_key", "credential")
 _ASSIGNED = re.compile(
@@ -46,8 +47,8 @@ _DIGIT_BESIDE_LETTER = re.compile(r"[0-9][A-Za-z]|[A-Za-z][0-9]")
 
 def find_secrets(text: str) -> Iterator[tuple[int, int]]:
     """(begin, end) of secrets; they may overlap."""
-    for markers, pattern in _MARKERS:
-        if any(marker in text for marker in markers):
+    for prefixes, pattern in _PREFIXED_PATTERNS:
+        if any(prefix in text for prefix in prefixes):
             for match in pattern.finditer(text):
                 yield match.span()
     if "=" in text or ":" in text:
@@ -56,7 +57,7 @@ def find_secrets(text: str) -> Iterator[tuple[int, int]]:
 
 def _find_assigned(text: str) -> Iterator[tuple[int, int]]:
     lower = text.lower()
-    if len(lower) != len(text):  # a few letters, such as U+0130, become two
+    if len(lower) != len(text):  # a few letters, such as U+0130, become two characters
         lower = "".join(c.lower() if c.isascii() else c for c in text)
     for name in _NAMES:
         at = lower.find(name)
@@ -68,29 +69,27 @@ def _find_assigned(text: str) -> Iterator[tuple[int, int]]:
 
 
 def is_placeholder(value: str) -> bool:
-    """Whether a value stands for a secret, such as `your_key` or `${KEY}`, and is none."""
+    """Whether a value only stands for a secret, such as `your_key` or `${KEY}`."""
     return bool(_PLACEHOLDER.search(value))
 
 
 def _is_secret(value: str, is_password: bool, is_quoted: bool, following: str) -> bool:
-    """Whether a value is likely a secret: letters and digits that look random, no name and no call in code.
+    """Whether a value is likely a secret: letters and digits that look random, not a name or a call in code.
 
-    A password needs less: a quoted one only has to differ from a plain word.
+    For passwords less is required: a quoted one only has to differ from a plain word.
     """
     if is_placeholder(value) or following in ("(", "["):
         return False
     digits, letters = sum(c.isdigit() for c in value), sum(c.isalpha() for c in value)
     if is_password:
-        odd = digits + sum(not c.isalnum() and c not in "._-/" for c in value)
-        return (
-            odd > 0 and letters > 0
-            if is_quoted
-            else digits > 0 and letters > 0 and len(value) >= 8 and _entropy(value) > 2.5
-        )
+        if is_quoted:
+            has_symbol = any(not c.isalnum() and c not in "._-/" for c in value)
+            return letters > 0 and (digits > 0 or has_symbol)
+        return digits > 0 and letters > 0 and len(value) >= 8 and _entropy(value) > 2.5
     return len(value) >= 16 and digits > 1 and len(_DIGIT_BESIDE_LETTER.findall(value)) > 1 and _entropy(value) > 3.0
 
 
 def _entropy(value: str) -> float:
-    """Bits per character, by Shannon's formula over the characters of the value."""
+    """Shannon entropy of the characters, in bits per character."""
     counts = [value.count(c) for c in set(value)]
     return -sum(n / len(value) * math.log2(n / len(value)) for n in counts)

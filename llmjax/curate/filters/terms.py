@@ -1,8 +1,9 @@
-"""Count the words of topic lists, to show which groups and topics a corpus mentions.
+"""Count the words of topic lists, to show which topics and groups a corpus mentions. Nothing is dropped for it.
 
-A list is a text file of lines such as `gender/women: she, her, woman, women`. Counts describe; nothing is dropped.
+A list is a text file of lines such as `gender/women: she, her, woman, women`.
 """
 
+from collections import Counter
 import functools
 from pathlib import Path
 import re
@@ -10,7 +11,7 @@ import re
 from llmjax.data.readers import streams
 from llmjax.errors import UserError
 
-# Small and neutral on purpose: groups that many corpora should have in some proportion. A list of one's own says more.
+# Small and neutral on purpose: groups that many corpora should mention in some proportion.
 DEFAULT = """\
 gender/women: she, her, hers, herself, woman, women, girl, girls, mother, daughter, sister
 gender/men: he, him, his, himself, man, men, boy, boys, father, son, brother
@@ -35,41 +36,40 @@ tone/profanity: damn, crap, bastard, bitch, shit, fuck, fucking
 """
 
 
-def count(text: str, files: tuple) -> dict[str, int]:
-    """Topic/group -> how often the text has one of its words; groups that it has nothing of are left out."""
-    pattern, names = _compiled(files, tuple(map(streams.file_state, files)))
-    found: dict[str, int] = {}
-    for match in pattern.finditer(text.lower()):
-        for name in names[match[0]]:
-            found[name] = found.get(name, 0) + 1
-    return found
+def count_terms(text: str, files: tuple) -> dict[str, int]:
+    """Name such as gender/women -> number of occurrences of its words in the text, without zeros."""
+    pattern, groups_by_word = _compile(files, tuple(map(streams.file_state, files)))
+    return Counter(group for match in pattern.finditer(text.lower()) for group in groups_by_word[match[0]])
 
 
 @functools.lru_cache(maxsize=4)
-def _compiled(files: tuple, _states: tuple) -> tuple[re.Pattern, dict[str, list[str]]]:
-    names: dict[str, list[str]] = {}
-    for name, words in parse(files).items():
+def _compile(files: tuple, _states: tuple) -> tuple[re.Pattern, dict[str, list[str]]]:
+    groups_by_word: dict[str, list[str]] = {}
+    for group, words in parse_lists(files).items():
         for word in words:
-            names.setdefault(word, []).append(name)
-    longest_first = sorted(names, key=lambda word: (-len(word), word))
-    return re.compile(rf"\b(?:{'|'.join(map(re.escape, longest_first))})\b"), names
+            groups_by_word.setdefault(word, []).append(group)
+    longest_first = sorted(groups_by_word, key=lambda word: (-len(word), word))
+    return re.compile(rf"\b(?:{'|'.join(map(re.escape, longest_first))})\b"), groups_by_word
 
 
-def parse(files: tuple) -> dict[str, list[str]]:
-    """Topic/group -> its words, of the files given, or of the small list that comes with llmjax."""
+def parse_lists(files: tuple) -> dict[str, list[str]]:
+    """Name such as gender/women -> its words, from the files, or from DEFAULT if there are none.
+
+    Raises UserError for a file that cannot be read and for a line without words.
+    """
     groups: dict[str, list[str]] = {}
     for path, text in [(path, _read(path)) for path in files] or [("", DEFAULT)]:
         for number, line in enumerate(text.splitlines(), 1):
             if not line.strip() or line.startswith("#"):
                 continue
             name, colon, words = line.partition(":")
-            listed = [word.strip().lower() for word in words.split(",") if word.strip()]
-            if not colon or not listed:
+            terms = [word.strip().lower() for word in words.split(",") if word.strip()]
+            if not colon or not terms:
                 raise UserError(
-                    f"curate.sample.terms names {path!r}: line {number} is {line[:60]!r}; "
+                    f"curate.sample.terms: line {number} of {path!r} is {line[:60]!r}; "
                     "expected a line such as 'gender/women: she, her'"
                 )
-            groups.setdefault(name.strip(), []).extend(listed)
+            groups.setdefault(name.strip(), []).extend(terms)
     return groups
 
 
@@ -77,4 +77,4 @@ def _read(path: str) -> str:
     try:
         return Path(path).expanduser().read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"curate.sample.terms names {path!r}: cannot be read ({error}); give text files") from None
+        raise UserError(f"curate.sample.terms: {path!r} cannot be read ({error}); give text files") from None

@@ -1,7 +1,7 @@
 """Decode the body of an HTTP message: transfer and content codings (RFC 9112 section 7, RFC 9110 section 8.4).
 
-Decoding streams fixed steps of the input and stops at a limit, so time is linear in what is read and written, and a
-body of a few kilobytes cannot fill the memory. A body is returned whole or not at all.
+The input is decoded in fixed steps up to a limit of the output: time is linear in input and output, and a small body
+cannot fill the memory. A body is returned complete or not at all.
 """
 
 from collections.abc import Callable
@@ -12,32 +12,32 @@ import zlib
 import zstandard
 
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
-_PLAIN = ("identity", "none", "utf-8", "")  # what servers write where nothing is encoded
+_NO_CODING = ("identity", "none", "utf-8", "")  # values that servers send for a body that is not encoded
 _MAX_CODINGS = 5  # each can expand to the limit
-# Bytes decoded in one call: zstandard has no bound on the output of a call, and 4 bytes can stand for 128 KiB.
+# Bytes per decoding call: zstandard does not limit the output of a call, and 4 bytes can expand to 128 KiB.
 _STEP = 256
-_MAX_WINDOW = 1 << 31  # of zstd's --ultra --long=31; memory of a window is touched only as far as it is filled
+_MAX_WINDOW = 1 << 31  # as of zstd --ultra --long=31; only the used part of a window takes memory
 _PADDING = b"\0\r\n\t "  # may follow the last gzip member
 _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\n]*)?\r?\n")
 _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 
 
 class BodyError(Exception):
-    """The body cannot be decoded to its end. The text is the reason, in a few words."""
+    """A body cannot be decoded to its end. The message is the reason, in a few words."""
 
 
 def decode(body: bytes, transfer: str, content: str, limit: int) -> bytes:
     """The content of a message body.
 
-    transfer, content   values of Transfer-Encoding and Content-Encoding, lists with commas, in the order applied
-    limit               bytes of a decoded body at most
+    transfer, content  values of Transfer-Encoding and Content-Encoding: codings in the order in which they were applied
+    limit              maximum bytes of the content
 
-    Some servers, and some crawlers that decode bodies and keep the headers, name a coding that was not applied: a body
-    that plainly lacks it is returned as it is.
-    Raises BodyError where the body is cut off, damaged, longer than the limit, or in an unknown coding.
+    Some servers, and crawlers that decode bodies but keep the headers, state a coding that was not applied: a body that
+    clearly lacks the coding is returned unchanged.
+    Raises BodyError if the body is cut off, damaged, longer than the limit, or in an unknown coding.
     """
     codings = [name for value in (content, transfer) for name in value.lower().replace(",", " ").split()]
-    codings = [name.removeprefix("x-") for name in codings if name not in _PLAIN]
+    codings = [name.removeprefix("x-") for name in codings if name not in _NO_CODING]
     if len(codings) > _MAX_CODINGS:
         raise BodyError(f"content encoding of {len(codings)} layers")
     for name in reversed(codings):
@@ -46,24 +46,24 @@ def decode(body: bytes, transfer: str, content: str, limit: int) -> bytes:
         try:
             body = _DECODERS[name](body, limit)
         except BodyError:
-            if name == "chunked" or not _is_plain(body):
+            if name == "chunked" or not _is_uncompressed(body):
                 raise
     return body
 
 
-def _is_plain(body: bytes) -> bool:
+def _is_uncompressed(body: bytes) -> bool:
     """Whether a body is text that was never compressed."""
     return not _CONTROL.search(body, 0, 1024) and not body.startswith(_ZSTD)
 
 
 def _dechunk(body: bytes, limit: int) -> bytes:
     parts, at = [], 0
-    while found := _CHUNK.match(body, at):
-        size = int(found[1], 16)
+    while header := _CHUNK.match(body, at):
+        size = int(header[1], 16)
         if not size:
             return b"".join(parts)
-        parts.append(body[found.end() : found.end() + size])
-        at = found.end() + size
+        at = header.end() + size
+        parts.append(body[header.end() : at])
         at += 2 if body[at : at + 2] == b"\r\n" else 1 if body[at : at + 1] == b"\n" else 0
     if not parts:
         return body  # not chunked
@@ -71,34 +71,34 @@ def _dechunk(body: bytes, limit: int) -> bytes:
 
 
 def _inflate(body: bytes, limit: int) -> bytes:
-    """Data in the gzip or zlib format, or bare: servers send any of them as "deflate", and some as "gzip"."""
+    """Gzip, zlib or raw deflate data: servers send any of them as "deflate", and some as "gzip"."""
     if body.startswith(_GZIP):
-        return _stream(body, lambda: zlib.decompressobj(31), limit, zlib.error, _GZIP)
+        return _decode_stream(body, lambda: zlib.decompressobj(31), limit, zlib.error, _GZIP)
     has_zlib_header = len(body) > 1 and body[0] & 0x8F == 8 and int.from_bytes(body[:2], "big") % 31 == 0
-    return _stream(body, lambda: zlib.decompressobj(15 if has_zlib_header else -15), limit, zlib.error)
+    return _decode_stream(body, lambda: zlib.decompressobj(15 if has_zlib_header else -15), limit, zlib.error)
 
 
-def _unzstd(body: bytes, limit: int) -> bytes:
-    new = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompressobj
-    return _stream(body, lambda: _Unlimited(new()), limit, zstandard.ZstdError, _ZSTD)
+def _decode_zstd(body: bytes, limit: int) -> bytes:
+    decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW)
+    return _decode_stream(body, lambda: _ZstdDecoder(decompressor.decompressobj()), limit, zstandard.ZstdError, _ZSTD)
 
 
-def _unbrotli(body: bytes, limit: int) -> bytes:
+def _decode_brotli(body: bytes, limit: int) -> bytes:
     import brotli  # in the extra `curate`
 
-    return _stream(body, lambda: _Brotli(brotli.Decompressor()), limit, brotli.error)
+    return _decode_stream(body, lambda: _BrotliDecoder(brotli.Decompressor()), limit, brotli.error)
 
 
 _DECODERS: dict[str, Callable[[bytes, int], bytes]] = {
     "chunked": _dechunk,
     "gzip": _inflate,
     "deflate": _inflate,
-    "zstd": _unzstd,
-    "br": _unbrotli,
+    "zstd": _decode_zstd,
+    "br": _decode_brotli,
 }
 
 
-class _Unlimited:
+class _ZstdDecoder:
     """A zstandard frame with the interface of zlib's decompressor."""
 
     def __init__(self, frame: Any):
@@ -107,16 +107,11 @@ class _Unlimited:
     def decompress(self, data: bytes, _: int) -> bytes:
         return self._frame.decompress(data)
 
-    @property
-    def eof(self) -> bool:
-        return self._frame.eof
-
-    @property
-    def unused_data(self) -> bytes:
-        return self._frame.unused_data
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._frame, name)
 
 
-class _Brotli:
+class _BrotliDecoder:
     """A Brotli stream with the interface of zlib's decompressor."""
 
     unused_data = b""
@@ -132,9 +127,11 @@ class _Brotli:
         return self._stream.is_finished()
 
 
-def _stream(body: bytes, new: Callable[[], Any], limit: int, error: type[Exception], magic: bytes = b"") -> bytes:
-    """The content of one stream, or of all members that follow one another where `magic` begins each."""
-    decoder, parts, size, at = new(), [], 0, 0
+def _decode_stream(
+    body: bytes, make_decoder: Callable[[], Any], limit: int, error: type[Exception], magic: bytes = b""
+) -> bytes:
+    """The content of one stream; with `magic`, also of the streams after it that begin with these bytes."""
+    decoder, parts, size, at = make_decoder(), [], 0, 0
     while not decoder.eof:
         if at >= len(body):
             raise BodyError("cut off")
@@ -148,7 +145,7 @@ def _stream(body: bytes, new: Callable[[], Any], limit: int, error: type[Excepti
             raise BodyError(f"longer than {limit >> 20} MiB")
         at += len(step) - len(decoder.unused_data)
         if decoder.eof and magic and body.startswith(magic, at):
-            decoder = new()
+            decoder = make_decoder()
     if body[at:].strip(_PADDING):
         raise BodyError("damaged content encoding")
     return b"".join(parts)

@@ -17,13 +17,13 @@ from llmjax.data.readers.sources import Item, Unit
 
 
 class Record(NamedTuple):
-    """One document as the input has it.
+    """One document of an input, before curation.
 
-    id     the input's own, else INPUT:FILE with the place in the file; may not be unique
-    text   the text, or the whole page; it can be encoded as UTF-8
+    id     from the record, else INPUT:FILE with the position in the file; not necessarily unique
+    text   the text or the page; without surrogates
     kind   "text", "html", or "auto" if the input does not say which
     meta   the record's other fields, as JSON values; `url` and `date` of a captured page
-    notes  what was repaired in reading: name -> count
+    notes  name of a repair -> count
     """
 
     id: str
@@ -34,10 +34,10 @@ class Record(NamedTuple):
 
 
 def read_unit(unit: Unit[InputConfig]) -> Iterator[Record | Reject]:
-    """The unit's records, and a Reject for each that is not readable, the same ones in the same order at every call.
+    """The unit's records, and a Reject for each unreadable one, in the same order at every call.
 
-    The content of a file never raises. What precedes damage is yielded first. Raises UserError if the disk or the
-    permissions prevent reading, and for a file that is gone: it may be readable later.
+    Damaged content does not raise: the records before it are yielded. Raises UserError if the disk or the permissions
+    prevent reading, and for a missing file, because it may be readable later.
     """
     for item in unit.items:
         name = item.path if unit.kind == "tfds" else os.path.relpath(item.path, unit.base or ".")
@@ -54,13 +54,13 @@ def read_unit(unit: Unit[InputConfig]) -> Iterator[Record | Reject]:
 def _read_records(item: Item, name: str, unit: Unit[InputConfig]) -> Iterator[Record | Reject]:
     kind = "text" if unit.kind == "text" else unit.config.content
     for raw in raw_records.read_item(unit.kind, item, read_options(unit)):
-        place, notes = name + raw.location, dict(raw.notes)
+        id, notes = name + raw.location, dict(raw.notes)
         if isinstance(raw.content, Fault):
-            yield Reject(place, *raw.content, raw.size)
+            yield Reject(id, *raw.content, raw.size)
         elif isinstance(raw.content, str):
-            yield _to_record(place, raw.content, kind, unit, {}, notes)
+            yield _to_record(id, raw.content, kind, unit, {}, notes)
         else:
-            record = _from_fields(place, raw.content, unit, notes)
+            record = _from_fields(id, raw.content, unit, notes)
             is_bad = isinstance(record, Reject) and record.reason != EMPTY
             yield record._replace(size=raw.size) if is_bad else record
 
@@ -89,42 +89,43 @@ def _read_html(item: Item, name: str, unit: Unit[InputConfig]) -> Iterator[Recor
 def _read_warc(item: Item, name: str, unit: Unit[InputConfig]) -> Iterator[Record | Reject]:
     with raw_records.explain_os_errors(item.path, f"curate.inputs.{unit.source}"):
         options = read_options(unit)
-        for page in warc.pages(item.path, options.max_record_bytes):
-            place = page.id or f"{name}:{page.row}"
+        for page in warc.read_pages(item.path, options.max_record_bytes):
+            id = page.id or f"{name}:{page.row}"
             if isinstance(page, warc.RejectedPage):
-                yield Reject(place, page.reason, page.excerpt, page.size)
+                yield Reject(id, page.reason, page.excerpt, page.size)
                 continue
             declared = encodings.find_header_encoding(page.content_type)
             if not declared and page.kind == "html":
                 declared = encodings.find_page_encoding(page.data)
             content, notes = options.decode(page.data, declared)
             meta = {field: value for field, value in (("url", page.url), ("date", page.date)) if value}
-            yield _to_record(place, content, page.kind, unit, meta, dict(notes))
+            yield _to_record(id, content, page.kind, unit, meta, dict(notes))
 
 
 _READERS = {"html": _read_html, "warc": _read_warc}
 
 
-def _from_fields(place: str, fields: dict[str, Any], unit: Unit[InputConfig], notes: dict[str, int]) -> Record | Reject:
+def _from_fields(
+    default_id: str, fields: dict[str, Any], unit: Unit[InputConfig], notes: dict[str, int]
+) -> Record | Reject:
     config = unit.config
-    id = fields.get(config.id_field)
-    if isinstance(id, bytes):
-        id = id.decode("utf-8", "replace")
-    has_id = isinstance(id, str | int) and not isinstance(id, bool) and bool(str(id).strip())
-    if has_id:
-        place = encodings.replace_surrogates(str(id)).text or place
+    value = fields.get(config.id_field)
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    has_id = isinstance(value, str | int) and not isinstance(value, bool) and bool(str(value).strip())
+    id = encodings.replace_surrogates(str(value)).text or default_id if has_id else default_id
     if config.text_field not in fields:
-        return Reject(place, f"no field {config.text_field!r}", repr(fields)[:EXCERPT])
+        return Reject(id, f"no field {config.text_field!r}", repr(fields)[:EXCERPT])
     text = fields[config.text_field]
     if isinstance(text, bytes):
         try:
             text = text.decode(encodings.find_codec(config.encoding) or "utf-8")
         except UnicodeDecodeError:
-            return Reject(place, "not UTF-8", repr(text[:EXCERPT]))
+            return Reject(id, "not UTF-8", repr(text[:EXCERPT]))
     if not isinstance(text, str):
-        return Reject(place, f"field {config.text_field!r} is not a text", repr(text)[:EXCERPT])
+        return Reject(id, f"field {config.text_field!r} is not a text", repr(text)[:EXCERPT])
     repaired = encodings.replace_surrogates(text)
-    own_fields = (config.text_field, config.id_field) if has_id or id is None else (config.text_field,)
+    own_fields = (config.text_field, config.id_field) if has_id or value is None else (config.text_field,)
     try:
         meta = {
             name: _to_json(value)
@@ -132,25 +133,25 @@ def _from_fields(place: str, fields: dict[str, Any], unit: Unit[InputConfig], no
             if name not in own_fields and ("*" in config.fields or name in config.fields)
         }
     except RecursionError:
-        return Reject(place, "fields nested too deeply", repr(text[:EXCERPT]))
-    return _to_record(place, repaired.text or "", config.content, unit, meta, {**notes, **repaired.notes})
+        return Reject(id, "fields nested too deeply", repr(text[:EXCERPT]))
+    return _to_record(id, repaired.text or "", config.content, unit, meta, {**notes, **repaired.notes})
 
 
 def _to_record(
-    place: str, text: str | Fault, kind: str, unit: Unit[InputConfig], meta: dict[str, Any], notes: dict[str, int]
+    id: str, text: str | Fault, kind: str, unit: Unit[InputConfig], meta: dict[str, Any], notes: dict[str, int]
 ) -> Record | Reject:
     if isinstance(text, Fault):
-        return Reject(place, *text)
+        return Reject(id, *text)
     if not text.strip():
-        return Reject(place, EMPTY, repr(text[:EXCERPT]))
+        return Reject(id, EMPTY, repr(text[:EXCERPT]))
     for name, value in (("licence", unit.config.licence), ("origin", unit.config.origin)):
         if value and not meta.get(name):
             meta[name] = value
-    return Record(place, text, kind, meta, notes)
+    return Record(id, text, kind, meta, notes)
 
 
 def _to_json(value: Any) -> Any:
-    """A JSON value: bytes become text, dates ISO 8601, arrays lists, infinite numbers and NaN null."""
+    """A JSON value: bytes become text, dates ISO 8601 strings, arrays lists, infinite numbers and NaN null."""
     if isinstance(value, str):
         return value if value.isascii() else encodings.replace_surrogates(value).text
     if value is None or isinstance(value, bool | int):

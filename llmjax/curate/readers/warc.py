@@ -1,8 +1,8 @@
-"""Read the pages of WARC and ARC files; continues after damage.
+"""Read the pages of WARC and ARC files, also after damaged records.
 
 Formats: ISO 28500 (WARC 1.0 and 1.1) and the ARC file format of the Internet Archive, version 1. FastWARC 2.0 reads
-WARC at twice the speed, but not ARC, and it ends at the first damaged place: of the whole pages in files with one such
-place it returns 53% (this reader: 98%). A page whose end is missing is rejected, never returned in part.
+WARC at twice the speed, but not ARC, and it stops at the first damaged record: of the complete pages in files with one
+such record it returns 53% (this reader: 98%). A page without its end is rejected, never returned in part.
 """
 
 from collections.abc import Iterator
@@ -18,10 +18,10 @@ from llmjax.data.readers.streams import Window
 _MAX_HEADER_BYTES = 1 << 16  # a longer header is damage
 _NEXT_RECORD = re.compile(rb"\n(?=WARC/\d\.\d\r?\n)")
 _HEADER_END = re.compile(rb"\r?\n\r?\n")
-# URL, IP address, date of 14 digits, content type, length; URLs of old crawls hold spaces.
+# URL, IP address, date of 14 digits, content type, length; URLs of old crawls contain spaces.
 _ARC_LINE = re.compile(rb"(\S.*) (\S+) (\d{8,14}) (\S+) (\d{1,18})\r?\n")
 _TRUNCATED = "truncated by the crawler"
-# What a crawl holds beside whole pages, such as pictures: no damage of the file.
+# Reasons of records that are not damaged but have no complete page, such as pictures.
 NO_PAGE = ("content type ", "HTTP status ", _TRUNCATED)
 CUT_OFF, DAMAGED = "cut off", "damaged record"
 _MEDIA_TYPE = re.compile(r"\s*([\w.+-]+/[\w.+-]+)")
@@ -34,12 +34,12 @@ _KINDS = {"text/html": "html", "application/xhtml+xml": "html", "text/plain": "t
 class Page(NamedTuple):
     """One captured page.
 
-    row           number of the record in its file, from 0
-    id            the record's own, or ""
-    url, date     as in the record; the date in ISO 8601
+    row           index of the record in its file
+    id            from the record, or ""
+    url, date     from the record; the date in ISO 8601
     kind          "html" or "text"
     data          the decompressed bytes of the page
-    content_type  its media type, with the charset if the header states one
+    content_type  the media type, with the charset if the header states one
     """
 
     row: int
@@ -55,7 +55,7 @@ class RejectedPage(NamedTuple):
     """A record without a page.
 
     excerpt  its URL or first bytes
-    size     bytes that damage costs, estimated; 0 for a record that is whole, such as a picture
+    size     estimated bytes lost to damage; 0 for an intact record, such as a picture
     """
 
     row: int
@@ -66,7 +66,7 @@ class RejectedPage(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """A record of the archive. `fault`: why it gives no page, "" if it is whole. `size`: bytes of its block."""
+    """A record of the archive. `fault`: why it has no page, "" if it is complete. `size`: bytes of its block."""
 
     type: str
     id: str
@@ -79,15 +79,15 @@ class _Entry(NamedTuple):
 
 
 class _Gap(NamedTuple):
-    """Bytes of the archive that are no record."""
+    """Bytes of the archive between records."""
 
     reason: str
     excerpt: str
     size: int
 
 
-def pages(path: str, max_record_bytes: int) -> Iterator[Page | RejectedPage]:
-    """The pages of a WARC or ARC file, compressed or not, and a reject for every other captured or damaged record.
+def read_pages(path: str, max_record_bytes: int) -> Iterator[Page | RejectedPage]:
+    """The pages of a WARC or ARC file, and a reject for every other captured or damaged record.
 
     Records without a captured document (requests, metadata, revisits) are skipped.
     """
@@ -142,10 +142,10 @@ def _warc_entries(window: Window, max_record_bytes: int) -> Iterator[_Entry | _G
 
 
 def _read_block(window: Window, length: int, max_record_bytes: int) -> tuple[bytes, str]:
-    """(the block of a record, why it is not whole or ""). The stated length may be wrong.
+    """(the block of a record, why it is incomplete or ""). The stated length may be wrong.
 
-    A record ends with two line ends, and another record follows, or nothing. Otherwise the length is wrong or bytes
-    are missing: the record then ends before the next header, wherever that is.
+    After a record come two line ends and then another record or the end of the file. Otherwise the length is wrong or
+    bytes are missing, and the record ends before the next header.
     """
     data = window.peek(min(length, max_record_bytes) + 64)
     following = bytes(data[length : length + 64]).lstrip(b"\r\n")
@@ -166,7 +166,7 @@ def _too_long(max_record_bytes: int) -> str:
 
 
 def _skip_blank_lines(window: Window) -> bool:
-    """Move to the next byte that is no line end; False at the end of the stream."""
+    """Move to the next byte that is not a line end. False at the end of the stream."""
     while data := window.peek(64):
         num_blank = len(data) - len(data.lstrip(b"\r\n"))
         if not num_blank:
@@ -176,7 +176,7 @@ def _skip_blank_lines(window: Window) -> bool:
 
 
 def _skip_gap(window: Window) -> _Gap:
-    """Move to the next record's header, at least one byte on."""
+    """Move to the header of the next record, by at least one byte."""
     excerpt = _excerpt(window.peek(_MAX_HEADER_BYTES))
     size = len(window.read(1))
     while (num_skipped := window.skip_to(b"\nWARC/")) or window.peek(1):
@@ -232,7 +232,7 @@ def _arc_entries(window: Window, max_record_bytes: int) -> Iterator[_Entry | _Ga
 
 
 def _skip_arc_gap(window: Window) -> _Gap:
-    """Move to the next line that is a record's header."""
+    """Move to the next line that is the header of a record."""
     excerpt, size = _excerpt(window.peek(_MAX_HEADER_BYTES)), 0
     while data := window.peek(_MAX_HEADER_BYTES):
         size += len(window.read(data.find(b"\n") + 1 or len(data)))
@@ -242,7 +242,7 @@ def _skip_arc_gap(window: Window) -> _Gap:
 
 
 def _skip_arc_header(window: Window) -> None:
-    """Pass over the first record of an ARC file, whose stated length is wrong: it ends at a blank line."""
+    """Skip the first record of an ARC file. It ends at a blank line; its stated length is wrong."""
     while (data := window.peek(_MAX_HEADER_BYTES)) and data[:1] not in b"\r\n":
         window.read(data.find(b"\n") + 1 or len(data))
 
@@ -270,7 +270,7 @@ def _to_page(row: int, entry: _Entry, max_record_bytes: int) -> Page | RejectedP
             data = bodies.decode(body, *codings, limit=max_record_bytes)
         except bodies.BodyError as error:
             return reject(str(error))
-        # A body whose coding was decoded to its end is whole.
+        # A body that was decoded to the end of its coding is complete.
         fault = _check_length(body, fields, fault) if data is body else ""
     elif content_types and content_types[0].startswith("application/http"):
         content_types = []
@@ -285,10 +285,10 @@ def _to_page(row: int, entry: _Entry, max_record_bytes: int) -> Page | RejectedP
 
 
 def _check_length(body: bytes, fields: dict[str, list[str]], fault: str) -> str:
-    """Why a body is not whole, "" if it is, judged by Content-Length and by the fault of its record.
+    """Why a body is incomplete, "" if it is complete, by its Content-Length and the fault of its record.
 
-    A body of the stated length is whole even if its record is damaged. Some crawlers write wrong lengths, so a shorter
-    body is cut off only if it lacks the end of a page too.
+    A body of the stated length is complete even if its record is damaged. Some crawlers write wrong lengths, so a
+    shorter body is cut off only if it also lacks the end of a page.
     """
     length = fields.get("content-length", [""])[0]
     if not re.fullmatch(r"[0-9]{1,18}", length) or "transfer-encoding" in fields:

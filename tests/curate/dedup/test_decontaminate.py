@@ -1,4 +1,4 @@
-"""Runs of words shared with evaluation sets, in every format that sets come in."""
+"""n-grams shared with evaluation sets, in all file formats of sets."""
 
 import gzip
 import json
@@ -11,7 +11,9 @@ from llmjax.curate.config import DecontaminateConfig
 from llmjax.curate.dedup import decontaminate
 from llmjax.errors import UserError
 
-LONG = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron"  # fifteen words: three runs
+LONG = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron"  # fifteen words: three 13-grams
+)
 
 
 FILES = ("set.jsonl", "set.jsonl.gz", "set.json", "set.csv", "set.csv.gz", "set.tsv", "set.parquet", "set.txt")
@@ -23,8 +25,8 @@ def write(folder, name: str) -> str:
     if name.endswith(".parquet"):
         pq.write_table(pa.table({"q": [LONG], "n": [1]}), path)
     elif name.endswith(".csv"):
-        broken = LONG.replace("kappa ", "kappa\n")  # a quoted field may hold a line end
-        path.write_text(f'id,q\n1,"{broken}"\n')
+        two_lines = LONG.replace("kappa ", "kappa\n")  # a quoted field may contain a line end
+        path.write_text(f'id,q\n1,"{two_lines}"\n')
     elif name.endswith(".csv.gz"):
         path.write_bytes(gzip.compress(f'id,q\n1,"Alpha, {LONG}"\n'.encode()))
     elif name.endswith(".tsv"):
@@ -42,28 +44,30 @@ def write(folder, name: str) -> str:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_format(tmp_path, name):
+def test_all_formats_of_sets_are_read(tmp_path, name):
     config = DecontaminateConfig(against=(write(tmp_path, name),))
-    assert decontaminate.hits(f"Before it. {LONG.title()}, and after.", config) == {"set": 3}
-    assert decontaminate.hits(" ".join(LONG.split()[:12]), config) == {}
+    assert decontaminate.count_shared_ngrams(f"Before it. {LONG.title()}, and after.", config) == {"set": 3}
+    assert decontaminate.count_shared_ngrams(" ".join(LONG.split()[:12]), config) == {}
 
 
-def test_marks_case_and_spacing_do_not_hide_a_run(tmp_path):
+def test_punctuation_case_and_spacing_do_not_matter(tmp_path):
     config = DecontaminateConfig(against=(write(tmp_path, "set.txt"),))
-    assert decontaminate.hits("“" + LONG.upper().replace(" ", " — ") + "”", config) == {"set": 3}
+    assert decontaminate.count_shared_ngrams("“" + LONG.upper().replace(" ", " — ") + "”", config) == {"set": 3}
 
 
-def test_short_examples_are_looked_for_as_a_whole_and_very_short_ones_not(tmp_path):
+def test_short_examples_match_as_a_whole_and_very_short_ones_do_not(tmp_path):
     (tmp_path / "short.txt").write_text("one two three four five six seven eight\n\nnine ten eleven\n")
     config = DecontaminateConfig(against=(str(tmp_path / "short.txt"),))
-    assert decontaminate.hits("zero one two three four five six seven eight nine ten eleven", config) == {"short": 1}
-    assert decontaminate.hits("one two three four five six seven. nine ten eleven", config) == {}
+    assert decontaminate.count_shared_ngrams(
+        "zero one two three four five six seven eight nine ten eleven", config
+    ) == {"short": 1}
+    assert decontaminate.count_shared_ngrams("one two three four five six seven. nine ten eleven", config) == {}
 
 
 @pytest.mark.parametrize(
     ("name", "content"), [("bad.jsonl", "{"), ("bad.json", "{"), ("bad.parquet", "x"), ("bad.pdf", "%PDF-1.4")]
 )
-def test_a_set_that_cannot_be_read_is_named(tmp_path, name, content):
+def test_the_error_names_an_unreadable_set(tmp_path, name, content):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=f"{name}.*cannot be read"):
-        list(decontaminate.examples(str(tmp_path / name)))
+        list(decontaminate.read_examples(str(tmp_path / name)))

@@ -1,4 +1,4 @@
-"""The classifier tells good texts from bad ones, is the same for the same texts, and says what it cannot read."""
+"""The classifier separates good from bad texts, is reproducible, and refuses other files."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from llmjax.curate.filters.classifier import Classifier, Evaluation, load, train
 from llmjax.curate.filters.quality_config import ClassifierConfig
 from llmjax.errors import UserError
 
-SMALL = ClassifierConfig(buckets=1 << 12)
+SMALL = ClassifierConfig(num_buckets=1 << 12)
 
 
 def texts(count: int = 120) -> tuple[list[str], list[str]]:
@@ -34,28 +34,28 @@ def texts(count: int = 120) -> tuple[list[str], list[str]]:
 
 def test_good_and_bad_are_separated():
     good, bad = texts()
-    model, measured = train(good, bad, SMALL)
-    assert 20 < measured.texts < 80 and measured.accuracy == 1 and measured.auc == 1
+    model, evaluation = train(good, bad, SMALL)
+    assert 20 < evaluation.num_texts < 80 and evaluation.accuracy == 1 and evaluation.auc == 1
     assert model.score("The teacher that we knew found a letter.") > 0.5 > model.score("click here BUY SALE now!!!")
 
 
-def test_the_order_of_the_texts_and_copies_do_not_matter():
+def test_order_and_copies_of_texts_do_not_change_the_model():
     good, bad = texts()
-    model, measured = train(good, bad, SMALL)
-    again, also = train(reversed(good), [*bad[60:], *bad[:60], bad[3]], SMALL)
-    assert (model.weights == again.weights).all() and measured == also
-    other, _ = train(good, bad, ClassifierConfig(buckets=1 << 12, seed=1))
+    model, evaluation = train(good, bad, SMALL)
+    reordered, reordered_evaluation = train(reversed(good), [*bad[60:], *bad[:60], bad[3]], SMALL)
+    assert (model.weights == reordered.weights).all() and evaluation == reordered_evaluation
+    other, _ = train(good, bad, ClassifierConfig(num_buckets=1 << 12, seed=1))
     assert (model.weights != other.weights).any()
 
 
-def test_sides_weigh_alike():
+def test_good_and_bad_texts_have_equal_total_weight():
     good, bad = texts(400)
     model, _ = train(good, bad[:40], SMALL)
     assert model.score("") == pytest.approx(0.5, abs=0.2)
     assert all(model.score(text) < 0.5 for text in bad[40:])
 
 
-def test_a_saved_model_is_the_same(tmp_path):
+def test_a_saved_model_is_loaded_unchanged(tmp_path):
     good, bad = texts()
     model, _ = train(good, bad, SMALL)
     model.save(tmp_path / "a.npz")
@@ -64,26 +64,26 @@ def test_a_saved_model_is_the_same(tmp_path):
     loaded = load(tmp_path / "a.npz")
     assert [loaded.score(text) for text in good] == [model.score(text) for text in good]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "b.npz"]
-    with pytest.raises(UserError, match=r"has to end in \.npz"):
+    with pytest.raises(UserError, match=r"must end in \.npz"):
         model.save(tmp_path / "model.bin")
 
 
-def test_files_that_are_no_model_are_refused(tmp_path):
+def test_other_files_are_refused(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         load(tmp_path / "none.npz")
     for name, content in (("empty", b""), ("text", b"hello"), ("cut", b"PK\x03\x04half")):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match="not a classifier's file"):
+        with pytest.raises(UserError, match="not a classifier;"):
             load(tmp_path / name)
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
-    with pytest.raises(UserError, match="not a classifier's file"):
+    with pytest.raises(UserError, match="not a classifier;"):
         load(tmp_path / "other.npz")
     np.savez(tmp_path / "later.npz", weights=np.zeros(3, np.float32), settings=np.array([2, 100, 0]))
-    with pytest.raises(UserError, match="of another version"):
+    with pytest.raises(UserError, match="written by another version"):
         load(tmp_path / "later.npz")
 
 
-def test_two_folders(tmp_path):
+def test_folders_are_read_as_texts_and_jsonl(tmp_path):
     good, bad = texts()
     (tmp_path / "good" / "deep").mkdir(parents=True)
     (tmp_path / "bad").mkdir()
@@ -98,22 +98,22 @@ def test_two_folders(tmp_path):
         train_folders(tmp_path / "good", tmp_path / "none", SMALL)
 
 
-def test_sides_that_cannot_teach_are_refused():
+def test_unusable_training_sets_are_refused():
     good, bad = texts(20)
     with pytest.raises(UserError, match="no bad texts"):
         train(good, [], SMALL)
-    with pytest.raises(UserError, match="1 of the classifier's texts are among the good and the bad"):
+    with pytest.raises(UserError, match="1 texts are among both the good and the bad ones"):
         train(good, [*bad, good[0]], SMALL)
     with pytest.raises(UserError, match="expected a power of two"):
-        ClassifierConfig(buckets=1000)
+        ClassifierConfig(num_buckets=1000)
 
 
-def test_nothing_held_out_is_nothing_measured():
+def test_without_held_out_texts_nothing_is_evaluated():
     good, bad = texts(20)
-    model, measured = train(good, bad, ClassifierConfig(buckets=1 << 12, held_out=0.0))
-    assert measured.texts == 0 and math.isnan(measured.accuracy) and math.isnan(measured.auc)
+    model, evaluation = train(good, bad, ClassifierConfig(num_buckets=1 << 12, held_out_fraction=0.0))
+    assert evaluation.num_texts == 0 and math.isnan(evaluation.accuracy) and math.isnan(evaluation.auc)
     assert model.score(good[0]) > 0.5 > model.score(bad[0])
-    assert isinstance(measured, Evaluation) and isinstance(model, Classifier)
+    assert isinstance(evaluation, Evaluation) and isinstance(model, Classifier)
 
 
 @pytest.mark.parametrize("text", ["", "\n", "a", "漢" * 10_000, "😀", "\ud800", "x" * 1_000_000, " " * 1_000_000])
@@ -125,7 +125,7 @@ def test_every_text_has_a_score(text):
     assert time.process_time() - started < 2
 
 
-def test_film_reviews(shared_data):
+def test_film_reviews_are_classified(shared_data):
     with zipfile.ZipFile(shared_data / "sentence-polarity" / "sentence_polarity.zip") as file:
         read = lambda end: {
             line
@@ -135,12 +135,12 @@ def test_film_reviews(shared_data):
         }
         good, bad = read("rt-polarity.pos"), read("rt-polarity.neg")
     started = time.process_time()
-    _, measured = train(good - bad, bad - good)
-    assert measured.accuracy > 0.76  # 0.78 of 2,200 reviews
+    _, evaluation = train(good - bad, bad - good)
+    assert evaluation.accuracy > 0.76  # 0.78 of 2,200 reviews
     assert time.process_time() - started < 30  # about 4 s
 
 
-def test_the_command_learns_from_two_folders_and_tells_how_well(tmp_path, capsys):
+def test_the_command_trains_and_evaluates(tmp_path, capsys):
     for name, side in zip(("good", "bad"), texts(), strict=True):
         (tmp_path / name).mkdir()
         for number, text in enumerate(side):

@@ -1,6 +1,6 @@
-"""Broken text is repaired; text that only looks unusual stays."""
+"""Damaged text is repaired; unusual but correct text stays unchanged."""
 
-# ruff: noqa: RUF001  (letters and marks of other scripts are meant)
+# ruff: noqa: RUF001  (letters and marks of other scripts are intended)
 
 import time
 
@@ -11,7 +11,7 @@ from llmjax.curate.filters.normalise import normalise
 
 
 @pytest.mark.parametrize(
-    "broken, whole, counts",
+    "damaged, repaired, counts",
     [
         ("cafÃ© and â€œteaâ€\x9d", "café and “tea”", {"mojibake": 1}),
         ("schÃ¶n", "schön", {"mojibake": 1}),
@@ -27,14 +27,14 @@ from llmjax.curate.filters.normalise import normalise
         ("a\u200db\u200c", "ab", {"zero_width": 2}),
         ("e\u0301", "é", {"nfc": 1}),
         ("\ud83d\ude00 and \ud800", "😀 and \ufffd", {"surrogates": 3}),
-        ("\n\n  a b \n\n", "  a b", {"edges": 5}),
+        ("\n\n  a b \n\n", "  a b", {"surrounding_space": 5}),
         ("a" + 40 * "\u0301", "á" + 29 * "\u0301", {"stacked_marks": 10, "nfc": 1}),
         ("", "", {}),
-        ("\n\n\n", "", {"edges": 3}),
+        ("\n\n\n", "", {"surrounding_space": 3}),
     ],
 )
-def test_broken_text_is_repaired_and_counted(broken, whole, counts):
-    assert normalise(broken) == (whole, counts)
+def test_damaged_text_is_repaired_and_counted(damaged, repaired, counts):
+    assert normalise(damaged) == (repaired, counts)
 
 
 @pytest.mark.parametrize(
@@ -53,21 +53,21 @@ def test_broken_text_is_repaired_and_counted(broken, whole, counts):
         "한국어 텍스트",
     ],
 )
-def test_what_is_whole_stays(text):
+def test_correct_text_is_unchanged(text):
     text = text.rstrip()
     assert normalise(text) == (text, {})
 
 
-def test_choices():
+def test_repairs_can_be_disabled():
     text = "cafÃ© &amp; 5\xa0km"
     assert normalise(text, NormaliseConfig(mojibake=False))[0] == "cafÃ© & 5 km"
     assert normalise(text, NormaliseConfig(entities=False))[0] == "café &amp; 5 km"
     assert normalise(text, NormaliseConfig(spaces=False))[0] == "café & 5\xa0km"
 
 
-def test_repaired_text_is_whole():
-    broken = "cafÃ©\r\n&amp;amp;lt;\0\x07e\u0301\xa0\u200b\ud800"
-    once, _ = normalise(broken)
+def test_repaired_text_needs_no_further_repair():
+    damaged = "cafÃ©\r\n&amp;amp;lt;\0\x07e\u0301\xa0\u200b\ud800"
+    once, _ = normalise(damaged)
     assert normalise(once) == (once, {})
     once.encode()
 
@@ -93,8 +93,8 @@ def test_repaired_text_is_whole():
         "😀",
     ],
 )
-def test_a_megabyte_without_a_space_is_fast(unit):
+def test_normalisation_takes_linear_time(unit):
     text = "&" + unit * (1_000_000 // len(unit))
     started = time.process_time()
     normalise(text)
-    assert time.process_time() - started < 5  # takes at most 0.5 s; what grows with the square takes minutes
+    assert time.process_time() - started < 5  # takes at most 0.5 s; quadratic time would take minutes

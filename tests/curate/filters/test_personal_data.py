@@ -1,4 +1,4 @@
-"""Personal data: found where it is, not where it is not; replaced, and never shown in a report."""
+"""Personal data are found, replaced, and not shown in reports; similar text is left unchanged."""
 
 from collections import Counter
 import gzip
@@ -10,18 +10,18 @@ import time
 
 import pytest
 
-from llmjax.curate.config import PersonalConfig
+from llmjax.curate.config import PersonalDataConfig
 from llmjax.curate.filters import personal_data
 from llmjax.curate.filters.personal_data import Span
 from llmjax.errors import UserError
 
 
-def found(text, **options):
-    return [(span.kind, text[span.begin : span.end]) for span in personal_data.find(text, **options)]
+def find(text, **options):
+    return [(span.kind, text[span.begin : span.end]) for span in personal_data.find_spans(text, **options)]
 
 
-def drawn(size, letters=string.ascii_letters + string.digits, seed=0):
-    """Characters drawn by chance: no key that was ever issued."""
+def random_key(size, letters=string.ascii_letters + string.digits, seed=0):
+    """Random characters: not a key that was ever issued."""
     rng = random.Random(seed)
     return "7a" + "".join(rng.choice(letters) for _ in range(size - 2))
 
@@ -57,28 +57,30 @@ FINDINGS = [
     ("phone", "Please call {}", "555 1234"),
     ("phone", "{} (fax)", "55 51 23 45"),
     ("secret", "key {}", "AKIA" + "Q7" * 8),
-    ("secret", "{}", "ghp_" + drawn(36)),
-    ("secret", "{}", "github_pat_" + drawn(82)),
-    ("secret", "'{}'", "xoxb-" + drawn(40)),
-    ("secret", "{}", "AIza" + drawn(35)),
-    ("secret", "{}", "sk-proj-" + drawn(48)),
-    ("secret", "Bearer {}", "eyJ" + drawn(20) + ".eyJ" + drawn(30) + "." + drawn(40)),
-    ("secret", "{}\n", "-----BEGIN RSA PRIVATE KEY-----\n" + drawn(200) + "\n-----END RSA PRIVATE KEY-----"),
-    ("secret", "{}", "-----BEGIN PRIVATE KEY-----\n" + drawn(200)),
+    ("secret", "{}", "ghp_" + random_key(36)),
+    ("secret", "{}", "github_pat_" + random_key(82)),
+    ("secret", "'{}'", "xoxb-" + random_key(40)),
+    ("secret", "{}", "AIza" + random_key(35)),
+    ("secret", "{}", "sk-proj-" + random_key(48)),
+    ("secret", "Bearer {}", "eyJ" + random_key(20) + ".eyJ" + random_key(30) + "." + random_key(40)),
+    ("secret", "{}\n", "-----BEGIN RSA PRIVATE KEY-----\n" + random_key(200) + "\n-----END RSA PRIVATE KEY-----"),
+    ("secret", "{}", "-----BEGIN PRIVATE KEY-----\n" + random_key(200)),
     ("secret", 'password = "{}"', "hunter2!"),
-    ("secret", "PASSWORD={}\n", drawn(12)),
-    ("secret", '"api_key": "{}",', drawn(32)),
-    ("secret", "export AWS_SECRET_ACCESS_KEY={}", drawn(40)),
+    ("secret", "PASSWORD={}\n", random_key(12)),
+    ("secret", '"api_key": "{}",', random_key(32)),
+    ("secret", "export AWS_SECRET_ACCESS_KEY={}", random_key(40)),
     ("secret", "postgres://user:{}@db.example.org/x", "pw7Xq9"),
 ]
 
 
 @pytest.mark.parametrize(("kind", "text", "value"), FINDINGS)
-def test_each_kind_is_found_where_it_is(kind, text, value):
+def test_each_kind_is_found(kind, text, value):
     for before, after in (("", ""), ("One word.\n", "\nAnother."), ("é" * 100 + " ", " é")):
-        assert (kind, value) in found(before + text.format(value) + after)
+        assert (kind, value) in find(before + text.format(value) + after)
         assert (
-            personal_data.replace(text.format(value), personal_data.find(text.format(value))).count(f"<{kind.upper()}>")
+            personal_data.replace_spans(text.format(value), personal_data.find_spans(text.format(value))).count(
+                f"<{kind.upper()}>"
+            )
             == 1
         )
 
@@ -103,13 +105,13 @@ def test_each_kind_is_found_where_it_is(kind, text, value):
         "ghp_short, AKIA, sk-learn, eyJ, -----BEGIN CERTIFICATE-----",
     ],
 )
-def test_what_only_looks_like_it_is_left(text):
-    assert found(text) == []
+def test_similar_text_is_not_found(text):
+    assert find(text) == []
 
 
-# ruff: noqa: RUF001 (letters of other alphabets are meant)
+# ruff: noqa: RUF001 (letters of other alphabets are intended)
 @pytest.mark.parametrize(
-    ("text", "right"),
+    ("text", "replaced"),
     [
         ("mail: jürgen@example.de please", "mail: <EMAIL> please"),
         ("info@bücher.de now", "<EMAIL> now"),
@@ -130,85 +132,85 @@ def test_what_only_looks_like_it_is_left(text):
         ("Tel: 0049 (0) 30 123456 or +1 – 415 – 555 – 0132", "Tel: <PHONE> or <PHONE>"),
     ],
 )
-def test_other_alphabets_leave_no_half(text, right):
-    assert personal_data.replace(text, personal_data.find(text)) == right
+def test_values_in_other_scripts_are_replaced_completely(text, replaced):
+    assert personal_data.replace_spans(text, personal_data.find_spans(text)) == replaced
 
 
-def test_published_cases(shared_data):
+def test_shared_cases(shared_data):
     for line in (shared_data / "cases" / "personal.jsonl").read_text().splitlines():
         case = json.loads(line)
-        assert personal_data.replace(case["text"], personal_data.find(case["text"])) == case["right"]
+        assert personal_data.replace_spans(case["text"], personal_data.find_spans(case["text"])) == case["right"]
 
 
-def test_findings_are_in_order_and_apart():
+def test_spans_are_in_order_without_overlaps():
     text = "a@b.io 203.0.113.77 GB82 WEST 1234 5698 7654 32, tel 212-555-0199; 4111 1111 1111 1111; SSN 219-09-9999"
-    spans = personal_data.find(text)
+    spans = personal_data.find_spans(text)
     assert [span.kind for span in spans] == ["email", "ip", "iban", "phone", "card", "ssn"]
     assert all(a.end <= b.begin for a, b in itertools.pairwise(spans))
-    assert personal_data.find(text) == spans
+    assert personal_data.find_spans(text) == spans
 
 
-def test_of_two_that_overlap_the_first_kind_stays():
-    # The number of an account within an IBAN, and a password that is an address.
-    assert found("call DE89 3704 0044 0532 0130 00") == [("iban", "DE89 3704 0044 0532 0130 00")]
-    assert found('password = "me7@mail.org"') == [("secret", "me7@mail.org")]
-    assert found("+41111111111111111") == []
+def test_the_kind_of_higher_priority_wins_an_overlap():
+    # A phone number within an IBAN, and a password that is an e-mail address.
+    assert find("call DE89 3704 0044 0532 0130 00") == [("iban", "DE89 3704 0044 0532 0130 00")]
+    assert find('password = "me7@mail.org"') == [("secret", "me7@mail.org")]
+    assert find("+41111111111111111") == []
 
 
-def test_kinds_can_be_chosen():
+def test_kinds_can_be_selected():
     text = "a@b.io 203.0.113.77 https://u:pw7Xq9@h.org"
-    assert found(text, kinds=("ip",)) == [("ip", "203.0.113.77")]
-    assert found(text, kinds=("email",)) == [("email", "a@b.io")]
-    assert found(text, kinds=()) == []
+    assert find(text, kinds=("ip",)) == [("ip", "203.0.113.77")]
+    assert find(text, kinds=("email",)) == [("email", "a@b.io")]
+    assert find(text, kinds=()) == []
 
 
-def test_replace_leaves_the_rest_and_nothing_to_find():
+def test_replaced_text_contains_no_further_spans():
     text = "\n".join(line.format(value) for _, line, value in FINDINGS)
-    clean = personal_data.replace(text, personal_data.find(text))
-    assert personal_data.find(clean) == []
-    assert clean.startswith("Write to <EMAIL>.\n<<EMAIL>>\nmailto:<EMAIL>?subject=x\n")
+    replaced = personal_data.replace_spans(text, personal_data.find_spans(text))
+    assert personal_data.find_spans(replaced) == []
+    assert replaced.startswith("Write to <EMAIL>.\n<<EMAIL>>\nmailto:<EMAIL>?subject=x\n")
 
 
-def test_mask_shows_no_value():
+def test_masked_contexts_show_no_value():
     text = "Call me at 212-555-0199, or write to jane@example.org; my pin is 4711. " * 3
-    spans = personal_data.find(text)
+    spans = personal_data.find_spans(text)
     assert len(spans) == 6
     for index, span in enumerate(spans):
-        shown = personal_data.mask(text, spans, index, width=30)
+        shown = personal_data.mask_context(text, spans, index, width=30)
         assert span.placeholder in shown
         assert not any(c.isdigit() for c in shown) and "jane" not in shown and "@" not in shown
-    assert personal_data.mask(text, spans, 0, width=14) == "Call me at <PHONE>, or write to"
+    assert personal_data.mask_context(text, spans, 0, width=14) == "Call me at <PHONE>, or write to"
 
 
 def test_unknown_kind_and_action_are_refused():
-    personal_data.check(PersonalConfig())
+    assert set(PersonalDataConfig().kinds) == set(personal_data.KINDS)
     with pytest.raises(UserError, match=r"no kind 'e-mail' \(did you mean 'email'\?\)"):
-        personal_data.check(PersonalConfig(kinds=("e-mail",)))
-    with pytest.raises(UserError, match="action='mask': expected one of replace, drop, count"):
-        personal_data.check(PersonalConfig(action="mask"))
+        PersonalDataConfig(kinds=("e-mail",))
+    with pytest.raises(UserError, match="action='mask': expected 'replace', 'drop' or 'count'"):
+        PersonalDataConfig(action="mask")
 
 
 @pytest.mark.parametrize(
     "word", ["x", "1", "@", ":", "a.", "(0", "password=", "eyJ", "AB12", "1 ", "-----BEGIN ", "+1"]
 )
-def test_a_long_word_takes_no_long_time(word):
+def test_finding_takes_linear_time(word):
     """Twice the length takes at most about twice the time."""
     seconds = []
     for size in (1 << 17, 1 << 19):
         text = word * (size // len(word))
         began = time.process_time()
-        personal_data.find(text)
+        personal_data.find_spans(text)
         seconds.append(time.process_time() - began)
     assert seconds[1] < 12 * max(seconds[0], 0.01)
 
 
-def test_speed_on_ordinary_text(shared_data):
+def test_throughput_on_ordinary_text(shared_data):
     with gzip.open(shared_data / "gutenberg" / "frankenstein.txt.gz", "rt") as file:
         text = file.read()
     seconds = []
     for _ in range(3):
         began = time.process_time()
-        personal_data.find(text)
+        personal_data.find_spans(text)
         seconds.append(time.process_time() - began)
     assert len(text) / min(seconds) > 4e6  # bytes a second; 25 MB/s was measured
 
@@ -228,20 +230,26 @@ PRECISION = {"email": 0.95, "ip": 0.95, "ssn": 0.95, "iban": 0.95, "card": 0.95,
 def test_recall_and_precision_on_labelled_sentences(shared_data):
     with gzip.open(shared_data / "pii" / "synth_dataset_v2.json.gz", "rt") as file:
         sentences = json.load(file)
-    there, hit, given, right = Counter(), Counter(), Counter(), Counter()
+    num_labels, num_hits, num_found, num_correct = Counter(), Counter(), Counter(), Counter()
     for sentence in sentences:
-        spans = personal_data.find(sentence["full_text"])
-        true = [
+        spans = personal_data.find_spans(sentence["full_text"])
+        labels = [
             Span(NAMES[span["entity_type"]], span["start_position"], span["end_position"])
             for span in sentence["spans"]
             if span["entity_type"] in NAMES
         ]
-        for one in true:
-            there[one.kind] += 1
-            hit[one.kind] += any(s.kind == one.kind and s.begin <= one.begin and s.end >= one.end for s in spans)
+        for label in labels:
+            num_labels[label.kind] += 1
+            num_hits[label.kind] += any(
+                s.kind == label.kind and s.begin <= label.begin and s.end >= label.end for s in spans
+            )
         for span in spans:
-            given[span.kind] += 1
-            right[span.kind] += any(s.kind == span.kind and s.begin < span.end and span.begin < s.end for s in true)
-    assert {k: hit[k] / there[k] for k in RECALL if hit[k] / there[k] < RECALL[k]} == {}
-    assert {k: right[k] / given[k] for k in PRECISION if right[k] / given[k] < PRECISION[k]} == {}
-    assert given["secret"] == 0
+            num_found[span.kind] += 1
+            num_correct[span.kind] += any(
+                s.kind == span.kind and s.begin < span.end and span.begin < s.end for s in labels
+            )
+    recall = {kind: num_hits[kind] / num_labels[kind] for kind in RECALL}
+    precision = {kind: num_correct[kind] / num_found[kind] for kind in PRECISION}
+    assert {kind: value for kind, value in recall.items() if value < RECALL[kind]} == {}
+    assert {kind: value for kind, value in precision.items() if value < PRECISION[kind]} == {}
+    assert num_found["secret"] == 0

@@ -1,4 +1,4 @@
-"""Bodies of HTTP messages: decoded whole in bounded time and memory, or refused with the reason."""
+"""HTTP bodies are decoded completely in bounded time and memory, or refused with a reason."""
 
 import gzip
 import random
@@ -57,25 +57,25 @@ PACKERS = {
         (gzip.compress(PAGE) + b"\0" * 600 + b"\r\n", "", "gzip"),
         (chunked(PAGE).replace(b"\r\n", b"\n"), "chunked", ""),
         (chunked(PAGE) + b"Expires: never\r\n\r\n", "chunked", "identity"),
-        # A coding that is named and was not applied.
+        # A coding that is stated but was not applied.
         *((PAGE, "", name) for name in PACKERS),
         (PAGE, "gzip, chunked", "br"),
     ],
 )
-def test_a_body_is_decoded_whole(body, transfer, content):
+def test_a_body_is_decoded_completely(body, transfer, content):
     assert decode(body, transfer, content, LIMIT) == PAGE
 
 
 @pytest.mark.parametrize(
     ("body", "coding"), [*((pack(PAGE), name) for name, pack in PACKERS.items()), (bare_deflate(PAGE), "deflate")]
 )
-def test_a_body_that_is_cut_or_damaged_is_refused(body, coding):
+def test_truncated_or_damaged_bodies_are_refused(body, coding):
     for at in (20, len(body) // 2, len(body) - 1):
         with pytest.raises(BodyError, match="cut off"):
             decode(body[:at], "", coding, LIMIT)
     with pytest.raises(BodyError, match="damaged content encoding"):
         decode(body + b"<p>more\x01", "", coding, LIMIT)
-    for seed in range(20):  # damage may go unseen where a format has no check sum, but it never passes for text
+    for seed in range(20):  # formats without a checksum may not detect damage, but must not return the body undecoded
         at = random.Random(seed).randrange(10, len(body) - 20)
         try:
             decode(body[:at] + random.Random(seed).randbytes(8) + body[at + 8 :], "", coding, LIMIT)
@@ -83,21 +83,21 @@ def test_a_body_that_is_cut_or_damaged_is_refused(body, coding):
             assert str(error) in ("damaged content encoding", "cut off", "longer than 1 MiB")
 
 
-def test_a_second_gzip_member_that_is_damaged_refuses_the_body():
+def test_a_damaged_second_gzip_member_is_refused():
     first, second = gzip.compress(PAGE[:99]), gzip.compress(PAGE[99:])
-    for broken in (second[:-9], second[:3], b"\x1f\x8b\x09" + second[3:], b"\0" + second):
+    for damaged in (second[:-9], second[:3], b"\x1f\x8b\x09" + second[3:], b"\0" + second):
         with pytest.raises(BodyError):
-            decode(first + broken, "", "gzip", LIMIT)
+            decode(first + damaged, "", "gzip", LIMIT)
 
 
-def test_chunks_that_are_cut_or_damaged_are_refused():
-    whole = chunked(PAGE)
-    for at in (50, len(whole) // 2, len(whole) - 5):
+def test_truncated_or_damaged_chunks_are_refused():
+    encoded = chunked(PAGE)
+    for at in (50, len(encoded) // 2, len(encoded) - 5):
         with pytest.raises(BodyError, match="cut off"):
-            decode(whole[:at], "chunked", "", LIMIT)
+            decode(encoded[:at], "chunked", "", LIMIT)
     with pytest.raises(BodyError, match="damaged chunks"):
-        decode(whole.replace(b"\r\n64\r\n", b"\r\n\xff\xff\r\n"), "chunked", "", LIMIT)
-    assert decode(PAGE, "chunked", "", LIMIT) == PAGE  # never chunked
+        decode(encoded.replace(b"\r\n64\r\n", b"\r\n\xff\xff\r\n"), "chunked", "", LIMIT)
+    assert decode(PAGE, "chunked", "", LIMIT) == PAGE  # not chunked
 
 
 def zstd_bomb(size):
@@ -115,21 +115,21 @@ def zstd_bomb(size):
         ("gzip", gzip.compress(bytes(LIMIT // 2)) * 3),
     ],
 )
-def test_a_body_over_the_limit_is_refused_before_it_is_unpacked(coding, bomb):
+def test_a_body_above_the_limit_is_refused_early(coding, bomb):
     began = time.process_time()
     with pytest.raises(BodyError, match="longer than 1 MiB"):
         decode(bomb, "", coding, LIMIT)
-    assert time.process_time() - began < 5  # 0.05 s were measured
+    assert time.process_time() - began < 5  # takes 0.05 s
 
 
-def test_a_body_just_at_the_limit_is_taken():
+def test_a_body_at_the_limit_is_accepted():
     for name, pack in PACKERS.items():
         assert decode(pack(PAGE), "", name, len(PAGE)) == PAGE
         with pytest.raises(BodyError, match="longer than 0 MiB"):
             decode(pack(PAGE), "", name, len(PAGE) - 1)
 
 
-def test_codings_that_are_unknown_or_too_many_are_refused():
+def test_unknown_codings_and_too_many_codings_are_refused():
     with pytest.raises(BodyError, match="content encoding rot13"):
         decode(PAGE, "", "gzip, rot13", LIMIT)
     with pytest.raises(BodyError, match="content encoding of 6 layers"):

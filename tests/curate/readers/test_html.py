@@ -1,4 +1,4 @@
-"""Extraction: the main text of a page without what stands around it, and which texts are HTML at all."""
+"""Extraction of the main text of pages, and detection of HTML."""
 
 from collections import Counter
 import gzip
@@ -14,9 +14,9 @@ from llmjax.curate.document import Document
 from llmjax.curate.engine.stages import STAGES
 from llmjax.curate.readers import html
 from llmjax.curate.readers.documents import Record, read_unit
-from llmjax.curate.readers.html import main_text
+from llmjax.curate.readers.html import extract_main_text
 from llmjax.curate.readers.inputs import list_units
-from llmjax.curate.readers.markup import html_of
+from llmjax.curate.readers.markup import detect_html
 
 STORY = [
     "The river had risen overnight, and by morning the lower meadow was a lake that reached the first fence.",
@@ -38,7 +38,7 @@ PAGE = """<!DOCTYPE html><html><head><title>The flood &amp; after | News</title>
 <footer><p>All rights reserved, no part of this page may be copied, printed or read aloud without consent</p></footer>
 </body></html>"""
 PARAGRAPHS = "".join(f"<p>{line.replace('&', '&amp;')}</p>" for line in STORY)
-AROUND = (
+BOILERPLATE = (
     "script",
     "Home",
     "Share",
@@ -52,39 +52,39 @@ AROUND = (
 
 
 def word_f1(text, true):
-    """F1 of the two bags of words."""
-    ours, theirs = (Counter(re.findall(r"\w+", side.lower())) for side in (text, true))
-    return 2 * (ours & theirs).total() / (ours.total() + theirs.total())
+    """F1 score of the two bags of words."""
+    words, true_words = (Counter(re.findall(r"\w+", side.lower())) for side in (text, true))
+    return 2 * (words & true_words).total() / (words.total() + true_words.total())
 
 
-def test_the_story_is_kept_and_what_is_around_it_left():
-    found = main_text(PAGE.format(story=PARAGRAPHS), "http://news.org/flood")
-    assert found.title == "The flood & after | News"
+def test_the_main_text_is_extracted_without_boilerplate():
+    text, title = extract_main_text(PAGE.format(story=PARAGRAPHS), "http://news.org/flood")
+    assert title == "The flood & after | News"
     for line in STORY:
-        assert line in found.text
-    assert not [word for word in AROUND if word in found.text]
-    assert found == main_text(PAGE.format(story=PARAGRAPHS), "http://news.org/flood")
+        assert line in text
+    assert not [word for word in BOILERPLATE if word in text]
+    assert (text, title) == extract_main_text(PAGE.format(story=PARAGRAPHS), "http://news.org/flood")
 
 
 @pytest.mark.parametrize("page", ["", "<html>", "<script>x</script>", "\0", "<p></p>"])
-def test_a_page_without_text_gives_none(page):
-    assert main_text(page).text == ""
+def test_a_page_without_text_gives_an_empty_text(page):
+    assert extract_main_text(page)[0] == ""
 
 
-def test_a_failure_of_the_parser_costs_one_page(monkeypatch):
+def test_an_error_of_the_parser_gives_an_empty_text(monkeypatch):
     import trafilatura
 
     def fail(*args, **options):
         raise ValueError("broken page")
 
     monkeypatch.setattr(trafilatura, "extract", fail)
-    assert main_text("<p>x</p>").text == ""
+    assert extract_main_text("<p>x</p>")[0] == ""
 
 
 @pytest.mark.parametrize("piece", ["<div>", "<!--", "<", "<a b='", "<script>", "<p>", "<svg>", "<b ", "</p>", "&lt;p"])
-def test_whether_a_text_is_html_takes_linear_time(piece):
+def test_html_detection_takes_linear_time(piece):
     began = time.process_time()
-    html_of("<p>" + piece * ((1 << 20) // len(piece)))
+    detect_html("<p>" + piece * ((1 << 20) // len(piece)))
     assert time.process_time() - began < 5
 
 
@@ -125,49 +125,49 @@ TEXT = [
 
 @pytest.mark.parametrize("text", HTML)
 def test_html_is_detected(text):
-    assert html_of(text) is not None
+    assert detect_html(text) is not None
 
 
 @pytest.mark.parametrize("text", TEXT)
-def test_what_only_holds_tags_is_no_html(text):
-    assert html_of(text) is None
+def test_text_with_tags_is_not_html(text):
+    assert detect_html(text) is None
 
 
-def test_html_in_a_field_is_extracted_and_counted_unless_the_input_says_otherwise():
+def test_html_in_a_field_is_extracted_and_counted():
     page = HTML[0]
     measured = STAGES["extract"].measure(Document("a", "main", page, "auto"), CurateConfig())
     assert isinstance(measured, Document) and (measured.text, measured.kind) == ("The river had risen.", "text")
-    assert measured.scores == {"repaired.text extracted from HTML in a field": 1}
+    assert measured.scores == {"repair.text extracted from HTML in a field": 1}
     for text, kind in ((page, "text"), (TEXT[1], "auto")):
         measured = STAGES["extract"].measure(Document("a", "main", text, kind), CurateConfig())
         assert isinstance(measured, Document) and (measured.text, measured.kind, measured.scores) == (text, "text", {})
 
 
-def test_no_source_of_python_is_html():
+def test_python_sources_are_not_html():
     path = sysconfig.get_path("stdlib")
     for name in ("pydoc.py", "cgitb.py", "html/parser.py", "xml/sax/saxutils.py"):
         try:
             with open(f"{path}/{name}") as file:
-                assert html_of(file.read()) is None
+                assert detect_html(file.read()) is None
         except FileNotFoundError:
             continue
 
 
-def test_captured_pages_give_their_text(shared_data):
+def test_captured_pages_have_text(shared_data):
     path = shared_data / "warc" / "dolma-sample-0000.warc.gz"
     records = [record for unit in list_units("web", InputConfig(path=str(path))) for record in read_unit(unit)]
-    found = [main_text(record.text, record.meta["url"]) for record in records if isinstance(record, Record)]
-    assert len(found) == 24 and sum(bool(page.text) for page in found) >= 20
+    texts = [extract_main_text(record.text, record.meta["url"])[0] for record in records if isinstance(record, Record)]
+    assert len(texts) == 24 and sum(map(bool, texts)) >= 20
 
 
-def test_word_f1_against_what_people_marked(shared_data):
-    """.978 was measured."""
+def test_word_f1_on_annotated_pages(shared_data):
+    """It is .978."""
     with gzip.open(shared_data / "web-articles" / "articles.jsonl.gz", "rt") as file:
         pages = [json.loads(line) for line in file][:30]
-    assert all(html_of(page["html"]) for page in pages)
-    scores = [word_f1(main_text(page["html"], page["url"]).text, page["text"]) for page in pages]
+    assert all(detect_html(page["html"]) for page in pages)
+    scores = [word_f1(extract_main_text(page["html"], page["url"])[0], page["text"]) for page in pages]
     assert sum(scores) / len(scores) >= 0.95
 
 
-def test_the_version_names_the_packages():
-    assert re.fullmatch(r"trafilatura \S+, lxml \S+", html.version())
+def test_package_versions():
+    assert re.fullmatch(r"trafilatura \S+, lxml \S+", html.package_versions())

@@ -1,4 +1,4 @@
-"""Pages of archives: whole, with the right type, or refused with the reason."""
+"""Pages of archives are returned completely with their type, or refused with a reason."""
 
 import gzip
 import random
@@ -22,19 +22,19 @@ def record(body=BODY, head=b"", fields="", url="http://a/", length=None):
 
 def read(folder, *records):
     (folder / "a.warc").write_bytes(b"".join(records))
-    return list(warc.pages(str(folder / "a.warc"), 1 << 26))
+    return list(warc.read_pages(str(folder / "a.warc"), 1 << 26))
 
 
 def reasons(pages):
     return [page.reason for page in pages if not isinstance(page, Page)]
 
 
-def test_a_body_of_two_transfer_codings(shared_data):
-    (page,) = warc.pages(str(shared_data / "cases" / "warc" / "gzip-chunked.warc"), 1 << 26)
+def test_a_body_with_two_transfer_codings(shared_data):
+    (page,) = warc.read_pages(str(shared_data / "cases" / "warc" / "gzip-chunked.warc"), 1 << 26)
     assert isinstance(page, Page) and len(page.data) == 677 and page.kind == "html"
 
 
-def test_codings_of_repeated_headers_are_one_list(tmp_path):
+def test_repeated_headers_are_one_list_of_codings(tmp_path):
     packed = gzip.compress(BODY[:99]) + gzip.compress(BODY[99:])
     body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(packed), packed)
     head = b"Transfer-Encoding: gzip\r\nContent-Type: text/html\r\ntransfer-encoding:\r\n chunked\r\n"
@@ -58,13 +58,13 @@ def test_codings_of_repeated_headers_are_one_list(tmp_path):
         ([], "html", ""),
     ],
 )
-def test_a_content_type_that_is_stated_twice(tmp_path, values, kind, content_type):
+def test_the_last_of_several_content_types_is_used(tmp_path, values, kind, content_type):
     head = b"".join(b"Content-Type: %s\r\n" % value.encode() for value in values)
     (page,) = read(tmp_path, record(head=head))
     assert isinstance(page, Page) and (page.kind, page.content_type) == (kind, content_type)
 
 
-def test_the_last_type_may_be_no_page(tmp_path):
+def test_a_page_with_another_last_type_is_refused(tmp_path):
     head = b"Content-Type: text/html\r\nContent-Type: image/png\r\n"
     assert reasons(read(tmp_path, record(head=head))) == ["content type image/png"]
 
@@ -86,13 +86,13 @@ def test_zstd_with_a_dictionary_in_the_first_frame(tmp_path):
         assert len(found) == 3 and not reasons(found)
 
 
-def test_a_page_that_the_crawler_truncated_is_refused_and_no_fault_of_the_file(tmp_path):
+def test_a_page_truncated_by_the_crawler_is_refused_but_not_damaged(tmp_path):
     (reason,) = reasons(read(tmp_path, record(fields="WARC-Truncated: length\r\n")))
     assert reason.startswith(warc.NO_PAGE)
     assert reasons(read(tmp_path, record(fields="WARC-Segment-Number: 1\r\n"))) == ["segment of a record"]
 
 
-def test_a_body_shorter_than_its_header_says_is_refused_unless_it_is_closed(tmp_path):
+def test_a_body_below_its_stated_length_needs_the_end_of_a_page(tmp_path):
     head = b"Content-Type: text/html\r\nContent-Length: %d\r\n" % len(BODY)
     assert reasons(read(tmp_path, record(BODY[:400], head))) == [CUT_OFF]
     (page,) = read(tmp_path, record(BODY[:-9] + b"</html>", head))
@@ -100,14 +100,14 @@ def test_a_body_shorter_than_its_header_says_is_refused_unless_it_is_closed(tmp_
 
 
 @pytest.mark.parametrize("length", [10, 5000, 10**12])
-def test_of_a_damaged_record_only_a_page_that_is_proven_whole_is_returned(tmp_path, length):
+def test_a_damaged_record_gives_only_a_provably_complete_page(tmp_path, length):
     after = record(url="http://after/")
     sized = b"Content-Length: %d\r\n" % len(BODY)
     for body, head in ((BODY, sized), (gzip.compress(BODY), b"Content-Encoding: gzip\r\n")):
         pages = read(tmp_path, record(body, head, length=length), after)
         assert [page.url for page in pages if isinstance(page, Page)] == ["http://a/", "http://after/"]
-    hole = BODY[:100] + BODY[200:]
-    for body, head in ((BODY, b""), (hole, sized), (gzip.compress(BODY)[:-30], b"Content-Encoding: gzip\r\n")):
+    with_gap = BODY[:100] + BODY[200:]
+    for body, head in ((BODY, b""), (with_gap, sized), (gzip.compress(BODY)[:-30], b"Content-Encoding: gzip\r\n")):
         pages = read(tmp_path, record(body, head, length=length), after)
         assert [page.url for page in pages if isinstance(page, Page)] == ["http://after/"]
         assert len(reasons(pages)) == 1 and reasons(pages)[0] in (DAMAGED, CUT_OFF, "damaged content encoding")

@@ -1,6 +1,11 @@
-"""Raw records: the reading that both commands share, strict and lenient, and the inputs that once went wrong."""
+"""Reading that `prepare` (strict) and `curate` (lenient) share."""
+
+import gzip
+import json
+from typing import ClassVar
 
 import pytest
+import zstandard
 
 from llmjax.curate.config import CurateConfig, InputConfig
 from llmjax.curate.readers import documents as lenient, inputs
@@ -10,9 +15,11 @@ from llmjax.data.readers.raw_records import Fault, RawRecord, ReadOptions
 from llmjax.data.readers.sources import Item
 from llmjax.errors import UserError
 
+ODD = "\ttab\r\nCRLF\r\n\n  two spaces  \n\u2581 \0 \u2585 é 😀"
+
 
 def read(command, path, **fields):
-    """(texts, reasons of rejects) as `prepare` or `curate` reads them."""
+    """(texts, rejects) as `prepare` or `curate` reads them."""
     if command == "prepare":
         units = sources.list_units("main", SourceConfig(path=str(path), **fields))
         records = [record for unit in units for record in strict.read_unit(unit)]
@@ -23,15 +30,99 @@ def read(command, path, **fields):
     return [record.text for record in records if not isinstance(record, strict.Reject)], rejects
 
 
+def compress(name, data):
+    """The data compressed by the suffix of a file name."""
+    suffix = name.lower().rpartition(".")[2]
+    return {"gz": gzip.compress, "zst": zstandard.compress}.get(suffix, bytes)(data)
+
+
+@pytest.fixture(scope="module")
+def notes(tmp_path_factory):
+    """The folder of a TFDS data set `notes` with 40 training and 3 test records."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+
+    class Notes(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+        url_infos: ClassVar = {}  # nothing to download
+
+        def _info(self):
+            return self.dataset_info_from_configs(features=tfds.features.FeaturesDict({"text": tfds.features.Text()}))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples(40), "test": self._generate_examples(3)}
+
+        def _generate_examples(self, count):
+            for i in range(count):
+                yield i, {"text": f"{i} {ODD}"}
+
+    folder = tmp_path_factory.mktemp("tfds")
+    Notes(data_dir=folder, file_format="array_record").download_and_prepare()
+    return folder
+
+
 @pytest.mark.parametrize("command", ["prepare", "curate"])
 class TestBothCommands:
+    @pytest.mark.parametrize("name", ["a.txt", "a.md", "a.py", "a", "a.txt.gz", "A.TXT.GZ", "a.txt.zst"])
+    def test_text_is_unchanged(self, tmp_path, command, name):
+        (tmp_path / name).write_bytes(compress(name, ODD.encode()))
+        assert read(command, tmp_path / name) == ([ODD], [])
+
+    def test_compression_is_detected_by_content(self, tmp_path, command):
+        (tmp_path / "a.txt").write_bytes(gzip.compress(b"compressed"))
+        (tmp_path / "b.txt.gz").write_bytes(b"plain")
+        assert read(command, tmp_path / "*") == (["compressed", "plain"], [])
+
+    @pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson.gz", "a.json.GZ", "a.jsonl.zst"])
+    def test_jsonl(self, tmp_path, command, name):
+        lines = "".join(json.dumps({"body": f"{i} {ODD}"}) + "\n\n" for i in range(50)).encode()
+        (tmp_path / name).write_bytes(compress(name, lines))
+        texts, rejects = read(command, tmp_path / name, text_field="body")
+        assert texts == [f"{i} {ODD}" for i in range(50)] and not rejects
+
+    @pytest.mark.parametrize(
+        ("line", "reason"),
+        [
+            (b"{not json", "not JSON"),
+            (b"\0\0\0", "not JSON"),
+            (b"[" * 100_000, "not JSON"),
+            (b'{"text": ' + b"9" * 5000 + b"}", "not JSON"),
+            (b"[1, 2]", "not a JSON object"),
+            (b'{"other": "x"}', "no field 'text'"),
+            (b'{"text": 7}', "field 'text' is not a text"),
+            (b'{"text": null}', "field 'text' is not a text"),
+            (b'{"text": "  \\n"}', "empty"),
+            (b'{"text": "bad \xff byte"}', "not UTF-8"),
+        ],
+    )
+    def test_a_bad_line_is_rejected_with_a_reason(self, tmp_path, command, line, reason):
+        (tmp_path / "a.jsonl").write_bytes(b'{"text": "first"}\n' + line + b'\n{"text": "nul \\u0000"}\n')
+        texts, (reject,) = read(command, tmp_path / "a.jsonl")
+        assert texts == ["first", "nul \0"] and reject.reason == reason
+        assert reject.id.endswith("a.jsonl:2" if command == "prepare" else "a.jsonl@18")  # line, or offset
+
+    def test_tfds_without_tensorflow(self, notes, command):
+        assert sorted(read(command, f"tfds:notes@{notes}")[0]) == sorted(f"{i} {ODD}" for i in range(40))
+        assert len(read(command, f"tfds:notes:1.0.0:test@{notes}")[0]) == 3
+        with pytest.raises(UserError, match=r"text_field='body': .* has the columns text"):
+            read(command, f"tfds:notes@{notes}", text_field="body")
+        for path in (f"tfds:absent@{notes}", f"tfds:notes:dev@{notes}"):
+            with pytest.raises(UserError, match="cannot be read"):
+                read(command, path)
+
+    def test_a_huge_text_file_becomes_documents_of_bounded_size(self, tmp_path, command, monkeypatch):
+        monkeypatch.setattr(raw_records, "MAX_TEXT_BYTES", 1000)
+        text = "".join(f"paragraph {i} é\n\n" for i in range(1000))
+        (tmp_path / "a.txt").write_text(text)
+        texts, _ = read(command, tmp_path / "a.txt")
+        assert "".join(texts) == text and len(texts) > 5 and max(map(len, texts)) <= 2000
+
     @pytest.mark.parametrize("name", ["lines.json", "string_view.parquet"])
-    def test_inputs_of_earlier_bugs(self, shared_data, command, name):
+    def test_shared_cases(self, shared_data, command, name):
         texts, rejects = read(command, shared_data / "cases" / "corpora" / name)
         assert len(texts) == 100 and not rejects
 
-    def test_file_that_lost_its_second_half(self, shared_data, command):
-        """`prepare` stops. `curate` counts the loss by bytes, far above max_bad_fraction."""
+    def test_a_truncated_file(self, shared_data, command):
+        """`prepare` stops. `curate` counts the lost part by bytes, far above max_bad_fraction."""
         path = shared_data / "cases" / "corpora" / "half-lost" / "*"
         if command == "prepare":
             with pytest.raises(
@@ -44,11 +135,11 @@ class TestBothCommands:
         assert reject.size > 3 * CurateConfig().max_bad_fraction * sum(map(len, texts))
 
     def test_csv_that_ends_inside_a_quote_loses_one_row(self, tmp_path, command):
-        (tmp_path / "a.csv").write_bytes(b'\xef\xbb\xbfid,text\r1,one\r2,"open\r3,three\r')
+        (tmp_path / "a.csv").write_bytes(b'\xef\xbb\xbfid,text\r1,one\r2,"two ""2"""\r3,"open\r4,four\r')
         texts, (reject,) = read(command, tmp_path / "a.csv")
-        assert texts == ["one", "three"]
+        assert texts == ["one", 'two "2"', "four"]
         assert (reject.reason, reject.size) == ("not CSV: the file ends inside a quote", 8)
-        assert reject.id.endswith("a.csv:1")
+        assert reject.id.endswith("a.csv:2")
 
     def test_the_column_of_the_text_is_required(self, tmp_path, command):
         (tmp_path / "a.csv").write_text("id,body\n1,x\n")
@@ -72,7 +163,7 @@ def test_strict_and_lenient_text(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["para\n\n" * 500, "para\r\n\r\n" * 500, "line\n" * 500, "é" * 2000, "x", "\n" * 900])
-def test_shards_concatenate_to_the_full_batch(text):
+def test_pieces_concatenate_to_the_text(text):
     data = text.encode()
     parts = list(raw_records.cut_at_blank_lines([data], 100))
     assert b"".join(parts) == data
