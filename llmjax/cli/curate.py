@@ -140,7 +140,7 @@ def _write_report(workdir: pathlib.Path, report: dict[str, Any], flag: str) -> i
     """Log the data card and write report.html. `flag` is the workdir as the user wrote it."""
     from llmjax.report import data_card
 
-    lines, page = list(data_card.summary_lines(report)), data_card.render_page(report)
+    lines, page = list(data_card.format_summary(report)), data_card.render_page(report)
     for line in lines:
         logger.info(line)
     (workdir / "report.html").write_text(page)
