@@ -19,6 +19,16 @@ def is_remote(path: epath.PathLike) -> bool:
 
 
 @contextlib.contextmanager
+def name_in_errors(path: epath.PathLike) -> Iterator[None]:
+    """Let an OSError that names no file, such as that of a full disk, name `path`."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)
+        raise
+
+
+@contextlib.contextmanager
 def atomic_write(path: epath.PathLike) -> Iterator[BinaryIO]:
     """A local file to write and read, which is renamed to `path` when it is complete and on disk.
 

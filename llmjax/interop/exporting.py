@@ -14,6 +14,7 @@ from etils import epath
 import jax.numpy as jnp
 import numpy as np
 
+from llmjax import atomic
 from llmjax.binding import bind
 from llmjax.data.objectives import vocabulary
 from llmjax.data.store import prepare
@@ -75,7 +76,7 @@ def export(
     """
     if to.exists():
         raise UserError(f"--to={to}: already exists; give a new folder")
-    with loading.load(workdir, step=step, overrides=overrides) as loaded:
+    with loading.load(workdir, step=step, overrides=overrides) as loaded, atomic.name_in_errors(to):
         return _write_folder(workdir, to, loaded, dtype, max_shard_bytes)
 
 

@@ -16,6 +16,7 @@ from typing import Any, TypeGuard
 import ml_dtypes
 import numpy as np
 
+from llmjax import atomic
 from llmjax.errors import UserError
 from llmjax.interop.hf_config import format_value
 
@@ -263,10 +264,10 @@ def _write_file(
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    with atomic.name_in_errors(path), path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for array in arrays:
-            np.ascontiguousarray(array).reshape(-1).view(np.uint8).tofile(file)
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             report_bytes(array.nbytes)
         file.flush()
         os.fsync(file.fileno())

@@ -10,6 +10,7 @@ from etils import epath
 import jax
 
 import llmjax
+from llmjax import atomic
 from llmjax.batch import Params
 from llmjax.checkpoint.manager import Checkpoints
 from llmjax.data.store.tokenizer import Tokenizer
@@ -103,7 +104,8 @@ def _write_workdir(
     workdir.mkdir(parents=True, exist_ok=True)
     with workdirs.Lock(workdir, primary=hosts.is_primary()):
         if hosts.is_primary():
-            tokenizers.copy_to_workdir(epath.Path(source), tokenizer_file, workdir)
+            with atomic.name_in_errors(workdir / workdirs.TOKENIZER):
+                tokenizers.copy_to_workdir(epath.Path(source), tokenizer_file, workdir)
         logger.info("writing checkpoint 0")
         fingerprint = _save(workdir, config, params, tokenizer, source)
         if hosts.is_primary():

@@ -70,7 +70,7 @@ def read_examples(path: str) -> Iterator[str]:
     try:
         kind = formats.detect(str(file), formats.CURATE_FORMATS)
         if kind == formats.UNSUPPORTED:
-            raise ValueError(formats.why_unsupported(str(file), is_lenient=True))
+            raise ValueError(formats.explain_unsupported(str(file), is_lenient=True))
         if kind == "parquet":
             import pyarrow.parquet
 

@@ -193,7 +193,7 @@ def _read_text(item: Item, options: ReadOptions) -> Iterator[RawRecord]:
 
 
 def _read_unsupported(item: Item, _: ReadOptions) -> Iterator[RawRecord]:
-    reason = formats.why_unsupported(item.path)
+    reason = formats.explain_unsupported(item.path)
     yield RawRecord("", Fault(f"not text: {reason}", ""), os.stat(item.path).st_size)
 
 

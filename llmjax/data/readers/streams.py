@@ -73,12 +73,12 @@ def detect_compression(path: str) -> str:
     """ "gzip", "zstd", "xz", "bzip2" or "", by the first bytes of a file; "" if it cannot be opened."""
     try:
         with open(path, "rb") as file:
-            return find_compression(file.read(16))
+            return match_compression(file.read(16))
     except OSError:
         return ""
 
 
-def find_compression(head: bytes) -> str:
+def match_compression(head: bytes) -> str:
     """The compression that data begins with, or ""."""
     return next((name for name, magic in _MAGIC if magic.match(head)), "")
 
