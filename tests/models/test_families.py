@@ -1,4 +1,4 @@
-"""What every family promises: documents that do not see each other, order, exact alternatives, and its costs."""
+"""Properties of every family: isolated documents, causality, exact alternatives, and costs."""
 
 import dataclasses
 
@@ -90,7 +90,7 @@ def test_causality(name):
 @pytest.mark.slow
 @every_variant
 def test_dropout_is_keyed_by_the_sample(name):
-    """The mask of a row does not depend on its place in the batch, and differs between sample indices."""
+    """The mask of a row does not depend on its index in the batch, and differs between sample indices."""
     config = dataclasses.replace(FAMILIES[name], dropout=0.3)
     graph, params = init_model(config)
     batch, key = packed_for(config, 4, SEQ, VOCAB, first_sample=2**32 - 2), jax.random.key(5)

@@ -87,7 +87,7 @@ def test_equals_plain_attention(query_rank):
 
 @pytest.mark.parametrize("query_rank", [0, 7])
 def test_cache_holds_latents_and_decodes_the_same(query_rank):
-    """Piece by piece, with rows that stand at other positions."""
+    """Decoding in pieces, with rows at different positions."""
     layer, x = make_layer(query_rank), rows()[0]
     ones, positions = jnp.ones((2, 9), int), jnp.broadcast_to(jnp.arange(9), (2, 9))
     full = layer(x, rotary.angles(positions, ROPE, 100.0), KERNELS["dot"].make_mask(ones, positions, causal=True))
