@@ -14,8 +14,18 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a 
 
 
 def is_remote(path: epath.PathLike) -> bool:
-    """Whether the path is in an object store, where files are written whole and never appended to."""
+    """Whether the path is in an object store, where a file is written in one piece and never appended to."""
     return "://" in os.fspath(path)
+
+
+@contextlib.contextmanager
+def name_in_errors(path: epath.PathLike) -> Iterator[None]:
+    """Let an OSError that names no file, such as that of a full disk, name `path`."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)
+        raise
 
 
 @contextlib.contextmanager

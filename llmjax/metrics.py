@@ -107,7 +107,7 @@ def read_metrics(workdir: epath.PathLike, *, last_step: int | None = None) -> li
 
 
 class ScalarSink(Protocol):
-    """Where scalars are logged beside metrics.jsonl: TensorBoard events, Weights & Biases."""
+    """Where scalars are logged in addition to metrics.jsonl: TensorBoard events, Weights & Biases."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Log numbers of one step."""

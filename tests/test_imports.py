@@ -1,4 +1,4 @@
-"""Imports go down only: a module imports from lower layers, or from its own, and never in a circle."""
+"""A module imports only from its own layer and lower ones, and never in a cycle."""
 
 import ast
 import pathlib
@@ -55,62 +55,62 @@ def layer(module: str) -> int:
 
 
 def modules() -> dict[str, pathlib.Path]:
-    found = {}
+    files = {}
     for path in PACKAGE.rglob("*.py"):
         parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return files
 
 
-def imports(path: pathlib.Path, known: set[str]) -> set[str]:
+def imports(path: pathlib.Path, names_of_modules: set[str]) -> set[str]:
     """Modules of this package that a file imports anywhere, inside functions too."""
-    found = set()
+    imported = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{path}: relative import"
             names = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {name if name in known else node.module for name in names}
-    return {name for name in found if name in known}
+            imported |= {name if name in names_of_modules else node.module for name in names}
+    return imported & names_of_modules
 
 
-def test_imports_go_down():
-    known = modules()
-    up = [
+def test_no_module_imports_from_a_higher_layer():
+    files = modules()
+    upward = [
         f"{name} (layer {layer(name)}) imports {other} (layer {layer(other)})"
-        for name, path in known.items()
-        for other in imports(path, set(known))
+        for name, path in files.items()
+        for other in imports(path, set(files))
         if layer(other) > layer(name)
     ]
-    assert not up, "\n".join(up)
+    assert not upward, "\n".join(upward)
 
 
-def test_no_circles():
-    known = modules()
-    graph = {name: imports(path, set(known)) - {"llmjax"} for name, path in known.items()}
-    done: set[str] = set()
+def test_no_cycle_of_imports():
+    files = modules()
+    graph = {name: imports(path, set(files)) - {"llmjax"} for name, path in files.items()}
+    visited: set[str] = set()
 
     def visit(name: str, trail: tuple[str, ...]) -> None:
         assert name not in trail, " -> ".join((*trail, name))
-        if name not in done:
+        if name not in visited:
             for other in graph[name]:
                 visit(other, (*trail, name))
-            done.add(name)
+            visited.add(name)
 
     for name in graph:
         visit(name, ())
 
 
-def test_evaluation_does_not_know_training():
+def test_evaluation_imports_no_module_of_training():
     """Importing the evaluation harness, generation and the report pulls in no module of llmjax.train."""
-    verbs = "import sys, llmjax.evals.harness, llmjax.inference.generate, llmjax.report"
-    code = f"{verbs}; print([m for m in sys.modules if 'llmjax.train' in m])"
+    modules = "import sys, llmjax.evals.harness, llmjax.inference.generate, llmjax.report"
+    code = f"{modules}; print([m for m in sys.modules if 'llmjax.train' in m])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
 
 
-def test_preparation_needs_no_jax():
+def test_preparation_does_not_import_jax():
     """The modules that preparation's worker processes import."""
     imports = "llmjax.data.store.prepare, llmjax.data.store.token_store, llmjax.curate.engine.curate"
     code = f"import sys, {imports}; print('jax' in sys.modules)"

@@ -24,8 +24,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 def test_the_listed_packages_are_those_of_the_tree():
     folders = [path.parent for path in (ROOT / "llmjax").rglob("__init__.py")]
-    found = {".".join(folder.relative_to(ROOT).parts) for folder in folders} | {"llmjax.configs"}
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == found
+    in_tree = {".".join(folder.relative_to(ROOT).parts) for folder in folders} | {"llmjax.configs"}
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == in_tree
     outside = [path for path in (ROOT / "llmjax").rglob("*.py") if not (path.parent / "__init__.py").exists()]
     assert outside == [], "a folder without __init__.py is not installed"
 
@@ -37,8 +37,10 @@ def test_every_dependency_has_an_upper_bound():
     for extra in project["optional-dependencies"].values():
         listed += extra
     core = {"jax", "etils", "llmjax"}  # named again for their extras alone; bounded among the dependencies
-    free = [entry for entry in listed if "<" not in entry and "==" not in entry and entry.split("[")[0] not in core]
-    assert free == []
+    unbounded = [
+        entry for entry in listed if "<" not in entry and "==" not in entry and entry.split("[")[0] not in core
+    ]
+    assert unbounded == []
 
 
 def test_constraints_pin_every_package_of_an_install():
@@ -161,12 +163,12 @@ def test_an_install_works_in_an_empty_folder(kind, request, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "XLA_FLAGS")}
 
     def run(*command: str) -> str:
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+        assert process.returncode == 0, process.stderr
+        return process.stdout
 
-    where = run(str(python), "-c", "import llmjax, llmjax.configs.llama; print(llmjax.__file__)")
-    assert where.startswith(str(ROOT if kind == "editable" else tmp_path))
+    location = run(str(python), "-c", "import llmjax, llmjax.configs.llama; print(llmjax.__file__)")
+    assert location.startswith(str(ROOT if kind == "editable" else tmp_path))
     program = str(python.with_name("llmjax"))
     assert run(program, "--version") == f"llmjax {llmjax.__version__}\n"
     assert "quickstart" in run(program, "configs")

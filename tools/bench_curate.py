@@ -20,13 +20,13 @@ from curate_runs import memory_rows, ray_rows, scaling_rows
 
 from llmjax.curate.filters.language import detect
 from llmjax.curate.filters.normalise import normalise
-from llmjax.curate.filters.quality import compute_scores, remove_c4_lines, split_words, violated_rules
+from llmjax.curate.filters.quality import compute_scores, list_violations, remove_c4_lines, split_words
 from llmjax.data.store import minhash
 
 
 def quality_rows(bench: Bench) -> Iterator[Row]:
     def find_violated_rules(text: str) -> list[str]:
-        return violated_rules(compute_scores(remove_c4_lines(normalise(text)[0])[0]))
+        return list_violations(compute_scores(remove_c4_lines(normalise(text)[0])[0]))
 
     peer = bench.peer("quality", bench.texts)
     peer_rate = f"{bench.megabytes / peer['seconds']:.2f}" if peer else NOT_MEASURED

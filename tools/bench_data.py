@@ -24,7 +24,8 @@ from llmjax.data.batches.packing import best_fit, cut_documents
 from llmjax.data.batches.pipeline import PackedSource, TrainData
 from llmjax.data.batches.rng import CounterRng
 from llmjax.data.config import OBJECTIVES, DataConfig, ObjectiveConfig, SourceConfig
-from llmjax.data.objectives.objective import build_causal_batch, make_causal_objective, open_objective
+from llmjax.data.objectives.objective import make_causal_objective, open_objective
+from llmjax.data.objectives.row_chunks import build_causal_batch
 from llmjax.data.readers.sources import list_units
 from llmjax.data.store import stages
 from llmjax.data.store.split import TRAIN

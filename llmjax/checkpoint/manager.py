@@ -53,7 +53,7 @@ class CheckpointConfig:
 
     every             steps between two checkpoints; the last step is always saved
     keep              how many of the newest are kept
-    keep_every        multiples of this many steps are kept for good; 0: none
+    keep_every        multiples of this many steps are never removed; 0: none
     timeout_seconds   how long a save may take before the job is stopped
     accept_changes    resume although the tokenizer, the data or the optimizer changed; for one start
     """

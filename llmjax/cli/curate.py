@@ -25,30 +25,7 @@ def curate(arguments: list[str]) -> int:
         return _report(arguments[1:])
     if arguments[:1] == ["classifier"]:
         return _classifier(arguments[1:])
-    parser = make_parser(
-        "curate",
-        """\
-        Read raw text of any kind, repair it, filter it, remove duplicates, evaluation data and personal data, and split
-        it. Kept documents are written to WORKDIR/curated, dropped ones to WORKDIR/dropped with the stage and the
-        reason, and the data card to WORKDIR/report.html. Rerun the same command to resume; after a change of thresholds
-        alone, nothing is measured again.
-
-        llmjax curate report --workdir=DIR prints the card of a finished corpus and writes report.html again.
-        llmjax curate classifier --good=A --bad=B --to=FILE.npz trains a quality classifier on two folders.""",
-        _EXAMPLE,
-    )
-    parser.add_argument("--config", metavar="NAME", help=f"{CONFIG.split(';')[0]}; not needed with --resume")
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the corpus")
-    parser.add_argument("--resume", action="store_true", help="use the config in the workdir")
-    parser.add_argument(
-        "--runner", choices=("local", "ray"), default="local", help="processes of this machine (default), or Ray"
-    )
-    parser.add_argument(
-        "--ray_address",
-        default="auto",
-        metavar="HOST:PORT",
-        help="of the cluster (default auto: the one this machine is in)",
-    )
+    parser = _make_parser()
     flags, overrides = parse(parser, arguments)
     from llmjax.curate import packages
 
@@ -74,6 +51,34 @@ def curate(arguments: list[str]) -> int:
             runner = stack.enter_context(runners.LocalRunner(config.workers or workers.count_cores()))
         report = curating.curate(config, workdir, runner)
     return _write_report(workdir, report, flags.workdir)
+
+
+def _make_parser() -> Parser:
+    parser = make_parser(
+        "curate",
+        """\
+        Read raw text of any kind, repair it, filter it, remove duplicates, evaluation data and personal data, and split
+        it. Kept documents are written to WORKDIR/curated, dropped ones to WORKDIR/dropped with the stage and the
+        reason, and the data card to WORKDIR/report.html. Rerun the same command to resume; after a change of thresholds
+        alone, nothing is measured again.
+
+        llmjax curate report --workdir=DIR prints the card of a finished corpus and writes report.html again.
+        llmjax curate classifier --good=A --bad=B --to=FILE.npz trains a quality classifier on two folders.""",
+        _EXAMPLE,
+    )
+    parser.add_argument("--config", metavar="NAME", help=f"{CONFIG.split(';')[0]}; not needed with --resume")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the corpus")
+    parser.add_argument("--resume", action="store_true", help="use the config in the workdir")
+    parser.add_argument(
+        "--runner", choices=("local", "ray"), default="local", help="processes of this machine (default), or Ray"
+    )
+    parser.add_argument(
+        "--ray_address",
+        default="auto",
+        metavar="HOST:PORT",
+        help="of the cluster (default auto: the one this machine is in)",
+    )
+    return parser
 
 
 def _report(arguments: list[str]) -> int:
@@ -140,7 +145,7 @@ def _write_report(workdir: pathlib.Path, report: dict[str, Any], flag: str) -> i
     """Log the data card and write report.html. `flag` is the workdir as the user wrote it."""
     from llmjax.report import data_card
 
-    lines, page = list(data_card.summary_lines(report)), data_card.render_page(report)
+    lines, page = list(data_card.format_summary(report)), data_card.render_page(report)
     for line in lines:
         logger.info(line)
     (workdir / "report.html").write_text(page)

@@ -14,7 +14,7 @@ def fill(arguments: list[str]) -> int:
         "fill",
         """\
         Predict the token behind each mask of a text, the most probable first, with a checkpoint that was trained with
-        objective.name='masked'. Write a mask as [MASK], or as the tokenizer names it. It stands for one token; a space
+        objective.name='masked'. Write a mask as [MASK], or as the tokenizer names it. It represents one token; a space
         before it is part of that token. Predictions are printed on stdout, everything else on stderr.""",
         "llmjax fill --workdir=runs/bert --text='import [MASK] as np' --count=3",
     )

@@ -79,7 +79,7 @@ class Evaluator:
     """Scores parameters on the splits of a store, on the mesh of `use_mesh`; compiles the scoring step once.
 
     manifest   that of the store
-    settings   a fingerprint of all that a score depends on beside the parameters
+    settings   a fingerprint of everything that a score depends on, except the parameters
     """
 
     def __init__(

@@ -1,6 +1,7 @@
 """Decoder-only checkpoints: GPT-2, Llama, Mistral, Qwen3, Gemma 2 and 3, OLMo 2 and 3."""
 
 from collections.abc import Sequence
+import functools
 from typing import Any
 
 from llmjax.errors import UserError
@@ -12,7 +13,7 @@ from llmjax.interop.hf_config import (
     Field,
     Fields,
     activation,
-    attention_pattern,
+    find_attention_pattern,
     read_fields,
     write_fields,
 )
@@ -82,14 +83,14 @@ def _write_gpt2(config: DecoderConfig) -> dict[str, Any]:
     return {"model_type": "gpt2", **write_fields(_GPT2, config)}
 
 
-def _gpt2_name(name: str) -> str | None:
+def _rename_gpt2(name: str) -> str | None:
     """Add the prefix that the first published files lack, and leave out their causal masks."""
     name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
     return None if name.endswith((".attn.bias", ".attn.masked_bias")) else name
 
 
 def read_shared(fields: Fields, **defaults: Any) -> dict[str, Any]:
-    """The fields of section `model` for SHARED; `defaults` are those in which the class differs from Llama."""
+    """The fields of section `model` for SHARED and attention_bias; `defaults` as in `read_fields`."""
     section = read_fields(SHARED, fields, **defaults)
     section["num_kv_heads"] = section["num_kv_heads"] or section["num_heads"]
     section["head_dim"] = section["head_dim"] or section["embed"] // section["num_heads"]
@@ -98,7 +99,7 @@ def read_shared(fields: Fields, **defaults: Any) -> dict[str, Any]:
 
 
 def read_llama_fields(fields: Fields, *, rope_base: float = 10_000.0, **defaults: Any) -> dict[str, Any]:
-    """The same with activation and rotary frequencies, which are equal in all layers."""
+    """The same fields, the activation, and rotary frequencies that are equal in all layers."""
     section = read_shared(fields, **defaults) | read_fields(LLAMA_ACTIVATION, fields)
     return section | read_rope(fields, base=rope_base, max_length=section["max_positions"])
 
@@ -123,7 +124,7 @@ def read_local_layers(fields: Fields, *, default: list[str], window: int = 4096)
         return {}
     if not size:
         raise UserError(f"config.json: sliding_window={size or None}: expected a number, as layer_types has {SLIDING}")
-    return {"window": size, "attention_pattern": attention_pattern(types)}
+    return {"window": size, "attention_pattern": find_attention_pattern(types)}
 
 
 def write_local_layers(config: DecoderConfig, unused_window: int | None = 4096) -> dict[str, Any]:
@@ -135,13 +136,13 @@ def write_local_layers(config: DecoderConfig, unused_window: int | None = 4096) 
     return {"sliding_window": config.window or unused_window, "layer_types": types}
 
 
-def every_nth_global(num_layers: int, n: int) -> list[str]:
+def list_layer_types(num_layers: int, n: int) -> list[str]:
     """layer_types of a model whose every n-th layer is global, the n-th as the first."""
     return [SLIDING if (layer + 1) % n else FULL for layer in range(num_layers)]
 
 
 def _drop_unused_base(section: dict[str, Any]) -> dict[str, Any]:
-    """Without rope_local_base if no layer is local."""
+    """The section without rope_local_base if no layer is local."""
     return {name: value for name, value in section.items() if name != "rope_local_base" or "window" in section}
 
 
@@ -218,7 +219,7 @@ def _read_gemma(hf: dict[str, Any], *, model_type: str) -> dict[str, Any]:
         new, old = (fields.optional_size(name) for name in ("_sliding_window_pattern", "sliding_window_pattern"))
         period = new or old or 6
         section |= {"qk_norm": "head"} | read_local_layers(
-            fields, default=every_nth_global(section["num_layers"], period)
+            fields, default=list_layer_types(section["num_layers"], period)
         )
         section |= read_rope_by_kind(
             fields, base=1e6, max_length=max_length, local_base=1e4, old_local="rope_local_base_freq"
@@ -226,7 +227,7 @@ def _read_gemma(hf: dict[str, Any], *, model_type: str) -> dict[str, Any]:
     else:
         section |= {"score_softcap": fields.get("attn_logit_softcapping", 50.0) or 0.0}
         fields.require("sliding_window_size", fields.optional_size("sliding_window", 4096), None)
-        section |= read_local_layers(fields, default=every_nth_global(section["num_layers"], 2))
+        section |= read_local_layers(fields, default=list_layer_types(section["num_layers"], 2))
         section |= read_rope(fields, base=10_000.0, max_length=max_length)
     fields.reject_unread("hidden_act", "sliding_window_pattern")
     return _drop_unused_base(section)
@@ -248,7 +249,7 @@ def _read_olmo(hf: dict[str, Any], *, model_type: str) -> dict[str, Any]:
     if model_type == "olmo2":
         section |= read_rope(fields, base=10_000.0, max_length=section["max_positions"])
     else:
-        section |= read_local_layers(fields, default=every_nth_global(section["num_layers"], 4))
+        section |= read_local_layers(fields, default=list_layer_types(section["num_layers"], 4))
         section |= read_rope_by_kind(fields, base=5e5, max_length=section["max_positions"], local_base=5e5)
     fields.reject_unread()
     return _drop_unused_base(section)
@@ -277,7 +278,7 @@ def _write_gemma3_text(config: DecoderConfig) -> dict[str, Any]:
     raise UserError("Gemma3ForConditionalGeneration: the image encoder is not imported; export as Gemma3ForCausalLM")
 
 
-def _gemma3_text_name(name: str) -> str | None:
+def _rename_gemma3(name: str) -> str | None:
     """The name in Gemma3ForCausalLM, from that in published files or in the newest transformers."""
     bare = name.removeprefix("model.")
     if bare.startswith(("vision_tower.", "multi_modal_projector.")):
@@ -287,39 +288,28 @@ def _gemma3_text_name(name: str) -> str | None:
     return bare if bare.startswith("lm_head.") else f"model.{bare}"
 
 
-def _llama_name(name: str) -> str | None:
+def _rename_llama(name: str) -> str | None:
     """Leave out the rotary frequencies, which older files hold as a buffer."""
     return None if name.endswith("rotary_emb.inv_freq") else name
 
 
-def _llama_architecture(read: Any, write: Any, **model_type: str) -> Architecture:
-    return Architecture(
-        read_config=lambda hf: read(hf, **model_type),
-        write_config=lambda config: write(config, **model_type),
-        rules=decoder_rules.llama,
-        rename=_llama_name,
-    )
+def _make_llama_architecture(read: Any, write: Any, **model_type: str) -> Architecture:
+    read, write = functools.partial(read, **model_type), functools.partial(write, **model_type)
+    return Architecture(read, write, decoder_rules.make_llama_rules, _rename_llama)
 
 
 ARCHITECTURES = {
     "GPT2LMHeadModel": Architecture(
-        read_config=_read_gpt2,
-        write_config=_write_gpt2,
-        rules=decoder_rules.gpt2,
-        rename=_gpt2_name,
-        unused_fields=("rope_base",),
+        _read_gpt2, _write_gpt2, decoder_rules.make_gpt2_rules, _rename_gpt2, ("rope_base",)
     ),
-    "LlamaForCausalLM": _llama_architecture(_read_llama, _write_llama),
-    "MistralForCausalLM": _llama_architecture(_read_mistral, _write_mistral),
-    "Qwen3ForCausalLM": _llama_architecture(_read_qwen3, _write_qwen3),
-    "Gemma2ForCausalLM": _llama_architecture(_read_gemma, _write_gemma, model_type="gemma2"),
-    "Gemma3ForCausalLM": _llama_architecture(_read_gemma, _write_gemma, model_type="gemma3_text"),
+    "LlamaForCausalLM": _make_llama_architecture(_read_llama, _write_llama),
+    "MistralForCausalLM": _make_llama_architecture(_read_mistral, _write_mistral),
+    "Qwen3ForCausalLM": _make_llama_architecture(_read_qwen3, _write_qwen3),
+    "Gemma2ForCausalLM": _make_llama_architecture(_read_gemma, _write_gemma, model_type="gemma2"),
+    "Gemma3ForCausalLM": _make_llama_architecture(_read_gemma, _write_gemma, model_type="gemma3_text"),
     "Gemma3ForConditionalGeneration": Architecture(
-        read_config=_read_gemma3_text,
-        write_config=_write_gemma3_text,
-        rules=decoder_rules.llama,
-        rename=_gemma3_text_name,
+        _read_gemma3_text, _write_gemma3_text, decoder_rules.make_llama_rules, _rename_gemma3
     ),
-    "Olmo2ForCausalLM": _llama_architecture(_read_olmo, _write_olmo, model_type="olmo2"),
-    "Olmo3ForCausalLM": _llama_architecture(_read_olmo, _write_olmo, model_type="olmo3"),
+    "Olmo2ForCausalLM": _make_llama_architecture(_read_olmo, _write_olmo, model_type="olmo2"),
+    "Olmo3ForCausalLM": _make_llama_architecture(_read_olmo, _write_olmo, model_type="olmo3"),
 }

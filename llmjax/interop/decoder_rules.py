@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from llmjax.interop.mapping import Rule, conv1d, linear_rules, norm_rules, transposed, vector
+from llmjax.interop.mapping import Rule, conv1d, make_linear_rules, make_norm_rules, transposed, vector
 from llmjax.models.decoder_config import DecoderConfig
 
 LAYER = "model.layers.{layer}."
@@ -22,35 +22,40 @@ _NORMS = {
 }
 
 
-def llama(config: DecoderConfig) -> list[Rule]:
+def make_llama_rules(config: DecoderConfig) -> list[Rule]:
     """All rules of a decoder with Llama's tensor names, for every kind of norm, bias and query norm."""
-    return ends(config) + norms(config) + attention(config) + mlp(config)
+    return make_rules_without_mlp(config) + make_mlp_rules(config)
 
 
-def ends(config: DecoderConfig) -> list[Rule]:
+def make_rules_without_mlp(config: DecoderConfig) -> list[Rule]:
+    """The same without the feed-forward layers."""
+    return make_end_rules(config) + make_block_norm_rules(config) + make_attention_rules(config)
+
+
+def make_end_rules(config: DecoderConfig) -> list[Rule]:
     """The embedding, the last norm and the head."""
     return [
         Rule("model.embed_tokens.weight", ("embed.table",), aliases=head_aliases(config)),
         Rule("model.norm.weight", ("norm.scale",)),
-        *head(config),
+        *make_head_rules(config),
     ]
 
 
-def norms(config: DecoderConfig) -> list[Rule]:
+def make_block_norm_rules(config: DecoderConfig) -> list[Rule]:
     """The norms of the blocks' residual stream."""
     names = _NORMS[config.norm_position]
-    return norm_rules({f"{LAYER}{hf_name}": f"blocks.{name}" for hf_name, name in names.items()})
+    return make_norm_rules({f"{LAYER}{hf_name}": f"blocks.{name}" for hf_name, name in names.items()})
 
 
-def attention(config: DecoderConfig) -> list[Rule]:
+def make_attention_rules(config: DecoderConfig) -> list[Rule]:
     """Four linear maps with their biases, the norms of queries and keys, and the sinks, as the config has them."""
     embed, heads, kv_heads = (config.embed,), (config.num_heads, config.head_size), (config.kv_heads, config.head_size)
     bias = config.biases != "none"
     rules = [
-        *linear_rules(LAYER + "self_attn.q_proj", "blocks.attention.query", embed, heads, bias),
-        *linear_rules(LAYER + "self_attn.k_proj", "blocks.attention.key", embed, kv_heads, bias),
-        *linear_rules(LAYER + "self_attn.v_proj", "blocks.attention.value", embed, kv_heads, bias),
-        *linear_rules(LAYER + "self_attn.o_proj", "blocks.attention.out", heads, embed, bias),
+        *make_linear_rules(LAYER + "self_attn.q_proj", "blocks.attention.query", embed, heads, bias),
+        *make_linear_rules(LAYER + "self_attn.k_proj", "blocks.attention.key", embed, kv_heads, bias),
+        *make_linear_rules(LAYER + "self_attn.v_proj", "blocks.attention.value", embed, kv_heads, bias),
+        *make_linear_rules(LAYER + "self_attn.o_proj", "blocks.attention.out", heads, embed, bias),
     ]
     if config.qk_norm != "none":
         for hf_name, name, sizes in (("q_norm", "query_norm", heads), ("k_norm", "key_norm", kv_heads)):
@@ -61,13 +66,13 @@ def attention(config: DecoderConfig) -> list[Rule]:
     return rules
 
 
-def mlp(config: DecoderConfig) -> list[Rule]:
+def make_mlp_rules(config: DecoderConfig) -> list[Rule]:
     """The gated feed-forward layer."""
     embed, width, bias = (config.embed,), (config.mlp_size,), config.biases == "all"
     return [
-        *linear_rules(LAYER + "mlp.gate_proj", "blocks.mlp.gate", embed, width, bias),
-        *linear_rules(LAYER + "mlp.up_proj", "blocks.mlp.up", embed, width, bias),
-        *linear_rules(LAYER + "mlp.down_proj", "blocks.mlp.down", width, embed, bias),
+        *make_linear_rules(LAYER + "mlp.gate_proj", "blocks.mlp.gate", embed, width, bias),
+        *make_linear_rules(LAYER + "mlp.up_proj", "blocks.mlp.up", embed, width, bias),
+        *make_linear_rules(LAYER + "mlp.down_proj", "blocks.mlp.down", width, embed, bias),
     ]
 
 
@@ -76,12 +81,12 @@ def head_aliases(config: DecoderConfig) -> tuple[str, ...]:
     return ("lm_head.weight",) if config.tie_embeddings else ()
 
 
-def head(config: DecoderConfig) -> list[Rule]:
+def make_head_rules(config: DecoderConfig) -> list[Rule]:
     """The head, if it is not tied."""
     return [] if config.tie_embeddings else [Rule("lm_head.weight", ("head",), **transposed())]
 
 
-def gpt2(config: DecoderConfig) -> list[Rule]:
+def make_gpt2_rules(config: DecoderConfig) -> list[Rule]:
     """All rules of GPT-2."""
     embed, width, heads = (config.embed,), (config.mlp_size,), (config.num_heads, config.head_size)
     names = ("query", "key", "value")
@@ -107,4 +112,4 @@ def gpt2(config: DecoderConfig) -> list[Rule]:
         f"{block}ln_2": "blocks.mlp_norm",
         "transformer.ln_f": "norm",
     }
-    return rules + norm_rules(norm_names, bias=True) + head(config)
+    return rules + make_norm_rules(norm_names, bias=True) + make_head_rules(config)

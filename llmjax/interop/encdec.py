@@ -4,7 +4,7 @@ from typing import Any
 
 from llmjax.errors import UserError
 from llmjax.interop.hf_config import Field, Fields, read_fields, write_fields
-from llmjax.interop.mapping import Architecture, Rule, linear_rules, norm_rules, transposed
+from llmjax.interop.mapping import Architecture, Rule, make_linear_rules, make_norm_rules, transposed
 from llmjax.models.encdec import EncDecConfig
 
 # feed_forward_proj -> activation, gated; "gated-gelu" has always meant the tanh form.
@@ -86,41 +86,41 @@ def _write(config: EncDecConfig) -> dict[str, Any]:
     return {name: value for name, value in hf.items() if value is not None}  # the start id may be unknown
 
 
-def _rules(config: EncDecConfig) -> list[Rule]:
+def _make_rules(config: EncDecConfig) -> list[Rule]:
     tied = config.tie_embeddings
     aliases = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", *(("lm_head.weight",) if tied else ()))
     rules = [Rule("shared.weight", ("embed.table",), aliases=aliases)]
-    rules += _stack(config, "encoder", {"SelfAttention": "attention"})
-    rules += _stack(config, "decoder", {"SelfAttention": "attention", "EncDecAttention": "cross"})
+    rules += _make_stack_rules(config, "encoder", {"SelfAttention": "attention"})
+    rules += _make_stack_rules(config, "decoder", {"SelfAttention": "attention", "EncDecAttention": "cross"})
     return rules if tied else [*rules, Rule("lm_head.weight", ("head",), **transposed())]
 
 
-def _stack(config: EncDecConfig, side: str, attentions: dict[str, str]) -> list[Rule]:
+def _make_stack_rules(config: EncDecConfig, side: str, attentions: dict[str, str]) -> list[Rule]:
     """The rules of the encoder or the decoder, whose blocks number their sub-blocks."""
     embed, mlp, heads = (config.embed,), (config.mlp_size,), (config.num_heads, config.head_size)
     hf_block, block = f"{side}.block.{{layer}}.layer.", f"{side}.blocks."
     rules = [
         Rule(f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight", (f"{side}.bias.table",)),
-        *norm_rules({f"{side}.final_layer_norm": f"{side}.norm"}),
+        *make_norm_rules({f"{side}.final_layer_norm": f"{side}.norm"}),
     ]
     linears = {"q": ("query", embed, heads), "k": ("key", embed, heads), "v": ("value", embed, heads)}
     linears |= {"o": ("out", heads, embed)}
     for number, (hf_name, name) in enumerate(attentions.items()):
         for letter, (part, *sizes) in linears.items():
-            rules += linear_rules(f"{hf_block}{number}.{hf_name}.{letter}", f"{block}{name}.{part}", *sizes, bias=False)
-        rules += norm_rules({f"{hf_block}{number}.layer_norm": f"{block}{name}_norm"})
+            rules += make_linear_rules(
+                f"{hf_block}{number}.{hf_name}.{letter}", f"{block}{name}.{part}", *sizes, bias=False
+            )
+        rules += make_norm_rules({f"{hf_block}{number}.layer_norm": f"{block}{name}_norm"})
     hf_mlp = f"{hf_block}{len(attentions)}."
     for hf_name, part in {"wi_0": "gate", "wi_1": "up"}.items() if config.gated else [("wi", "up")]:
-        rules += linear_rules(f"{hf_mlp}DenseReluDense.{hf_name}", f"{block}mlp.{part}", embed, mlp, bias=False)
-    rules += linear_rules(f"{hf_mlp}DenseReluDense.wo", f"{block}mlp.down", mlp, embed, bias=False)
-    return rules + norm_rules({f"{hf_mlp}layer_norm": f"{block}mlp_norm"})
+        rules += make_linear_rules(f"{hf_mlp}DenseReluDense.{hf_name}", f"{block}mlp.{part}", embed, mlp, bias=False)
+    rules += make_linear_rules(f"{hf_mlp}DenseReluDense.wo", f"{block}mlp.down", mlp, embed, bias=False)
+    return rules + make_norm_rules({f"{hf_mlp}layer_norm": f"{block}mlp_norm"})
 
 
-def _name(name: str) -> str | None:
+def _rename_t5(name: str) -> str | None:
     """Leave out a position bias between decoder and source, which the first published files hold and no model reads."""
     return None if name == "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight" else name
 
 
-ARCHITECTURES = {
-    "T5ForConditionalGeneration": Architecture(read_config=_read, write_config=_write, rules=_rules, rename=_name)
-}
+ARCHITECTURES = {"T5ForConditionalGeneration": Architecture(_read, _write, _make_rules, _rename_t5)}

@@ -16,12 +16,12 @@ from llmjax.interop.hf_config import (
     Field,
     Fields,
     activation,
-    attention_pattern,
     constant,
+    find_attention_pattern,
     read_fields,
     write_fields,
 )
-from llmjax.interop.mapping import Architecture, Rule, linear, linear_rules, norm_rules, transposed
+from llmjax.interop.mapping import Architecture, Rule, linear, make_linear_rules, make_norm_rules, transposed
 from llmjax.models.encoder import EncoderConfig
 
 _SIZES = (
@@ -78,7 +78,7 @@ def _write_bert(config: EncoderConfig) -> dict[str, Any]:
     return {"model_type": "bert", **write_fields(_BERT, config)}
 
 
-def _bert_rules(config: EncoderConfig) -> list[Rule]:
+def _make_bert_rules(config: EncoderConfig) -> list[Rule]:
     embed, mlp, heads = (config.embed,), (config.mlp_size,), (config.num_heads, config.head_size)
     layer, head = "bert.encoder.layer.{layer}.", "cls.predictions."
     linears = {
@@ -103,11 +103,11 @@ def _bert_rules(config: EncoderConfig) -> list[Rule]:
         Rule(head + "bias", ("head.bias",), aliases=(head + "decoder.bias",)),
     ]
     for hf_name, (name, inputs, outputs) in linears.items():
-        rules += linear_rules(hf_name, name, inputs, outputs, bias=True)
-    return rules + norm_rules(norms, bias=True)
+        rules += make_linear_rules(hf_name, name, inputs, outputs, bias=True)
+    return rules + make_norm_rules(norms, bias=True)
 
 
-def _bert_name(name: str) -> str | None:
+def _rename_bert(name: str) -> str | None:
     """The name in BertForMaskedLM, which has no pooler, head of next-sentence prediction, or buffer of positions.
 
     The first published files name a norm's parameters gamma and beta.
@@ -140,20 +140,20 @@ def _read_modernbert(hf: dict[str, Any]) -> dict[str, Any]:
         "gated": True,
         "norm_position": "pre",
         "positions": "rotary",
-        "rope_base": _rope_base(fields, FULL, "global_rope_theta", 160_000.0),
+        "rope_base": _read_rope_base(fields, FULL, "global_rope_theta", 160_000.0),
         "token_types": 0,
         "biases": "none",
     }
-    local_base = _rope_base(fields, SLIDING, "local_rope_theta", 10_000.0)
+    local_base = _read_rope_base(fields, SLIDING, "local_rope_theta", 10_000.0)
     # local_attention counts the positions on both sides that a token attends to; window is the first distance at which
     # it attends to nothing.
     window = fields.size("local_attention", 128) // 2 + 1
     fields.reject_unread(*_MODERNBERT_NEUTRAL)
-    local = {"window": window, "attention_pattern": attention_pattern(types), "rope_local_base": local_base}
+    local = {"window": window, "attention_pattern": find_attention_pattern(types), "rope_local_base": local_base}
     return section | (local if SLIDING in types else {})
 
 
-def _rope_base(fields: Fields, kind: str, old_name: str, default: float) -> float:
+def _read_rope_base(fields: Fields, kind: str, old_name: str, default: float) -> float:
     where = f"rope_parameters.{kind}."
     rope = Fields(Fields(fields.section("rope_parameters"), "rope_parameters.").section(kind), where)
     rope.require("rope_type", "default")
@@ -180,7 +180,7 @@ def _write_modernbert(config: EncoderConfig) -> dict[str, Any]:
     }
 
 
-def _modernbert_rules(config: EncoderConfig) -> list[Rule]:
+def _make_modernbert_rules(config: EncoderConfig) -> list[Rule]:
     embed, mlp, heads = (config.embed,), (config.mlp_size,), (config.num_heads, config.head_size)
     rules = [
         Rule("model.embeddings.tok_embeddings.weight", ("embed.table",), aliases=("decoder.weight",)),
@@ -220,17 +220,7 @@ def _fused_linears(inputs: Sequence[int], outputs: Sequence[int], count: int) ->
 
 
 ARCHITECTURES = {
-    "BertForPreTraining": Architecture(
-        read_config=_refuse_pretraining, write_config=_refuse_pretraining, rules=_bert_rules, rename=_bert_name
-    ),
-    "BertForMaskedLM": Architecture(
-        read_config=_read_bert,
-        write_config=_write_bert,
-        rules=_bert_rules,
-        rename=_bert_name,
-        unused_fields=("rope_base",),
-    ),
-    "ModernBertForMaskedLM": Architecture(
-        read_config=_read_modernbert, write_config=_write_modernbert, rules=_modernbert_rules
-    ),
+    "BertForPreTraining": Architecture(_refuse_pretraining, _refuse_pretraining, _make_bert_rules, _rename_bert),
+    "BertForMaskedLM": Architecture(_read_bert, _write_bert, _make_bert_rules, _rename_bert, ("rope_base",)),
+    "ModernBertForMaskedLM": Architecture(_read_modernbert, _write_modernbert, _make_modernbert_rules),
 }

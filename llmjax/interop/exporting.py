@@ -14,6 +14,7 @@ from etils import epath
 import jax.numpy as jnp
 import numpy as np
 
+from llmjax import atomic
 from llmjax.binding import bind
 from llmjax.data.objectives import vocabulary
 from llmjax.data.store import prepare
@@ -75,18 +76,18 @@ def export(
     """
     if to.exists():
         raise UserError(f"--to={to}: already exists; give a new folder")
-    with loading.load(workdir, step=step, overrides=overrides) as loaded:
+    with loading.load(workdir, step=step, overrides=overrides) as loaded, atomic.name_in_errors(to):
         return _write_folder(workdir, to, loaded, dtype, max_shard_bytes)
 
 
 def _write_folder(workdir: epath.Path, to: Path, loaded: Loaded, dtype: str, max_shard_bytes: int) -> Exported:
     model = loaded.config.model
     import_record = workdirs.read_json(workdir / workdirs.IMPORT) or {}
-    name, architecture, hf = choose(model, import_record.get("architecture"))
+    name, architecture, hf = choose_class(model, import_record.get("architecture"))
     table = ParamMapping(architecture.rules(model), model)
     tensors = {tensor.hf_names[0]: tensor for tensor in table.tensors}
     specs = {name: (HF_DTYPES[dtype], table.hf_shape(tensor)) for name, tensor in tensors.items()}
-    total = sum(files.nbytes(spec) for spec in specs.values())
+    total = sum(files.count_bytes(spec) for spec in specs.values())
     logger.info(
         "%s: the %s of step %d, %d tensors, %.2f GB", name, loaded.params_name, loaded.step, len(tensors), total / 1e9
     )
@@ -105,8 +106,8 @@ def _write_folder(workdir: epath.Path, to: Path, loaded: Loaded, dtype: str, max
     )
     tokenizer_summary = ""
     if hosts.is_primary():
-        bos_id = None if _has_imported_tokenizer(loaded, import_record) else _trained_bos_id(loaded)
-        token_ids = _token_ids(loaded, import_record, bos_id)
+        bos_id = None if _has_imported_tokenizer(loaded, import_record) else _find_trained_bos_id(loaded)
+        token_ids = _collect_token_ids(loaded, import_record, bos_id)
         config = _complete_config(hf, name, loaded, dtype) | token_ids
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         tokenizer_summary = _write_tokenizer(workdir, loaded, partial, import_record, bos_id)
@@ -117,7 +118,7 @@ def _write_folder(workdir: epath.Path, to: Path, loaded: Loaded, dtype: str, max
     return Exported(name, loaded.step, loaded.params_name, [path.name for path in paths], total, tokenizer_summary)
 
 
-def choose(model: Any, preferred: str | None = None) -> tuple[str, Architecture, dict[str, Any]]:
+def choose_class(model: Any, preferred: str | None = None) -> tuple[str, Architecture, dict[str, Any]]:
     """(class name, architecture, config.json) of the first class that expresses a model; `preferred` is tried first.
 
     A class expresses a model if its config.json, read back, gives the same model. Raises UserError with the first
@@ -160,7 +161,7 @@ def _complete_config(hf: dict[str, Any], name: str, loaded: Loaded, dtype: str) 
     return {"architectures": [name], **hf, "dtype": dtype, "torch_dtype": dtype}
 
 
-def _token_ids(loaded: Loaded, import_record: dict[str, Any], bos_id: int | None) -> dict[str, Any]:
+def _collect_token_ids(loaded: Loaded, import_record: dict[str, Any], bos_id: int | None) -> dict[str, Any]:
     """Special ids for config.json and generation_config.json; those of an imported checkpoint are written unchanged."""
     tokenizer = loaded.tokenizer
     stop_ids = list(tokenizer.stop_ids)
@@ -176,7 +177,7 @@ def _has_imported_tokenizer(loaded: Loaded, import_record: dict[str, Any]) -> bo
     return import_record.get("tokenizer", {}).get("sha256") == loaded.tokenizer.sha256
 
 
-def _trained_bos_id(loaded: Loaded) -> int | None:
+def _find_trained_bos_id(loaded: Loaded) -> int | None:
     """The id that the objective put before every document; None if there is none."""
     objective = run_config.objective(loaded.config, loaded.tokenizer)
     empty_prompt = objective.prompt(np.array([], np.int32)).tolist()
@@ -208,13 +209,13 @@ def _write_tokenizer(
         tokenizer,
         content,
         folder,
-        texts=_first_documents(loaded.store, tokenizer),
+        texts=_read_first_documents(loaded.store, tokenizer),
         max_length=loaded.config.model.max_seq_len,
         bos_id=bos_id,
     )
 
 
-def _first_documents(store: Path, tokenizer: Tokenizer) -> Iterator[str]:
+def _read_first_documents(store: Path, tokenizer: Tokenizer) -> Iterator[str]:
     """The first documents of each source's training split."""
     manifest = prepare.read_manifest(store)
     for name, source in (manifest or {"sources": {}})["sources"].items():

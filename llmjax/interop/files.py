@@ -16,8 +16,9 @@ from typing import Any, TypeGuard
 import ml_dtypes
 import numpy as np
 
+from llmjax import atomic
 from llmjax.errors import UserError
-from llmjax.interop.hf_config import shown
+from llmjax.interop.hf_config import format_value
 
 TYPES: dict[str, Any] = {
     "F64": np.dtype("<f8"),
@@ -86,7 +87,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     ranges: list[tuple[int, int, str]] = []
     for name, item in header.items():
         if not name.isprintable():
-            raise _not_safetensors(path, f"a tensor is named {shown(name)}")
+            raise _not_safetensors(path, f"a tensor is named {format_value(name)}")
         dtype, shape, (first, last) = _parse_entry(path, name, item)
         entries[name] = Entry(path, dtype, shape, start + first)
         if last - first != entries[name].nbytes:
@@ -112,11 +113,13 @@ def _parse_entry(path: Path, name: str, item: Any) -> tuple[str, tuple[int, ...]
         raise _not_safetensors(path, f"tensor {name} has no type, shape and data_offsets")
     dtype, shape, offsets = (item.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in TYPES:
-        raise UserError(f"{path}: tensor {name} is of type {shown(dtype, quote=False)}; known are {', '.join(TYPES)}")
+        raise UserError(
+            f"{path}: tensor {name} is of type {format_value(dtype, quote=False)}; known are {', '.join(TYPES)}"
+        )
     if not _is_sizes(shape):
-        raise _not_safetensors(path, f"tensor {name}: shape={shown(shape)}")
+        raise _not_safetensors(path, f"tensor {name}: shape={format_value(shape)}")
     if not _is_sizes(offsets) or len(offsets) != 2:
-        raise _not_safetensors(path, f"tensor {name}: data_offsets={shown(offsets)}")
+        raise _not_safetensors(path, f"tensor {name}: data_offsets={format_value(offsets)}")
     return dtype, tuple(shape), (offsets[0], offsets[1])
 
 
@@ -160,7 +163,7 @@ def _reject_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     unique = dict(pairs)
     if len(unique) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {shown(next(name for name in names if names.count(name) > 1))} is repeated")
+        raise ValueError(f"the key {format_value(next(name for name in names if names.count(name) > 1))} is repeated")
     return unique
 
 
@@ -178,17 +181,19 @@ def read_folder(folder: Path) -> dict[str, Entry]:
         raise UserError(f"{folder}: has neither model.safetensors nor {_INDEX}; other formats are not supported")
     shard_of = read_json(index).get("weight_map")
     if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
-        raise UserError(f"{index}: weight_map={shown(shard_of)}: expected a map from tensor to file; fetch it again")
+        raise UserError(
+            f"{index}: weight_map={format_value(shard_of)}: expected a map from tensor to file; fetch it again"
+        )
     entries: dict[str, Entry] = {}
     for shard in sorted(set(shard_of.values())):
         if Path(shard).name != shard or "\0" in shard or not (folder / shard).is_file():
-            name = shown(shard, quote=False)
+            name = format_value(shard, quote=False)
             raise UserError(f"{folder}: the shard {name} that {_INDEX} names is missing; fetch it")
         entries |= {name: entry for name, entry in read_header(folder / shard).items() if shard_of.get(name) == shard}
     return entries
 
 
-def nbytes(spec: tuple[str, tuple[int, ...]]) -> int:
+def count_bytes(spec: tuple[str, tuple[int, ...]]) -> int:
     """Bytes of a tensor of a type such as "F32" and a shape."""
     return TYPES[spec[0]].itemsize * math.prod(spec[1])
 
@@ -220,7 +225,7 @@ def write_folder(
     Only one tensor is in memory at a time. Every process calls `get_tensor` for all names in order, and only the
     `primary` one writes. `report_bytes` gets the bytes of each tensor that is written. Returns the files.
     """
-    sizes = {name: nbytes(spec) for name, spec in tensors.items()}
+    sizes = {name: count_bytes(spec) for name, spec in tensors.items()}
     shards = plan_shards(sizes, limit)
     paths = [folder / _shard_name(number, len(shards)) for number in range(len(shards))]
     for path, names in zip(paths, shards, strict=True):
@@ -255,14 +260,14 @@ def _write_file(
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (dtype, shape) in tensors.items():
-        begin, end = end, end + nbytes((dtype, shape))
+        begin, end = end, end + count_bytes((dtype, shape))
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    with atomic.name_in_errors(path), path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for array in arrays:
-            np.ascontiguousarray(array).reshape(-1).view(np.uint8).tofile(file)
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             report_bytes(array.nbytes)
         file.flush()
         os.fsync(file.fileno())

@@ -12,7 +12,7 @@ import numpy as np
 from llmjax.binding import bind
 from llmjax.errors import UserError, suggest
 from llmjax.interop import decoder, encdec, encoder, files, moe
-from llmjax.interop.hf_config import UnknownFieldError, shown
+from llmjax.interop.hf_config import UnknownFieldError, format_value
 from llmjax.interop.mapping import Architecture, Slices
 from llmjax.models import registry
 
@@ -63,7 +63,7 @@ class Checkpoint:
                 if error.name not in not_ignored_yet:
                     raise
                 not_ignored_yet.remove(error.name)
-                hf = _without(hf, error.name)
+                hf = _remove_field(hf, error.name)
             except UserError as error:
                 if str(error).startswith("config.json"):
                     raise
@@ -71,7 +71,7 @@ class Checkpoint:
             except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
                 raise UserError(f"config.json: a field has a value of a wrong type ({error})") from None
         if not_ignored_yet:
-            name = shown(not_ignored_yet[0], quote=False)
+            name = format_value(not_ignored_yet[0], quote=False)
             raise UserError(f"--ignore={name}: config.json has no unknown field of this name; remove the flag")
         self._check_size(model)
         return section
@@ -153,10 +153,10 @@ def read(folder: Path) -> Checkpoint:
     hf = files.read_json(folder / "config.json")
     names = hf.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"config.json: architectures={shown(names)}: expected a list of one name")
+        raise UserError(f"config.json: architectures={format_value(names)}: expected a list of one name")
     names = [str(OLD_NAMES.get(name, name)) for name in names]
     if len(names) != 1 or names[0] not in ARCHITECTURES:
-        listed = shown(", ".join(names), quote=False) or "none"
+        listed = format_value(", ".join(names), quote=False) or "none"
         hint = suggest(names[0], ARCHITECTURES) if names else ""
         raise UserError(f"{folder}: architecture {listed}{hint} is not known; known are {', '.join(ARCHITECTURES)}")
     architecture = ARCHITECTURES[names[0]]
@@ -171,13 +171,13 @@ def read(folder: Path) -> Checkpoint:
     return Checkpoint(folder, hf, names[0], family, architecture, Tensors(entries, _read_quantization(hf)))
 
 
-def _without(hf: dict[str, Any], path: str) -> dict[str, Any]:
+def _remove_field(hf: dict[str, Any], path: str) -> dict[str, Any]:
     """config.json without the field of a dotted path, which may lie in text_config."""
     if path in hf:
         return {name: value for name, value in hf.items() if name != path}
     head, _, rest = path.partition(".")
     head, rest = (head, rest) if isinstance(hf.get(head), dict) else ("text_config", path)
-    return {**hf, head: _without(hf[head], rest)}
+    return {**hf, head: _remove_field(hf[head], rest)}
 
 
 def _read_quantization(hf: dict[str, Any]) -> "Quantization | None":
@@ -185,11 +185,13 @@ def _read_quantization(hf: dict[str, Any]) -> "Quantization | None":
     if settings is None:
         return None
     if not isinstance(settings, dict):
-        raise UserError(f"config.json: quantization_config={shown(settings)}: expected a section with quant_method")
+        raise UserError(
+            f"config.json: quantization_config={format_value(settings)}: expected a section with quant_method"
+        )
     method = settings.get("quant_method")
     if not isinstance(method, str) or method not in QUANTIZATIONS:
         raise UserError(
-            f"config.json: quantization_config.quant_method={shown(method)} is not supported; supported are "
+            f"config.json: quantization_config.quant_method={format_value(method)} is not supported; supported are "
             f"{', '.join(QUANTIZATIONS)}"
         )
     return QUANTIZATIONS[method](settings)

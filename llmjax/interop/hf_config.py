@@ -63,9 +63,10 @@ class UnknownFieldError(UserError):
     """A field of config.json that no reader knows; `name` is its path, such as `rope_scaling.new_field`."""
 
     def __init__(self, name: str, value: Any):
+        printable_name = format_value(name, quote=False)
         super().__init__(
-            f"config.json: {shown(name, quote=False)}={shown(value)} is not a known field of this architecture; if it "
-            f"changes no number of the model, accept it with --ignore={shown(name, quote=False)}"
+            f"config.json: {printable_name}={format_value(value)} is not a known field of this architecture; if it "
+            f"changes no number of the model, accept it with --ignore={printable_name}"
         )
         self.name = name
 
@@ -139,7 +140,7 @@ class Fields:
             return None
         for kind in types:
             if kind not in (FULL, SLIDING):
-                raise UserError(f"config.json: layer_types holds {shown(kind)}; known are {SLIDING}, {FULL}")
+                raise UserError(f"config.json: layer_types holds {format_value(kind)}; known are {SLIDING}, {FULL}")
         if len(types) != layers:
             raise UserError(f"config.json: layer_types has {len(types)} entries for {layers} layers")
         return types
@@ -152,13 +153,15 @@ class Fields:
         is_equal = lambda other: value == other and (type(value) is bool) == (type(other) is bool)
         if value is not _MISSING and not any(map(is_equal, allowed)):
             supported = " or ".join(repr(value) for value in allowed)
-            raise UserError(f"config.json: {self._path}{name}={shown(value)} is not supported, only {supported}")
+            raise UserError(f"config.json: {self._path}{name}={format_value(value)} is not supported, only {supported}")
 
     def choice(self, name: str, names: Mapping[str, str], default: str) -> str:
         """The llmjax name of a Hugging Face name; UserError for one that is not in `names`."""
         value = self.get(name, None) or default
         if not isinstance(value, str) or value not in names:
-            raise UserError(f"config.json: {self._path}{name}={shown(value)} is not supported, only {', '.join(names)}")
+            raise UserError(
+                f"config.json: {self._path}{name}={format_value(value)} is not supported, only {', '.join(names)}"
+            )
         return names[value]
 
     def reject_unread(self, *neutral: str) -> None:
@@ -175,10 +178,10 @@ class Fields:
         return UserError(f"config.json has no {self._path}{name}")
 
     def _error(self, name: str, value: Any, expected: str) -> UserError:
-        return UserError(f"config.json: {self._path}{name}={shown(value)}: expected {expected}")
+        return UserError(f"config.json: {self._path}{name}={format_value(value)}: expected {expected}")
 
 
-def shown(value: Any, quote: bool = True) -> str:
+def format_value(value: Any, quote: bool = True) -> str:
     """A value for an error of one line: its repr, cut to 80 characters."""
     if isinstance(value, int) and value.bit_length() > 256:  # repr of a very large int is slow, or refused
         return f"an integer of {value.bit_length()} bits"
@@ -187,7 +190,7 @@ def shown(value: Any, quote: bool = True) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def attention_pattern(layer_types: Sequence[str]) -> str:
+def find_attention_pattern(layer_types: Sequence[str]) -> str:
     """The shortest model.attention_pattern that gives these layer types."""
     letters = "".join("l" if kind == SLIDING else "g" for kind in layer_types)
     repeats = lambda period: (letters[:period] * len(letters)).startswith(letters)

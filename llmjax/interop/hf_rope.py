@@ -53,7 +53,7 @@ def read_rope_by_kind(
 
 def write_rope(config: DecoderConfig) -> dict[str, Any]:
     """The fields of config.json for what `read_rope` reads."""
-    return {"rope_theta": config.rope_base, "rope_parameters": _rope_parameters(config)}
+    return {"rope_theta": config.rope_base, "rope_parameters": _write_rope_parameters(config)}
 
 
 def write_rope_by_kind(config: DecoderConfig) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def write_rope_by_kind(config: DecoderConfig) -> dict[str, Any]:
             f"model.rope_local_base=0.0: rope_scaling={config.rope_scaling!r} would be lost in the sliding layers"
         )
     local = {"rope_type": "default", "rope_theta": config.rope_local_base or config.rope_base}
-    return {"rope_parameters": {FULL: _rope_parameters(config), SLIDING: local}}
+    return {"rope_parameters": {FULL: _write_rope_parameters(config), SLIDING: local}}
 
 
 def _read_rope(
@@ -94,12 +94,12 @@ def _read_rope(
         section |= {"rope_factor": factor, "rope_original": original, "rope_truncate": rope.get("truncate", True)}
         section |= {"rope_low": float(rope.get("beta_slow", None, *NUMBER) or 1)}
         section |= {"rope_high": float(rope.get("beta_fast", None, *NUMBER) or 32)}
-        section |= {"rope_attention_factor": _attention_factor(rope, factor)}
+        section |= {"rope_attention_factor": _read_attention_factor(rope, factor)}
     rope.reject_unread()
     return section
 
 
-def _attention_factor(rope: Fields, factor: float) -> float:
+def _read_attention_factor(rope: Fields, factor: float) -> float:
     names = ("attention_factor", "mscale", "mscale_all_dim")
     attention_factor, weight, weight_all_dims = (rope.get(name, None, *NUMBER) for name in names)
     if attention_factor is not None:
@@ -109,7 +109,7 @@ def _attention_factor(rope: Fields, factor: float) -> float:
     return yarn_attention_factor(factor)
 
 
-def _rope_parameters(config: DecoderConfig) -> dict[str, Any]:
+def _write_rope_parameters(config: DecoderConfig) -> dict[str, Any]:
     scaling = config.scaling
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_base}
     if scaling is None:

@@ -10,6 +10,7 @@ from etils import epath
 import jax
 
 import llmjax
+from llmjax import atomic
 from llmjax.batch import Params
 from llmjax.checkpoint.manager import Checkpoints
 from llmjax.data.store.tokenizer import Tokenizer
@@ -66,14 +67,14 @@ def import_checkpoint(
     checkpoint = hf_checkpoint.read(source)
     tensors = checkpoint.tensors
     section = checkpoint.read_model(ignore)
-    tokenizer_file = tokenizers.find(epath.Path(source), checkpoint.hf, num_rows=section["vocab_size"])
+    tokenizer_file = tokenizers.find_tokenizer(epath.Path(source), checkpoint.hf, num_rows=section["vocab_size"])
     config = _run_config(section, tokenizer_file.tokenizer, workdir, overrides)
     table = ParamMapping(checkpoint.architecture.rules(config.model), config.model)
     table.check_tensors(tensors)
     _check_aliases(table, tensors)
     types, gigabytes = ", ".join(tensors.types), tensors.nbytes / 1e9
     logger.info("%s: %d tensors of %s, %.2f GB", checkpoint.name, len(tensors.shapes()), types, gigabytes)
-    for note in _notes(tokenizer_file.settings, tokenizer_file.tokenizer, config):
+    for note in _make_notes(tokenizer_file.settings, tokenizer_file.tokenizer, config):
         logger.info("  note: %s", note)
 
     _, shapes, names = registry.abstract(config.model)
@@ -103,7 +104,8 @@ def _write_workdir(
     workdir.mkdir(parents=True, exist_ok=True)
     with workdirs.Lock(workdir, primary=hosts.is_primary()):
         if hosts.is_primary():
-            tokenizers.copy_to_workdir(epath.Path(source), tokenizer_file, workdir)
+            with atomic.name_in_errors(workdir / workdirs.TOKENIZER):
+                tokenizers.copy_to_workdir(epath.Path(source), tokenizer_file, workdir)
         logger.info("writing checkpoint 0")
         fingerprint = _save(workdir, config, params, tokenizer, source)
         if hosts.is_primary():
@@ -165,7 +167,7 @@ def _save(workdir: epath.Path, config: RunConfig, params: Params, tokenizer: Tok
     return fingerprint
 
 
-def _notes(settings: TokenizerSettings, tokenizer: Tokenizer, config: RunConfig) -> list[str]:
+def _make_notes(settings: TokenizerSettings, tokenizer: Tokenizer, config: RunConfig) -> list[str]:
     """What the user should know about prompts and generation."""
     notes = []
     if config.model.generates:

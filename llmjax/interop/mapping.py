@@ -45,7 +45,7 @@ class Rule:
     default: float = 0.0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Architecture:
     """One class name in config.json's "architectures".
 
@@ -270,13 +270,13 @@ def transposed() -> dict[str, Any]:
     return {"from_hf": lambda tensor: (tensor.T,), "to_hf": lambda array: array.T}
 
 
-def linear_rules(hf_name: str, name: str, inputs: Sequence[int], outputs: Sequence[int], bias: bool) -> list[Rule]:
+def make_linear_rules(hf_name: str, name: str, inputs: Sequence[int], outputs: Sequence[int], bias: bool) -> list[Rule]:
     """The weight of torch's Linear, and its bias if it has one."""
     rules = [Rule(f"{hf_name}.weight", (f"{name}.weight",), **linear(inputs, outputs))]
     return [*rules, Rule(f"{hf_name}.bias", (f"{name}.bias",), **vector(outputs))] if bias else rules
 
 
-def norm_rules(names: Mapping[str, str], bias: bool = False) -> list[Rule]:
+def make_norm_rules(names: Mapping[str, str], bias: bool = False) -> list[Rule]:
     """The scale of each norm, Hugging Face name -> name, and its bias if it has one."""
     rules = []
     for hf_name, name in names.items():

@@ -12,15 +12,15 @@ from llmjax.interop import decoder_rules
 from llmjax.interop.decoder import (
     LLAMA_ACTIVATION,
     SHARED,
-    every_nth_global,
+    list_layer_types,
     read_llama_fields,
     read_local_layers,
     write_local_layers,
 )
 from llmjax.interop.decoder_rules import LAYER
-from llmjax.interop.hf_config import Field, Fields, constant, read_fields, shown, write_fields
+from llmjax.interop.hf_config import Field, Fields, constant, format_value, read_fields, write_fields
 from llmjax.interop.hf_rope import write_rope
-from llmjax.interop.mapping import Architecture, Rule, linear, linear_rules, transposed
+from llmjax.interop.mapping import Architecture, Rule, linear, make_linear_rules, transposed
 from llmjax.models.moe import MoeConfig
 from llmjax.nn.rotary import yarn_attention_factor
 
@@ -54,7 +54,9 @@ def _read_num_experts(fields: Fields, _: str, default: int) -> int:
 def _read_dense_layers(fields: Fields, name: str, _: None) -> int:
     layers = fields.get(name, None, list) or []
     if layers != list(range(len(layers))):
-        raise UserError(f"config.json: {name}={shown(layers)} is not supported, only the first layers, such as [0, 1]")
+        raise UserError(
+            f"config.json: {name}={format_value(layers)} is not supported, only the first layers, such as [0, 1]"
+        )
     return len(layers)
 
 
@@ -134,7 +136,7 @@ def _read_gpt_oss(hf: dict[str, Any]) -> dict[str, Any]:
     section = read_llama_fields(
         fields, rope_base=150_000.0, rms_norm_eps=1e-5, num_key_value_heads=8, max_position_embeddings=131072
     )
-    section |= read_local_layers(fields, default=every_nth_global(fields["num_hidden_layers"], 2), window=128)
+    section |= read_local_layers(fields, default=list_layer_types(fields["num_hidden_layers"], 2), window=128)
     section |= {
         "biases": "all",
         "attention_sinks": True,
@@ -194,42 +196,39 @@ def _write_shared(config: MoeConfig, model_type: str) -> dict[str, Any]:
     return shared | {"num_experts_per_tok": config.experts_per_token, **write_fields(LLAMA_ACTIVATION, config)}
 
 
-def _mixtral_rules(config: MoeConfig) -> list[Rule]:
+def _make_mixtral_rules(config: MoeConfig) -> list[Rule]:
     """w1, w2 and w3 are gate, down and up."""
-    return [
-        *decoder_rules.ends(config),
-        *decoder_rules.norms(config),
-        *decoder_rules.attention(config),
-        *_expert_rules(config, "block_sparse_moe", ("w1", "w3", "w2")),
-    ]
+    experts = _make_expert_rules(config, "block_sparse_moe", ("w1", "w3", "w2"))
+    return decoder_rules.make_rules_without_mlp(config) + experts
 
 
-def _qwen3_rules(config: MoeConfig) -> list[Rule]:
+def _make_qwen3_rules(config: MoeConfig) -> list[Rule]:
     """Like Mixtral, with norms of queries and keys; the first layers may have no experts."""
-    shared = decoder_rules.norms(config) + decoder_rules.attention(config)
-    return decoder_rules.ends(config) + _layers(config, shared, decoder_rules.mlp(config), _gated_experts(config))
+    shared = decoder_rules.make_block_norm_rules(config) + decoder_rules.make_attention_rules(config)
+    layers = _make_layer_rules(config, shared, _make_gated_expert_rules(config))
+    return decoder_rules.make_end_rules(config) + layers
 
 
-def _deepseek_rules(config: MoeConfig) -> list[Rule]:
+def _make_deepseek_rules(config: MoeConfig) -> list[Rule]:
     """Latent attention, shared experts, and first layers without experts."""
-    in_every_layer = decoder_rules.norms(config) + _latent_attention(config)
+    in_every_layer = decoder_rules.make_block_norm_rules(config) + _make_latent_attention_rules(config)
     bias = Rule(LAYER + "mlp.gate.e_score_correction_bias", ("blocks.mlp.router.expert_bias",))
     embed, width = (config.embed,), (config.shared_experts * config.expert_size,)
     shared_expert = [
-        *linear_rules(LAYER + "mlp.shared_experts.gate_proj", "blocks.mlp.shared.gate", embed, width, bias=False),
-        *linear_rules(LAYER + "mlp.shared_experts.up_proj", "blocks.mlp.shared.up", embed, width, bias=False),
-        *linear_rules(LAYER + "mlp.shared_experts.down_proj", "blocks.mlp.shared.down", width, embed, bias=False),
+        *make_linear_rules(LAYER + "mlp.shared_experts.gate_proj", "blocks.mlp.shared.gate", embed, width, bias=False),
+        *make_linear_rules(LAYER + "mlp.shared_experts.up_proj", "blocks.mlp.shared.up", embed, width, bias=False),
+        *make_linear_rules(LAYER + "mlp.shared_experts.down_proj", "blocks.mlp.shared.down", width, embed, bias=False),
     ]
-    experts = [*_gated_experts(config), bias, *(shared_expert if config.shared_experts else [])]
-    return decoder_rules.ends(config) + _layers(config, in_every_layer, decoder_rules.mlp(config), experts)
+    experts = [*_make_gated_expert_rules(config), bias, *(shared_expert if config.shared_experts else [])]
+    return decoder_rules.make_end_rules(config) + _make_layer_rules(config, in_every_layer, experts)
 
 
-def _deepseek_name(name: str) -> str | None:
+def _rename_deepseek(name: str) -> str | None:
     """Leave out the layer that predicts a further token, as transformers does."""
     return None if name.startswith(_MTP_LAYER) else name
 
 
-def _gpt_oss_rules(config: MoeConfig) -> list[Rule]:
+def _make_gpt_oss_rules(config: MoeConfig) -> list[Rule]:
     """One tensor has all experts of a layer; gate and up alternate in its last dimension."""
     interleaved = {
         "from_hf": lambda tensor: (tensor[..., 0::2], tensor[..., 1::2]),
@@ -238,9 +237,7 @@ def _gpt_oss_rules(config: MoeConfig) -> list[Rule]:
     hf_block, block = LAYER + "mlp.", "blocks.mlp."
     names = lambda suffix: (f"{block}experts.gate{suffix}", f"{block}experts.up{suffix}")
     return [
-        *decoder_rules.ends(config),
-        *decoder_rules.norms(config),
-        *decoder_rules.attention(config),
+        *decoder_rules.make_rules_without_mlp(config),
         Rule(hf_block + "router.weight", (block + "router.weight",), **transposed()),
         Rule(hf_block + "router.bias", (block + "router.bias",)),
         Rule(hf_block + "experts.gate_up_proj", names(""), **interleaved),
@@ -250,11 +247,11 @@ def _gpt_oss_rules(config: MoeConfig) -> list[Rule]:
     ]
 
 
-def _gated_experts(config: MoeConfig) -> list[Rule]:
-    return _expert_rules(config, "mlp", ("gate_proj", "up_proj", "down_proj"))
+def _make_gated_expert_rules(config: MoeConfig) -> list[Rule]:
+    return _make_expert_rules(config, "mlp", ("gate_proj", "up_proj", "down_proj"))
 
 
-def _expert_rules(config: MoeConfig, module: str, names: tuple[str, str, str]) -> list[Rule]:
+def _make_expert_rules(config: MoeConfig, module: str, names: tuple[str, str, str]) -> list[Rule]:
     """The router, and three tensors for each expert; `names` are those of gate, up and down."""
     embed, width = (config.embed,), (config.expert_size,)
     shapes = zip(("gate", "up", "down"), names, ((embed, width), (embed, width), (width, embed)), strict=True)
@@ -265,7 +262,7 @@ def _expert_rules(config: MoeConfig, module: str, names: tuple[str, str, str]) -
     ]
 
 
-def _latent_attention(config: MoeConfig) -> list[Rule]:
+def _make_latent_attention_rules(config: MoeConfig) -> list[Rule]:
     embed, heads, plain, rope = config.embed, config.num_heads, config.head_size, config.rope_dim
     latent, value_size, query_inputs = config.latent, config.value_size, config.query_latent or config.embed
     hf_attention, attention = LAYER + "self_attn.", "blocks.attention."
@@ -327,12 +324,13 @@ def _transpose_pairs(tensor: Any, dim: int, sizes: Sequence[int]) -> Any:
     return tensor.reshape(*shape[:dim], *sizes, *shape[dim + 1 :]).swapaxes(dim, dim + 1).reshape(shape)
 
 
-def _layers(config: MoeConfig, shared: list[Rule], dense: list[Rule], experts: list[Rule]) -> list[Rule]:
+def _make_layer_rules(config: MoeConfig, shared: list[Rule], experts: list[Rule]) -> list[Rule]:
     """Rules of all layers: the first ones, dense_blocks, have no experts, the others are blocks.
 
-    shared   rules of every layer; `dense` and `experts` are those of one of the two kinds
+    shared    rules of every layer
+    experts   rules of the layers with experts
     """
-    num_dense = config.dense_layers
+    num_dense, dense = config.dense_layers, decoder_rules.make_mlp_rules(config)
     rules = [dataclasses.replace(rule, layers=tuple(range(num_dense, config.num_layers))) for rule in shared + experts]
     if num_dense:
         dense_names = lambda rule: tuple(name.replace("blocks.", "dense_blocks.", 1) for name in rule.names)
@@ -342,22 +340,17 @@ def _layers(config: MoeConfig, shared: list[Rule], dense: list[Rule], experts: l
 
 ARCHITECTURES = {
     "MixtralForCausalLM": Architecture(
-        read_config=_read_mixtral, write_config=_write_mixtral, rules=_mixtral_rules, unused_fields=_UNUSED_FIELDS
+        _read_mixtral, _write_mixtral, _make_mixtral_rules, unused_fields=_UNUSED_FIELDS
     ),
-    "Qwen3MoeForCausalLM": Architecture(
-        read_config=_read_qwen3, write_config=_write_qwen3, rules=_qwen3_rules, unused_fields=_UNUSED_FIELDS
-    ),
+    "Qwen3MoeForCausalLM": Architecture(_read_qwen3, _write_qwen3, _make_qwen3_rules, unused_fields=_UNUSED_FIELDS),
     "GptOssForCausalLM": Architecture(
-        read_config=_read_gpt_oss,
-        write_config=_write_gpt_oss,
-        rules=_gpt_oss_rules,
-        unused_fields=(*_UNUSED_FIELDS, "activation"),
+        _read_gpt_oss, _write_gpt_oss, _make_gpt_oss_rules, unused_fields=(*_UNUSED_FIELDS, "activation")
     ),
     "DeepseekV3ForCausalLM": Architecture(
-        read_config=_read_deepseek,
-        write_config=_write_deepseek,
-        rules=_deepseek_rules,
-        rename=_deepseek_name,
-        unused_fields=("balance_loss", "router_z_loss", "mlp"),
+        _read_deepseek,
+        _write_deepseek,
+        _make_deepseek_rules,
+        _rename_deepseek,
+        ("balance_loss", "router_z_loss", "mlp"),
     ),
 }

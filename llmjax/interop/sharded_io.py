@@ -41,12 +41,12 @@ class Progress:
 
 def read(table: ParamMapping, source: Source, shardings: dict[str, NamedSharding]) -> Params:
     """The parameters as sharded arrays. Every process reads what its own devices hold, each part once."""
-    sizes = {name: _local_bytes(leaf, shardings[name]) for name, leaf in table.shapes.items()}
+    sizes = {name: _count_local_bytes(leaf, shardings[name]) for name, leaf in table.shapes.items()}
     progress = Progress("reading", sum(sizes.values()))
     return table.unflatten({name: _read_array(table, source, name, shardings[name], progress) for name in table.shapes})
 
 
-def _parts(shape: tuple[int, ...], sharding: NamedSharding) -> dict[tuple, list[Any]]:
+def _list_parts(shape: tuple[int, ...], sharding: NamedSharding) -> dict[tuple, list[Any]]:
     """(start, stop) for each dimension -> this process's devices that hold that part."""
     parts: dict[tuple, list[Any]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
@@ -55,8 +55,8 @@ def _parts(shape: tuple[int, ...], sharding: NamedSharding) -> dict[tuple, list[
     return parts
 
 
-def _local_bytes(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> int:
-    parts = _parts(leaf.shape, sharding)
+def _count_local_bytes(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> int:
+    parts = _list_parts(leaf.shape, sharding)
     return leaf.dtype.itemsize * sum(math.prod(stop - start for start, stop in part) for part in parts)
 
 
@@ -64,7 +64,7 @@ def _read_array(
     table: ParamMapping, source: Source, name: str, sharding: NamedSharding, progress: Progress
 ) -> jax.Array:
     shape, arrays = table.shapes[name].shape, []
-    for part, devices in _parts(shape, sharding).items():
+    for part, devices in _list_parts(shape, sharding).items():
         shard = table.read(name, tuple(slice(*bounds) for bounds in part), source)
         # Wait for each transfer, so that the host never holds more than one shard besides what the devices hold.
         arrays += [jax.block_until_ready(jax.device_put(shard, device)) for device in devices]

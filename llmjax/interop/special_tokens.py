@@ -53,7 +53,7 @@ def read(
     generation = read_optional(folder, "generation_config.json")
     vocabulary = _read_sentencepiece(content) if kind == "sentencepiece" else _read_json(content)
     is_t5 = _is_t5(config, hf)
-    added = _added_tokens(folder, token_fields, vocabulary, with_sentinels=is_t5 and kind == "sentencepiece")
+    added = _collect_added_tokens(folder, token_fields, vocabulary, with_sentinels=is_t5 and kind == "sentencepiece")
     added_ids = {token["content"]: token["id"] for token in added}
 
     def find(name: str | None) -> int | None:
@@ -61,14 +61,14 @@ def read(
             return None
         return added_ids[name] if name in added_ids else vocabulary.find(name)
 
-    roles = {role: find(_token_name(token_fields, f"{role}_token")) for role in _ROLES}
+    roles = {role: find(_read_token_name(token_fields, f"{role}_token")) for role in _ROLES}
     prefix, suffix = _choose_affixes(config, roles, vocabulary, is_t5)
     stop_ids = (
-        _eos_ids(generation, "generation_config.json", num_rows)
-        or _eos_ids(hf, "config.json", num_rows)
-        or _eos_ids(hf.get("text_config") or {}, "config.json: text_config", num_rows)
-        or _first(roles["eos"], vocabulary.eos_id, roles["sep"], *suffix[:1])
-        or _first(*(vocabulary.find(name) for name in EOS_NAMES if name in vocabulary.special))
+        _read_eos_ids(generation, "generation_config.json", num_rows)
+        or _read_eos_ids(hf, "config.json", num_rows)
+        or _read_eos_ids(hf.get("text_config") or {}, "config.json: text_config", num_rows)
+        or _first_id(roles["eos"], vocabulary.eos_id, roles["sep"], *suffix[:1])
+        or _first_id(*(vocabulary.find(name) for name in EOS_NAMES if name in vocabulary.special))
     )
     size = max([vocabulary.size, *(1 + token_id for token_id in added_ids.values())])
     size = size if num_rows is None else min(size, num_rows)
@@ -91,11 +91,11 @@ def read(
         added_tokens=tuple(added),
         num_rows=num_rows,
         prefix_space=bool(config.get("legacy", False)) or _trims_spaces(content, kind),
-        space_marks=_space_marks(config, hf, content) if kind == "huggingface" else "",
+        space_marks=_choose_space_marks(config, hf, content) if kind == "huggingface" else "",
     )
 
 
-def _space_marks(config: dict[str, Any], hf: dict[str, Any], content: bytes) -> str:
+def _choose_space_marks(config: dict[str, Any], hf: dict[str, Any], content: bytes) -> str:
     """Where transformers adds space marks for a LlamaTokenizer, which ignores what tokenizer.json says of spaces.
 
     "" where transformers reads the file as it is: for other classes, other models, and byte-level files.
@@ -116,7 +116,7 @@ def read_optional(folder: epath.Path, name: str) -> dict[str, Any]:
     return parse_json(path.read_bytes(), str(path), unique_keys=False) if path.exists() else {}
 
 
-def _eos_ids(fields: Any, file: str, num_rows: int | None) -> tuple[int, ...]:
+def _read_eos_ids(fields: Any, file: str, num_rows: int | None) -> tuple[int, ...]:
     """The ids of eos_token_id, an id or a list, that the model has rows for; () if it is absent."""
     value = fields.get("eos_token_id") if isinstance(fields, dict) else None
     ids = value if isinstance(value, list) else [] if value is None else [value]
@@ -125,19 +125,19 @@ def _eos_ids(fields: Any, file: str, num_rows: int | None) -> tuple[int, ...]:
     return tuple(token_id for token_id in dict.fromkeys(ids) if num_rows is None or token_id < num_rows)
 
 
-def _token_name(fields: dict[str, Any], field: str) -> str | None:
+def _read_token_name(fields: dict[str, Any], field: str) -> str | None:
     """The content of a token, which files give as a string or as an object with properties."""
-    return _content(fields.get(field), f"tokenizer_config.json: {field}")
+    return _read_content(fields.get(field), f"tokenizer_config.json: {field}")
 
 
-def _content(value: Any, field: str) -> str | None:
+def _read_content(value: Any, field: str) -> str | None:
     content = value.get("content") if isinstance(value, dict) else value
     if not isinstance(content, str | None):
         raise UserError(f"{field}={value!r}: expected a token's text")
     return content
 
 
-def _added_tokens(
+def _collect_added_tokens(
     folder: epath.Path, token_fields: dict[str, Any], vocabulary: Vocabulary, *, with_sentinels: bool
 ) -> list[dict[str, Any]]:
     """Entries for the tokens that the tokenizer's own file lacks, or has as ordinary pieces."""
@@ -148,14 +148,14 @@ def _added_tokens(
             return
         if token_id is None and (token_id := vocabulary.find(name)) is None:
             token_id = max(vocabulary.size, 1 + max((entry["id"] for entry in entries.values()), default=0))
-        entries[name] = _entry(name, token_id, properties)
+        entries[name] = _make_entry(name, token_id, properties)
 
     for token_id, properties in sorted(_parse_decoder(token_fields.get("added_tokens_decoder"))):
-        add(_content(properties, "tokenizer_config.json: added_tokens_decoder"), token_id, properties)
+        add(_read_content(properties, "tokenizer_config.json: added_tokens_decoder"), token_id, properties)
     id_of = read_optional(folder, "added_tokens.json")
     if not all(type(token_id) is int for token_id in id_of.values()):
         raise UserError(f"{folder / 'added_tokens.json'}: expected an id for each token")
-    role_names = [_token_name(token_fields, f"{role}_token") for role in _ROLES]
+    role_names = [_read_token_name(token_fields, f"{role}_token") for role in _ROLES]
     for name, token_id in sorted(id_of.items(), key=lambda item: item[1]):
         add(name, token_id, {"special": name in role_names})
     if with_sentinels:
@@ -169,7 +169,7 @@ def _added_tokens(
     for field in ("additional_special_tokens", "extra_special_tokens"):
         values = token_fields.get(field) or []
         for value in values.values() if isinstance(values, dict) else values if isinstance(values, list) else []:
-            add(_content(value, f"tokenizer_config.json: {field}"), None)
+            add(_read_content(value, f"tokenizer_config.json: {field}"), None)
     return sorted(entries.values(), key=lambda entry: entry["id"])
 
 
@@ -181,7 +181,7 @@ def _parse_decoder(decoder: Any) -> Iterator[tuple[int, Any]]:
         yield int(token_id), properties
 
 
-def _entry(name: str, token_id: int, properties: Any) -> dict[str, Any]:
+def _make_entry(name: str, token_id: int, properties: Any) -> dict[str, Any]:
     properties = properties if isinstance(properties, dict) else {}
     flags = {flag: bool(properties.get(flag, False)) for flag in ("single_word", "lstrip", "rstrip")}
     special = bool(properties.get("special", True))
@@ -199,11 +199,11 @@ def _choose_affixes(
 ) -> Affixes:
     """Those of the post-processor, unless tokenizer_config.json overrides them."""
     if is_t5:
-        return (), _first(roles["eos"], vocabulary.eos_id)
+        return (), _first_id(roles["eos"], vocabulary.eos_id)
     if vocabulary.affixes is not None and not {"add_bos_token", "add_eos_token"} & config.keys():
         return vocabulary.affixes
-    prefix = _first(roles["bos"]) if config.get("add_bos_token") else ()
-    return prefix, _first(roles["eos"]) if config.get("add_eos_token") else ()
+    prefix = _first_id(roles["bos"]) if config.get("add_bos_token") else ()
+    return prefix, _first_id(roles["eos"]) if config.get("add_eos_token") else ()
 
 
 def _is_t5(config: dict[str, Any], hf: dict[str, Any]) -> bool:
@@ -213,7 +213,7 @@ def _is_t5(config: dict[str, Any], hf: dict[str, Any]) -> bool:
     return hf.get("model_type") in _T5_TYPES
 
 
-def _first(*ids: int | None) -> tuple[int, ...]:
+def _first_id(*ids: int | None) -> tuple[int, ...]:
     """The first id that is not None, as a tuple; () if there is none."""
     return next(((i,) for i in ids if i is not None), ())
 

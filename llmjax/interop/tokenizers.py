@@ -47,7 +47,7 @@ class TokenizerFile:
     tokenizer: Tokenizer
 
 
-def find(folder: epath.Path, hf: dict[str, Any], *, num_rows: int) -> TokenizerFile:
+def find_tokenizer(folder: epath.Path, hf: dict[str, Any], *, num_rows: int) -> TokenizerFile:
     """Read the tokenizer of a published folder.
 
     hf, num_rows   the folder's config.json, and the number of ids of its model
@@ -66,7 +66,7 @@ def find(folder: epath.Path, hf: dict[str, Any], *, num_rows: int) -> TokenizerF
 
 
 def copy_to_workdir(folder: epath.Path, tokenizer_file: TokenizerFile, workdir: epath.Path) -> None:
-    """Copy the tokenizer that `find` read, and the files beside it that other programs read."""
+    """Copy the tokenizer that `find_tokenizer` read, and the files beside it that other programs read."""
     to = workdir / TOKENIZER
     to.mkdir(parents=True, exist_ok=True)
     (to / FILE_NAMES[tokenizer_file.tokenizer.kind]).write_bytes(tokenizer_file.content)
@@ -116,16 +116,18 @@ def write(
     else:
         (folder / "tokenizer.model").write_bytes(content)
         texts, converted = [*_HARD_TEXTS, *texts], _convert_sentencepiece(content)
-        if converted is None or not _agree(tokenizer, converted, texts):
+        if converted is None or not _encode_equally(tokenizer, converted, texts):
             return "only tokenizer.model, for sentencepiece: no tokenizer.json gives the same ids"
         exported = _set_bos(converted, bos_id, tokenizer)
         summary = f"tokenizer.json, which gives the same ids as tokenizer.model on {len(texts)} texts"
     (folder / "tokenizer.json").write_text(exported)
-    (folder / "tokenizer_config.json").write_text(json.dumps(_config(tokenizer, max_length, bos_id), indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(_make_tokenizer_config(tokenizer, max_length, bos_id), indent=2) + "\n"
+    )
     return summary
 
 
-def _config(tokenizer: Tokenizer, max_length: int | None, bos_id: int | None) -> dict[str, Any]:
+def _make_tokenizer_config(tokenizer: Tokenizer, max_length: int | None, bos_id: int | None) -> dict[str, Any]:
     """tokenizer_config.json."""
     names = {i: name for name, i in tokenizer.special_tokens.items()}
     ids = {
@@ -207,7 +209,7 @@ def _convert_sentencepiece(content: bytes) -> str | None:
     return converted.to_str()
 
 
-def _agree(tokenizer: Tokenizer, converted: str, texts: list[str]) -> bool:
+def _encode_equally(tokenizer: Tokenizer, converted: str, texts: list[str]) -> bool:
     """Whether a tokenizer and a tokenizer.json give the same ids and the same decoded texts."""
     other = read_tokenizer("huggingface", converted.encode())
     ids, other_ids = tokenizer.encode_batch(texts), other.encode_batch(texts)

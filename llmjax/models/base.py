@@ -5,6 +5,7 @@ import dataclasses
 from typing import ClassVar
 
 from llmjax.errors import UserError, suggest
+from llmjax.nn.attention import KERNELS
 from llmjax.nn.mlp import ACTIVATIONS
 from llmjax.nn.stack import REMAT
 
@@ -142,9 +143,15 @@ class TransformerConfig(BaseModelConfig):
     mlp             width of the feed-forward layer; 0: 4 embed, or if gated 8/3 embed rounded up to a multiple of 128
     activation      of the feed-forward layer: silu, gelu (by erf), gelu_tanh, relu, relu2 (relu squared)
     gated           feed-forward layer: True: two matrices in, one out; False: one in, one out
+    attention       kernel: dot (all scores at once, for short rows) or blockwise (memory linear in the length of a row,
+                    and faster for long ones); their results are equal but for rounding
     """
 
-    choices: ClassVar = {**BaseModelConfig.choices, "activation": tuple(ACTIVATIONS)}
+    choices: ClassVar = {
+        **BaseModelConfig.choices,
+        "activation": tuple(ACTIVATIONS),
+        "attention": tuple(KERNELS),
+    }
     minimums: ClassVar = {**BaseModelConfig.minimums, "num_heads": 1, "head_dim": 0, "mlp": 0}
 
     num_heads: int = 4
@@ -152,6 +159,7 @@ class TransformerConfig(BaseModelConfig):
     mlp: int = 0
     activation: str = "silu"
     gated: bool = True
+    attention: str = "dot"
 
     def __post_init__(self):
         super().__post_init__()

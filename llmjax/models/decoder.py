@@ -165,7 +165,7 @@ class Decoder(nnx.Module):
         kinds = stack.by_kind(
             lambda local: (
                 self._rope(batch.positions, local),
-                make_mask(batch.segments, batch.positions, batch.prefix, window(local)),
+                make_mask(batch.segments, batch.positions, causal=True, prefix=batch.prefix, window=window(local)),
             ),
             config.local_layers,
         )

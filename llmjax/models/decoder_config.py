@@ -39,7 +39,6 @@ class DecoderConfig(SingleStackConfig):
     tie_embeddings  whether the head is the token embedding instead of a matrix of its own
     logit_softcap   logits become c tanh(logit / c); 0: they are not capped
     biases          all (every linear map of the blocks, and layernorm), attention (its four linear maps) or none
-    attention       kernel: dot
     """
 
     objectives: ClassVar[tuple[str, ...]] = ("causal", "prefix", "fim")
@@ -50,7 +49,6 @@ class DecoderConfig(SingleStackConfig):
         "norm_position": ("pre", "both", "inner", "post"),
         "rope_scaling": ("none", *SCALINGS),
         "biases": ("none", "attention", "all"),
-        "attention": tuple(KERNELS),
     }
     minimums: ClassVar = {
         **SingleStackConfig.minimums,
@@ -85,7 +83,6 @@ class DecoderConfig(SingleStackConfig):
     tie_embeddings: bool = False
     logit_softcap: float = 0.0
     biases: str = "none"
-    attention: str = "dot"
 
     def __post_init__(self):
         super().__post_init__()

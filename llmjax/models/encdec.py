@@ -147,18 +147,23 @@ class Block(nnx.Module):
             scale=1.0,
             dtype=dtype,
         )
+        self.kernel = config.attention
 
-    def attend_to_itself(self, x: jax.Array, mask: jax.Array, bias: jax.Array, drop: Dropout) -> jax.Array:
-        """x [batch, seq, embed] plus the output of self-attention."""
+    def attend_to_itself(self, x: jax.Array, mask: Any, bias: jax.Array, drop: Dropout) -> jax.Array:
+        """x [batch, seq, embed] plus the output of self-attention; `mask` and `bias` in the kernel's form."""
         y = self.attention_norm(x)
-        return x + drop(self.attention(y, self.attention.keys_values(y), mask, bias))
+        return x + drop(self.attention(y, self.attention.keys_values(y), mask, bias, kernel=self.kernel))
 
-    def attend_to_source(self, x: jax.Array, source: KeysValues, mask: jax.Array, drop: Dropout) -> jax.Array:
-        """x [batch, s, embed] plus the output of cross-attention, which is 0 where `mask` [batch, s, t] is False for
-        all source tokens."""
+    def attend_to_source(
+        self, x: jax.Array, source: KeysValues, mask: Any, has_source: jax.Array, drop: Dropout, *, kernel: str
+    ) -> jax.Array:
+        """x [batch, s, embed] plus the output of cross-attention, 0 where `has_source` bool [batch, s or 1] is False.
+
+        `mask` is in the form of `kernel`.
+        """
         assert self.cross is not None and self.cross_norm is not None
-        y = self.cross(self.cross_norm(x), source, mask)
-        return x + drop(jnp.where(jnp.any(mask, axis=-1, keepdims=True), y, 0))
+        y = self.cross(self.cross_norm(x), source, mask, kernel=kernel)
+        return x + drop(jnp.where(has_source[:, :, None], y, 0))
 
     def feed_forward(self, x: jax.Array, drop: Dropout) -> jax.Array:
         """x [batch, seq, embed] plus the output of the feed-forward layer."""
@@ -225,13 +230,16 @@ class EncDec(nnx.Module):
             raise UserError("model.family='encdec': the batch has no source; use an objective that builds one")
         drop = dropout.for_samples(key, batch.sample, self.config.dropout)
         source = self._encode(batch.source, batch.source_segments, batch.source_positions, drop.at(0))
-        mask = attention.attention_mask(batch.segments, batch.positions, causal=True)
-        cross_mask = batch.segments[:, :, None] == batch.source_segments[:, None, :]
-        bias = self.decoder.bias(batch.positions, batch.positions)
+        kernel = attention.KERNELS[self.config.attention]
+        mask = kernel.make_mask(batch.segments, batch.positions, causal=True)
+        cross_mask = kernel.make_cross_mask(batch.segments, batch.source_segments)
+        has_source = jnp.any(batch.segments[:, :, None] == batch.source_segments[:, None, :], axis=-1)
+        bias = kernel.make_bias(self.decoder.bias, batch.positions)
 
         def layer(x, block, drop):
             x = block.attend_to_itself(x, mask, bias, drop.at(0))
-            x = block.attend_to_source(x, block.cross.keys_values(source), cross_mask, drop.at(1))
+            keys_values, name = block.cross.keys_values(source), self.config.attention
+            x = block.attend_to_source(x, keys_values, cross_mask, has_source, drop.at(1), kernel=name)
             return block.feed_forward(x, drop.at(2)), None
 
         x, _ = self.decoder.run(layer, self.embed(batch.inputs, self.config.dtype), drop.at(1))
@@ -239,8 +247,9 @@ class EncDec(nnx.Module):
 
     def _encode(self, tokens: jax.Array, segments: jax.Array, positions: jax.Array, drop: Dropout) -> jax.Array:
         """Source tokens, segments and positions, each [batch, source_seq] -> [batch, source_seq, embed]."""
-        mask = attention.attention_mask(segments, positions, causal=False)
-        bias = self.encoder.bias(positions, positions)
+        kernel = attention.KERNELS[self.config.attention]
+        mask = kernel.make_mask(segments, positions, causal=False)
+        bias = kernel.make_bias(self.encoder.bias, positions)
 
         def layer(x, block, drop):
             x = block.attend_to_itself(x, mask, bias, drop.at(0))
@@ -274,10 +283,11 @@ class EncDec(nnx.Module):
         """(hidden states, cache) of target tokens [batch, seq] at the next consecutive positions [batch, seq]."""
         bias = self.decoder.bias(positions, jnp.arange(cache.targets[0].shape[2])[None])
         cross_mask = jnp.broadcast_to(cache.source_mask[:, None, :], (*tokens.shape, cache.source_mask.shape[1]))
+        has_source = jnp.any(cache.source_mask, axis=-1, keepdims=True)
 
         def layer(x, block, drop, targets, source):
             y, targets = block.attention.decode(block.attention_norm(x), positions, targets, bias)
-            x = block.attend_to_source(x + y, source, cross_mask, drop)
+            x = block.attend_to_source(x + y, source, cross_mask, has_source, drop, kernel="dot")
             return block.feed_forward(x, drop), targets
 
         x = self.embed(tokens, self.config.dtype)

@@ -1,7 +1,7 @@
 """Bidirectional encoder with a masked-LM head: BERT, ModernBERT and what lies between them, from one config."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from flax import nnx
 import jax
@@ -100,7 +100,7 @@ class Block(nnx.Module):
             head_dim=config.head_size,
             bias=bias,
             scale=scale,
-            kernel="dot",
+            kernel=config.attention,
             dtype=dtype,
             score_scale=config.mup_score_scale(config.head_size**-0.5, config.head_size),
         )
@@ -116,8 +116,8 @@ class Block(nnx.Module):
         )
         self.norm_position = config.norm_position
 
-    def __call__(self, x: jax.Array, rope: Rope, mask: jax.Array, drop: Dropout) -> jax.Array:
-        """x [batch, seq, embed], mask bool [batch, seq, seq] -> same as x."""
+    def __call__(self, x: jax.Array, rope: Rope, mask: Any, drop: Dropout) -> jax.Array:
+        """x [batch, seq, embed] -> same; `mask` from the attention kernel's `make_mask`."""
         attention_norm = self.attention_norm or (lambda y: y)
         if self.norm_position == "pre":
             x = x + drop.at(0)(self.attention(attention_norm(x), rope, mask))
@@ -175,9 +175,13 @@ class Encoder(nnx.Module):
     def __call__(self, batch: Batch, key: jax.Array | None = None) -> Output:
         """Hidden states in the compute type; `key` switches dropout on, with draws by (key, sample, layer, site)."""
         config, drop = self.config, dropout.for_samples(key, batch.sample, self.config.dropout)
-        mask = lambda window: attention.attention_mask(batch.segments, batch.positions, causal=False, window=window)
+        make_mask = attention.KERNELS[config.attention].make_mask
+        window = lambda local: config.window if local else None
         kinds = stack.by_kind(
-            lambda local: (self._rope(batch.positions, local), mask(config.window if local else None)),
+            lambda local: (
+                self._rope(batch.positions, local),
+                make_mask(batch.segments, batch.positions, causal=False, window=window(local)),
+            ),
             config.local_layers,
         )
 

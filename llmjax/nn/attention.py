@@ -10,8 +10,10 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from llmjax.nn import rotary, weights
+from llmjax.nn.blockwise import block_mask, blockwise, cross_block_mask
 from llmjax.nn.embedding import MASKED
 from llmjax.nn.linear import Linear
+from llmjax.nn.relative import RelativeBias
 from llmjax.parallel.axes import constrain
 
 Rope = tuple[jax.Array, jax.Array] | None  # cos and sin of the rotary angles; None: nothing is rotated
@@ -20,22 +22,25 @@ Cache = tuple[jax.Array, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One way to compute causal attention.
+    """One way to compute attention. Masks and biases have a form of its own, computed once for all layers.
 
-    make_mask     (segments and positions int [batch, seq], prefix bool [batch, seq] or None, window int or None) ->
-                  the kernel's form of the mask, computed once for all layers with that window
-    attention_fn  (q [batch, seq, heads, head_dim], k and v [batch, seq, kv_heads, head_dim], mask, *, scale, softcap,
-                  sinks) -> like q; arguments as in `dot`
-    supports      the FEATURES that it can compute; a config that needs another one is refused
+    attention_fn     (q [batch, s, heads, head_dim], k and v [batch, t, kv_heads, head_dim], mask, *, scale, softcap,
+                     sinks, bias) -> like q; arguments as in `dot`
+    make_mask        arguments of `attention_mask` -> that mask
+    make_cross_mask  segments of queries and keys, int [batch, s] and [batch, t] -> the mask of keys of the same segment
+    make_bias        (RelativeBias, positions int [batch, seq]) -> the bias of self-attention
+    supports         the FEATURES that it can compute; a config that needs another one is refused
     """
 
-    make_mask: Callable[[jax.Array, jax.Array, jax.Array | None, int | None], Any]
     attention_fn: Callable[..., jax.Array]
+    make_mask: Callable[..., Any]
+    make_cross_mask: Callable[[jax.Array, jax.Array], Any]
+    make_bias: Callable[[RelativeBias, jax.Array], jax.Array]
     supports: frozenset[str]
 
 
-# What a model may need besides causal attention inside segments: another scale, a soft-cap, sinks, a window, and
-# windows that differ between layers (so that a traced flag selects the mask).
+# What a model may need besides attention inside segments: another scale, a soft-cap, sinks, a window, and windows that
+# differ between layers (so that a traced flag selects the mask).
 FEATURES = frozenset({"scale", "softcap", "sinks", "window", "pattern"})
 
 
@@ -89,7 +94,7 @@ def dot(
 
     q [batch, s, heads, head_dim]; k, v [batch, t, kv_heads, head_dim], where v may have another head_dim; mask bool
     [batch, s, t]. Returns [batch, s, heads, v's head_dim]. Query heads are grouped by the key head that they share, so
-    keys and values are never repeated.
+    keys and values are never repeated. The output carries the checkpoint name "attention", for remat policies.
 
     scale     of the products; None: 1 / sqrt(head_dim)
     softcap   scores become softcap tanh(scores / softcap) before the mask (Gemma Team, 2024, arXiv 2408.00118)
@@ -120,16 +125,27 @@ def dot(
     if sink is not None:
         total += jnp.exp(sink - highest)
     out = jnp.einsum("bgst,bgtk->bgsk", exponentials.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    out = (out / total).astype(v.dtype)
+    out = checkpoint_name((out / total).astype(v.dtype), "attention")
     out = out.reshape(batch, groups, repeats, s, -1).transpose(0, 3, 1, 2, 4)
     return out.reshape(batch, s, heads, -1)
 
 
-def _causal_mask(segments: jax.Array, positions: jax.Array, prefix: jax.Array | None, window: int | None) -> jax.Array:
-    return attention_mask(segments, positions, causal=True, prefix=prefix, window=window)
-
-
-KERNELS = {"dot": Kernel(_causal_mask, dot, FEATURES)}
+KERNELS = {
+    "dot": Kernel(
+        attention_fn=dot,
+        make_mask=attention_mask,
+        make_cross_mask=lambda segments, key_segments: segments[:, :, None] == key_segments[:, None, :],
+        make_bias=lambda relative, positions: relative(positions, positions),
+        supports=FEATURES,
+    ),
+    "blockwise": Kernel(
+        attention_fn=blockwise,
+        make_mask=block_mask,
+        make_cross_mask=cross_block_mask,
+        make_bias=lambda relative, positions: relative.by_distance(positions.shape[1]),
+        supports=FEATURES,
+    ),
+}
 
 
 class Attention(nnx.Module):
@@ -191,7 +207,7 @@ class Attention(nnx.Module):
         """x [batch, seq, embed] -> same; `mask` as the kernel's `make_mask` returns it."""
         q, k, v = self.project(x, rope)
         heads = KERNELS[self.kernel].attention_fn(q, k, v, mask, **self._score_options())
-        heads = constrain(checkpoint_name(heads, "attention"), "batch", "seq", "heads", "head_dim")
+        heads = constrain(heads, "batch", "seq", "heads", "head_dim")
         return self.out(heads)
 
     def decode(

@@ -1,10 +1,11 @@
 """Attention to the keys and values of another sequence, or of the same one, without rotary embedding."""
 
+from typing import Any
+
 from flax import nnx
 import jax
-from jax.ad_checkpoint import checkpoint_name
 
-from llmjax.nn.attention import cache_mask, dot, update_cache
+from llmjax.nn.attention import KERNELS, cache_mask, update_cache
 from llmjax.nn.linear import Linear
 from llmjax.parallel.axes import constrain
 
@@ -35,12 +36,12 @@ class CrossAttention(nnx.Module):
         return k, constrain(self.value(source), "batch", "seq", "heads", "head_dim")
 
     def __call__(
-        self, x: jax.Array, keys_values: KeysValues, mask: jax.Array, bias: jax.Array | None = None
+        self, x: jax.Array, keys_values: KeysValues, mask: Any, bias: jax.Array | None = None, *, kernel: str = "dot"
     ) -> jax.Array:
-        """mask bool [batch, s, t], True where a query attends to a key; bias of scores float32 [batch, heads, s, t]."""
+        """x [batch, s, embed] -> same; `mask` and `bias` in the form of the kernel, as in `nn.attention.KERNELS`."""
         q = constrain(self.query(x), "batch", "seq", "heads", "head_dim")
         k, v = (array.astype(x.dtype) for array in keys_values)
-        heads = checkpoint_name(dot(q, k, v, mask, scale=self.score_scale, bias=bias), "attention")
+        heads = KERNELS[kernel].attention_fn(q, k, v, mask, scale=self.score_scale, bias=bias)
         return self.out(constrain(heads, "batch", "seq", "heads", "head_dim"))
 
     def decode(

@@ -4,7 +4,6 @@ from typing import Any
 
 from flax import nnx
 import jax
-from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from llmjax.nn import rotary
@@ -81,7 +80,7 @@ class LatentAttention(nnx.Module):
         k = jnp.concatenate([k, jnp.broadcast_to(rope_k[:, :, None], rope_q.shape)], axis=-1)
         q = jnp.concatenate([plain_q, rope_q], axis=-1)
         heads = KERNELS[self.kernel].attention_fn(q, k, v, mask, scale=self.score_scale)
-        return self.out(constrain(checkpoint_name(heads, "attention"), "batch", "seq", "heads", "head_dim"))
+        return self.out(constrain(heads, "batch", "seq", "heads", "head_dim"))
 
     def decode(
         self, x: jax.Array, rope: Rope, mask: jax.Array, cache: Cache, start: jax.Array

@@ -53,8 +53,17 @@ class RelativeBias(nnx.Module):
     def __call__(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
         """queries int [batch, s], keys int [batch or 1, t] -> bias float32 [batch, heads, s, t]."""
         limit = self.max_distance
-        bucket_of = buckets(self.num_buckets, limit, bidirectional=self.bidirectional)
-        by_distance = self.table[...].astype(jnp.float32).T[:, bucket_of]
         distance = jnp.clip(keys[:, None, :] - queries[:, :, None], -limit, limit)
-        bias = jnp.moveaxis(jnp.take(by_distance, distance + limit, axis=1), 0, 1)
+        bias = jnp.moveaxis(jnp.take(self._by_distance(), distance + limit, axis=1), 0, 1)
         return constrain(bias, "batch", "heads", None, None)
+
+    def by_distance(self, seq: int) -> jax.Array:
+        """The bias of each distance (key minus query) from 1 - seq to seq - 1: float32 [heads, 2 seq - 1]."""
+        limit = self.max_distance
+        distance = np.clip(np.arange(1 - seq, seq), -limit, limit)
+        return constrain(self._by_distance()[:, distance + limit], "heads", None)
+
+    def _by_distance(self) -> jax.Array:
+        """The bias of each distance from -max_distance to max_distance: float32 [heads, 2 max_distance + 1]."""
+        bucket_of = buckets(self.num_buckets, self.max_distance, bidirectional=self.bidirectional)
+        return self.table[...].astype(jnp.float32).T[:, bucket_of]

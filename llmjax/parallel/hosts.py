@@ -50,6 +50,19 @@ def initialize(cpu_threads: int = CPU_THREADS) -> None:
     if (devices := _read_number("LLMJAX_CPU_DEVICES")) is not None:
         jax.config.update("jax_num_cpu_devices", devices)
     _end_with_launcher(_read_number("LLMJAX_LAUNCHER_PID"))
+    _join_job()
+    if jax.distributed.is_initialized():
+        interrupts.take_over_sigterm()
+    _check_platform(jax.config.jax_platforms)  # type: ignore[attr-defined]
+    if jax.default_backend() == "cpu" and cpu_threads < jax.local_device_count():
+        raise UserError(
+            f"parallel.cpu_threads={cpu_threads}: XLA takes a thread for each of the {jax.local_device_count()} CPU "
+            f"devices of a process; set it to {jax.local_device_count()} or more, or emulate fewer devices"
+        )
+
+
+def _join_job() -> None:
+    """Connect to the other processes of the job that the environment variables describe."""
     seconds = _read_number("LLMJAX_INIT_SECONDS", 60)
     limits = {
         "initialization_timeout": seconds,
@@ -80,14 +93,6 @@ def initialize(cpu_threads: int = CPU_THREADS) -> None:
             jax.distributed.initialize(**limits)
         except ValueError as error:
             raise UserError(f"LLMJAX_DISTRIBUTED=auto, but JAX detects no Slurm, GKE or TPU job ({error})") from error
-    if jax.distributed.is_initialized():
-        interrupts.take_over_sigterm()
-    _check_platform(jax.config.jax_platforms)  # type: ignore[attr-defined]
-    if jax.default_backend() == "cpu" and cpu_threads < jax.local_device_count():
-        raise UserError(
-            f"parallel.cpu_threads={cpu_threads}: XLA takes a thread for each of the {jax.local_device_count()} CPU "
-            f"devices of a process; set it to {jax.local_device_count()} or more, or emulate fewer devices"
-        )
 
 
 def _check_platform(platforms: str | None) -> None:

@@ -20,7 +20,7 @@ _FIELDS = {
 
 def suggest(report: dict[str, Any]) -> list[str]:
     """Suggestions for the user; [] if the numbers give no cause."""
-    advice = _rejection_advice(report) + _source_advice(report)
+    advice = _advise_on_rejections(report) + _advise_on_sources(report)
     if "decontaminate" in report["config"]["stages"] and not report["config"]["decontaminate"]["against"]:
         advice.append("No evaluation set was given: list their files in curate.decontaminate.against.")
     if report["personal_data"].get("action") == "count" and report["personal_data"]["kinds"]:
@@ -34,7 +34,7 @@ def suggest(report: dict[str, Any]) -> list[str]:
     return advice if report["kept"]["documents"] else ["No document was kept.", *advice]
 
 
-def _rejection_advice(report: dict[str, Any]) -> list[str]:
+def _advise_on_rejections(report: dict[str, Any]) -> list[str]:
     """For reasons that rejected more than 5% of all documents."""
     advice, total = [], max(report["records"]["documents"], 1)
     for stage in report["stages"]:
@@ -43,12 +43,12 @@ def _rejection_advice(report: dict[str, Any]) -> list[str]:
             if share > 0.05 and stage["stage"] in _FALLIBLE_STAGES and not reason.startswith(NO_PAGE):
                 advice.append(
                     f"{share:.0%} of all documents were dropped in {stage['stage'].replace('_', ' ')} for “{reason}”. "
-                    f"If its samples below are good text, change {_config_field(stage['stage'], reason)}."
+                    f"If its samples below are good text, change {_find_config_field(stage['stage'], reason)}."
                 )
     return advice
 
 
-def _source_advice(report: dict[str, Any]) -> list[str]:
+def _advise_on_sources(report: dict[str, Any]) -> list[str]:
     """For inputs of which less than 20% of the documents are kept, or that have more than 80% of all tokens."""
     advice = []
     for name, source in report["sources"].items():
@@ -72,7 +72,7 @@ def _source_advice(report: dict[str, Any]) -> list[str]:
     return advice
 
 
-def _config_field(stage: str, reason: str) -> str:
+def _find_config_field(stage: str, reason: str) -> str:
     """The setting that causes a reason, as on the command line."""
     if stage == "quality" and "_" in reason:
         return f"curate.quality.{reason}"

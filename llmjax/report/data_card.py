@@ -35,7 +35,7 @@ _ACTION_LABELS = {
 }
 
 
-def summary_lines(report: dict[str, Any]) -> Iterator[str]:
+def format_summary(report: dict[str, Any]) -> Iterator[str]:
     """A summary of the card for a terminal."""
     records, kept = report["records"], report["kept"]
     yield ""
@@ -52,7 +52,7 @@ def summary_lines(report: dict[str, Any]) -> Iterator[str]:
         yield f"personal data: {occurrences} ({_ACTION_LABELS[report['personal_data']['action']]})"
     for name, entry in report["contamination"].items():
         if entry["documents"]:
-            yield f"contamination: {_documents(entry)} with {entry['occurrences']:,} n-grams of {name}"
+            yield f"contamination: {_format_documents(entry)} with {entry['occurrences']:,} n-grams of {name}"
     if not kept["documents"]:
         yield (
             f"no document is kept of {records['documents']:,}; report.html shows samples with the reasons"
@@ -62,7 +62,7 @@ def summary_lines(report: dict[str, Any]) -> Iterator[str]:
         return
     splits = ", ".join(f"{name} {amount['documents']:,}" for name, amount in report["splits"].items())
     yield (
-        f"{kept['documents']:,} of {records['documents']:,} documents are kept ({_share(kept, records)}), "
+        f"{kept['documents']:,} of {records['documents']:,} documents are kept ({_format_share(kept, records)}), "
         f"{kept['bytes'] / 1e6:,.1f} MB, about {kept['tokens']:,} tokens{f': {splits}' if splits else ''}"
     )
 
@@ -86,15 +86,15 @@ def render_page(report: dict[str, Any]) -> str:
     return html_page("Data card", "\n".join(filter(None, (render(report) for render in parts))))
 
 
-def _documents(amount: dict[str, Any]) -> str:
+def _format_documents(amount: dict[str, Any]) -> str:
     return f"{amount['documents']:,} document{'' if amount['documents'] == 1 else 's'}"
 
 
-def _share(part: dict, total: dict, field: str = "documents") -> str:
-    return _percent(part[field], total[field]) or "none"
+def _format_share(part: dict, total: dict, field: str = "documents") -> str:
+    return _format_percent(part[field], total[field]) or "none"
 
 
-def _percent(part: float, total: float) -> str:
+def _format_percent(part: float, total: float) -> str:
     """A percentage, "" for a total of 0. A small part is not rounded to none, nor a large one to all."""
     if not total:
         return ""
@@ -127,8 +127,11 @@ def _render_headline(report: dict[str, Any]) -> str:
     records, kept = report["records"], report["kept"]
     num_kept, num_records = format_count(kept["documents"]), format_count(records["documents"])
     facts = [
-        (_share(kept, records), f"of documents are kept: {num_kept} of {num_records}"),
-        (format_number(kept["tokens"]), f"tokens, {_share(kept, records, 'tokens')} of those read, markup included"),
+        (_format_share(kept, records), f"of documents are kept: {num_kept} of {num_records}"),
+        (
+            format_number(kept["tokens"]),
+            f"tokens, {_format_share(kept, records, 'tokens')} of those read, markup included",
+        ),
         (_format_bytes(kept["bytes"]), "of text"),
     ]
     rows = [Bar("read", records["documents"])]
@@ -173,7 +176,7 @@ def _render_reasons(report: dict[str, Any]) -> str:
             if entry["tokens"]:
                 size = f", {_format_bytes(entry['bytes'])}, {format_number(entry['tokens'])} tokens"
             samples = "".join(map(_render_sample, entry["samples"]))
-            body += collapsed(f"{name}: {_documents(entry)}{size} ({by_source})", samples)
+            body += collapsed(f"{name}: {_format_documents(entry)}{size} ({by_source})", samples)
     note = "Click on a reason to see up to five samples, selected by a hash. Personal data in them are replaced."
     return section(title, body, note=note)
 
@@ -205,7 +208,7 @@ def _stage_table(stages: Iterable[tuple[str, dict[str, Any]]]) -> str:
                 before["documents"],
                 num_dropped,
                 after["documents"],
-                _percent(num_dropped, before["documents"]),
+                _format_percent(num_dropped, before["documents"]),
                 before["bytes"],
                 after["bytes"],
                 before["tokens"],
@@ -232,11 +235,11 @@ def _render_sources(report: dict[str, Any]) -> str:
                 name,
                 records["documents"],
                 kept["documents"],
-                _share(kept, records) if records["documents"] else "",
+                _format_share(kept, records) if records["documents"] else "",
                 records["tokens"],
                 kept["tokens"],
-                _percent(records["tokens"], total_records),
-                _percent(kept["tokens"], total_kept),
+                _format_percent(records["tokens"], total_records),
+                _format_percent(kept["tokens"], total_kept),
             )
         )
     largest = sorted(sources.items(), key=lambda item: -item[1]["kept"]["tokens"])[:_MAX_BARS]

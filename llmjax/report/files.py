@@ -80,7 +80,7 @@ def read(workdir: epath.PathLike) -> RunFiles:
     )
 
 
-def compressors(manifest: dict[str, Any] | None) -> list[tuple[str, int]]:
+def list_compressors(manifest: dict[str, Any] | None) -> list[tuple[str, int]]:
     """(label, bytes) of the validation text compressed by general compressors, smallest first; [] if not measured.
 
     The manifest has {"gzip -9": {"concatenated": bytes, "per_document": bytes}, ...} under "compressors".

@@ -11,7 +11,7 @@ from etils import epath
 
 from llmjax.metrics import duration
 from llmjax.report import plot
-from llmjax.report.files import RunFiles, compressors, read
+from llmjax.report.files import RunFiles, list_compressors, read
 from llmjax.report.markup import (
     chart_grid,
     collapsed,
@@ -87,7 +87,7 @@ def render_headline(run: RunFiles) -> str:
         title, bars = "Accuracy, higher is better", plot.draw_bars(rows, label="Accuracy", unit="%")
     else:
         rows = [plot.Bar("this model", bits, highlight=True)]
-        rows += [plot.Bar(name, 8 * size / total["text_bytes"]) for name, size in compressors(run.manifest)]
+        rows += [plot.Bar(name, 8 * size / total["text_bytes"]) for name, size in list_compressors(run.manifest)]
         title, bars = "Bits per byte, lower is better", plot.draw_bars(rows, label="Compression", unit="bits per byte")
     note = (
         f"{scores.get('parameters', 'parameters')} at step {format_count(scores.get('step'))}, "

@@ -54,7 +54,7 @@ def sum_operations(events: list[dict[str, Any]]) -> list[Operation]:
     seconds: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
     by_thread = defaultdict(list)
-    for event in _operation_events(events):
+    for event in _select_operations(events):
         by_thread[event["pid"], event["tid"]].append(event)
     for thread in by_thread.values():
         for event, time in _compute_own_times(thread):
@@ -65,7 +65,7 @@ def sum_operations(events: list[dict[str, Any]]) -> list[Operation]:
     return sorted(totals, key=lambda operation: (-operation.seconds, operation.name))
 
 
-def _operation_events(events: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _select_operations(events: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Events of operations, each once.
 
     An accelerator has a line "XLA Ops", and repeats its operations on lines of streams and of source code. A CPU has

@@ -122,8 +122,8 @@ class RunConfig:
             value = getattr(self.objective, field)
             if value != getattr(ObjectiveConfig, field) and not self.model.reads_source:
                 raise UserError(
-                    f"objective.{field}={value!r}: model.family={self.model.family!r} has no decoder beside an "
-                    "encoder; unset it"
+                    f"objective.{field}={value!r}: model.family={self.model.family!r} is not an "
+                    "encoder-decoder; unset it"
                 )
         if self.train.global_batch % self.train.accumulation:
             raise UserError(

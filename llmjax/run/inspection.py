@@ -22,7 +22,7 @@ def inspect(workdir: epath.PathLike) -> dict[str, Any]:
     """The run as plain JSON: its checkpoints (oldest first), damaged ones, config, token store and last logged step.
 
     A checkpoint has its step, the fingerprint of parameters and optimizer state, data_state, total_targets, and the
-    fields in which its config differs from WORKDIR/config.json. No array is read, so only damage of meta is noticed.
+    fields in which its config differs from WORKDIR/config.json. No array is read, so only damage of meta is detected.
     Raises UserError where the folder contains no run.
     """
     root = epath.Path(workdir)

@@ -31,7 +31,7 @@ class Loaded:
     """A model, ready to be used.
 
     params_name   which parameters `params` are: those of the last step, an average of them, or imported ones
-    store         folder of the token store, which may be missing beside imported parameters
+    store         folder of the token store, which may be missing for imported parameters
     """
 
     config: RunConfig

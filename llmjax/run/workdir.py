@@ -145,7 +145,7 @@ class Lock:
             )
 
     def _acquire(self) -> bool:
-        """Take the lock once nobody alive holds it. False where another process took it at the same moment."""
+        """Take the lock once no live process holds it. False where another process took it at the same moment."""
         watched, deadline, reported = None, 0.0, -_REPEAT_SECONDS
         while True:
             with _exclusive(self._folder):
@@ -235,7 +235,7 @@ class Holder:
 
 
 def read_holder(folder: epath.PathLike) -> Holder | None:
-    """The holder of FOLDER/lock.json, for commands that only read; None where nobody holds it."""
+    """The holder of FOLDER/lock.json, for commands that only read; None where there is no lock."""
     lock = Lock(folder, primary=False)
     holder = lock._read()
     if holder is None:

@@ -7,7 +7,7 @@ from llmjax import report
 from llmjax.checkpoint.fingerprint import fingerprint
 from llmjax.inference.generate import complete, sampling_from_config
 from llmjax.parallel import hosts
-from llmjax.report.files import compressors
+from llmjax.report.files import list_compressors
 from llmjax.run import next_commands, workdir as workdirs
 from llmjax.train.context import Progress, TrainContext
 
@@ -102,6 +102,6 @@ def _summary(
         ]
     else:
         lines.append(f"  bits per byte   {total['bits_per_byte']:.4f}   this model")
-        for label, size in compressors(manifest):
+        for label, size in list_compressors(manifest):
             lines.append(f"                  {8 * size / total['text_bytes']:.4f}   {label}")
     return [*lines, f"  note: {scores['note']}"] if "note" in scores else lines

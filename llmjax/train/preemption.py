@@ -42,7 +42,7 @@ class Preemption:
         """Whether to stop here. All processes call it at the same points and get the same answer.
 
         After a signal, JAX's coordination service chooses the number of a future call, and at that call all processes
-        return True. So this counts its calls, which training steps and batches of evaluations make alike.
+        return True. So this counts its calls, of training steps and of batches of evaluations.
         """
         if self._is_single:
             return self._requested

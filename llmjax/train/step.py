@@ -17,7 +17,7 @@ from llmjax.run.state import TrainState
 
 
 class Sums(NamedTuple):
-    """Sums of a loss over rows, beside its gradient: see LossSums and Output."""
+    """Sums of a loss over rows, returned with its gradient: see LossSums and Output."""
 
     loss: losses.LossSums
     aux_loss: Any

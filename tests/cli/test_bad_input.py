@@ -129,7 +129,7 @@ CONFIGS = {
     ),
     "prompt form of one stack": (
         {"objective__name": "prefix", "objective__prompt_form": "plain"},
-        "objective.prompt_form='plain': model.family='decoder' has no decoder beside an encoder",
+        "objective.prompt_form='plain': model.family='decoder' is not an encoder-decoder",
     ),
     "store that is a file": ({"data__store": __file__}, "this is a file; give the folder of a token store"),
     "prompt that is no text": ({"sample__prompts": "(1, 2)"}, "sample.prompts: 1 is not a string"),

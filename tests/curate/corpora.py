@@ -31,7 +31,7 @@ def documents() -> list[str]:
     good = (
         text
         for text in passages
-        if len(text.split()) < 300 and not quality.violated_rules(quality.compute_scores(text), gopher)
+        if len(text.split()) < 300 and not quality.list_violations(quality.compute_scores(text), gopher)
     )
     return list(dict.fromkeys(good))
 

@@ -68,7 +68,7 @@ def models_table() -> str:
 def transformers_class(model) -> str:
     """The class of transformers that a model config is exported to, or '' if there is none."""
     try:
-        return exporting.choose(model)[0]
+        return exporting.choose_class(model)[0]
     except binding.UserError:
         return ""
 

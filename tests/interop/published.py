@@ -121,7 +121,7 @@ def write_tokenizer(folder: Path, special: tuple[str, ...] = ("<unk>", "<s>", "<
 
 
 def write_folder(folder: Path, hf: dict, tensors: dict[str, np.ndarray], *, limit: int = 10**9) -> Path:
-    """A whole folder."""
+    """Write a complete folder."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(hf))
     write_tensors(folder, tensors, limit)

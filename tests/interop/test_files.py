@@ -1,6 +1,9 @@
-"""Safetensors files: ours are read by the reference library, and its by us."""
+"""Safetensors files: the library safetensors reads our files, and we read its files."""
 
+import errno
 import json
+import resource
+import signal
 
 import ml_dtypes
 import numpy as np
@@ -33,6 +36,18 @@ def test_we_read_files_of_safetensors(tmp_path):
     assert {name: entry.shape for name, entry in entries.items()} == {n: t.shape for n, t in TENSORS.items()}
     assert all(published.same_bits(entries[name].read(), tensor) for name, tensor in TENSORS.items())
     np.testing.assert_array_equal(entries["a"].read((slice(1, 3), slice(2, 6))), TENSORS["a"][1:3, 2:6])
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(OSError) as error:
+            published.write_tensors(tmp_path, {"large": np.zeros(1000, np.float32)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (error.value.errno, error.value.filename) == (errno.EFBIG, str(tmp_path / "model.safetensors"))
 
 
 def test_shards_are_at_most_as_large_as_the_limit(tmp_path):

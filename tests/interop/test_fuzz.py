@@ -76,7 +76,7 @@ def damage(rng: random.Random, content: bytes) -> bytes:
 
 
 def replace_value(rng: random.Random, content: bytes) -> bytes:
-    """Another value in the place of a random one, at any depth."""
+    """Replace a random value, at any depth, by another one."""
     tree = json.loads(content)
     marker = "the value that is replaced"
     node: dict | list = tree

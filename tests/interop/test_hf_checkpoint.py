@@ -1,4 +1,4 @@
-"""Packed tensors against what each of their bits says, alone and on disk in several shards."""
+"""Quantized tensors against values computed from their bits, in memory and on disk in several shards."""
 
 import json
 

@@ -222,7 +222,7 @@ def test_the_padding_of_the_vocabulary_is_zero(tmp_path):
 
 
 def test_from_import_to_training_to_export(tmp_path, capsys):
-    """The whole way by the commands that a user types."""
+    """Import, training and export by the commands that a user types."""
     tensors = published.random_tensors(published.llama_shapes())
     source = published.write_folder(tmp_path / "in", published.LLAMA, tensors)
     run, corpus = str(tmp_path / "run"), jobs.write_corpus(tmp_path / "corpus")

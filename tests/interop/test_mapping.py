@@ -76,11 +76,11 @@ def test_invalid_rules_are_detected(change):
 
 
 def test_the_first_class_that_expresses_a_model_is_chosen():
-    assert exporting.choose(CONFIG)[0] == "LlamaForCausalLM"
+    assert exporting.choose_class(CONFIG)[0] == "LlamaForCausalLM"
     gpt2 = dataclasses.replace(
         CONFIG, num_kv_heads=0, norm="layernorm", positions="learned", biases="all", gated=False, activation="gelu"
     )
-    assert exporting.choose(gpt2)[0] == "GPT2LMHeadModel"
+    assert exporting.choose_class(gpt2)[0] == "GPT2LMHeadModel"
 
 
 RECIPES = {
@@ -108,7 +108,7 @@ def _recipe(name, **changes):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_what_a_recipe_trains_can_be_exported(recipe):
-    assert exporting.choose(_recipe(recipe))[0] == RECIPES[recipe]
+    assert exporting.choose_class(_recipe(recipe))[0] == RECIPES[recipe]
 
 
 IDLE = {
@@ -133,12 +133,12 @@ IDLE = {
 @pytest.mark.parametrize("case", IDLE)
 def test_fields_without_effect_do_not_prevent_export(case):
     recipe, changes = IDLE[case]
-    assert exporting.choose(_recipe(recipe, **changes), RECIPES[recipe])[0] == RECIPES[recipe]
+    assert exporting.choose_class(_recipe(recipe, **changes), RECIPES[recipe])[0] == RECIPES[recipe]
 
 
 def test_fields_with_effect_are_compared():
     with pytest.raises(UserError, match=r"model\.parametrization='mup'"):
-        exporting.choose(_recipe("llama", parametrization="mup", base_embed=64))
+        exporting.choose_class(_recipe("llama", parametrization="mup", base_embed=64))
     for changes in ({"attention_pattern": "gl"}, {"window": 8}, {"window": 0}, {"attention_pattern": "g"}):
         model = _recipe("qwen3", window=16, attention_pattern="lg")
         other = dataclasses.asdict(dataclasses.replace(model, **changes))
@@ -146,7 +146,7 @@ def test_fields_with_effect_are_compared():
 
 
 def test_unused_field_is_no_size():
-    """0 stands for `none` in a window: a class that always has one does not express it."""
+    """window=0 means no window: a class that always has one cannot express it."""
     windowed = dataclasses.replace(CONFIG, window=16)
     assert (
         exporting._first_difference(dataclasses.replace(CONFIG, window=0), {**dataclasses.asdict(windowed)}, ()) != ""
@@ -155,12 +155,12 @@ def test_unused_field_is_no_size():
 
 def test_a_model_that_no_class_expresses_is_refused_by_field():
     with pytest.raises(UserError, match=r"no class of transformers.*LlamaForCausalLM.*: .*'relu2' is not supported"):
-        exporting.choose(dataclasses.replace(CONFIG, activation="relu2"))
+        exporting.choose_class(dataclasses.replace(CONFIG, activation="relu2"))
 
 
 def test_fields_derived_from_0_are_compared_by_value():
-    """num_kv_heads=0 is num_heads, mlp=0 a size of its own: what they stand for is written and read back."""
-    name, _, hf = exporting.choose(dataclasses.replace(CONFIG, num_kv_heads=0, mlp=0))
+    """num_kv_heads=0 and mlp=0 are derived sizes: the derived values are written and read back."""
+    name, _, hf = exporting.choose_class(dataclasses.replace(CONFIG, num_kv_heads=0, mlp=0))
     assert name == "LlamaForCausalLM" and hf["num_key_value_heads"] == 4 and hf["intermediate_size"] == 128
 
 

@@ -1,4 +1,4 @@
-"""A part of a laid-out tensor is read from the smallest box that holds it, and equals the part of the whole."""
+"""A slice of a transformed tensor is read from the smallest box that holds it, and equals the slice of the full one."""
 
 import math
 

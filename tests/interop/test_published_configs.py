@@ -205,7 +205,7 @@ def test_an_unknown_field_is_accepted_by_name(base, field, change):
 
 @pytest.mark.parametrize("field", ["num_hidden_layers", "mlp_bias", "auto_map", "typo"])
 def test_ignore_is_for_unknown_fields_alone(field):
-    """A known field cannot be switched off, and a name that is not there is a mistake."""
+    """A known field cannot be ignored, and neither can an absent one."""
     with pytest.raises(UserError, match=f"--ignore={field}: config.json has no unknown field of this name"):
         checkpoint({**LLAMA, "mlp_bias": False, "auto_map": {}}).read_model([field])
 

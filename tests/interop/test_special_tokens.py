@@ -20,7 +20,7 @@ UNK, BOS, EOS, EOT, HELLO, WORLD, USER, COMMA, SPACE, BARE_HELLO, BARE_WORLD = r
 
 
 def make_tokenizer(scheme: str = "always", frame: str = "", special=("<unk>", "<s>", "</s>", "<|eot|>")):
-    """Unigram pieces behind space marks. frame: "" for no post-processor, else a template such as "<s> $A"."""
+    """Unigram pieces after space marks. frame: "" for no post-processor, else a template such as "<s> $A"."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
     tokenizer = Tokenizer(models.Unigram([(piece, -1.0) for piece in WORDS], unk_id=UNK))
@@ -271,7 +271,7 @@ def test_sentinels_of_a_lone_spiece_model_descend(tmp_path, config):
 
 
 def test_sentencepiece_with_a_dummy_prefix(tmp_path):
-    """As Llama 1 and 2: a space of the tokenizer's own before a text, none behind special tokens."""
+    """As Llama 1 and 2: the tokenizer adds a space before a text, and none after special tokens."""
     settings = {"bos_id": 1, "eos_id": 2, "unk_id": 0, "pad_id": -1, "remove_extra_whitespaces": False}
     content = sentencepiece_model(model_type="bpe", **settings)
     config = {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}

@@ -48,7 +48,7 @@ def recipe(family: str, size: str) -> dict:
         ("gemma", "2-2B", 256000, 2_614_341_888),
         ("gemma", "2-9B", 256000, 9_241_705_984),
         ("gemma", "2-27B", 256000, 27_227_128_320),
-        # Gemma 3 from 4B on is published with 416,866,032 parameters that see images and their projection; not here.
+        # Gemma 3 from 4B on is published with 416,866,032 parameters of the image encoder and its projection; not here.
         ("gemma", "3-270M", 262144, 268_098_176),
         ("gemma", "3-1B", 262144, 999_885_952),
         ("gemma", "3-4B", 262208, 4_300_079_472 - 416_866_032 - 1152 * 2561),
@@ -133,7 +133,7 @@ def test_patterns_repeat_over_the_layers():
 
 
 def test_flops_count_the_keys_inside_a_window():
-    """Of 32 queries with a window of 8, the first 8 see 1 to 8 keys and the others 8: halved as the whole is."""
+    """With a window of 8, the first 8 of 32 queries attend to 1 to 8 keys and the others to 8; half is counted."""
     base = DecoderConfig(vocab_size=64, num_layers=2)
     attention_flops = lambda **fields: dataclasses.replace(base, **fields).flops_per_token(32) - 6 * base.matmul_params
     each = 12 * base.num_heads * base.head_size

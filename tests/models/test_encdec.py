@@ -1,4 +1,4 @@
-"""The encoder-decoder against a plain numpy implementation; how its two sides see each other; decoding."""
+"""The encoder-decoder against a plain numpy implementation; attention between its two sides; decoding."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ BOTH = pytest.mark.parametrize("config", [T5_V11, T5_V10], ids=["v1.1", "v1.0"])
 
 
 def oracle(config: EncDecConfig, params: dict, row: Batch) -> np.ndarray:
-    """Logits of a batch of one row in float64: one document, one head and one pair of places at a time."""
+    """Logits of a batch of one row in float64: one document, one head and one pair of positions at a time."""
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     out = np.zeros((row.inputs.shape[1], config.padded_vocab))
 

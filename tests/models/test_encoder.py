@@ -107,7 +107,7 @@ def test_absent_token_types_are_0():
 
 
 def test_local_layers_attend_to_their_window_only():
-    """With the global layers cut off, 3 local layers of window 4 carry a token at most 3 * (4 - 1) places."""
+    """With the global layers cut off, 3 local layers of window 4 carry a token at most 3 * (4 - 1) positions."""
     graph, params = init_model(dataclasses.replace(MODERNBERT, attention_pattern="glll"))
     for name in ("attention", "mlp"):
         out = params["first"][name]["out" if name == "attention" else "down"]

@@ -1,4 +1,4 @@
-"""What every family promises: documents that do not see each other, order, exact alternatives, and its costs."""
+"""Properties of every family: isolated documents, causality, exact alternatives, and costs."""
 
 import dataclasses
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from llmjax.models import registry
+from llmjax.nn import blockwise
 from llmjax.nn.stack import REMAT
 from tests.batches import packed_for
 from tests.models.programs import (
@@ -89,7 +90,7 @@ def test_causality(name):
 @pytest.mark.slow
 @every_variant
 def test_dropout_is_keyed_by_the_sample(name):
-    """The mask of a row does not depend on its place in the batch, and differs between sample indices."""
+    """The mask of a row does not depend on its index in the batch, and differs between sample indices."""
     config = dataclasses.replace(FAMILIES[name], dropout=0.3)
     graph, params = init_model(config)
     batch, key = packed_for(config, 4, SEQ, VOCAB, first_sample=2**32 - 2), jax.random.key(5)
@@ -164,6 +165,25 @@ def test_results_are_equal_on_every_mesh_and_nothing_is_replicated(name, shape, 
         assert "ematerialization" not in capfd.readouterr().err, (
             "XLA's warning that it replicates an array to reshard it"
         )
+
+
+WITH_KERNEL = [name for name, config in FAMILIES.items() if hasattr(config, "attention")]
+ON_MESH = [pytest.param(name, (2, 2, 2), marks=pytest.mark.slow) for name in ("gemma", "deepseek", "modernbert")]
+
+
+@pytest.mark.parametrize(("name", "mesh_shape"), [*((name, None) for name in WITH_KERNEL), *ON_MESH])
+def test_blockwise_attention_equals_dot(name, mesh_shape, monkeypatch):
+    """On rows of three blocks."""
+    monkeypatch.setattr(blockwise, "BLOCK", 8)
+    graph, params = init_model(FAMILIES[name])
+    config = dataclasses.replace(FAMILIES[name], attention="blockwise")
+    batch = packed_for(config, 8, SEQ, VOCAB)
+    if mesh_shape is None:
+        actual = loss_and_grads(registry.abstract(config)[0], params, batch)
+    else:
+        actual = sharded_loss_and_grads(config, params, batch, mesh_shape)
+    # float32 sums of some 200 tokens in another order, as on another mesh
+    assert_close(actual, loss_and_grads(graph, params, batch), 2e-5)
 
 
 @every_variant

@@ -1,4 +1,4 @@
-"""Published parameter counts, all and those that one token meets, and the recipes that use the shapes."""
+"""Published parameter counts, total and active for one token, and the recipes that use the shapes."""
 
 import dataclasses
 import importlib.util

@@ -121,7 +121,7 @@ def test_hawk_has_the_size_of_its_name():
 
 
 def test_every_gate_is_a_matrix_of_its_own():
-    """Weight decay and Muon see what each weight is, whatever is laid side by side for one matmul."""
+    """Weight decay and Muon handle each weight by itself, even if several are concatenated for one matmul."""
     kinds = {"table": set(), "matrix": set(), "vector": set(), "head": set()}
     for config in (dataclasses.replace(LSTM, tie_embeddings=False), RGLRU, RECURRENT["gru"]):
         _, shapes, names = registry.abstract(config)

@@ -79,7 +79,7 @@ def oracle(layer: LatentAttention, x, segments, positions) -> np.ndarray:
 @pytest.mark.parametrize("query_rank", [0, 7])
 def test_equals_plain_attention(query_rank):
     layer, (x, segments, positions) = make_layer(query_rank), rows()
-    prepared = KERNELS["dot"].make_mask(segments, positions, None, None)
+    prepared = KERNELS["dot"].make_mask(segments, positions, causal=True)
     actual = jax.jit(lambda x: layer(x, rotary.angles(positions, ROPE, 100.0), prepared))(x)
     expected = oracle(layer, x, segments, positions)
     np.testing.assert_allclose(actual, expected, atol=2e-5 * np.abs(expected).max())
@@ -87,10 +87,10 @@ def test_equals_plain_attention(query_rank):
 
 @pytest.mark.parametrize("query_rank", [0, 7])
 def test_cache_holds_latents_and_decodes_the_same(query_rank):
-    """Piece by piece, with rows that stand at other positions."""
+    """Decoding in pieces, with rows at different positions."""
     layer, x = make_layer(query_rank), rows()[0]
     ones, positions = jnp.ones((2, 9), int), jnp.broadcast_to(jnp.arange(9), (2, 9))
-    full = layer(x, rotary.angles(positions, ROPE, 100.0), KERNELS["dot"].make_mask(ones, positions, None, None))
+    full = layer(x, rotary.angles(positions, ROPE, 100.0), KERNELS["dot"].make_mask(ones, positions, causal=True))
     cache = jnp.zeros((2, 16, LATENT)), jnp.zeros((2, 16, ROPE))
     step = jax.jit(
         lambda piece, at, cache: layer.decode(

@@ -66,7 +66,7 @@ def test_a_norm_of_one_plus_scale_starts_as_a_plain_one():
 
 
 def test_scaled_frequencies():
-    """Fast dimensions stay, slow ones are divided, none speeds up; linear scaling is slower positions."""
+    """Fast dimensions are unchanged, slow ones are divided, none is raised; linear scaling divides positions."""
     make = lambda kind, **other: Scaling(kind=kind, factor=8.0, original=4096, **other)
     plain = rotary.frequencies(64, 1e4)
     np.testing.assert_allclose(rotary.frequencies(64, 1e4, make("linear")), plain / 8)
@@ -100,7 +100,9 @@ def test_grouped_attention_equals_repeated_keys():
         for head in range(6):
             scores = np.asarray(q[row, :, head] @ k[row, :, head // 3].T, np.float64) / 2
             is_visible = np.tril(np.ones((10, 10), bool)) & (segments[row][:, None] == segments[row])
-            is_visible |= (segments[row][:, None] == 0) & (segments[row] == 0)  # padding sees padding: never scored
+            is_visible |= (segments[row][:, None] == 0) & (
+                segments[row] == 0
+            )  # padding attends to padding: never scored
             weights = np.where(is_visible, np.exp(scores), 0)
             expected = weights / weights.sum(-1, keepdims=True) @ np.asarray(v[row, :, head // 3])
             np.testing.assert_allclose(actual[row, :, head], expected, atol=1e-6)
@@ -168,7 +170,7 @@ def test_dropout_keeps_the_mean_and_differs_by_layer_and_site():
     drop = dropout.for_samples(jax.random.key(0), sample, 0.25)
     x = jnp.ones((2, 100, 100))
     y = drop.at(1).at(0)(x)
-    # 20,000 draws: standard deviation of the kept part 0.003
+    # 20,000 draws: standard deviation of the share that is not dropped 0.003
     assert float(jnp.mean(y > 0)) == pytest.approx(0.75, abs=0.015)
     np.testing.assert_allclose(y[y > 0], 1 / 0.75, rtol=1e-6)
     assert (y[0] != y[1]).any(), "high and low word are told apart"

@@ -186,7 +186,7 @@ def test_results_are_equal_on_every_mesh(case, shape):
 
 
 def test_dispatch_moves_no_token_between_devices():
-    """The only collective of the forward pass under a split batch gathers weights; with whole weights there is none."""
+    """The only collective of a forward pass over a split batch gathers weights; replicated weights need none."""
     graph, params = layer(MIXTRAL)
     x, real = rows()
     x, real = jnp.tile(x, (2, 1, 1)), jnp.tile(real, (2, 1))
@@ -218,7 +218,7 @@ def test_losses_by_hand():
 
 
 def test_the_expert_bias_balances_the_load():
-    """Logits that favour some experts, and no loss that would correct it: the optimizer's steps alone do."""
+    """The logits favour some experts and no loss corrects that; the updates of the expert bias do."""
     routing = dataclasses.replace(DEEPSEEK, groups=1, top_groups=1)
     logits = np.random.default_rng(0).normal(size=(4, 200, routing.num_experts)) + np.linspace(
         0, 3, routing.num_experts

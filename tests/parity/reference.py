@@ -30,7 +30,7 @@ def add_noise(model, scale: float = 0.1, seed: int = 1):
 
 
 def padded_rows() -> tuple[np.ndarray, Batch]:
-    """(whether a place holds a token [batch, seq], rows of three lengths, padded on the right)"""
+    """(whether a position holds a token [batch, seq], rows of three lengths, padded on the right)"""
     tokens = np.random.default_rng(2).integers(1, VOCAB, (len(LENGTHS), SEQ)).astype(np.int32)
     is_token = np.arange(SEQ) < np.array(LENGTHS)[:, None]
     is_scored = is_token & np.roll(is_token, -1, axis=1) & (np.arange(SEQ) < SEQ - 1)

@@ -1,4 +1,4 @@
-"""The decoder, by configuration alone, against each model of transformers that it claims to be."""
+"""The decoder, set up by config, against each model of transformers that it supports."""
 
 import copy
 import dataclasses
@@ -233,7 +233,7 @@ def test_tensors_round_trip_bitwise(name):
     assert set(back) == set(state)
     for key, value in state.items():
         np.testing.assert_array_equal(back[key].view(np.uint32), value.view(np.uint32), err_msg=key)
-    assert config.vocab_size < config.padded_vocab, "the padding of the vocabulary is left away"
+    assert config.vocab_size < config.padded_vocab, "the padding of the vocabulary is not exported"
 
 
 @pytest.mark.parametrize("name", [name for name, (kind, _, _) in CASES.items() if kind != "Gemma3Images"])
@@ -295,7 +295,7 @@ def test_inexpressible_settings_are_not_exported():
 @pytest.mark.parametrize("kind", ["Llama", "Mistral", "Olmo3"])
 @pytest.mark.parametrize("scaling", [YARN, LLAMA3], ids=["yarn", "llama3"])
 def test_the_length_that_frequencies_are_scaled_from(kind, scaling, location):
-    """Which of two places wins, and what is taken where neither has it: as in their frequencies."""
+    """Which of two fields takes precedence, and the default if both are absent, as in transformers."""
     length = "original_max_position_embeddings"
     inner = {name: value for name, value in scaling.items() if name != length or location in ("inner", "both")}
     hf = SIZES | dict(num_hidden_layers=4, rope_scaling=inner)

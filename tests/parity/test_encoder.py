@@ -66,7 +66,7 @@ MODELS = {
         layer_types=[f"{kind}_attention" for kind in ("sliding", "full", "full", "sliding", "full")]
     ),
 }
-# Parameter of theirs, and of ours with the layer, for the gradients that are compared.
+# Hugging Face parameter -> our parameter and the layer, for the gradients that are compared.
 GRADIENTS = {
     "BertForMaskedLM": {
         "bert.embeddings.word_embeddings.weight": lambda g: g["embed"]["table"][:VOCAB],
@@ -157,7 +157,7 @@ def test_the_pooler():
 
 
 def test_names_of_the_first_published_files():
-    """gamma and beta, the position buffer, and the parts that a masked-LM model of theirs leaves out as well."""
+    """gamma and beta, the position buffer, and the parts that masked-LM models of transformers leave out too."""
     model = _bert()
     architecture, config, rules, state = imported(model)
     old = {key.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): x for key, x in state.items()}

@@ -79,7 +79,7 @@ def same_state(model, other) -> None:
 
 
 def rows(ids: np.ndarray, **more) -> Batch:
-    """A batch of whole rows, one document each."""
+    """A batch of full rows, one document each."""
     positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape).astype(np.int32)
     ones = np.ones(ids.shape, np.int32)
     sample = np.zeros((len(ids), 2), np.uint32)

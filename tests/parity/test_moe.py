@@ -1,4 +1,4 @@
-"""Mixtures of experts, by configuration alone, against each model of transformers that they claim to be."""
+"""Mixtures of experts, set up by config, against each model of transformers that they support."""
 
 import copy
 import functools
@@ -166,7 +166,7 @@ def test_logits_loss_and_gradients(name, imported, tmp_path):
     twin.save_pretrained(tmp_path)
     found, worst = state_dicts.dump(architecture.rules(config), grads, config), 0.0
     for key, entry in files.read_folder(tmp_path).items():
-        if "correction" not in key:  # no gradient there, and none of ours is theirs
+        if "correction" not in key:  # a buffer: it has no gradient in either implementation
             gradient = entry.read()
             worst = max(worst, np.abs(found[key] - gradient).max() / max(np.abs(gradient).max(), 1e-2))
     print(f", gradients by {worst:.1e} of their largest")

@@ -44,7 +44,7 @@ class TorchModel(torch.nn.Module):
 
 
 def load(cell: str, tensors: dict) -> dict:
-    """Our parameters from torch's: gates lie one below the other there, and each layer has two biases."""
+    """Our parameters from torch's, which stacks the gates and has two biases a layer."""
     gates = CELLS[cell].gates
 
     def stacked(name: str, gate: int) -> np.ndarray:
@@ -181,7 +181,7 @@ def test_the_linear_recurrence_equals_recurrent_gemma():
     @jax.jit
     def loss_fn(params):
         lm = nnx.merge(graph, params)
-        logits = 30.0 * jnp.tanh(lm.unembed(lm(batch).hidden) / 30.0)  # theirs are capped at 30
+        logits = 30.0 * jnp.tanh(lm.unembed(lm(batch).hidden) / 30.0)  # the reference caps logits at 30
         picked = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], axis=-1)[..., 0]
         return -jnp.sum(picked * batch.weights), logits
 

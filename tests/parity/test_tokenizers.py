@@ -126,7 +126,7 @@ def compare(folder, config: dict, model_type: str) -> None:
     (folder / "config.json").write_text(json.dumps(hf))
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     reference = transformers.AutoTokenizer.from_pretrained(folder)
-    tokenizer_file = published_tokenizers.find(epath.Path(folder), hf, num_rows=400)
+    tokenizer_file = published_tokenizers.find_tokenizer(epath.Path(folder), hf, num_rows=400)
     settings, tokenizer = tokenizer_file.settings, tokenizer_file.tokenizer
     assert settings.stop_ids == (2, 4)
     different = {}

@@ -55,22 +55,22 @@ def test_flops_agree_with_the_count_of_the_compiler():
         return module.unembed(module(batch).hidden)
 
     counted = jax.jit(logits).lower(shapes, batch).compile().cost_analysis()["flops"]
-    whole = model.flops_per_token(seq) / 3 * seq
+    forward = model.flops_per_token(seq) / 3 * seq
     hidden_half = 2 * model.num_layers * model.num_heads * model.head_size * seq * seq
-    assert counted == pytest.approx(whole + hidden_half, rel=0.06)
+    assert counted == pytest.approx(forward + hidden_half, rel=0.06)
 
 
 def test_each_remat_policy_keeps_fewer_bytes():
     config = size.resolve(str(CONFIGS / "llama.py:tiny"), 500)
-    kept = count.residual_bytes(config)
-    assert kept["none"] > kept["dots"] > kept["full"] and kept["attention"] > kept["full"]
+    residuals = count.residual_bytes(config)
+    assert residuals["none"] > residuals["dots"] > residuals["full"] and residuals["attention"] > residuals["full"]
     # full keeps each block's input; "attention" each head's output as well, which is as wide here
     block = config.model.num_layers * config.data.seq_len * config.model.embed * 4
-    assert kept["attention"] - kept["full"] == block
+    assert residuals["attention"] - residuals["full"] == block
     # dots keeps the outputs of query, key, value, out, gate, up and down
     heads = 2 * config.model.num_heads + 2 * config.model.kv_heads
     widths = config.model.head_size * heads // 2 + config.model.embed + 2 * config.model.mlp_size
-    assert kept["dots"] - kept["full"] <= config.model.num_layers * config.data.seq_len * (widths + 512) * 4
+    assert residuals["dots"] - residuals["full"] <= config.model.num_layers * config.data.seq_len * (widths + 512) * 4
 
 
 def test_adamw_needs_sixteen_bytes_per_parameter():

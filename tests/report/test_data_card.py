@@ -101,7 +101,7 @@ def test_the_card_of_an_empty_input(tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     report = curate(tmp_path / "w", {"none": tmp_path / "empty.jsonl"})
     assert report["records"]["documents"] == 0
-    assert "no document is kept: the inputs are empty" in list(data_card.summary_lines(report))
+    assert "no document is kept: the inputs are empty" in list(data_card.format_summary(report))
     assert "No document was kept." in PageParser((tmp_path / "w" / "report.html").read_text()).text
 
 

@@ -37,7 +37,7 @@ def count_shared_ngrams(text: str, config: DecontaminateConfig) -> dict[str, int
                 index = np.minimum(np.searchsorted(set_ngrams, ngrams), set_ngrams.size - 1)
                 count += int((set_ngrams[index] == ngrams).sum())
         if count:
-            counts[set_names(config.against)[path]] = count
+            counts[name_sets(config.against)[path]] = count
     return counts
 
 
@@ -52,7 +52,7 @@ def check_evaluation_sets(config: DecontaminateConfig) -> None:
 
 
 @functools.lru_cache(maxsize=4)
-def set_names(paths: tuple[str, ...]) -> dict[str, str]:
+def name_sets(paths: tuple[str, ...]) -> dict[str, str]:
     """Path -> name of the set: the file name, with the folder if it is not unique or generic, else the path."""
     stems = {path: Path(path).name.split(".")[0] for path in paths}
     names = {}
@@ -70,7 +70,7 @@ def read_examples(path: str) -> Iterator[str]:
     try:
         kind = formats.detect(str(file), formats.CURATE_FORMATS)
         if kind == formats.UNSUPPORTED:
-            raise ValueError(formats.why_unsupported(str(file), is_lenient=True))
+            raise ValueError(formats.explain_unsupported(str(file), is_lenient=True))
         if kind == "parquet":
             import pyarrow.parquet
 

@@ -63,15 +63,15 @@ def find_copies(
 ) -> Copies:
     """Find copies among the active documents. measurements[i] has the documents offsets[i] to offsets[i + 1] - 1."""
     rank, is_active, count = documents.rank, documents.is_active, len(documents.rank)
-    pairs = [_exact_pairs(documents)] if config.exact else []
+    pairs = [_find_exact_pairs(documents)] if config.exact else []
     signatures = near_duplicates.Signatures([measurement.read_signatures for measurement in measurements], offsets)
     if config.near:
         tasks = []
         for measurement, begin, end in zip(measurements, offsets[:-1], offsets[1:], strict=True):
             tasks.append((measurement, int(begin), is_active[begin:end], rank[begin:end]))
-        pairs += exchange(_band_keys, tasks, _similar_pairs, (signatures, config.similarity))
+        pairs += exchange(_hash_bands, tasks, _find_similar_pairs, (signatures, config.similarity))
     labels = near_duplicates.find_clusters(np.concatenate([np.zeros((0, 2), np.int64), *pairs]), count)
-    first = _first_by_rank(labels, rank, count)
+    first = _find_lowest_ranks(labels, rank, count)
     copies = Copies(np.arange(count), first[labels], np.zeros(count, bool))
     members = np.flatnonzero(np.bincount(labels, minlength=count)[labels] > 1)
     members = members[np.lexsort((rank[members], labels[members]))]
@@ -81,7 +81,7 @@ def find_copies(
     return copies
 
 
-def _exact_pairs(documents: Candidates) -> np.ndarray:
+def _find_exact_pairs(documents: Candidates) -> np.ndarray:
     """int64 [pairs, 2]: each exact copy and the document of the lowest rank with the same text."""
     hashes, rows = documents.content_hash, np.flatnonzero(documents.is_active)
     order = rows[np.lexsort((documents.rank[rows], hashes[rows, 1], hashes[rows, 0]))]
@@ -91,7 +91,7 @@ def _exact_pairs(documents: Candidates) -> np.ndarray:
     return np.stack([order[is_copy], firsts[is_copy]], axis=1)
 
 
-def _band_keys(measurement: Measurement, begin: int, is_active: np.ndarray, rank: np.ndarray) -> dict[int, np.ndarray]:
+def _hash_bands(measurement: Measurement, begin: int, is_active: np.ndarray, rank: np.ndarray) -> dict[int, np.ndarray]:
     """The keys of a unit's documents in every band, by partition."""
     active_rows, signatures = np.flatnonzero(is_active), measurement.read_signatures()
     parts = []
@@ -111,7 +111,7 @@ def _band_keys(measurement: Measurement, begin: int, is_active: np.ndarray, rank
     return {int(p): rows[partition == p] for p in np.unique(partition)}
 
 
-def _similar_pairs(rows: np.ndarray, signatures: near_duplicates.Signatures, similarity: float) -> np.ndarray:
+def _find_similar_pairs(rows: np.ndarray, signatures: near_duplicates.Signatures, similarity: float) -> np.ndarray:
     """int64 [pairs, 2]: documents that share a key and are similar, each with the first document it is similar to."""
     _, inverse, counts = np.unique(rows["key"], return_inverse=True, return_counts=True)
     rows = rows[counts[inverse] > 1]
@@ -119,7 +119,7 @@ def _similar_pairs(rows: np.ndarray, signatures: near_duplicates.Signatures, sim
     return np.unique(near_duplicates.find_pairs(rows["index"], rows["key"], signatures, similarity), axis=0)
 
 
-def _first_by_rank(labels: np.ndarray, rank: np.ndarray, count: int) -> np.ndarray:
+def _find_lowest_ranks(labels: np.ndarray, rank: np.ndarray, count: int) -> np.ndarray:
     """int64 [count]: the document of the lowest rank with each label; 0 for unused labels."""
     by_rank = np.empty(count, np.int64)
     by_rank[rank] = np.arange(count)

@@ -95,15 +95,15 @@ def _prepare(config: CurateConfig, workdir: Path, runner: Runner) -> _Job:
     """Check the config and list the units of all inputs."""
     if not config.inputs:
         raise UserError("curate.inputs is empty: add one, such as --config.curate.inputs.web.path='crawl/*.warc.gz'")
-    settings = config_as_json(config)
+    settings = config_to_json(config)
     config = _with_absolute_paths(config)
     language.check_config(config.language)
     if "decontaminate" in config.stages:
         decontaminate.check_evaluation_sets(config.decontaminate)
     split.check_fractions(config.split, "curate.split")
     units = [unit for name, input_config in config.inputs.items() for unit in list_units(name, input_config)]
-    measure_settings = measure.measurement_settings(config)
-    keys = [measure.measurement_key(unit, measure_settings) for unit in units]
+    measure_settings = measure.select_settings(config)
+    keys = [measure.compute_key(unit, measure_settings) for unit in units]
     measurements = [Measurement(workdir / "measured", key) for key in keys]
     return _Job(config, settings, units, measurements, workdir, runner)
 
@@ -148,7 +148,7 @@ def _with_absolute_paths(config: CurateConfig) -> CurateConfig:
     )
 
 
-def config_as_json(config: CurateConfig) -> dict[str, Any]:
+def config_to_json(config: CurateConfig) -> dict[str, Any]:
     """The config as JSON values, without fields that do not affect the corpus."""
     values = json.loads(json.dumps(dataclasses.asdict(config)))
     del values["workers"]

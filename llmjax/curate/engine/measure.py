@@ -21,12 +21,12 @@ from llmjax.data.store import minhash, token_store
 _MAX_SIZE = (1 << 32) - 1  # of a uint32 column
 
 
-def measurement_settings(config: CurateConfig) -> dict[str, Any]:
+def select_settings(config: CurateConfig) -> dict[str, Any]:
     """The settings that measurements depend on, without thresholds; files in them are represented by their hashes."""
     return {"version": VERSION, "stages": [(name, stages.STAGES[name].settings(config)) for name in config.stages]}
 
 
-def measurement_key(unit: Unit[InputConfig], settings: dict[str, Any]) -> str:
+def compute_key(unit: Unit[InputConfig], settings: dict[str, Any]) -> str:
     """A hash of the unit's files and of the settings, but not of the unit's number."""
     files = {"source": unit.source, "kind": unit.kind, "items": repr(unit.items), "state": unit.state}
     input_config = repr(dataclasses.replace(unit.config, weight=None, max_tokens=0))
@@ -57,7 +57,7 @@ def measure(unit: Unit[InputConfig], config: CurateConfig, measurement: Measurem
             line = {"id": document.id, "notes": document.notes}
             if drop:
                 text = record.excerpt if isinstance(record, Reject) else record.text
-                line |= {"excerpt": personal_data.masked_excerpt(text, EXCERPT)}
+                line |= {"excerpt": personal_data.mask_excerpt(text, EXCERPT)}
             else:
                 line |= {"text": document.text, "meta": document.meta}
                 line |= {"language": document.language} if document.language else {}
@@ -79,16 +79,16 @@ def _run_stages(
         return Document(record.id, unit.source, ""), ("read", record.reason), sizes
     repairs = {f"repair.{name}": count for name, count in record.notes.items()}
     document = Document(record.id, unit.source, record.text, record.kind, record.meta, repairs)
-    sizes[0] = sizes[1] = size = _size_of(document.text)
+    sizes[0] = sizes[1] = size = _count_size(document.text)
     for index, name in enumerate(config.stages[1:], 1):
         result = stages.STAGES[name].measure(document, config)
         if isinstance(result, str):
             return document, (name, result), sizes
         if result.text is not document.text:
-            size = _size_of(result.text)
+            size = _count_size(result.text)
         document, sizes[index + 1] = result, size
     return document, None, sizes
 
 
-def _size_of(text: str) -> tuple[int, int]:
+def _count_size(text: str) -> tuple[int, int]:
     return len(text.encode("utf-8", "surrogatepass")), count_tokens(text)

@@ -133,7 +133,7 @@ def _version(package: str) -> str:
 def _decontaminate_settings(config: CurateConfig) -> list[Any]:
     """n-gram lengths, and (name, format, hash) of every evaluation set."""
     paths = config.decontaminate.against
-    names = decontaminate.set_names(paths)
+    names = decontaminate.name_sets(paths)
     hashes = _hash_files("decontaminate.against", paths)
     kinds = [formats.detect(path, formats.CURATE_FORMATS) for path in paths]
     sets = list(zip(map(names.get, paths), kinds, hashes, strict=True))
@@ -153,7 +153,7 @@ def _quality_settings(config: CurateConfig) -> list[Any]:
 
 STAGES: dict[str, Stage] = {
     "read": Stage(_keep_unchanged, lambda c: _version("charset-normalizer")),
-    "extract": Stage(_extract, lambda c: html.package_versions()),
+    "extract": Stage(_extract, lambda c: html.get_package_versions()),
     "normalise": Stage(_normalise, lambda c: (repr(c.normalise), _version("ftfy"))),
     "language": Stage(
         _detect_language, lambda c: (c.language.max_characters, c.language.num_excerpts, _version("py3langid"))

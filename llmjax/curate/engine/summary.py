@@ -18,8 +18,8 @@ _MIN_TOKENS = (0, *(1 << n for n in range(5, 18)))  # bins of the histogram of l
 
 def choose_samples(table: Table, decisions: Decisions, config: CurateConfig) -> np.ndarray:
     """int64 [rows], sorted: records whose text the card shows. A hash selects them, so they come from all files."""
-    rows = [row for samples in _dropped_samples(table, decisions, config).values() for row in samples]
-    rows += [row for cluster in _largest_clusters(decisions, table) for row in cluster]
+    rows = [row for samples in _sample_dropped(table, decisions, config).values() for row in samples]
+    rows += [row for cluster in _find_largest_clusters(decisions, table) for row in cluster]
     for _, counts in table.scores("personal."):
         reaches_stage = _reaches_stage(decisions, config, "personal_data")
         rows += _select_by_hash(np.flatnonzero(reaches_stage & (counts > 0)), table, _CONTEXTS)
@@ -35,7 +35,7 @@ def _select_by_hash(rows: np.ndarray, table: Table, count: int) -> list[int]:
     return rows[np.argsort(table["id_hash"][rows], kind="stable")[:count]].tolist()
 
 
-def _dropped_samples(table: Table, decisions: Decisions, config: CurateConfig) -> dict[tuple[int, int], list[int]]:
+def _sample_dropped(table: Table, decisions: Decisions, config: CurateConfig) -> dict[tuple[int, int], list[int]]:
     """(stage, reason) -> sampled rows."""
     samples = {}
     for stage in range(len(config.stages)):
@@ -46,7 +46,7 @@ def _dropped_samples(table: Table, decisions: Decisions, config: CurateConfig) -
     return samples
 
 
-def _largest_clusters(decisions: Decisions, table: Table) -> list[list[int]]:
+def _find_largest_clusters(decisions: Decisions, table: Table) -> list[list[int]]:
     """Rows of the largest clusters of copies: the kept document, then some of its copies."""
     if decisions.copies is None:
         return []
@@ -109,7 +109,7 @@ def _sum_amounts(mask: np.ndarray, sizes: np.ndarray) -> dict[str, int]:
 def _summarise_stages(
     table: Table, decisions: Decisions, samples: dict[int, dict], config: CurateConfig
 ) -> list[dict[str, Any]]:
-    sampled_rows, stages = _dropped_samples(table, decisions, config), []
+    sampled_rows, stages = _sample_dropped(table, decisions, config), []
     in_source = {name: table.source == index for index, name in enumerate(table.names)}
     is_input = np.ones(len(table), bool)
     for index, name in enumerate(config.stages):
@@ -180,7 +180,7 @@ def _summarise_languages(table: Table, kept: np.ndarray) -> dict[str, dict[str, 
 def _summarise_duplicates(table: Table, decisions: Decisions, samples: dict[int, dict]) -> dict[str, Any]:
     if decisions.copies is None:
         return {}
-    copies, clusters = decisions.copies, _largest_clusters(decisions, table)
+    copies, clusters = decisions.copies, _find_largest_clusters(decisions, table)
     _, counts = np.unique(copies.representative, return_counts=True)
     sizes, num_clusters = np.unique(counts[counts > 1], return_counts=True)
     is_dropped = copies.representative != np.arange(len(table))
@@ -197,7 +197,7 @@ def _summarise_contamination(table: Table, decisions: Decisions, config: CurateC
         return {}
     reaches_stage = _reaches_stage(decisions, config, "decontaminate")
     sets = {}
-    for name in decontaminate.set_names(config.decontaminate.against).values():
+    for name in decontaminate.name_sets(config.decontaminate.against).values():
         num_shared = np.where(reaches_stage, table.score(f"shared_ngrams.{name}"), np.nan)
         is_dropped = num_shared >= config.decontaminate.min_shared_ngrams
         sets[name] = {**_count_occurrences(num_shared), "dropped": int(is_dropped.sum())}

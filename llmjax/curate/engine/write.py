@@ -16,7 +16,7 @@ from llmjax.curate.document import EXCERPT, NOT_STATED
 from llmjax.curate.engine.decide import KEPT
 from llmjax.curate.engine.measurements import LineWriter, Measurement
 from llmjax.curate.filters import augment
-from llmjax.curate.filters.personal_data import masked_excerpt
+from llmjax.curate.filters.personal_data import mask_excerpt
 from llmjax.data.store.split import SPLITS
 
 
@@ -48,8 +48,8 @@ def write(task: Task, reasons: list[str], config: CurateConfig, folder: Path) ->
     with _Files(folder) as files:
         for row, record in enumerate(task.measurement.read_records()):
             if row in task.sampled_rows:
-                text = masked_excerpt(record["text"], 3 * EXCERPT) if "text" in record else record["excerpt"]
-                id = masked_excerpt(record["id"], EXCERPT)
+                text = mask_excerpt(record["text"], 3 * EXCERPT) if "text" in record else record["excerpt"]
+                id = mask_excerpt(record["id"], EXCERPT)
                 samples[str(row)] = {"id": id, "text": text, "notes": record["notes"]}
             if task.stage[row] != KEPT:
                 stage, reason = config.stages[task.stage[row]], reasons[task.reason[row]]
@@ -63,7 +63,7 @@ def write(task: Task, reasons: list[str], config: CurateConfig, folder: Path) ->
                 kept |= {field: value} if value else {}
             files.write(name, kept)
             for counts, field in ((licences, "licence"), (origins, "origin")):
-                counts[masked_excerpt(str(record["meta"].get(field) or NOT_STATED), 80)] += 1
+                counts[mask_excerpt(str(record["meta"].get(field) or NOT_STATED), 80)] += 1
             if "augment" in config.stages and split == "train":
                 for number in range(1, config.augment.copies + 1):
                     text = augment.change_text(record["text"], copy=number, id=record["id"], config=config.augment)

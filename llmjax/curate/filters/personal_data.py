@@ -68,7 +68,7 @@ def mask_context(text: str, spans: list[Span], index: int, width: int = 40) -> s
     return " ".join(re.sub("[0-9]", "#", replace_spans(text[low:high], shifted)).split())
 
 
-def masked_excerpt(text: str, limit: int) -> str:
+def mask_excerpt(text: str, limit: int) -> str:
     """The beginning of a text for a report, at most `limit` characters, with personal data of all kinds replaced."""
     # A value at the end of the excerpt may continue after it.
     text = text[: 2 * limit + 200]
@@ -152,7 +152,7 @@ def _find_emails(text: str) -> Iterator[Span]:
             if not secrets.is_placeholder(password[1]):
                 yield Span("secret", password.start(1), at)
         elif (domain := _DOMAIN.match(text, at)) and (local := _LOCAL.search(text, max(at - 65, 0), at)):
-            begin, end = _local_begin(local, domain[0].isascii()), domain.end()
+            begin, end = _find_local_begin(local, domain[0].isascii()), domain.end()
             # To hide too much is better than to leave half of an address.
             if rest := _DOMAIN_REST.match(text, end):
                 end = rest.end()
@@ -161,7 +161,7 @@ def _find_emails(text: str) -> Iterator[Span]:
         at = text.find("@", at + 1)
 
 
-def _local_begin(local: re.Match, is_ascii_domain: bool) -> int:
+def _find_local_begin(local: re.Match, is_ascii_domain: bool) -> int:
     """The begin of the part before the @: after quotes, an ellipsis, and words of a script without spaces."""
     begin, end = local.span()
     if is_ascii_domain and (spaced := _LOCAL_SPACED.search(local.string, begin, end)):

@@ -136,7 +136,7 @@ def find_violations(
         yield "min_classifier_score", np.less(get_score("classifier"), config.min_classifier_score)
 
 
-def violated_rules(scores: Mapping[str, float], config: QualityConfig = _DEFAULTS, language: str = "en") -> list[str]:
+def list_violations(scores: Mapping[str, float], config: QualityConfig = _DEFAULTS, language: str = "en") -> list[str]:
     """Names of the rules that a text with these scores and this language code violates, in the order of RULES."""
     return [name for name, violated in find_violations(scores.__getitem__, language == "en", config) if violated]
 
@@ -168,7 +168,7 @@ def _score_words(words: list[str], num_chars: int) -> dict[str, float]:
     first = np.fromiter(first_positions.values(), np.int64, len(first_positions))
     lengths = np.fromiter(map(len, first_positions), np.int64, len(first_positions))
     counts = np.bincount(ids, minlength=1)[first]
-    kinds = np.fromiter(map(_word_kind, first_positions), np.int8, len(first_positions))
+    kinds = np.fromiter(map(_classify_word, first_positions), np.int8, len(first_positions))
     has_letter_or_digit = kinds >= _DIGITS
     num_words = int(counts[has_letter_or_digit].sum())
     length_by_id = np.zeros(len(words), np.int64)
@@ -185,7 +185,7 @@ def _score_words(words: list[str], num_chars: int) -> dict[str, float]:
 _PUNCTUATION, _SYMBOLS, _DIGITS, _LETTERS, _SPACELESS_LETTER = range(5)
 
 
-def _word_kind(word: str) -> int:
+def _classify_word(word: str) -> int:
     if not word.isascii() and _HAS_SPACELESS.match(word):
         return _SPACELESS_LETTER
     if _LETTER.search(word):

@@ -85,11 +85,16 @@ def _is_secret(value: str, is_password: bool, is_quoted: bool, following: str) -
         if is_quoted:
             has_symbol = any(not c.isalnum() and c not in "._-/" for c in value)
             return letters > 0 and (digits > 0 or has_symbol)
-        return digits > 0 and letters > 0 and len(value) >= 8 and _entropy(value) > 2.5
-    return len(value) >= 16 and digits > 1 and len(_DIGIT_BESIDE_LETTER.findall(value)) > 1 and _entropy(value) > 3.0
+        return digits > 0 and letters > 0 and len(value) >= 8 and _compute_entropy(value) > 2.5
+    return (
+        len(value) >= 16
+        and digits > 1
+        and len(_DIGIT_BESIDE_LETTER.findall(value)) > 1
+        and _compute_entropy(value) > 3.0
+    )
 
 
-def _entropy(value: str) -> float:
+def _compute_entropy(value: str) -> float:
     """Shannon entropy of the characters, in bits per character."""
     counts = [value.count(c) for c in set(value)]
     return -sum(n / len(value) * math.log2(n / len(value)) for n in counts)

@@ -60,7 +60,7 @@ def _read_records(item: Item, name: str, unit: Unit[InputConfig]) -> Iterator[Re
         elif isinstance(raw.content, str):
             yield _to_record(id, raw.content, kind, unit, {}, notes)
         else:
-            record = _from_fields(id, raw.content, unit, notes)
+            record = _make_record(id, raw.content, unit, notes)
             is_bad = isinstance(record, Reject) and record.reason != EMPTY
             yield record._replace(size=raw.size) if is_bad else record
 
@@ -105,7 +105,7 @@ def _read_warc(item: Item, name: str, unit: Unit[InputConfig]) -> Iterator[Recor
 _READERS = {"html": _read_html, "warc": _read_warc}
 
 
-def _from_fields(
+def _make_record(
     default_id: str, fields: dict[str, Any], unit: Unit[InputConfig], notes: dict[str, int]
 ) -> Record | Reject:
     config = unit.config

@@ -24,6 +24,6 @@ def extract_main_text(page: str, url: str = "") -> tuple[str, str]:
     return text or "", title
 
 
-def package_versions() -> str:
+def get_package_versions() -> str:
     """The packages that the extracted text depends on, with their versions."""
     return ", ".join(f"{package} {importlib.metadata.version(package)}" for package in ("trafilatura", "lxml"))

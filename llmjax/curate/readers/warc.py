@@ -98,7 +98,7 @@ def read_pages(path: str, max_record_bytes: int) -> Iterator[Page | RejectedPage
     for segment in segments:
         window = Window(segment)
         is_arc = is_arc or window.peek(11).startswith(b"filedesc://")
-        for entry in (_arc_entries if is_arc else _warc_entries)(window, max_record_bytes):
+        for entry in (_read_arc_entries if is_arc else _read_warc_entries)(window, max_record_bytes):
             if isinstance(entry, _Gap):
                 yield RejectedPage(row, "", *entry)
             elif entry.type in _CAPTURE_TYPES:
@@ -109,7 +109,7 @@ def read_pages(path: str, max_record_bytes: int) -> Iterator[Page | RejectedPage
             row += 1
 
 
-def _warc_entries(window: Window, max_record_bytes: int) -> Iterator[_Entry | _Gap]:
+def _read_warc_entries(window: Window, max_record_bytes: int) -> Iterator[_Entry | _Gap]:
     while _skip_blank_lines(window):
         data = window.peek(_MAX_HEADER_BYTES)
         end = _HEADER_END.search(data, 0, _MAX_HEADER_BYTES)
@@ -156,12 +156,12 @@ def _read_block(window: Window, length: int, max_record_bytes: int) -> tuple[byt
         return window.read(next_record.start()), DAMAGED
     if not is_within_limit:
         window.skip(length)
-        return b"", _too_long(max_record_bytes)
+        return b"", _length_fault(max_record_bytes)
     block = window.read(length)
     return block, CUT_OFF if len(block) < length else DAMAGED
 
 
-def _too_long(max_record_bytes: int) -> str:
+def _length_fault(max_record_bytes: int) -> str:
     return f"longer than {max_record_bytes} bytes (max_record_bytes)"
 
 
@@ -177,7 +177,7 @@ def _skip_blank_lines(window: Window) -> bool:
 
 def _skip_gap(window: Window) -> _Gap:
     """Move to the header of the next record, by at least one byte."""
-    excerpt = _excerpt(window.peek(_MAX_HEADER_BYTES))
+    excerpt = _make_excerpt(window.peek(_MAX_HEADER_BYTES))
     size = len(window.read(1))
     while (num_skipped := window.skip_to(b"\nWARC/")) or window.peek(1):
         size += num_skipped
@@ -206,7 +206,7 @@ def _parse_header(header: bytes) -> dict[str, list[str]]:
     return fields
 
 
-def _arc_entries(window: Window, max_record_bytes: int) -> Iterator[_Entry | _Gap]:
+def _read_arc_entries(window: Window, max_record_bytes: int) -> Iterator[_Entry | _Gap]:
     while _skip_blank_lines(window):
         data = window.peek(_MAX_HEADER_BYTES)
         line = bytes(data[: data.find(b"\n") + 1])
@@ -221,7 +221,7 @@ def _arc_entries(window: Window, max_record_bytes: int) -> Iterator[_Entry | _Ga
         url, _, date, content_type, length = (part.decode("utf-8", "replace") for part in match.groups())
         if int(length) > max_record_bytes:
             window.skip(int(length))
-            yield _Gap(_too_long(max_record_bytes), url[:EXCERPT], int(length))
+            yield _Gap(_length_fault(max_record_bytes), url[:EXCERPT], int(length))
             continue
         block = window.read(int(length))
         if not url.startswith("filedesc:"):
@@ -233,7 +233,7 @@ def _arc_entries(window: Window, max_record_bytes: int) -> Iterator[_Entry | _Ga
 
 def _skip_arc_gap(window: Window) -> _Gap:
     """Move to the next line that is the header of a record."""
-    excerpt, size = _excerpt(window.peek(_MAX_HEADER_BYTES)), 0
+    excerpt, size = _make_excerpt(window.peek(_MAX_HEADER_BYTES)), 0
     while data := window.peek(_MAX_HEADER_BYTES):
         size += len(window.read(data.find(b"\n") + 1 or len(data)))
         if _ARC_LINE.match(window.peek(_MAX_HEADER_BYTES)):
@@ -316,5 +316,5 @@ def _looks_like_html(data: bytes) -> bool:
     return b"<html" in head or b"<!doctype html" in head
 
 
-def _excerpt(data: bytes | bytearray) -> str:
+def _make_excerpt(data: bytes | bytearray) -> str:
     return repr(bytes(data[:80]))

@@ -5,7 +5,7 @@ import numpy as np
 from llmjax.batch import Batch
 from llmjax.data.batches.packing import RowBudget, Rows, ranges
 from llmjax.data.batches.rng import CounterRng, bernoulli, randint
-from llmjax.data.objectives.row_chunks import pack_rows, shift_right, split_u64, unpack_rows
+from llmjax.data.objectives.row_chunks import build_causal_batch, pack_rows, shift_right, unpack_rows
 from llmjax.data.objectives.vocabulary import Vocabulary
 from llmjax.errors import UserError
 
@@ -70,14 +70,5 @@ def infill(
     lengths[~chosen, 0] = length[~chosen]
     targets, new_length = table[ranges(starts.ravel(), lengths.ravel())], lengths.sum(axis=1)
     inputs = shift_right(targets, new_length, np.where(chosen, vocab.bos_id, chunks.inputs[start]))
-    segments, positions, targets, inputs = pack_rows(
-        chunks.row, new_length, len(samples), budget.seq_len, targets, inputs
-    )
-    return Batch(
-        inputs=inputs,
-        targets=targets,
-        weights=(segments > 0).astype(np.float32),
-        segments=segments,
-        positions=positions,
-        sample=split_u64(samples),
-    )
+    packed = pack_rows(chunks.row, new_length, len(samples), budget.seq_len, targets, inputs)
+    return build_causal_batch(packed, samples)

@@ -11,7 +11,7 @@ from llmjax.data.batches.rng import CounterRng, bernoulli, randint
 from llmjax.data.config import ObjectiveConfig
 from llmjax.data.objectives import infill, spans, vocabulary
 from llmjax.data.objectives.prompts import frame_prompt
-from llmjax.data.objectives.row_chunks import split_u64, unpack_rows
+from llmjax.data.objectives.row_chunks import build_causal_batch, unpack_rows
 from llmjax.data.objectives.vocabulary import Vocabulary
 from llmjax.data.store.tokenizer import Tokenizer
 
@@ -158,21 +158,6 @@ def _make_denoising_objective(config: ObjectiveConfig, tokenizer: Tokenizer, seq
     )
 
 
-def build_causal_batch(rows: Rows, samples: np.ndarray) -> Batch:
-    """Next-token prediction: every token, including the first and the EOS, is predicted from those before it.
-
-    samples  the rows' global sample indices, int64 [batch]
-    """
-    return Batch(
-        inputs=rows.inputs,
-        targets=rows.targets,
-        weights=(rows.segments > 0).astype(np.float32),
-        segments=rows.segments,
-        positions=rows.positions,
-        sample=split_u64(samples),
-    )
-
-
 def build_prefix_batch(rows: Rows, samples: np.ndarray, rng: CounterRng) -> Batch:
     """Prefix language modelling (Raffel et al., 2019, arXiv 1910.10683): all positions of a chunk attend to its prefix.
 
@@ -226,11 +211,5 @@ def build_masked_batch(
     inputs[row, column] = np.where(
         bernoulli(kind, 0.8), vocab.ids[0], np.where(bernoulli(kind, 0.9), noise, text[row, column])
     )
-    return Batch(
-        inputs=inputs,
-        targets=text,
-        weights=is_masked.astype(np.float32),
-        segments=rows.segments,
-        positions=rows.positions,
-        sample=split_u64(samples),
-    )
+    batch = build_causal_batch(rows, samples)
+    return dataclasses.replace(batch, inputs=inputs, targets=text, weights=is_masked.astype(np.float32))

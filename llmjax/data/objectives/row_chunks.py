@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from llmjax.batch import Batch
 from llmjax.data.batches.packing import Rows, ranges
 from llmjax.data.batches.rng import CounterRng
 
@@ -55,13 +56,37 @@ def shift_right(tokens: np.ndarray, length: np.ndarray, first: np.ndarray | int)
     return inputs
 
 
-def pack_rows(
-    row: np.ndarray, length: np.ndarray, num_rows: int, width: int, *flat: np.ndarray
-) -> tuple[np.ndarray, ...]:
-    """Pack chunks in row order into rows: (segments, positions, *each of `flat`), all [num_rows, width].
+def build_causal_batch(rows: Rows, samples: np.ndarray) -> Batch:
+    """Next-token prediction: every token, including the first and the EOS, is predicted from those before it.
 
+    samples  the rows' global sample indices, int64 [batch]
+    """
+    return Batch(
+        inputs=rows.inputs,
+        targets=rows.targets,
+        weights=(rows.segments > 0).astype(np.float32),
+        segments=rows.segments,
+        positions=rows.positions,
+        sample=split_u64(samples),
+    )
+
+
+def pack_rows(
+    row: np.ndarray, length: np.ndarray, num_rows: int, width: int, targets: np.ndarray, inputs: np.ndarray
+) -> Rows:
+    """Pack the targets and inputs of chunks, int32 [tokens] each, in row order into rows of `width` positions.
+
+    row, length  int64 [chunks]: the row of each chunk, and its tokens
     The plan guarantees that the chunks of a row fit.
     """
+    segments, positions, targets, inputs = pad_rows(row, length, num_rows, width, targets, inputs)
+    return Rows(targets=targets, inputs=inputs, segments=segments, positions=positions)
+
+
+def pad_rows(
+    row: np.ndarray, length: np.ndarray, num_rows: int, width: int, *flat: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    """The same for any number of arrays: (segments, positions, *each of `flat`), all [num_rows, width]."""
     used = np.bincount(row, weights=length, minlength=num_rows).astype(np.int64)
     assert used.max(initial=0) <= width, f"a row of {width} positions got {used.max()} tokens"
     counts = np.bincount(row, minlength=num_rows)

@@ -10,10 +10,11 @@ from llmjax.data.batches.packing import RowBudget, Rows, ranges
 from llmjax.data.batches.rng import CounterRng, randint
 from llmjax.data.objectives.row_chunks import (
     RowChunks,
+    build_causal_batch,
     draw_partition,
     pack_rows,
+    pad_rows,
     shift_right,
-    split_u64,
     unpack_rows,
 )
 from llmjax.data.objectives.vocabulary import Vocabulary
@@ -159,7 +160,7 @@ def corrupt(
 
 
 def make_prefix_budget(seq_len: int, target_len: int) -> RowBudget:
-    """What `split_prefix` needs: either side may be almost the whole chunk."""
+    """What `split_prefix` needs: either side may have almost all tokens of the chunk."""
     if target_len >= seq_len:
         return RowBudget(seq_len=seq_len)
     costs = -(-np.arange(target_len + 1) * seq_len // target_len)
@@ -197,19 +198,12 @@ def build_encdec_batch(
     begin: int,
 ) -> Batch:
     """Pack sources and targets, each (tokens of all chunks, length of each chunk's), into rows of the two widths."""
-    source_segments, source_positions, packed_source = pack_rows(
+    source_segments, source_positions, packed_source = pad_rows(
         chunks.row, source[1], len(samples), widths[0], source[0]
     )
-    segments, positions, targets, inputs = pack_rows(
-        chunks.row, target[1], len(samples), widths[1], target[0], shift_right(*target, begin)
-    )
-    return Batch(
-        inputs=inputs,
-        targets=targets,
-        weights=(segments > 0).astype(np.float32),
-        segments=segments,
-        positions=positions,
-        sample=split_u64(samples),
+    rows = pack_rows(chunks.row, target[1], len(samples), widths[1], target[0], shift_right(*target, begin))
+    return dataclasses.replace(
+        build_causal_batch(rows, samples),
         source=packed_source,
         source_segments=source_segments,
         source_positions=source_positions,

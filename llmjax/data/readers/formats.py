@@ -22,7 +22,7 @@ NAMES = {
     "html": "HTML",
     "warc": "WARC",
     "tfds": "a TFDS data set",
-    "unsupported": "neither text nor a format that is read",
+    "unsupported": "an unsupported format",
 }
 _ENDINGS = {
     ".jsonl": "jsonl",
@@ -61,7 +61,7 @@ def detect(path: str, formats: Container[str] = FORMATS) -> str:
     hint = _ENDINGS.get(ending, "text")
     hint = hint if hint in formats else "text"
     head = _read_head(path)
-    if why_unsupported(path, head, is_lenient="warc" in formats):
+    if explain_unsupported(path, head, is_lenient="warc" in formats):
         return UNSUPPORTED
     for magic, name in _MAGIC:
         if head.startswith(magic) and name in formats:
@@ -69,14 +69,14 @@ def detect(path: str, formats: Container[str] = FORMATS) -> str:
     return _json_format(head, hint == "jsonl") or hint
 
 
-def why_unsupported(path: str, head: bytes | None = None, is_lenient: bool = False) -> str:
+def explain_unsupported(path: str, head: bytes | None = None, is_lenient: bool = False) -> str:
     """Why a file is neither text nor a format that is read, and what to do; "" if it may be."""
     head = _read_head(path) if head is None else head
     if not is_lenient and head.startswith((b"WARC/", b"filedesc://")):
         return "a WARC or ARC file; extract its pages with `llmjax curate`"
     if not is_lenient and encodings.is_wide(next(_read_blocks(path), b"")):
         return "UTF-16 or UTF-32; convert it to UTF-8"
-    if streams.detect_compression(path) and (streams.find_compression(head) or head.startswith(b"PAR1")):
+    if streams.detect_compression(path) and (streams.match_compression(head) or head.startswith(b"PAR1")):
         return "compressed twice, or Parquet in another compression; decompress it once"
     return next((reason for magic, reason in _NO_TEXT if magic.match(head)), "")
 

@@ -26,7 +26,7 @@ _BATCH = 256  # rows of Parquet and TFDS that are read at once
 
 
 class Fault(NamedTuple):
-    """Why a record cannot be read, and the first characters of what was there."""
+    """Why a record cannot be read, and its first characters."""
 
     reason: str
     excerpt: str
@@ -193,7 +193,7 @@ def _read_text(item: Item, options: ReadOptions) -> Iterator[RawRecord]:
 
 
 def _read_unsupported(item: Item, _: ReadOptions) -> Iterator[RawRecord]:
-    reason = formats.why_unsupported(item.path)
+    reason = formats.explain_unsupported(item.path)
     yield RawRecord("", Fault(f"not text: {reason}", ""), os.stat(item.path).st_size)
 
 

@@ -73,12 +73,12 @@ def detect_compression(path: str) -> str:
     """ "gzip", "zstd", "xz", "bzip2" or "", by the first bytes of a file; "" if it cannot be opened."""
     try:
         with open(path, "rb") as file:
-            return find_compression(file.read(16))
+            return match_compression(file.read(16))
     except OSError:
         return ""
 
 
-def find_compression(head: bytes) -> str:
+def match_compression(head: bytes) -> str:
     """The compression that data begins with, or ""."""
     return next((name for name, magic in _MAGIC if magic.match(head)), "")
 
@@ -129,7 +129,7 @@ def _read_gzip_segment(file: _PushbackFile) -> Iterator[bytes]:
         _seek_gzip_member(file)
         num_skipped = file.position - position
         ratio = max(num_bytes / max(position - begin, 1), 1)
-        # As in `blocks`: what is skipped is estimated by the compression ratio; an early end counts as a whole.
+        # As in `read_blocks`: what is skipped is estimated by the compression ratio; an early end counts as a whole.
         lost_bytes = int(num_skipped * ratio) if num_skipped else num_bytes
         raise DamageError(str(damage), max(lost_bytes, 1)) from None
 

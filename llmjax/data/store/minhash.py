@@ -32,9 +32,8 @@ def compute_signature(data: bytes) -> np.ndarray:
     """
     words = hash_words(data)
     if not words.size:
-        words = np.frombuffer(data[:4096], np.uint8).astype(
-            np.uint64
-        )  # no words: texts are similar if they begin alike
+        # Texts without words are similar if their first bytes are.
+        words = np.frombuffer(data[:4096], np.uint8).astype(np.uint64)
     hashes = np.unique((hash_shingles(words, min(SHINGLE_WORDS, words.size)) >> np.uint64(32)).astype(np.uint32))
     smallest = np.full(SIZE, 0xFFFFFFFF, np.uint32)
     for begin in range(0, hashes.size, _BLOCK_SHINGLES):

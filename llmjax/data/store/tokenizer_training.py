@@ -44,7 +44,7 @@ def train_sentencepiece(texts: Iterable[str], *, algorithm: str, vocab_size: int
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].rpartition("] ")[2]  # without the place in the library's source
+        reason = str(error).strip().splitlines()[-1].rpartition("] ")[2]  # without the line of the library's source
         raise UserError(
             f"data.tokenizer.vocab_size={vocab_size}: cannot be trained on this text ({reason}); "
             "give a smaller vocabulary or more text, or data.tokenizer.kind='bytes'"

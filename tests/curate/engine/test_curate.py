@@ -403,7 +403,7 @@ def test_invalid_settings_are_refused(raw, tmp_path, settings, message):
 def test_evaluation_sets_have_different_names(raw, tmp_path):
     from llmjax.curate.dedup import decontaminate
 
-    names = decontaminate.set_names(("a/test.jsonl", "b/test.jsonl.gz", "b/HumanEval.jsonl", "c/b/test.csv"))
+    names = decontaminate.name_sets(("a/test.jsonl", "b/test.jsonl.gz", "b/HumanEval.jsonl", "c/b/test.csv"))
     assert list(names.values()) == ["a/test", "b/test.jsonl.gz", "HumanEval", "c/b/test.csv"]
     (tmp_path / "empty.txt").write_text("too short\n")
     with pytest.raises(UserError, match="it would match nothing"):

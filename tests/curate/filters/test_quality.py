@@ -16,7 +16,7 @@ import zipfile
 import pytest
 
 from llmjax.curate.filters.normalise import normalise
-from llmjax.curate.filters.quality import RULES, compute_scores, remove_c4_lines, split_words, violated_rules
+from llmjax.curate.filters.quality import RULES, compute_scores, list_violations, remove_c4_lines, split_words
 from llmjax.curate.filters.quality_config import RULE_SETS, QualityConfig
 from llmjax.errors import UserError
 
@@ -187,27 +187,27 @@ def test_c4_removes_lines():
 
 
 def test_prose_passes_all_rules_at_published_bounds():
-    assert violated_rules(compute_scores(PROSE), PUBLISHED) == []
+    assert list_violations(compute_scores(PROSE), PUBLISHED) == []
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 def test_each_rule_is_violated_beyond_its_bound(rule):
     good, step = compute_scores(PROSE), -1e-9 if rule.is_minimum else 1e-9
-    assert violated_rules(good | {rule.score: rule.published}, PUBLISHED) == []
-    assert rule.name in violated_rules(good | {rule.score: rule.published + step}, PUBLISHED)
+    assert list_violations(good | {rule.score: rule.published}, PUBLISHED) == []
+    assert rule.name in list_violations(good | {rule.score: rule.published + step}, PUBLISHED)
     off = dataclasses.replace(PUBLISHED, **{rule.name: None})
-    assert rule.name not in violated_rules(good | {rule.score: rule.published + step}, off)
+    assert rule.name not in list_violations(good | {rule.score: rule.published + step}, off)
     others = tuple(name for name in RULE_SETS if name != rule.rule_set)
-    assert rule.name not in violated_rules(
+    assert rule.name not in list_violations(
         good | {rule.score: rule.published + step}, dataclasses.replace(PUBLISHED, rules=others)
     )
 
 
 def test_thresholds_apply_to_stored_scores():
     kept = json.loads(json.dumps(compute_scores(PROSE)))
-    assert violated_rules(kept) == []
-    assert violated_rules(kept, QualityConfig(gopher_min_words=200)) == ["gopher_min_words"]
-    assert violated_rules(kept, QualityConfig(gopher_min_words=200, rules=("c4", "fineweb"))) == []
+    assert list_violations(kept) == []
+    assert list_violations(kept, QualityConfig(gopher_min_words=200)) == ["gopher_min_words"]
+    assert list_violations(kept, QualityConfig(gopher_min_words=200, rules=("c4", "fineweb"))) == []
 
 
 def test_rules_and_config_have_the_same_names():
@@ -225,8 +225,8 @@ def test_rules_and_config_have_the_same_names():
 
 def test_the_classifier_acts_as_a_rule():
     config = QualityConfig(classifier="model.npz", min_classifier_score=0.5)
-    assert violated_rules(compute_scores(PROSE) | {"classifier": 0.4}, config) == ["min_classifier_score"]
-    assert violated_rules(compute_scores(PROSE) | {"classifier": 0.6}, config) == []
+    assert list_violations(compute_scores(PROSE) | {"classifier": 0.4}, config) == ["min_classifier_score"]
+    assert list_violations(compute_scores(PROSE) | {"classifier": 0.6}, config) == []
     with pytest.raises(UserError, match="there is no model"):
         QualityConfig(min_classifier_score=0.5)
 
@@ -238,15 +238,15 @@ def test_unknown_rules_are_refused():
 
 def test_english_rules_apply_to_english_only():
     german = compute_scores("Der Fluss war breit, als sie kamen. Die Fähre lag am anderen Ufer im Nebel. " * 4)
-    assert "gopher_min_stop_words" in violated_rules(german, language="en")
-    assert "gopher_min_stop_words" not in violated_rules(german, language="de")
+    assert "gopher_min_stop_words" in list_violations(german, language="en")
+    assert "gopher_min_stop_words" not in list_violations(german, language="de")
 
 
 def test_word_length_rules_skip_japanese():
     text = "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。何でも薄暗いじめじめした所で泣いていた。"
     scores = compute_scores(text + "しかもあとで聞くとそれは書生という人間中で一番獰悪な種族であったそうだ。")
     assert scores["spaceless"] == 1 and scores["mean_word_length"] == 1
-    assert violated_rules(scores, PUBLISHED, "ja") == []
+    assert list_violations(scores, PUBLISHED, "ja") == []
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_scores_of_tiny_texts_are_finite(text):
     scores = compute_scores(text)
     assert all(math.isfinite(value) for value in scores.values())
     assert json.loads(json.dumps(scores)) == scores
-    assert "gopher_min_words" in violated_rules(scores)
+    assert "gopher_min_words" in list_violations(scores)
     remove_c4_lines(text)
 
 
@@ -285,11 +285,11 @@ def test_defaults_keep_books_and_documentation(shared_data):
     for file, least in (("peps/peps.jsonl.gz", 0.85), ("rust-book/rust-book.jsonl.gz", 0.9)):
         with gzip.open(shared_data / file, "rt", encoding="utf-8") as lines:
             texts = [json.loads(line)["text"] for line in list(lines)[:60]]
-        kept = [not violated_rules(compute_scores(remove_c4_lines(text)[0])) for text in texts]
+        kept = [not list_violations(compute_scores(remove_c4_lines(text)[0])) for text in texts]
         assert sum(kept) / len(kept) >= least, file
     for file in sorted((shared_data / "gutenberg").glob("*.gz")):
         with gzip.open(file, "rt", encoding="utf-8", newline=None) as lines:
-            assert not violated_rules(compute_scores(remove_c4_lines(lines.read())[0])), file
+            assert not list_violations(compute_scores(remove_c4_lines(lines.read())[0])), file
 
 
 def test_most_languages_pass_the_rules(shared_data):
@@ -299,5 +299,5 @@ def test_most_languages_pass_the_rules(shared_data):
             if name.endswith(".txt"):
                 count += 1
                 text = normalise(file.read(name).decode("utf-8", "replace"))[0]
-                violating += [name] if violated_rules(compute_scores(remove_c4_lines(text)[0]), language="xx") else []
+                violating += [name] if list_violations(compute_scores(remove_c4_lines(text)[0]), language="xx") else []
     assert count > 300 and len(violating) / count < 0.08  # some are short, or their full stops are not in the list

@@ -170,4 +170,4 @@ def test_word_f1_on_annotated_pages(shared_data):
 
 
 def test_package_versions():
-    assert re.fullmatch(r"trafilatura \S+, lxml \S+", html.package_versions())
+    assert re.fullmatch(r"trafilatura \S+, lxml \S+", html.get_package_versions())

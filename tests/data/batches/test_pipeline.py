@@ -138,7 +138,7 @@ def test_order_of_the_named_entries_does_not_matter(folder):
 
 
 class TestSkip:
-    """Spans are left out, and all else stays: the samples, their order and their indices."""
+    """Spans are skipped; the other samples keep their order and indices."""
 
     def test_other_samples_are_unchanged(self, folder):
         full = np.concatenate([batch.targets for batch, _ in take(train(folder), 20)])
@@ -148,7 +148,7 @@ class TestSkip:
         np.testing.assert_array_equal(np.concatenate([batch.targets for batch, _ in skipped]), full[index])
 
     def test_skipped_batch_is_followed_by_the_batches_of_the_plain_run(self, folder):
-        """A run that skipped batch 3 stands, one batch earlier, where the plain run stands: same batch, same state."""
+        """A run that skipped batch 3 has the batches and states of the plain run, one batch earlier."""
         plain = take(train(folder), 12)
         skipped = take(train(folder, skip=((3 * BATCH, 4 * BATCH),)), 11)
         assert_same(plain[:3] + plain[4:], skipped)
@@ -212,7 +212,7 @@ class TestCheck:
 
 
 class TestEnds:
-    """Few rows, none, and the end of the data."""
+    """Few rows, no rows, and the end of the data."""
 
     def test_fewer_rows_than_a_batch(self, folder):
         data = train(folder, {"tiny": SourceConfig()}, global_batch=5)

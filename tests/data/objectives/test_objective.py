@@ -10,7 +10,7 @@ from llmjax.data.batches.packing import Rows, fill_rows, open_packing
 from llmjax.data.batches.pipeline import EvalData, TrainData
 from llmjax.data.batches.rng import CounterRng
 from llmjax.data.config import DataConfig, SourceConfig
-from llmjax.data.objectives.objective import build_causal_batch
+from llmjax.data.objectives.row_chunks import build_causal_batch
 from llmjax.errors import UserError
 from tests.data.objectives.masks import (
     BYTES,
@@ -146,7 +146,7 @@ class TestEveryObjective:
 
     @pytest.mark.parametrize("case", CASES)
     def test_evaluation_repeats_itself(self, folder, case):
-        """The same places at every evaluation, by any batch size, and none of the padding."""
+        """The same positions are masked at every evaluation and batch size, and no padding."""
         objective, config = make(case), DataConfig(seq_len=SEQ_LEN)
         evaluations = []
         for batch in (4, 7):
@@ -172,7 +172,7 @@ class TestEveryObjective:
 
 
 class TestPrefix:
-    """A decoder's prefix is seen from both sides and not scored."""
+    """A decoder attends to its prefix from both sides, and the prefix is not scored."""
 
     def test_marks_and_weights(self, folder):
         _, rows, batch = build_case(folder, "prefix")
@@ -184,7 +184,7 @@ class TestPrefix:
         ):
             size = sum(marks)
             assert marks == [True] * size + [False] * (len(marks) - size) and size >= 1
-            # The last place of the prefix is the first that is scored: nothing shows its target.
+            # The last position of the prefix is the first that is scored: no input contains its target.
             assert weights == [0] * (size - 1) + [1] * (len(marks) - size + 1)
             lengths.append(len(marks))
             shares.append((size - 0.5) / len(marks))
@@ -229,7 +229,7 @@ class TestMasked:
         assert_share(batch.inputs[hidden] == batch.targets[hidden], 0.1 + 0.1 / 256)
 
     def test_every_inner_token_can_be_corrupted(self, folder):
-        """Each chunk begins with the token before it, so no token of a cut document is left out or seen twice."""
+        """Each chunk begins with the token before it, so every token of a cut document is a target exactly once."""
         _, rows, batch = build_case(folder, "masked")
         text = (rows.segments > 0) & ~((rows.positions == 0) & (rows.inputs == BYTES.bos_id))
         expected = np.sort(np.concatenate([document[:-1] for document in documents(0)]))

@@ -110,7 +110,7 @@ class TestSpans:
             assert_share(np.array(drawn_modes) == "[S]", 1 / 7)
 
     def test_every_position_can_be_masked(self):
-        """Over many samples the places of a chunk are hidden alike, but for the few next to its ends."""
+        """Over many samples every position of a chunk is corrupted equally often, except the few next to its ends."""
         objective, size = make("span"), 40
         count, tokens = 4000, np.arange(65, 65 + size, dtype=np.int32)
         ones = np.ones((count, size), np.int32)

@@ -1,4 +1,4 @@
-"""Ids that stand for no text, and the section of the config that asks for them."""
+"""Special ids, and the section of the config that requests them."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from tests.data.objectives.masks import SEQ_LEN, make
 
 
 class TestVocabulary:
-    """Ids that stand for no text."""
+    """Special ids."""
 
     def test_model_vocabulary_covers_added_tokens(self):
         for case, added in {"causal": 0, "prefix": 0, "masked": 1, "fim": 3, "span": 5, "ul2": 21}.items():
@@ -74,7 +74,7 @@ class TestConfig:
     def test_families(self):
         with pytest.raises(UserError, match=r"objective\.name='masked': .* supports objectives causal, prefix"):
             RunConfig(objective=ObjectiveConfig(name="masked"))
-        with pytest.raises(UserError, match=r"objective\.target_len=9: model\.family='decoder' has no decoder beside"):
+        with pytest.raises(UserError, match=r"objective\.target_len=9: .* is not an encoder-decoder"):
             RunConfig(objective=ObjectiveConfig(name="prefix", target_len=9))
         for name in OBJECTIVES:
             if name in RunConfig().model.objectives:

@@ -44,7 +44,7 @@ def test_detection(tmp_path, name, data, prepared, curated, is_compressed):
 def test_a_file_that_is_no_text_says_why(tmp_path):
     for data, reason in ((b"PK\x03\x04", "an archive; unpack it"), (b"WARC/1.0\r\n", "`llmjax curate`")):
         (tmp_path / "a").write_bytes(data)
-        assert reason in formats.why_unsupported(str(tmp_path / "a"))
+        assert reason in formats.explain_unsupported(str(tmp_path / "a"))
 
 
 def test_a_byte_order_mark_is_not_text():

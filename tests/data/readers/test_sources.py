@@ -1,4 +1,4 @@
-"""Sources: their files in order, as units that together are the whole."""
+"""Sources: their files in order, as units that together hold every record."""
 
 import json
 

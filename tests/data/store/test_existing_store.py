@@ -1,4 +1,4 @@
-"""A folder that holds something else than the whole store is refused, and left as it is."""
+"""A folder that does not hold the complete store is refused, and not changed."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ def test_a_store_of_another_format_is_refused(tmp_path):
 
 
 def test_parts_of_two_stores_are_refused(corpus, tmp_path):
-    """Each part is whole in itself; the manifest binds them."""
+    """Each split is complete; only the manifest shows that they do not belong together."""
     for name, vocab_size in (("a", 300), ("b", 310)):
         run_prepare(config(corpus[0], tokenizer=TokenizerConfig(vocab_size=vocab_size)), tmp_path / name)
     shutil.copytree(tmp_path / "a", tmp_path / "mixed")

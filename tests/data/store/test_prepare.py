@@ -153,7 +153,7 @@ def test_a_tokenizer_that_loses_text_is_reported(corpus, tmp_path):
     manifest, lines = run_prepare(config(corpus[0], tokenizer=lossy), tmp_path / "s")
     assert manifest["tokenizer"]["lossy_documents"] == 300 and not load_tokenizer(tmp_path / "s").lossless
     assert any("loses text: 300 documents" in line for line in lines)
-    # Another file under the same name is another setting; a file that is gone is not, since the store has its copy.
+    # Another file under the same name is another setting; a deleted file is not, since the store has its copy.
     (tmp_path / "t.json").write_text((tmp_path / "t.json").read_text() + "\n")
     with pytest.raises(UserError, match=r"data\.tokenizer\.sha256"):
         run_prepare(config(corpus[0], tokenizer=lossy), tmp_path / "s")

@@ -21,7 +21,7 @@ from tests.data.preparation import all_texts, config, contents, read_texts, run_
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_killed_preparation_resumes(corpus, tmp_path):
-    """SIGKILL at several moments, each run taking up what the last one left; the store is that of a quiet run."""
+    """SIGKILL at several moments; each run resumes the last one, and the store is that of an uninterrupted run."""
     rng = random.Random(1)
     for part in range(6):
         (tmp_path / f"b{part}.txt").write_text("\n\n".join(sentence(rng, 200) for _ in range(300)))
@@ -48,7 +48,7 @@ def test_a_killed_preparation_resumes(corpus, tmp_path):
                 break
         process.wait()
         process.stdout.close()
-        time.sleep(0.2)  # for its workers to see that it is gone
+        time.sleep(0.2)  # so that its workers notice its end
         assert (read_manifest(tmp_path / "killed") is None) == (stage != "nothing")
         if stage == "tokenizing":
             (tmp_path / "killed/manifest.json.partial-1").touch()  # as a kill at the last moment leaves it

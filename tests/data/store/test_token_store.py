@@ -218,7 +218,7 @@ class TestDamage:
             TokenStore(tmp_path).read(0, 1)
 
     def test_a_shard_of_another_tokenizer(self, tmp_path):
-        """Same sizes and valid checksums, as two preparations at once once left behind."""
+        """Same sizes and valid checksums, as two simultaneous preparations once produced."""
         infos = [
             write_shard(tmp_path, i, [np.array([3, EOS])], **SHARD | {"tokenizer_sha256": sha})
             for i, sha in enumerate("xy")

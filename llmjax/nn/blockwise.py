@@ -1,0 +1,324 @@
+"""Attention computed block by block: memory linear in the sequence length, in plain JAX, on every platform.
+
+The scores of a block of queries with a block of keys are computed, used and dropped. The softmax is corrected when a
+larger score arrives, and the backward pass computes the scores again from the saved logarithm of the softmax's sum.
+(Online softmax: Milakov & Gimelshein, 2018, arXiv 1805.02867; attention in linear memory: Rabe & Staats, 2021, arXiv
+2112.05682; the backward pass: Dao et al., 2022, FlashAttention, arXiv 2205.14135.)
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
+
+from llmjax.nn.embedding import MASKED
+
+# Queries and keys of a block. The float32 scores of one block are batch x heads x BLOCK x BLOCK x 4 bytes.
+BLOCK = 256
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BlockMask:
+    """Which keys a query sees, without an array of queries x keys. Lengths are multiples of the blocks.
+
+    segments, positions          int [batch, s], of the queries
+    key_segments, key_positions  int [batch, t]
+    prefix                       bool [batch, t]: keys that also earlier queries see; None: no key
+    window                       int []: only keys less than this many positions away are seen
+    first, last                  int [query blocks]: block i needs the key blocks from first[i] to last[i] - 1
+    block, key_block             queries and keys of a block
+    """
+
+    segments: jax.Array
+    positions: jax.Array
+    key_segments: jax.Array
+    key_positions: jax.Array
+    prefix: jax.Array | None
+    window: jax.Array
+    first: jax.Array
+    last: jax.Array
+    block: int = dataclasses.field(metadata={"static": True})
+    key_block: int = dataclasses.field(metadata={"static": True})
+
+
+class _Options(NamedTuple):
+    """Static arguments of the kernel, as in `nn.attention.dot`."""
+
+    scale: float
+    softcap: float | None
+
+
+class _Inputs(NamedTuple):
+    """Arguments of the kernel that have gradients, in its own layout.
+
+    q      [blocks, batch, groups, repeats * block, head_dim]: heads of a group behind one another in each query block,
+           so that one matmul serves them all
+    k, v   [batch, groups, padded t, head_dim]
+    sinks  float32 [groups, repeats]
+    bias   float32 [groups, repeats, 2 padded s - 1]
+    """
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    sinks: jax.Array | None
+    bias: jax.Array | None
+
+
+def block_mask(
+    segments: jax.Array,
+    positions: jax.Array,
+    *,
+    causal: bool,
+    prefix: jax.Array | None = None,
+    window: int | None = None,
+    block: int | None = None,
+) -> BlockMask:
+    """The BlockMask that allows what `nn.attention.attention_mask` allows for the same arguments.
+
+    Segments must be contiguous and positions count up by one inside them, so that blocks can be left out by their
+    place in the row; only padding (segment 0), whose result nobody reads, may be otherwise. Sequences are padded to a
+    multiple of `block` (None: BLOCK) by tokens of a segment of their own.
+    """
+    block = min(block or BLOCK, segments.shape[1])
+    segments, positions = _pad(segments, block, -1), _pad(positions, block, 0)
+    if not causal:
+        prefix = jnp.ones(segments.shape, bool)
+    elif prefix is not None:
+        prefix = _pad(prefix, block, False)
+    window = segments.shape[1] if window is None else window
+    ranges = _key_ranges(segments, prefix, window, block)
+    return BlockMask(segments, positions, segments, positions, prefix, jnp.int32(window), *ranges, block, block)
+
+
+def cross_block_mask(segments: jax.Array, key_segments: jax.Array, *, block: int | None = None) -> BlockMask:
+    """The BlockMask of queries [batch, s] that see the keys [batch, t] of their segment; padding (0) sees none.
+
+    Segments must be in ascending order, apart from padding.
+    """
+    query_block, key_block = (min(block or BLOCK, x.shape[1]) for x in (segments, key_segments))
+    segments, key_segments = _pad(segments, query_block, 0), _pad(key_segments, key_block, 0)
+    segments = jnp.where(segments == 0, -1, segments)
+    by_block = segments.reshape(segments.shape[0], -1, query_block)
+    highest = jnp.max(by_block, axis=2, keepdims=True)
+    lowest = jnp.min(jnp.where(by_block > 0, by_block, highest), axis=2, keepdims=True)
+    keys = key_segments[:, None, :]
+    needed = jnp.any((keys >= lowest) & (keys <= highest), axis=0)
+    key_block_index = jnp.arange(key_segments.shape[1]) // key_block
+    first = jnp.min(jnp.where(needed, key_block_index, key_block_index[-1]), axis=1)
+    last = jnp.max(jnp.where(needed, key_block_index + 1, 0), axis=1)
+    at_zero, key_at_zero = jnp.zeros_like(segments), jnp.zeros_like(key_segments)
+    everywhere, window = jnp.ones(key_segments.shape, bool), jnp.int32(1)
+    return BlockMask(
+        segments, at_zero, key_segments, key_at_zero, everywhere, window, first, last, query_block, key_block
+    )
+
+
+def _pad(x: jax.Array, block: int, value: int | bool) -> jax.Array:
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)), constant_values=value)
+
+
+def _key_ranges(segments: jax.Array, prefix: jax.Array | None, window: int, block: int) -> tuple[jax.Array, jax.Array]:
+    """BlockMask.first and .last: one range for all rows, since they are computed together."""
+    batch, seq = segments.shape
+    at = jnp.arange(seq)
+    is_start = jnp.diff(segments, axis=1, prepend=-2) != 0
+    is_end = jnp.roll(is_start, -1, axis=1).at[:, -1].set(True)
+    start = jax.lax.cummax(jnp.where(is_start, at, 0), axis=1)
+    end = jax.lax.cummin(jnp.where(is_end, at, seq), axis=1, reverse=True)
+    lowest = jnp.maximum(start, at - (window - 1))
+    highest = jnp.broadcast_to(at, end.shape) if prefix is None else jnp.minimum(end, at + (window - 1))
+    by_block = lambda bound: bound.reshape(batch, seq // block, block)
+    first = jnp.min(by_block(lowest), axis=(0, 2)) // block
+    last = jnp.max(by_block(highest), axis=(0, 2)) // block + 1
+    return first, last
+
+
+def blockwise(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: BlockMask,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: jax.Array | None = None,
+    bias: jax.Array | None = None,
+) -> jax.Array:
+    """Attention with the result of `nn.attention.dot`, to rounding; 0 for a query that sees no key.
+
+    Shapes and arguments as in `dot`, except for the mask, which is from `block_mask` or `cross_block_mask`, and the
+    bias: float32 [heads, 2 s - 1], that of each distance (key minus query) from 1 - s to s - 1. The output and the
+    logarithm of the softmax's sum carry the checkpoint name "attention", so that a remat policy can keep them.
+    """
+    batch, seq, heads, head_dim = q.shape
+    groups, repeats = k.shape[2], heads // k.shape[2]
+    options = _Options(head_dim**-0.5 if scale is None else scale, softcap)
+    pad = lambda x, like: jnp.pad(x, ((0, 0), (0, like.shape[1] - x.shape[1]), (0, 0), (0, 0)))
+    q = pad(q, mask.segments).reshape(batch, -1, mask.block, groups, repeats, head_dim)
+    if bias is not None:
+        padding = mask.segments.shape[1] - seq
+        bias = jnp.pad(bias.astype(jnp.float32), ((0, 0), (padding, padding))).reshape(groups, repeats, -1)
+    inputs = _Inputs(
+        q.transpose(1, 0, 3, 4, 2, 5).reshape(-1, batch, groups, repeats * mask.block, head_dim),
+        pad(k, mask.key_segments).swapaxes(1, 2),
+        pad(v, mask.key_segments).swapaxes(1, 2),
+        None if sinks is None else sinks.astype(jnp.float32).reshape(groups, repeats),
+        bias,
+    )
+    out: jax.Array = _attention(options, inputs, mask)
+    out = out.reshape(-1, batch, groups, repeats, mask.block, v.shape[-1]).transpose(1, 0, 4, 2, 3, 5)
+    return out.reshape(batch, -1, heads, v.shape[-1])[:, :seq]
+
+
+def _scores(
+    options: _Options,
+    q: jax.Array,
+    k: jax.Array,
+    bias: jax.Array | None,
+    mask: BlockMask,
+    query: jax.Array,
+    key: jax.Array,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Masked float32 scores [batch, groups, repeats * block, key_block] of query block `query` and key block `key`.
+
+    q [batch, groups, repeats * block, head_dim], k [batch, groups, key_block, head_dim]. Also returns the derivative of
+    the soft-cap, None without one.
+    """
+    scores = options.scale * jnp.einsum("bgsk,bgtk->bgst", q, k, preferred_element_type=jnp.float32)
+    slope = None
+    if options.softcap is not None:
+        capped = jnp.tanh(scores / options.softcap)
+        scores, slope = options.softcap * capped, 1 - capped**2
+    if bias is not None:
+        start = bias.shape[2] // 2 + 1 - mask.block + (key - query) * mask.block
+        near = jax.lax.dynamic_slice_in_dim(bias, start, 2 * mask.block - 1, axis=2)
+        scores += _matrix_from_diagonals(near).reshape(q.shape[1:3] + k.shape[2:3])
+    cut = lambda x, index, size: jax.lax.dynamic_slice_in_dim(x, index * size, size, axis=1)
+    queries, keys = lambda x: cut(x, query, mask.block)[:, :, None], lambda x: cut(x, key, mask.key_block)[:, None, :]
+    distance = queries(mask.positions) - keys(mask.key_positions)
+    past = distance >= 0
+    visible = queries(mask.segments) == keys(mask.key_segments)
+    visible &= past if mask.prefix is None else past | keys(mask.prefix)
+    visible &= jnp.abs(distance) < mask.window
+    repeats = q.shape[2] // mask.block
+    return jnp.where(jnp.tile(visible, (1, repeats, 1))[:, None], scores, MASKED), slope
+
+
+def _matrix_from_diagonals(diagonals: jax.Array) -> jax.Array:
+    """[..., 2 n - 1] -> [..., n, n] whose element (i, j) is diagonal n - 1 + j - i; by reshapes, without a gather."""
+    size = (diagonals.shape[-1] + 1) // 2
+    # Rows of 2 n - 1 read as rows of 2 n: each begins one diagonal later than the one before.
+    flat = jnp.tile(diagonals, size + 1)[..., : 2 * size * size]
+    return flat.reshape(*diagonals.shape[:-1], size, 2 * size)[..., ::-1, :size]
+
+
+def _sum_diagonals(matrix: jax.Array) -> jax.Array:
+    """The transpose of `_matrix_from_diagonals`: [..., n, n] -> [..., 2 n - 1]."""
+    size = matrix.shape[-1]
+    wide = jnp.pad(matrix[..., ::-1, :], [(0, 0)] * (matrix.ndim - 1) + [(0, size)])
+    flat = wide.reshape(*matrix.shape[:-2], -1)[..., : size * (2 * size - 1)]
+    return jnp.sum(flat.reshape(*matrix.shape[:-2], size, 2 * size - 1), axis=-2)
+
+
+def _block(x: jax.Array, index: jax.Array, size: int) -> jax.Array:
+    """Block `index` of x [batch, groups, padded, width]."""
+    return jax.lax.dynamic_slice_in_dim(x, index * size, size, axis=2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(options: _Options, inputs: _Inputs, mask: BlockMask) -> jax.Array:
+    """The output in the layout of q: [blocks, batch, groups, repeats * block, v's head_dim]."""
+    return _forward(options, inputs, mask)[0]
+
+
+def _forward(options: _Options, inputs: _Inputs, mask: BlockMask) -> tuple[jax.Array, jax.Array]:
+    """The output, and the logarithm of the softmax's sum, float32 [blocks, batch, groups, repeats * block, 1]."""
+    q, k, v, sinks, bias = inputs
+    rows = (*q.shape[1:-1], 1)
+    highest, total = jnp.full(rows, MASKED, jnp.float32), jnp.zeros(rows, jnp.float32)
+    if sinks is not None:  # as a key that every query sees and whose value is 0
+        highest = jnp.broadcast_to(jnp.repeat(sinks, mask.block, axis=1).reshape(1, -1, rows[2], 1), rows)
+        total = jnp.ones(rows, jnp.float32)
+
+    def query_block(_, item):
+        q, query, first, last = item
+
+        def key_block(key, carry):
+            out, highest, total = carry
+            k_block, v_block = (_block(x, key, mask.key_block) for x in (k, v))
+            scores, _ = _scores(options, q, k_block, bias, mask, query, key)
+            new = jnp.maximum(highest, jnp.max(scores, axis=-1, keepdims=True))
+            correction, weights = jnp.exp(highest - new), jnp.exp(scores - new)
+            values = jnp.einsum("bgst,bgtk->bgsk", weights.astype(v.dtype), v_block, preferred_element_type=jnp.float32)
+            total = correction * total + jnp.sum(weights, axis=-1, keepdims=True)
+            return correction * out + values, new, total
+
+        out = jnp.zeros((*q.shape[:-1], v.shape[-1]), jnp.float32)
+        out, new, sums = jax.lax.fori_loop(first, last, key_block, (out, highest, total))
+        sees_none = new == MASKED
+        out = jnp.where(sees_none, 0, out / jnp.where(sees_none, 1, sums)).astype(v.dtype)
+        # The backward pass computes weights as exp(score - log_total): 0 for a query that sees no key.
+        return None, (out, jnp.where(sees_none, -MASKED, new + jnp.log(sums)))
+
+    return jax.lax.scan(query_block, None, (q, jnp.arange(len(mask.first)), mask.first, mask.last))[1]
+
+
+def _attention_forward(options: _Options, inputs: _Inputs, mask: BlockMask) -> tuple[jax.Array, tuple[Any, ...]]:
+    out, log_total = (checkpoint_name(x, "attention") for x in _forward(options, inputs, mask))
+    return out, (inputs, mask, out, log_total)
+
+
+def _attention_backward(
+    options: _Options, saved: tuple[Any, ...], d_out: jax.Array
+) -> tuple[_Inputs, BlockMask | None]:
+    inputs, mask, out, log_total = saved
+    q, k, v, sinks, bias = inputs
+    # The sum over keys of a weight times its gradient, which the softmax's gradient subtracts (Dao et al., section 3).
+    mean = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+    def query_block(carry, item):
+        q, d_out, log_total, mean, query, first, last = item
+
+        def key_block(key, carry):
+            d_q, d_k, d_v, d_bias = carry
+            k_block, v_block = (_block(x, key, mask.key_block) for x in (k, v))
+            scores, slope = _scores(options, q, k_block, bias, mask, query, key)
+            weights = jnp.exp(scores - log_total)
+            d_scores = weights * (product("bgsk,bgtk->bgst", d_out, v_block) - mean)
+            if bias is not None:
+                by_head = jnp.sum(d_scores, axis=0).reshape(*bias.shape[:2], mask.block, mask.key_block)
+                start = bias.shape[2] // 2 + 1 - mask.block + (key - query) * mask.block
+                d_bias = _add_slice(d_bias, _sum_diagonals(by_head), start)
+            d_scores = (d_scores * options.scale if slope is None else d_scores * options.scale * slope).astype(q.dtype)
+            d_q += product("bgst,bgtk->bgsk", d_scores, k_block)
+            d_k = _add_slice(d_k, product("bgst,bgsk->bgtk", d_scores, q), key * mask.key_block)
+            weights = weights.astype(d_out.dtype)
+            d_v = _add_slice(d_v, product("bgst,bgsk->bgtk", weights, d_out), key * mask.key_block)
+            return d_q, d_k, d_v, d_bias
+
+        d_q, *carry = jax.lax.fori_loop(first, last, key_block, (jnp.zeros(q.shape, jnp.float32), *carry))
+        return tuple(carry), d_q.astype(q.dtype)
+
+    zeros = (*(jnp.zeros(x.shape, jnp.float32) for x in (k, v)), None if bias is None else jnp.zeros_like(bias))
+    items = (q, d_out, log_total, mean, jnp.arange(len(mask.first)), mask.first, mask.last)
+    (d_k, d_v, d_bias), d_q = jax.lax.scan(query_block, zeros, items)
+    d_sinks = None
+    if sinks is not None:
+        by_query = lambda x: x.reshape(*x.shape[:2], *sinks.shape, mask.block)
+        d_sinks = -jnp.sum(jnp.exp(sinks[:, :, None] - by_query(log_total)) * by_query(mean), axis=(0, 1, 4))
+    return _Inputs(d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), d_sinks, d_bias), None
+
+
+def _add_slice(total: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
+    """`total` with `part` added from `start` of axis 2 on."""
+    new = jax.lax.dynamic_slice_in_dim(total, start, part.shape[2], axis=2) + part
+    return jax.lax.dynamic_update_slice_in_dim(total, new, start, axis=2)
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
