@@ -62,13 +62,11 @@ def _list_sections(cls: type, path: str = "", family: str = "") -> Iterator[_Sec
 def _print_section(section: _Section, explained: set[type]) -> None:
     """Print docstrings, except those of base classes in `explained`, and the default of every field."""
     cls, path, family = section
-    print(f"[{path or 'top level'}{family}] ", end="")
-    for base in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
-        if base not in explained:  # families share base classes
-            print(f"{textwrap.dedent('    ' + (base.__doc__ or '')).strip()}\n")
-            explained.add(base)
-    hints = typing.get_type_hints(cls)
+    bases = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base) and base not in explained]
+    explained.update(bases)  # families share base classes
+    docstrings = [textwrap.dedent("    " + (base.__doc__ or "")).strip() for base in bases] or ["(fields as above)"]
+    print(f"[{path or 'top level'}{family}] " + "\n\n".join(docstrings) + "\n")
     for field in dataclasses.fields(cls):
-        if not dataclasses.is_dataclass(hints[field.name]) and field.default is not dataclasses.MISSING:
+        if field.default is not dataclasses.MISSING and not dataclasses.is_dataclass(field.default):
             print(f"  --config.{path}{'.' if path else ''}{field.name}={field.default!r}")
     print()

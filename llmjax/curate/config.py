@@ -71,7 +71,7 @@ class InputConfig:
 class PersonalDataConfig:
     """Personal data and secrets in a text.
 
-    kinds   to find: "email", "ip", "phone", "card" (payment cards), "iban", "ssn" (US social security numbers),
+    kinds   kinds to find: "email", "ip", "phone", "card" (payment cards), "iban", "ssn" (US social security numbers),
             "secret" (keys, tokens, passwords)
     action  "replace" by typed placeholders such as <EMAIL>, "drop" the document, or "count" only
     """
@@ -111,7 +111,7 @@ class LanguageConfig:
 
     keep            codes such as ("en", "de"); empty: all
     min_confidence  minimum probability from 0 to 1 of the detected language; not applied if `keep` is empty
-    max_characters  that are read from a text, in `num_excerpts` evenly spaced excerpts
+    max_characters  maximum number of characters to read, in `num_excerpts` evenly spaced excerpts
     num_excerpts    number of excerpts of a longer text
     """
 
@@ -212,7 +212,7 @@ class AugmentConfig:
 class CurateConfig:
     """From raw text to a corpus.
 
-    inputs            named inputs; a new name gets InputConfig's defaults
+    inputs            inputs by name: section curate.inputs.NAME
     stages            to run, in this order: read extract normalise language quality duplicates decontaminate
                       personal_data sample split, and augment, which is not in the default
     max_bad_fraction  fraction of unreadable records or bytes of an input from which the command stops; fewer are

@@ -23,7 +23,7 @@ class SourceConfig:
 
     path         a file, a glob (`**` crosses folders), `tfds:NAME[:SPLIT][@DATA_DIR]`, or `stdlib:` (Python's sources)
     weight       relative share of training samples; None: its share of the tokens. Set it for all sources, or for none
-    text_field   the field that holds the text in JSONL, Parquet and TFDS records
+    text_field   the field or column of the text in JSON, CSV, TSV, Parquet and TFDS records
     split_field  the field of JSONL records that names their split (train, validation, test), as `llmjax curate` writes
                  it; empty: data.split decides
     format       "text", "jsonl", "json" (arrays, or objects over several lines), "csv", "tsv" or "parquet"; empty: by
@@ -82,8 +82,8 @@ class SplitConfig(FractionsConfig):
 class DataConfig:
     """Everything between text on disk and a batch.
 
-    sources           SourceConfig by name; a new name gets the defaults
-    tokenizer, split  see TokenizerConfig and SplitConfig
+    sources           sources by name: section data.sources.NAME
+    tokenizer, split  sections data.tokenizer and data.split
     store             folder of the token store; empty: WORKDIR/store
     seq_len           tokens in a row
     packing           "best_fit" (a plan that keeps documents whole) or "concat" (windows over the stream)

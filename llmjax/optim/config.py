@@ -25,7 +25,7 @@ class OptimizerConfig:
     A field left at None takes the value that suits the named optimizer (the table in docs/optimizers.md).
 
     name            "adamw", "adafactor", "lion", "muon", "sgd" or "schedule_free_adamw"
-    learning_rate   at its peak; for adafactor relative to each parameter's own root mean square
+    learning_rate   the peak of the schedule; for adafactor relative to each parameter's own root mean square
     schedule        "cosine", "wsd" (warmup, stable, decay), "linear", "inverse_sqrt" or "constant"; each with warmup
     warmup_steps    updates of linear warmup; None: a tenth of the horizon, at most 2,000
     decay_fraction  wsd: the last part of the horizon, in which the rate falls linearly
