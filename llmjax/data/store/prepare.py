@@ -220,21 +220,21 @@ class _Preparation:
         """Assign documents to splits; a source with too few documents is first cut into parts."""
         self._assign_by_key()
         incomplete = [name for name in self.names if self._missing_splits(name)]
-        few = [name for name in incomplete if "split_field" not in self.settings["sources"][name]]
+        to_cut = [name for name in incomplete if "split_field" not in self.settings["sources"][name]]
         for name in incomplete:
-            if name not in few:
+            if name not in to_cut:  # its records name their splits, so a cut would not fill the others
                 missing = self._missing_splits(name)
                 message = f"{name}: no record names the split {' or '.join(split.SPLITS[part] for part in missing)}"
                 if split.TRAIN in missing:
                     raise UserError(f"data.sources.{message}: nothing to train on; give the files of all splits")
                 logger.info(message)
-        if few:
-            num_documents = {name: len(self._splits_of(name)) for name in few}
-            for name in few:
+        if to_cut:
+            num_documents = {name: len(self._splits_of(name)) for name in to_cut}
+            for name in to_cut:
                 self.part_bytes[name] = min(max(self.text_bytes[name] // 64, _MIN_PART), _MAX_PART)
-            self._scan([unit for unit in self.units if unit.source in few])
+            self._scan([unit for unit in self.units if unit.source in to_cut])
             self._assign_by_key()
-            for name in few:
+            for name in to_cut:
                 size, parts = self.part_bytes[name] or 0, len(self._splits_of(name))
                 logger.info(
                     f"{name}: too few documents for data.split ({num_documents[name]}), so they are cut at blank lines "
