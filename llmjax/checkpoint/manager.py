@@ -150,7 +150,9 @@ class Checkpoints:
         Raises UserError where the checkpoint is damaged or its arrays have other names, shapes or types.
         """
         if step not in self.steps():
-            raise UserError(f"no checkpoint of step {step} in {self.folder}; there are {self.steps() or 'none'}")
+            raise UserError(
+                f"no checkpoint of step {step} in {self.folder}; the steps there are {self.steps() or 'none'}"
+            )
         with self._damage_as_user_error(step):
             return self._restore(step, abstract)
 

@@ -115,6 +115,8 @@ def _hint_for(error: Exception) -> str:
             f"out of memory ({str(error).partition(chr(10))[0][:200]}): lower train.global_batch, data.seq_len or the "
             "size of the model, raise train.accumulation, or use more devices"
         )
+    if isinstance(error, ImportError) and "gcsfs" in str(error):
+        return "a path on gs:// needs the package gcsfs: run `pip install 'llmjax[gcs]'`"
     if not isinstance(error, OSError):
         return ""
     if error.errno in NO_SPACE:

@@ -41,8 +41,8 @@ def fill(loaded: Loaded, texts: Sequence[str], count: int) -> list[list[list[Pre
     mask = vocab.ids[0]
     if "masked" not in model.objectives:
         raise UserError(
-            f"model.family={model.family!r} does not predict masked tokens: use one that supports the objective "
-            "'masked', such as encoder"
+            f"model.family={model.family!r} does not predict masked tokens: use `llmjax generate`, or a model that was "
+            "trained with objective.name='masked'"
         )
     if vocab.size > model.vocab_size:
         raise UserError(

@@ -189,7 +189,7 @@ def _decode(model, logits, cache, first, key, *, sampling: Sampling, stop_ids: t
 def _check(config: ModelConfig, prompts: Sequence[Tokens], max_tokens: int) -> None:
     """Raise UserError for what `generate` cannot continue with the model of `config`."""
     if not config.generates:
-        raise UserError(f"model.family={config.family!r} does not generate text: use a family that does, as decoder")
+        raise UserError(f"model.family={config.family!r} does not generate text: use `llmjax fill`, or another model")
     if not prompts:
         raise UserError("no prompt: give at least one")
     for number, prompt in enumerate(prompts):

@@ -129,7 +129,7 @@ def test_reading_a_missing_folder_finds_no_checkpoint_and_creates_nothing(tmp_pa
 
 
 def test_an_unknown_step_is_refused_and_the_steps_are_listed(folder):
-    with pytest.raises(UserError, match=r"no checkpoint of step 7 in .*; there are \[1, 2\]"):
+    with pytest.raises(UserError, match=r"no checkpoint of step 7 in .*; the steps there are \[1, 2\]"):
         Checkpoints(folder).restore(7, abstract(MESH))
 
 

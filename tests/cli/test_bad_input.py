@@ -302,6 +302,14 @@ def test_too_little_memory(error, refuse, monkeypatch, run_copy, corpus):
     assert f"out of memory ({error}): lower train.global_batch" in line
 
 
+def test_a_missing_package_for_gs_paths_is_named(refuse, monkeypatch):
+    def fail(arguments):
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setitem(main.COMMANDS, "fields", fail)
+    assert "pip install 'llmjax[gcs]'" in refuse(["llmjax", "fields"])
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS], ids=errno.errorcode.get)
 def test_an_error_of_the_operating_system_is_one_line(number, refuse, monkeypatch, run_copy, corpus):
     def fail(*arguments, **named):
