@@ -27,10 +27,14 @@ def slug(heading: str) -> str:
 
 
 @every_page
-def test_named_tests_files_and_folders_exist(page):
+def test_named_tests_objects_files_and_folders_exist(page):
     text = page.read_text()
     for file, test in re.findall(r"`(tests/\S+?\.py)::(\w+)`", text):
         assert f"def {test}(" in (ROOT / file).read_text(), f"{page.name} names {file}::{test}"
+    for name, file in re.findall(r"`(\w+)`\s+(?:in|of)\s+`([\w/]+\.py)`", text):
+        assert re.search(rf"(?m)^(?:def |class )?{name}\b", (ROOT / file).read_text()), (
+            f"{page.name} names {name} in {file}"
+        )
     for name in re.findall(r"`((?:llmjax|configs|docs|launch|tools|tests)/[\w/.]*)`", text):
         assert (ROOT / name).exists(), f"{page.name} names {name}"
     for name in re.findall(r"(?:python|bash) ((?:tools|launch|tests)/[\w/.]+)", text):
