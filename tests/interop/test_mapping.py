@@ -145,7 +145,7 @@ def test_fields_with_effect_are_compared():
         assert "cannot express" in exporting._first_difference(model, other, ())
 
 
-def test_unused_field_is_no_size():
+def test_a_class_with_a_window_cannot_express_a_model_without_one():
     """window=0 means no window: a class that always has one cannot express it."""
     windowed = dataclasses.replace(CONFIG, window=16)
     assert (

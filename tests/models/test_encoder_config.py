@@ -41,7 +41,7 @@ def test_recipes_train_on_masked_tokens(name):
     assert config.objective.name == "masked" and not config.model.generates
 
 
-def test_an_encoder_learns_by_masked_lm_alone():
+def test_an_encoder_supports_only_masked_lm():
     with pytest.raises(UserError, match=r"objective.name='causal': model.family='encoder' supports objectives masked"):
         resolve(str(CONFIGS / "bert.py"), [("objective.name", "causal"), ("objective.rate", "None")])
 

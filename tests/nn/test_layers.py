@@ -57,7 +57,7 @@ def test_norms_over_several_dimensions_are_norms_of_the_flat_vector(name):
     np.testing.assert_allclose(many(x).reshape(2, 5, 24), one(x.reshape(2, 5, 24)), rtol=1e-5, atol=1e-6)
 
 
-def test_a_norm_of_one_plus_scale_starts_as_a_plain_one():
+def test_rmsnorm1p_multiplies_by_one_plus_scale():
     plain, plus = (NORMS[name](16, eps=1e-6, bias=False, dtype="float32") for name in ("rmsnorm", "rmsnorm1p"))
     x = draw(5, 16)
     np.testing.assert_array_equal(plain(x), plus(x))

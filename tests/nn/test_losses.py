@@ -50,7 +50,7 @@ gradients = lambda form: jax.jit(jax.grad(functools.partial(objective, form), ar
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
 @pytest.mark.parametrize("chunk", [0, 1, 4, 13, 99])
-def test_equals_the_plain_form(chunk, z_loss):
+def test_chunked_cross_entropy_equals_the_plain_form(chunk, z_loss):
     """13 positions in chunks of 4 leave a rest of 1; the bias shows that each parameter of the head gets a gradient."""
     args = inputs()
     actual = gradients(functools.partial(cross_entropy, chunk=chunk, z_loss=z_loss))(*args)

@@ -79,7 +79,7 @@ def test_malformed_rules_are_refused(rules, message):
         ParallelConfig(rules=rules)
 
 
-def test_a_missing_rule_is_the_default():
+def test_a_missing_rule_keeps_its_default():
     assert ParallelConfig(rules=axes.DEFAULT_RULES[1:]) == ParallelConfig()
     rules = dict(ParallelConfig(rules=(("mlp", None),)).rules)
     assert rules == {**dict(axes.DEFAULT_RULES), "mlp": None}

@@ -128,7 +128,7 @@ def test_no_documents_or_no_active_documents(tmp_path):
         assert not copies.is_exact.any()
 
 
-def test_inactive_documents_are_no_copies_and_have_none(tmp_path):
+def test_inactive_documents_are_not_compared(tmp_path):
     text = " ".join(random_words(60))
     copies = find_copies(tmp_path, [text, text, text, text], is_active=[False, True, False, True])
     assert copies.representative.tolist() == [0, 1, 2, 1]

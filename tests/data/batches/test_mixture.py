@@ -71,7 +71,7 @@ def test_order_inside_a_block_depends_on_seed_and_block():
     assert (mixture([1, 1], block=256, seed=1).locate(np.arange(1024))[0] != source).any()
 
 
-def test_weights_default_to_the_rows():
+def test_weights_default_to_the_number_of_rows():
     mixed = mixture([None, None, None], rows=[300, 100, 0])
     np.testing.assert_array_equal(mixed.count_samples(1600), [1200, 400, 0])
 

@@ -181,7 +181,7 @@ class TestCheck:
             with pytest.raises(UserError, match=message):
                 use(state)
 
-    def test_other_block_and_length(self, folder):
+    def test_a_change_of_mixture_block_or_seq_len_is_refused(self, folder):
         state = train(folder).start()
         config = settings()
         for name, value, message in (

@@ -87,7 +87,7 @@ def test_json_is_recognised_by_its_content(tmp_path, name, form):
 
 
 @pytest.mark.parametrize("delimiter", [";", "\t", "|"])
-def test_the_delimiter_of_csv_is_the_one_that_makes_the_column_of_the_text(tmp_path, delimiter):
+def test_the_csv_delimiter_is_the_one_that_gives_the_text_column(tmp_path, delimiter):
     rows = (("id", "text"), ("1", '"a, b' + delimiter + '\nc"'), ("2", "d"))
     (tmp_path / "a.csv").write_text("".join(delimiter.join(row) + "\n" for row in rows))
     assert texts(read(tmp_path / "a.csv")) == [f"a, b{delimiter}\nc", "d"]
