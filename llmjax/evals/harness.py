@@ -22,7 +22,7 @@ from llmjax.data.store.token_store import compute_fingerprint
 from llmjax.errors import UserError
 from llmjax.nn import losses
 from llmjax.parallel import backends, hosts
-from llmjax.run import config as run_config, workdir as workdirs
+from llmjax.run import config as run_config, next_commands, workdir as workdirs
 from llmjax.run.config import RunConfig
 from llmjax.run.loading import Loaded
 
@@ -184,7 +184,8 @@ def evaluate(workdir: epath.Path, loaded: Loaded, split: str) -> epath.Path:
     """`llmjax eval`: score a checkpoint on one split, log the scores, and return the file that holds them."""
     manifest = prepare.read_manifest(loaded.store)
     if manifest is None:
-        raise UserError(f"{loaded.store}: no token store there; run `llmjax prepare` or set --config.data.store")
+        command = next_commands.prepare(workdir, has_sources=bool(loaded.config.data.sources))
+        raise UserError(f"{loaded.store}: no token store there; run `{command}` or set --config.data.store")
     logger.info("step %d (%s), %s split, %d device(s)", loaded.step, loaded.params_name, split, jax.device_count())
     evaluator = Evaluator(loaded.graph, loaded.config, loaded.objective, loaded.store, manifest)
     scores = evaluator.score_split(loaded.params, split)

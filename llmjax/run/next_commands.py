@@ -6,6 +6,8 @@ import shlex
 
 from etils import epath
 
+_TEXT = "--config.data.sources.main.path=/my/texts/**/*.txt"
+
 
 def use_model(workdir: epath.PathLike, objective: str, prompt: str = "Once upon a time") -> str:
     """The command that shows what a model predicts: `fill` for the objective masked, else `generate`."""
@@ -16,8 +18,13 @@ def use_model(workdir: epath.PathLike, objective: str, prompt: str = "Once upon 
 def score_model(workdir: epath.PathLike, store: pathlib.Path | None) -> str:
     """`eval`; without a token store, which it needs (after an import), `train` with a text."""
     if store is None or not (store / "manifest.json").is_file():
-        return train(workdir, "--config.data.sources.main.path=/my/texts/**/*.txt")
+        return train(workdir, _TEXT)
     return _command("eval", f"--workdir={os.fspath(workdir)}", "--split=test")
+
+
+def prepare(workdir: epath.PathLike, *, has_sources: bool) -> str:
+    """`prepare` in a workdir whose config has sources or, after an import, has none."""
+    return _command("prepare", f"--workdir={os.fspath(workdir)}", *([] if has_sources else [_TEXT]))
 
 
 def train(workdir: epath.PathLike, *flags: str) -> str:

@@ -235,6 +235,8 @@ def test_from_import_to_training_to_export(tmp_path, capsys):
     err = capsys.readouterr().err
     assert "step 0 (imported parameters), greedy" in err
     assert "next: llmjax train" in err  # eval would need a token store
+    with pytest.raises(UserError, match=r"no token store there; run `llmjax prepare .*data\.sources\.main\.path="):
+        main.run(["eval", f"--workdir={run}"])
     keep = ("data.seq_len", "data.workers", "train.global_batch", "train.loss_chunk", "optimizer.warmup_steps")
     settings = {name: jobs.TINY[name] for name in keep} | {
         "train.steps": 2,
