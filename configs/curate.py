@@ -1,7 +1,7 @@
 """From raw text to a corpus: extract, normalise, filter, deduplicate, decontaminate, replace personal data, split.
 
 llmjax curate --config=curate --workdir=runs/web --config.curate.inputs.web.path='crawl/*.warc.gz'
-llmjax prepare --config=quickstart --workdir=runs/mine \
+llmjax prepare --config=quickstart --workdir=runs/mine \\
     --config.data.sources.web.path='runs/web/curated/*.jsonl.zst' --config.data.sources.web.split_field=split
 """
 

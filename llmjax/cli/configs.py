@@ -32,7 +32,9 @@ def configs(arguments: list[str]) -> int:
     path = files[flags.name]
     module = load_module(path)
     print(f"{inspect.getdoc(module)}\n")
-    print(f"sizes: {', '.join(getattr(module, 'SIZES', ())) or 'one'}\nfile:  {path}")
+    if sizes := ", ".join(getattr(module, "SIZES", ())):
+        print(f"sizes: {sizes}")
+    print(f"file:  {path}")
     return 0
 
 

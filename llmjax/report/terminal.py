@@ -52,7 +52,7 @@ def read(workdir: epath.Path) -> Snapshot:
     """Read the files of a run. Raises UserError if the folder is missing or a file is damaged."""
     if not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: no such folder; give the workdir of a run")
-    train = (workdirs.read_json(workdir / workdirs.CONFIG) or {}).get("train")
+    train = (workdirs.read_run_config(workdir) or {}).get("train")
     stops = [train.get("stop_at"), train.get("steps")] if isinstance(train, dict) else []
     steps = [int(path.name) for path in (workdir / workdirs.EVAL).glob("*") if path.name.isdecimal()]
     eval_step = max(steps, default=0)

@@ -155,7 +155,15 @@ def _check_profile(train: TrainConfig) -> None:
 
 def resolve(file: str, overrides: Sequence[tuple[str, str]]) -> RunConfig:
     """The config of `--config=FILE[:ARG]` with `(FIELD, TEXT)` overrides."""
-    return apply_overrides(load_file(file), overrides)
+    return apply_overrides(load_run_file(file), overrides)
+
+
+def load_run_file(file: str) -> dict[str, Any]:
+    """`binding.load_file` for a training run. Raises UserError for a config of `llmjax curate`."""
+    tree = load_file(file)
+    if "curate" in tree:
+        raise UserError(f"--config={file}: a config of `llmjax curate`; give one of a training run, such as quickstart")
+    return tree
 
 
 def shipped_specs() -> dict[str, list[str]]:

@@ -28,7 +28,7 @@ def inspect(workdir: epath.PathLike) -> dict[str, Any]:
     root = epath.Path(workdir)
     if not root.exists():
         raise UserError(f"--workdir={root}: no such folder; `llmjax train --workdir={root}` creates it")
-    config = workdirs.read_json(root / workdirs.CONFIG)
+    config = workdirs.read_run_config(root)
     good, damaged = _read_checkpoints(root / workdirs.CHECKPOINTS, config)
     store = epath.Path((config or {}).get("data", {}).get("store") or root / workdirs.STORE).expanduser()
     manifest = workdirs.read_json(store / "manifest.json")

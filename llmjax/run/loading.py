@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 
 from llmjax import atomic
 from llmjax.batch import Graph, Params
-from llmjax.binding import load_file
 from llmjax.checkpoint.manager import Checkpoints
 from llmjax.data.objectives.objective import Objective
 from llmjax.data.store import prepare
@@ -60,7 +59,7 @@ def store_folder(config: RunConfig, workdir: epath.Path) -> pathlib.Path:
 
 def read_config(workdir: epath.Path, overrides: Sequence[tuple[str, str]] = ()) -> RunConfig:
     """The config that training wrote to the workdir, with command-line overrides. Raises UserError without one."""
-    tree = _read_saved(workdir)
+    tree = workdirs.read_run_config(workdir)
     if tree is None:
         raise _no_config_error(workdir)
     return _bind_saved(workdir, tree, overrides)
@@ -77,10 +76,10 @@ def resolve(file: str | None, workdir: epath.Path, overrides: Sequence[tuple[str
     Imported parameters bring their model and tokenizer, in place of the config's. Overrides come last. Raises UserError
     where there is neither a file nor a config.json.
     """
-    saved = _read_saved(workdir)
+    saved = workdirs.read_run_config(workdir)
     imported = workdirs.read_json(workdir / workdirs.IMPORT)
     if file is not None:
-        tree = load_file(file)
+        tree = run_config.load_run_file(file)
     elif saved is not None:
         saved.get("checkpoint", {}).pop("accept_changes", None)  # accepts the changes of one start
         tree = saved
@@ -139,14 +138,6 @@ def mesh_or_default(config: RunConfig) -> Mesh:
 
 def _no_config_error(workdir: epath.Path) -> UserError:
     return UserError(f"--workdir={workdir}: no config.json there, so nothing was trained; run `llmjax train` first")
-
-
-def _read_saved(workdir: epath.Path) -> dict[str, Any] | None:
-    """A workdir's config.json, None where there is none. Raises UserError for that of a corpus."""
-    tree = workdirs.read_json(workdir / workdirs.CONFIG)
-    if tree is not None and "curate" in tree:
-        raise UserError(f"--workdir={workdir}: contains a corpus, not a training run; give another folder")
-    return tree
 
 
 def _bind_saved(workdir: epath.Path, tree: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> RunConfig:

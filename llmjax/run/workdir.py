@@ -87,6 +87,17 @@ def read_json(path: epath.PathLike, kind: type = dict) -> Any:
     return value
 
 
+def read_run_config(workdir: epath.Path) -> dict[str, Any] | None:
+    """The config.json of a training run; None if there is no file. Raises UserError for the workdir of a corpus."""
+    tree = read_json(workdir / CONFIG)
+    if tree is not None and "curate" in tree:
+        raise UserError(
+            f"--workdir={workdir}: contains a corpus, not a training run; give another folder, or show the corpus with "
+            f"`llmjax curate report --workdir={workdir}`"
+        )
+    return tree
+
+
 class Lock:
     """`with Lock(workdir, primary=True):` one job at a time in a folder. Only a job's primary process holds it.
 

@@ -432,9 +432,11 @@ def test_a_refused_command_does_not_change_the_config(raw, tmp_path):
 def test_a_corpus_and_a_training_run_cannot_share_a_workdir(raw, tmp_path):
     curate(tmp_path / "corpus", raw)
     quickstart = f"--config={jobs.ROOT / 'configs' / 'quickstart.py'}"
-    for command in (["train", quickstart], ["eval"]):
+    for command in (["train", quickstart], ["eval"], ["inspect"], ["watch"]):
         with pytest.raises(UserError, match="contains a corpus, not a training run"):
             main.run([*command, f"--workdir={tmp_path / 'corpus'}"])
+    with pytest.raises(UserError, match="--config=curate: a config of `llmjax curate`"):
+        main.run(["train", "--config=curate", f"--workdir={tmp_path / 'run'}"])
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text('{"model": {}}')
     with pytest.raises(UserError, match="contains a training run, not a corpus"):
