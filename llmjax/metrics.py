@@ -87,8 +87,6 @@ def read_metrics(workdir: epath.PathLike, *, last_step: int | None = None) -> li
     """
     path = epath.Path(workdir) / workdirs.METRICS
     records: list[dict[str, Any]] = []
-    if path.exists() and not (path.is_file() or path.is_dir()):  # reading a pipe or a device might never end
-        raise UserError(f"{path}: cannot be read (not a regular file); restore or remove it")
     try:
         content = path.read_bytes()
     except FileNotFoundError:

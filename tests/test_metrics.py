@@ -90,12 +90,6 @@ def test_a_folder_named_metrics_jsonl_is_refused(tmp_path):
             read()
 
 
-def test_a_pipe_named_metrics_jsonl_is_refused(tmp_path):
-    os.mkfifo(tmp_path / "metrics.jsonl")
-    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be read \(not a regular file\)"):
-        read_metrics(tmp_path)
-
-
 @pytest.mark.parametrize("change", ["removed", "renamed", "replaced"])
 def test_a_log_that_is_removed_during_a_run_stops_it(tmp_path, change):
     with MetricsLog(tmp_path, primary=True) as log:
