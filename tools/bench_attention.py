@@ -79,7 +79,7 @@ def measure(seq: int, document: int, options: argparse.Namespace) -> tuple[dict[
 
 def torch_run(arrays: list[np.ndarray]) -> Callable[[], None]:
     """The same forward and backward pass by PyTorch."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]  (the extra `bench`)
 
     q, k, v = (torch.from_numpy(x.swapaxes(1, 2).copy()).requires_grad_() for x in arrays)
 

@@ -1,6 +1,6 @@
 """The config of a run: all sections, bound once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import json
 import operator
@@ -87,6 +87,9 @@ _NOT_NEGATIVE = {
     "checkpoint": ("keep_every",),
     "eval": ("every", "batch"),
 }
+# Fields whose value decides the size of arrays in the host's memory, which are allocated before anything else fails.
+_SIZES = {"train": ("global_batch",), "eval": ("batch",), "data": ("seq_len",)}
+_MAX_SIZE = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,8 +109,9 @@ class RunConfig:
     sample: SampleConfig = SampleConfig()
 
     def __post_init__(self):
-        self._check_least(_POSITIVE, 1, "must be at least 1")
-        self._check_least(_NOT_NEGATIVE, 0, "must not be negative")
+        self._check_fields(_POSITIVE, lambda value: value >= 1, "must be at least 1")
+        self._check_fields(_NOT_NEGATIVE, lambda value: value >= 0, "must not be negative")
+        self._check_fields(_SIZES, lambda value: value <= _MAX_SIZE, f"must be at most {_MAX_SIZE}")
         if not 0 <= self.seed < 1 << 32:  # JAX's keys have 32 bits: a larger seed would repeat draws of a smaller one
             raise UserError(f"seed={self.seed}: must be from 0 to {(1 << 32) - 1}")
         if self.train.stop_at > self.train.steps:
@@ -131,11 +135,11 @@ class RunConfig:
                 f"train.accumulation={self.train.accumulation}: change one of them"
             )
 
-    def _check_least(self, fields: dict[str, tuple[str, ...]], least: int, expected: str) -> None:
+    def _check_fields(self, fields: dict[str, tuple[str, ...]], is_valid: Callable[[Any], bool], expected: str) -> None:
         for section, names in fields.items():
             for name in names:
                 value = operator.attrgetter(f"{section}.{name}")(self)
-                if value < least:
+                if not is_valid(value):
                     raise UserError(f"{section}.{name}={value}: {expected}")
 
 

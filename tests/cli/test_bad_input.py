@@ -96,6 +96,8 @@ CONFIGS = {
         {"train__global_batch": 12},
         "train.global_batch=12 is not divisible by mesh.data x mesh.fsdp = 8",
     ),
+    "enormous batch": ({"train__global_batch": 10**9}, "train.global_batch=1000000000: must be at most 16777216"),
+    "enormous rows": ({"data__seq_len": 10**9}, "data.seq_len=1000000000: must be at most 16777216"),
     "heads and mesh": ({"mesh__tensor": 8}, "mesh.tensor=8: must divide model.num_kv_heads=4"),
     "heads and width": (
         {"model__num_heads": 5},
