@@ -1,5 +1,6 @@
 """Build the token store: scan, split, train a tokenizer, tokenize; resumable at every step."""
 
+from collections import Counter
 from collections.abc import Callable
 import functools
 import hashlib
@@ -198,15 +199,11 @@ class _Preparation:
             bad_bytes = sum(self.scratch.result("scan", unit)["bad_bytes"] for unit in units)
             listed = ", ".join(f"{count} {reason}" for reason, count in counts.items())
             where = f"data.sources.{name}.path={self.settings['sources'][name]['path']!r}"
-            for amount, total, what in (
-                (bad, bad + documents, "records"),
-                (bad_bytes, bad_bytes + self.text_bytes[name], "bytes"),
-            ):
+            totals = (bad, bad + documents, "records"), (bad_bytes, bad_bytes + self.text_bytes[name], "bytes")
+            for amount, total, what in totals:
                 if amount > self.config.max_bad_fraction * total:
                     lacks_field = any(reason.startswith("no field") for reason in counts)
-                    hint = (
-                        f"; data.sources.{name}.text_field must name the field that has the text" if lacks_field else ""
-                    )
+                    hint = f"; data.sources.{name}.text_field must name the field of the text" if lacks_field else ""
                     raise UserError(
                         f"{where}: {amount:,} of {total:,} {what} cannot be used ({listed}), more than "
                         f"data.max_bad_fraction={self.config.max_bad_fraction} allows; see {path}{hint}"
@@ -391,10 +388,9 @@ class _Preparation:
         return int(self.scratch.load_scan(unit).sizes[self.scratch.load_splits(unit) == part].sum())
 
     def _count_rejects(self, name: str) -> dict[str, int]:
-        counts: dict[str, int] = {}
+        counts: Counter[str] = Counter()
         for unit in self._units_of(name):
-            for reason, count in self.scratch.load_scan(unit).rejects.items():
-                counts[reason] = counts.get(reason, 0) + count
+            counts.update(self.scratch.load_scan(unit).rejects)
         return dict(sorted(counts.items()))
 
 
