@@ -21,7 +21,7 @@ def tool():
     return module
 
 
-RECIPES = {name: spec for name, (spec, _, _) in tool().recipes().items()}
+RECIPES = {name: spec for name, (spec, _, _) in tool().list_recipes().items()}
 # One recipe of each family, trained twice.
 REPEATED = {run_config.resolve(spec, []).model.family: name for name, spec in RECIPES.items()}.values()
 

@@ -26,8 +26,8 @@ def inspect(arguments: list[str]) -> int:
         verified = {"verified": list(inspection.verify(run))} if flags.verify else {}
         print(json.dumps({**run, **verified}, indent=2))
         return 0
-    print(inspection.describe(run))
     if flags.verify:
         for part in inspection.verify(run):
             print(inspection.describe_verified(part), flush=True)
+    print(inspection.describe(run))
     return 0
