@@ -120,13 +120,13 @@ def check(svg: pathlib.Path) -> None:
             f"\n{family}: root mean square of what 4 steps of AdamW at 5e-3 do, over that of width {BASE} in brackets"
         )
         for parametrization in ("standard", "mup"):
-            made = {width: make(width, **COMMON, parametrization=parametrization) for width in WIDTHS}
-            logits = _table(parametrization, made)
+            configs = {width: make(width, **COMMON, parametrization=parametrization) for width in WIDTHS}
+            logits = _print_table(parametrization, configs)
             curves[family, parametrization] = [value / logits[0] for value in logits]
     print(f"\ndecoder of width {BASE}, by depth (muP is about widths; depth is for comparison)")
     for parametrization in ("standard", "mup"):
         shapes = {depth: COMMON | {"num_layers": depth, "parametrization": parametrization} for depth in DEPTHS}
-        _table(parametrization, {depth: FAMILIES["decoder"](BASE, **shape) for depth, shape in shapes.items()})
+        _print_table(parametrization, {depth: FAMILIES["decoder"](BASE, **shape) for depth, shape in shapes.items()})
     _draw(curves, svg)
     print(f"\nplot: {svg}")
 
@@ -151,13 +151,13 @@ def _draw(curves: dict[tuple[str, str], list[float]], path: pathlib.Path) -> Non
     figure.savefig(path)
 
 
-def _table(parametrization: str, made: dict) -> list[float]:
-    """Print a line for hidden states and one for logits; returns what happened to the logits."""
-    values = [change_after(config) for config in made.values()]
+def _print_table(parametrization: str, configs: dict) -> list[float]:
+    """Print a line for hidden states and one for logits; returns the changes of the logits."""
+    values = [change_after(config) for config in configs.values()]
     for name in ("hidden", "logits"):
         row = "  ".join(
             f"{size:4}: {value[name]:7.3f} ({value[name] / values[0][name]:5.2f})"
-            for size, value in zip(made, values, strict=True)
+            for size, value in zip(configs, values, strict=True)
         )
         print(f"  {parametrization:9} {name:7} {row}", flush=True)
     return [value["logits"] for value in values]

@@ -27,14 +27,14 @@ def tool():
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["decoder", "encoder", "encdec", "lstm"])
 def test_the_coordinate_check(tool, family):
-    """From width 64 to 256, logits move 4 times as far under the standard parametrization, and alike under muP."""
+    """From width 64 to 256, logits change 4 times as much under the standard parametrization, and alike under muP."""
     growth = {}
     for name in PARAMETRIZATIONS:
-        moved = [
-            tool.moved(tool.FAMILIES[family](width, **tool.COMMON, parametrization=name))["logits"]
+        changes = [
+            tool.change_after(tool.FAMILIES[family](width, **tool.COMMON, parametrization=name))["logits"]
             for width in (64, 256)
         ]
-        growth[name] = moved[1] / moved[0]
+        growth[name] = changes[1] / changes[0]
     assert growth["mup"] < 1.6, growth
     assert growth["standard"] > 1.8 * growth["mup"], growth
 
