@@ -1,11 +1,11 @@
 """Fifty steps of every recipe lower the loss; one recipe of each family gives the same bits twice."""
 
-import importlib.util
 import json
 import pathlib
 
 import pytest
 
+from llmjax.binding import load_module
 from llmjax.models import registry
 from llmjax.run import config as run_config
 from tests import jobs
@@ -13,15 +13,8 @@ from tests import jobs
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 
 
-def tool():
-    spec = importlib.util.spec_from_file_location("recipes", jobs.ROOT / "tools" / "recipes.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-RECIPES = {name: spec for name, (spec, _, _) in tool().list_recipes().items()}
+TOOL = load_module(jobs.ROOT / "tools" / "recipes.py")
+RECIPES = {name: spec for name, (spec, _, _) in TOOL.list_recipes().items()}
 # One recipe of each family, trained twice.
 REPEATED = {run_config.resolve(spec, []).model.family: name for name, spec in RECIPES.items()}.values()
 

@@ -1,12 +1,11 @@
 """Limits of the decoder's settings, published parameter counts, and the recipes that use them."""
 
 import dataclasses
-import importlib.util
 import pathlib
 
 import pytest
 
-from llmjax.binding import bind
+from llmjax.binding import bind, load_module
 from llmjax.errors import UserError
 from llmjax.models import registry
 from llmjax.models.decoder_config import DecoderConfig
@@ -15,15 +14,8 @@ from llmjax.nn import attention
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 
 
-def module(family: str):
-    spec = importlib.util.spec_from_file_location(family, CONFIGS / f"{family}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def recipe(family: str, size: str) -> dict:
-    return module(family).get_config(size).to_dict()
+    return load_module(CONFIGS / f"{family}.py").get_config(size).to_dict()
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,11 @@
 """Published parameter counts, total and active for one token, and the recipes that use the shapes."""
 
 import dataclasses
-import importlib.util
 import pathlib
 
 import pytest
 
-from llmjax.binding import bind
+from llmjax.binding import bind, load_module
 from llmjax.errors import UserError
 from llmjax.models import registry
 from llmjax.models.moe import MoeConfig
@@ -14,15 +13,8 @@ from llmjax.models.moe import MoeConfig
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 
 
-def module(name: str):
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def model(name: str, size: str, vocab: int) -> MoeConfig:
-    config = bind(MoeConfig, module(name).get_config(size).to_dict()["model"])
+    config = bind(MoeConfig, load_module(CONFIGS / f"{name}.py").get_config(size).to_dict()["model"])
     return dataclasses.replace(config, vocab_size=vocab, vocab_multiple=1)
 
 

@@ -1,11 +1,11 @@
 """muP: what a few steps do to activations stays as the width grows; under the standard parametrization it does not."""
 
 import dataclasses
-import importlib.util
 import pathlib
 
 import pytest
 
+from llmjax.binding import load_module
 from llmjax.errors import UserError
 from llmjax.models.base import PARAMETRIZATIONS
 from llmjax.models.decoder_config import DecoderConfig
@@ -17,11 +17,7 @@ TOOL = pathlib.Path(__file__).resolve().parents[2] / "tools" / "coord_check.py"
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("coord_check", TOOL)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(TOOL)
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """What is specific to the recurrent family: states, loops over time, costs, limits."""
 
 import dataclasses
-import importlib.util
 import pathlib
 
 from flax import nnx
@@ -9,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from llmjax.binding import bind
+from llmjax.binding import bind, load_module
 from llmjax.errors import UserError
 from llmjax.inference.generate import Sampling, generate
 from llmjax.models import registry
@@ -96,10 +95,7 @@ def test_parameter_counts():
 
 
 def recipe(size: str) -> dict:
-    spec = importlib.util.spec_from_file_location("recurrent_recipe", CONFIGS / "recurrent.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(size).to_dict()
+    return load_module(CONFIGS / "recurrent.py").get_config(size).to_dict()
 
 
 def test_the_published_shapes():
