@@ -195,7 +195,7 @@ def _scores(
         capped = jnp.tanh(scores / options.softcap)
         scores, slope = options.softcap * capped, 1 - capped**2
     if bias is not None:
-        start = bias.shape[2] // 2 + 1 - mask.block + (key - query) * mask.block
+        start = _first_distance(bias, mask.block, query, key)
         near = jax.lax.dynamic_slice_in_dim(bias, start, 2 * mask.block - 1, axis=2)
         scores += _matrix_from_diagonals(near).reshape(q.shape[1:3] + k.shape[2:3])
     cut = lambda x, index, size: jax.lax.dynamic_slice_in_dim(x, index * size, size, axis=1)
@@ -207,6 +207,11 @@ def _scores(
     visible &= jnp.abs(distance) < mask.window
     repeats = q.shape[2] // mask.block
     return jnp.where(jnp.tile(visible, (1, repeats, 1))[:, None], scores, MASKED), slope
+
+
+def _first_distance(bias: jax.Array, block: int, query: jax.Array, key: jax.Array) -> jax.Array:
+    """Index in `bias` of the smallest of the 2 block - 1 distances between query block `query` and key block `key`."""
+    return bias.shape[2] // 2 + 1 - block + (key - query) * block
 
 
 def _matrix_from_diagonals(diagonals: jax.Array) -> jax.Array:
@@ -293,8 +298,7 @@ def _attention_backward(
             d_scores = weights * (product("bgsk,bgtk->bgst", d_out, v_block) - mean)
             if bias is not None:
                 by_head = jnp.sum(d_scores, axis=0).reshape(*bias.shape[:2], mask.block, mask.key_block)
-                start = bias.shape[2] // 2 + 1 - mask.block + (key - query) * mask.block
-                d_bias = _add_slice(d_bias, _sum_diagonals(by_head), start)
+                d_bias = _add_slice(d_bias, _sum_diagonals(by_head), _first_distance(bias, mask.block, query, key))
             d_scores = (d_scores * options.scale if slope is None else d_scores * options.scale * slope).astype(q.dtype)
             d_q += product("bgst,bgtk->bgsk", d_scores, k_block)
             d_k = _add_slice(d_k, product("bgst,bgsk->bgtk", d_scores, q), key * mask.key_block)
