@@ -34,7 +34,7 @@ from llmjax.curate.filters import language
 from llmjax.curate.readers import warc
 from llmjax.curate.readers.inputs import list_units
 from llmjax.data.readers import sources
-from llmjax.data.readers.documents import EMPTY
+from llmjax.data.readers.documents import EMPTY, NO_FIELD
 from llmjax.data.readers.sources import Unit
 from llmjax.data.store import split, token_store
 from llmjax.data.store.workers import with_progress
@@ -193,7 +193,7 @@ def _check_rejects(table: Table, config: CurateConfig) -> None:
         ):
             if bad > config.max_bad_fraction * total:
                 listed = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
-                lacks_field = any(reason.startswith("no field") for reason in reasons)
+                lacks_field = any(reason.startswith(NO_FIELD) for reason in reasons)
                 fix = (
                     f"set curate.inputs.{name}.text_field to the field of the text" if lacks_field else "fix the input"
                 )

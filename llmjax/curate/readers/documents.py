@@ -10,7 +10,7 @@ from llmjax.curate.config import InputConfig
 from llmjax.curate.readers import warc
 from llmjax.curate.readers.inputs import read_options
 from llmjax.data.readers import encodings, raw_records, streams
-from llmjax.data.readers.documents import EMPTY, UNREADABLE, Reject
+from llmjax.data.readers.documents import EMPTY, NO_FIELD, UNREADABLE, Reject
 from llmjax.data.readers.raw_records import CUT_OFF, ColumnsError, Fault
 from llmjax.data.readers.records import EXCERPT
 from llmjax.data.readers.sources import Item, Unit
@@ -115,7 +115,7 @@ def _make_record(
     has_id = isinstance(value, str | int) and not isinstance(value, bool) and bool(str(value).strip())
     id = encodings.replace_surrogates(str(value)).text or default_id if has_id else default_id
     if config.text_field not in fields:
-        return Reject(id, f"no field {config.text_field!r}", repr(fields)[:EXCERPT])
+        return Reject(id, f"{NO_FIELD} {config.text_field!r}", repr(fields)[:EXCERPT])
     text = fields[config.text_field]
     if isinstance(text, bytes):
         try:

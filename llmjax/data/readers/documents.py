@@ -14,6 +14,7 @@ from llmjax.errors import UserError
 EMPTY = "empty"
 TRUNCATED = "truncated"  # of a source with accept_truncated
 UNREADABLE = "unreadable"
+NO_FIELD = "no field"  # followed by the name of the text field that a record lacks
 NO_FAULT = (EMPTY, TRUNCATED)  # reasons that do not count against data.max_bad_fraction
 
 
@@ -81,7 +82,7 @@ def _make_record(record_id: str, raw: RawRecord, config: SourceConfig) -> Docume
     if isinstance(content, str):
         return _make_document(record_id, content, content.encode())
     if config.text_field not in content:
-        return Reject(record_id, f"no field {config.text_field!r}", repr(content)[:EXCERPT])
+        return Reject(record_id, f"{NO_FIELD} {config.text_field!r}", repr(content)[:EXCERPT])
     document = _parse_text_field(record_id, content[config.text_field], config.text_field)
     if not config.split_field or isinstance(document, Reject):
         return document

@@ -17,7 +17,7 @@ import numpy as np
 from llmjax.atomic import NO_SPACE, remove_partial, write_bytes
 from llmjax.data.config import DataConfig
 from llmjax.data.readers import sources
-from llmjax.data.readers.documents import NO_FAULT
+from llmjax.data.readers.documents import NO_FAULT, NO_FIELD
 from llmjax.data.readers.sources import Unit
 from llmjax.data.store import near_duplicates, split, stages, token_store, tokenizer, tokenizer_settings
 from llmjax.data.store.settings import check_settings, collect_settings
@@ -202,7 +202,7 @@ class _Preparation:
             totals = (bad, bad + documents, "records"), (bad_bytes, bad_bytes + self.text_bytes[name], "bytes")
             for amount, total, what in totals:
                 if amount > self.config.max_bad_fraction * total:
-                    lacks_field = any(reason.startswith("no field") for reason in counts)
+                    lacks_field = any(reason.startswith(NO_FIELD) for reason in counts)
                     hint = f"; data.sources.{name}.text_field must name the field of the text" if lacks_field else ""
                     raise UserError(
                         f"{where}: {amount:,} of {total:,} {what} cannot be used ({listed}), more than "
