@@ -7,6 +7,7 @@ from typing import Any
 from llmjax.errors import UserError
 from llmjax.interop import decoder_rules
 from llmjax.interop.hf_config import (
+    COMMON_SIZES,
     FULL,
     NUMBER,
     SLIDING,
@@ -49,10 +50,7 @@ _GPT2 = (
 )
 # The fields that all successors of Llama share, without their activation and rotary frequencies.
 SHARED = (
-    Field("vocab_size", "vocab_size"),
-    Field("num_hidden_layers", "num_layers"),
-    Field("hidden_size", "embed"),
-    Field("num_attention_heads", "num_heads"),
+    *COMMON_SIZES,
     Field("num_key_value_heads", "num_kv_heads", Fields.optional_size, 0),
     Field("head_dim", "head_dim", Fields.optional_size, 0),
     Field("intermediate_size", "mlp"),

@@ -10,6 +10,7 @@ import numpy as np
 
 from llmjax.errors import UserError
 from llmjax.interop.hf_config import (
+    COMMON_SIZES,
     FULL,
     NUMBER,
     SLIDING,
@@ -25,10 +26,7 @@ from llmjax.interop.mapping import Architecture, Rule, linear, make_linear_rules
 from llmjax.models.encoder import EncoderConfig
 
 _SIZES = (
-    Field("vocab_size", "vocab_size"),
-    Field("num_hidden_layers", "num_layers"),
-    Field("hidden_size", "embed"),
-    Field("num_attention_heads", "num_heads"),
+    *COMMON_SIZES,
     Field("intermediate_size", "mlp"),
 )
 _BERT = (

@@ -227,6 +227,15 @@ class Field(NamedTuple):
     write: Callable[[Any], Any] = lambda value: value
 
 
+# Sizes that most architectures name alike.
+COMMON_SIZES = (
+    Field("vocab_size", "vocab_size"),
+    Field("num_hidden_layers", "num_layers"),
+    Field("hidden_size", "embed"),
+    Field("num_attention_heads", "num_heads"),
+)
+
+
 def constant(hf_name: str, value: Any) -> Field:
     """A field with one supported value, which is written too."""
     return Field(hf_name, "", Fields.require, value, lambda _: value)
