@@ -157,11 +157,8 @@ def _find_representatives(texts: list[str]) -> list[int]:
     return copies.representative.tolist()
 
 
-def personal_rows(bench: Bench) -> Iterator[Row]:
-    """Synthetic sentences with labelled spans (Microsoft Presidio's). A label is a hit if a span covers it."""
-    if not bench.shared:
-        return
-    sentences = json.loads(gzip.decompress((bench.shared / "pii" / "synth_dataset_v2.json.gz").read_bytes()))
+def score_personal_data(sentences: list[dict]) -> tuple[Counter, Counter, Counter, Counter]:
+    """Numbers by kind: labels, labels that a span covers, spans, and spans that touch a label of their kind."""
     num_labels, num_hits, num_found, num_correct = Counter(), Counter(), Counter(), Counter()
     for sentence in sentences:
         spans = personal_data.find_spans(sentence["full_text"])
@@ -180,6 +177,15 @@ def personal_rows(bench: Bench) -> Iterator[Row]:
             num_correct[span.kind] += any(
                 s.kind == span.kind and s.begin < span.end and span.begin < s.end for s in labels
             )
+    return num_labels, num_hits, num_found, num_correct
+
+
+def personal_rows(bench: Bench) -> Iterator[Row]:
+    """Synthetic sentences with labelled spans (Microsoft Presidio's). A label is a hit if a span covers it."""
+    if not bench.shared:
+        return
+    sentences = json.loads(gzip.decompress((bench.shared / "pii" / "synth_dataset_v2.json.gz").read_bytes()))
+    num_labels, num_hits, num_found, num_correct = score_personal_data(sentences)
     for kind, (peer, recall, precision) in _PERSONAL_DATA.items():
         yield Row(
             f"{kind} found, of {num_labels[kind]:,}", f"{num_hits[kind] / num_labels[kind]:.3f}", peer, str(recall)
