@@ -43,7 +43,7 @@ def abstract(config: ModelConfig) -> tuple[Graph, Params, Params]:
     shapes   a ShapeDtypeStruct for each parameter
     axes     a tuple of logical axes for each parameter; stacked ones have "layers" as their first axis
     """
-    graph, state = nnx.split(jax.eval_shape(lambda key: build(config, key), jax.random.key(0)))
+    graph, state = nnx.split(jax.eval_shape(lambda: build(config, jax.random.key(0))))
     shapes = nnx.to_pure_dict(state)
     is_param = lambda node: isinstance(node, nnx.Param)
     return graph, shapes, jax.tree.map(_axes, _as_dict(state), is_leaf=is_param)

@@ -86,8 +86,12 @@ def compile_step(step: Callable, backend: str, state_shardings: Any, rows: np.nd
 
 def _compile_jit(step: Callable, state_shardings: Any, rows: np.ndarray, batch: int) -> CompiledStep:
     data, replicated = batch_sharding(), NamedSharding(jax.sharding.get_mesh(), P())
+
+    def train_step(state, batch):  # profiles, dumps and the compiled module show this name
+        return step(state, batch, reduction=JIT)
+
     compiled = jax.jit(
-        lambda state, batch: step(state, batch, reduction=JIT),
+        train_step,
         in_shardings=(state_shardings, data),
         out_shardings=(state_shardings, replicated),
         donate_argnums=0,

@@ -1,5 +1,6 @@
 """The device mesh: named axes over all devices of all processes."""
 
+from collections.abc import Sequence
 import dataclasses
 import itertools
 import math
@@ -68,15 +69,20 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
     return {name: num_devices // fixed if size == -1 else size for name, size in sizes.items()}
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over all devices of all processes, ordered by the topology of the hardware where it has one.
 
-    A collective in a job of several processes: all of them call it, and are connected when it returns.
+    devices   the devices of a topology to compile for, which need not be present; None: all devices of the job
+
+    A collective in a job of several processes, unless `devices` are given: all of them call it, and are connected
+    when it returns.
     """
-    sizes = mesh_shape(config, jax.device_count())
-    devices = mesh_utils.create_device_mesh(tuple(sizes.values()), jax.devices())
-    mesh = Mesh(devices, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
-    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+    of_job = devices is None
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_shape(config, len(devices))
+    grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices)
+    mesh = Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    if of_job and jax.process_count() > 1 and jax.default_backend() == "cpu":
         _connect(mesh)
     return mesh
 
