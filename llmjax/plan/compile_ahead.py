@@ -58,6 +58,7 @@ class Program:
     largest         (bytes, shapes) of the largest buffers, largest first
     mesh            size of each mesh axis
     slice_of        partition of the program -> its slice
+    parameters      of the model
     parameter_bytes, optimizer_bytes   the state of one device
     seconds         that the compiler took
     """
@@ -68,6 +69,7 @@ class Program:
     largest: list[tuple[int, str]]
     mesh: dict[str, int]
     slice_of: list[int]
+    parameters: int
     parameter_bytes: int
     optimizer_bytes: int
     seconds: float

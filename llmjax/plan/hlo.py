@@ -112,6 +112,7 @@ class Module:
         self.roots: dict[str, Instruction] = {}
         self.instructions: dict[str, Instruction] = {}
         self.unknown_loops: list[str] = []
+        self._trips: dict[str, int] = {}
         self._callers: dict[str, Instruction] = {}
         self.entry = ""
         for computation, is_root, source in self._statements(text):
@@ -165,12 +166,13 @@ class Module:
         counts[self.entry] = 1.0
         for name in reversed(order):
             for instruction in self.computations[name]:
-                for callee, times in self._calls(instruction):
+                for callee, times in self.calls(instruction):
                     if callee in counts:
                         counts[callee] += counts[name] * times
         return counts
 
-    def _calls(self, instruction: Instruction) -> Iterator[tuple[str, float]]:
+    def calls(self, instruction: Instruction) -> Iterator[tuple[str, float]]:
+        """The computations that an instruction executes, and how often."""
         callees = instruction.callees
         if instruction.opcode == "while":
             trips = self.trip_count(instruction)
@@ -197,6 +199,11 @@ class Module:
 
     def trip_count(self, loop: Instruction) -> int:
         """Iterations of a `while`: as written, or from the counter; 1 where it depends on data."""
+        if loop.name not in self._trips:
+            self._trips[loop.name] = self._count_trips(loop)
+        return self._trips[loop.name]
+
+    def _count_trips(self, loop: Instruction) -> int:
         if written := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
             return int(written)
         (condition,), (body,) = loop.callees["condition"], loop.callees["body"]
