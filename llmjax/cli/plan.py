@@ -29,17 +29,15 @@ def plan(arguments: list[str]) -> int:
         "--topology",
         required=True,
         metavar="CHIP:AxB",
-        help="v4, v5e, v5p, v6e or tpu7x with the shape of a slice, such as v6e:16x16 or v5p:4x4x4; cpu or cpu:DEVICES; "
-        "gpu (those of this machine)",
+        help="v4, v5e, v5p, v6e or tpu7x with the shape of a slice, such as v6e:16x16 or v5p:4x4x4; cpu or "
+        "cpu:DEVICES; gpu (those of this machine)",
     )
     parser.add_argument("--slices", type=int_range(1), default=1, help="TPU slices of that shape (default 1)")
     parser.add_argument("--quick", action="store_true", help="stop at the optimized program")
     parser.add_argument("--tokens", type=number, help="tokens of a run, such as 15e12: time, chip-hours, energy, CO2")
     parser.add_argument("--price", type=number, help="of a chip and hour, in any currency; needs --tokens")
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line of the standard output")
-    parser.add_argument(
-        "--dump", metavar="DIR", help="keep the program: optimized.txt, in the full depth scheduled.txt"
-    )
+    parser.add_argument("--dump", metavar="DIR", help="keep the program: optimized.txt, in full depth scheduled.txt")
     flags, overrides = parse(parser, arguments)
     _check(flags)
     from llmjax.plan import describe, plan as plans, topology as topologies

@@ -38,7 +38,8 @@ def _describe_head(plan: Plan, spec: str) -> list[str]:
         f"{spec} on {slices}{plan.topology.name}: {plan.devices:,} devices, mesh {mesh}; {train.global_batch:,} rows"
         f"{accumulation}, {plan.step_tokens:,} tokens a step",
         f"{short(plan.program.parameters)} parameters, model.remat={plan.config.model.remat}; "
-        f"{topologies.compiler_version(plan.topology)}, {depth}, {plan.program.seconds:.0f} s; figures are of one device",
+        f"{topologies.compiler_version(plan.topology)}, {depth}, {plan.program.seconds:.0f} s",
+        "all figures are of one device",
     ]
 
 
@@ -61,7 +62,7 @@ def _describe_memory(plan: Plan) -> list[str]:
         lines.append(_row("in the host's memory", memory.host / 2**30, 2))
     for size, shapes in plan.program.largest[:4]:
         lines.append(f"  {size / 2**30:8.2f} of it {_shorten(shapes)}")
-    return lines + ([] if plan.fits is not False else [""] + advise(plan))
+    return lines + ([] if plan.fits is not False else ["", *advise(plan)])
 
 
 def advise(plan: Plan) -> list[str]:

@@ -43,7 +43,9 @@ class Plan:
     def fits(self) -> bool | None:
         """Whether the memory suffices; None where it is not known how much there is."""
         chip = self.topology.chip
-        return None if chip is None else self.program.memory.total <= chip.hbm
+        if chip is None:
+            return None
+        return not self.program.out_of_memory and self.program.memory.total <= chip.hbm
 
     @property
     def step_seconds(self) -> float | None:
