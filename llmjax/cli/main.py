@@ -118,6 +118,10 @@ def _hint_for(error: Exception) -> str:
             f"out of memory ({str(error).partition(chr(10))[0][:200]}): lower train.global_batch, data.seq_len or the "
             "size of the model, raise train.accumulation, or use more devices"
         )
+    if "No such compile option" in str(error) or "While setting option" in str(error):
+        return (
+            f"xla.flags: {str(error).partition(chr(10))[0]}; remove it, or write the value as the compiler expects it"
+        )
     if isinstance(error, ImportError) and "gcsfs" in str(error):
         return "a path on gs:// needs the package gcsfs: run `pip install 'llmjax[gcs]'`"
     if not isinstance(error, OSError):

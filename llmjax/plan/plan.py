@@ -109,7 +109,6 @@ def make_plan(config: RunConfig, topology: Topology, folder: pathlib.Path, *, qu
 
     Raises UserError where the config does not suit the machine. A step that does not fit its memory is a result.
     """
-    config = run_config.with_objective(config, count.objective(config))
     program = compile_ahead.compile_ahead(config, topology, folder, quick=quick)
     module = Module(program.optimized)
     costs = program_costs.count(module, program.slice_of)
