@@ -59,7 +59,11 @@ def _check_config(config: RunConfig, workdir: epath.Path) -> None:
     """All checks that are cheap, before anything is written."""
     backends.check_backend(config.parallel.backend)
     backends.check_batch("train.global_batch", config.train.global_batch, config.train.accumulation)
-    config.model.check(seq_len=config.data.seq_len, tensor=jax.sharding.get_mesh().shape["tensor"])
+    axes.check_rules()
+    backends.check_length("data.seq_len", config.data.seq_len)
+    mesh = jax.sharding.get_mesh().shape
+    config.model.check(seq_len=config.data.seq_len, tensor=mesh["tensor"])
+    config.model.check_mesh(mesh)
     schedules.make_schedule(config.optimizer, config.train.steps)
     check_profile(config.train, workdir)
     check_wandb(config.train)
@@ -71,6 +75,7 @@ def _set_up(config: RunConfig, workdir: epath.Path, lock: workdirs.Lock) -> tupl
     manifest = prepare_once(config, store)
     tokenizer = load_tokenizer(store)
     objective = run_config.objective(config, tokenizer)
+    backends.check_length("objective.target_len", objective.target_len)
     config = run_config.with_objective(config, objective)
     generate.check_samples(config.sample, config.model, tokenizer, objective)
     hosts.all_equal("config", str(config))
