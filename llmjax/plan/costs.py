@@ -81,16 +81,16 @@ def count(module: Module, slice_of: Sequence[int]) -> Costs:
         costs.matmul_flops += times * matmuls.matmul_flops(module, instruction)
         if name := matmuls.kernel_name(instruction):
             _add_kernel(costs, module, instruction, name, times)
-        if instruction.computation in fused:
-            continue
         if collective := traffic.collective(instruction, module, slice_of):
             total = costs.collectives.setdefault(collective.kind, CollectiveCosts())
             total.count += times
             total.result_bytes += times * collective.result_bytes
             total.ici_bytes += times * collective.ici_bytes
             total.dcn_bytes += times * collective.dcn_bytes
-            if instruction.opcode.endswith("-start"):
+            if collective.asynchronous:
                 costs.asynchronous_ici_bytes += times * collective.ici_bytes
+        if instruction.computation in fused:
+            continue
         if moved := traffic.host_bytes(instruction, module):
             costs.host_bytes += times * moved
             costs.largest_host_copy = max(costs.largest_host_copy, moved)

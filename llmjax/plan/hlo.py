@@ -14,6 +14,7 @@ _BITS = {
     "pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32,
     "s64": 64, "u64": 64, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128, "f4e2m1fn": 4,
 }  # fmt: skip
+ASYNC_START = "AsyncCollectiveStart"  # custom call that ends the fusion in which a collective starts
 HOST_SPACE = 5  # memory space of the host in a layout: S(5)
 
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
@@ -81,6 +82,11 @@ class Instruction:
         return found
 
     @property
+    def channel(self) -> str:
+        """The number that the instructions of one collective share; "" without one."""
+        return self.attribute(r"channel_id=(\d+)")
+
+    @property
     def op_name(self) -> str:
         """Where the instruction comes from in the traced function; "" if unknown."""
         match = re.search(r'op_name="([^"]*)"', self.attributes)
@@ -146,6 +152,20 @@ class Module:
                 self.computations[computation] = []
                 if match[1]:
                     self.entry = computation
+
+    @functools.cached_property
+    def targets(self) -> dict[str, set[str]]:
+        """Computation -> the targets of its custom calls."""
+        return {
+            name: {i.attribute(r'custom_call_target="([^"]*)"') for i in body if i.opcode == "custom-call"}
+            for name, body in self.computations.items()
+        }
+
+    @functools.cached_property
+    def started_channels(self) -> set[str]:
+        """Channels of the collectives that start in one fusion, run beside others and end in another."""
+        starting = [name for name, targets in self.targets.items() if ASYNC_START in targets]
+        return {i.channel for name in starting for i in self.computations[name] if i.channel}
 
     @functools.cached_property
     def executions(self) -> dict[str, float]:

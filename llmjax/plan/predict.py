@@ -129,11 +129,13 @@ class _Walk:
                     now += times * (inner.compute + inner.exposed)
                 continue
             wire = self._wire(instruction)
-            if instruction.opcode.endswith("-start") and wire:
-                started[instruction.name] = (now, wire)
+            role, channel = traffic.async_fusion(instruction, self.module)
+            if wire and (role == "start" or instruction.opcode.endswith("-start")):
+                started[channel or instruction.name] = (now, wire)
                 continue
-            if instruction.opcode.endswith("-done") and instruction.operands[0] in started:
-                begin, wire = started.pop(instruction.operands[0])
+            ended = channel if role == "done" else instruction.operands[0] if instruction.operands else ""
+            if (role == "done" or instruction.opcode.endswith("-done")) and ended in started:
+                begin, wire = started.pop(ended)
                 exposed = max(0.0, wire - (now - begin))
                 total["exposed"] += exposed
                 total["hidden"] += wire - exposed

@@ -50,7 +50,7 @@ def test_the_full_depth_reads_cycles_and_agrees_with_the_quick_one(tmp_path):
     assert full.costs.matmul_flops == quick.costs.matmul_flops
     assert full.program.memory.total == pytest.approx(quick.program.memory.total, rel=0.05)
     assert full.time is not None and quick.time is not None
-    assert quick.time.total / 3 < full.time.total < quick.time.total * 3
+    assert full.time.matmul > 0.5 * quick.time.matmul and full.time.exposed > 0
 
 
 @pytest.mark.parametrize(
