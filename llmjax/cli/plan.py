@@ -36,22 +36,40 @@ def plan(arguments: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="stop at the optimized program")
     parser.add_argument("--tokens", type=number, help="tokens of a run, such as 15e12: time, chip-hours, energy, CO2")
     parser.add_argument("--price", type=number, help="of a chip and hour, in any currency; needs --tokens")
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="try mesh shapes, remat policies and microbatches; print the best of time against memory as overrides",
+    )
+    parser.add_argument(
+        "--search_minutes", type=number, default=10, help="start no further layout after these (default 10)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line of the standard output")
     parser.add_argument("--dump", metavar="DIR", help="keep the program: optimized.txt, in full depth scheduled.txt")
     flags, overrides = parse(parser, arguments)
     _check(flags)
-    from llmjax.plan import describe, plan as plans, topology as topologies
+    from llmjax.plan import describe, plan as plans, search, topology as topologies
     from llmjax.run import config as run_config
 
     topology = topologies.parse(flags.topology, flags.slices)
     config = run_config.resolve(flags.config, overrides)
     plans.check_vocabulary(config, flags.config)
     topologies.check_installed(topology)
-    with tempfile.TemporaryDirectory(prefix="llmjax-plan-") as folder:
-        result = plans.make_plan(config, topology, pathlib.Path(folder), quick=flags.quick)
+    if flags.slices > 1 and config.mesh.slice == 1:
+        config = search.apply(config, (("mesh.slice", flags.slices),))
+    lines: list[str] = []
+    if flags.search:
+        candidates = search.search(config, topology, quick=flags.quick, seconds=60 * flags.search_minutes)
+        result, lines = candidates[0].plan, [*search.describe(candidates, flags.config), ""]
+    else:
+        with tempfile.TemporaryDirectory(prefix="llmjax-plan-") as folder:
+            result = plans.make_plan(config, topology, pathlib.Path(folder), quick=flags.quick)
     if flags.dump:
         _dump(pathlib.Path(flags.dump).expanduser(), result.program)
-    lines, output = describe.describe(result, flags.config), result.to_json()
+    lines += describe.describe(result, flags.config)
+    output = result.to_json()
+    if flags.search:
+        output["overrides"] = dict(candidates[0].overrides)
     if flags.tokens:
         cost = describe.cost_of_run(result, flags.tokens, flags.price)
         lines += describe.describe_run(result, flags.tokens, cost)
@@ -65,7 +83,7 @@ def plan(arguments: list[str]) -> int:
 def _check(flags) -> None:
     if flags.price is not None and flags.tokens is None:
         raise UserError(f"--price={flags.price:g}: give --tokens as well, whose cost it sets")
-    for name in ("tokens", "price"):
+    for name in ("tokens", "price", "search_minutes"):
         value = getattr(flags, name)
         if value is not None and value <= 0:
             raise UserError(f"--{name}={value:g}: must be above 0")

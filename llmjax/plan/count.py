@@ -29,6 +29,11 @@ def state_bytes_per_parameter(model: ModelConfig, optimizer: OptimizerConfig) ->
     return (2 * _bytes(shapes) + _bytes(state)) / _size(shapes)
 
 
+def parameters(config: RunConfig) -> int:
+    """Parameters of the model, padding of the vocabulary included; nothing is allocated."""
+    return registry.count_parameters(config.model)
+
+
 def residual_bytes(config: RunConfig) -> dict[str, int]:
     """Bytes that the forward pass of a row keeps for the backward pass, by remat policy; nothing is allocated.
 

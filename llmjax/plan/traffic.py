@@ -49,6 +49,8 @@ def collective(instruction: Instruction, module: Module, slice_of: Sequence[int]
 
     slice_of   partition of the program -> the slice that its chip is in
     """
+    if instruction.opcode == "send":
+        return _between_slices(instruction, len(set(slice_of)))
     kind = instruction.opcode.removesuffix("-start")
     if kind not in COLLECTIVES or instruction.opcode.endswith("-done"):
         return None
@@ -84,6 +86,17 @@ def async_fusion(fusion: Instruction, module: Module) -> tuple[str, str]:
     roles = [role for role, marker in (("start", _START), ("done", _DONE)) if marker in module.targets[callee]]
     channels = [i.channel for i in module.computations[callee] if i.opcode in COLLECTIVES]
     return (roles[0], channels[0]) if roles and channels else ("", "")
+
+
+def _between_slices(send: Instruction, slices: int) -> Collective | None:
+    """The TPU compiler hands collectives between slices to the runtime, which gets this chip's part of the data."""
+    kind = send.attribute(r'_xla_megascale_transfer_type="(\w+)"').lower().replace("_", "-")
+    if not kind:
+        return None
+    size = send.arrays[0].bytes
+    shares = {"all-reduce": 2 * (slices - 1) / slices, "all-gather": slices - 1}
+    share = shares.get(kind, (slices - 1) / slices if kind in ("reduce-scatter", "all-to-all") else 1)
+    return Collective(f"{kind} between slices", size, 0.0, size * share)
 
 
 def _results(instruction: Instruction) -> tuple[Array, ...]:

@@ -104,6 +104,17 @@ ENTRY %main (x: f32[1024]) -> f32[1024] {
     assert counted.dcn_bytes == 2 * (4096 / 4) / 2
 
 
+def test_what_the_runtime_sends_between_slices():
+    text = """ENTRY %main {
+  %x = bf16[64,128]{1,0} parameter(0)
+  %t = token[] after-all()
+  ROOT %s = (bf16[64,128]{1,0}, u32[]{:S(2)}, token[]) send(%x, %t), channel_id=4, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="ALL_REDUCE"}
+}
+"""  # noqa: E501
+    counted = costs.count(Module(text), [0, 1])
+    assert (counted.ici_bytes, counted.dcn_bytes) == (0, 64 * 128 * 2)
+
+
 @pytest.mark.parametrize(
     ("written", "expected"),
     [
