@@ -6,7 +6,7 @@ from flax import nnx
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from llmjax.nn.attention import KERNELS, cache_mask, update_cache
+from llmjax.nn.attention import attend, cache_mask, update_cache
 from llmjax.nn.linear import Linear
 from llmjax.parallel.axes import constrain
 
@@ -42,7 +42,7 @@ class CrossAttention(nnx.Module):
         """x [batch, s, embed] -> same; `mask` and `bias` in the form of the kernel, as in `nn.attention.KERNELS`."""
         q = constrain(self.query(x), "batch", "seq", "heads", "head_dim")
         q, k, v = checkpoint_name((q, *(array.astype(x.dtype) for array in keys_values)), "qkv")
-        heads = KERNELS[kernel].attention_fn(q, k, v, mask, scale=self.score_scale, bias=bias)
+        heads = attend(kernel, q, k, v, mask, scale=self.score_scale, bias=bias)
         return self.out(constrain(heads, "batch", "seq", "heads", "head_dim"))
 
     def decode(
