@@ -5,6 +5,7 @@ import dataclasses
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
@@ -113,8 +114,9 @@ def dispatch_and_combine(
         return product + bias.astype(rows.dtype)[expert_of_row]
 
     rows = mask(_dispatch(x, order, inverse))
-    out = mask(linear(GLU_ACTIVATIONS[activation](linear(rows, "gate"), linear(rows, "up")), "down"))
-    out = _permute(out, inverse, order).reshape(*ids.shape, -1)
+    gate, up = checkpoint_name((linear(rows, "gate"), linear(rows, "up")), "mlp")
+    out = _permute(mask(linear(GLU_ACTIVATIONS[activation](gate, up), "down")), inverse, order)
+    out = checkpoint_name(out.reshape(*ids.shape, -1), "experts")
     return jnp.einsum("sk,skd->sd", combine_weights, out, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
