@@ -1,5 +1,6 @@
 """Layers against numpy, and the rules that keep them exact."""
 
+import functools
 import math
 import re
 
@@ -79,6 +80,26 @@ def test_scaled_frequencies():
     cos, sin = rotary.angles(jnp.array([[3]]), 64, 1e4, make("yarn", attention_factor=2.0))
     np.testing.assert_allclose(cos**2 + sin**2, 4.0, rtol=1e-6)
     assert rotary.yarn_attention_factor(1.0) == 1 and rotary.yarn_attention_factor(40.0) == pytest.approx(1.3689, 1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("form", [rotary.rotate, rotary.rotate_by_matmul])
+def test_rotation_and_its_gradient_agree_with_float32(form, dtype):
+    """`rotate` is the form of this platform, `rotate_by_matmul` that of a TPU; halves of 6, which fill no lane."""
+    x, dy = (jax.random.normal(jax.random.key(i), (2, 5, 3, 12), dtype) for i in range(2))
+    cos, sin = rotary.angles(jnp.arange(10).reshape(2, 5) * 7, 12, 100.0)
+
+    def run(form, x, dy):
+        out, transpose = jax.vjp(lambda x: form(x, cos, sin), x)
+        return out, transpose(dy)[0]
+
+    expected = run(rotary.rotate_halves, x.astype(jnp.float32), dy.astype(jnp.float32))
+    for a, b in zip(jax.jit(functools.partial(run, form))(x, dy), expected, strict=True):
+        assert a.dtype == dtype
+        # Sums of two products, rounded once: half a unit in the last of 8 bits. JAX's own gradient of the matmul form
+        # adds two rounded terms.
+        tolerance = 2e-7 if dtype == "float32" else 2**-7
+        np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=0, atol=tolerance * np.abs(b).max())
 
 
 def test_rotary_depends_on_the_distance_alone():
