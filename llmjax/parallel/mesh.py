@@ -21,7 +21,8 @@ class MeshConfig:
 
     slice      TPU slices, joined by the data centre's network; replicas that split the batch
     data       replicas that split the batch
-    fsdp       shards of parameters and optimizer state, which split the batch as well
+    fsdp       shards of parameters and optimizer state, which split the batch as well. 0: the start of a run chooses
+               1 where a third of a device's memory holds the training state, else all devices
     expert     shards of a mixture's experts, which split the batch as well
     sequence   shards of the positions of a row, and of parameters and optimizer state
     tensor     shards of heads, mlp and vocabulary

@@ -15,17 +15,14 @@ from llmjax.models import registry
 from llmjax.models.registry import ModelConfig
 from llmjax.nn.stack import REMAT
 from llmjax.optim.config import OptimizerConfig
-from llmjax.optim.optimizer import make_optimizer
-from llmjax.run import config as run_config
+from llmjax.run import config as run_config, state as states
 from llmjax.run.config import RunConfig
 from llmjax.train.step import make_loss
 
 
 def state_bytes_per_parameter(model: ModelConfig, optimizer: OptimizerConfig) -> float:
     """Bytes per parameter of the parameter, its gradient and the optimizer's state."""
-    _, shapes, axes = registry.abstract(model)
-    state = jax.eval_shape(make_optimizer(optimizer, horizon=1_000_000, axes=axes).init, shapes)
-    return (2 * _bytes(shapes) + _bytes(state)) / _size(shapes)
+    return states.state_bytes(model, optimizer) / registry.count_parameters(model)
 
 
 def residual_bytes(config: RunConfig) -> dict[str, int]:
@@ -62,11 +59,3 @@ def abstract_batch(config: RunConfig, rows: int = 1) -> Batch:
 def target_len(config: RunConfig) -> int:
     """Positions in a row of targets, which do not depend on the tokenizer."""
     return run_config.objective(config, Bytes()).target_len
-
-
-def _size(tree: Any) -> int:
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-
-
-def _bytes(tree: Any) -> int:
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
