@@ -36,7 +36,7 @@ def compile_step(config: RunConfig, topology: Topology, folder: pathlib.Path) ->
         raise UserError(f"parallel.backend={config.parallel.backend!r}: only 'jit' compiles ahead of time; set it")
     devices = topologies.devices(topology)
     mesh = meshes.make_mesh(choose_mesh(config, devices), devices)
-    with axes.use_mesh(mesh, config.parallel.rules):
+    with axes.use_mesh(mesh, config.parallel.rules, config.parallel.gradient_dtype):
         check_program(config)
         spec = states.make_state_spec(config.model, config.optimizer, horizon=config.train.steps)
         batch = count.abstract_batch(config, config.train.global_batch)

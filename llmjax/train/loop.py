@@ -36,7 +36,7 @@ def train(config: RunConfig, workdir: epath.Path) -> int:
     # The record of the run has the choice: a resumed run has the same mesh.
     config = dataclasses.replace(config, mesh=choose_mesh(config, jax.devices()))
     mesh = meshes.make_mesh(config.mesh)
-    with axes.use_mesh(mesh, config.parallel.rules):
+    with axes.use_mesh(mesh, config.parallel.rules, config.parallel.gradient_dtype):
         _check_config(config, workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         with workdirs.Lock(workdir, primary=hosts.is_primary()) as lock:

@@ -14,6 +14,7 @@ from llmjax.nn.linear import Linear, project
 from llmjax.nn.mlp import ACTIVATIONS
 from llmjax.nn.norm import NORMS
 from llmjax.nn.rotary import Scaling
+from llmjax.parallel import axes
 
 
 def draw(*shape, seed=0):
@@ -27,6 +28,24 @@ def test_project_has_the_gradient_of_jax(num_inputs, shape):
     score = lambda f: jax.value_and_grad(lambda x, w: jnp.sum(jnp.sin(f(x, w))), argnums=(0, 1))(x, w)
     actual, expected = score(lambda x, w: project(x, w, num_inputs)), score(plain)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, expected)
+
+
+@pytest.mark.parametrize(("dtype", "gradient_dtype"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_a_weight_has_its_gradient_in_the_chosen_type(dtype, gradient_dtype):
+    """float32 keeps the bits of a bfloat16 product that bfloat16 loses; bfloat16 rounds a float32 product once."""
+    x, w, dy = draw(40, 6).astype(dtype), draw(6, 5, seed=1), draw(40, 5, seed=2).astype(dtype)
+    exact = np.einsum("sa,sb->ab", np.asarray(x, np.float64), np.asarray(dy, np.float64))
+    # Not compiled: XLA leaves out a cast to bfloat16 and back.
+    gradient = lambda w: jax.vjp(lambda w: project(x, w), w)[1](dy)[0]
+    default = gradient(w)
+    with axes.use_mesh(jax.make_mesh((1,), ("data",)), gradient_dtype=gradient_dtype):
+        chosen = gradient(w)
+    assert default.dtype == chosen.dtype == w.dtype
+    in_float32, in_bfloat16 = (chosen, default) if gradient_dtype == "float32" else (default, chosen)
+    # Sums of 40 products in float32; 2^-9 is half a unit in the last of the 8 bits of bfloat16.
+    np.testing.assert_allclose(in_float32, exact, rtol=0, atol=1e-6 * np.abs(exact).max())
+    np.testing.assert_array_equal(in_bfloat16, in_bfloat16.astype(jnp.bfloat16).astype(jnp.float32))
+    np.testing.assert_allclose(in_bfloat16, exact, rtol=0, atol=2**-8 * np.abs(exact).max())
 
 
 def test_linear_adds_its_bias_and_starts_with_unit_variance():
