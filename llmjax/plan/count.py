@@ -10,6 +10,7 @@ import numpy as np
 from llmjax.batch import Batch, Params
 from llmjax.data.batches.packing import Rows
 from llmjax.data.batches.rng import CounterRng
+from llmjax.data.objectives.objective import Objective
 from llmjax.data.store.tokenizer import Bytes
 from llmjax.models import registry
 from llmjax.models.registry import ModelConfig
@@ -23,6 +24,11 @@ from llmjax.train.step import make_loss
 def state_bytes_per_parameter(model: ModelConfig, optimizer: OptimizerConfig) -> float:
     """Bytes per parameter of the parameter, its gradient and the optimizer's state."""
     return states.state_bytes(model, optimizer) / registry.count_parameters(model)
+
+
+def parameters(config: RunConfig) -> int:
+    """Parameters of the model, padding of the vocabulary included; nothing is allocated."""
+    return registry.count_parameters(config.model)
 
 
 def residual_bytes(config: RunConfig) -> dict[str, int]:
@@ -52,10 +58,15 @@ def abstract_batch(config: RunConfig, rows: int = 1) -> Batch:
     """Shapes of a batch of the run's objective: those of a batch that it makes of empty rows."""
     empty = np.zeros((1, config.data.seq_len), np.int32)
     packed = Rows(targets=empty, inputs=empty, segments=empty, positions=empty)
-    batch = run_config.objective(config, Bytes()).build_batch(packed, np.zeros(1, np.int64), CounterRng(0))
+    batch = objective(config).build_batch(packed, np.zeros(1, np.int64), CounterRng(0))
     return jax.tree.map(lambda field: jax.ShapeDtypeStruct((rows, *field.shape[1:]), field.dtype), batch)
 
 
 def target_len(config: RunConfig) -> int:
     """Positions in a row of targets, which do not depend on the tokenizer."""
-    return run_config.objective(config, Bytes()).target_len
+    return objective(config).target_len
+
+
+def objective(config: RunConfig) -> Objective:
+    """The run's objective with a tokenizer of bytes, where the shapes of batches matter and not the ids."""
+    return run_config.objective(config, Bytes())
