@@ -121,7 +121,7 @@ def test_scan_equals_unrolled(name):
 
 
 POLICIES = [name for name in REMAT if name != "none"]
-# Two families for each policy in turn, about three policies for each family; "attention_experts" on one with experts.
+# Two families for each policy in turn, about three policies for each family.
 REMAT_PAIRS = [(STACKS[(i + shift) % len(STACKS)], policy) for i, policy in enumerate(POLICIES) for shift in (0, 3)]
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmjax.nn import moe
+from llmjax.nn import dispatch, moe
 from llmjax.nn.grouped import grouped_matmul
 from llmjax.nn.moe import MoeMlp, RouterStats, Routing
 from llmjax.optim.config import OptimizerConfig
@@ -103,7 +103,7 @@ def dense(params, x, routing, activation):
     gates = jnp.sum(jax.nn.one_hot(choice.ids, routing.num_experts) * choice.weights[..., None], axis=-2)
     linear = lambda name, y: jnp.einsum("bsei,eio->bseo", y, e[name]) + e.get(f"{name}_bias", 0)
     every = jnp.broadcast_to(x[:, :, None], (*x.shape[:2], routing.num_experts, x.shape[-1]))
-    h = moe.GLU_ACTIVATIONS[activation](linear("gate", every), linear("up", every))
+    h = dispatch.GLU_ACTIVATIONS[activation](linear("gate", every), linear("up", every))
     out = jnp.einsum("bse,bsed->bsd", gates, linear("down", h))
     if "shared" in params:
         w = {name: params["shared"][name]["weight"] for name in ("gate", "up", "down")}
