@@ -12,7 +12,7 @@ import math
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from llmjax.errors import UserError, suggest
 
@@ -131,6 +131,31 @@ def check_rules() -> None:
                 f"mesh.{axis}={size}: no rule of parallel.rules uses this axis; set parallel.rules=() for the default "
                 "rules, or set it to 1"
             )
+
+
+def sharded_by(spec: P) -> tuple[str, ...]:
+    """The mesh axes of a spec on the mesh of `use_mesh`; () where they have one device each."""
+    mesh_axes = tuple(axis for entry in spec for axis in _as_tuple(entry))
+    shape = jax.sharding.get_abstract_mesh().shape
+    return mesh_axes if any(shape[axis] > 1 for axis in mesh_axes) else ()
+
+
+def shard_shape(shape: Sequence[int], spec: P) -> tuple[int, ...]:
+    """The shape of one device's part of an array that `spec` shards on the mesh of `use_mesh`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    divisor = lambda entry: math.prod(mesh.shape[axis] for axis in _as_tuple(entry))
+    return tuple(size // divisor(entry) for size, entry in zip(shape, spec, strict=True))
+
+
+@contextlib.contextmanager
+def manual(mesh_axes: Sequence[str]) -> Iterator[None]:
+    """Inside, functions are traced as in a shard_map over `mesh_axes`; does nothing without axes."""
+    if not mesh_axes:
+        yield
+        return
+    mesh = jax.sharding.get_abstract_mesh()
+    with jax.sharding.use_abstract_mesh(mesh.update_axis_types(dict.fromkeys(mesh_axes, AxisType.Manual))):
+        yield
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:

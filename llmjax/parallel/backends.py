@@ -1,6 +1,6 @@
 """Compile the train step with one of two backends: jit shards it by the rules, pmap maps it over replicas."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any
 
@@ -86,13 +86,26 @@ def check_backend(backend: str) -> None:
         )
 
 
-def compile_step(step: Callable, backend: str, state_shardings: Any, rows: np.ndarray, batch: int) -> CompiledStep:
-    """Compile `step(state, batch, reduction=...)` for the mesh. `rows` are this process's rows of `batch` rows."""
+def compile_step(
+    step: Callable,
+    backend: str,
+    state_shardings: Any,
+    rows: np.ndarray,
+    batch: int,
+    options: Mapping[str, str] | None = None,
+) -> CompiledStep:
+    """Compile `step(state, batch, reduction=...)` for the mesh.
+
+    rows     this process's rows of `batch` rows
+    options  of XLA's compiler, for `jit`; pmap has no argument for them
+    """
     check_backend(backend)
-    return _compile_pmap(step) if backend == "pmap" else _compile_jit(step, state_shardings, rows, batch)
+    return _compile_pmap(step) if backend == "pmap" else _compile_jit(step, state_shardings, rows, batch, options or {})
 
 
-def _compile_jit(step: Callable, state_shardings: Any, rows: np.ndarray, batch: int) -> CompiledStep:
+def _compile_jit(
+    step: Callable, state_shardings: Any, rows: np.ndarray, batch: int, options: Mapping[str, str]
+) -> CompiledStep:
     data, replicated = batch_sharding(), NamedSharding(jax.sharding.get_mesh(), P())
 
     def train_step(state, batch):  # profiles, dumps and the compiled module show this name
@@ -103,6 +116,7 @@ def _compile_jit(step: Callable, state_shardings: Any, rows: np.ndarray, batch: 
         in_shardings=(state_shardings, data),
         out_shardings=(state_shardings, replicated),
         donate_argnums=0,
+        compiler_options=dict(options),
     )
     unchanged = lambda tree: tree
     # A process that holds the whole batch passes the numpy arrays to jit, which shards them faster than this code.

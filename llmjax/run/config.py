@@ -15,6 +15,7 @@ from llmjax.errors import UserError
 from llmjax.models.decoder_config import DecoderConfig
 from llmjax.models.registry import ModelConfig
 from llmjax.optim.config import OptimizerConfig
+from llmjax.parallel.compiler_options import XlaConfig
 from llmjax.parallel.mesh import MeshConfig, ParallelConfig
 
 
@@ -102,6 +103,7 @@ class RunConfig:
     objective: ObjectiveConfig = ObjectiveConfig()
     mesh: MeshConfig = MeshConfig()
     parallel: ParallelConfig = ParallelConfig()
+    xla: XlaConfig = XlaConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -17,7 +17,12 @@ BLOCK = {
     "up_bias": ("mlp",),
     "down": ("mlp", "embed"),
 }
-OUTSIDE = {"table": ("vocab", "embed"), "positions": ("entries", "embed"), "norm": ("embed",), "head": ("embed", "vocab")}
+OUTSIDE = {
+    "table": ("vocab", "embed"),
+    "positions": ("entries", "embed"),
+    "norm": ("embed",),
+    "head": ("embed", "vocab"),
+}
 AXES = OUTSIDE | {"blocks": {name: ("layers", *axes) for name, axes in BLOCK.items()}}
 UNSTACKED_AXES = OUTSIDE | {f"block_{i}": BLOCK for i in range(SIZES["layers"])}
 

@@ -23,7 +23,7 @@ from llmjax.models.recurrent import RecurrentConfig
 from llmjax.parallel import axes, backends
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.train.step import accumulate_gradients, make_loss
-from tests.batches import packed_pairs, packed_for
+from tests.batches import packed_for, packed_pairs
 
 ROWS, SEQ, VOCAB = 16, 32, 64
 TRIPLES = (
