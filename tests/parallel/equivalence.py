@@ -40,7 +40,7 @@ _SMALL = dict(vocab_size=VOCAB, vocab_multiple=16, num_layers=2, embed=16)
 _HEADS = dict(num_heads=8, head_dim=4)
 FAMILIES: dict[str, BaseModelConfig] = {
     "dense": DecoderConfig(**_SMALL, **_HEADS, mlp=32, window=7, attention_pattern="lg"),
-    "MoE": MoeConfig(**_SMALL, **_HEADS, mlp=16, num_experts=8, experts_per_token=2),
+    "MoE": MoeConfig(**_SMALL, **_HEADS, mlp=16, num_experts=8, experts_per_token=2, biases="all"),
     "MLA": MoeConfig(
         **_SMALL,
         **_HEADS,
@@ -99,6 +99,12 @@ def cells() -> list[Cell]:
         for column, family in enumerate(FAMILIES)
         if is_supported(family, dict(sizes))
     ]
+
+
+def representative_cells() -> list[Cell]:
+    """One cell of each mesh; the families take turns."""
+    by_mesh = [list(group) for _, group in itertools.groupby(cells(), key=lambda cell: cell.mesh)]
+    return [group[index % len(group)] for index, group in enumerate(by_mesh)]
 
 
 def is_supported(family: str, sizes: dict[str, int]) -> bool:
