@@ -1,30 +1,47 @@
 """Compare loss and gradients on every mesh with one device, and write the table of docs/meshes.md.
 
-python tools/equivalence_table.py
+python tools/equivalence_table.py [--processes=2]
 
-It runs the cells of tests/parallel/equivalence.py on eight emulated devices, and takes some minutes.
+It runs the cells of tests/parallel/equivalence.py on eight emulated devices, which takes some minutes.
 """
 
+import argparse
+from concurrent import futures
+import multiprocessing
 import pathlib
 import sys
-
-import jax
+from typing import TYPE_CHECKING
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "meshes.md"
 BEGIN, END = "<!-- begin: python tools/equivalence_table.py -->\n", "<!-- end -->\n"
 
+sys.path.insert(0, str(ROOT))
+if TYPE_CHECKING:
+    from tests.parallel.equivalence import Cell
+
+
+def measure(cell: "Cell") -> tuple[float, float]:
+    """The relative differences of loss and gradients."""
+    import tests.conftest  # eight emulated devices, and fast compilation
+    from tests.parallel.equivalence import compare
+
+    assert tests.conftest
+    return compare(cell)
+
 
 def main() -> None:
-    jax.config.update("jax_num_cpu_devices", 8)
-    sys.path.insert(0, str(ROOT))
-    from tests.parallel.equivalence import FAMILIES, cells, compare
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--processes", type=int, default=2, help="cells that are measured at one time")
+    args = parser.parse_args()
+    from tests.parallel.equivalence import FAMILIES, cells
 
     rows: dict[str, dict[str, str]] = {}
-    for cell in cells():
-        loss, gradients = compare(cell)
-        print(f"{cell}: loss {loss:.1e}, gradients {gradients:.1e}", flush=True)
-        rows.setdefault(cell.mesh, {})[cell.family] = f"{loss:.0e} / {gradients:.0e} ({cell.variant})"
+    context = multiprocessing.get_context("spawn")
+    with futures.ProcessPoolExecutor(args.processes, mp_context=context) as pool:
+        for cell, (loss, gradients) in zip(cells(), pool.map(measure, cells()), strict=True):
+            print(f"{cell}: loss {loss:.1e}, gradients {gradients:.1e}", flush=True)
+            rows.setdefault(cell.mesh, {})[cell.family] = f"{loss:.0e} / {gradients:.0e} ({cell.variant})"
     lines = [f"| mesh | {' | '.join(FAMILIES)} |", "|---" * (1 + len(FAMILIES)) + "|"]
     lines += [f"| {mesh} | {' | '.join(row.get(family, '-') for family in FAMILIES)} |" for mesh, row in rows.items()]
     page = PAGE.read_text()
