@@ -67,6 +67,7 @@ SIZES = {
         rope_base=1e4,
     ),
 }
+VOCAB_SIZE = {"16B": 163_840, "671B": 129_280}  # of the published models
 # size -> score on the validation split of the standard library, which `make recipes` checks
 EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.99)}
 

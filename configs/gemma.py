@@ -18,6 +18,9 @@ SIZES = {
     "3-12B": dict(num_layers=48, embed=3840, num_heads=16, num_kv_heads=8, head_dim=256, mlp=15360, window=1024),
     "3-27B": dict(num_layers=62, embed=5376, num_heads=32, num_kv_heads=16, head_dim=128, mlp=21504, window=1024),
 }
+VOCAB_SIZE = {"2-2B": 256_000, "2-9B": 256_000, "2-27B": 256_000} | dict.fromkeys(
+    ("3-270M", "3-1B", "3-4B", "3-12B", "3-27B"), 262_144
+)  # of the published models
 # Attention scores are divided by the square root of this number instead of that of head_dim.
 SCORE_DIVISORS = {"2-27B": 144, "3-27B": 168}
 

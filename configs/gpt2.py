@@ -14,6 +14,7 @@ SIZES = {
     "774M": dict(num_layers=36, embed=1280, num_heads=20),
     "1.5B": dict(num_layers=48, embed=1600, num_heads=25),
 }
+VOCAB_SIZE = 50_257  # of the published models
 # Peak learning rates, after GPT-3's table 2.1 (arXiv 2005.14165).
 LEARNING_RATES = {"tiny": 4e-3, "124M": 6e-4, "355M": 3e-4, "774M": 2.5e-4, "1.5B": 2e-4}
 

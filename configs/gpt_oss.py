@@ -14,6 +14,7 @@ SIZES = {
         num_layers=36, embed=2880, num_heads=64, num_kv_heads=8, head_dim=64, num_experts=128, expert_mlp=2880
     ),
 }
+VOCAB_SIZE = 201_088  # of the published models
 
 EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.96)}
 

@@ -16,6 +16,7 @@ SIZES = {
         num_layers=40, embed=5120, num_heads=32, num_kv_heads=8, head_dim=128, mlp=14336, window=0, rope_base=1e6
     ),
 }
+VOCAB_SIZE = {"7B": 32_000, "12B": 131_072}  # of the published models
 
 EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.93)}
 

@@ -13,6 +13,7 @@ SIZES = {
     "8x7B": dict(num_layers=32, embed=4096, num_heads=32, num_kv_heads=8, head_dim=128, mlp=14336),
     "8x22B": dict(num_layers=56, embed=6144, num_heads=48, num_kv_heads=8, head_dim=128, mlp=16384),
 }
+VOCAB_SIZE = 32_000  # of the published models
 # size -> score on the validation split of the standard library, which `make recipes` checks
 EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.96)}
 

@@ -13,6 +13,7 @@ SIZES = {
     "base": dict(num_layers=22, embed=768, num_heads=12, mlp=1152, window=65),
     "large": dict(num_layers=28, embed=1024, num_heads=16, mlp=2624, window=65),
 }
+VOCAB_SIZE = 50_368  # of the published models
 # Sequences a step, peak learning rate and warmup (table 4 of the paper).
 RECIPES = {
     "tiny": dict(global_batch=16, learning_rate=3e-3),

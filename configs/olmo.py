@@ -16,6 +16,7 @@ SIZES = {
     "3-7B": dict(num_layers=32, embed=4096, num_heads=32, num_kv_heads=32, mlp=11008),
     "3-32B": dict(num_layers=64, embed=5120, num_heads=40, num_kv_heads=8, mlp=27648),
 }
+VOCAB_SIZE = 100_352  # of the published models
 # Sequences per step and peak learning rate.
 RECIPES = {
     "tiny": dict(global_batch=8, learning_rate=3e-3),

@@ -16,6 +16,7 @@ SIZES = {
     "14B": dict(num_layers=40, embed=5120, num_heads=40, num_kv_heads=8, head_dim=128, mlp=17408, tie_embeddings=False),
     "32B": dict(num_layers=64, embed=5120, num_heads=64, num_kv_heads=8, head_dim=128, mlp=25600, tie_embeddings=False),
 }
+VOCAB_SIZE = 151_936  # of the published models
 
 EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.95)}
 

@@ -13,6 +13,7 @@ SIZES = {
     "30B": dict(num_layers=48, embed=2048, num_heads=32, num_experts=128, experts_per_token=8, expert_mlp=768),
     "235B": dict(num_layers=94, embed=4096, num_heads=64, num_experts=128, experts_per_token=8, expert_mlp=1536),
 }
+VOCAB_SIZE = 151_936  # of the published models
 
 EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.94)}
 

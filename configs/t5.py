@@ -15,6 +15,7 @@ SIZES = {
     "xl": dict(num_layers=24, embed=2048, num_heads=32, head_dim=64, mlp=5120),
     "xxl": dict(num_layers=24, embed=4096, num_heads=64, head_dim=64, mlp=10240),
 }
+VOCAB_SIZE = 32_128  # of the published models
 
 # On the validation split of the standard library, including sentinels, which are a quarter of the targets.
 EXPECTED_SCORE = {"tiny": ("accuracy", 0.25)}

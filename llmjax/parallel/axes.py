@@ -108,31 +108,6 @@ def spec(
     return P(*entries)
 
 
-def mesh_axes_of(logical: str, mesh: Mesh | jax.sharding.AbstractMesh | None = None) -> tuple[str, ...]:
-    """The axes of the mesh (None: that of `use_mesh`) that shard a logical axis, without those that are manual."""
-    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    manual = getattr(mesh, "manual_axes", ())
-    rule = _as_tuple(dict(_rules.value)[logical])
-    return tuple(axis for axis in rule if axis in mesh.axis_names and axis not in manual)
-
-
-def num_shards(logical: str) -> int:
-    """The number of parts into which the mesh of `use_mesh` cuts a logical axis."""
-    shape = jax.sharding.get_abstract_mesh().shape
-    return math.prod(shape[axis] for axis in mesh_axes_of(logical))
-
-
-def check_rules() -> None:
-    """Raise UserError where no rule uses an axis of the mesh, so that its devices would all do the same work."""
-    used = {axis for _, rule in _rules.value for axis in _as_tuple(rule)}
-    for axis, size in jax.sharding.get_mesh().shape.items():
-        if size > 1 and axis not in used:
-            raise UserError(
-                f"mesh.{axis}={size}: no rule of parallel.rules uses this axis; set parallel.rules=() for the default "
-                "rules, or set it to 1"
-            )
-
-
 def sharded_by(spec: P) -> tuple[str, ...]:
     """The mesh axes of a spec on the mesh of `use_mesh`; () where they have one device each."""
     mesh_axes = tuple(axis for entry in spec for axis in _as_tuple(entry))
@@ -156,6 +131,31 @@ def manual(mesh_axes: Sequence[str]) -> Iterator[None]:
     mesh = jax.sharding.get_abstract_mesh()
     with jax.sharding.use_abstract_mesh(mesh.update_axis_types(dict.fromkeys(mesh_axes, AxisType.Manual))):
         yield
+
+
+def mesh_axes_of(logical: str, mesh: Mesh | jax.sharding.AbstractMesh | None = None) -> tuple[str, ...]:
+    """The axes of the mesh (None: that of `use_mesh`) that shard a logical axis, without those that are manual."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    manual = getattr(mesh, "manual_axes", ())
+    rule = _as_tuple(dict(_rules.value)[logical])
+    return tuple(axis for axis in rule if axis in mesh.axis_names and axis not in manual)
+
+
+def num_shards(logical: str) -> int:
+    """The number of parts into which the mesh of `use_mesh` cuts a logical axis."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape[axis] for axis in mesh_axes_of(logical))
+
+
+def check_rules() -> None:
+    """Raise UserError where no rule uses an axis of the mesh, so that its devices would all do the same work."""
+    used = {axis for _, rule in _rules.value for axis in _as_tuple(rule)}
+    for axis, size in jax.sharding.get_mesh().shape.items():
+        if size > 1 and axis not in used:
+            raise UserError(
+                f"mesh.{axis}={size}: no rule of parallel.rules uses this axis; set parallel.rules=() for the default "
+                "rules, or set it to 1"
+            )
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:

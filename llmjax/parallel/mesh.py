@@ -4,6 +4,7 @@ from collections.abc import Sequence
 import dataclasses
 import itertools
 import math
+from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
@@ -80,7 +81,7 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
 _ALWAYS_PRESENT = ("data", "fsdp", "tensor")
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices of all processes, ordered by the topology of the hardware where it has one.
 
     devices   the devices of a topology to compile for, which need not be present; None: all devices of the job
@@ -99,7 +100,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return mesh
 
 
-def _arrange(sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
+def _arrange(sizes: dict[str, int], devices: Sequence[Any]) -> np.ndarray:
     """The devices in an array of the mesh's shape; those of one index along "slice" are one TPU slice."""
     num_slices, slices = sizes.get("slice", 1), len({getattr(device, "slice_index", 0) for device in devices})
     if slices != num_slices and devices[0].platform == "tpu":

@@ -2,7 +2,7 @@
 
 It reads a pickled (config, topology, folder) from its standard input and writes into the folder:
 
-facts.json       mesh, the slice of each partition, and bytes per device of parameters, optimizer state and batch
+facts.json       mesh, the slice of each partition, number of parameters, bytes per device of them and the optimizer
 memory.json      the compiler's memory analysis, once the program is compiled to the end
 optimized.txt    on CPU and GPU: the program. The TPU compiler writes its own dump, and so much earlier
 error.json       {"error": one line}, if the user can fix it
@@ -40,6 +40,7 @@ def compile_step(config: RunConfig, topology: Topology, folder: pathlib.Path) ->
         spec = states.make_state_spec(config.model, config.optimizer, horizon=config.train.steps)
         batch = count.abstract_batch(config, config.train.global_batch)
         facts = {
+            "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(spec.shapes.params)),
             "mesh": dict(mesh.shape),
             "slice_of": [getattr(device, "slice_index", None) or 0 for device in mesh.devices.flat],
             "parameter_bytes": _bytes_per_device(spec.shapes.params, spec.shardings.params),

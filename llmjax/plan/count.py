@@ -10,6 +10,7 @@ import numpy as np
 from llmjax.batch import Batch, Params
 from llmjax.data.batches.packing import Rows
 from llmjax.data.batches.rng import CounterRng
+from llmjax.data.objectives.objective import Objective
 from llmjax.data.store.tokenizer import Bytes
 from llmjax.models import registry
 from llmjax.models.registry import ModelConfig
@@ -26,6 +27,11 @@ def state_bytes_per_parameter(model: ModelConfig, optimizer: OptimizerConfig) ->
     _, shapes, axes = registry.abstract(model)
     state = jax.eval_shape(make_optimizer(optimizer, horizon=1_000_000, axes=axes).init, shapes)
     return (2 * _bytes(shapes) + _bytes(state)) / _size(shapes)
+
+
+def parameters(config: RunConfig) -> int:
+    """Parameters of the model, padding of the vocabulary included; nothing is allocated."""
+    return registry.count_parameters(config.model)
 
 
 def residual_bytes(config: RunConfig) -> dict[str, int]:
@@ -55,13 +61,18 @@ def abstract_batch(config: RunConfig, rows: int = 1) -> Batch:
     """Shapes of a batch of the run's objective: those of a batch that it makes of empty rows."""
     empty = np.zeros((1, config.data.seq_len), np.int32)
     packed = Rows(targets=empty, inputs=empty, segments=empty, positions=empty)
-    batch = run_config.objective(config, Bytes()).build_batch(packed, np.zeros(1, np.int64), CounterRng(0))
+    batch = objective(config).build_batch(packed, np.zeros(1, np.int64), CounterRng(0))
     return jax.tree.map(lambda field: jax.ShapeDtypeStruct((rows, *field.shape[1:]), field.dtype), batch)
 
 
 def target_len(config: RunConfig) -> int:
     """Positions in a row of targets, which do not depend on the tokenizer."""
-    return run_config.objective(config, Bytes()).target_len
+    return objective(config).target_len
+
+
+def objective(config: RunConfig) -> Objective:
+    """The run's objective with a tokenizer of bytes, where the shapes of batches matter and not the ids."""
+    return run_config.objective(config, Bytes())
 
 
 def _size(tree: Any) -> int:

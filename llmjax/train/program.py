@@ -21,8 +21,8 @@ def check_program(config: RunConfig) -> None:
     if config.parallel.backend == "pmap" and config.xla.flags:
         raise UserError(f"xla.flags={config.xla.flags}: parallel.backend='pmap' takes no compiler options; use 'jit'")
     backends.check_batch("train.global_batch", config.train.global_batch, config.train.accumulation)
-    backends.check_length("data.seq_len", config.data.seq_len)
     axes.check_rules()
+    backends.check_length("data.seq_len", config.data.seq_len)
     mesh = jax.sharding.get_mesh().shape
     config.model.check(seq_len=config.data.seq_len, tensor=mesh["tensor"])
     config.model.check_mesh(mesh)
