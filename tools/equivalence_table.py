@@ -10,36 +10,26 @@ from concurrent import futures
 import multiprocessing
 import pathlib
 import sys
-from typing import TYPE_CHECKING
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "meshes.md"
 BEGIN, END = "<!-- begin: python tools/equivalence_table.py -->\n", "<!-- end -->\n"
 
 sys.path.insert(0, str(ROOT))
-if TYPE_CHECKING:
-    from tests.parallel.equivalence import Cell
 
-
-def measure(cell: "Cell") -> tuple[float, float]:
-    """The relative differences of loss and gradients."""
-    import tests.conftest  # eight emulated devices, and fast compilation
-    from tests.parallel.equivalence import compare
-
-    assert tests.conftest
-    return compare(cell)
+import tests.conftest  # noqa: F401  first, also in the processes: eight emulated devices, and fast compilation
+from tests.parallel.equivalence import FAMILIES, cells, compare
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--processes", type=int, default=2, help="cells that are measured at one time")
     args = parser.parse_args()
-    from tests.parallel.equivalence import FAMILIES, cells
 
     rows: dict[str, dict[str, str]] = {}
     context = multiprocessing.get_context("spawn")
     with futures.ProcessPoolExecutor(args.processes, mp_context=context) as pool:
-        for cell, (loss, gradients) in zip(cells(), pool.map(measure, cells()), strict=True):
+        for cell, (loss, gradients) in zip(cells(), pool.map(compare, cells()), strict=True):
             print(f"{cell}: loss {loss:.1e}, gradients {gradients:.1e}", flush=True)
             rows.setdefault(cell.mesh, {})[cell.family] = f"{loss:.0e} / {gradients:.0e} ({cell.variant})"
     lines = [f"| mesh | {' | '.join(FAMILIES)} |", "|---" * (1 + len(FAMILIES)) + "|"]
