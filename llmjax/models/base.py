@@ -37,7 +37,6 @@ class BaseModelConfig:
                     attention_qkv      also queries, keys and values, or the inputs of the recurrence
                     attention_mlp      attention, and the gate and up outputs of the feed-forward layer or the experts
                     attention_qkv_mlp  all of these
-                    attention_experts  attention, and the outputs of each token's experts
                     dots               the outputs of matmuls, but of no attention kernel
                     dots_attention     the outputs of matmuls and of attention
                     offload_input      attention; the input is in the host's memory until the backward pass

@@ -27,7 +27,6 @@ def _offload(*names: str, save: tuple[str, ...] = ()) -> Callable[..., Any]:
 # qkv        queries, keys and values as a kernel reads them, or the projected inputs of a recurrence
 # attention  outputs of the attention kernel, with what its own backward pass needs, or of the recurrence
 # mlp        outputs of the first maps of a feed-forward layer or expert, gate and up, before the activation
-# experts    outputs of a token's experts before their weighted sum
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -35,7 +34,6 @@ REMAT = {
     "attention_qkv": _save("attention", "qkv"),
     "attention_mlp": _save("attention", "mlp"),
     "attention_qkv_mlp": _save("attention", "qkv", "mlp"),
-    "attention_experts": _save("attention", "experts"),
     "dots": _DOTS,
     "dots_attention": jax.checkpoint_policies.save_from_both_policies(_DOTS, _save("attention")),
     "offload_input": _offload("input", save=("attention",)),

@@ -16,17 +16,14 @@ from llmjax.models import registry
 from llmjax.models.registry import ModelConfig
 from llmjax.nn.stack import REMAT
 from llmjax.optim.config import OptimizerConfig
-from llmjax.optim.optimizer import make_optimizer
-from llmjax.run import config as run_config
+from llmjax.run import config as run_config, state as states
 from llmjax.run.config import RunConfig
 from llmjax.train.step import make_loss
 
 
 def state_bytes_per_parameter(model: ModelConfig, optimizer: OptimizerConfig) -> float:
     """Bytes per parameter of the parameter, its gradient and the optimizer's state."""
-    _, shapes, axes = registry.abstract(model)
-    state = jax.eval_shape(make_optimizer(optimizer, horizon=1_000_000, axes=axes).init, shapes)
-    return (2 * _bytes(shapes) + _bytes(state)) / _size(shapes)
+    return states.state_bytes(model, optimizer) / registry.count_parameters(model)
 
 
 def parameters(config: RunConfig) -> int:
@@ -83,11 +80,3 @@ def target_len(config: RunConfig) -> int:
 def objective(config: RunConfig) -> Objective:
     """The run's objective with a tokenizer of bytes, where the shapes of batches matter and not the ids."""
     return run_config.objective(config, Bytes())
-
-
-def _size(tree: Any) -> int:
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-
-
-def _bytes(tree: Any) -> int:
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
