@@ -1,6 +1,6 @@
 """Print the table of docs/optimizers.md: bytes and loss by the type in which AdamW stores its moments.
 
-python tools/moment_table.py [--steps=300] [--seeds=3]     # a few minutes on two cores
+python tools/moment_table.py [--steps=200] [--seeds=2]     # a few minutes on two cores
 """
 
 import argparse
@@ -25,8 +25,8 @@ def final_loss(moment_dtype: str, steps: int, seed: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seeds", type=int, default=2)
     args = parser.parse_args()
     gpt2 = run_config.with_vocabulary(run_config.resolve("gpt2:124M", []), 50_257).model
     print(

@@ -34,7 +34,7 @@ def rows(case: str) -> list[str]:
         f"`{spec}` on {name}, {per_chip} rows of {config.data.seq_len:,} a chip, {hbm:.1f} GiB of HBM, "
         f"model.attention={getattr(config.model, 'attention', '')}:",
         "",
-        "| model.remat | kept for a row, MiB a layer | HBM, GiB | host, GiB | executed / model FLOPs | kernels a layer |",
+        "| model.remat | kept, MiB a layer and row | HBM, GiB | host, GiB | executed / model FLOPs | kernels a layer |",
         "|---|---|---|---|---|---|",
     ]
     residuals = count.residual_bytes(config)
@@ -45,7 +45,7 @@ def rows(case: str) -> list[str]:
         kept = (residuals[policy].device + residuals[policy].host) / layers / 2**20
         total = f"{plan.program.memory.total / 2**30:.1f}" + ("" if plan.fits else " (too much)")
         cells = (policy, f"{kept:.0f}", total, f"{plan.program.memory.host / 2**30:.1f}")
-        flops, calls = plan.costs.executed_flops / plan.model_flops, sum(plan.costs.attention_calls.values()) / layers
+        flops, calls = plan.costs.executed_flops / plan.model_flops, plan.costs.attention_calls / layers
         lines.append(f"| {' | '.join(cells)} | {flops:.2f} | {calls:.0f} |")
         print(lines[-1], flush=True)
     return lines

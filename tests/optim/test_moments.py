@@ -200,8 +200,8 @@ def test_what_fewer_bits_cost_in_loss(moment_dtype):
 
     found, expected = train(moment_dtype), train(None)
     assert np.mean(expected[-10:]) < expected[0] - 1
-    # tools/moment_table.py finds differences of hundredths between types, and as large ones between seeds.
-    assert abs(np.mean(found[-10:]) - np.mean(expected[-10:])) < 0.1
+    # tools/moment_table.py finds differences below 0.01 between types, and three times as large ones between seeds.
+    assert abs(np.mean(found[-10:]) - np.mean(expected[-10:])) < 0.05
 
 
 def progressions(step: int):
