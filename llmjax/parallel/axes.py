@@ -74,6 +74,14 @@ def use_mesh(mesh: Mesh, rules: LogicalRules = DEFAULT_RULES) -> Iterator[None]:
         yield
 
 
+def device() -> Any:
+    """The kind of device that programs run on: an object with `platform` ("cpu", "gpu" or "tpu") and `device_kind`.
+
+    That of the mesh, whose devices need not be present; without a mesh, this process's.
+    """
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+
+
 def spec(
     logical: Sequence[str | None],
     shape: Sequence[int] | None = None,

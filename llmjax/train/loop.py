@@ -60,6 +60,7 @@ def _check_config(config: RunConfig, workdir: epath.Path) -> None:
     backends.check_backend(config.parallel.backend)
     backends.check_batch("train.global_batch", config.train.global_batch, config.train.accumulation)
     config.model.check(seq_len=config.data.seq_len, tensor=jax.sharding.get_mesh().shape["tensor"])
+    run_config.choose_attention(config)
     schedules.make_schedule(config.optimizer, config.train.steps)
     check_profile(config.train, workdir)
     check_wandb(config.train)
@@ -110,6 +111,8 @@ def _run_to_last_step(context: TrainContext, progress: Progress) -> int:
             "data.at_source_end='repeat'"
         )
     summary = record.run_summary(context)
+    if attention := run_config.choose_attention(config):
+        logger.info("attention: %s", attention)
     logger.info("training from step %d to %d: %s", progress.step, context.last_step, summary)
     if config.data.skip:
         skipped = ", ".join(f"{start}..{stop - 1}" for start, stop in config.data.skip)

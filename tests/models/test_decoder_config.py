@@ -112,9 +112,9 @@ def test_kernel_refuses_unsupported_features(feature, fields, monkeypatch):
     full = attention.KERNELS["dot"]
     less = dataclasses.replace(full, supports=full.supports - {feature})
     monkeypatch.setitem(attention.KERNELS, "dot", less)
-    DecoderConfig()
-    with pytest.raises(UserError, match=r"model\.attention='dot' does not support it"):
-        DecoderConfig(**fields)
+    DecoderConfig(attention="dot")
+    with pytest.raises(UserError, match=r"model\.attention='dot': dot does not support .*model\.\w+=.*'auto'"):
+        DecoderConfig(attention="dot", **fields)
 
 
 def test_patterns_repeat_over_the_layers():

@@ -25,7 +25,6 @@ def make_layer(query_rank: int, dtype: str = "float32") -> LatentAttention:
         value_dim=VALUE,
         scale=1.0,
         score_scale=0.4,
-        kernel="dot",
         dtype=dtype,
     )
     graph, state = nnx.split(layer)
