@@ -94,6 +94,17 @@ def test_mesh(kv_rule):
         assert_same(value_and_grads(run, inputs, rows[0] > 0), expected)
 
 
+def test_pmap():
+    """Each replica computes its own rows."""
+    rows = packed([100, 28], [60, 68], seq=128)
+    q, k, v = (draw(2, 128, 2, 8, seed=seed) for seed in range(3))
+    mask = attention.attention_mask(*rows, causal=True)
+    run = lambda q, k, v, segments: splash(q, k, v, splash_mask(segments, segments, causal=True))
+    split = lambda x: x[:, None]
+    out = jax.pmap(run)(*map(split, (q, k, v, rows[0])))
+    assert_same(out[:, 0], attention.dot(q, k, v, mask))
+
+
 def lower_for_tpu(function, *arguments) -> str:
     """The program for an absent TPU, before XLA."""
     device = jax.sharding.AbstractDevice("TPU v5", 1, "tpu")
