@@ -46,7 +46,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     else:
         c.model.update(attention_pattern="lllllg", qk_norm="head", rope_base=1e6, rope_local_base=1e4)
     c.data = dict(seq_len=8192, sources=dict(main=dict(path="")))
-    c.train = dict(steps=100_000, global_batch=512)
+    c.train = dict(steps=100_000, global_batch=512, loss_chunk=512)
     c.optimizer = dict(name="adamw", learning_rate=3e-4, schedule="cosine", warmup_steps=2_000, weight_decay=0.1)
     c.mesh = dict(data=1, fsdp=-1, tensor=8 if "27B" in size else 1)
     if size == "tiny":

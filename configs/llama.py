@@ -43,7 +43,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
         remat="attention",
     )
     c.data = dict(seq_len=8192, sources=dict(main=dict(path="")))
-    c.train = dict(steps=100_000, global_batch=recipe["global_batch"])
+    c.train = dict(steps=100_000, global_batch=recipe["global_batch"], loss_chunk=512)
     c.optimizer = dict(
         name="adamw",
         learning_rate=recipe["learning_rate"],

@@ -49,7 +49,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     if not is_olmo_2:
         c.model.update(window=4096, attention_pattern="lllg")
     c.data = dict(seq_len=4096 if is_olmo_2 else 8192, sources=dict(main=dict(path="")))
-    c.train = dict(steps=100_000, global_batch=recipe["global_batch"], z_loss=1e-5)
+    c.train = dict(steps=100_000, global_batch=recipe["global_batch"], loss_chunk=512, z_loss=1e-5)
     c.optimizer = dict(
         name="adamw", learning_rate=recipe["learning_rate"], schedule="cosine", warmup_steps=2_000, weight_decay=0.1
     )

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmjax.nn.attention import KERNELS
+from llmjax.nn.kernels import KERNELS
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ import dataclasses
 from typing import ClassVar
 
 from llmjax.errors import UserError, suggest
-from llmjax.nn.attention import KERNELS, Choice, resolve_attention
+from llmjax.nn.kernels import KERNELS, Choice, resolve_attention
 from llmjax.nn.mlp import ACTIVATIONS
 from llmjax.nn.splash import LANES
 from llmjax.nn.stack import REMAT
@@ -132,6 +132,13 @@ class BaseModelConfig:
             if size % tensor:
                 raise UserError(f"mesh.tensor={tensor}: must divide model.{field}={size}")
 
+    def check_mesh(self, mesh: Mapping[str, int]) -> None:
+        """UserError where the family has no use for an axis (axis -> size) of a mesh."""
+        if (size := mesh.get("expert", 1)) > 1:
+            raise UserError(
+                f"mesh.expert={size}: model.family={self.family!r} has no experts; set it to 1 and use mesh.fsdp"
+            )
+
     def check_seq_len(self, seq_len: int) -> None:
         """UserError where the model cannot read rows of `seq_len` tokens."""
         if self.max_seq_len is not None and seq_len > self.max_seq_len:
@@ -192,7 +199,7 @@ class TransformerConfig(BaseModelConfig):
 
     @property
     def attention_needs(self) -> dict[str, str]:
-        """Features of `nn.attention.FEATURES` that the model uses, each with the setting that asks for it."""
+        """Features of `nn.kernels.FEATURES` that the model uses, each with the setting that asks for it."""
         needs = {"float32": "model.dtype='float32'"} if self.dtype == "float32" else {}
         return needs | ({"wide_heads": f"model.head_dim={self.head_size}"} if self.head_size > 128 else {})
 
@@ -203,8 +210,12 @@ class TransformerConfig(BaseModelConfig):
 
         Raises UserError where the configured kernel cannot be used.
         """
-        prefix = {"prefix": "objective.name='prefix'"} if has_prefix else {}
-        return resolve_attention(self.attention, self.attention_needs | prefix, axes.device().platform, seq_len)
+        needs = self.attention_needs
+        if has_prefix:
+            needs["prefix"] = "objective.name='prefix'"
+        if (shards := axes.num_shards("seq")) > 1:
+            needs["sequence"] = f"mesh.sequence={shards}"
+        return resolve_attention(self.attention, needs, axes.device().platform, seq_len)
 
     @property
     def head_size(self) -> int:

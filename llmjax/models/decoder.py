@@ -14,6 +14,7 @@ from llmjax.nn import attention, dropout, embedding, rotary, stack, weights
 from llmjax.nn.attention import Attention, Cache, Rope
 from llmjax.nn.dropout import Dropout
 from llmjax.nn.embedding import Embedding
+from llmjax.nn.kernels import KERNELS
 from llmjax.nn.mlp import Mlp
 from llmjax.nn.norm import NORMS
 
@@ -94,7 +95,7 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Cache | None, Any]:
         """x [batch, seq, embed] -> (x, cache, statistics of the feed-forward, such as the router's load).
 
-        mask        `nn.attention.Mask`; with a cache, bool [batch, seq, slots]
+        mask        `nn.kernels.Mask`; with a cache, bool [batch, seq, slots]
         cache       of this layer, extended from position `start` [batch] on; None: x is the whole sequence
         token_mask  bool [batch, seq], False for padding; None: no statistics
         """
@@ -141,10 +142,9 @@ class Decoder(nnx.Module):
         dtype, vocab = config.param_dtype, config.padded_vocab
         self.config = config
         self.embed = Embedding(k_embed, vocab, config.embed, entries="vocab", dtype=dtype)
-        learned = config.positions == "learned"
-        self.positions = (
-            Embedding(k_positions, config.max_positions, config.embed, entries="seq", dtype=dtype) if learned else None
-        )
+        self.positions = None
+        if config.positions == "learned":
+            self.positions = Embedding(k_positions, config.max_positions, config.embed, entries="entries", dtype=dtype)
         self.blocks = self.make_blocks(jax.random.split(k_blocks, config.num_layers))
         self.norm = make_norm(config, config.embed) if config.norm_position != "post" else None
         untied = not config.tie_embeddings
@@ -160,7 +160,7 @@ class Decoder(nnx.Module):
         """Hidden states in the compute type; `key` switches dropout on, with draws by (key, sample, layer, site)."""
         config, token_mask = self.config, batch.segments > 0
         choice = config.choose_attention(batch.inputs.shape[1], has_prefix=batch.prefix is not None)
-        make_mask = functools.partial(attention.KERNELS[choice.kernel].make_mask, block=config.attention_block)
+        make_mask = functools.partial(KERNELS[choice.kernel].make_mask, block=config.attention_block)
         drop = dropout.for_samples(key, batch.sample, config.dropout)
         window = lambda local: config.window if local else None
         kinds = stack.by_kind(

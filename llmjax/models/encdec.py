@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from llmjax.batch import Batch, Output
 from llmjax.errors import UserError
 from llmjax.models.base import TransformerConfig
-from llmjax.nn import attention, dropout, embedding, stack, weights
-from llmjax.nn.attention import Kernel, Mask
+from llmjax.nn import dropout, embedding, stack, weights
 from llmjax.nn.cross_attention import CrossAttention, KeysValues
 from llmjax.nn.dropout import Dropout
 from llmjax.nn.embedding import Embedding
+from llmjax.nn.kernels import KERNELS, Kernel, Mask
 from llmjax.nn.mlp import Mlp
 from llmjax.nn.norm import RMSNorm
 from llmjax.nn.relative import RelativeBias
@@ -249,7 +249,7 @@ class EncDec(nnx.Module):
         return Output(hidden=x)
 
     def _kernel(self, seq_len: int) -> Kernel:
-        return attention.KERNELS[self.config.choose_attention(seq_len).kernel]
+        return KERNELS[self.config.choose_attention(seq_len).kernel]
 
     def _encode(
         self, kernel: Kernel, tokens: jax.Array, segments: jax.Array, positions: jax.Array, drop: Dropout

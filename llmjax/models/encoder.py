@@ -10,10 +10,11 @@ import jax.numpy as jnp
 
 from llmjax.batch import Batch, Output
 from llmjax.models.base import SingleStackConfig
-from llmjax.nn import attention, dropout, embedding, rotary, stack, weights
-from llmjax.nn.attention import Attention, Mask, Rope
+from llmjax.nn import dropout, embedding, rotary, stack, weights
+from llmjax.nn.attention import Attention, Rope
 from llmjax.nn.dropout import Dropout
 from llmjax.nn.embedding import Embedding
+from llmjax.nn.kernels import KERNELS, Mask
 from llmjax.nn.linear import Linear
 from llmjax.nn.mlp import ACTIVATIONS, Mlp
 from llmjax.nn.norm import LayerNorm
@@ -158,8 +159,8 @@ class Encoder(nnx.Module):
     def __init__(self, config: EncoderConfig, key: jax.Array):
         k_embed, k_positions, k_types, k_blocks, k_head, k_pooler = jax.random.split(key, 6)
         dtype, first = config.param_dtype, config.num_unnormed
-        # No rule shards the axis "seq", so that rows can be looked up.
-        table = lambda key, entries: Embedding(key, entries, config.embed, entries="seq", dtype=dtype)
+        # No rule shards the axis "entries", so that rows can be looked up.
+        table = lambda key, entries: Embedding(key, entries, config.embed, entries="entries", dtype=dtype)
         self.config = config
         self.embed = Embedding(k_embed, config.padded_vocab, config.embed, entries="vocab", dtype=dtype)
         self.positions = table(k_positions, config.max_positions) if config.positions == "learned" else None
@@ -175,7 +176,7 @@ class Encoder(nnx.Module):
     def __call__(self, batch: Batch, key: jax.Array | None = None) -> Output:
         """Hidden states in the compute type; `key` switches dropout on, with draws by (key, sample, layer, site)."""
         config, drop = self.config, dropout.for_samples(key, batch.sample, self.config.dropout)
-        kernel = attention.KERNELS[config.choose_attention(batch.inputs.shape[1]).kernel]
+        kernel = KERNELS[config.choose_attention(batch.inputs.shape[1]).kernel]
         make_mask = functools.partial(kernel.make_mask, block=config.attention_block)
         window = lambda local: config.window if local else None
         kinds = stack.by_kind(

@@ -1,7 +1,6 @@
-"""Self-attention inside segments; the kernel is chosen by name, or by the platform and what the model needs."""
+"""Self-attention inside segments, and the reference form of attention."""
 
-from collections.abc import Callable, Mapping, Sequence
-import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flax import nnx
@@ -9,148 +8,13 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from llmjax.errors import UserError
 from llmjax.nn import rotary, weights
-from llmjax.nn.blockwise import block_mask, blockwise, cross_block_mask
-from llmjax.nn.cudnn import cudnn
 from llmjax.nn.embedding import MASKED
 from llmjax.nn.linear import Linear
-from llmjax.nn.relative import RelativeBias
-from llmjax.nn.splash import cross_splash_mask, splash, splash_mask
 from llmjax.parallel.axes import constrain
 
 Rope = tuple[jax.Array, jax.Array] | None  # cos and sin of the rotary angles; None: nothing is rotated
 Cache = tuple[jax.Array, jax.Array]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Mask:
-    """Which keys a query sees, in the form of the kernel that reads it.
-
-    value    as the kernel's `mask_fn` or `cross_mask_fn` returns it
-    kernel   its name in KERNELS
-    """
-
-    value: Any
-    kernel: str = dataclasses.field(metadata={"static": True})
-
-    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array:
-        """Attention by the mask's kernel; arguments as in `dot`, with a bias as the kernel's `make_bias` returns it."""
-        return KERNELS[self.kernel].attention_fn(q, k, v, self.value, **options)
-
-
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    """One way to compute attention. Masks and biases have a form of its own, computed once for all layers.
-
-    attention_fn   (q [batch, s, heads, head_dim], k and v [batch, t, kv_heads, head_dim], mask, *, scale, softcap,
-                   sinks, bias) -> like q; arguments as in `dot`
-    mask_fn        arguments of `attention_mask` and `block` -> that mask; block: of queries and keys, 0 for the
-                   kernel's default
-    cross_mask_fn  segments of queries and keys, int [batch, s] and [batch, t], and `block` -> the mask of keys of the
-                   same segment
-    make_bias      (RelativeBias, positions int [batch, seq]) -> the bias of self-attention
-    supports       the FEATURES that it can compute; a config that needs another one is refused
-    platforms      on which it runs
-    max_seq_len    the longest rows that it can compute; None: any
-    """
-
-    name: str
-    attention_fn: Callable[..., jax.Array]
-    mask_fn: Callable[..., Any]
-    cross_mask_fn: Callable[..., Any]
-    make_bias: Callable[[RelativeBias, jax.Array], jax.Array]
-    supports: frozenset[str]
-    platforms: tuple[str, ...] = ("cpu", "gpu", "tpu")
-    max_seq_len: int | None = None
-
-    def make_mask(self, segments: jax.Array, positions: jax.Array, *, block: int = 0, **rule: Any) -> Mask:
-        """The mask of self-attention; `rule` as in `attention_mask`."""
-        return Mask(self.mask_fn(segments, positions, block=block, **rule), self.name)
-
-    def make_cross_mask(self, segments: jax.Array, key_segments: jax.Array, *, block: int = 0) -> Mask:
-        """The mask of queries that see the keys of their segment."""
-        return Mask(self.cross_mask_fn(segments, key_segments, block=block), self.name)
-
-    def find_obstacle(self, needs: Mapping[str, str], platform: str, seq_len: int) -> str | None:
-        """Why the kernel cannot be used, None if it can; arguments as in `resolve_attention`."""
-        if platform not in self.platforms:
-            return f"{self.name} runs on {', '.join(self.platforms)}, not on {platform}"
-        if unsupported := self.find_unsupported(needs):
-            return unsupported
-        if self.max_seq_len is not None and seq_len > self.max_seq_len:
-            return f"{self.name} takes rows of at most {self.max_seq_len} tokens (data.seq_len={seq_len})"
-        return None
-
-    def find_unsupported(self, needs: Mapping[str, str]) -> str | None:
-        """The part of `find_obstacle` that the model decides alone."""
-        for feature, setting in needs.items():
-            if feature not in self.supports:
-                return f"{self.name} does not support {FEATURES[feature]} ({setting})"
-        return None
-
-
-# What a model may need besides attention inside segments, causal or not.
-FEATURES = {
-    "scale": "another scale of the scores",
-    "softcap": "a soft-cap of the scores",
-    "sinks": "attention sinks",
-    "window": "windows",
-    "pattern": "windows that differ between layers",
-    "prefix": "prefixes of each row's own length",
-    "bias": "a bias on the scores",
-    "cross": "attention to another sequence",
-    "float32": "float32",
-    "wide_heads": "heads wider than 128",
-    "value_width": "values of another width than the keys",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """The kernel that a model uses: its name in KERNELS, and why."""
-
-    kernel: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.kernel} ({self.reason})"
-
-
-# The longest rows for which "auto" takes dot are shorter than this. blockwise needs a tenth of dot's memory here
-# (docs/benchmarks.md), and dot is the reference: short rows, such as those of tests, keep its bits.
-BLOCKWISE_SEQ_LEN = 2048
-# The fastest kernel of a platform. It is used where it supports what the model needs.
-_FASTEST = {"tpu": "splash", "gpu": "cudnn"}
-
-
-def resolve_attention(name: str, needs: Mapping[str, str], platform: str, seq_len: int) -> Choice:
-    """The kernel for model.attention=`name`, which is "auto" or a name in KERNELS.
-
-    needs      FEATURES that the model uses, each with the setting that asks for it, such as "model.window=8"
-    platform   "cpu", "gpu" or "tpu"
-    seq_len    tokens of the longest row
-
-    "auto" takes splash on TPU and cudnn on GPU. Where these cannot compute what the model needs, it takes blockwise on
-    TPU; on GPU, as on CPU, dot for short rows and blockwise for long ones. Raises UserError where the named kernel
-    cannot be used.
-    """
-    if name != "auto":
-        obstacle = KERNELS[name].find_obstacle(needs, platform, seq_len)
-        if obstacle:
-            raise UserError(f"model.attention={name!r}: {obstacle}; set it to 'auto' or 'blockwise'")
-        return Choice(name, "model.attention")
-    why = platform
-    if fastest := _FASTEST.get(platform):
-        obstacle = KERNELS[fastest].find_obstacle(needs, platform, seq_len)
-        if not obstacle:
-            return Choice(fastest, why)
-        why = f"{platform}; {obstacle}"
-        if platform == "tpu":
-            return Choice("blockwise", why)
-    is_short = seq_len < BLOCKWISE_SEQ_LEN
-    return Choice("dot" if is_short else "blockwise", f"{why}; rows of {seq_len} tokens")
 
 
 def attention_mask(
@@ -239,52 +103,6 @@ def dot(
     return out.reshape(batch, s, heads, -1)
 
 
-def _dense_mask(segments: jax.Array, positions: jax.Array, *, block: int, **rule: Any) -> jax.Array:
-    return attention_mask(segments, positions, **rule)
-
-
-def _dense_cross_mask(segments: jax.Array, key_segments: jax.Array, *, block: int) -> jax.Array:
-    return segments[:, :, None] == key_segments[:, None, :]
-
-
-_bias_of_pairs = lambda relative, positions: relative(positions, positions)
-_ALL = frozenset(FEATURES)
-
-KERNELS = {
-    kernel.name: kernel
-    for kernel in (
-        Kernel("dot", dot, _dense_mask, _dense_cross_mask, make_bias=_bias_of_pairs, supports=_ALL),
-        Kernel(
-            "blockwise",
-            blockwise,
-            block_mask,
-            cross_block_mask,
-            make_bias=lambda relative, positions: relative.by_distance(positions.shape[1]),
-            supports=_ALL,
-        ),
-        Kernel(
-            "splash",
-            splash,
-            splash_mask,
-            cross_splash_mask,
-            make_bias=_bias_of_pairs,
-            supports=_ALL - {"prefix", "bias"},
-            platforms=("tpu",),
-        ),
-        Kernel(
-            "cudnn",
-            cudnn,
-            _dense_mask,
-            _dense_cross_mask,
-            make_bias=_bias_of_pairs,
-            supports=frozenset({"scale", "window", "pattern", "prefix", "cross"}),
-            platforms=("gpu",),
-            max_seq_len=4096,  # its mask then takes 32 MiB for each row of a batch
-        ),
-    )
-}
-
-
 class Attention(nnx.Module):
     """Multi-head attention with shared key and value heads.  [batch, seq, embed] -> same.
 
@@ -339,8 +157,8 @@ class Attention(nnx.Module):
             k = self.key_norm(k)
         return (q, k, v) if rope is None else (rotary.rotate(q, *rope), rotary.rotate(k, *rope), v)
 
-    def __call__(self, x: jax.Array, rope: Rope, mask: Mask) -> jax.Array:
-        """x [batch, seq, embed] -> same; `mask` from a kernel's `make_mask`."""
+    def __call__(self, x: jax.Array, rope: Rope, mask: Any) -> jax.Array:
+        """x [batch, seq, embed] -> same; `mask` is a `nn.kernels.Mask`."""
         q, k, v = self.project(x, rope)
         heads = mask.attend(q, k, v, **self._score_options())
         heads = constrain(heads, "batch", "seq", "heads", "head_dim")

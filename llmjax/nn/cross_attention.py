@@ -3,7 +3,8 @@
 from flax import nnx
 import jax
 
-from llmjax.nn.attention import Mask, cache_mask, update_cache
+from llmjax.nn.attention import cache_mask, update_cache
+from llmjax.nn.kernels import Mask
 from llmjax.nn.linear import Linear
 from llmjax.parallel.axes import constrain
 

@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 
 from llmjax.nn import rotary
-from llmjax.nn.attention import Cache, Mask, dot, update_cache
+from llmjax.nn.attention import Cache, dot, update_cache
+from llmjax.nn.kernels import Mask
 from llmjax.nn.linear import Linear
 from llmjax.nn.norm import RMSNorm
 from llmjax.parallel.axes import constrain

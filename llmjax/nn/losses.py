@@ -6,8 +6,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from llmjax.parallel.axes import constrain
+from llmjax.parallel import axes
 
 
 @jax.tree_util.register_dataclass
@@ -43,36 +44,46 @@ def cross_entropy(
     `unembed` returns float32 logits [..., vocab] for `chunk` positions at a time (0: all at once). Under
     differentiation, each chunk's gradient is computed together with its logits, so logits are neither stored nor
     computed twice. `z_loss` times the squared log partition function keeps logits near 0 (PaLM, arXiv 2204.02311).
+
+    Where the mesh shards the rows, each device loops over the chunks of its own rows. What `unembed` reads is gathered
+    once before this loop, matrices in the type of `hidden`, to which `unembed` must cast them. Their gradients are
+    summed in float32 on each device, and over the devices once, after the loop.
     """
-    seq = hidden.shape[1]
     # This also constrains the gradient. Without it, the partitioner (jax 0.10.2) gave devices the gradient of other
     # devices' rows, for recurrent models on a mesh with three axes.
-    hidden = constrain(hidden, "batch", "seq", None)
-    chunks = tuple(_split(x, min(chunk or seq, seq)) for x in (hidden, targets, weights))
-    head, parameters = jax.closure_convert(unembed, chunks[0][0])
-    return _cross_entropy(head, z_loss, parameters, *chunks)
+    hidden = axes.constrain(hidden, "batch", "seq", None)
+    rows = axes.spec(("batch", "seq"), targets.shape)
+    batch, seq = axes.shard_shape(targets.shape, rows)
+    chunk = min(chunk or seq, seq)
+    # The head is traced as it runs inside shard_map: at the shape of one device's chunk.
+    with axes.manual(axes.sharded_by(rows)):
+        example = jax.ShapeDtypeStruct((batch, chunk, hidden.shape[-1]), hidden.dtype)
+        head, parameters = jax.closure_convert(unembed, example)
+    return _cross_entropy(head, rows, chunk, z_loss, parameters, hidden, targets, weights)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _cross_entropy(head, z_loss, parameters, hidden, targets, weights):
-    score = lambda h, t, w: (_token_sums(head(h, *parameters), t, w, z_loss=z_loss)[0], None)
-    return _sum(score, (hidden, targets, weights))[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _cross_entropy(head, rows, chunk, z_loss, parameters, hidden, targets, weights):
+    def score(parameters, h, t, w):
+        return _token_sums(head(h, *parameters), t, w, z_loss=z_loss)[0], None
+
+    return _sum_over_rows(score, rows, chunk, parameters, (hidden, targets, weights))[0]
 
 
-def _forward(head, z_loss, parameters, hidden, targets, weights):
-    def score(h, t, w):
+def _forward(head, rows, chunk, z_loss, parameters, hidden, targets, weights):
+    def score(parameters, h, t, w):
         logits, transpose = jax.vjp(head, h, *parameters)
         sums, d_logits = _token_sums(logits, t, w, z_loss=z_loss)
         d_hidden, *d_parameters = transpose(d_logits)
         return (sums, [d.astype(jnp.float32) for d in d_parameters]), d_hidden
 
-    (sums, d_parameters), d_hidden = _sum(score, (hidden, targets, weights))
-    d_hidden = constrain(d_hidden, None, "batch", None, None)
+    (sums, d_parameters), d_hidden = _sum_over_rows(score, rows, chunk, parameters, (hidden, targets, weights))
+    d_hidden = axes.constrain(d_hidden, "batch", "seq", None)
     # The backward pass needs the types of the parameters, which empty arrays carry.
     return sums, (d_parameters, d_hidden, [jnp.zeros(0, p.dtype) for p in parameters])
 
 
-def _backward(head, z_loss, saved, cotangent):
+def _backward(head, rows, chunk, z_loss, saved, cotangent):
     d_parameters, d_hidden, typed = saved
     scale = lambda d, dtype: (d * cotangent.nats).astype(dtype)
     d_parameters = [scale(d, p.dtype) for d, p in zip(d_parameters, typed, strict=True)]
@@ -101,6 +112,44 @@ def _token_sums(logits, targets, weights, *, z_loss: float) -> tuple[LossSums, j
     return sums, exponents * (d_log_z / partition) - jnp.where(is_target, weights, 0.0)
 
 
+def _sum_over_rows(score, rows, chunk, parameters, arrays):
+    """Apply score(parameters, *chunks) -> (sums, out) to chunks of `arrays` [batch, seq, ...], hidden states first.
+
+    Returns (total sums, outs [batch, seq, ...]). `rows` shards the first two dimensions.
+    """
+    names = axes.sharded_by(rows)
+    if not names:
+        return _sum_over_chunks(functools.partial(score, parameters), chunk, arrays)
+    # Matrices pass through the type of the hidden states, so that they are gathered in that type.
+    gathered = [p.astype(arrays[0].dtype) if p.ndim > 1 else p for p in parameters]
+
+    def of_device(gathered, *arrays):
+        full = [g.astype(p.dtype) for g, p in zip(gathered, parameters, strict=True)]
+        sums, outs = _sum_over_chunks(functools.partial(score, full), chunk, arrays)
+        return jax.lax.psum(sums, names), outs
+
+    return jax.shard_map(
+        of_device,
+        in_specs=(P(), *(rows for _ in arrays)),
+        out_specs=(P(), rows),
+        axis_names=set(names),
+        check_vma=False,
+    )(gathered, *arrays)
+
+
+def _sum_over_chunks(score, chunk, arrays):
+    """`_sum_over_rows` of the rows of one device."""
+    chunks = tuple(_split(x, chunk) for x in arrays)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(score, *(x[0] for x in chunks))[0])
+
+    def body(total, chunk):
+        sums, out = score(*chunk)
+        return jax.tree.map(jnp.add, total, sums), out
+
+    total, outs = jax.lax.scan(body, zeros, chunks)
+    return total, jax.tree.map(lambda x: _join(x, arrays[0].shape[1]), outs)
+
+
 def _split(x: jax.Array, chunk: int) -> jax.Array:
     """[batch, seq, ...] -> [chunks, batch, chunk, ...]; the last chunk is padded with zeros, which have weight 0."""
     batch, seq, *rest = x.shape
@@ -109,12 +158,7 @@ def _split(x: jax.Array, chunk: int) -> jax.Array:
     return jnp.moveaxis(x.reshape(batch, -1, chunk, *rest), 1, 0)
 
 
-def _sum(score, chunks):
-    """Apply `score(*chunk) -> (sums, out)` to all chunks; returns (total sums, stacked outs)."""
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(score, *(x[0] for x in chunks))[0])
-
-    def body(total, chunk):
-        sums, out = score(*chunk)
-        return jax.tree.map(jnp.add, total, sums), out
-
-    return jax.lax.scan(body, zeros, chunks)
+def _join(x: jax.Array, seq: int) -> jax.Array:
+    """[chunks, batch, chunk, ...] -> [batch, seq, ...]: the inverse of `_split`."""
+    chunks, batch, chunk, *rest = x.shape
+    return jnp.moveaxis(x, 0, 1).reshape(batch, chunks * chunk, *rest)[:, :seq]

@@ -1,8 +1,9 @@
 """Logical axes, and the rules that map them to mesh axes.
 
 The names appear in docstrings as shapes, on parameters as shardings, on activations as constraints: batch seq embed mlp
-blocks heads kv_heads head_dim vocab layers, experts (of a mixture), router (a router's logits), latent (from which keys
-and values are computed). The rules (logical axis -> mesh axes) are data in the config.
+blocks heads kv_heads head_dim vocab layers, entries (of a table that is looked up by position or distance), experts (of
+a mixture), router (a router's logits), latent (from which keys and values are computed). The rules (logical axis ->
+mesh axes) are data in the config.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,29 +12,31 @@ import math
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from llmjax.errors import UserError, suggest
 
 LogicalRules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
 DEFAULT_RULES: LogicalRules = (
-    ("batch", ("data", "fsdp")),
-    ("seq", None),
-    ("embed", "fsdp"),
+    ("batch", ("slice", "data", "fsdp", "expert")),
+    ("seq", "sequence"),
+    ("embed", ("fsdp", "sequence", "expert")),
     ("mlp", "tensor"),
     ("blocks", "tensor"),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
     ("head_dim", None),
     ("vocab", "tensor"),
+    ("entries", None),
     ("layers", None),
-    ("experts", None),
+    ("experts", "expert"),
     ("router", None),
     ("latent", None),
 )
 
-MESH_AXES = ("data", "fsdp", "tensor")
+# From the slowest network to the fastest one: a neighbour along the last axis is a neighbour in the hardware.
+MESH_AXES = ("slice", "data", "fsdp", "expert", "sequence", "tensor")
 
 # A user context is part of jit's cache key, so that other rules compile another program.
 _rules = jax.make_user_context(DEFAULT_RULES)
@@ -91,15 +94,16 @@ def spec(
 
     shape   where the mesh axes of a dimension do not divide its size, it stays unsharded
 
-    Axes that are already manual (inside pmap or shard_map) are left out. Raises KeyError for an unknown logical axis.
+    Axes that are already manual (inside pmap or shard_map) are left out. A rule of several mesh axes leaves out those
+    that an earlier dimension of the array uses, such as "expert" in the weights of experts; a rule of one axis must not
+    meet that case. Raises KeyError for an unknown logical axis.
     """
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    table = dict(_rules.value)
-    manual = set(getattr(mesh, "manual_axes", ()))
     entries, used = [], []
     for i, name in enumerate(logical):
-        rule = _as_tuple(None if name is None else table[name])
-        mesh_axes = tuple(axis for axis in rule if axis in mesh.axis_names and axis not in manual)
+        mesh_axes = () if name is None else mesh_axes_of(name, mesh)
+        if len(mesh_axes) > 1:
+            mesh_axes = tuple(axis for axis in mesh_axes if axis not in used)
         if shape is not None and shape[i] % math.prod(mesh.shape[axis] for axis in mesh_axes):
             mesh_axes = ()
         if reused := [axis for axis in mesh_axes if axis in used]:
@@ -110,6 +114,56 @@ def spec(
         used += mesh_axes
         entries.append(mesh_axes if len(mesh_axes) > 1 else mesh_axes[0] if mesh_axes else None)
     return P(*entries)
+
+
+def sharded_by(spec: P) -> tuple[str, ...]:
+    """The mesh axes of a spec on the mesh of `use_mesh`; () where they have one device each."""
+    mesh_axes = tuple(axis for entry in spec for axis in _as_tuple(entry))
+    shape = jax.sharding.get_abstract_mesh().shape
+    return mesh_axes if any(shape[axis] > 1 for axis in mesh_axes) else ()
+
+
+def shard_shape(shape: Sequence[int], spec: P) -> tuple[int, ...]:
+    """The shape of one device's part of an array that `spec` shards on the mesh of `use_mesh`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    divisor = lambda entry: math.prod(mesh.shape[axis] for axis in _as_tuple(entry))
+    return tuple(size // divisor(entry) for size, entry in zip(shape, spec, strict=True))
+
+
+@contextlib.contextmanager
+def manual(mesh_axes: Sequence[str]) -> Iterator[None]:
+    """Inside, functions are traced as in a shard_map over `mesh_axes`; does nothing without axes."""
+    if not mesh_axes:
+        yield
+        return
+    mesh = jax.sharding.get_abstract_mesh()
+    with jax.sharding.use_abstract_mesh(mesh.update_axis_types(dict.fromkeys(mesh_axes, AxisType.Manual))):
+        yield
+
+
+def mesh_axes_of(logical: str, mesh: Mesh | jax.sharding.AbstractMesh | None = None) -> tuple[str, ...]:
+    """The axes of the mesh (None: that of `use_mesh`) that shard a logical axis, without those that are manual."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    manual = getattr(mesh, "manual_axes", ())
+    rule = _as_tuple(dict(_rules.value)[logical])
+    return tuple(axis for axis in rule if axis in mesh.axis_names and axis not in manual)
+
+
+def num_shards(logical: str) -> int:
+    """The number of parts into which the mesh of `use_mesh` cuts a logical axis."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape[axis] for axis in mesh_axes_of(logical))
+
+
+def check_rules() -> None:
+    """Raise UserError where no rule uses an axis of the mesh, so that its devices would all do the same work."""
+    used = {axis for _, rule in _rules.value for axis in _as_tuple(rule)}
+    for axis, size in jax.sharding.get_mesh().shape.items():
+        if size > 1 and axis not in used:
+            raise UserError(
+                f"mesh.{axis}={size}: no rule of parallel.rules uses this axis; set parallel.rules=() for the default "
+                "rules, or set it to 1"
+            )
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:

@@ -5,9 +5,11 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from llmjax.batch import Batch, Params
+from llmjax.data.batches.packing import Rows
+from llmjax.data.batches.rng import CounterRng
 from llmjax.data.store.tokenizer import Bytes
 from llmjax.models import registry
 from llmjax.models.registry import ModelConfig
@@ -49,21 +51,12 @@ def _count_residual_bytes(config: RunConfig, remat: str) -> int:
     return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in residuals.values())
 
 
-def abstract_batch(config: RunConfig) -> Batch:
-    """Shapes of a batch of one row of the run's objective."""
-    ids = jax.ShapeDtypeStruct((1, target_len(config)), jnp.int32)
-    source = jax.ShapeDtypeStruct((1, config.data.seq_len), jnp.int32) if config.model.reads_source else None
-    return Batch(
-        inputs=ids,
-        targets=ids,
-        weights=jax.ShapeDtypeStruct(ids.shape, jnp.float32),
-        segments=ids,
-        positions=ids,
-        sample=jax.ShapeDtypeStruct((1, 2), jnp.uint32),
-        source=source,
-        source_segments=source,
-        source_positions=source,
-    )
+def abstract_batch(config: RunConfig, rows: int = 1) -> Batch:
+    """Shapes of a batch of the run's objective: those of a batch that it makes of empty rows."""
+    empty = np.zeros((1, config.data.seq_len), np.int32)
+    packed = Rows(targets=empty, inputs=empty, segments=empty, positions=empty)
+    batch = run_config.objective(config, Bytes()).build_batch(packed, np.zeros(1, np.int64), CounterRng(0))
+    return jax.tree.map(lambda field: jax.ShapeDtypeStruct((rows, *field.shape[1:]), field.dtype), batch)
 
 
 def target_len(config: RunConfig) -> int:

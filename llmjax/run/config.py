@@ -14,8 +14,9 @@ from llmjax.data.store.tokenizer import Tokenizer
 from llmjax.errors import UserError
 from llmjax.models.decoder_config import DecoderConfig
 from llmjax.models.registry import ModelConfig
-from llmjax.nn.attention import Choice
+from llmjax.nn.kernels import Choice
 from llmjax.optim.config import OptimizerConfig
+from llmjax.parallel.compiler_options import XlaConfig
 from llmjax.parallel.mesh import MeshConfig, ParallelConfig
 
 
@@ -103,6 +104,7 @@ class RunConfig:
     objective: ObjectiveConfig = ObjectiveConfig()
     mesh: MeshConfig = MeshConfig()
     parallel: ParallelConfig = ParallelConfig()
+    xla: XlaConfig = XlaConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -1,10 +1,8 @@
 """The training loop: set-up, data, model, resume, steps, finish."""
 
-import functools
 import logging
 
 from etils import epath
-import jax
 
 from llmjax.checkpoint.manager import Checkpoints
 from llmjax.data.batches.pipeline import TrainData
@@ -13,7 +11,6 @@ from llmjax.errors import UserError
 from llmjax.evals.harness import Evaluator
 from llmjax.inference import generate
 from llmjax.metrics import MetricsLog
-from llmjax.optim import schedules
 from llmjax.parallel import axes, backends, compilation_cache, hosts, mesh as meshes
 from llmjax.run import config as run_config, loading, state as states, workdir as workdirs
 from llmjax.run.config import RunConfig
@@ -22,7 +19,7 @@ from llmjax.train.context import Progress, TrainContext
 from llmjax.train.logger import MetricsLogger
 from llmjax.train.preemption import Preemption
 from llmjax.train.profiling import Profiler, check_profile
-from llmjax.train.step import make_loss, train_step
+from llmjax.train.program import check_program, make_program
 from llmjax.train.store import prepare_once
 from llmjax.train.wandb_run import check_wandb, start_wandb
 
@@ -57,11 +54,7 @@ def train(config: RunConfig, workdir: epath.Path) -> int:
 
 def _check_config(config: RunConfig, workdir: epath.Path) -> None:
     """All checks that are cheap, before anything is written."""
-    backends.check_backend(config.parallel.backend)
-    backends.check_batch("train.global_batch", config.train.global_batch, config.train.accumulation)
-    config.model.check(seq_len=config.data.seq_len, tensor=jax.sharding.get_mesh().shape["tensor"])
-    run_config.choose_attention(config)
-    schedules.make_schedule(config.optimizer, config.train.steps)
+    check_program(config)
     check_profile(config.train, workdir)
     check_wandb(config.train)
 
@@ -72,6 +65,7 @@ def _set_up(config: RunConfig, workdir: epath.Path, lock: workdirs.Lock) -> tupl
     manifest = prepare_once(config, store)
     tokenizer = load_tokenizer(store)
     objective = run_config.objective(config, tokenizer)
+    backends.check_length("objective.target_len", objective.target_len)
     config = run_config.with_objective(config, objective)
     generate.check_samples(config.sample, config.model, tokenizer, objective)
     hosts.all_equal("config", str(config))
@@ -137,13 +131,7 @@ def run_steps(context: TrainContext, progress: Progress) -> int:
     """Step to the last step; log, save and evaluate on the way. Updates `progress`; returns the exit status."""
     config, stop = context.config, context.last_step
     rows = hosts.local_rows(backends.batch_sharding(), config.train.global_batch)
-    loss = make_loss(context.spec.graph, seed=config.seed, chunk=config.train.loss_chunk, z_loss=config.train.z_loss)
-    step_function = functools.partial(
-        train_step, loss=loss, optimizer=context.spec.optimizer, accumulation=config.train.accumulation
-    )
-    compiled = backends.compile_step(
-        step_function, config.parallel.backend, context.spec.shardings, rows, config.train.global_batch
-    )
+    compiled = make_program(config, context.spec, rows)
     metrics_logger = MetricsLogger(context, progress)
     profiler = Profiler(config.train, context.workdir, progress.step + 1)
     step = progress.step

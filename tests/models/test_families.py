@@ -9,7 +9,7 @@ import pytest
 
 from llmjax.models import registry
 from llmjax.nn import blockwise
-from llmjax.nn.attention import KERNELS
+from llmjax.nn.kernels import KERNELS
 from llmjax.nn.stack import REMAT
 from tests.batches import packed_for
 from tests.models.programs import (

@@ -2,13 +2,20 @@
 
 from collections.abc import Callable
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llmjax.models import registry
+from llmjax.models.decoder_config import DecoderConfig
 from llmjax.nn.losses import LossSums, cross_entropy
+from llmjax.parallel import axes
+from tests.batches import packed
+from tests.models.programs import loss_and_grads
 
 BATCH, SEQ, EMBED, VOCAB = 3, 13, 8, 32
 
@@ -109,3 +116,63 @@ def test_never_makes_all_logits():
         f"[{BATCH * SEQ},{VOCAB}]",
     ):
         assert shape not in text
+
+
+def test_sharded_rows_have_the_loss_and_gradients_of_one_device():
+    """In bfloat16, where the mesh gathers the float32 table in bfloat16; 13 positions in chunks of 4."""
+    rows = [jnp.concatenate([x, x[::-1], x[1:]]) for x in inputs(jnp.bfloat16) if x.shape[:2] == (BATCH, SEQ)]
+    args = (rows[0], *inputs()[1:3], *rows[1:])
+    run = lambda: gradients(functools.partial(cross_entropy, chunk=4, z_loss=0.1))(*args)
+    expected_grads, expected = run()
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    with axes.use_mesh(mesh):
+        grads, sums = run()
+    # The same logits; float32 sums over 104 tokens in another order
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-6), sums, expected)
+    # One device rounds the sum over 8 rows of a chunk to bfloat16, four devices round sums over 2 rows: 2^-8 of each.
+    for a, b in zip(grads, expected_grads, strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        np.testing.assert_allclose(a, b, atol=0.02 * np.abs(b).max())
+
+
+def collectives_in_loops(text: str) -> list[tuple[str, int]]:
+    """(operation, elements of its largest result) of every collective inside a loop of a compiled program's text."""
+    bodies = dict(re.findall(r"^(?:ENTRY )?%([\w.-]+) \(.*?\{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL))
+    called = lambda body: re.findall(r"(?:body|calls|to_apply)=%([\w.-]+)", body)
+    reached, open_ = set(), re.findall(r" while\(.*body=%([\w.-]+)", text)
+    assert open_
+    while open_:
+        name = open_.pop()
+        reached.add(name)
+        open_ += [other for other in called(bodies[name]) if other not in reached]
+    lines = [line for name in reached for line in bodies[name].splitlines()]
+    found = [
+        re.search(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all)(?:-start)?\(", line) for line in lines
+    ]
+    elements = lambda shapes: max(
+        math.prod(map(int, filter(None, d.split(",")))) for d in re.findall(r"\[([\d,]*)\]", shapes)
+    )
+    return [(match[2], elements(match[1])) for match in found if match]
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["head", "tied"])
+@pytest.mark.parametrize("shape", [(1, 4, 2), (2, 4, 1)], ids=["fsdp 4 x tensor 2", "data 2 x fsdp 4"])
+def test_the_head_is_gathered_and_its_gradient_summed_outside_the_loop(shape, tied):
+    """No collective inside any loop has as many elements as the head has on a device of the tensor axis."""
+    embed, vocab, rows, seq = 32, 1024, 8, 32
+    config = DecoderConfig(
+        vocab_size=vocab, num_layers=2, embed=embed, num_heads=4, mlp=64, tie_embeddings=tied, logit_softcap=20.0
+    )
+    graph, shapes, names = registry.abstract(config)
+    mesh = jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    with axes.use_mesh(mesh):
+        place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        params = jax.tree.map(place, shapes, axes.shardings(names, shapes))
+        batch = jax.tree.map(
+            lambda x: place(x, jax.NamedSharding(mesh, axes.spec(("batch",), mesh=mesh))), packed(rows, seq, vocab)
+        )
+        text = loss_and_grads.lower(graph, params, batch).compile().as_text() or ""
+    head = embed * vocab // shape[2]
+    assert f"[{embed},{vocab // shape[2]}]" in text or f"[{vocab // shape[2]},{embed}]" in text
+    inside = collectives_in_loops(text)
+    assert max(size for _, size in inside) < head, inside

@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 import numpy as np
 import pytest
 
-from llmjax.nn import attention, stack
+from llmjax.nn import attention, kernels, stack
 from llmjax.nn.splash import LANES, _block, _divisor, cross_splash_mask, splash, splash_mask
 from llmjax.parallel import axes
 from tests.nn.test_blockwise import draw, packed, value_and_grads
@@ -70,7 +70,7 @@ def test_cross_attention_sees_the_source_of_its_segment():
 
 @pytest.mark.parametrize("local", [True, False])
 def test_a_traced_flag_selects_the_window(local):
-    mask = lambda local: attention.Mask(
+    mask = lambda local: kernels.Mask(
         splash_mask(*ROWS, causal=True, window=5 if local else None, block=LANES), "splash"
     )
     inputs = draw_inputs(2, SEQ, SEQ)

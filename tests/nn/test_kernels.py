@@ -11,8 +11,7 @@ from llmjax.models.decoder_config import DecoderConfig
 from llmjax.models.encdec import EncDecConfig
 from llmjax.models.encoder import EncoderConfig
 from llmjax.models.moe import MoeConfig
-from llmjax.nn import attention
-from llmjax.nn.attention import KERNELS, resolve_attention
+from llmjax.nn.kernels import FEATURES, KERNELS, resolve_attention
 from tests.nn.test_blockwise import ROWS, draw, value_and_grads
 
 GEMMA = {"window": 8, "attention_pattern": "lg", "score_softcap": 50.0}
@@ -109,4 +108,4 @@ def test_cudnn_mask(rule, monkeypatch):
 
 
 def test_all_kernels_keep_the_needs_of_a_config():
-    assert set().union(*(model.attention_needs for model in MODELS.values())) | {"prefix"} == set(attention.FEATURES)
+    assert set().union(*(model.attention_needs for model in MODELS.values())) | {"prefix"} == set(FEATURES)

@@ -1,0 +1,92 @@
+"""The process that compiles a step for `llmjax.plan.compile_ahead`: `python -m llmjax.plan.compile_child`.
+
+It reads a pickled (config, topology, folder) from its standard input and writes into the folder:
+
+facts.json       mesh, the slice of each partition, and bytes per device of parameters, optimizer state and batch
+memory.json      the compiler's memory analysis, once the program is compiled to the end
+optimized.txt    on CPU and GPU: the program. The TPU compiler writes its own dump, and so much earlier
+error.json       {"error": one line}, if the user can fix it
+"""
+
+import json
+import math
+import pathlib
+import pickle
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+
+from llmjax.errors import UserError
+from llmjax.parallel import axes, mesh as meshes
+from llmjax.plan import count, topology as topologies
+from llmjax.plan.topology import Topology
+from llmjax.run import state as states
+from llmjax.run.config import RunConfig
+from llmjax.train.program import check_program, make_program
+
+FACTS, MEMORY, OPTIMIZED, ERROR = "facts.json", "memory.json", "optimized.txt", "error.json"
+
+
+def compile_step(config: RunConfig, topology: Topology, folder: pathlib.Path) -> None:
+    """Compile the step of a config, and write what the parent process reads."""
+    if config.parallel.backend != "jit":
+        raise UserError(f"parallel.backend={config.parallel.backend!r}: only 'jit' compiles ahead of time; set it")
+    devices = topologies.devices(topology)
+    mesh = meshes.make_mesh(config.mesh, devices)
+    with axes.use_mesh(mesh, config.parallel.rules):
+        check_program(config)
+        spec = states.make_state_spec(config.model, config.optimizer, horizon=config.train.steps)
+        batch = count.abstract_batch(config, config.train.global_batch)
+        facts = {
+            "mesh": dict(mesh.shape),
+            "slice_of": [getattr(device, "slice_index", None) or 0 for device in mesh.devices.flat],
+            "parameter_bytes": _bytes_per_device(spec.shapes.params, spec.shardings.params),
+            "optimizer_bytes": _bytes_per_device(spec.shapes.opt_state, spec.shardings.opt_state),
+        }
+        (folder / FACTS).write_text(json.dumps(facts))
+        program = make_program(config, spec, np.arange(config.train.global_batch))
+        step: Any = program.step  # of the backend jit, the jitted function
+        compiled = step.lower(spec.abstract(), batch).compile()
+    if topology.platform != "tpu":
+        (folder / OPTIMIZED).write_text(compiled.as_text())
+    memory = compiled.memory_analysis()
+    (folder / MEMORY).write_text(
+        json.dumps(
+            {
+                "arguments": memory.argument_size_in_bytes,
+                # The new state takes the place of the old one, which the step donates.
+                "temporaries": memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
+                "host": memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes,
+            }
+        )
+    )
+
+
+def _bytes_per_device(shapes: Any, shardings: Any) -> int:
+    sizes = jax.tree.map(
+        lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize, shapes, shardings
+    )
+    return sum(jax.tree.leaves(sizes))
+
+
+def main() -> None:
+    """Compile what standard input describes."""
+    config, topology, folder = pickle.load(sys.stdin.buffer)
+    if topology.platform == "cpu":
+        jax.config.update("jax_num_cpu_devices", topology.num_chips)
+    try:
+        compile_step(config, topology, folder)
+    except UserError as error:
+        (folder / ERROR).write_text(json.dumps({"error": str(error)}))
+        sys.exit(1)
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" not in str(error) and "While setting option" not in str(error):
+            raise
+        (folder / ERROR).write_text(json.dumps({"error": f"xla.flags: {error}"}))
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

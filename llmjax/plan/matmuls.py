@@ -1,0 +1,159 @@
+"""FLOPs that a compiled program executes: matmuls, attention kernels and grouped matmuls.
+
+A multiply and an add are two. Attention kernels count the blocks that they execute, masked elements of these included.
+"""
+
+import json
+import math
+import re
+
+import numpy as np
+
+from llmjax.plan.hlo import Array, Instruction, Module
+
+KERNEL_TARGETS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu_v2")
+_ATTENTION = re.compile(r"splash|flash|attention|fmha|mha", re.IGNORECASE)
+_GROUPED = re.compile(r"ragged[-_]dot|gmm|megablox", re.IGNORECASE)
+
+
+def matmul_flops(module: Module, instruction: Instruction) -> float:
+    """FLOPs of one execution of a dot, a convolution or a call of a GPU's matmul library; 0 for other instructions."""
+    match instruction.opcode:
+        case "dot":
+            contracted = _indices(instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}"))
+            left = module.operand(instruction, 0).dims
+            return 2.0 * instruction.arrays[0].size * math.prod(left[i] for i in contracted)
+        case "convolution":
+            return _convolution_flops(
+                instruction, module.operand(instruction, 0), module.operand(instruction, 1), instruction.arrays[0]
+            )
+        case "ragged-dot":
+            return 2.0 * instruction.arrays[0].size * module.operand(instruction, 0).dims[-1]
+        case "custom-call" if "$matmul" in target(instruction) or "$gemm" in target(instruction):
+            contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
+            left = module.operand(instruction, 0).dims
+            indices = _indices(contracted[1].replace('"', "")) if contracted else [len(left) - 1]
+            return 2.0 * instruction.arrays[0].size * math.prod(left[i] for i in indices)
+    return 0.0
+
+
+def _convolution_flops(instruction: Instruction, left: Array, right: Array, out: Array) -> float:
+    """TPU programs write every matmul as a convolution; batch dimensions may become dilated windows."""
+    labels = instruction.attribute(r"dim_labels=(\S+?)(?:,|$)")
+    left_labels, right_labels, out_labels = re.split(r"_|->", labels)
+    window = dict(item.split("=") for item in instruction.attribute(r"window=\{([^}]*)\}").split() if "=" in item)
+    batch_groups = int(instruction.attribute(r"batch_group_count=(\d+)") or 1)
+    positions = 1
+    for dim in (label for label in out_labels if label.isdigit()):
+        i = int(dim)
+        positions *= _valid_positions(
+            left=left.dims[left_labels.index(dim)],
+            kernel=right.dims[right_labels.index(dim)],
+            out=out.dims[out_labels.index(dim)],
+            stride=_window_entry(window, "stride", i, 1),
+            pad=_window_entry(window, "pad", i, 0),
+            left_dilation=_window_entry(window, "lhs_dilate", i, 1),
+            kernel_dilation=_window_entry(window, "rhs_dilate", i, 1),
+        )
+    inputs = right.dims[right_labels.index("i")]  # already divided by the number of feature groups
+    outputs, batch = right.dims[right_labels.index("o")], left.dims[left_labels.index("b")] // batch_groups
+    return 2.0 * batch * inputs * outputs * positions
+
+
+def _window_entry(window: dict[str, str], key: str, dim: int, default: int) -> int:
+    if key not in window:
+        return default
+    return int(window[key].split("x")[dim].split("_")[0])  # of padding "low_high" the low one
+
+
+def _valid_positions(
+    *, left: int, kernel: int, out: int, stride: int, pad: int, left_dilation: int, kernel_dilation: int
+) -> int:
+    """Pairs (output, kernel element) of a spatial dimension that read an input and no padding or hole of dilation."""
+    index = np.arange(out)[:, None] * stride - pad + np.arange(kernel)[None, :] * kernel_dilation
+    return int(np.sum((index >= 0) & (index < (left - 1) * left_dilation + 1) & (index % left_dilation == 0)))
+
+
+def target(instruction: Instruction) -> str:
+    """The target of a custom call; "" for other instructions."""
+    return instruction.attribute(r'custom_call_target="([^"]*)"') if instruction.opcode == "custom-call" else ""
+
+
+def kernel_name(instruction: Instruction) -> str:
+    """The name of a hand-written kernel or of a library's attention, without the number of the call; "" for others."""
+    if target(instruction) in KERNEL_TARGETS:
+        return re.sub(r"(\.\d+|\.clone)+$", "", instruction.name)
+    return target(instruction) if "fmha" in target(instruction) else ""
+
+
+def is_attention(name: str) -> bool:
+    """Whether a kernel of that name computes attention."""
+    return bool(_ATTENTION.search(name))
+
+
+def is_grouped_matmul(name: str) -> bool:
+    """Whether a kernel of that name multiplies each group of rows by its own matrix."""
+    return bool(_GROUPED.search(name)) and "metadata" not in name
+
+
+def grouped_matmul_flops(module: Module, instruction: Instruction) -> float:
+    """FLOPs of a grouped matmul, every row in one group: of x [rows, inputs] by matrices, or the matrices' gradient."""
+    arrays = [a for a in module.operand_arrays(instruction) if not a.dtype.startswith(("s", "u", "pred"))]
+    rows_by_inputs = next(a for a in arrays if len(a.dims) == 2)
+    out = next(a for a in instruction.arrays if len(a.dims) in (2, 3))
+    if len(out.dims) == 2:
+        return 2.0 * out.size * rows_by_inputs.dims[1]
+    matrix = math.prod(out.dims[1:])  # gradient: [groups, inputs, outputs], each row adds to one of the groups
+    return 2.0 * matrix * next(rows for rows in rows_by_inputs.dims if rows not in out.dims[1:])
+
+
+def attention_work(module: Module, instruction: Instruction) -> tuple[float, float, float] | None:
+    """(FLOPs, elements, grid steps) of an attention kernel: elements are pairs (query, key) of the blocks it executes.
+
+    The blocks of splash attention come from the mask that is one of its operands, [heads or 1, query blocks, key
+    blocks] with 0 for a block that is skipped. Other kernels give their estimate (`pl.CostEstimate`), if they have one,
+    and 0 elements. None: nothing in the text tells.
+    """
+    floats = [a for a in module.operand_arrays(instruction) if a.dtype in ("bf16", "f16", "f32") and len(a.dims) >= 3]
+    mask = _block_mask(module, instruction)
+    if mask is None or len(floats) < 3:
+        estimate = instruction.attribute(r'"flops":"?(\d+)')
+        return (float(estimate), 0.0, 0.0) if estimate and int(estimate) else None
+    q, k, v = floats[:3]
+    name, blocks = kernel_name(instruction), _block_sizes(instruction)
+    suffix = "_dkv" if "dkv" in name else "_dq" if "dq" in name else ""
+    block_q = blocks.get(f"block_q{suffix}") or -(-q.dims[-2] // mask.shape[1])
+    block_kv = blocks.get(f"block_kv{suffix}") or -(-k.dims[-2] // mask.shape[2])
+    repeats = math.prod(q.dims[:-2]) / mask.shape[0]
+    elements = float(np.count_nonzero(mask)) * block_q * block_kv * repeats
+    # Two products forward: scores and values. Backward: scores, the gradients of weights, v and k, and that of q.
+    qk, pv = 2.0 * q.dims[-1], 2.0 * v.dims[-1]
+    if suffix == "_dkv":
+        per_element = (3 if blocks.get("use_fused_bwd_kernel") else 2) * qk + 2 * pv
+    else:
+        per_element = 2 * qk + pv if suffix else qk + pv
+    return elements * per_element, elements, mask.size * repeats
+
+
+def _block_mask(module: Module, instruction: Instruction) -> np.ndarray | None:
+    """Splash attention takes (data_next, block_mask, ...) [heads, query blocks, key blocks] as its first operands."""
+    if len(instruction.operands) < 2 or len(module.instructions[instruction.operands[1]].arrays) != 1:
+        return None
+    array = module.operand(instruction, 1)
+    constant = module.constant(instruction.operands[1])
+    if constant is None or len(array.dims) != 3 or array.dtype not in ("s8", "s32"):
+        return None
+    numbers = [int(text) for text in re.findall(r"-?\d+", constant.literal)]
+    if len(numbers) == 1:  # the text of an array of one element, or of equal ones, may be a scalar
+        return np.full(array.dims, numbers[0])
+    return np.array(numbers).reshape(array.dims) if len(numbers) == array.size else None
+
+
+def _block_sizes(instruction: Instruction) -> dict[str, int]:
+    """The block sizes that splash attention writes into its metadata."""
+    text = instruction.attribute(r'"xprof_metadata":\s*"((?:[^"\\]|\\.)*)"')
+    return json.loads(text.replace('\\"', '"')) if text else {}
+
+
+def _indices(text: str) -> list[int]:
+    return [int(index) for index in text.split(",") if index]
