@@ -65,6 +65,7 @@ def test_auto_says_why():
     ("name", "needs", "platform", "seq", "words"),
     [
         ("splash", {}, "cpu", 512, "model.attention='splash': splash runs on tpu, not on cpu; set it to 'auto'"),
+        ("splash", {"sequence": "mesh.sequence=2"}, "tpu", 512, "rows whose positions are split.*mesh.sequence=2"),
         ("splash", {"prefix": "objective.name='prefix'"}, "tpu", 512, "splash.*prefixes.*objective.name='prefix'"),
         ("cudnn", {}, "gpu", 8192, "cudnn takes rows of at most 4096 tokens .data.seq_len=8192.; set it to 'auto'"),
         ("cudnn", {"softcap": "model.score_softcap=5.0"}, "gpu", 512, "a soft-cap.*model.score_softcap=5.0"),
@@ -108,4 +109,4 @@ def test_cudnn_mask(rule, monkeypatch):
 
 
 def test_all_kernels_keep_the_needs_of_a_config():
-    assert set().union(*(model.attention_needs for model in MODELS.values())) | {"prefix"} == set(FEATURES)
+    assert set().union(*(model.attention_needs for model in MODELS.values())) | {"prefix", "sequence"} == set(FEATURES)

@@ -17,6 +17,7 @@ from tests.nn.test_blockwise import draw, packed, value_and_grads
 # Documents of one token, that end at a block's border or span both blocks; padding; no multiple of the block.
 SEQ = 157
 ROWS = packed([1, 100, 27, 1, 20], [60, 3, 90], seq=SEQ)
+AXES = ("data", "fsdp", "tensor")
 SINKS = jnp.array([-2.0, 0.0, 3.0, 1.0])
 
 
@@ -83,7 +84,7 @@ def test_a_traced_flag_selects_the_window(local):
 @pytest.mark.parametrize("kv_rule", ["tensor", None])
 def test_mesh(kv_rule):
     """Rows over data and fsdp, heads over tensor. Where key heads are not sharded, each device takes its own."""
-    mesh = Mesh(mesh_utils.create_device_mesh((2, 2, 2)), axes.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = Mesh(mesh_utils.create_device_mesh((2, 2, 2)), AXES, axis_types=(AxisType.Auto,) * 3)
     rows = packed([100, 28], [1, 60, 20], [128], [], seq=128)
     inputs = {**draw_inputs(4, 128, 128), "sinks": SINKS}
     expected = value_and_grads(
@@ -108,7 +109,7 @@ def test_pmap():
 def lower_for_tpu(function, *arguments) -> str:
     """The program for an absent TPU, before XLA."""
     device = jax.sharding.AbstractDevice("TPU v5", 1, "tpu")
-    mesh = AbstractMesh((1, 1, 1), axes.MESH_AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=device)
+    mesh = AbstractMesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         return jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",)).as_text()
 
