@@ -69,15 +69,19 @@ def test_each_remat_policy_keeps_what_its_name_says(attention):
     heads = model.num_heads * model.head_size
     out = heads + (model.num_heads if attention == "blockwise" else 0)  # with the logarithm of the softmax's sum
     qkv, gate_up = heads + 2 * model.kv_heads * model.head_size, 2 * model.mlp_size
-    assert kept["attention"] == out
-    assert kept["attention_qkv"] == out + qkv
-    assert kept["attention_mlp"] == out + gate_up
-    assert kept["attention_qkv_mlp"] == out + qkv + gate_up
-    assert kept["dots"] == qkv + model.embed + gate_up  # the output of down is not needed again
-    assert kept["dots_attention"] == kept["dots"] + out
+    # Policies also differ in a few numbers a token that all layers share, such as segments and rotary angles.
+    about = lambda expected: pytest.approx(expected, abs=4)
+    assert kept["attention"] == about(out)
+    assert kept["attention_qkv"] == about(out + qkv)
+    assert kept["attention_mlp"] == about(out + gate_up)
+    assert kept["attention_qkv_mlp"] == about(out + qkv + gate_up)
+    assert kept["dots"] == about(qkv + model.embed + gate_up)  # the output of down is not needed again
+    assert kept["dots_attention"] == about(qkv + model.embed + gate_up + out)
     assert kept["none"] > kept["dots_attention"]
-    assert kept["offload_input"] == out - model.embed and residuals["offload_input"].host == token * model.embed
-    assert kept["offload"] == -model.embed and residuals["offload"].host == token * (model.embed + out + qkv)
+    assert kept["offload_input"] == about(out - model.embed)
+    assert kept["offload"] == about(-model.embed)
+    assert residuals["offload_input"].host == token * model.embed
+    assert residuals["offload"].host == token * (model.embed + out + qkv)
     assert all(residuals[name].host == 0 for name in residuals if not name.startswith("offload"))
 
 
