@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
@@ -119,9 +120,9 @@ def dispatch_and_combine(
         return product + bias.astype(rows.dtype)[expert_of_row]
 
     rows = mask(_dispatch(x, order, inverse))
-    inner = (GLU_ACTIVATIONS[activation](linear(rows, "gate"), linear(rows, "up")) * weight).astype(x.dtype)
-    out = linear(inner, "down")
-    return _combine(mask(out), order, inverse, ids.shape[1])
+    gate, up = checkpoint_name((linear(rows, "gate"), linear(rows, "up")), "mlp")
+    inner = (GLU_ACTIVATIONS[activation](gate, up) * weight).astype(x.dtype)
+    return _combine(mask(linear(inner, "down")), order, inverse, ids.shape[1])
 
 
 @jax.custom_vjp

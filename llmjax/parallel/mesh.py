@@ -113,11 +113,17 @@ def _arrange(sizes: dict[str, int], devices: Sequence[Any]) -> np.ndarray:
     num_slices, slices = sizes.get("slice", 1), len({getattr(device, "slice_index", 0) for device in devices})
     if slices != num_slices and devices[0].platform == "tpu":
         raise UserError(f"mesh.slice={num_slices}: the devices are {slices} TPU slices; set mesh.slice={slices}")
-    if slices == 1 or slices != num_slices:  # emulated slices; GPU hosts, which JAX calls slices
-        return mesh_utils.create_device_mesh(tuple(sizes.values()), devices)
     inside = tuple(1 if name == "slice" else size for name, size in sizes.items())
     across = tuple(size if name == "slice" else 1 for name, size in sizes.items())
-    return mesh_utils.create_hybrid_device_mesh(inside, across, devices)
+    try:
+        if slices == 1 or slices != num_slices:  # one slice, emulated slices, or GPU hosts, which JAX calls slices
+            return mesh_utils.create_device_mesh(tuple(sizes.values()), devices)
+        return mesh_utils.create_hybrid_device_mesh(inside, across, devices)
+    except NotImplementedError as error:
+        torus = "x".join(str(1 + max(place)) for place in zip(*(device.coords for device in devices), strict=True))
+        raise UserError(
+            f"mesh={sizes}: the devices are a torus of {torus}; set each size to the product of some of its dimensions"
+        ) from error
 
 
 def _connect(mesh: Mesh) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -31,7 +31,14 @@ def parameters(config: RunConfig) -> int:
     return registry.count_parameters(config.model)
 
 
-def residual_bytes(config: RunConfig) -> dict[str, int]:
+class ResidualBytes(NamedTuple):
+    """Bytes that are kept for the backward pass in the device's memory, and in the host's."""
+
+    device: int
+    host: int
+
+
+def residual_bytes(config: RunConfig) -> dict[str, ResidualBytes]:
     """Bytes that the forward pass of a row keeps for the backward pass, by remat policy; nothing is allocated.
 
     They are counted in the program that JAX differentiates, before the compiler, which may fuse some away. Temporary
@@ -40,7 +47,7 @@ def residual_bytes(config: RunConfig) -> dict[str, int]:
     return {name: _count_residual_bytes(config, name) for name in REMAT}
 
 
-def _count_residual_bytes(config: RunConfig, remat: str) -> int:
+def _count_residual_bytes(config: RunConfig, remat: str) -> ResidualBytes:
     model = dataclasses.replace(config.model, remat=remat)
     graph, shapes, _ = registry.abstract(model)
     loss = make_loss(graph, seed=0, chunk=config.train.loss_chunk, z_loss=config.train.z_loss)
@@ -51,7 +58,10 @@ def _count_residual_bytes(config: RunConfig, remat: str) -> int:
     program = jax.make_jaxpr(forward)(shapes, abstract_batch(config)).jaxpr
     inputs = {id(variable) for variable in program.invars}
     residuals = {id(out): out.aval for out in program.outvars if id(out) not in inputs and hasattr(out, "aval")}
-    return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in residuals.values())
+    sizes = {memory: 0 for memory in jax.memory.Space}
+    for aval in residuals.values():
+        sizes[aval.memory_space] += math.prod(aval.shape) * aval.dtype.itemsize
+    return ResidualBytes(device=sizes[jax.memory.Space.Device], host=sizes[jax.memory.Space.Host])
 
 
 def abstract_batch(config: RunConfig, rows: int = 1) -> Batch:
