@@ -28,7 +28,7 @@ _UNKNOWN_VOCAB = 1 << 17  # the largest common size: the state is rather overest
 
 
 def choose_mesh(config: RunConfig, devices: Sequence[Any]) -> MeshConfig:
-    """The config's mesh for JAX devices, with `fsdp` chosen where it is 0; logs the choice and its reason.
+    """The config's mesh, with `fsdp` chosen where it is 0; logs the choice and its reason.
 
     fsdp becomes 1, so that every device holds the whole state, where a third of a device's memory holds it: matmuls
     stay whole, and only gradients are sent. Otherwise, and where `data` is not -1, fsdp becomes -1, all remaining
