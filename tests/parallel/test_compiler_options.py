@@ -20,7 +20,7 @@ def test_flags_replace_the_defaults_of_a_chip():
 
 @pytest.mark.parametrize("flags", [("name",), (("name", "1", "2"),), ((1, 2),), (("--name", "1"),)])
 def test_a_malformed_flag_is_refused(flags):
-    with pytest.raises(UserError, match="xla.flags"):
+    with pytest.raises(UserError, match=r"xla\.flags"):
         XlaConfig(flags=flags)
 
 
