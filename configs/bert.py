@@ -41,7 +41,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
         remat="none" if tiny else "attention",
     )
     c.objective = dict(name="masked", rate=0.15)
-    c.mesh = dict(data=1, fsdp=-1, tensor=1)
+    c.mesh = dict(fsdp=0)
     if tiny:
         c.data = dict(
             sources=dict(python=dict(path="stdlib:")),

@@ -44,7 +44,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     c.optimizer = dict(
         name="adamw", learning_rate=learning_rate, schedule="cosine", warmup_steps=2_000, weight_decay=0.1
     )
-    c.mesh = dict(data=1, fsdp=-1, tensor=1)
+    c.mesh = dict(fsdp=0)
     if size == "tiny":
         c.model.update(dtype="float32", remat="none", scan=False)
         c.data.sources = dict(python=dict(path="stdlib:"))

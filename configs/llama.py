@@ -52,7 +52,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
         warmup_steps=2_000,
         weight_decay=0.1,
     )
-    c.mesh = dict(data=1, fsdp=-1, tensor=recipe["tensor"])
+    c.mesh = dict(fsdp=0, tensor=recipe["tensor"])
     if size == "tiny":
         c.model.update(dtype="float32", remat="none", scan=False, rope_base=1e4)
         c.data.seq_len = 256

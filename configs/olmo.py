@@ -54,7 +54,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     c.optimizer = dict(
         name="adamw", learning_rate=recipe["learning_rate"], schedule="cosine", warmup_steps=2_000, weight_decay=0.1
     )
-    c.mesh = dict(data=1, fsdp=-1, tensor=8 if "32B" in size else 1)
+    c.mesh = dict(fsdp=0, tensor=8 if "32B" in size else 1)
     if size == "tiny":
         c.model.update(dtype="float32", remat="none", scan=False, tie_embeddings=True, window=64, rope_base=1e4)
         c.data.seq_len = 256

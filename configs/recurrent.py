@@ -72,7 +72,7 @@ def get_config(size: str = "lstm") -> ConfigDict:
         c.optimizer = dict(
             name="adamw", learning_rate=learning_rate, schedule="cosine", warmup_steps=2_000, weight_decay=0.1
         )
-        c.mesh = dict(data=1, fsdp=-1, tensor=1)
+        c.mesh = dict(fsdp=0)
         return c
     c.data = dict(
         sources=dict(python=dict(path="stdlib:")),

@@ -35,7 +35,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     c.data = dict(seq_len=512, sources=dict(main=dict(path="")))
     c.train = dict(steps=2**19, global_batch=128)
     c.optimizer = dict(name="adafactor", learning_rate=1e-2, schedule="inverse_sqrt", warmup_steps=10_000)
-    c.mesh = dict(data=1, fsdp=-1, tensor=1)
+    c.mesh = dict(fsdp=0)
     if size == "tiny":
         c.model.update(dtype="float32", remat="none", scan=False)
         c.objective.rate = 0.5

@@ -24,6 +24,7 @@ from llmjax.plan import count, topology as topologies
 from llmjax.plan.topology import Topology
 from llmjax.run import state as states
 from llmjax.run.config import RunConfig
+from llmjax.run.mesh_choice import choose_mesh
 from llmjax.train.program import check_program, make_program
 
 FACTS, MEMORY, OPTIMIZED, ERROR = "facts.json", "memory.json", "optimized.txt", "error.json"
@@ -34,8 +35,8 @@ def compile_step(config: RunConfig, topology: Topology, folder: pathlib.Path) ->
     if config.parallel.backend != "jit":
         raise UserError(f"parallel.backend={config.parallel.backend!r}: only 'jit' compiles ahead of time; set it")
     devices = topologies.devices(topology)
-    mesh = meshes.make_mesh(config.mesh, devices)
-    with axes.use_mesh(mesh, config.parallel.rules):
+    mesh = meshes.make_mesh(choose_mesh(config, devices), devices)
+    with axes.use_mesh(mesh, config.parallel.rules, config.parallel.gradient_dtype):
         check_program(config)
         spec = states.make_state_spec(config.model, config.optimizer, horizon=config.train.steps)
         batch = count.abstract_batch(config, config.train.global_batch)

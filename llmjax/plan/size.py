@@ -72,7 +72,10 @@ def describe_config(config: RunConfig, spec: str, device: Device) -> list[str]:
         f"activations that a device keeps for the backward pass of a row of {seq:,} tokens, by model.remat:",
     ]
     mark = lambda name: "   <- this config" if name == model.remat else ""
-    return lines + [f"  {name:<14} {gib(size):>12}{mark(name)}" for name, size in count.residual_bytes(config).items()]
+    for name, size in count.residual_bytes(config).items():
+        host = f", {gib(size.host)} in the host's memory" if size.host else ""
+        lines.append(f"  {name:<17} {gib(size.device):>12}{host}{mark(name)}")
+    return lines
 
 
 def nearest_config(parameters: float) -> tuple[str, int]:

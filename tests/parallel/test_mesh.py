@@ -128,6 +128,11 @@ def test_malformed_rules_are_refused(rules, message):
         ParallelConfig(rules=rules)
 
 
+def test_an_unknown_gradient_type_is_refused():
+    with pytest.raises(UserError, match=r"parallel.gradient_dtype='float16': choose one of '', float32, bfloat16"):
+        ParallelConfig(gradient_dtype="float16")
+
+
 def test_a_missing_rule_keeps_its_default():
     assert ParallelConfig(rules=axes.DEFAULT_RULES[1:]) == ParallelConfig()
     rules = dict(ParallelConfig(rules=(("mlp", None),)).rules)
