@@ -159,7 +159,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, rope: Rope, mask: Any) -> jax.Array:
         """x [batch, seq, embed] -> same; `mask` is a `nn.kernels.Mask`."""
-        q, k, v = self.project(x, rope)
+        q, k, v = checkpoint_name(self.project(x, rope), "qkv")
         heads = mask.attend(q, k, v, **self._score_options())
         heads = constrain(heads, "batch", "seq", "heads", "head_dim")
         return self.out(heads)

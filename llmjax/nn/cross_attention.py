@@ -2,6 +2,7 @@
 
 from flax import nnx
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from llmjax.nn.attention import cache_mask, update_cache
 from llmjax.nn.kernels import Mask
@@ -37,7 +38,7 @@ class CrossAttention(nnx.Module):
     def __call__(self, x: jax.Array, keys_values: KeysValues, mask: Mask, bias: jax.Array | None = None) -> jax.Array:
         """x [batch, s, embed] -> same; `bias` in the form of the mask's kernel."""
         q = constrain(self.query(x), "batch", "seq", "heads", "head_dim")
-        k, v = (array.astype(x.dtype) for array in keys_values)
+        q, k, v = checkpoint_name((q, *(array.astype(x.dtype) for array in keys_values)), "qkv")
         heads = mask.attend(q, k, v, scale=self.score_scale, bias=bias)
         return self.out(constrain(heads, "batch", "seq", "heads", "head_dim"))
 

@@ -2,6 +2,7 @@
 
 from flax import nnx
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from llmjax.nn import rotary
@@ -77,6 +78,7 @@ class LatentAttention(nnx.Module):
         v = constrain(self.value(latent), "batch", "seq", "heads", "head_dim")
         k = jnp.concatenate([k, jnp.broadcast_to(rope_k[:, :, None], rope_q.shape)], axis=-1)
         q = jnp.concatenate([plain_q, rope_q], axis=-1)
+        q, k, v = checkpoint_name((q, k, v), "qkv")
         heads = mask.attend(q, k, v, scale=self.score_scale)
         return self.out(constrain(heads, "batch", "seq", "heads", "head_dim"))
 
