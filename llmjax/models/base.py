@@ -126,6 +126,13 @@ class BaseModelConfig:
             if size % tensor:
                 raise UserError(f"mesh.tensor={tensor}: must divide model.{field}={size}")
 
+    def check_mesh(self, mesh: Mapping[str, int]) -> None:
+        """UserError where the family has no use for an axis (axis -> size) of a mesh."""
+        if (size := mesh.get("expert", 1)) > 1:
+            raise UserError(
+                f"mesh.expert={size}: model.family={self.family!r} has no experts; set it to 1 and use mesh.fsdp"
+            )
+
     def check_seq_len(self, seq_len: int) -> None:
         """UserError where the model cannot read rows of `seq_len` tokens."""
         if self.max_seq_len is not None and seq_len > self.max_seq_len:

@@ -141,10 +141,9 @@ class Decoder(nnx.Module):
         dtype, vocab = config.param_dtype, config.padded_vocab
         self.config = config
         self.embed = Embedding(k_embed, vocab, config.embed, entries="vocab", dtype=dtype)
-        learned = config.positions == "learned"
-        self.positions = (
-            Embedding(k_positions, config.max_positions, config.embed, entries="seq", dtype=dtype) if learned else None
-        )
+        self.positions = None
+        if config.positions == "learned":
+            self.positions = Embedding(k_positions, config.max_positions, config.embed, entries="entries", dtype=dtype)
         self.blocks = self.make_blocks(jax.random.split(k_blocks, config.num_layers))
         self.norm = make_norm(config, config.embed) if config.norm_position != "post" else None
         untied = not config.tie_embeddings

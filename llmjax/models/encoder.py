@@ -158,8 +158,8 @@ class Encoder(nnx.Module):
     def __init__(self, config: EncoderConfig, key: jax.Array):
         k_embed, k_positions, k_types, k_blocks, k_head, k_pooler = jax.random.split(key, 6)
         dtype, first = config.param_dtype, config.num_unnormed
-        # No rule shards the axis "seq", so that rows can be looked up.
-        table = lambda key, entries: Embedding(key, entries, config.embed, entries="seq", dtype=dtype)
+        # No rule shards the axis "entries", so that rows can be looked up.
+        table = lambda key, entries: Embedding(key, entries, config.embed, entries="entries", dtype=dtype)
         self.config = config
         self.embed = Embedding(k_embed, config.padded_vocab, config.embed, entries="vocab", dtype=dtype)
         self.positions = table(k_positions, config.max_positions) if config.positions == "learned" else None

@@ -1,6 +1,6 @@
 """Decoder with mixtures of experts: Mixtral, Qwen3-MoE, gpt-oss and DeepSeek-V3, from one config."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any, ClassVar
 
@@ -12,8 +12,9 @@ from llmjax.errors import UserError
 from llmjax.models.decoder import Block, Cache, Decoder, Rope
 from llmjax.models.decoder_config import DecoderConfig
 from llmjax.nn import moe, rotary, stack
+from llmjax.nn.dispatch import GLU_ACTIVATIONS
 from llmjax.nn.latent_attention import LatentAttention
-from llmjax.nn.moe import GLU_ACTIVATIONS, MoeMlp, Routing
+from llmjax.nn.moe import MoeMlp, Routing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,6 +132,11 @@ class MoeConfig(DecoderConfig):
         counts |= {} if self.latent else {"num_kv_heads": self.kv_heads}
         counts |= {"mlp": self.mlp_size} if self.dense_layers else {}
         self.check_tensor_shards(tensor, counts)
+
+    def check_mesh(self, mesh: Mapping[str, int]) -> None:
+        """UserError where the experts cannot be split over the axes (axis -> size) of a mesh."""
+        if self.num_experts % mesh.get("expert", 1):
+            raise UserError(f"mesh.expert={mesh['expert']}: must divide model.num_experts={self.num_experts}")
 
     @property
     def matmul_params(self) -> int:

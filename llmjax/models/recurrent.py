@@ -1,6 +1,6 @@
 """Recurrent language model: a stack of RNN, LSTM, GRU or RG-LRU layers, from one config."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any, ClassVar
 
@@ -87,6 +87,15 @@ class RecurrentConfig(BaseModelConfig):
         if self.cell == "rglru":
             counts["gate_blocks"] = self.gate_blocks
         self.check_tensor_shards(tensor, counts)
+
+    def check_mesh(self, mesh: Mapping[str, int]) -> None:
+        """UserError where the family has no use for an axis (axis -> size) of a mesh."""
+        super().check_mesh(mesh)
+        if (size := mesh.get("sequence", 1)) > 1:
+            raise UserError(
+                f"mesh.sequence={size}: model.family={self.family!r} passes a state from each token to the next, so "
+                "devices cannot share a row; set it to 1 and use mesh.fsdp"
+            )
 
     def flops_per_token(self, seq_len: int) -> float:
         """Model flops of one training token, for model flops utilisation: 6 for each weight of a matmul.

@@ -10,8 +10,8 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from llmjax.nn import rotary, weights
-from llmjax.nn.blockwise import block_mask, blockwise, cross_block_mask
+from llmjax.nn import context_parallel, rotary, weights
+from llmjax.nn.blockwise import block_mask, blockwise, cross_block_mask, mask_axes, reorder_queries
 from llmjax.nn.embedding import MASKED
 from llmjax.nn.linear import Linear
 from llmjax.nn.materialize import materialize
@@ -32,6 +32,9 @@ class Kernel:
     make_cross_mask  segments of queries and keys, int [batch, s] and [batch, t] -> the mask of keys of the same segment
     make_bias        (RelativeBias, positions int [batch, seq]) -> the bias of self-attention
     supports         the FEATURES that it can compute; a config that needs another one is refused
+    mask_axes        mask -> the logical axes of each of its arrays, where "seq" stands for queries
+    bias_axes        the logical axes of the bias
+    reorder_queries  as in `context_parallel.split_rows`; None: masked scores are computed as well
     """
 
     attention_fn: Callable[..., jax.Array]
@@ -39,6 +42,9 @@ class Kernel:
     make_cross_mask: Callable[[jax.Array, jax.Array], Any]
     make_bias: Callable[[RelativeBias, jax.Array], jax.Array]
     supports: frozenset[str]
+    mask_axes: Callable[[Any], Any]
+    bias_axes: tuple[str | None, ...]
+    reorder_queries: Callable[[Any, Sequence[int]], Any] | None = None
 
 
 # What a model may need besides attention inside segments: another scale, a soft-cap, sinks, a window, and windows that
@@ -187,6 +193,8 @@ KERNELS = {
         make_cross_mask=lambda segments, key_segments: segments[:, :, None] == key_segments[:, None, :],
         make_bias=lambda relative, positions: relative(positions, positions),
         supports=FEATURES,
+        mask_axes=lambda mask: ("batch", "seq", None),
+        bias_axes=("batch", "heads", "seq", None),
     ),
     "blockwise": Kernel(
         attention_fn=blockwise,
@@ -194,8 +202,42 @@ KERNELS = {
         make_cross_mask=cross_block_mask,
         make_bias=lambda relative, positions: relative.by_distance(positions.shape[1]),
         supports=FEATURES,
+        mask_axes=mask_axes,
+        bias_axes=("heads", None),
+        reorder_queries=reorder_queries,
     ),
 }
+
+
+def attend(
+    kernel: str,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Any,
+    *,
+    sinks: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    **options: Any,
+) -> jax.Array:
+    """The kernel's attention; where the mesh splits the positions of a row, each device computes its own queries.
+
+    Arguments as in `Kernel.attention_fn`; `options` are its scale and softcap.
+    """
+    chosen = KERNELS[kernel]
+    attention_fn = functools.partial(chosen.attention_fn, **options)
+    if context_parallel.num_shards(q.shape[1]) == 1:
+        return attention_fn(q, k, v, mask, sinks=sinks, bias=bias)
+    return context_parallel.split_rows(
+        attention_fn,
+        (q, k, v),
+        mask,
+        chosen.mask_axes(mask),
+        sinks=sinks,
+        bias=bias,
+        bias_axes=chosen.bias_axes,
+        reorder_queries=chosen.reorder_queries,
+    )
 
 
 class Attention(nnx.Module):
@@ -256,7 +298,7 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, rope: Rope, mask: Any) -> jax.Array:
         """x [batch, seq, embed] -> same; `mask` as the kernel's `make_mask` returns it."""
         q, k, v = self.project(x, rope)
-        heads = KERNELS[self.kernel].attention_fn(q, k, v, mask, **self._score_options())
+        heads = attend(self.kernel, q, k, v, mask, **self._score_options())
         heads = constrain(heads, "batch", "seq", "heads", "head_dim")
         return self.out(heads)
 

@@ -6,14 +6,18 @@ larger score arrives, and the backward pass computes the scores again from the s
 2112.05682; the backward pass: Dao et al., 2022, FlashAttention, arXiv 2205.14135.)
 """
 
+from collections.abc import Sequence
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+import numpy as np
 
+from llmjax.nn import context_parallel
 from llmjax.nn.embedding import MASKED
 
 # Queries and keys of a block. The float32 scores of one block are batch x heads x BLOCK x BLOCK x 4 bytes.
@@ -29,6 +33,7 @@ class BlockMask:
     key_segments, key_positions  int [batch, t]
     prefix                       bool [batch, t]: keys that also earlier queries see; None: no key
     window                       int []: only keys less than this many positions away are seen
+    index                        int [query blocks]: the place of each block of queries in the row
     first, last                  int [query blocks]: block i needs the key blocks from first[i] to last[i] - 1
     block, key_block             queries and keys of a block
     """
@@ -39,6 +44,7 @@ class BlockMask:
     key_positions: jax.Array
     prefix: jax.Array | None
     window: jax.Array
+    index: jax.Array
     first: jax.Array
     last: jax.Array
     block: int = dataclasses.field(metadata={"static": True})
@@ -84,15 +90,15 @@ def block_mask(
     place in the row; only padding (segment 0), whose result nobody reads, may be otherwise. Sequences are padded to a
     multiple of `block` (None: BLOCK) by tokens of a segment of their own.
     """
-    block = min(block or BLOCK, segments.shape[1])
+    block = _block_size(segments.shape[1], block or BLOCK)
     segments, positions = _pad(segments, block, -1), _pad(positions, block, 0)
     if not causal:
         prefix = jnp.ones(segments.shape, bool)
     elif prefix is not None:
         prefix = _pad(prefix, block, False)
     window = segments.shape[1] if window is None else window
-    ranges = _key_ranges(segments, prefix, window, block)
-    return BlockMask(segments, positions, segments, positions, prefix, jnp.int32(window), *ranges, block, block)
+    index, ranges = jnp.arange(segments.shape[1] // block), _key_ranges(segments, prefix, window, block)
+    return BlockMask(segments, positions, segments, positions, prefix, jnp.int32(window), index, *ranges, block, block)
 
 
 def cross_block_mask(segments: jax.Array, key_segments: jax.Array, *, block: int | None = None) -> BlockMask:
@@ -100,7 +106,7 @@ def cross_block_mask(segments: jax.Array, key_segments: jax.Array, *, block: int
 
     Segments must be in ascending order, apart from padding.
     """
-    query_block, key_block = (min(block or BLOCK, x.shape[1]) for x in (segments, key_segments))
+    query_block, key_block = (_block_size(x.shape[1], block or BLOCK) for x in (segments, key_segments))
     segments, key_segments = _pad(segments, query_block, 0), _pad(key_segments, key_block, 0)
     segments = jnp.where(segments == 0, -1, segments)
     by_block = segments.reshape(segments.shape[0], -1, query_block)
@@ -112,10 +118,49 @@ def cross_block_mask(segments: jax.Array, key_segments: jax.Array, *, block: int
     first = jnp.min(jnp.where(needed, key_block_index, key_block_index[-1]), axis=1)
     last = jnp.max(jnp.where(needed, key_block_index + 1, 0), axis=1)
     at_zero, key_at_zero = jnp.zeros_like(segments), jnp.zeros_like(key_segments)
-    everywhere, window = jnp.ones(key_segments.shape, bool), jnp.int32(1)
+    everywhere, window, index = jnp.ones(key_segments.shape, bool), jnp.int32(1), jnp.arange(by_block.shape[1])
     return BlockMask(
-        segments, at_zero, key_segments, key_at_zero, everywhere, window, first, last, query_block, key_block
+        segments, at_zero, key_segments, key_at_zero, everywhere, window, index, first, last, query_block, key_block
     )
+
+
+def mask_axes(mask: BlockMask) -> BlockMask:
+    """The logical axes of each array of a BlockMask; "seq" is that of the queries."""
+    queries, keys = ("batch", "seq"), ("batch", None)
+    return dataclasses.replace(
+        mask,
+        segments=queries,
+        positions=queries,
+        key_segments=keys,
+        key_positions=keys,
+        prefix=None if mask.prefix is None else keys,
+        window=(),
+        index=("seq",),
+        first=("seq",),
+        last=("seq",),
+    )
+
+
+def reorder_queries(mask: BlockMask, order: Sequence[int]) -> BlockMask | None:
+    """The mask for queries that were cut into len(order) equal chunks and put into this order; None if not causal."""
+    if mask.prefix is not None:
+        return None
+
+    def reorder(x: jax.Array) -> jax.Array:
+        chunks = x.reshape(*x.shape[:-1], len(order), -1)
+        return chunks[..., np.array(order), :].reshape(x.shape)
+
+    names = ("segments", "positions", "index", "first", "last")
+    return dataclasses.replace(mask, **{name: reorder(getattr(mask, name)) for name in names})
+
+
+def _block_size(length: int, block: int) -> int:
+    """`block`, or less for a short row. If devices share the positions of a row, blocks divide the chunks of each."""
+    shards = context_parallel.num_shards(length)
+    if shards == 1:
+        return min(block, length)
+    chunk = length // (2 * shards)
+    return chunk if chunk <= block else math.gcd(chunk, block)
 
 
 def _pad(x: jax.Array, block: int, value: int | bool) -> jax.Array:
@@ -195,7 +240,7 @@ def _scores(
         capped = jnp.tanh(scores / options.softcap)
         scores, slope = options.softcap * capped, 1 - capped**2
     if bias is not None:
-        start = _first_distance(bias, mask.block, query, key)
+        start = _first_distance(bias, mask.block, mask.index[query], key)
         near = jax.lax.dynamic_slice_in_dim(bias, start, 2 * mask.block - 1, axis=2)
         scores += _matrix_from_diagonals(near).reshape(q.shape[1:3] + k.shape[3:])
     cut = lambda x, index, size: jax.lax.dynamic_slice_in_dim(x, index * size, size, axis=1)
@@ -300,7 +345,8 @@ def _attention_backward(
             d_scores = weights * (product("bgsk,bgkt->bgst", d_out, v_block) - mean)
             if bias is not None:
                 by_head = jnp.sum(d_scores, axis=0).reshape(*bias.shape[:2], mask.block, mask.key_block)
-                d_bias = _add_slice(d_bias, _sum_diagonals(by_head), _first_distance(bias, mask.block, query, key))
+                start = _first_distance(bias, mask.block, mask.index[query], key)
+                d_bias = _add_slice(d_bias, _sum_diagonals(by_head), start)
             d_scores = (d_scores * options.scale if slope is None else d_scores * options.scale * slope).astype(q.dtype)
             d_q += product("bgst,bgtk->bgsk", d_scores, _block(k, key, mask.key_block))
             start = key * mask.key_block

@@ -5,7 +5,7 @@ from typing import Any
 from flax import nnx
 import jax
 
-from llmjax.nn.attention import KERNELS, cache_mask, update_cache
+from llmjax.nn.attention import attend, cache_mask, update_cache
 from llmjax.nn.linear import Linear
 from llmjax.parallel.axes import constrain
 
@@ -41,7 +41,7 @@ class CrossAttention(nnx.Module):
         """x [batch, s, embed] -> same; `mask` and `bias` in the form of the kernel, as in `nn.attention.KERNELS`."""
         q = constrain(self.query(x), "batch", "seq", "heads", "head_dim")
         k, v = (array.astype(x.dtype) for array in keys_values)
-        heads = KERNELS[kernel].attention_fn(q, k, v, mask, scale=self.score_scale, bias=bias)
+        heads = attend(kernel, q, k, v, mask, scale=self.score_scale, bias=bias)
         return self.out(constrain(heads, "batch", "seq", "heads", "head_dim"))
 
     def decode(

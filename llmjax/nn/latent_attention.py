@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from llmjax.nn import rotary
-from llmjax.nn.attention import KERNELS, Cache, dot, update_cache
+from llmjax.nn.attention import Cache, attend, dot, update_cache
 from llmjax.nn.linear import Linear
 from llmjax.nn.norm import RMSNorm
 from llmjax.parallel.axes import constrain
@@ -79,7 +79,7 @@ class LatentAttention(nnx.Module):
         v = constrain(self.value(latent), "batch", "seq", "heads", "head_dim")
         k = jnp.concatenate([k, jnp.broadcast_to(rope_k[:, :, None], rope_q.shape)], axis=-1)
         q = jnp.concatenate([plain_q, rope_q], axis=-1)
-        heads = KERNELS[self.kernel].attention_fn(q, k, v, mask, scale=self.score_scale)
+        heads = attend(self.kernel, q, k, v, mask, scale=self.score_scale)
         return self.out(constrain(heads, "batch", "seq", "heads", "head_dim"))
 
     def decode(

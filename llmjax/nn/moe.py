@@ -1,38 +1,18 @@
 """Mixture of experts: a router sends each token to a few feed-forward networks; no token is dropped."""
 
-from collections.abc import Callable
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from llmjax.batch import Params
 from llmjax.nn import weights
-from llmjax.nn.grouped import grouped_matmul
-from llmjax.nn.mlp import ACTIVATIONS, Mlp
-from llmjax.parallel import axes
+from llmjax.nn.dispatch import Shard, apply_experts, map_shards
+from llmjax.nn.mlp import Mlp
 
 _EPSILON = 1e-20  # keeps a sum of probabilities above 0
-
-
-def clamped_swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """(up + 1) gate sigmoid(1.702 gate), gate clamped above at 7, up at both sides (OpenAI, 2025, arXiv 2508.10925)."""
-    gate, up = jnp.minimum(gate, 7.0), jnp.clip(up, -7.0, 7.0)
-    return (up + 1) * gate * jax.nn.sigmoid(1.702 * gate)
-
-
-def _gated(activation: Callable) -> Callable:
-    return lambda gate, up: activation(gate) * up
-
-
-# Activation -> function of the outputs of an expert's two inner maps, gate and up.
-GLU_ACTIVATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
-    **{name: _gated(activation) for name, activation in ACTIVATIONS.items()},
-    "clamped_swiglu": clamped_swiglu,
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,13 +166,13 @@ class MoeMlp(nnx.Module):
     def __call__(self, x: jax.Array, token_mask: jax.Array) -> tuple[jax.Array, RouterStats]:
         """x [batch, seq, embed], token_mask bool [batch, seq] (False: padding, not in the stats) -> (like x, stats)."""
         router, experts = (nnx.to_pure_dict(nnx.state(module)) for module in (self.router, self.experts))
-        out, stats = _map_shards(self._forward_shard, x, token_mask, router, experts)
+        out, stats = map_shards(self._forward_shard, x, token_mask, router, experts)
         return out if self.shared is None else out + self.shared(x), stats
 
     def _forward_shard(
-        self, x: jax.Array, token_mask: jax.Array, router: Params, experts: Params, is_first_shard: Any
+        self, x: jax.Array, token_mask: jax.Array, router: Params, experts: Params, shard: Shard
     ) -> tuple[jax.Array, RouterStats]:
-        """The rows of one device. `experts` may be a shard of the width; the first one adds the output bias."""
+        """The rows of one device, and its part of the experts."""
         batch, _, embed = x.shape
         logits = jnp.matmul(
             x.astype(jnp.float32), router["weight"].astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
@@ -201,8 +181,8 @@ class MoeMlp(nnx.Module):
             logits += router["bias"].astype(jnp.float32)
         routed = route(logits, router.get("expert_bias"), self.routing)
         ids = routed.ids.reshape(-1, self.routing.experts_per_token)
-        out = dispatch_and_combine(
-            x.reshape(-1, embed), ids, routed.weights.reshape(ids.shape), experts, self.activation, is_first_shard
+        out = apply_experts(
+            x.reshape(-1, embed), ids, routed.weights.reshape(ids.shape), experts, self.activation, shard
         )
         is_counted = jnp.broadcast_to(token_mask[..., None], routed.ids.shape).astype(jnp.float32)
         count = lambda ids, ones: jnp.zeros(self.routing.num_experts).at[ids.reshape(-1)].add(ones.reshape(-1))
@@ -212,88 +192,6 @@ class MoeMlp(nnx.Module):
             z=jnp.sum(jnp.where(token_mask, jax.nn.logsumexp(logits, axis=-1) ** 2, 0.0), axis=1),
         )
         return out.reshape(batch, -1, embed), stats
-
-
-def dispatch_and_combine(
-    x: jax.Array, ids: jax.Array, combine_weights: jax.Array, experts: Params, activation: str, is_first_shard: Any
-) -> jax.Array:
-    """Send x [tokens, embed] through experts `ids` [tokens, experts_per_token] and sum by combine_weights -> like x.
-
-    (token, expert) pairs are sorted by expert, so that each map of all experts is one grouped matmul.
-    """
-    expert_of_pair = ids.reshape(-1)
-    order = jnp.argsort(expert_of_pair, stable=True)
-    positions = jnp.arange(len(order), dtype=order.dtype)
-    inverse = jnp.zeros_like(order).at[order].set(positions, unique_indices=True)
-    expert_of_row = expert_of_pair[order]
-    sizes = jnp.bincount(expert_of_pair, length=experts["gate"].shape[0]).astype(jnp.int32)
-
-    def linear(rows, name):
-        product = grouped_matmul(rows, experts[name].astype(rows.dtype), sizes)
-        bias = experts.get(f"{name}_bias")
-        if bias is None:
-            return product
-        return (
-            product + (bias if name != "down" else jnp.where(is_first_shard, bias, 0)).astype(rows.dtype)[expert_of_row]
-        )
-
-    rows = _dispatch(x, order, inverse)
-    out = linear(GLU_ACTIVATIONS[activation](linear(rows, "gate"), linear(rows, "up")), "down")
-    out = _permute(out, inverse, order).reshape(*ids.shape, -1)
-    return jnp.einsum("sk,skd->sd", combine_weights, out, preferred_element_type=jnp.float32).astype(x.dtype)
-
-
-@jax.custom_vjp
-def _permute(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
-    """Reorder rows. JAX's gradient of a gather is a scatter; that of a permutation is the inverse permutation."""
-    return x[order]
-
-
-_permute.defvjp(lambda x, order, inverse: (x[order], inverse), lambda inverse, dy: (dy[inverse], None, None))
-
-
-@jax.custom_vjp
-def _dispatch(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
-    """x [tokens, embed] -> [pairs, embed]: each token once for each of its experts, sorted by expert."""
-    return x[order // (len(order) // len(x))]
-
-
-def _dispatch_backward(saved, dy):
-    inverse, tokens = saved
-    return jnp.sum(dy[inverse].reshape(tokens.shape[0], -1, dy.shape[-1]), axis=1), None, None
-
-
-_dispatch.defvjp(lambda x, order, inverse: (_dispatch(x, order, inverse), (inverse, x[:, :0])), _dispatch_backward)
-
-
-def _map_shards(
-    shard_fn: Callable, x: jax.Array, token_mask: jax.Array, router: Params, experts: Params
-) -> tuple[jax.Array, RouterStats]:
-    """Apply `shard_fn` to the rows of each device, so that sorting moves no token to another device.
-
-    Rows are sharded like the batch, and the experts' width like "mlp": each device computes a part of the sum over the
-    width.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or set(mesh.manual_axes) == set(mesh.axis_names):
-        return shard_fn(x, token_mask, router, experts, True)
-    (rows,) = axes.spec(("batch",), x.shape[:1])
-    (width,) = axes.spec(("mlp",), experts["down"].shape[1:2])
-    specs = {"gate": P(None, None, width), "up": P(None, None, width), "down": P(None, width), "down_bias": P()}
-    specs |= {"gate_bias": P(None, width), "up_bias": P(None, width)}
-
-    def local(x, token_mask, router, experts):
-        is_first_shard = True if width is None else jax.lax.axis_index(width) == 0
-        out, stats = shard_fn(x, token_mask, router, experts, is_first_shard)
-        return out[None], stats
-
-    out, stats = jax.shard_map(
-        local,
-        in_specs=(P(rows), P(rows), P(), {name: specs[name] for name in experts}),
-        out_specs=(P(width, rows), P(rows)),
-        check_vma=False,
-    )(x, token_mask, router, experts)
-    return axes.constrain(jnp.sum(out, axis=0, dtype=jnp.float32).astype(x.dtype), "batch", "seq", None), stats
 
 
 class Losses(NamedTuple):

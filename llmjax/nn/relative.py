@@ -47,7 +47,7 @@ class RelativeBias(nnx.Module):
         std: float,
         dtype: str,
     ):
-        self.table = weights.normal(key, {"seq": num_buckets, "heads": num_heads}, std=std, dtype=dtype)
+        self.table = weights.normal(key, {"entries": num_buckets, "heads": num_heads}, std=std, dtype=dtype)
         self.num_buckets, self.max_distance, self.bidirectional = num_buckets, max_distance, bidirectional
 
     def __call__(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
@@ -55,7 +55,7 @@ class RelativeBias(nnx.Module):
         limit = self.max_distance
         distance = jnp.clip(keys[:, None, :] - queries[:, :, None], -limit, limit)
         bias = jnp.moveaxis(jnp.take(self._by_distance(), distance + limit, axis=1), 0, 1)
-        return constrain(bias, "batch", "heads", None, None)
+        return constrain(bias, "batch", "heads", "seq", None)
 
     def by_distance(self, seq: int) -> jax.Array:
         """The bias of each distance (key minus query) from 1 - seq to seq - 1: float32 [heads, 2 seq - 1]."""

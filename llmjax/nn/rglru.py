@@ -118,7 +118,7 @@ class RgLru(nnx.Module):
         self.gate = Linear(keys[1], {"embed": embed}, width, bias=True, dtype=dtype)
         self.out = Linear(keys[2], width, {"embed": embed}, bias=True, dtype=dtype, scale=scale)
         # A row for each distance, like learned positions: optimizers do not treat it as a matrix.
-        self.conv = weights.normal(keys[3], {"seq": CONV_WIDTH, "mlp": hidden}, std=CONV_WIDTH**-0.5, dtype=dtype)
+        self.conv = weights.normal(keys[3], {"entries": CONV_WIDTH, "mlp": hidden}, std=CONV_WIDTH**-0.5, dtype=dtype)
         self.conv_bias = weights.constant(0.0, width, dtype=dtype)
         self.input_gate = BlockDiagonal(keys[4], hidden, blocks, dtype=dtype)
         self.decay_gate = BlockDiagonal(keys[5], hidden, blocks, dtype=dtype)

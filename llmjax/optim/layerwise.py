@@ -49,7 +49,7 @@ def kind(axes: LogicalAxes) -> str:
     dims = matrix_dims(axes)
     if dims is None:
         return "vector"
-    if axes[dims[0][0]] in ("vocab", "seq", None):
+    if axes[dims[0][0]] in ("vocab", "entries", None):
         return "table"
     return "head" if "vocab" in axes else "matrix"
 

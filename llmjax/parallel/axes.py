@@ -1,8 +1,9 @@
 """Logical axes, and the rules that map them to mesh axes.
 
 The names appear in docstrings as shapes, on parameters as shardings, on activations as constraints: batch seq embed mlp
-blocks heads kv_heads head_dim vocab layers, experts (of a mixture), router (a router's logits), latent (from which keys
-and values are computed). The rules (logical axis -> mesh axes) are data in the config.
+blocks heads kv_heads head_dim vocab layers, entries (of a table that is looked up by position or distance), experts (of
+a mixture), router (a router's logits), latent (from which keys and values are computed). The rules (logical axis ->
+mesh axes) are data in the config.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,22 +19,24 @@ from llmjax.errors import UserError, suggest
 LogicalRules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
 DEFAULT_RULES: LogicalRules = (
-    ("batch", ("data", "fsdp")),
-    ("seq", None),
-    ("embed", "fsdp"),
+    ("batch", ("slice", "data", "fsdp", "expert")),
+    ("seq", "sequence"),
+    ("embed", ("fsdp", "sequence", "expert")),
     ("mlp", "tensor"),
     ("blocks", "tensor"),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
     ("head_dim", None),
     ("vocab", "tensor"),
+    ("entries", None),
     ("layers", None),
-    ("experts", None),
+    ("experts", "expert"),
     ("router", None),
     ("latent", None),
 )
 
-MESH_AXES = ("data", "fsdp", "tensor")
+# From the slowest network to the fastest one: a neighbour along the last axis is a neighbour in the hardware.
+MESH_AXES = ("slice", "data", "fsdp", "expert", "sequence", "tensor")
 
 # A user context is part of jit's cache key, so that other rules compile another program.
 _rules = jax.make_user_context(DEFAULT_RULES)
@@ -83,15 +86,16 @@ def spec(
 
     shape   where the mesh axes of a dimension do not divide its size, it stays unsharded
 
-    Axes that are already manual (inside pmap or shard_map) are left out. Raises KeyError for an unknown logical axis.
+    Axes that are already manual (inside pmap or shard_map) are left out. A rule of several mesh axes leaves out those
+    that an earlier dimension of the array uses, such as "expert" in the weights of experts; a rule of one axis must not
+    meet that case. Raises KeyError for an unknown logical axis.
     """
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    table = dict(_rules.value)
-    manual = set(getattr(mesh, "manual_axes", ()))
     entries, used = [], []
     for i, name in enumerate(logical):
-        rule = _as_tuple(None if name is None else table[name])
-        mesh_axes = tuple(axis for axis in rule if axis in mesh.axis_names and axis not in manual)
+        mesh_axes = () if name is None else mesh_axes_of(name, mesh)
+        if len(mesh_axes) > 1:
+            mesh_axes = tuple(axis for axis in mesh_axes if axis not in used)
         if shape is not None and shape[i] % math.prod(mesh.shape[axis] for axis in mesh_axes):
             mesh_axes = ()
         if reused := [axis for axis in mesh_axes if axis in used]:
@@ -127,6 +131,31 @@ def manual(mesh_axes: Sequence[str]) -> Iterator[None]:
     mesh = jax.sharding.get_abstract_mesh()
     with jax.sharding.use_abstract_mesh(mesh.update_axis_types(dict.fromkeys(mesh_axes, AxisType.Manual))):
         yield
+
+
+def mesh_axes_of(logical: str, mesh: Mesh | jax.sharding.AbstractMesh | None = None) -> tuple[str, ...]:
+    """The axes of the mesh (None: that of `use_mesh`) that shard a logical axis, without those that are manual."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    manual = getattr(mesh, "manual_axes", ())
+    rule = _as_tuple(dict(_rules.value)[logical])
+    return tuple(axis for axis in rule if axis in mesh.axis_names and axis not in manual)
+
+
+def num_shards(logical: str) -> int:
+    """The number of parts into which the mesh of `use_mesh` cuts a logical axis."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape[axis] for axis in mesh_axes_of(logical))
+
+
+def check_rules() -> None:
+    """Raise UserError where no rule uses an axis of the mesh, so that its devices would all do the same work."""
+    used = {axis for _, rule in _rules.value for axis in _as_tuple(rule)}
+    for axis, size in jax.sharding.get_mesh().shape.items():
+        if size > 1 and axis not in used:
+            raise UserError(
+                f"mesh.{axis}={size}: no rule of parallel.rules uses this axis; set parallel.rules=() for the default "
+                "rules, or set it to 1"
+            )
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
 from llmjax.errors import UserError
-from llmjax.parallel import hosts
+from llmjax.parallel import axes, hosts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,19 +50,27 @@ class CompiledStep:
 
 def batch_sharding() -> NamedSharding:
     """Rows over every mesh axis that splits the batch."""
-    return NamedSharding(jax.sharding.get_mesh(), P(("data", "fsdp")))
+    return NamedSharding(jax.sharding.get_mesh(), axes.spec(("batch",)))
 
 
 def check_batch(name: str, size: int, accumulation: int = 1) -> None:
     """Raise UserError where `size` rows cannot be cut evenly over the mesh and the microbatches."""
-    mesh = jax.sharding.get_mesh()
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = axes.num_shards("batch")
     if size % (shards * accumulation):
-        divisor = f"mesh.data x mesh.fsdp = {shards}"
+        divisor = " x ".join(f"mesh.{axis}" for axis in axes.mesh_axes_of("batch")) + f" = {shards}"
         if accumulation > 1:
             divisor += f" x train.accumulation = {accumulation}"
         near = max(size // (shards * accumulation), 1) * shards * accumulation
         raise UserError(f"{name}={size} is not divisible by {divisor}: set it to {near}, or change the mesh")
+
+
+def check_length(name: str, length: int) -> None:
+    """Raise UserError where rows of `length` positions cannot be cut into two equal parts for each device."""
+    shards = axes.num_shards("seq")
+    if shards > 1 and length % (2 * shards):
+        divisor = "2 x " + " x ".join(f"mesh.{axis}" for axis in axes.mesh_axes_of("seq")) + f" = {2 * shards}"
+        near = max(length // (2 * shards), 1) * 2 * shards
+        raise UserError(f"{name}={length} is not divisible by {divisor}: set it to {near}, or change the mesh")
 
 
 def check_backend(backend: str) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 import dataclasses
 import itertools
 import math
+from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
@@ -18,13 +19,19 @@ from llmjax.parallel import axes, hosts
 class MeshConfig:
     """Devices along each mesh axis; their product is the number of devices. One axis may be -1: all remaining devices.
 
-    data     replicas that split the batch
-    fsdp     shards of parameters and optimizer state, which split the batch as well
-    tensor   shards of heads, mlp and vocabulary
+    slice      TPU slices, joined by the data centre's network; replicas that split the batch
+    data       replicas that split the batch
+    fsdp       shards of parameters and optimizer state, which split the batch as well
+    expert     shards of a mixture's experts, which split the batch as well
+    sequence   shards of the positions of a row, and of parameters and optimizer state
+    tensor     shards of heads, mlp and vocabulary
     """
 
+    slice: int = 1
     data: int = -1
     fsdp: int = 1
+    expert: int = 1
+    sequence: int = 1
     tensor: int = 1
 
 
@@ -54,37 +61,55 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
     sizes = dataclasses.asdict(config)
     free = [name for name, size in sizes.items() if size == -1]
     bad = {name: size for name, size in sizes.items() if size < 1 and size != -1}
+    described = f"mesh={dict((name, size) for name, size in sizes.items() if size != 1 or name == 'data')}"
     if bad or len(free) > 1:
-        raise UserError(f"mesh={sizes}: set sizes of 1 or more, and at most one of them to -1")
+        raise UserError(f"{described}: set sizes of 1 or more, and at most one of them to -1")
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if free and num_devices % fixed:
         raise UserError(
-            f"mesh={sizes}: {fixed} does not divide the {num_devices} devices; change a size other than mesh.{free[0]}"
+            f"{described}: {fixed} does not divide the {num_devices} devices; change a size other than mesh.{free[0]}"
         )
     if not free and fixed != num_devices:
         raise UserError(
-            f"mesh={sizes} needs {fixed} devices, but there are {num_devices}: "
-            "change mesh.data, mesh.fsdp or mesh.tensor, or set one of them to -1"
+            f"{described} needs {fixed} devices, but there are {num_devices}: change mesh.data, mesh.fsdp or another "
+            "size, or set one of them to -1"
         )
     return {name: num_devices // fixed if size == -1 else size for name, size in sizes.items()}
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+# The axes that every mesh has. Another one of size 1 is left out, so that programs are those of a mesh without it.
+_ALWAYS_PRESENT = ("data", "fsdp", "tensor")
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices of all processes, ordered by the topology of the hardware where it has one.
 
     devices   the devices of a topology to compile for, which need not be present; None: all devices of the job
 
-    A collective in a job of several processes, unless `devices` are given: all of them call it, and are connected
-    when it returns.
+    The axes slice, expert and sequence are absent where their size is 1. Raises UserError for sizes that do not match
+    the devices or their slices. A collective in a job of several processes, unless `devices` are given: all of them
+    call it, and are connected when it returns.
     """
     of_job = devices is None
     devices = jax.devices() if devices is None else devices
     sizes = mesh_shape(config, len(devices))
-    grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices)
-    mesh = Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    sizes = {name: size for name, size in sizes.items() if size > 1 or name in _ALWAYS_PRESENT}
+    mesh = Mesh(_arrange(sizes, devices), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
     if of_job and jax.process_count() > 1 and jax.default_backend() == "cpu":
         _connect(mesh)
     return mesh
+
+
+def _arrange(sizes: dict[str, int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices in an array of the mesh's shape; those of one index along "slice" are one TPU slice."""
+    num_slices, slices = sizes.get("slice", 1), len({getattr(device, "slice_index", 0) for device in devices})
+    if slices != num_slices and devices[0].platform == "tpu":
+        raise UserError(f"mesh.slice={num_slices}: the devices are {slices} TPU slices; set mesh.slice={slices}")
+    if slices == 1 or slices != num_slices:  # emulated slices; GPU hosts, which JAX calls slices
+        return mesh_utils.create_device_mesh(tuple(sizes.values()), devices)
+    inside = tuple(1 if name == "slice" else size for name, size in sizes.items())
+    across = tuple(size if name == "slice" else 1 for name, size in sizes.items())
+    return mesh_utils.create_hybrid_device_mesh(inside, across, devices)
 
 
 def _connect(mesh: Mesh) -> None:

@@ -65,6 +65,7 @@ def _set_up(config: RunConfig, workdir: epath.Path, lock: workdirs.Lock) -> tupl
     manifest = prepare_once(config, store)
     tokenizer = load_tokenizer(store)
     objective = run_config.objective(config, tokenizer)
+    backends.check_length("objective.target_len", objective.target_len)
     config = run_config.with_objective(config, objective)
     generate.check_samples(config.sample, config.model, tokenizer, objective)
     hosts.all_equal("config", str(config))

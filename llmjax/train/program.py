@@ -7,7 +7,7 @@ import numpy as np
 
 from llmjax.errors import UserError
 from llmjax.optim import schedules
-from llmjax.parallel import backends
+from llmjax.parallel import axes, backends
 from llmjax.parallel.backends import CompiledStep
 from llmjax.parallel.compiler_options import compiler_options
 from llmjax.run.config import RunConfig
@@ -21,7 +21,11 @@ def check_program(config: RunConfig) -> None:
     if config.parallel.backend == "pmap" and config.xla.flags:
         raise UserError(f"xla.flags={config.xla.flags}: parallel.backend='pmap' takes no compiler options; use 'jit'")
     backends.check_batch("train.global_batch", config.train.global_batch, config.train.accumulation)
-    config.model.check(seq_len=config.data.seq_len, tensor=jax.sharding.get_mesh().shape["tensor"])
+    axes.check_rules()
+    backends.check_length("data.seq_len", config.data.seq_len)
+    mesh = jax.sharding.get_mesh().shape
+    config.model.check(seq_len=config.data.seq_len, tensor=mesh["tensor"])
+    config.model.check_mesh(mesh)
     schedules.make_schedule(config.optimizer, config.train.steps)
 
 

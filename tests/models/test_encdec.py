@@ -189,7 +189,7 @@ def test_axes_of_parameters():
     _, shapes, names = registry.abstract(T5_V11)
     assert names["decoder"]["blocks"]["cross"]["query"]["weight"] == ("layers", "embed", "heads", "head_dim")
     assert names["encoder"]["blocks"]["mlp"]["down"]["weight"] == ("layers", "mlp", "embed")
-    assert names["encoder"]["bias"]["table"] == ("seq", "heads")
+    assert names["encoder"]["bias"]["table"] == ("entries", "heads")
     assert names["decoder"]["norm"]["scale"] == ("embed",)
     assert shapes["encoder"]["blocks"]["attention"]["query"]["weight"].shape[0] == 2
     assert shapes["decoder"]["blocks"]["attention"]["query"]["weight"].shape[0] == 3

@@ -130,7 +130,7 @@ def test_axes_of_parameters():
     assert shapes["blocks"]["attention_norm"]["scale"].shape == (3, 32)
     assert names["first"]["attention"]["query"]["weight"] == ("layers", "embed", "heads", "head_dim")
     names = registry.abstract(BERT)[2]
-    assert names["token_types"]["table"] == ("seq", "embed")
+    assert names["token_types"]["table"] == ("entries", "embed")
     assert names["head"]["dense"]["weight"] == names["pooler"]["weight"] == ("embed", "mlp")
     assert names["head"]["bias"] == ("vocab",)
 

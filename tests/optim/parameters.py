@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 # Above optax's threshold of 128 for factored moments; mlp != embed, and queries are square, so that both cases occur.
-SIZES = {"layers": 3, "vocab": 256, "seq": 16, "embed": 128, "mlp": 136, "heads": 2, "kv_heads": 1, "head_dim": 64}
+SIZES = {"layers": 3, "vocab": 256, "entries": 16, "embed": 128, "mlp": 136, "heads": 2, "kv_heads": 1, "head_dim": 64}
 
 BLOCK = {
     "norm": ("embed",),
@@ -17,7 +17,12 @@ BLOCK = {
     "up_bias": ("mlp",),
     "down": ("mlp", "embed"),
 }
-OUTSIDE = {"table": ("vocab", "embed"), "positions": ("seq", "embed"), "norm": ("embed",), "head": ("embed", "vocab")}
+OUTSIDE = {
+    "table": ("vocab", "embed"),
+    "positions": ("entries", "embed"),
+    "norm": ("embed",),
+    "head": ("embed", "vocab"),
+}
 AXES = OUTSIDE | {"blocks": {name: ("layers", *axes) for name, axes in BLOCK.items()}}
 UNSTACKED_AXES = OUTSIDE | {f"block_{i}": BLOCK for i in range(SIZES["layers"])}
 

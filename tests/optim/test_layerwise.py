@@ -20,7 +20,7 @@ from tests.optim.parameters import AXES, UNSTACKED_AXES, random_tree, run, unsta
         (("layers", "heads", "head_dim"), "vector"),
         ((), "vector"),
         (("vocab", "embed"), "table"),
-        (("seq", "embed"), "table"),
+        (("entries", "embed"), "table"),
         ((None, "embed"), "table"),
         (("embed", "vocab"), "head"),
         (("layers", "embed", "kv_heads", "head_dim"), "matrix"),
