@@ -332,10 +332,10 @@ def _attention_backward(
     # The sum over keys of a weight times its gradient, which the softmax's gradient subtracts (Dao et al., section 3).
     mean = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    k_columns, v_columns = k.swapaxes(2, 3), v.swapaxes(2, 3)
+    k_columns, v_columns, q_columns, d_out_columns = (x.swapaxes(-1, -2) for x in (k, v, q, d_out))
 
     def query_block(carry, item):
-        q, d_out, q_columns, d_out_columns, log_total, mean, query, first, last = item
+        (q, d_out, q_columns, d_out_columns, log_total, mean), query, first, last = item
 
         def key_block(key, carry):
             d_q, d_k, d_v, d_bias = carry
@@ -357,8 +357,10 @@ def _attention_backward(
         d_q, *carry = jax.lax.fori_loop(first, last, key_block, (jnp.zeros(q.shape, jnp.float32), *carry))
         return tuple(carry), d_q.astype(q.dtype)
 
-    zeros = (*(jnp.zeros(x.shape, jnp.float32) for x in (k_columns, v_columns)), None if bias is None else jnp.zeros_like(bias))
-    items = (q, d_out, q.swapaxes(3, 4), d_out.swapaxes(3, 4), log_total, mean, jnp.arange(len(mask.first)), mask.first, mask.last)
+    d_k, d_v = (jnp.zeros(x.shape, jnp.float32) for x in (k_columns, v_columns))
+    zeros = (d_k, d_v, None if bias is None else jnp.zeros_like(bias))
+    blocks = (q, d_out, q_columns, d_out_columns, log_total, mean)
+    items = (blocks, jnp.arange(len(mask.first)), mask.first, mask.last)
     (d_k, d_v, d_bias), d_q = jax.lax.scan(query_block, zeros, items)
     d_k, d_v = d_k.swapaxes(2, 3), d_v.swapaxes(2, 3)
     d_sinks = None
