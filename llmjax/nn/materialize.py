@@ -1,4 +1,4 @@
-"""Values that a CPU should compute once and store, though its compiler would rather compute them inside their readers."""
+"""Values that a CPU should compute once and store, where XLA would compute them inside their readers."""
 
 import jax
 
