@@ -116,7 +116,7 @@ def dot(
     q = (q * (head_dim**-0.5 if scale is None else scale)).reshape(batch, s, groups, repeats, head_dim)
     q = q.transpose(0, 2, 3, 1, 4).reshape(batch, groups, repeats * s, head_dim)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    scores = _multiply(q, k)
+    scores = _scores(q, k)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     if bias is not None:
@@ -132,7 +132,7 @@ def dot(
     total = jnp.sum(exponentials, axis=-1, keepdims=True)
     if sink is not None:
         total += jnp.exp(sink - highest)
-    out = checkpoint_name(_average(exponentials.astype(v.dtype), total, v).astype(v.dtype), "attention")
+    out = checkpoint_name(_averages(exponentials.astype(v.dtype), total, v).astype(v.dtype), "attention")
     out = out.reshape(batch, groups, repeats, s, -1).transpose(0, 3, 1, 2, 4)
     return out.reshape(batch, s, heads, -1)
 
@@ -142,34 +142,33 @@ def dot(
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-@jax.custom_vjp
-def _multiply(q: jax.Array, k: jax.Array) -> jax.Array:
+def _score(q: jax.Array, k: jax.Array) -> jax.Array:
     """q [b, g, s, d] times k [b, g, t, d] -> float32 [b, g, s, t]."""
-    return _product("bgsd,bgdt->bgst", q, materialize(k.swapaxes(2, 3)))
+    return _product("bgsd,bgtd->bgst", q, k)
 
 
-def _multiply_forward(q, k):
-    return _multiply.fun(q, k), (q, k)
+def _score_forward(q, k):
+    return _score(q, k), (q, k)
 
 
-def _multiply_backward(saved, d_scores):
+def _score_backward(saved, d_scores):
     q, k = saved
     d_scores = d_scores.astype(q.dtype)
     d_k = _product("bgds,bgst->bgdt", materialize(q.swapaxes(2, 3)), d_scores).swapaxes(2, 3)
     return _product("bgst,bgtd->bgsd", d_scores, k).astype(q.dtype), d_k.astype(k.dtype)
 
 
-_multiply.defvjp(_multiply_forward, _multiply_backward)
+_scores = jax.custom_vjp(_score)
+_scores.defvjp(_score_forward, _score_backward)
 
 
-@jax.custom_vjp
 def _average(weights: jax.Array, total: jax.Array, v: jax.Array) -> jax.Array:
     """weights [b, g, s, t] times v [b, g, t, d], over total, float32 [b, g, s, 1] -> float32 [b, g, s, d]."""
     return _product("bgst,bgtd->bgsd", weights, v) / total
 
 
 def _average_forward(weights, total, v):
-    out = _average.fun(weights, total, v)
+    out = _average(weights, total, v)
     return out, (weights, total, v, out)
 
 
@@ -183,7 +182,8 @@ def _average_backward(saved, d_out):
     return d_weights.astype(weights.dtype), d_total, d_v.astype(v.dtype)
 
 
-_average.defvjp(_average_forward, _average_backward)
+_averages = jax.custom_vjp(_average)
+_averages.defvjp(_average_forward, _average_backward)
 
 
 KERNELS = {
