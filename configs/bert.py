@@ -13,6 +13,7 @@ SIZES = {
     "base": dict(num_layers=12, embed=768, num_heads=12, dropout=0.1),
     "large": dict(num_layers=24, embed=1024, num_heads=16, dropout=0.1),
 }
+VOCAB_SIZE = 30_522  # of the published models
 
 # On the masked tokens of the validation split, where the majority-class baseline is 3%.
 EXPECTED_SCORE = {"tiny": ("accuracy", 0.12)}
@@ -40,7 +41,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
         remat="none" if tiny else "attention",
     )
     c.objective = dict(name="masked", rate=0.15)
-    c.mesh = dict(data=1, fsdp=-1, tensor=1)
+    c.mesh = dict(fsdp=0)
     if tiny:
         c.data = dict(
             sources=dict(python=dict(path="stdlib:")),

@@ -67,6 +67,7 @@ SIZES = {
         rope_base=1e4,
     ),
 }
+VOCAB_SIZE = {"16B": 163_840, "671B": 129_280}  # of the published models
 # size -> score on the validation split of the standard library, which `make recipes` checks
 EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.99)}
 
@@ -88,7 +89,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     c.data = dict(seq_len=256 if size == "tiny" else 4096, sources=dict(main=dict(path="")))
     c.train = dict(steps=100_000, global_batch=512, loss_chunk=512)
     c.optimizer = dict(name="adamw", learning_rate=3e-4, schedule="cosine", warmup_steps=2_000, weight_decay=0.1)
-    c.mesh = dict(data=1, fsdp=-1, tensor=1)
+    c.mesh = dict(fsdp=0)
     if size == "tiny":
         c.model.update(dtype="float32", remat="none", scan=False, tie_embeddings=True)
         c.data.sources = dict(python=dict(path="stdlib:"))

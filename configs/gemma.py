@@ -18,6 +18,9 @@ SIZES = {
     "3-12B": dict(num_layers=48, embed=3840, num_heads=16, num_kv_heads=8, head_dim=256, mlp=15360, window=1024),
     "3-27B": dict(num_layers=62, embed=5376, num_heads=32, num_kv_heads=16, head_dim=128, mlp=21504, window=1024),
 }
+VOCAB_SIZE = {"2-2B": 256_000, "2-9B": 256_000, "2-27B": 256_000} | dict.fromkeys(
+    ("3-270M", "3-1B", "3-4B", "3-12B", "3-27B"), 262_144
+)  # of the published models
 # Attention scores are divided by the square root of this number instead of that of head_dim.
 SCORE_DIVISORS = {"2-27B": 144, "3-27B": 168}
 
@@ -48,7 +51,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     c.data = dict(seq_len=8192, sources=dict(main=dict(path="")))
     c.train = dict(steps=100_000, global_batch=512, loss_chunk=512)
     c.optimizer = dict(name="adamw", learning_rate=3e-4, schedule="cosine", warmup_steps=2_000, weight_decay=0.1)
-    c.mesh = dict(data=1, fsdp=-1, tensor=8 if "27B" in size else 1)
+    c.mesh = dict(fsdp=0, tensor=8 if "27B" in size else 1)
     if size == "tiny":
         c.model.update(dtype="float32", remat="none", scan=False)
         c.data.seq_len = 256

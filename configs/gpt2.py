@@ -14,6 +14,7 @@ SIZES = {
     "774M": dict(num_layers=36, embed=1280, num_heads=20),
     "1.5B": dict(num_layers=48, embed=1600, num_heads=25),
 }
+VOCAB_SIZE = 50_257  # of the published models
 # Peak learning rates, after GPT-3's table 2.1 (arXiv 2005.14165).
 LEARNING_RATES = {"tiny": 4e-3, "124M": 6e-4, "355M": 3e-4, "774M": 2.5e-4, "1.5B": 2e-4}
 
@@ -43,7 +44,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     c.optimizer = dict(
         name="adamw", learning_rate=learning_rate, schedule="cosine", warmup_steps=2_000, weight_decay=0.1
     )
-    c.mesh = dict(data=1, fsdp=-1, tensor=1)
+    c.mesh = dict(fsdp=0)
     if size == "tiny":
         c.model.update(dtype="float32", remat="none", scan=False)
         c.data.sources = dict(python=dict(path="stdlib:"))

@@ -14,6 +14,7 @@ SIZES = {
         num_layers=36, embed=2880, num_heads=64, num_kv_heads=8, head_dim=64, num_experts=128, expert_mlp=2880
     ),
 }
+VOCAB_SIZE = 201_088  # of the published models
 
 EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.96)}
 
@@ -38,7 +39,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     c.data = dict(seq_len=4096, sources=dict(main=dict(path="")))
     c.train = dict(steps=100_000, global_batch=512, loss_chunk=512)
     c.optimizer = dict(name="adamw", learning_rate=3e-4, schedule="cosine", warmup_steps=2_000, weight_decay=0.1)
-    c.mesh = dict(data=1, fsdp=-1, tensor=1)
+    c.mesh = dict(fsdp=0)
     if size == "tiny":
         c.model.update(dtype="float32", remat="none", scan=False, tie_embeddings=True, window=64)
         c.data.seq_len = 256

@@ -14,6 +14,7 @@ SIZES = {
     "70B": dict(num_layers=80, embed=8192, num_heads=64, num_kv_heads=8, mlp=28672, tie_embeddings=False),
     "405B": dict(num_layers=126, embed=16384, num_heads=128, num_kv_heads=8, mlp=53248, tie_embeddings=False),
 }
+VOCAB_SIZE = 128_256  # of the published models
 # Sequences per step, peak learning rate (table 3 of the paper) and devices on the mesh axis `tensor`.
 RECIPES = {
     "tiny": dict(global_batch=8, learning_rate=3e-3, tensor=1),
@@ -51,7 +52,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
         warmup_steps=2_000,
         weight_decay=0.1,
     )
-    c.mesh = dict(data=1, fsdp=-1, tensor=recipe["tensor"])
+    c.mesh = dict(fsdp=0, tensor=recipe["tensor"])
     if size == "tiny":
         c.model.update(dtype="float32", remat="none", scan=False, rope_base=1e4)
         c.data.seq_len = 256

@@ -16,6 +16,7 @@ SIZES = {
         num_layers=40, embed=5120, num_heads=32, num_kv_heads=8, head_dim=128, mlp=14336, window=0, rope_base=1e6
     ),
 }
+VOCAB_SIZE = {"7B": 32_000, "12B": 131_072}  # of the published models
 
 EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.93)}
 
@@ -34,7 +35,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     c.data = dict(seq_len=8192, sources=dict(main=dict(path="")))
     c.train = dict(steps=100_000, global_batch=512, loss_chunk=512)
     c.optimizer = dict(name="adamw", learning_rate=3e-4, schedule="cosine", warmup_steps=2_000, weight_decay=0.1)
-    c.mesh = dict(data=1, fsdp=-1, tensor=1)
+    c.mesh = dict(fsdp=0)
     if size == "tiny":
         c.model.update(dtype="float32", remat="none", scan=False)
         c.data.seq_len = 256

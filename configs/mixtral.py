@@ -13,6 +13,7 @@ SIZES = {
     "8x7B": dict(num_layers=32, embed=4096, num_heads=32, num_kv_heads=8, head_dim=128, mlp=14336),
     "8x22B": dict(num_layers=56, embed=6144, num_heads=48, num_kv_heads=8, head_dim=128, mlp=16384),
 }
+VOCAB_SIZE = 32_000  # of the published models
 # size -> score on the validation split of the standard library, which `make recipes` checks
 EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.96)}
 
@@ -32,7 +33,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     c.data = dict(seq_len=8192, sources=dict(main=dict(path="")))
     c.train = dict(steps=100_000, global_batch=512, loss_chunk=512)
     c.optimizer = dict(name="adamw", learning_rate=3e-4, schedule="cosine", warmup_steps=2_000, weight_decay=0.1)
-    c.mesh = dict(data=1, fsdp=-1, tensor=1)
+    c.mesh = dict(fsdp=0)
     if size == "tiny":
         c.model.update(dtype="float32", remat="none", scan=False, tie_embeddings=True)
         c.data.seq_len = 256

@@ -13,6 +13,7 @@ SIZES = {
     "base": dict(num_layers=22, embed=768, num_heads=12, mlp=1152, window=65),
     "large": dict(num_layers=28, embed=1024, num_heads=16, mlp=2624, window=65),
 }
+VOCAB_SIZE = 50_368  # of the published models
 # Sequences a step, peak learning rate and warmup (table 4 of the paper).
 RECIPES = {
     "tiny": dict(global_batch=16, learning_rate=3e-3),
@@ -46,7 +47,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
         remat="none" if tiny else "attention",
     )
     c.objective = dict(name="masked", rate=0.3)
-    c.mesh = dict(data=1, fsdp=-1, tensor=1)
+    c.mesh = dict(fsdp=0)
     if tiny:
         c.data = dict(
             sources=dict(python=dict(path="stdlib:")),

@@ -16,6 +16,7 @@ SIZES = {
     "3-7B": dict(num_layers=32, embed=4096, num_heads=32, num_kv_heads=32, mlp=11008),
     "3-32B": dict(num_layers=64, embed=5120, num_heads=40, num_kv_heads=8, mlp=27648),
 }
+VOCAB_SIZE = 100_352  # of the published models
 # Sequences per step and peak learning rate.
 RECIPES = {
     "tiny": dict(global_batch=8, learning_rate=3e-3),
@@ -53,7 +54,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     c.optimizer = dict(
         name="adamw", learning_rate=recipe["learning_rate"], schedule="cosine", warmup_steps=2_000, weight_decay=0.1
     )
-    c.mesh = dict(data=1, fsdp=-1, tensor=8 if "32B" in size else 1)
+    c.mesh = dict(fsdp=0, tensor=8 if "32B" in size else 1)
     if size == "tiny":
         c.model.update(dtype="float32", remat="none", scan=False, tie_embeddings=True, window=64, rope_base=1e4)
         c.data.seq_len = 256

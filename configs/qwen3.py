@@ -16,6 +16,7 @@ SIZES = {
     "14B": dict(num_layers=40, embed=5120, num_heads=40, num_kv_heads=8, head_dim=128, mlp=17408, tie_embeddings=False),
     "32B": dict(num_layers=64, embed=5120, num_heads=64, num_kv_heads=8, head_dim=128, mlp=25600, tie_embeddings=False),
 }
+VOCAB_SIZE = 151_936  # of the published models
 
 EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.95)}
 
@@ -35,7 +36,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     c.data = dict(seq_len=4096, sources=dict(main=dict(path="")))
     c.train = dict(steps=100_000, global_batch=1024, loss_chunk=512)
     c.optimizer = dict(name="adamw", learning_rate=3e-4, schedule="cosine", warmup_steps=2_000, weight_decay=0.1)
-    c.mesh = dict(data=1, fsdp=-1, tensor=8 if size == "32B" else 1)
+    c.mesh = dict(fsdp=0, tensor=8 if size == "32B" else 1)
     if size == "tiny":
         c.model.update(dtype="float32", remat="none", scan=False, rope_base=1e4)
         c.data.seq_len = 256

@@ -13,6 +13,7 @@ SIZES = {
     "30B": dict(num_layers=48, embed=2048, num_heads=32, num_experts=128, experts_per_token=8, expert_mlp=768),
     "235B": dict(num_layers=94, embed=4096, num_heads=64, num_experts=128, experts_per_token=8, expert_mlp=1536),
 }
+VOCAB_SIZE = 151_936  # of the published models
 
 EXPECTED_SCORE = {"tiny": ("bits_per_byte", 1.94)}
 
@@ -34,7 +35,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     c.data = dict(seq_len=4096, sources=dict(main=dict(path="")))
     c.train = dict(steps=100_000, global_batch=512, loss_chunk=512)
     c.optimizer = dict(name="adamw", learning_rate=3e-4, schedule="cosine", warmup_steps=2_000, weight_decay=0.1)
-    c.mesh = dict(data=1, fsdp=-1, tensor=1)
+    c.mesh = dict(fsdp=0)
     if size == "tiny":
         c.model.update(dtype="float32", remat="none", scan=False, tie_embeddings=True, num_kv_heads=2, head_dim=32)
         c.data.seq_len = 256

@@ -15,6 +15,7 @@ SIZES = {
     "xl": dict(num_layers=24, embed=2048, num_heads=32, head_dim=64, mlp=5120),
     "xxl": dict(num_layers=24, embed=4096, num_heads=64, head_dim=64, mlp=10240),
 }
+VOCAB_SIZE = 32_128  # of the published models
 
 # On the validation split of the standard library, including sentinels, which are a quarter of the targets.
 EXPECTED_SCORE = {"tiny": ("accuracy", 0.25)}
@@ -34,7 +35,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     c.data = dict(seq_len=512, sources=dict(main=dict(path="")))
     c.train = dict(steps=2**19, global_batch=128)
     c.optimizer = dict(name="adafactor", learning_rate=1e-2, schedule="inverse_sqrt", warmup_steps=10_000)
-    c.mesh = dict(data=1, fsdp=-1, tensor=1)
+    c.mesh = dict(fsdp=0)
     if size == "tiny":
         c.model.update(dtype="float32", remat="none", scan=False)
         c.objective.rate = 0.5

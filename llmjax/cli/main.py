@@ -21,6 +21,7 @@ from llmjax.cli.generate import generate
 from llmjax.cli.import_ import import_
 from llmjax.cli.inspect import inspect
 from llmjax.cli.logs import configure_logging, end_progress
+from llmjax.cli.plan import plan
 from llmjax.cli.prepare import prepare
 from llmjax.cli.size import size
 from llmjax.cli.train import train
@@ -40,11 +41,12 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "export": export,
     "inspect": inspect,
     "size": size,
+    "plan": plan,
     "fields": fields,
     "configs": configs,
 }
 BAD_INPUT, HANG = 78, 75
-_RESULT_COMMANDS = ("generate", "fill")  # stdout has only their results
+_RESULT_COMMANDS = ("generate", "fill", "plan")  # stdout has only their results
 _ACCESS_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 OVERVIEW = """\
@@ -70,6 +72,7 @@ interop
 
 tools
   llmjax size      --flops=1e21 | --config=NAME  model size for a budget; parameters and FLOPs of a model
+  llmjax plan      --config=NAME --topology=v6e:16x16   memory, FLOPs, traffic and time of a step, compiled ahead
   llmjax fields    [SECTION]                     every config field, its meaning and its default
   llmjax configs   [NAME]                        the configs that ship with llmjax, and their sizes
 
@@ -114,6 +117,10 @@ def _hint_for(error: Exception) -> str:
         return (
             f"out of memory ({str(error).partition(chr(10))[0][:200]}): lower train.global_batch, data.seq_len or the "
             "size of the model, raise train.accumulation, or use more devices"
+        )
+    if "No such compile option" in str(error) or "While setting option" in str(error):
+        return (
+            f"xla.flags: {str(error).partition(chr(10))[0]}; remove it, or write the value as the compiler expects it"
         )
     if isinstance(error, ImportError) and "gcsfs" in str(error):
         return "a path on gs:// needs the package gcsfs: run `pip install 'llmjax[gcs]'`"

@@ -30,8 +30,18 @@ class BaseModelConfig:
     base_embed      mup: the width at which both parametrizations are equal
     dropout         rate after the embedding and at the end of each sub-block; from 0 to below 1
     scan            True: blocks are compiled once and scanned; False: unrolled, for debugging and for short stacks
-    remat           what the backward pass keeps of a block: none (everything), dots (matmul outputs), attention (its
-                    output, or that of the recurrence), full (nothing)
+    remat           what the backward pass keeps of a block besides its input; it computes everything else again:
+                    none               everything, nothing is computed again
+                    full               nothing
+                    attention          the output of attention or of the recurrence
+                    attention_qkv      also queries, keys and values, or the inputs of the recurrence
+                    attention_mlp      attention, and the gate and up outputs of the feed-forward layer or the experts
+                    attention_qkv_mlp  all of these
+                    dots               the outputs of matmuls, but of no attention kernel
+                    dots_attention     the outputs of matmuls and of attention
+                    offload_input      attention; the input is in the host's memory until the backward pass
+                    offload            attention, queries, keys, values and the input are in the host's memory. On a CPU
+                                       device and host share one memory, so that both only copy
     dtype           type of activations and matmuls: float32 or bfloat16 (softmax, norms, recurrent states, gates and
                     logits are always float32)
     param_dtype     type in which parameters are stored: float32 or bfloat16

@@ -141,9 +141,8 @@ class Decoder(nnx.Module):
         dtype, vocab = config.param_dtype, config.padded_vocab
         self.config = config
         self.embed = Embedding(k_embed, vocab, config.embed, entries="vocab", dtype=dtype)
-        self.positions = None
-        if config.positions == "learned":
-            self.positions = Embedding(k_positions, config.max_positions, config.embed, entries="entries", dtype=dtype)
+        table = lambda: Embedding(k_positions, config.max_positions, config.embed, entries="entries", dtype=dtype)
+        self.positions = table() if config.positions == "learned" else None
         self.blocks = self.make_blocks(jax.random.split(k_blocks, config.num_layers))
         self.norm = make_norm(config, config.embed) if config.norm_position != "post" else None
         untied = not config.tie_embeddings

@@ -297,7 +297,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, rope: Rope, mask: Any) -> jax.Array:
         """x [batch, seq, embed] -> same; `mask` as the kernel's `make_mask` returns it."""
-        q, k, v = self.project(x, rope)
+        q, k, v = checkpoint_name(self.project(x, rope), "qkv")
         heads = attend(self.kernel, q, k, v, mask, **self._score_options())
         heads = constrain(heads, "batch", "seq", "heads", "head_dim")
         return self.out(heads)

@@ -4,6 +4,7 @@ from typing import Any
 
 from flax import nnx
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from llmjax.nn.attention import attend, cache_mask, update_cache
 from llmjax.nn.linear import Linear
@@ -40,7 +41,7 @@ class CrossAttention(nnx.Module):
     ) -> jax.Array:
         """x [batch, s, embed] -> same; `mask` and `bias` in the form of the kernel, as in `nn.attention.KERNELS`."""
         q = constrain(self.query(x), "batch", "seq", "heads", "head_dim")
-        k, v = (array.astype(x.dtype) for array in keys_values)
+        q, k, v = checkpoint_name((q, *(array.astype(x.dtype) for array in keys_values)), "qkv")
         heads = attend(kernel, q, k, v, mask, scale=self.score_scale, bias=bias)
         return self.out(constrain(heads, "batch", "seq", "heads", "head_dim"))
 

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
@@ -104,18 +106,23 @@ def dispatch_and_combine(
     if shard.first_expert is not None:
         mask = lambda rows: jnp.where((expert_of_row < num_experts)[:, None], rows, 0)
 
+    # The weights multiply the inputs of "down", whose gradient the backward pass computes anyway. If they multiplied
+    # its outputs, their gradient would need these, and remat would compute this matmul once more.
+    weight = _permute(combine_weights.reshape(-1), order, inverse)[:, None]
+
     def linear(rows, name):
         product = grouped_matmul(rows, experts[name].astype(rows.dtype), sizes)
         bias = experts.get(f"{name}_bias")
         if bias is None:
             return product
-        bias = bias if name != "down" else jnp.where(shard.adds_bias, bias, 0)
+        if name == "down":
+            return product + (jnp.where(shard.adds_bias, bias, 0)[expert_of_row] * weight).astype(rows.dtype)
         return product + bias.astype(rows.dtype)[expert_of_row]
 
     rows = mask(_dispatch(x, order, inverse))
-    out = mask(linear(GLU_ACTIVATIONS[activation](linear(rows, "gate"), linear(rows, "up")), "down"))
-    out = _permute(out, inverse, order).reshape(*ids.shape, -1)
-    return jnp.einsum("sk,skd->sd", combine_weights, out, preferred_element_type=jnp.float32).astype(x.dtype)
+    gate, up = checkpoint_name((linear(rows, "gate"), linear(rows, "up")), "mlp")
+    inner = (GLU_ACTIVATIONS[activation](gate, up) * weight).astype(x.dtype)
+    return _combine(mask(linear(inner, "down")), order, inverse, ids.shape[1])
 
 
 @jax.custom_vjp
@@ -133,12 +140,39 @@ def _dispatch(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
     return x[order // (len(order) // len(x))]
 
 
+def _dispatch_forward(x, order, inverse):
+    return _dispatch(x, order, inverse), (order, inverse, x[:, :0])
+
+
 def _dispatch_backward(saved, dy):
-    inverse, tokens = saved
-    return jnp.sum(dy[inverse].reshape(tokens.shape[0], -1, dy.shape[-1]), axis=1), None, None
+    order, inverse, tokens = saved
+    return _combine(dy, order, inverse, len(order) // len(tokens)), None, None
 
 
-_dispatch.defvjp(lambda x, order, inverse: (_dispatch(x, order, inverse), (inverse, x[:, :0])), _dispatch_backward)
+_dispatch.defvjp(_dispatch_forward, _dispatch_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _combine(rows: jax.Array, order: jax.Array, inverse: jax.Array, per_token: int) -> jax.Array:
+    """rows [pairs, embed], sorted by expert -> [tokens, embed]: the sum of each token's rows.
+
+    They are gathered as [per_token, tokens, embed]; a TPU would change the layout of [tokens, per_token, embed].
+    """
+    by_choice = rows[inverse.reshape(-1, per_token).T]
+    return jnp.sum(by_choice, axis=0, dtype=jnp.float32).astype(rows.dtype)
+
+
+def _combine_forward(rows, order, inverse, per_token):
+    return _combine(rows, order, inverse, per_token), (order, inverse)
+
+
+def _combine_backward(per_token, saved, dy):
+    del per_token
+    order, inverse = saved
+    return _dispatch(dy, order, inverse), None, None
+
+
+_combine.defvjp(_combine_forward, _combine_backward)
 
 
 def map_shards(

@@ -39,7 +39,7 @@ def logits(
     """
     if scale != 1:
         hidden = hidden * jnp.asarray(scale, hidden.dtype)
-    out = project(hidden, table.astype(hidden.dtype), 1, jnp.float32)
+    out = project(hidden, table, 1, jnp.float32)
     if softcap is not None:
         out = softcap * jnp.tanh(out / softcap)
     if table.shape[-1] == vocab_size:

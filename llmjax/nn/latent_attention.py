@@ -4,6 +4,7 @@ from typing import Any
 
 from flax import nnx
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from llmjax.nn import rotary
@@ -79,6 +80,7 @@ class LatentAttention(nnx.Module):
         v = constrain(self.value(latent), "batch", "seq", "heads", "head_dim")
         k = jnp.concatenate([k, jnp.broadcast_to(rope_k[:, :, None], rope_q.shape)], axis=-1)
         q = jnp.concatenate([plain_q, rope_q], axis=-1)
+        q, k, v = checkpoint_name((q, k, v), "qkv")
         heads = attend(self.kernel, q, k, v, mask, scale=self.score_scale)
         return self.out(constrain(heads, "batch", "seq", "heads", "head_dim"))
 

@@ -8,18 +8,23 @@ import jax
 
 from llmjax.nn import weights
 from llmjax.nn.materialize import materialize
+from llmjax.parallel import axes
 
 
 def project(
     x: jax.Array, weight: jax.Array, num_inputs: int = 1, out_dtype: jax.typing.DTypeLike | None = None
 ) -> jax.Array:
-    """x [..., *inputs] times weight [*inputs, *outputs] -> [..., *outputs], in `out_dtype` (None: the type of x)."""
+    """x [..., *inputs] times weight [*inputs, *outputs] -> [..., *outputs], in `out_dtype` (None: the type of x).
+
+    The weight is cast to the type of x; its gradient is computed in `axes.gradient_dtype`, by default in the type of x.
+    """
     return _project(x, weight, num_inputs, out_dtype)  # type: ignore[return-value]
 
 
 def _product(x, weight, num_inputs, out_dtype):
     first, last = tuple(range(num_inputs)), tuple(range(x.ndim - num_inputs, x.ndim))
-    return jax.lax.dot_general(x, weight, ((last, first), ((), ())), preferred_element_type=out_dtype)
+    dimensions = ((last, first), ((), ()))
+    return jax.lax.dot_general(x, weight.astype(x.dtype), dimensions, preferred_element_type=out_dtype)
 
 
 _project = jax.custom_vjp(_product, nondiff_argnums=(2, 3))
@@ -38,12 +43,14 @@ def _project_backward(num_inputs, out_dtype, saved, cotangent):
     cotangent = cotangent.astype(x.dtype)
     outputs, rows = weight.ndim - num_inputs, tuple(range(x.ndim - num_inputs))
     ends = (tuple(range(cotangent.ndim - outputs, cotangent.ndim)), tuple(range(num_inputs, weight.ndim)))
-    dx = jax.lax.dot_general(cotangent, weight, (ends, ((), ())))
-    product = lambda a, b: jax.lax.dot_general(a, b, ((rows, rows), ((), ())))
+    dx = jax.lax.dot_general(cotangent, weight.astype(x.dtype), (ends, ((), ())))
+    # The partitioner adds the devices' products in the type of this matmul.
+    dtype = axes.gradient_dtype(x.dtype)
+    product = lambda a, b: jax.lax.dot_general(a, b, ((rows, rows), ((), ())), preferred_element_type=dtype)
     if math.prod(weight.shape[:num_inputs]) <= math.prod(weight.shape[num_inputs:]):
-        return dx, product(x, cotangent)
+        return dx, product(x, cotangent).astype(weight.dtype)
     transposed = materialize(product(materialize(cotangent), x))
-    return dx, transposed.transpose(*range(outputs, weight.ndim), *range(outputs))
+    return dx, transposed.transpose(*range(outputs, weight.ndim), *range(outputs)).astype(weight.dtype)
 
 
 _project.defvjp(_project_forward, _project_backward)
@@ -73,5 +80,5 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., *inputs] -> [..., *outputs]."""
-        y = project(x, self.weight[...].astype(x.dtype), self.num_inputs)
+        y = project(x, self.weight[...], self.num_inputs)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)

@@ -47,7 +47,8 @@ def cross_entropy(
 
     Where the mesh shards the rows, each device loops over the chunks of its own rows. What `unembed` reads is gathered
     once before this loop, matrices in the type of `hidden`, to which `unembed` must cast them. Their gradients are
-    summed in float32 on each device, and over the devices once, after the loop.
+    summed in float32 on each device, and over the devices once, after the loop, in `axes.gradient_dtype`, by default in
+    float32.
     """
     # This also constrains the gradient. Without it, the partitioner (jax 0.10.2) gave devices the gradient of other
     # devices' rows, for recurrent models on a mesh with three axes.
@@ -126,7 +127,9 @@ def _sum_over_rows(score, rows, chunk, parameters, arrays):
     def of_device(gathered, *arrays):
         full = [g.astype(p.dtype) for g, p in zip(gathered, parameters, strict=True)]
         sums, outs = _sum_over_chunks(functools.partial(score, full), chunk, arrays)
-        return jax.lax.psum(sums, names), outs
+        # Only gradients of parameters have dimensions.
+        add = lambda x: _add_gradient(x, names) if x.ndim else jax.lax.psum(x, names)
+        return jax.tree.map(add, sums), outs
 
     return jax.shard_map(
         of_device,
@@ -135,6 +138,18 @@ def _sum_over_rows(score, rows, chunk, parameters, arrays):
         axis_names=set(names),
         check_vma=False,
     )(gathered, *arrays)
+
+
+def _add_gradient(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    """The sum of float32 `x` over the devices along `names`, added in `axes.gradient_dtype`."""
+    rounded = x.astype(axes.gradient_dtype(x.dtype))
+    in_float32 = lambda x: jax.lax.psum(x.astype(jnp.float32), names)
+    if rounded.dtype == jnp.float32:
+        return in_float32(rounded)
+    # The CPU compiler (jax 0.10.2) aborts on a sum in bfloat16 here; elsewhere it adds in float32 and rounds as well.
+    return jax.lax.platform_dependent(
+        rounded, cpu=in_float32, default=lambda x: jax.lax.psum(x, names).astype(jnp.float32)
+    )
 
 
 def _sum_over_chunks(score, chunk, arrays):

@@ -4,6 +4,7 @@ import functools
 
 from flax import nnx
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from llmjax.nn.linear import Linear
@@ -45,5 +46,9 @@ class Mlp(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [batch, seq, embed] -> same."""
         activation = ACTIVATIONS[self.activation]
-        h = activation(self.up(x)) if self.gate is None else activation(self.gate(x)) * self.up(x)
+        if self.gate is None:
+            h = activation(checkpoint_name(self.up(x), "mlp"))
+        else:
+            gate, up = checkpoint_name((self.gate(x), self.up(x)), "mlp")
+            h = activation(gate) * up
         return self.down(constrain(h, "batch", "seq", "mlp"))

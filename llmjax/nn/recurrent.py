@@ -172,7 +172,8 @@ class Recurrence(nnx.Module):
     def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """positions int [batch, seq]: a segment starts where they are 0."""
         weight, bias = self._concatenate_gates(self.recurrent, x.dtype)
-        hidden = scan(self.cell, self.unroll, self._project_in(x), weight, bias.astype(jnp.float32), (positions == 0).T)
+        inputs = checkpoint_name(self._project_in(x), "qkv")
+        hidden = scan(self.cell, self.unroll, inputs, weight, bias.astype(jnp.float32), (positions == 0).T)
         return self._project_out(hidden.astype(x.dtype))
 
     def advance(self, x: jax.Array, positions: jax.Array, state: State, last: jax.Array) -> tuple[jax.Array, State]:

@@ -148,7 +148,8 @@ class RgLru(nnx.Module):
 
     def _with_past(self, x: jax.Array, past: jax.Array) -> jax.Array:
         """Inputs of the convolution [batch, CONV_WIDTH - 1 + seq, hidden]."""
-        return jnp.concatenate([past, constrain(self.input(x), "batch", "seq", "mlp")], axis=1)
+        inputs = checkpoint_name(constrain(self.input(x), "batch", "seq", "mlp"), "qkv")
+        return jnp.concatenate([past, inputs], axis=1)
 
     def _convolve(self, conv_inputs: jax.Array, positions: jax.Array) -> jax.Array:
         weight, seq = self.conv[...].astype(conv_inputs.dtype), positions.shape[1]
@@ -169,7 +170,8 @@ class RgLru(nnx.Module):
         return decay, scale * sigmoid(self.input_gate(u)) * u.astype(jnp.float32)
 
     def _project_out(self, h: jax.Array, x: jax.Array) -> jax.Array:
-        gate = jax.nn.gelu(constrain(self.gate(x), "batch", "seq", "mlp"), approximate=True)
+        gate = checkpoint_name(constrain(self.gate(x), "batch", "seq", "mlp"), "qkv")
+        gate = jax.nn.gelu(gate, approximate=True)
         return self.out(constrain(h.astype(x.dtype), "batch", "seq", "mlp") * gate)
 
 

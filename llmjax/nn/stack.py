@@ -4,14 +4,40 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-# What each policy saves of a block besides its input; the backward pass computes everything else again.
+_save = jax.checkpoint_policies.save_only_these_names
+_DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+
+
+def _offload(*names: str, save: tuple[str, ...] = ()) -> Callable[..., Any]:
+    """The policy that moves `names` to the host's memory after the forward pass, and back in the backward pass."""
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=save,
+        names_which_can_be_offloaded=names,
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+
+
+# What each policy saves of a block besides its input; the backward pass computes everything else again. Modules give
+# these names to what they compute (`checkpoint_name`):
+# input      the input of the block
+# qkv        queries, keys and values as a kernel reads them, or the projected inputs of a recurrence
+# attention  outputs of the attention kernel, with what its own backward pass needs, or of the recurrence
+# mlp        outputs of the first maps of a feed-forward layer or expert, gate and up, before the activation
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "attention": _save("attention"),
+    "attention_qkv": _save("attention", "qkv"),
+    "attention_mlp": _save("attention", "mlp"),
+    "attention_qkv_mlp": _save("attention", "qkv", "mlp"),
+    "dots": _DOTS,
+    "dots_attention": jax.checkpoint_policies.save_from_both_policies(_DOTS, _save("attention")),
+    "offload_input": _offload("input", save=("attention",)),
+    "offload": _offload("input", "attention", "qkv"),
 }
 
 
@@ -23,7 +49,10 @@ def run(
     The unrolled form reads the same stacked parameters, so checkpoints and optimizers do not depend on it.
     """
     if remat != "none":
-        body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=not scan)
+        block = body
+        body = jax.checkpoint(
+            lambda x, layer: block(checkpoint_name(x, "input"), layer), policy=REMAT[remat], prevent_cse=not scan
+        )
     if scan:
         return jax.lax.scan(body, x, stacked)
     leaves, tree = jax.tree.flatten(stacked)

@@ -40,6 +40,7 @@ MESH_AXES = ("slice", "data", "fsdp", "expert", "sequence", "tensor")
 
 # A user context is part of jit's cache key, so that other rules compile another program.
 _rules = jax.make_user_context(DEFAULT_RULES)
+_gradient_dtype = jax.make_user_context("")
 
 
 def complete_rules(rules: LogicalRules) -> LogicalRules:
@@ -71,10 +72,18 @@ def _as_tuple(mesh_axes: Any) -> tuple:
 
 
 @contextlib.contextmanager
-def use_mesh(mesh: Mesh, rules: LogicalRules = DEFAULT_RULES) -> Iterator[None]:
-    """Inside, arrays are laid out on `mesh` by `rules`. A command enters this once, around all its work."""
-    with jax.set_mesh(mesh), _rules(tuple(rules)):
+def use_mesh(mesh: Mesh, rules: LogicalRules = DEFAULT_RULES, gradient_dtype: str = "") -> Iterator[None]:
+    """Inside, arrays are laid out on `mesh` by `rules`. A command enters this once, around all its work.
+
+    gradient_dtype   what the function of this name returns; "": its argument
+    """
+    with jax.set_mesh(mesh), _rules(tuple(rules)), _gradient_dtype(gradient_dtype):
         yield
+
+
+def gradient_dtype(default: jax.typing.DTypeLike) -> jax.typing.DTypeLike:
+    """The type in which a parameter's gradient is computed and added over devices: that of `use_mesh`, or `default`."""
+    return _gradient_dtype.value or default
 
 
 def spec(

@@ -17,17 +17,25 @@ from llmjax.parallel import axes, hosts
 class Reduction:
     """How a step sums over the whole batch: under jit it sees all rows, under pmap those of one replica.
 
-    all_sum     a tree of sums over the step's rows -> the same sums over the whole batch
-    first_row   number of the step's rows -> index of its first row in the global batch
+    all_sum       a tree of sums over the step's rows -> the same sums over the whole batch
+    sum_gradients the same for gradients, which are added in `axes.gradient_dtype`
+    first_row     number of the step's rows -> index of its first row in the global batch
     """
 
     all_sum: Callable[[Any], Any]
+    sum_gradients: Callable[[Any], Any]
     first_row: Callable[[int], Any]
 
 
-JIT = Reduction(all_sum=lambda tree: tree, first_row=lambda rows: 0)
+def _psum_gradients(grads: Any) -> Any:
+    cast = jax.tree.map(lambda g: g.astype(axes.gradient_dtype(g.dtype)), grads)
+    return jax.tree.map(lambda total, g: total.astype(g.dtype), jax.lax.psum(cast, "replica"), grads)
+
+
+JIT = Reduction(all_sum=lambda tree: tree, sum_gradients=lambda grads: grads, first_row=lambda rows: 0)
 PMAP = Reduction(
     all_sum=lambda tree: jax.lax.psum(tree, "replica"),
+    sum_gradients=_psum_gradients,
     first_row=lambda rows: (jax.lax.axis_index("replica") * rows).astype(jnp.uint32),
 )
 

@@ -21,7 +21,8 @@ class MeshConfig:
 
     slice      TPU slices, joined by the data centre's network; replicas that split the batch
     data       replicas that split the batch
-    fsdp       shards of parameters and optimizer state, which split the batch as well
+    fsdp       shards of parameters and optimizer state, which split the batch as well. 0: the start of a run chooses
+               1 where a third of a device's memory holds the training state, else all devices
     expert     shards of a mixture's experts, which split the batch as well
     sequence   shards of the positions of a row, and of parameters and optimizer state
     tensor     shards of heads, mlp and vocabulary
@@ -41,6 +42,10 @@ class ParallelConfig:
 
     backend       "jit" shards by the rules; "pmap" maps the step over replicas (data axis only)
     rules         (logical axis, mesh axis | tuple of mesh axes | None), ...; a missing axis keeps its default
+    gradient_dtype  type in which the gradients of dense layers and of the head are computed and added over devices: ""
+                  (the type of activations; the head: float32), float32 (more exact, twice the bytes of bfloat16
+                  activations) or bfloat16. The small ones (norms, biases), those of experts and of token lookups keep
+                  the type of their computation. With pmap, all are added in it
     cpu_threads   size of XLA's thread pool on CPU, in each process. XLA splits matrix products by it, so it changes the
                   last bits of results: it does not follow the cores or devices, and is at least the CPU devices of a
                   process. Accelerators ignore it
@@ -48,9 +53,12 @@ class ParallelConfig:
 
     backend: str = "jit"
     rules: tuple = axes.DEFAULT_RULES
+    gradient_dtype: str = ""
     cpu_threads: int = hosts.CPU_THREADS
 
     def __post_init__(self):
+        if self.gradient_dtype not in ("", "float32", "bfloat16"):
+            raise UserError(f"parallel.gradient_dtype={self.gradient_dtype!r}: choose one of '', float32, bfloat16")
         if self.cpu_threads < 1:
             raise UserError(f"parallel.cpu_threads={self.cpu_threads}: must be 1 or more")
         object.__setattr__(self, "rules", axes.complete_rules(self.rules))
@@ -105,11 +113,17 @@ def _arrange(sizes: dict[str, int], devices: Sequence[Any]) -> np.ndarray:
     num_slices, slices = sizes.get("slice", 1), len({getattr(device, "slice_index", 0) for device in devices})
     if slices != num_slices and devices[0].platform == "tpu":
         raise UserError(f"mesh.slice={num_slices}: the devices are {slices} TPU slices; set mesh.slice={slices}")
-    if slices == 1 or slices != num_slices:  # emulated slices; GPU hosts, which JAX calls slices
-        return mesh_utils.create_device_mesh(tuple(sizes.values()), devices)
     inside = tuple(1 if name == "slice" else size for name, size in sizes.items())
     across = tuple(size if name == "slice" else 1 for name, size in sizes.items())
-    return mesh_utils.create_hybrid_device_mesh(inside, across, devices)
+    try:
+        if slices == 1 or slices != num_slices:  # one slice, emulated slices, or GPU hosts, which JAX calls slices
+            return mesh_utils.create_device_mesh(tuple(sizes.values()), devices)
+        return mesh_utils.create_hybrid_device_mesh(inside, across, devices)
+    except NotImplementedError as error:
+        torus = "x".join(str(1 + max(place)) for place in zip(*(device.coords for device in devices), strict=True))
+        raise UserError(
+            f"mesh={sizes}: the devices are a torus of {torus}; set each size to the product of some of its dimensions"
+        ) from error
 
 
 def _connect(mesh: Mesh) -> None:

@@ -54,20 +54,24 @@ class Program:
     optimized       text of the optimized program
     scheduled       text of the finished program with the compiler's cycles; "" in the quick depth, and where the
                     program does not fit
+    out_of_memory   whether the compiler refused it for want of memory
     memory          bytes of one device
     largest         (bytes, shapes) of the largest buffers, largest first
     mesh            size of each mesh axis
     slice_of        partition of the program -> its slice
+    parameters      of the model
     parameter_bytes, optimizer_bytes   the state of one device
     seconds         that the compiler took
     """
 
     optimized: str
     scheduled: str
+    out_of_memory: bool
     memory: Memory
     largest: list[tuple[int, str]]
     mesh: dict[str, int]
     slice_of: list[int]
+    parameters: int
     parameter_bytes: int
     optimizer_bytes: int
     seconds: float
@@ -86,7 +90,9 @@ def compile_ahead(config: RunConfig, topology: Topology, folder: pathlib.Path, *
             if quick and topology.platform == "tpu" and _is_complete(dump):
                 break
             time.sleep(_POLL_SECONDS)
-    _raise_error(folder, dump, child.returncode, child.pid)
+    out_of_memory = _is_out_of_memory(folder, dump)
+    if not out_of_memory:
+        _raise_error(folder, dump, child.returncode, child.pid)
     facts = json.loads((folder / compile_child.FACTS).read_text())
     if topology.platform == "tpu":
         optimized, scheduled = _read(dump, "after_optimizations"), _read(dump, "after_codegen", missing="")
@@ -97,6 +103,7 @@ def compile_ahead(config: RunConfig, topology: Topology, folder: pathlib.Path, *
     return Program(
         optimized=optimized,
         scheduled=scheduled,
+        out_of_memory=out_of_memory,
         memory=memory,
         largest=largest,
         seconds=time.monotonic() - started,
@@ -142,15 +149,19 @@ def _is_complete(dump: pathlib.Path) -> bool:
 
 
 def _raise_error(folder: pathlib.Path, dump: pathlib.Path, status: int, pid: int) -> None:
-    """Raise the child's error, unless it is that the program needs more memory than there is."""
+    """Raise the child's error, if it failed before it was ended."""
     if (path := folder / compile_child.ERROR).exists():
         raise UserError(json.loads(path.read_text())["error"])
     if status == 0 or _is_complete(dump):
         return
     text = (folder / "stderr.txt").read_text(errors="replace")
-    if "RESOURCE_EXHAUSTED" in text and list(dump.glob(f"*{_MODULE}*after_optimizations-buffer-assignment.txt")):
-        return
     raise RuntimeError(f"process {pid}, which compiled the step, ended with status {status}:\n{text[-4000:]}")
+
+
+def _is_out_of_memory(folder: pathlib.Path, dump: pathlib.Path) -> bool:
+    """Whether the TPU compiler planned all buffers and then refused the program for want of memory."""
+    planned = list(dump.glob(f"*{_MODULE}*after_optimizations-buffer-assignment.txt"))
+    return bool(planned) and "RESOURCE_EXHAUSTED" in (folder / "stderr.txt").read_text(errors="replace")
 
 
 def _read(dump: pathlib.Path, stage: str, *, missing: str | None = None) -> str:

@@ -2,7 +2,7 @@
 
 It reads a pickled (config, topology, folder) from its standard input and writes into the folder:
 
-facts.json       mesh, the slice of each partition, and bytes per device of parameters, optimizer state and batch
+facts.json       mesh, the slice of each partition, number of parameters, bytes per device of them and the optimizer
 memory.json      the compiler's memory analysis, once the program is compiled to the end
 optimized.txt    on CPU and GPU: the program. The TPU compiler writes its own dump, and so much earlier
 error.json       {"error": one line}, if the user can fix it
@@ -24,6 +24,7 @@ from llmjax.plan import count, topology as topologies
 from llmjax.plan.topology import Topology
 from llmjax.run import state as states
 from llmjax.run.config import RunConfig
+from llmjax.run.mesh_choice import choose_mesh
 from llmjax.train.program import check_program, make_program
 
 FACTS, MEMORY, OPTIMIZED, ERROR = "facts.json", "memory.json", "optimized.txt", "error.json"
@@ -34,12 +35,13 @@ def compile_step(config: RunConfig, topology: Topology, folder: pathlib.Path) ->
     if config.parallel.backend != "jit":
         raise UserError(f"parallel.backend={config.parallel.backend!r}: only 'jit' compiles ahead of time; set it")
     devices = topologies.devices(topology)
-    mesh = meshes.make_mesh(config.mesh, devices)
-    with axes.use_mesh(mesh, config.parallel.rules):
+    mesh = meshes.make_mesh(choose_mesh(config, devices), devices)
+    with axes.use_mesh(mesh, config.parallel.rules, config.parallel.gradient_dtype):
         check_program(config)
         spec = states.make_state_spec(config.model, config.optimizer, horizon=config.train.steps)
         batch = count.abstract_batch(config, config.train.global_batch)
         facts = {
+            "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(spec.shapes.params)),
             "mesh": dict(mesh.shape),
             "slice_of": [getattr(device, "slice_index", None) or 0 for device in mesh.devices.flat],
             "parameter_bytes": _bytes_per_device(spec.shapes.params, spec.shardings.params),

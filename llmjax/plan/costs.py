@@ -5,6 +5,7 @@ import dataclasses
 
 from llmjax.plan import matmuls, traffic
 from llmjax.plan.hlo import Instruction, Module
+from llmjax.plan.matmuls import KernelWork
 
 
 @dataclasses.dataclass
@@ -22,11 +23,10 @@ class Costs:
     """Totals of one execution of a program on one device.
 
     matmul_flops        of matmuls that the compiler knows, also inside fusions
-    attention_flops     of attention kernels, over the blocks that they execute
-    attention_elements  pairs (query, key) of these blocks by kernel, and grid_steps, executed or skipped
     grouped_flops       of grouped matmul kernels
-    attention_calls     executions of attention kernels by name
+    attention           work of attention kernels by name
     kernels             executions of hand-written kernels by name
+    asynchronous_ici_bytes   of ici_bytes, those of collectives that start and end at different places
     host_bytes          to and from the host's memory
     largest_host_copy   bytes of the largest of these copies
     other_hbm_bytes     HBM traffic of instructions without a matmul
@@ -34,17 +34,25 @@ class Costs:
     """
 
     matmul_flops: float = 0
-    attention_flops: float = 0
     grouped_flops: float = 0
-    attention_elements: dict[str, float] = dataclasses.field(default_factory=dict)
-    grid_steps: dict[str, float] = dataclasses.field(default_factory=dict)
-    attention_calls: dict[str, float] = dataclasses.field(default_factory=dict)
+    attention: dict[str, KernelWork] = dataclasses.field(default_factory=dict)
     kernels: dict[str, float] = dataclasses.field(default_factory=dict)
     collectives: dict[str, CollectiveCosts] = dataclasses.field(default_factory=dict)
+    asynchronous_ici_bytes: float = 0
     host_bytes: float = 0
     largest_host_copy: float = 0
     other_hbm_bytes: float = 0
     notes: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def attention_flops(self) -> float:
+        """Of attention kernels, over the blocks that they execute."""
+        return sum(work.flops for work in self.attention.values())
+
+    @property
+    def attention_calls(self) -> float:
+        """Executions of attention kernels, forward and backward."""
+        return sum(self.kernels[name] for name in self.attention)
 
     @property
     def executed_flops(self) -> float:
@@ -73,18 +81,20 @@ def count(module: Module, slice_of: Sequence[int]) -> Costs:
         costs.matmul_flops += times * matmuls.matmul_flops(module, instruction)
         if name := matmuls.kernel_name(instruction):
             _add_kernel(costs, module, instruction, name, times)
-        if instruction.computation in fused:
-            continue
         if collective := traffic.collective(instruction, module, slice_of):
             total = costs.collectives.setdefault(collective.kind, CollectiveCosts())
             total.count += times
             total.result_bytes += times * collective.result_bytes
             total.ici_bytes += times * collective.ici_bytes
             total.dcn_bytes += times * collective.dcn_bytes
+            if collective.asynchronous:
+                costs.asynchronous_ici_bytes += times * collective.ici_bytes
+        if instruction.computation in fused:
+            continue
         if moved := traffic.host_bytes(instruction, module):
             costs.host_bytes += times * moved
             costs.largest_host_copy = max(costs.largest_host_copy, moved)
-        if not _has_matmul(module, instruction):
+        if not matmuls.has_matmul(module, instruction):
             costs.other_hbm_bytes += times * traffic.hbm_bytes(instruction, module)
     if module.unknown_loops:
         loops = ", ".join(module.unknown_loops)
@@ -97,23 +107,7 @@ def _add_kernel(costs: Costs, module: Module, instruction: Instruction, name: st
     if matmuls.is_grouped_matmul(name):
         costs.grouped_flops += times * matmuls.grouped_matmul_flops(module, instruction)
     elif matmuls.is_attention(name):
-        costs.attention_calls[name] = costs.attention_calls.get(name, 0) + times
         work = matmuls.attention_work(module, instruction)
         if work is None:
             costs.notes.append(f"the FLOPs of kernel {name} are unknown and count as 0")
-            return
-        flops, elements, steps = work
-        costs.attention_flops += times * flops
-        costs.attention_elements[name] = costs.attention_elements.get(name, 0) + times * elements
-        costs.grid_steps[name] = costs.grid_steps.get(name, 0) + times * steps
-
-
-def _has_matmul(module: Module, instruction: Instruction) -> bool:
-    if instruction.opcode != "fusion":
-        return matmuls.matmul_flops(module, instruction) > 0
-    return any(
-        inner.opcode in ("dot", "convolution", "custom-call")
-        and (matmuls.matmul_flops(module, inner) or matmuls.kernel_name(inner))
-        for name in instruction.callees["calls"]
-        for inner in module.computations[name]
-    )
+        costs.attention[name] = costs.attention.get(name, KernelWork()) + (work or KernelWork()).times(times)

@@ -14,6 +14,7 @@ _BITS = {
     "pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32,
     "s64": 64, "u64": 64, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128, "f4e2m1fn": 4,
 }  # fmt: skip
+ASYNC_START = "AsyncCollectiveStart"  # custom call that ends the fusion in which a collective starts
 HOST_SPACE = 5  # memory space of the host in a layout: S(5)
 
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
@@ -81,6 +82,11 @@ class Instruction:
         return found
 
     @property
+    def channel(self) -> str:
+        """The number that the instructions of one collective share; "" without one."""
+        return self.attribute(r"channel_id=(\d+)")
+
+    @property
     def op_name(self) -> str:
         """Where the instruction comes from in the traced function; "" if unknown."""
         match = re.search(r'op_name="([^"]*)"', self.attributes)
@@ -112,6 +118,7 @@ class Module:
         self.roots: dict[str, Instruction] = {}
         self.instructions: dict[str, Instruction] = {}
         self.unknown_loops: list[str] = []
+        self._trips: dict[str, int] = {}
         self._callers: dict[str, Instruction] = {}
         self.entry = ""
         for computation, is_root, source in self._statements(text):
@@ -147,6 +154,20 @@ class Module:
                     self.entry = computation
 
     @functools.cached_property
+    def targets(self) -> dict[str, set[str]]:
+        """Computation -> the targets of its custom calls."""
+        return {
+            name: {i.attribute(r'custom_call_target="([^"]*)"') for i in body if i.opcode == "custom-call"}
+            for name, body in self.computations.items()
+        }
+
+    @functools.cached_property
+    def started_channels(self) -> set[str]:
+        """Channels of the collectives that start in one fusion, run beside others and end in another."""
+        starting = [name for name, targets in self.targets.items() if ASYNC_START in targets]
+        return {i.channel for name in starting for i in self.computations[name] if i.channel}
+
+    @functools.cached_property
     def executions(self) -> dict[str, float]:
         """Computation -> how often one execution of the program executes it. Branches share one execution equally."""
         order: list[str] = []
@@ -165,12 +186,13 @@ class Module:
         counts[self.entry] = 1.0
         for name in reversed(order):
             for instruction in self.computations[name]:
-                for callee, times in self._calls(instruction):
+                for callee, times in self.calls(instruction):
                     if callee in counts:
                         counts[callee] += counts[name] * times
         return counts
 
-    def _calls(self, instruction: Instruction) -> Iterator[tuple[str, float]]:
+    def calls(self, instruction: Instruction) -> Iterator[tuple[str, float]]:
+        """The computations that an instruction executes, and how often."""
         callees = instruction.callees
         if instruction.opcode == "while":
             trips = self.trip_count(instruction)
@@ -197,6 +219,11 @@ class Module:
 
     def trip_count(self, loop: Instruction) -> int:
         """Iterations of a `while`: as written, or from the counter; 1 where it depends on data."""
+        if loop.name not in self._trips:
+            self._trips[loop.name] = self._count_trips(loop)
+        return self._trips[loop.name]
+
+    def _count_trips(self, loop: Instruction) -> int:
         if written := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
             return int(written)
         (condition,), (body,) = loop.callees["condition"], loop.callees["body"]

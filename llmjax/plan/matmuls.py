@@ -3,6 +3,7 @@
 A multiply and an add are two. Attention kernels count the blocks that they execute, masked elements of these included.
 """
 
+import dataclasses
 import json
 import math
 import re
@@ -107,18 +108,44 @@ def grouped_matmul_flops(module: Module, instruction: Instruction) -> float:
     return 2.0 * matrix * next(rows for rows in rows_by_inputs.dims if rows not in out.dims[1:])
 
 
-def attention_work(module: Module, instruction: Instruction) -> tuple[float, float, float] | None:
-    """(FLOPs, elements, grid steps) of an attention kernel: elements are pairs (query, key) of the blocks it executes.
+@dataclasses.dataclass(frozen=True)
+class KernelWork:
+    """What executions of an attention kernel do.
+
+    elements    pairs (query, key) of the blocks that it executes, masked ones included; 0 if only the FLOPs are known
+    grid_steps  blocks, skipped ones included
+    rows        queries of all heads
+    """
+
+    flops: float = 0
+    elements: float = 0
+    grid_steps: float = 0
+    rows: float = 0
+
+    def __add__(self, other: "KernelWork") -> "KernelWork":
+        return KernelWork(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+    def times(self, count: float) -> "KernelWork":
+        """The work of that many executions."""
+        return KernelWork(*(count * value for value in dataclasses.astuple(self)))
+
+
+def is_backward(name: str) -> bool:
+    """Whether an attention kernel of that name computes gradients."""
+    return "dkv" in name or "dq" in name or "bwd" in name or "backward" in name
+
+
+def attention_work(module: Module, instruction: Instruction) -> KernelWork | None:
+    """The work of one execution of an attention kernel; None if nothing in the text tells.
 
     The blocks of splash attention come from the mask that is one of its operands, [heads or 1, query blocks, key
-    blocks] with 0 for a block that is skipped. Other kernels give their estimate (`pl.CostEstimate`), if they have one,
-    and 0 elements. None: nothing in the text tells.
+    blocks] with 0 for a block that is skipped. Of other kernels their estimate (`pl.CostEstimate`) is read.
     """
     floats = [a for a in module.operand_arrays(instruction) if a.dtype in ("bf16", "f16", "f32") and len(a.dims) >= 3]
     mask = _block_mask(module, instruction)
     if mask is None or len(floats) < 3:
         estimate = instruction.attribute(r'"flops":"?(\d+)')
-        return (float(estimate), 0.0, 0.0) if estimate and int(estimate) else None
+        return KernelWork(float(estimate)) if estimate and int(estimate) else None
     q, k, v = floats[:3]
     name, blocks = kernel_name(instruction), _block_sizes(instruction)
     suffix = "_dkv" if "dkv" in name else "_dq" if "dq" in name else ""
@@ -132,7 +159,7 @@ def attention_work(module: Module, instruction: Instruction) -> tuple[float, flo
         per_element = (3 if blocks.get("use_fused_bwd_kernel") else 2) * qk + 2 * pv
     else:
         per_element = 2 * qk + pv if suffix else qk + pv
-    return elements * per_element, elements, mask.size * repeats
+    return KernelWork(elements * per_element, elements, mask.size * repeats, math.prod(q.dims[:-1]))
 
 
 def _block_mask(module: Module, instruction: Instruction) -> np.ndarray | None:
@@ -157,3 +184,11 @@ def _block_sizes(instruction: Instruction) -> dict[str, int]:
 
 def _indices(text: str) -> list[int]:
     return [int(index) for index in text.split(",") if index]
+
+
+def has_matmul(module: Module, instruction: Instruction) -> bool:
+    """Whether an instruction is a matmul or a kernel, or a fusion with one inside."""
+    inner = [instruction]
+    if instruction.opcode == "fusion":
+        inner = [i for name in instruction.callees["calls"] for i in module.computations[name]]
+    return any(matmul_flops(module, i) > 0 or kernel_name(i) for i in inner)

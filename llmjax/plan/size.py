@@ -7,6 +7,7 @@ from llmjax.errors import UserError
 from llmjax.models import registry
 from llmjax.plan import budget as budgets, count
 from llmjax.plan.devices import Device
+from llmjax.plan.units import duration, gib, short
 from llmjax.run import config as run_config
 from llmjax.run.config import RunConfig
 
@@ -18,31 +19,31 @@ def describe_budget(budget: budgets.Budget, device: Device, *, mfu: float, seq_l
     rows = max(1, round(budget.batch_tokens / seq_len))
     lines = [
         f"{budget.flops:.3g} FLOPs (6 x parameters x tokens)",
-        f"  parameters      {_short(budget.parameters):>8}   {budget.tokens / budget.parameters:.1f} tokens each",
-        f"  tokens          {_short(budget.tokens):>8}",
+        f"  parameters      {short(budget.parameters):>8}   {budget.tokens / budget.parameters:.1f} tokens each",
+        f"  tokens          {short(budget.tokens):>8}",
         f"  expected loss   {budget.loss:8.3f}   nats per token on the study's text; {budgets.LOSS_SOURCE}",
         f"  learning rate   {budget.learning_rate:8.2g}   1.79 N^-0.713 D^0.307; {budgets.STEP_LAW_SOURCE}",
-        f"  tokens a step   {_short(budget.batch_tokens):>8}   0.58 D^0.571: train.global_batch={rows} of {seq_len}, "
+        f"  tokens a step   {short(budget.batch_tokens):>8}   0.58 D^0.571: train.global_batch={rows} of {seq_len}, "
         f"train.steps={math.ceil(budget.tokens / (rows * seq_len)):,}",
     ]
     low, high = budgets.STUDIED
     if not low <= budget.parameters <= high:
         lines.append(
-            f"  outside the study's {_short(low)} to {_short(high)} parameters: loss, rate and batch are extrapolated"
+            f"  outside the study's {short(low)} to {short(high)} parameters: loss, rate and batch are extrapolated"
         )
     best = budgets.for_flops(budget.flops)
     if not 0.9 < best.parameters / budget.parameters < 1.1:
         lines.append(
-            f"  the same FLOPs are best spent on {_short(best.parameters)} parameters and {_short(best.tokens)} tokens "
+            f"  the same FLOPs are best spent on {short(best.parameters)} parameters and {short(best.tokens)} tokens "
             f"(loss {best.loss:.3f})"
         )
     lines += ["", f"on {device.name} at {mfu:.0%} of {device.peak:.3g} FLOPs a second; AdamW in float32, 16 bytes each"]
     lines += ["  devices   state, GiB each   time"]
     for devices in _device_counts(budget, device):
         seconds = budget.flops / (devices * device.peak * mfu)
-        lines.append(f"  {devices:7,}   {16 * budget.parameters / devices / 2**30:15.2f}   {_time(seconds)}")
+        lines.append(f"  {devices:7,}   {16 * budget.parameters / devices / 2**30:15.2f}   {duration(seconds)}")
     spec, parameters = nearest_config(budget.parameters)
-    lines += ["", f"nearest config: {spec}, {_short(parameters)} parameters with the vocabulary of its data.tokenizer"]
+    lines += ["", f"nearest config: {spec}, {short(parameters)} parameters with the vocabulary of its data.tokenizer"]
     lines += [f"next: llmjax size --config={spec}"]
     return lines
 
@@ -64,14 +65,17 @@ def describe_config(config: RunConfig, spec: str, device: Device) -> list[str]:
         f"  6 x parameters would be {6 * total:.4g}",
         f"  a step of {batch:,} rows: {flops * batch * seq:.4g}; all {config.train.steps:,} steps: "
         f"{flops * batch * seq * config.train.steps:.4g}",
-        f"  at the peak of one {device.name}: {_time(flops * batch * seq / device.peak)} a step",
+        f"  at the peak of one {device.name}: {duration(flops * batch * seq / device.peak)} a step",
         "",
         f"state: {state:.2f} bytes a parameter with {config.optimizer.name} (parameter, gradient, moments), "
-        f"{_gib(state * total)} in total, sharded over mesh.fsdp x mesh.tensor devices",
+        f"{gib(state * total)} in total, sharded over mesh.fsdp x mesh.tensor devices",
         f"activations that a device keeps for the backward pass of a row of {seq:,} tokens, by model.remat:",
     ]
     mark = lambda name: "   <- this config" if name == model.remat else ""
-    return lines + [f"  {name:<14} {_gib(size):>12}{mark(name)}" for name, size in count.residual_bytes(config).items()]
+    for name, size in count.residual_bytes(config).items():
+        host = f", {gib(size.host)} in the host's memory" if size.host else ""
+        lines.append(f"  {name:<17} {gib(size.device):>12}{host}{mark(name)}")
+    return lines
 
 
 def nearest_config(parameters: float) -> tuple[str, int]:
@@ -100,21 +104,3 @@ def _device_counts(budget: budgets.Budget, device: Device) -> list[int]:
     minimum = 16 * budget.parameters / (_STATE_SHARE * device.memory)
     first = max(0, math.ceil(math.log2(max(minimum, 1e-9))))
     return [2**power for power in range(first, first + 6)]
-
-
-def _short(number: float) -> str:
-    for size, mark in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{mark}"
-    return f"{number:.3g}"
-
-
-def _gib(number: float) -> str:
-    return f"{number / 2**30:,.2f} GiB" if number >= 2**30 else f"{number / 2**20:,.1f} MiB"
-
-
-def _time(seconds: float) -> str:
-    for size, unit in ((365.25 * 86400, "years"), (86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:,.3g} seconds"

@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 
-from llmjax.plan.hlo import HOST_SPACE, Array, Instruction, Module
+from llmjax.plan.hlo import ASYNC_START, HOST_SPACE, Array, Instruction, Module
 
 COLLECTIVES = (
     "all-gather",
@@ -32,33 +32,71 @@ class Collective:
     """One collective of the program: wire bytes that a chip sends in one execution, by the ring algorithm.
 
     result_bytes   bytes of its result on a chip
+    asynchronous   whether it ends at another instruction
     """
 
     kind: str
     result_bytes: int
     ici_bytes: float
     dcn_bytes: float
+    asynchronous: bool = False
 
 
 def collective(instruction: Instruction, module: Module, slice_of: Sequence[int]) -> Collective | None:
     """The collective that an instruction is or starts; None for another instruction.
 
+    One that runs beside matmuls is written in several fusions, which share its channel: it counts where it starts.
+
     slice_of   partition of the program -> the slice that its chip is in
     """
+    if instruction.opcode == "send":
+        return _between_slices(instruction, len(set(slice_of)))
     kind = instruction.opcode.removesuffix("-start")
     if kind not in COLLECTIVES or instruction.opcode.endswith("-done"):
         return None
+    starts = _START in module.targets[instruction.computation]
+    if not starts and instruction.channel in module.started_channels:
+        return None
     result = sum(array.bytes for array in _results(instruction))
+    asynchronous = starts or instruction.opcode.endswith("-start")
     if kind == "collective-permute":
         pairs = re.findall(r"\{(\d+),(\d+)\}", instruction.attribute(r"source_target_pairs=(\{\{.*?\}\})"))
         moves = [(int(a), int(b)) for a, b in pairs if a != b]
         across = sum(slice_of[a] != slice_of[b] for a, b in moves)
         share = result / max(len(slice_of), 1)
-        return Collective(kind, result, (len(moves) - across) * share, across * share)
+        return Collective(kind, result, (len(moves) - across) * share, across * share, asynchronous)
     groups = replica_groups(instruction, len(slice_of))
     size = len(groups[0])
     slices = len({slice_of[member] for member in groups[0]})
-    return Collective(kind, result, *_ring_bytes(kind, result, size, slices))
+    if instruction.computation.startswith(
+        "all-reduce-scatter"
+    ):  # a fusion of an all-reduce and the slice that it keeps
+        kind, result = "reduce-scatter", result // size
+    return Collective(kind, result, *_ring_bytes(kind, result, size, slices), asynchronous)
+
+
+_START, _DONE = ASYNC_START, "AsyncCollectiveDone"
+
+
+def async_fusion(fusion: Instruction, module: Module) -> tuple[str, str]:
+    """("start" or "done", channel) of a fusion that starts or ends a collective; ("", "") of any other instruction."""
+    if fusion.opcode != "fusion":
+        return "", ""
+    (callee,) = fusion.callees["calls"]
+    roles = [role for role, marker in (("start", _START), ("done", _DONE)) if marker in module.targets[callee]]
+    channels = [i.channel for i in module.computations[callee] if i.opcode in COLLECTIVES]
+    return (roles[0], channels[0]) if roles and channels else ("", "")
+
+
+def _between_slices(send: Instruction, slices: int) -> Collective | None:
+    """The TPU compiler hands collectives between slices to the runtime, which gets this chip's part of the data."""
+    kind = send.attribute(r'_xla_megascale_transfer_type="(\w+)"').lower().replace("_", "-")
+    if not kind:
+        return None
+    size = send.arrays[0].bytes
+    shares = {"all-reduce": 2 * (slices - 1) / slices, "all-gather": slices - 1}
+    share = shares.get(kind, (slices - 1) / slices if kind in ("reduce-scatter", "all-to-all") else 1)
+    return Collective(f"{kind} between slices", size, 0.0, size * share)
 
 
 def _results(instruction: Instruction) -> tuple[Array, ...]:

@@ -6,7 +6,7 @@ import json
 import operator
 from typing import Any
 
-from llmjax.binding import bind_overridden, load_file, load_module, shipped_files
+from llmjax.binding import bind_overridden, find_file, load_file, load_module, shipped_files
 from llmjax.checkpoint.manager import CheckpointConfig
 from llmjax.data.config import DataConfig, ObjectiveConfig
 from llmjax.data.objectives.objective import Objective, open_objective
@@ -177,6 +177,12 @@ def shipped_specs() -> dict[str, list[str]]:
     sizes = {name: getattr(load_module(path), "SIZES", ()) for name, path in shipped_files().items()}
     specs = {name: [name, *(f"{name}:{size}" for size in table)] for name, table in sizes.items()}
     return {name: values for name, values in specs.items() if "curate" not in load_file(name)}
+
+
+def published_vocab_size(spec: str) -> int | None:
+    """The vocabulary of the published models that a config `NAME[:SIZE]` describes; None if it names none."""
+    sizes = getattr(load_module(find_file(spec)), "VOCAB_SIZE", None)
+    return sizes.get(spec.partition(":")[2]) if isinstance(sizes, dict) else sizes
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> RunConfig:

@@ -21,6 +21,7 @@ from llmjax.errors import UserError
 from llmjax.parallel import axes, hosts, mesh as meshes
 from llmjax.run import config as run_config, state as states, workdir as workdirs
 from llmjax.run.config import RunConfig
+from llmjax.run.mesh_choice import choose_mesh
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ def load(
     store = store_folder(config, workdir)
     tokenizer = _load_tokenizer(workdir, store)
     is_mesh_overridden = any(field.startswith("mesh.") for field, _ in overrides)
-    mesh = meshes.make_mesh(config.mesh) if is_mesh_overridden else mesh_or_default(config)
+    mesh = meshes.make_mesh(choose_mesh(config, jax.devices())) if is_mesh_overridden else mesh_or_default(config)
     with axes.use_mesh(mesh, config.parallel.rules):
         yield _restore(config, workdir, step, store, tokenizer)
 
@@ -129,7 +130,7 @@ def load(
 def mesh_or_default(config: RunConfig) -> Mesh:
     """The run's own mesh where it fits these devices, else one on which all of them are fsdp shards."""
     try:
-        return meshes.make_mesh(config.mesh)
+        return meshes.make_mesh(choose_mesh(config, jax.devices()))
     except UserError:
         count = jax.device_count()
         logger.info("  the run's mesh does not fit these %d devices: using mesh.fsdp=%d", count, count)

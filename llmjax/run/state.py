@@ -72,6 +72,14 @@ def make_state_spec(model: ModelConfig, optimizer: OptimizerConfig, *, horizon: 
     )
 
 
+def state_bytes(model: ModelConfig, optimizer: OptimizerConfig) -> int:
+    """Bytes of the parameters, their gradients and the optimizer's state, over all devices. Nothing is allocated."""
+    _, shapes, names = registry.abstract(model)
+    opt_state = jax.eval_shape(make_optimizer(optimizer, horizon=1_000_000, axes=names).init, shapes)
+    num_bytes = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return 2 * num_bytes(shapes) + num_bytes(opt_state)
+
+
 def to_checkpoint(state: TrainState) -> dict:
     """The arrays that a checkpoint saves; its counters are saved as JSON."""
     return {"params": state.params, "opt_state": state.opt_state}

@@ -1,8 +1,10 @@
 """The training loop: set-up, data, model, resume, steps, finish."""
 
+import dataclasses
 import logging
 
 from etils import epath
+import jax
 
 from llmjax.checkpoint.manager import Checkpoints
 from llmjax.data.batches.pipeline import TrainData
@@ -14,6 +16,7 @@ from llmjax.metrics import MetricsLog
 from llmjax.parallel import axes, backends, compilation_cache, hosts, mesh as meshes
 from llmjax.run import config as run_config, loading, state as states, workdir as workdirs
 from llmjax.run.config import RunConfig
+from llmjax.run.mesh_choice import choose_mesh
 from llmjax.train import finish, record, resume
 from llmjax.train.context import Progress, TrainContext
 from llmjax.train.logger import MetricsLogger
@@ -30,8 +33,10 @@ SUCCESS, DIVERGED, PREEMPTED = 0, 76, 85  # exit statuses
 
 def train(config: RunConfig, workdir: epath.Path) -> int:
     """Train to train.stop_at (or train.steps), from the newest checkpoint of `workdir`. Returns the exit status."""
+    # The record of the run has the choice: a resumed run has the same mesh.
+    config = dataclasses.replace(config, mesh=choose_mesh(config, jax.devices()))
     mesh = meshes.make_mesh(config.mesh)
-    with axes.use_mesh(mesh, config.parallel.rules):
+    with axes.use_mesh(mesh, config.parallel.rules, config.parallel.gradient_dtype):
         _check_config(config, workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         with workdirs.Lock(workdir, primary=hosts.is_primary()) as lock:

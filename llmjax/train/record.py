@@ -9,6 +9,7 @@ import jax
 import llmjax
 from llmjax.models import registry
 from llmjax.parallel import hosts
+from llmjax.parallel.compiler_options import compiler_options
 from llmjax.run import config as run_config, workdir as workdirs
 from llmjax.train.context import Progress, TrainContext
 
@@ -39,6 +40,7 @@ def write_run_metadata(context: TrainContext, progress: Progress, unsharded: lis
             "mesh": dict(jax.sharding.get_mesh().shape),
             "backend": context.config.parallel.backend,
             "cpu_threads": context.config.parallel.cpu_threads,
+            "compiler_options": compiler_options(context.config.xla, jax.devices()[0].device_kind),
             "versions": {
                 "llmjax": llmjax.__version__,
                 **{name: importlib.metadata.version(name) for name in _LIBRARIES},

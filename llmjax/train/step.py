@@ -54,7 +54,8 @@ def train_step(
     padding and uneven packing never bias the mean. Where loss or gradient norm is not finite, parameters and optimizer
     state (schedule and EMA counts with it) stay as they were; only the step and `skipped` advance.
     """
-    grads, (sums, aux_loss, aux_metrics) = reduction.all_sum(_gradients(loss, state.params, batch, accumulation))
+    grads, local_sums = accumulate_gradients(loss, state.params, batch, accumulation)
+    grads, (sums, aux_loss, aux_metrics) = reduction.sum_gradients(grads), reduction.all_sum(local_sums)
     weight = jnp.maximum(sums.weight, 1.0)
     grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
     params, opt_state, info = optimizer.update(grads, state.opt_state, state.params)
@@ -83,7 +84,7 @@ def train_step(
     return new_state, metrics
 
 
-def _gradients(loss: Callable, params: Params, batch: Batch, accumulation: int):
+def accumulate_gradients(loss: Callable, params: Params, batch: Batch, accumulation: int):
     """Gradient sums and loss sums of a batch, over `accumulation` microbatches one after another."""
     gradient = jax.grad(loss, has_aux=True)
     if accumulation == 1:

@@ -111,6 +111,18 @@ CONFIGS = {
         {"parallel__backend": "pmap", "mesh__data": 4, "mesh__fsdp": 2},
         "parallel.backend='pmap' replicates the state and does not support mesh {'fsdp': 2}",
     ),
+    "experts of a dense model": (
+        {"mesh__expert": 8},
+        "mesh.expert=8: model.family='decoder' has no experts; set it to 1 and use mesh.fsdp",
+    ),
+    "rows that devices cannot share": (
+        {"mesh__sequence": 8, "data__seq_len": 72},
+        "data.seq_len=72 is not divisible by 2 x mesh.sequence = 16: set it to 64, or change the mesh",
+    ),
+    "rules without an axis of the mesh": (
+        {"mesh__sequence": 2, "parallel__rules": str((("seq", None), ("embed", "fsdp")))},
+        "mesh.sequence=2: no rule of parallel.rules uses this axis; set parallel.rules=()",
+    ),
     "optimizer": ({"optimizer__name": "adam"}, "optimizer.name='adam' (did you mean 'adamw'?)"),
     "warmup": ({"optimizer__warmup_steps": 99}, "optimizer.warmup_steps=99: must be below train.steps=2"),
     "rule for an unknown mesh axis": (

@@ -52,3 +52,9 @@ def test_error_names_sizes_that_tensor_parallelism_cannot_split():
         config.check(seq_len=64, tensor=3)
     with pytest.raises(UserError, match=r"mesh.tensor=4: must divide model.expert_mlp=6"):
         MoeConfig(num_heads=4, expert_mlp=6).check(seq_len=64, tensor=4)
+
+
+def test_the_experts_must_fit_the_mesh():
+    MoeConfig(num_experts=6).check_mesh({"expert": 3, "sequence": 2})
+    with pytest.raises(UserError, match=r"mesh.expert=4: must divide model.num_experts=6"):
+        MoeConfig(num_experts=6).check_mesh({"expert": 4})

@@ -169,3 +169,6 @@ def test_the_mesh_must_fit_the_model():
         LSTM.check(seq_len=8, tensor=5)
     with pytest.raises(UserError, match=r"mesh.tensor=8: must divide model.gate_blocks=4"):
         RGLRU.check(seq_len=8, tensor=8)
+    LSTM.check_mesh({"data": 2, "slice": 2, "tensor": 2})
+    with pytest.raises(UserError, match=r"mesh.sequence=2: model.family='recurrent' passes a state .* use mesh.fsdp"):
+        LSTM.check_mesh({"data": 4, "sequence": 2})

@@ -1,5 +1,6 @@
 """Layers against numpy, and the rules that keep them exact."""
 
+import functools
 import math
 import re
 
@@ -13,6 +14,7 @@ from llmjax.nn.linear import Linear, project
 from llmjax.nn.mlp import ACTIVATIONS
 from llmjax.nn.norm import NORMS
 from llmjax.nn.rotary import Scaling
+from llmjax.parallel import axes
 
 
 def draw(*shape, seed=0):
@@ -26,6 +28,24 @@ def test_project_has_the_gradient_of_jax(num_inputs, shape):
     score = lambda f: jax.value_and_grad(lambda x, w: jnp.sum(jnp.sin(f(x, w))), argnums=(0, 1))(x, w)
     actual, expected = score(lambda x, w: project(x, w, num_inputs)), score(plain)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, expected)
+
+
+@pytest.mark.parametrize(("dtype", "gradient_dtype"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_a_weight_has_its_gradient_in_the_chosen_type(dtype, gradient_dtype):
+    """float32 keeps the bits of a bfloat16 product that bfloat16 loses; bfloat16 rounds a float32 product once."""
+    x, w, dy = draw(40, 6).astype(dtype), draw(6, 5, seed=1), draw(40, 5, seed=2).astype(dtype)
+    exact = np.einsum("sa,sb->ab", np.asarray(x, np.float64), np.asarray(dy, np.float64))
+    # Not compiled: XLA leaves out a cast to bfloat16 and back.
+    gradient = lambda w: jax.vjp(lambda w: project(x, w), w)[1](dy)[0]
+    default = gradient(w)
+    with axes.use_mesh(jax.make_mesh((1,), ("data",)), gradient_dtype=gradient_dtype):
+        chosen = gradient(w)
+    assert default.dtype == chosen.dtype == w.dtype
+    in_float32, in_bfloat16 = (chosen, default) if gradient_dtype == "float32" else (default, chosen)
+    # Sums of 40 products in float32; 2^-9 is half a unit in the last of the 8 bits of bfloat16.
+    np.testing.assert_allclose(in_float32, exact, rtol=0, atol=1e-6 * np.abs(exact).max())
+    np.testing.assert_array_equal(in_bfloat16, in_bfloat16.astype(jnp.bfloat16).astype(jnp.float32))
+    np.testing.assert_allclose(in_bfloat16, exact, rtol=0, atol=2**-8 * np.abs(exact).max())
 
 
 def test_linear_adds_its_bias_and_starts_with_unit_variance():
@@ -79,6 +99,26 @@ def test_scaled_frequencies():
     cos, sin = rotary.angles(jnp.array([[3]]), 64, 1e4, make("yarn", attention_factor=2.0))
     np.testing.assert_allclose(cos**2 + sin**2, 4.0, rtol=1e-6)
     assert rotary.yarn_attention_factor(1.0) == 1 and rotary.yarn_attention_factor(40.0) == pytest.approx(1.3689, 1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("form", [rotary.rotate, rotary.rotate_by_matmul])
+def test_rotation_and_its_gradient_agree_with_float32(form, dtype):
+    """`rotate` is the form of this platform, `rotate_by_matmul` that of a TPU; halves of 6, which fill no lane."""
+    x, dy = (jax.random.normal(jax.random.key(i), (2, 5, 3, 12), dtype) for i in range(2))
+    cos, sin = rotary.angles(jnp.arange(10).reshape(2, 5) * 7, 12, 100.0)
+
+    def run(form, x, dy):
+        out, transpose = jax.vjp(lambda x: form(x, cos, sin), x)
+        return out, transpose(dy)[0]
+
+    expected = run(rotary.rotate_halves, x.astype(jnp.float32), dy.astype(jnp.float32))
+    for a, b in zip(jax.jit(functools.partial(run, form))(x, dy), expected, strict=True):
+        assert a.dtype == dtype
+        # Sums of two products, rounded once: half a unit in the last of 8 bits. JAX's own gradient of the matmul form
+        # adds two rounded terms.
+        tolerance = 2e-7 if dtype == "float32" else 2**-7
+        np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=0, atol=tolerance * np.abs(b).max())
 
 
 def test_rotary_depends_on_the_distance_alone():

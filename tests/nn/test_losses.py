@@ -127,6 +127,11 @@ def test_sharded_rows_have_the_loss_and_gradients_of_one_device():
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
     with axes.use_mesh(mesh):
         grads, sums = run()
+    with axes.use_mesh(mesh, gradient_dtype="bfloat16"):
+        (_, d_table, _), _ = run()
+    # Four devices' sums, rounded to 8 bits.
+    assert (d_table != grads[1]).any()
+    np.testing.assert_allclose(d_table, grads[1], rtol=0, atol=2**-7 * np.abs(grads[1]).max())
     # The same logits; float32 sums over 104 tokens in another order
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-6), sums, expected)
     # One device rounds the sum over 8 rows of a chunk to bfloat16, four devices round sums over 2 rows: 2^-8 of each.

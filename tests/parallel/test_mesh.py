@@ -1,7 +1,10 @@
 """Mesh sizes for the devices, and rules from logical axes to mesh axes."""
 
+import dataclasses
+
 import jax
 from jax.sharding import PartitionSpec as P
+import numpy as np
 import pytest
 
 from llmjax.errors import UserError
@@ -47,6 +50,51 @@ def test_spec_maps_logical_axes_to_mesh_axes():
         axes.spec(("width",), mesh=mesh)
 
 
+def test_new_axes_of_one_device_are_left_out():
+    assert make_mesh(MeshConfig(slice=1, expert=1, sequence=1)).axis_names == ("data", "fsdp", "tensor")
+    mesh = make_mesh(MeshConfig(data=1, slice=2, sequence=2, expert=2))
+    assert mesh.axis_names == ("slice", "data", "fsdp", "expert", "sequence", "tensor")
+
+
+def test_an_array_is_sharded_once_by_each_axis():
+    mesh = make_mesh(MeshConfig(data=1, expert=2, sequence=2, fsdp=2))
+    assert axes.spec(("batch", "seq", None), mesh=mesh) == P(("data", "fsdp", "expert"), "sequence", None)
+    assert axes.spec(("embed", "mlp"), mesh=mesh) == P(("fsdp", "sequence", "expert"), "tensor")
+    # Experts are sharded over "expert", so their widths are not.
+    expected = P("expert", ("fsdp", "sequence"), "tensor")
+    assert axes.spec(("experts", "embed", "mlp"), mesh=mesh) == expected
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A TPU chip of a 2 x 2 slice, as mesh_utils reads it."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    platform: str = "tpu"
+    device_kind: str = "TPU v5e"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def two_slices() -> list[Chip]:
+    return [Chip(4 * s + 2 * y + x, s, (x, y, 0)) for y in (0, 1) for s in (0, 1) for x in (0, 1)]
+
+
+def test_other_axes_stay_inside_a_slice():
+    mesh = make_mesh(MeshConfig(slice=2, data=1, fsdp=-1), two_slices())
+    assert mesh.shape["fsdp"] == 4
+    slices = np.vectorize(lambda chip: chip.slice_index)(mesh.devices.reshape(2, 4))
+    np.testing.assert_array_equal(slices, [[0] * 4, [1] * 4])
+
+
+@pytest.mark.parametrize("config", [MeshConfig(), MeshConfig(slice=4)])
+def test_the_slice_axis_must_be_the_slices(config):
+    with pytest.raises(UserError, match=r"mesh.slice=.: the devices are 2 TPU slices; set mesh.slice=2"):
+        make_mesh(config, two_slices())
+
+
 def test_other_rules_compile_another_program():
     """The rules are part of jit's cache key."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
@@ -78,6 +126,11 @@ def test_other_rules_compile_another_program():
 def test_malformed_rules_are_refused(rules, message):
     with pytest.raises(UserError, match=message):
         ParallelConfig(rules=rules)
+
+
+def test_an_unknown_gradient_type_is_refused():
+    with pytest.raises(UserError, match=r"parallel.gradient_dtype='float16': choose one of '', float32, bfloat16"):
+        ParallelConfig(gradient_dtype="float16")
 
 
 def test_a_missing_rule_keeps_its_default():

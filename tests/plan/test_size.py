@@ -60,17 +60,33 @@ def test_flops_agree_with_the_count_of_the_compiler():
     assert counted == pytest.approx(forward + hidden_half, rel=0.06)
 
 
-def test_each_remat_policy_keeps_fewer_bytes():
-    config = size.resolve(str(CONFIGS / "llama.py:tiny"), 500)
-    residuals = count.residual_bytes(config)
-    assert residuals["none"] > residuals["dots"] > residuals["full"] and residuals["attention"] > residuals["full"]
-    # full keeps each block's input; "attention" each head's output as well, which is as wide here
-    block = config.model.num_layers * config.data.seq_len * config.model.embed * 4
-    assert residuals["attention"] - residuals["full"] == block
-    # dots keeps the outputs of query, key, value, out, gate, up and down
-    heads = 2 * config.model.num_heads + 2 * config.model.kv_heads
-    widths = config.model.head_size * heads // 2 + config.model.embed + 2 * config.model.mlp_size
-    assert residuals["dots"] - residuals["full"] <= config.model.num_layers * config.data.seq_len * (widths + 512) * 4
+@pytest.mark.parametrize("attention", ["dot", "blockwise"])
+def test_each_remat_policy_keeps_what_its_name_says(attention):
+    config = size.resolve(str(CONFIGS / "llama.py:tiny"), 500, (("model.attention", attention),))
+    model, residuals = config.model, count.residual_bytes(config)
+    token = 4 * model.num_layers * config.data.seq_len  # bytes of one float32 a token in every layer
+    kept = {name: (bytes.device - residuals["full"].device) / token for name, bytes in residuals.items()}
+    heads = model.num_heads * model.head_size
+    out = heads + (model.num_heads if attention == "blockwise" else 0)  # with the logarithm of the softmax's sum
+    qkv, gate_up = heads + 2 * model.kv_heads * model.head_size, 2 * model.mlp_size
+    assert kept["attention"] == out
+    assert kept["attention_qkv"] == out + qkv
+    assert kept["attention_mlp"] == out + gate_up
+    assert kept["attention_qkv_mlp"] == out + qkv + gate_up
+    assert kept["dots"] == qkv + model.embed + gate_up  # the output of down is not needed again
+    assert kept["dots_attention"] == kept["dots"] + out
+    assert kept["none"] > kept["dots_attention"]
+    assert kept["offload_input"] == out - model.embed and residuals["offload_input"].host == token * model.embed
+    assert kept["offload"] == -model.embed and residuals["offload"].host == token * (model.embed + out + qkv)
+    assert all(residuals[name].host == 0 for name in residuals if not name.startswith("offload"))
+
+
+def test_remat_keeps_the_inner_outputs_of_every_expert_of_a_token():
+    config = size.resolve(str(CONFIGS / "mixtral.py:tiny"), 500)
+    model, residuals = config.model, count.residual_bytes(config)
+    pairs = 4 * model.num_layers * config.data.seq_len * model.experts_per_token
+    kept = {name: (bytes.device - residuals["attention"].device) / pairs for name, bytes in residuals.items()}
+    assert kept["attention_mlp"] == 2 * model.expert_size
 
 
 def test_adamw_needs_sixteen_bytes_per_parameter():

@@ -1,0 +1,98 @@
+"""`llmjax plan`: what a config's step needs, moves and takes on a machine that need not be present."""
+
+import json
+import pathlib
+import sys
+import tempfile
+
+from llmjax.cli.flags import int_range, make_parser, number, parse
+from llmjax.errors import UserError
+
+
+def plan(arguments: list[str]) -> int:
+    """Compile the step for a machine and print what it needs."""
+    parser = make_parser(
+        "plan",
+        """\
+        Compile the train step of a config for a machine, with the machine's own compiler, and print: does it fit, the
+        FLOPs it executes, the bytes it sends, the predicted time of a step, and what a run costs. Nothing is trained
+        and no TPU is needed; for TPUs, `pip install 'llmjax[plan]'`. All figures are of one device and one step.
+
+        --quick stops at the optimized program, after seconds: memory, FLOPs and bytes are those of the full depth, and
+        the time is estimated from them. The full depth lets the compiler finish, which takes minutes for a large model,
+        and adds up the cycles that it expects of each instruction.""",
+        "llmjax plan --config=llama:8B --topology=v6e:16x16 --quick --config.model.vocab_size=128256 "
+        "--tokens=15e12 --price=1.2",
+    )
+    parser.add_argument("--config", metavar="NAME[:SIZE]", required=True, help="a name of `llmjax configs`, or a file")
+    parser.add_argument(
+        "--topology",
+        required=True,
+        metavar="CHIP:AxB",
+        help="v4, v5e, v5p, v6e or tpu7x with the shape of a slice, such as v6e:16x16 or v5p:4x4x4; cpu or "
+        "cpu:DEVICES; gpu (those of this machine)",
+    )
+    parser.add_argument("--slices", type=int_range(1), default=1, help="TPU slices of that shape (default 1)")
+    parser.add_argument("--quick", action="store_true", help="stop at the optimized program")
+    parser.add_argument("--tokens", type=number, help="tokens of a run, such as 15e12: time, chip-hours, energy, CO2")
+    parser.add_argument("--price", type=number, help="of a chip and hour, in any currency; needs --tokens")
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="try mesh shapes, remat policies and microbatches; print the best of time against memory as overrides",
+    )
+    parser.add_argument(
+        "--search_minutes", type=number, default=10, help="start no further layout after these (default 10)"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object on the last line of the standard output")
+    parser.add_argument("--dump", metavar="DIR", help="keep the program: optimized.txt, in full depth scheduled.txt")
+    flags, overrides = parse(parser, arguments)
+    _check(flags)
+    from llmjax.plan import describe, plan as plans, search, topology as topologies
+    from llmjax.run import config as run_config
+
+    topology = topologies.parse(flags.topology, flags.slices)
+    config = run_config.resolve(flags.config, overrides)
+    plans.check_vocabulary(config, flags.config)
+    topologies.check_installed(topology)
+    if flags.slices > 1 and config.mesh.slice == 1:
+        config = search.apply(config, (("mesh.slice", flags.slices),))
+    lines: list[str] = []
+    if flags.search:
+        candidates = search.search(config, topology, quick=flags.quick, seconds=60 * flags.search_minutes)
+        result, lines = candidates[0].plan, [*search.describe(candidates, flags.config), ""]
+    else:
+        with tempfile.TemporaryDirectory(prefix="llmjax-plan-") as folder:
+            result = plans.make_plan(config, topology, pathlib.Path(folder), quick=flags.quick)
+    if flags.dump:
+        _dump(pathlib.Path(flags.dump).expanduser(), result.program)
+    lines += describe.describe(result, flags.config)
+    output = result.to_json()
+    if flags.search:
+        output["overrides"] = dict(candidates[0].overrides)
+    if flags.tokens:
+        cost = describe.cost_of_run(result, flags.tokens, flags.price)
+        lines += describe.describe_run(result, flags.tokens, cost)
+        output["run"] = None if cost is None else cost.to_json()
+    print("\n".join(lines), file=sys.stderr if flags.json else sys.stdout, flush=True)
+    if flags.json:
+        print(json.dumps(output))
+    return 0
+
+
+def _check(flags) -> None:
+    if flags.price is not None and flags.tokens is None:
+        raise UserError(f"--price={flags.price:g}: give --tokens as well, whose cost it sets")
+    for name in ("tokens", "price", "search_minutes"):
+        value = getattr(flags, name)
+        if value is not None and value <= 0:
+            raise UserError(f"--{name}={value:g}: must be above 0")
+    if flags.dump and pathlib.Path(flags.dump).expanduser().is_file():
+        raise UserError(f"--dump={flags.dump}: this is a file; give a folder")
+
+
+def _dump(folder: pathlib.Path, program) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("optimized", "scheduled"):
+        if text := getattr(program, name):
+            (folder / f"{name}.txt").write_text(text)

@@ -1,0 +1,133 @@
+"""The plan of a step: a config compiled for a machine, what it needs and moves, and how long it should take."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from llmjax.errors import UserError
+from llmjax.plan import compile_ahead, costs as program_costs, count, predict
+from llmjax.plan.compile_ahead import Program
+from llmjax.plan.costs import Costs
+from llmjax.plan.hlo import Module
+from llmjax.plan.predict import StepTime
+from llmjax.plan.topology import Topology
+from llmjax.run import config as run_config
+from llmjax.run.config import RunConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A step compiled for a machine. Figures are those of one JAX device and one optimizer step.
+
+    step_tokens   tokens of a step, on all devices
+    model_flops   causal attention counted by half, no recomputation
+    time          None where the cost model does not know the hardware, or the step does not fit
+    quick         the depth: stopped at the optimized program
+    """
+
+    config: RunConfig
+    topology: Topology
+    program: Program
+    costs: Costs
+    step_tokens: int
+    model_flops: float
+    time: StepTime | None
+    quick: bool
+
+    @property
+    def devices(self) -> int:
+        """JAX devices of the mesh."""
+        return len(self.program.slice_of)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the memory suffices; None where it is not known how much there is."""
+        chip = self.topology.chip
+        if chip is None:
+            return None
+        return not self.program.out_of_memory and self.program.memory.total <= chip.hbm
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Predicted seconds of a step."""
+        return None if self.time is None else self.time.total
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs over the peak of the step's seconds."""
+        if self.time is None or self.topology.chip is None:
+            return None
+        return self.model_flops / (self.topology.chip.peak * self.time.total)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `llmjax plan --json` prints."""
+        costs, memory = self.costs, self.program.memory
+        return {
+            "fits": self.fits,
+            "hbm_bytes": memory.total,
+            "model_flops": self.model_flops,
+            "executed_flops": costs.executed_flops,
+            "attention_calls": round(costs.attention_calls),
+            "ici_bytes": costs.ici_bytes,
+            "dcn_bytes": costs.dcn_bytes,
+            "host_bytes": costs.host_bytes,
+            "step_seconds": self.step_seconds,
+            "mfu": self.mfu,
+            "hbm_limit": None if self.topology.chip is None else self.topology.chip.hbm,
+            "argument_bytes": memory.arguments,
+            "temporary_bytes": memory.temporaries,
+            "devices": self.devices,
+            "mesh": self.program.mesh,
+            "step_tokens": self.step_tokens,
+            "parameters": self.program.parameters,
+            "kernels": {name: round(calls) for name, calls in costs.kernels.items()},
+            "collectives": {name: dataclasses.asdict(total) for name, total in costs.collectives.items()},
+            "seconds": None if self.time is None else dataclasses.asdict(self.time),
+            "quick": self.quick,
+            "notes": costs.notes,
+        }
+
+
+def check_vocabulary(config: RunConfig, spec: str) -> None:
+    """Raise UserError for a config without model.vocab_size, which a tokenizer would give: there is none here."""
+    if config.model.vocab_size:
+        return
+    published = run_config.published_vocab_size(spec)
+    if published is not None:
+        hint = f"the published models of this family have {published}"
+    else:
+        published = config.data.tokenizer.vocab_size
+        hint = f"the tokenizer that this config trains has {published}"
+    raise UserError(
+        f"model.vocab_size=0: it would come from the tokenizer, and a plan has none; {hint}: "
+        f"set --config.model.vocab_size={published}"
+    )
+
+
+def make_plan(config: RunConfig, topology: Topology, folder: pathlib.Path, *, quick: bool) -> Plan:
+    """Compile the config's step for a machine and read the program. `folder` is empty and gets the compiler's files.
+
+    Raises UserError where the config does not suit the machine. A step that does not fit its memory is a result.
+    """
+    program = compile_ahead.compile_ahead(config, topology, folder, quick=quick)
+    module = Module(program.optimized)
+    costs = program_costs.count(module, program.slice_of)
+    target_len = count.target_len(config)
+    step_tokens = config.train.global_batch * target_len
+    plan = Plan(
+        config=config,
+        topology=topology,
+        program=program,
+        costs=costs,
+        step_tokens=step_tokens,
+        model_flops=run_config.flops_per_token(config, target_len) * step_tokens / len(program.slice_of),
+        time=None,
+        quick=quick,
+    )
+    chip = topology.chip
+    if chip is None or chip.matmul_share is None or not plan.fits:
+        return plan
+    if quick:
+        return dataclasses.replace(plan, time=predict.estimate(costs, chip))
+    time = predict.read_schedule(Module(program.scheduled), costs, program.slice_of, chip)
+    return dataclasses.replace(plan, time=time)

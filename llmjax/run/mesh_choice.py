@@ -1,0 +1,68 @@
+"""Choose mesh.fsdp = 0: by the size of the training state and the memory of a device."""
+
+from collections.abc import Sequence
+import dataclasses
+import logging
+
+import jax
+
+from llmjax.parallel.mesh import MeshConfig
+from llmjax.run import state as states
+from llmjax.run.config import RunConfig
+
+logger = logging.getLogger(__name__)
+
+# Memory of one JAX device in GiB by kind. It does not depend on what other programs use, so every start chooses alike.
+_MEMORY = {
+    "TPU v4": 32,
+    "TPU v5 lite": 16,
+    "TPU v5e": 16,
+    "TPU v5": 95,
+    "TPU v5p": 95,
+    "TPU v6 lite": 32,
+    "TPU v6e": 32,
+    "TPU7x": 96,
+}
+_UNKNOWN_MEMORY = 16  # GiB, of a device that reports none, as CPUs
+_STATE_SHARE = 1 / 3  # of a device's memory; activations, logits and temporaries of the compiler need the rest
+_UNKNOWN_VOCAB = 1 << 17  # the largest common size: the state is rather overestimated
+
+
+def choose_mesh(config: RunConfig, devices: Sequence[jax.Device]) -> MeshConfig:
+    """The config's mesh, with `fsdp` chosen where it is 0; logs the choice and its reason.
+
+    fsdp becomes 1, so that every device holds the whole state, where a third of a device's memory holds it: matmuls
+    stay whole, and only gradients are sent. Otherwise, and where `data` is not -1, fsdp becomes -1, all remaining
+    devices. The choice depends on the config and the kind of the devices, not on their number.
+    """
+    mesh = config.mesh
+    if mesh.fsdp != 0:
+        return mesh
+    if mesh.data != -1:
+        logger.info("mesh.fsdp=0: all devices that mesh.data=%d leaves (mesh.fsdp=-1)", mesh.data)
+        return dataclasses.replace(mesh, fsdp=-1)
+    if config.parallel.backend == "pmap":
+        logger.info("mesh.fsdp=0: parallel.backend='pmap' replicates the state (mesh.fsdp=1)")
+        return dataclasses.replace(mesh, fsdp=1)
+    vocab = config.model.vocab_size or config.data.tokenizer.vocab_size or _UNKNOWN_VOCAB
+    model = dataclasses.replace(config.model, vocab_size=vocab)
+    size = states.state_bytes(model, config.optimizer) / (mesh.expert * mesh.sequence * mesh.tensor) / 2**30
+    kind, memory = devices[0].device_kind, _memory(devices[0])
+    fits = size <= _STATE_SHARE * memory
+    logger.info(
+        "mesh.fsdp=0: the training state of %.2f GiB %s a third of %s's %.0f GiB: %s",
+        size,
+        "fits in" if fits else "is larger than",
+        kind,
+        memory,
+        "every device holds it (mesh.fsdp=1)" if fits else "sharded over all devices (mesh.data=1, mesh.fsdp=-1)",
+    )
+    return dataclasses.replace(mesh, fsdp=1) if fits else dataclasses.replace(mesh, data=1, fsdp=-1)
+
+
+def _memory(device: jax.Device) -> float:
+    """Memory of a device in GiB."""
+    if device.device_kind in _MEMORY:
+        return _MEMORY[device.device_kind]
+    reported = (device.memory_stats() or {}).get("bytes_limit")
+    return reported / 2**30 if reported else _UNKNOWN_MEMORY

@@ -1,0 +1,46 @@
+"""`llmjax plan` from the command line."""
+
+import json
+
+import pytest
+
+from llmjax.cli import main
+from llmjax.errors import UserError
+
+CPU = ["plan", "--config=t5:tiny", "--topology=cpu:2", "--quick"]
+SMALL = [f"--config.{field}" for field in ("model.vocab_size=512", "model.num_layers=1", "data.seq_len=64")]
+
+
+def test_json_is_the_last_line_and_the_program_is_kept(capsys, tmp_path):
+    assert main.run([*CPU, *SMALL, "--json", f"--dump={tmp_path / 'kept'}", "--tokens=1e9", "--price=2"]) == 0
+    printed = capsys.readouterr()
+    output = json.loads(printed.out)
+    expected = (
+        "fits hbm_bytes model_flops executed_flops attention_calls ici_bytes dcn_bytes host_bytes step_seconds mfu"
+    )
+    assert set(expected.split()) <= set(output)
+    assert output["executed_flops"] > 0 and output["ici_bytes"] > 0 and output["devices"] == 2
+    assert output["fits"] is None and output["step_seconds"] is None  # no cost model of a CPU, and it says so
+    assert "unknown" in printed.err
+    assert (tmp_path / "kept" / "optimized.txt").read_text().startswith("HloModule jit_train_step")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topology=v6x:4x4"], "did you mean 'v6e'"),
+        (["--topology=cpu:2", "--slices=2"], "cpu has no slices"),
+        (["--topology=cpu", "--price=2"], "--price=2: give --tokens"),
+        (["--topology=cpu", "--tokens=0"], "--tokens=0: must be above 0"),
+        (["--topology=cpu"], "model.vocab_size=0: .* 128256: set --config.model.vocab_size=128256"),
+        (["--topology=cpu", "--config.xla.flags=(1,)"], "xla.flags: 1 is not a pair"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_compiled(arguments, message):
+    with pytest.raises(UserError, match=message):
+        main.run(["plan", "--config=llama:8B", *arguments])
+
+
+def test_a_mesh_that_does_not_fill_the_machine_is_refused():
+    with pytest.raises(UserError, match="needs 3 devices, but there are 2"):
+        main.run([*CPU, *SMALL, "--config.mesh.fsdp=3"])
