@@ -1,6 +1,7 @@
 """Self-attention inside segments, and the reference form of attention."""
 
 from collections.abc import Callable, Sequence
+import functools
 from typing import Any
 
 from flax import nnx
