@@ -58,8 +58,10 @@ def plan(arguments: list[str]) -> int:
     if flags.slices > 1 and config.mesh.slice == 1:
         config = search.apply(config, (("mesh.slice", flags.slices),))
     lines: list[str] = []
+    overrides_of_best = None
     if flags.search:
         candidates = search.search(config, topology, quick=flags.quick, seconds=60 * flags.search_minutes)
+        overrides_of_best = dict(candidates[0].overrides)
         result, lines = candidates[0].plan, [*search.describe(candidates, flags.config), ""]
     else:
         with tempfile.TemporaryDirectory(prefix="llmjax-plan-") as folder:
@@ -68,8 +70,8 @@ def plan(arguments: list[str]) -> int:
         _dump(pathlib.Path(flags.dump).expanduser(), result.program)
     lines += describe.describe(result, flags.config)
     output = result.to_json()
-    if flags.search:
-        output["overrides"] = dict(candidates[0].overrides)
+    if overrides_of_best is not None:
+        output["overrides"] = overrides_of_best
     if flags.tokens:
         cost = describe.cost_of_run(result, flags.tokens, flags.price)
         lines += describe.describe_run(result, flags.tokens, cost)

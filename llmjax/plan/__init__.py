@@ -1,1 +1,1 @@
-"""Model sizes for a compute budget, and the cost of a model."""
+"""Model sizes for a compute budget, the cost of a model, and steps compiled ahead of time for a machine."""

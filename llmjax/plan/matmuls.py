@@ -139,18 +139,21 @@ def attention_work(module: Module, instruction: Instruction) -> KernelWork | Non
     """The work of one execution of an attention kernel; None if nothing in the text tells.
 
     The blocks of splash attention come from the mask that is one of its operands, [heads or 1, query blocks, key
-    blocks] with 0 for a block that is skipped. Of other kernels their estimate (`pl.CostEstimate`) is read.
+    blocks] with 0 for a block that is skipped; without a mask it executes all. Of other kernels their estimate
+    (`pl.CostEstimate`) is read.
     """
     floats = [a for a in module.operand_arrays(instruction) if a.dtype in ("bf16", "f16", "f32") and len(a.dims) >= 3]
-    mask = _block_mask(module, instruction)
-    if mask is None or len(floats) < 3:
+    if "splash" not in kernel_name(instruction) or len(floats) < 3:
         estimate = instruction.attribute(r'"flops":"?(\d+)')
         return KernelWork(float(estimate)) if estimate and int(estimate) else None
     q, k, v = floats[:3]
     name, blocks = kernel_name(instruction), _block_sizes(instruction)
     suffix = "_dkv" if "dkv" in name else "_dq" if "dq" in name else ""
-    block_q = blocks.get(f"block_q{suffix}") or -(-q.dims[-2] // mask.shape[1])
-    block_kv = blocks.get(f"block_kv{suffix}") or -(-k.dims[-2] // mask.shape[2])
+    block_q = blocks.get(f"block_q{suffix}") or q.dims[-2]
+    block_kv = blocks.get(f"block_kv{suffix}") or k.dims[-2]
+    mask = _block_mask(module, instruction)
+    if mask is None:
+        mask = np.ones((1, -(-q.dims[-2] // block_q), -(-k.dims[-2] // block_kv)))
     repeats = math.prod(q.dims[:-2]) / mask.shape[0]
     elements = float(np.count_nonzero(mask)) * block_q * block_kv * repeats
     # Two products forward: scores and values. Backward: scores, the gradients of weights, v and k, and that of q.

@@ -1,6 +1,6 @@
 """Search for the fastest layout of a config on a machine: mesh shape, remat policy, microbatches."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 import concurrent.futures
 import dataclasses
 import logging
@@ -19,7 +19,7 @@ from llmjax.run.config import RunConfig
 
 logger = logging.getLogger(__name__)
 
-_STATE_SHARE = 0.7  # of a device's memory, at most, for parameters and optimizer; the rest is for activations
+_STATE_SHARE = 0.9  # of a device's memory, at most, for parameters, gradients and optimizer
 _MESHES, _FULL = 2, 3  # meshes whose policies are searched; candidates that the full depth compiles
 _BATCH_AXES = ("slice", "data", "fsdp", "expert")  # mesh axes that split the batch
 
@@ -44,8 +44,10 @@ class Candidate:
         return self.seconds, self.plan.program.memory.total
 
     def as_flags(self) -> str:
-        """The overrides as flags of any command."""
-        return " ".join(f"--config.{field}={value}" for field, value in self.overrides)
+        """The overrides as flags of any command; axes of one device only where the family's configs may set them."""
+        optional = ("mesh.slice", "mesh.expert", "train.accumulation")
+        shown = [(field, value) for field, value in self.overrides if value != 1 or field not in optional]
+        return " ".join(f"--config.{field}={value}" for field, value in shown)
 
 
 def search(config: RunConfig, topology: Topology, *, quick: bool, seconds: float) -> list[Candidate]:
@@ -58,15 +60,18 @@ def search(config: RunConfig, topology: Topology, *, quick: bool, seconds: float
         raise UserError(f"--search: there is no cost model of {topology.name}; choose v5e, v5p or v6e")
     deadline = time.monotonic() + seconds
     shapes = [(*mesh, ("train.accumulation", 1)) for mesh in meshes(config, topology)]
-    tried = _try_all(config, topology, shapes, deadline)
+    tried = _try_all(config, topology, [[shape] for shape in shapes], deadline)
     best = sorted(tried.values(), key=lambda candidate: candidate.rank)[:_MESHES]
-    rest = [
-        (*_only(candidate.overrides, "mesh."), ("train.accumulation", accumulation), ("model.remat", policy))
+    # A policy that does not fit is tried with more microbatches; one that fits only gets slower by them.
+    series = [
+        [
+            (*_only(candidate.overrides, "mesh."), ("train.accumulation", accumulation), ("model.remat", policy))
+            for accumulation in _accumulations(config, candidate.plan)
+        ]
         for candidate in best
         for policy in REMAT
-        for accumulation in _accumulations(config, candidate.plan)
     ]
-    tried |= _try_all(config, topology, [overrides for overrides in rest if overrides not in tried], deadline)
+    tried |= _try_all(config, topology, series, deadline)
     if not tried:
         raise UserError("--search: no layout could be compiled; run without --search to see why")
     ranked = sorted(tried.values(), key=lambda candidate: candidate.rank)
@@ -94,8 +99,8 @@ def meshes(config: RunConfig, topology: Topology) -> Iterator[Overrides]:
                     break
                 if config.train.global_batch % (data * fsdp * expert * topology.slices) == 0:
                     yield _mesh(slice=topology.slices, data=data, fsdp=fsdp, expert=expert, tensor=tensor)
-                # Between sharding over all devices and none, every fourth step is enough to see the trend.
-                fsdp = fsdp // 4 if fsdp >= 4 else 0
+                # Between sharding over all devices and over none, every fourth power is enough to see the trend.
+                fsdp = fsdp // 4 or (1 if fsdp > 1 else 0)
 
 
 def _mesh(**sizes: int) -> Overrides:
@@ -116,19 +121,24 @@ def _only(overrides: Overrides, prefix: str) -> Overrides:
 
 
 def _try_all(
-    config: RunConfig, topology: Topology, layouts: Iterable[Overrides], deadline: float
+    config: RunConfig, topology: Topology, series: list[list[Overrides]], deadline: float
 ) -> dict[Overrides, Candidate]:
-    """Compile layouts in the quick depth, a few at a time, until the deadline."""
+    """Compile the layouts of each series in the quick depth until one of them fits, some series at a time."""
 
-    def attempt(overrides: Overrides) -> Candidate | None:
-        return None if time.monotonic() > deadline else _try(config, topology, overrides, quick=True)
+    def attempt(layouts: list[Overrides]) -> list[Candidate]:
+        tried: list[Candidate] = []
+        for overrides in layouts:
+            if time.monotonic() > deadline or any(candidate.plan.fits for candidate in tried):
+                break
+            if candidate := _try(config, topology, overrides, quick=True):
+                tried.append(candidate)
+        return tried
 
-    layouts = list(dict.fromkeys(layouts))
     with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
-        results = list(pool.map(attempt, layouts))
+        results = list(pool.map(attempt, series))
     if time.monotonic() > deadline:
-        logger.info("the time of the search is over: %d of %d layouts tried", sum(map(bool, results)), len(layouts))
-    return {candidate.overrides: candidate for candidate in results if candidate}
+        logger.info("the time of the search is over: %d of %d layouts begun", sum(map(bool, results)), len(series))
+    return {candidate.overrides: candidate for tried in results for candidate in tried}
 
 
 def _try(config: RunConfig, topology: Topology, overrides: Overrides, *, quick: bool) -> Candidate | None:

@@ -177,7 +177,10 @@ def devices(topology: Topology) -> list[Any]:
     if topology.platform != "tpu":
         import jax
 
-        return jax.devices(topology.platform)
+        try:
+            return jax.devices(topology.platform)
+        except RuntimeError:
+            raise UserError(f"--topology={topology.name}: JAX finds no {topology.platform} on this machine") from None
     from jax.experimental import topologies
 
     assert topology.chip is not None

@@ -89,7 +89,9 @@ def _can_keep_optimizer_state(config: RunConfig, meta: dict[str, Any], spec: Sta
     old = _saved_config(meta)
     optimizer = make_optimizer(old.optimizer, horizon=old.train.steps, axes=spec.axes)
     shapes = jax.eval_shape(optimizer.init, spec.shapes.params)
-    same_leaves = jax.tree.structure(shapes) == jax.tree.structure(spec.shapes.opt_state)
+    leaves = lambda tree: [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]
+    new = spec.shapes.opt_state
+    same_leaves = jax.tree.structure(shapes) == jax.tree.structure(new) and leaves(shapes) == leaves(new)
     return old.optimizer.name == config.optimizer.name and same_leaves
 
 

@@ -38,7 +38,7 @@ def test_every_command_line_parses(arguments, monkeypatch):
         assert binding.bind_overridden(Curation, tree, overrides, inputs="curate.inputs").curate.inputs
         return
     resolved = run_config.resolve(getattr(options, "config", None) or "configs/quickstart.py", overrides)
-    assert arguments[0] == "size" or all(source.path for source in resolved.data.sources.values())
+    assert arguments[0] in ("size", "plan") or all(source.path for source in resolved.data.sources.values())
 
 
 def test_every_documented_section_exists(capsys):

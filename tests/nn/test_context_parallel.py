@@ -18,7 +18,8 @@ SEQ, HEADS, WIDTH = 64, 4, 8
 
 
 def attend(kernel: str, q, k, v, segments, positions):
-    return KERNELS[kernel].make_mask(segments, positions, causal=True).attend(q, k, v)
+    mask = KERNELS[kernel].make_mask(segments, positions, causal=True)
+    return mask.attend(q, k, v)
 
 
 def inputs() -> tuple:

@@ -1,0 +1,192 @@
+"""The predicted step of our configs on TPU slices, beside MaxText's on the same compiler and the physical limit.
+
+    python tools/bench_tpu_plan.py                   every case to the end: minutes each
+    python tools/bench_tpu_plan.py --quick           stop at the optimized programs: seconds each
+    python tools/bench_tpu_plan.py --only=e
+    python tools/bench_tpu_plan.py --only=a --chips=16,64,256,1024 --quick     how case a grows
+
+No TPU is needed (extra `plan`). Rows are packed and carry segment ids. MaxText's figures are those of commit e591f30,
+compiled with libtpu 0.0.52 and priced by the same model (docs/plan.md): with another version they do not compare, and
+the tool says so. The limit is the model's FLOPs at the chip's peak, or the wire bytes of FSDP at the full link rate.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import pathlib
+import resource
+import sys
+import tempfile
+
+from llmjax.plan import plan as plans, predict, topology as topologies
+from llmjax.plan.plan import Plan
+from llmjax.run import config as run_config
+
+PEER_COMPILER = "libtpu 0.0.52"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One case of the table: our config with `rows` per device, MaxText's step and memory, the limit, our target.
+
+    seconds of a step, GiB of a device
+    """
+
+    key: str
+    config: str
+    topology: str
+    rows: int
+    peer_seconds: float
+    peer_gib: float
+    limit: float
+    target: float
+    overrides: tuple[tuple[str, str], ...] = ()
+    slices: int = 1
+    note: str = ""
+
+
+CASES = (
+    Case(
+        key="a",
+        config="llama:8B",
+        topology="v6e:16x16",
+        rows=4,
+        peer_seconds=4.56,
+        peer_gib=27.7,
+        limit=1.84,
+        target=3.87,
+        overrides=(("model.remat", "attention"),),
+        note="MaxText keeps 28 GiB more on the host",
+    ),
+    Case(
+        key="b",
+        config="llama:8B",
+        topology="v5p:4x4x4",
+        rows=2,
+        peer_seconds=2.40,
+        peer_gib=57.5,
+        limit=1.84,
+        target=2.16,
+        overrides=(("model.remat", "dots_attention"),),
+    ),
+    Case(
+        key="c",
+        config="llama:70B",
+        topology="v6e:16x16",
+        rows=2,
+        peer_seconds=18.3,
+        peer_gib=20.0,
+        limit=8.02,
+        target=15.6,
+        overrides=(("model.remat", "offload_input"), ("mesh.tensor", "1"), ("mesh.fsdp", "-1")),
+        note="MaxText extrapolated, 20 GiB more on the host",
+    ),
+    Case(
+        key="d",
+        config="mixtral:8x7B",
+        topology="v5p:4x4x8",
+        rows=12,
+        peer_seconds=16.95,
+        peer_gib=51.3,
+        limit=8.54,
+        target=16.4,
+        overrides=(("model.remat", "attention"), ("data.seq_len", "4096"), ("model.param_dtype", "bfloat16")),
+        note="grouped matmuls at a constant 73% of the peak in both columns",
+    ),
+    Case(
+        key="e",
+        config="gpt2:124M",
+        topology="v5e:2x4",
+        rows=32,
+        peer_seconds=0.63,
+        peer_gib=14.5,
+        limit=0.133,
+        target=0.28,
+        overrides=(("mesh.data", "-1"), ("mesh.fsdp", "1")),
+    ),
+    Case(
+        key="f",
+        config="llama:8B",
+        topology="v6e:16x16",
+        slices=2,
+        rows=4,
+        peer_seconds=4.77,
+        peer_gib=23.0,
+        limit=1.84,
+        target=4.0,
+        overrides=(("model.remat", "attention"), ("mesh.slice", "2")),
+    ),
+)
+HEADER = (
+    "| case | GiB | executed / model | matmul + other + attention + grouped s | ICI GB | exposed s | step s | MFU | "
+    "MaxText s, GiB | limit s | target s | / MaxText | compile s |"
+)
+
+
+def make_plan(case: Case, *, quick: bool) -> Plan:
+    """Compile a case. Vocabularies are those of the published models."""
+    topology = topologies.parse(case.topology, case.slices)
+    vocab_size = run_config.published_vocab_size(case.config)
+    rows = case.rows * topology.num_chips
+    given = (("model.vocab_size", str(vocab_size)), ("train.global_batch", str(rows)), *case.overrides)
+    config = run_config.resolve(case.config, given)
+    with tempfile.TemporaryDirectory(prefix="llmjax-bench-") as folder:
+        return plans.make_plan(config, topology, pathlib.Path(folder), quick=quick)
+
+
+def to_row(case: Case, plan: Plan) -> str:
+    """A row of the table."""
+    gib, ratio = plan.program.memory.total / 2**30, plan.costs.executed_flops / plan.model_flops
+    fixed = f"{case.peer_seconds}, {case.peer_gib} | {case.limit} | {case.target}"
+    name = f"{case.key} {case.config} {case.slices if case.slices > 1 else ''}{case.topology}"
+    if plan.time is None:
+        return f"| {name} | {gib:.1f}: does not fit | {ratio:.2f} | | | | | | {fixed} | | {plan.program.seconds:.0f} |"
+    time = plan.time
+    parts = f"{time.matmul:.2f} + {time.elementwise:.2f} + {time.attention:.2f} + {time.grouped:.2f}"
+    return (
+        f"| {name} | {gib:.1f} | {ratio:.2f} | {parts} | {plan.costs.ici_bytes / 1e9:.1f} | {time.exposed:.2f} | "
+        f"{time.total:.3g} | {plan.mfu:.1%} | {fixed} | {time.total / case.peer_seconds:.2f} | "
+        f"{plan.program.seconds:.0f} |"
+    )
+
+
+def grow(case: Case, chips: list[int], *, quick: bool) -> None:
+    """The same case on other numbers of chips; above 256, several slices of 256."""
+    print("| chips | GiB | step s | compile s | peak memory of the compiler GiB |\n| --- | --- | --- | --- | --- |")
+    for count in chips:
+        slices, side = max(1, count // 256), round(min(count, 256) ** 0.5)
+        shape = f"{case.topology.partition(':')[0]}:{side}x{side}"
+        overrides = (*case.overrides, ("mesh.slice", str(slices)))
+        plan = make_plan(dataclasses.replace(case, topology=shape, slices=slices, overrides=overrides), quick=quick)
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+        step = f"{plan.time.total:.3g}" if plan.time else "does not fit"
+        gib = plan.program.memory.total / 2**30
+        print(f"| {count:,} | {gib:.1f} | {step} | {plan.program.seconds:.0f} | {peak:.1f} |", flush=True)
+
+
+def main() -> int:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="stop at the optimized programs")
+    parser.add_argument("--only", default="", help="letters of the cases, such as abe")
+    parser.add_argument("--chips", default="", help="with one case: its growth over these numbers of chips")
+    flags = parser.parse_args()
+    compiler = topologies.compiler_version(topologies.parse("v5e:2x4"))
+    depth = "quick depth" if flags.quick else "full depth"
+    print(f"{compiler}, {depth}, {datetime.date.today():%d %B %Y}\n")
+    if compiler != PEER_COMPILER:
+        print(f"MaxText's figures are of {PEER_COMPILER}: they do not compare with this compiler\n", file=sys.stderr)
+    cases = [case for case in CASES if not flags.only or case.key in flags.only]
+    if flags.chips:
+        grow(cases[0], [int(number) for number in flags.chips.split(",")], quick=flags.quick)
+        return 0
+    print(HEADER + "\n" + "| --- " * HEADER.count(" | ") + "| --- |", flush=True)
+    for case in cases:
+        print(to_row(case, make_plan(case, quick=flags.quick)), flush=True)
+    print("\n" + "\n".join(f"{case.key}: {case.note}." for case in cases if case.note))
+    print(f"Error: {predict.QUICK_ERROR + '; ' if flags.quick else ''}{predict.FULL_ERROR}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
