@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmjax.nn.attention import KERNELS
+from llmjax.nn.kernels import KERNELS
 
 
 def main() -> None:
@@ -53,11 +53,11 @@ def measure(seq: int, document: int, options: argparse.Namespace) -> tuple[dict[
     runs: dict[str, Callable[[], None]] = {}
     memory = {}
     for name, kernel in KERNELS.items():
-        if name == "dot" and seq > options.dot_limit:
+        if "cpu" not in kernel.platforms or (name == "dot" and seq > options.dot_limit):
             continue
 
         def total(q, k, v, segments, positions, kernel=kernel):
-            return jnp.sum(kernel.attention_fn(q, k, v, kernel.make_mask(segments, positions, causal=True)))
+            return jnp.sum(kernel.make_mask(segments, positions, causal=True).attend(q, k, v))
 
         inputs = (*map(jnp.asarray, arrays), segments, positions)
         compiled = jax.jit(jax.grad(total, (0, 1, 2))).lower(*inputs).compile()

@@ -77,12 +77,15 @@ def batch(config, step: int, rows: int = 8, seq: int = 64) -> Batch:
 class Run:
     """A model that is trained a few steps on one device."""
 
-    def __init__(self, config, learning_rate: float, steps: int, optimizer: str = "adamw", schedule: str = "constant"):
+    def __init__(
+        self, config, learning_rate: float, steps: int, optimizer: str = "adamw", *, seed: int = 0, **settings
+    ):
         mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3)
-        settings = OptimizerConfig(name=optimizer, learning_rate=learning_rate, schedule=schedule, warmup_steps=0)
+        settings = {"schedule": "constant", "warmup_steps": 0, **settings}
+        optimizer_config = OptimizerConfig(name=optimizer, learning_rate=learning_rate, **settings)
         with axes.use_mesh(mesh):
-            spec = states.make_state_spec(config, settings, horizon=steps)
-            self.state = states.init_state(spec, config, seed=0)
+            spec = states.make_state_spec(config, optimizer_config, horizon=steps)
+            self.state = states.init_state(spec, config, seed)
         loss = make_loss(spec.graph, seed=0, chunk=64, z_loss=0.0)
         self.config = config
         self.step = jax.jit(functools.partial(train_step, loss=loss, optimizer=spec.optimizer))

@@ -5,9 +5,11 @@ import dataclasses
 from typing import ClassVar
 
 from llmjax.errors import UserError, suggest
-from llmjax.nn.attention import KERNELS
+from llmjax.nn.kernels import KERNELS, Choice, resolve_attention
 from llmjax.nn.mlp import ACTIVATIONS
+from llmjax.nn.splash import LANES
 from llmjax.nn.stack import REMAT
+from llmjax.parallel import axes
 
 MAX_LAYERS = 1 << 12  # far above every published model
 PARAMETRIZATIONS = ("standard", "mup")
@@ -126,6 +128,10 @@ class BaseModelConfig:
         """
         return self.embed / self.base_embed if self.parametrization == "mup" else 1.0
 
+    def choose_attention(self, seq_len: int, *, has_prefix: bool = False) -> Choice | None:
+        """The attention kernel for rows of `seq_len` tokens on this platform; None: the family has no attention."""
+        return None
+
     def mup_score_scale(self, standard: float, head_dim: int) -> float:
         """Scale of the attention scores, given the `standard` one: muP's equals it at a head_dim of 64."""
         return standard if self.parametrization != "mup" else standard * (_MUP_HEAD_DIM / head_dim) ** 0.5
@@ -160,23 +166,33 @@ class TransformerConfig(BaseModelConfig):
     mlp             width of the feed-forward layer; 0: 4 embed, or if gated 8/3 embed rounded up to a multiple of 128
     activation      of the feed-forward layer: silu, gelu (by erf), gelu_tanh, relu, relu2 (relu squared)
     gated           feed-forward layer: True: two matrices in, one out; False: one in, one out
-    attention       kernel: dot (all scores at once, for short rows) or blockwise (memory linear in the length of a row,
-                    and faster for long ones); their results are equal but for rounding
+    attention       kernel: dot (all scores at once, for short rows), blockwise (memory linear in the length of a row,
+                    and faster for long ones), splash (TPU), cudnn (GPU), or auto, which chooses by platform, length and
+                    what the model needs; their results are equal but for rounding
+    attention_block queries and keys that splash and blockwise compute at a time, a multiple of 128; 0: the kernel's
+                    default
     """
 
     choices: ClassVar = {
         **BaseModelConfig.choices,
         "activation": tuple(ACTIVATIONS),
-        "attention": tuple(KERNELS),
+        "attention": ("auto", *KERNELS),
     }
-    minimums: ClassVar = {**BaseModelConfig.minimums, "num_heads": 1, "head_dim": 0, "mlp": 0}
+    minimums: ClassVar = {
+        **BaseModelConfig.minimums,
+        "num_heads": 1,
+        "head_dim": 0,
+        "mlp": 0,
+        "attention_block": 0,
+    }
 
     num_heads: int = 4
     head_dim: int = 0
     mlp: int = 0
     activation: str = "silu"
     gated: bool = True
-    attention: str = "dot"
+    attention: str = "auto"
+    attention_block: int = 0
 
     def __post_init__(self):
         super().__post_init__()
@@ -184,6 +200,32 @@ class TransformerConfig(BaseModelConfig):
             raise UserError(
                 f"model.num_heads={self.num_heads}: must divide model.embed={self.embed}, or set model.head_dim"
             )
+        if self.attention_block % LANES:
+            raise UserError(f"model.attention_block={self.attention_block}: must be a multiple of {LANES}")
+        if self.attention != "auto":
+            unsupported = KERNELS[self.attention].find_unsupported(self.attention_needs)
+            if unsupported:
+                raise UserError(f"model.attention={self.attention!r}: {unsupported}; set it to 'auto' or 'blockwise'")
+
+    @property
+    def attention_needs(self) -> dict[str, str]:
+        """Features of `nn.kernels.FEATURES` that the model uses, each with the setting that asks for it."""
+        needs = {"float32": "model.dtype='float32'"} if self.dtype == "float32" else {}
+        return needs | ({"wide_heads": f"model.head_dim={self.head_size}"} if self.head_size > 128 else {})
+
+    def choose_attention(self, seq_len: int, *, has_prefix: bool = False) -> Choice:
+        """The attention kernel for rows of `seq_len` tokens on the devices of the mesh.
+
+        has_prefix   whether the objective gives each document a prefix that all its positions see
+
+        Raises UserError where the configured kernel cannot be used.
+        """
+        needs = self.attention_needs
+        if has_prefix:
+            needs["prefix"] = "objective.name='prefix'"
+        if (shards := axes.num_shards("seq")) > 1:
+            needs["sequence"] = f"mesh.sequence={shards}"
+        return resolve_attention(self.attention, needs, axes.device().platform, seq_len)
 
     @property
     def head_size(self) -> int:
@@ -222,12 +264,12 @@ class SingleStackConfig(TransformerConfig):
     attention_pattern: str = "l"
 
     def __post_init__(self):
-        super().__post_init__()
         if not self.attention_pattern or set(self.attention_pattern) - set("lg"):
             raise UserError(
                 f"model.attention_pattern={self.attention_pattern!r}: one letter a layer, l (local) or g (global), "
                 "such as 'lg'"
             )
+        super().__post_init__()
         if self.positions == "rotary" and self.head_size % 2:
             raise UserError(f"model.head_dim={self.head_size}: rotary positions pair dimensions, so it must be even")
         if self.positions == "learned" and self.rope_local_base:
@@ -243,6 +285,14 @@ class SingleStackConfig(TransformerConfig):
         """For each layer whether it attends only to its window."""
         pattern = self.attention_pattern if self.window else "g"
         return tuple(pattern[layer % len(pattern)] == "l" for layer in range(self.num_layers))
+
+    @property
+    def attention_needs(self) -> dict[str, str]:
+        """Also windows, and windows that differ between layers."""
+        local = self.local_layers
+        window = {"window": f"model.window={self.window}"} if any(local) else {}
+        pattern = {"pattern": f"model.attention_pattern={self.attention_pattern!r}"} if len(set(local)) > 1 else {}
+        return super().attention_needs | window | pattern
 
     @property
     def max_seq_len(self) -> int | None:

@@ -1,6 +1,7 @@
 """Decoder-only transformer: GPT-2, Llama, Qwen3, Gemma, OLMo and what lies between them, from one config."""
 
 from collections.abc import Callable, Mapping
+import functools
 from typing import Any, ClassVar
 
 from flax import nnx
@@ -13,6 +14,7 @@ from llmjax.nn import attention, dropout, embedding, rotary, stack, weights
 from llmjax.nn.attention import Attention, Cache, Rope
 from llmjax.nn.dropout import Dropout
 from llmjax.nn.embedding import Embedding
+from llmjax.nn.kernels import KERNELS
 from llmjax.nn.mlp import Mlp
 from llmjax.nn.norm import NORMS
 
@@ -58,7 +60,6 @@ class Block(nnx.Module):
             head_dim=config.head_size,
             bias=config.biases != "none",
             scale=config.residual_init_scale,
-            kernel=config.attention,
             dtype=config.param_dtype,
             score_scale=config.mup_score_scale(config.score_scale or config.head_size**-0.5, config.head_size),
             softcap=config.score_softcap or None,
@@ -94,7 +95,7 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Cache | None, Any]:
         """x [batch, seq, embed] -> (x, cache, statistics of the feed-forward, such as the router's load).
 
-        mask        from the attention kernel's `make_mask`; with a cache, bool [batch, seq, slots]
+        mask        `nn.kernels.Mask`; with a cache, bool [batch, seq, slots]
         cache       of this layer, extended from position `start` [batch] on; None: x is the whole sequence
         token_mask  bool [batch, seq], False for padding; None: no statistics
         """
@@ -157,7 +158,8 @@ class Decoder(nnx.Module):
     def __call__(self, batch: Batch, key: jax.Array | None = None) -> Output:
         """Hidden states in the compute type; `key` switches dropout on, with draws by (key, sample, layer, site)."""
         config, token_mask = self.config, batch.segments > 0
-        make_mask = attention.KERNELS[config.attention].make_mask
+        choice = config.choose_attention(batch.inputs.shape[1], has_prefix=batch.prefix is not None)
+        make_mask = functools.partial(KERNELS[choice.kernel].make_mask, block=config.attention_block)
         drop = dropout.for_samples(key, batch.sample, config.dropout)
         window = lambda local: config.window if local else None
         kinds = stack.by_kind(

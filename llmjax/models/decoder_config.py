@@ -6,7 +6,6 @@ from typing import ClassVar
 from llmjax.errors import UserError
 from llmjax.models.base import SingleStackConfig
 from llmjax.nn import rotary
-from llmjax.nn.attention import KERNELS
 from llmjax.nn.norm import NORMS
 from llmjax.nn.rotary import SCALINGS
 
@@ -89,7 +88,13 @@ class DecoderConfig(SingleStackConfig):
         if self.num_heads % self.kv_heads:
             raise UserError(f"model.num_kv_heads={self.kv_heads}: must divide model.num_heads={self.num_heads}")
         _check_rope_scaling(self)
-        _check_kernel(self)
+
+    @property
+    def attention_needs(self) -> dict[str, str]:
+        """Also another scale, a soft-cap and sinks."""
+        fields = {"scale": "score_scale", "softcap": "score_softcap", "sinks": "attention_sinks"}
+        values = {feature: (field, getattr(self, field)) for feature, field in fields.items()}
+        return super().attention_needs | {f: f"model.{field}={value}" for f, (field, value) in values.items() if value}
 
     @property
     def kv_heads(self) -> int:
@@ -170,20 +175,3 @@ def _check_rope_scaling(config: DecoderConfig) -> None:
         raise UserError(f"model.rope_factor={config.rope_factor}: name a model.rope_scaling, or leave it 1")
     if config.rope_scaling != "yarn" and (config.rope_attention_factor or not config.rope_truncate):
         raise UserError("model.rope_attention_factor and model.rope_truncate: only model.rope_scaling='yarn' has them")
-
-
-def _check_kernel(config: DecoderConfig) -> None:
-    """UserError for a field that needs a feature which the attention kernel lacks."""
-    fields_in_use = {
-        "scale": ("score_scale", bool(config.score_scale)),
-        "softcap": ("score_softcap", bool(config.score_softcap)),
-        "sinks": ("attention_sinks", config.attention_sinks),
-        "window": ("window", any(config.local_layers)),
-        "pattern": ("attention_pattern", len(set(config.local_layers)) > 1),
-    }
-    for feature, (field, is_used) in fields_in_use.items():
-        if is_used and feature not in KERNELS[config.attention].supports:
-            raise UserError(
-                f"model.{field}={getattr(config, field)!r}: model.attention={config.attention!r} does not support it; "
-                "use model.attention='dot'"
-            )

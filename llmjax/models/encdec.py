@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from llmjax.batch import Batch, Output
 from llmjax.errors import UserError
 from llmjax.models.base import TransformerConfig
-from llmjax.nn import attention, dropout, embedding, stack, weights
+from llmjax.nn import dropout, embedding, stack, weights
 from llmjax.nn.cross_attention import CrossAttention, KeysValues
 from llmjax.nn.dropout import Dropout
 from llmjax.nn.embedding import Embedding
+from llmjax.nn.kernels import KERNELS, Kernel, Mask
 from llmjax.nn.mlp import Mlp
 from llmjax.nn.norm import RMSNorm
 from llmjax.nn.relative import RelativeBias
@@ -63,6 +64,12 @@ class EncDecConfig(TransformerConfig):
             )
         if self.vocab_size and self.start_id >= self.vocab_size:
             raise UserError(f"model.start_id={self.start_id}: must be below model.vocab_size={self.vocab_size}")
+
+    @property
+    def attention_needs(self) -> dict[str, str]:
+        """Also a bias, and attention to the source."""
+        family = f"model.family={self.family!r}"
+        return super().attention_needs | {"bias": family, "cross": family}
 
     @property
     def decoder_start_id(self) -> int:
@@ -147,22 +154,18 @@ class Block(nnx.Module):
             scale=1.0,
             dtype=dtype,
         )
-        self.kernel = config.attention
 
-    def attend_to_itself(self, x: jax.Array, mask: Any, bias: jax.Array, drop: Dropout) -> jax.Array:
-        """x [batch, seq, embed] plus the output of self-attention; `mask` and `bias` in the kernel's form."""
+    def attend_to_itself(self, x: jax.Array, mask: Mask, bias: jax.Array, drop: Dropout) -> jax.Array:
+        """x [batch, seq, embed] plus the output of self-attention; `bias` in the form of the mask's kernel."""
         y = self.attention_norm(x)
-        return x + drop(self.attention(y, self.attention.keys_values(y), mask, bias, kernel=self.kernel))
+        return x + drop(self.attention(y, self.attention.keys_values(y), mask, bias))
 
     def attend_to_source(
-        self, x: jax.Array, source: KeysValues, mask: Any, has_source: jax.Array, drop: Dropout, *, kernel: str
+        self, x: jax.Array, source: KeysValues, mask: Mask, has_source: jax.Array, drop: Dropout
     ) -> jax.Array:
-        """x [batch, s, embed] plus the output of cross-attention, 0 where `has_source` bool [batch, s or 1] is False.
-
-        `mask` is in the form of `kernel`.
-        """
+        """x [batch, s, embed] plus the cross-attention's output, 0 where `has_source` bool [batch, s or 1] is False."""
         assert self.cross is not None and self.cross_norm is not None
-        y = self.cross(self.cross_norm(x), source, mask, kernel=kernel)
+        y = self.cross(self.cross_norm(x), source, mask)
         return x + drop(jnp.where(has_source[:, :, None], y, 0))
 
     def feed_forward(self, x: jax.Array, drop: Dropout) -> jax.Array:
@@ -229,26 +232,30 @@ class EncDec(nnx.Module):
         if batch.source is None:
             raise UserError("model.family='encdec': the batch has no source; use an objective that builds one")
         drop = dropout.for_samples(key, batch.sample, self.config.dropout)
-        source = self._encode(batch.source, batch.source_segments, batch.source_positions, drop.at(0))
-        kernel = attention.KERNELS[self.config.attention]
-        mask = kernel.make_mask(batch.segments, batch.positions, causal=True)
-        cross_mask = kernel.make_cross_mask(batch.segments, batch.source_segments)
+        kernel = self._kernel(max(batch.inputs.shape[1], batch.source.shape[1]))
+        source = self._encode(kernel, batch.source, batch.source_segments, batch.source_positions, drop.at(0))
+        block = self.config.attention_block
+        mask = kernel.make_mask(batch.segments, batch.positions, causal=True, block=block)
+        cross_mask = kernel.make_cross_mask(batch.segments, batch.source_segments, block=block)
         has_source = jnp.any(batch.segments[:, :, None] == batch.source_segments[:, None, :], axis=-1)
         bias = kernel.make_bias(self.decoder.bias, batch.positions)
 
         def layer(x, block, drop):
             x = block.attend_to_itself(x, mask, bias, drop.at(0))
-            keys_values, name = block.cross.keys_values(source), self.config.attention
-            x = block.attend_to_source(x, keys_values, cross_mask, has_source, drop.at(1), kernel=name)
+            x = block.attend_to_source(x, block.cross.keys_values(source), cross_mask, has_source, drop.at(1))
             return block.feed_forward(x, drop.at(2)), None
 
         x, _ = self.decoder.run(layer, self.embed(batch.inputs, self.config.dtype), drop.at(1))
         return Output(hidden=x)
 
-    def _encode(self, tokens: jax.Array, segments: jax.Array, positions: jax.Array, drop: Dropout) -> jax.Array:
+    def _kernel(self, seq_len: int) -> Kernel:
+        return KERNELS[self.config.choose_attention(seq_len).kernel]
+
+    def _encode(
+        self, kernel: Kernel, tokens: jax.Array, segments: jax.Array, positions: jax.Array, drop: Dropout
+    ) -> jax.Array:
         """Source tokens, segments and positions, each [batch, source_seq] -> [batch, source_seq, embed]."""
-        kernel = attention.KERNELS[self.config.attention]
-        mask = kernel.make_mask(segments, positions, causal=False)
+        mask = kernel.make_mask(segments, positions, causal=False, block=self.config.attention_block)
         bias = kernel.make_bias(self.encoder.bias, positions)
 
         def layer(x, block, drop):
@@ -271,7 +278,7 @@ class EncDec(nnx.Module):
         batch, seq = tokens.shape
         positions = jnp.broadcast_to(jnp.arange(seq), tokens.shape)
         mask = positions < lengths[:, None]
-        source = self._encode(tokens, mask.astype(jnp.int32), positions, _NO_DROPOUT)
+        source = self._encode(self._kernel(seq), tokens, mask.astype(jnp.int32), positions, _NO_DROPOUT)
         shape = (self.config.decoder_layers, batch, 1 + max_tokens, self.config.num_heads, self.config.head_size)
         empty = jnp.zeros(shape, self.config.dtype)
         keys_values = jax.vmap(lambda block: block.cross.keys_values(source))(self.decoder.blocks)
@@ -282,12 +289,12 @@ class EncDec(nnx.Module):
     def cached(self, tokens: jax.Array, positions: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """(hidden states, cache) of target tokens [batch, seq] at the next consecutive positions [batch, seq]."""
         bias = self.decoder.bias(positions, jnp.arange(cache.targets[0].shape[2])[None])
-        cross_mask = jnp.broadcast_to(cache.source_mask[:, None, :], (*tokens.shape, cache.source_mask.shape[1]))
+        sees = jnp.broadcast_to(cache.source_mask[:, None, :], (*tokens.shape, cache.source_mask.shape[1]))
         has_source = jnp.any(cache.source_mask, axis=-1, keepdims=True)
 
         def layer(x, block, drop, targets, source):
             y, targets = block.attention.decode(block.attention_norm(x), positions, targets, bias)
-            x = block.attend_to_source(x + y, source, cross_mask, has_source, drop, kernel="dot")
+            x = block.attend_to_source(x + y, source, Mask(sees, "dot"), has_source, drop)
             return block.feed_forward(x, drop), targets
 
         x = self.embed(tokens, self.config.dtype)

@@ -1,7 +1,8 @@
 """Bidirectional encoder with a masked-LM head: BERT, ModernBERT and what lies between them, from one config."""
 
 import dataclasses
-from typing import Any, ClassVar
+import functools
+from typing import ClassVar
 
 from flax import nnx
 import jax
@@ -9,10 +10,11 @@ import jax.numpy as jnp
 
 from llmjax.batch import Batch, Output
 from llmjax.models.base import SingleStackConfig
-from llmjax.nn import attention, dropout, embedding, rotary, stack, weights
+from llmjax.nn import dropout, embedding, rotary, stack, weights
 from llmjax.nn.attention import Attention, Rope
 from llmjax.nn.dropout import Dropout
 from llmjax.nn.embedding import Embedding
+from llmjax.nn.kernels import KERNELS, Mask
 from llmjax.nn.linear import Linear
 from llmjax.nn.mlp import ACTIVATIONS, Mlp
 from llmjax.nn.norm import LayerNorm
@@ -100,7 +102,6 @@ class Block(nnx.Module):
             head_dim=config.head_size,
             bias=bias,
             scale=scale,
-            kernel=config.attention,
             dtype=dtype,
             score_scale=config.mup_score_scale(config.head_size**-0.5, config.head_size),
         )
@@ -116,7 +117,7 @@ class Block(nnx.Module):
         )
         self.norm_position = config.norm_position
 
-    def __call__(self, x: jax.Array, rope: Rope, mask: Any, drop: Dropout) -> jax.Array:
+    def __call__(self, x: jax.Array, rope: Rope, mask: Mask, drop: Dropout) -> jax.Array:
         """x [batch, seq, embed] -> same; `mask` from the attention kernel's `make_mask`."""
         attention_norm = self.attention_norm or (lambda y: y)
         if self.norm_position == "pre":
@@ -175,7 +176,8 @@ class Encoder(nnx.Module):
     def __call__(self, batch: Batch, key: jax.Array | None = None) -> Output:
         """Hidden states in the compute type; `key` switches dropout on, with draws by (key, sample, layer, site)."""
         config, drop = self.config, dropout.for_samples(key, batch.sample, self.config.dropout)
-        make_mask = attention.KERNELS[config.attention].make_mask
+        kernel = KERNELS[config.choose_attention(batch.inputs.shape[1]).kernel]
+        make_mask = functools.partial(kernel.make_mask, block=config.attention_block)
         window = lambda local: config.window if local else None
         kinds = stack.by_kind(
             lambda local: (

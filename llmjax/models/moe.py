@@ -108,6 +108,15 @@ class MoeConfig(DecoderConfig):
         return self.value_dim or self.head_size
 
     @property
+    def attention_needs(self) -> dict[str, str]:
+        """Also heads of latent attention, which are wider in queries and keys than in values."""
+        if not self.latent:
+            return super().attention_needs
+        width = self.head_size + self.rope_dim
+        wide = {"wide_heads": f"model.rope_dim={self.rope_dim}"} if width > 128 else {}
+        return super().attention_needs | wide | {"value_width": f"model.latent={self.latent}"}
+
+    @property
     def latent_scale(self) -> float:
         """The factor of latent attention's scores if score_scale is 0."""
         return (self.head_size + self.rope_dim) ** -0.5
@@ -232,7 +241,6 @@ class DenseBlock(Block):
             value_dim=config.value_size,
             scale=config.residual_init_scale,
             score_scale=config.mup_score_scale(config.score_scale or config.latent_scale, config.head_size),
-            kernel=config.attention,
             dtype=config.param_dtype,
         )
 

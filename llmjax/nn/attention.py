@@ -1,8 +1,6 @@
-"""Self-attention inside segments; the kernel is chosen by name."""
+"""Self-attention inside segments, and the reference form of attention."""
 
 from collections.abc import Callable, Sequence
-import dataclasses
-import functools
 from typing import Any
 
 from flax import nnx
@@ -10,45 +8,13 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from llmjax.nn import context_parallel, rotary, weights
-from llmjax.nn.blockwise import block_mask, blockwise, cross_block_mask, mask_axes, reorder_queries
+from llmjax.nn import rotary, weights
 from llmjax.nn.embedding import MASKED
 from llmjax.nn.linear import Linear
-from llmjax.nn.relative import RelativeBias
 from llmjax.parallel.axes import constrain
 
 Rope = tuple[jax.Array, jax.Array] | None  # cos and sin of the rotary angles; None: nothing is rotated
 Cache = tuple[jax.Array, jax.Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    """One way to compute attention. Masks and biases have a form of its own, computed once for all layers.
-
-    attention_fn     (q [batch, s, heads, head_dim], k and v [batch, t, kv_heads, head_dim], mask, *, scale, softcap,
-                     sinks, bias) -> like q; arguments as in `dot`
-    make_mask        arguments of `attention_mask` -> that mask
-    make_cross_mask  segments of queries and keys, int [batch, s] and [batch, t] -> the mask of keys of the same segment
-    make_bias        (RelativeBias, positions int [batch, seq]) -> the bias of self-attention
-    supports         the FEATURES that it can compute; a config that needs another one is refused
-    mask_axes        mask -> the logical axes of each of its arrays, where "seq" stands for queries
-    bias_axes        the logical axes of the bias
-    reorder_queries  as in `context_parallel.split_rows`; None: masked scores are computed as well
-    """
-
-    attention_fn: Callable[..., jax.Array]
-    make_mask: Callable[..., Any]
-    make_cross_mask: Callable[[jax.Array, jax.Array], Any]
-    make_bias: Callable[[RelativeBias, jax.Array], jax.Array]
-    supports: frozenset[str]
-    mask_axes: Callable[[Any], Any]
-    bias_axes: tuple[str | None, ...]
-    reorder_queries: Callable[[Any, Sequence[int]], Any] | None = None
-
-
-# What a model may need besides attention inside segments: another scale, a soft-cap, sinks, a window, and windows that
-# differ between layers (so that a traced flag selects the mask).
-FEATURES = frozenset({"scale", "softcap", "sinks", "window", "pattern"})
 
 
 def attention_mask(
@@ -137,60 +103,6 @@ def dot(
     return out.reshape(batch, s, heads, -1)
 
 
-KERNELS = {
-    "dot": Kernel(
-        attention_fn=dot,
-        make_mask=attention_mask,
-        make_cross_mask=lambda segments, key_segments: segments[:, :, None] == key_segments[:, None, :],
-        make_bias=lambda relative, positions: relative(positions, positions),
-        supports=FEATURES,
-        mask_axes=lambda mask: ("batch", "seq", None),
-        bias_axes=("batch", "heads", "seq", None),
-    ),
-    "blockwise": Kernel(
-        attention_fn=blockwise,
-        make_mask=block_mask,
-        make_cross_mask=cross_block_mask,
-        make_bias=lambda relative, positions: relative.by_distance(positions.shape[1]),
-        supports=FEATURES,
-        mask_axes=mask_axes,
-        bias_axes=("heads", None),
-        reorder_queries=reorder_queries,
-    ),
-}
-
-
-def attend(
-    kernel: str,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: Any,
-    *,
-    sinks: jax.Array | None = None,
-    bias: jax.Array | None = None,
-    **options: Any,
-) -> jax.Array:
-    """The kernel's attention; where the mesh splits the positions of a row, each device computes its own queries.
-
-    Arguments as in `Kernel.attention_fn`; `options` are its scale and softcap.
-    """
-    chosen = KERNELS[kernel]
-    attention_fn = functools.partial(chosen.attention_fn, **options)
-    if context_parallel.num_shards(q.shape[1]) == 1:
-        return attention_fn(q, k, v, mask, sinks=sinks, bias=bias)
-    return context_parallel.split_rows(
-        attention_fn,
-        (q, k, v),
-        mask,
-        chosen.mask_axes(mask),
-        sinks=sinks,
-        bias=bias,
-        bias_axes=chosen.bias_axes,
-        reorder_queries=chosen.reorder_queries,
-    )
-
-
 class Attention(nnx.Module):
     """Multi-head attention with shared key and value heads.  [batch, seq, embed] -> same.
 
@@ -214,7 +126,6 @@ class Attention(nnx.Module):
         head_dim: int,
         bias: bool,
         scale: float,
-        kernel: str,
         dtype: str,
         score_scale: float | None = None,
         softcap: float | None = None,
@@ -230,7 +141,7 @@ class Attention(nnx.Module):
         self.out = Linear(k_out, heads, {"embed": embed}, bias=bias, dtype=dtype, scale=scale)
         self.query_norm, self.key_norm = query_norm, key_norm
         self.sinks = weights.constant(0.0, {"heads": num_heads}, dtype=dtype) if sinks else None
-        self.kernel, self.score_scale, self.softcap = kernel, score_scale, softcap
+        self.score_scale, self.softcap = score_scale, softcap
 
     def project(self, x: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [batch, seq, embed] -> q [batch, seq, heads, head_dim]; k, v [batch, seq, kv_heads, head_dim].
@@ -247,9 +158,9 @@ class Attention(nnx.Module):
         return (q, k, v) if rope is None else (rotary.rotate(q, *rope), rotary.rotate(k, *rope), v)
 
     def __call__(self, x: jax.Array, rope: Rope, mask: Any) -> jax.Array:
-        """x [batch, seq, embed] -> same; `mask` as the kernel's `make_mask` returns it."""
+        """x [batch, seq, embed] -> same; `mask` is a `nn.kernels.Mask`."""
         q, k, v = checkpoint_name(self.project(x, rope), "qkv")
-        heads = attend(self.kernel, q, k, v, mask, **self._score_options())
+        heads = mask.attend(q, k, v, **self._score_options())
         heads = constrain(heads, "batch", "seq", "heads", "head_dim")
         return self.out(heads)
 

@@ -82,13 +82,13 @@ def block_mask(
     causal: bool,
     prefix: jax.Array | None = None,
     window: int | None = None,
-    block: int | None = None,
+    block: int = 0,
 ) -> BlockMask:
     """The BlockMask that allows what `nn.attention.attention_mask` allows for the same arguments.
 
     Segments must be contiguous and positions count up by one inside them, so that blocks can be left out by their
     place in the row; only padding (segment 0), whose result nobody reads, may be otherwise. Sequences are padded to a
-    multiple of `block` (None: BLOCK) by tokens of a segment of their own.
+    multiple of `block` (0: BLOCK) by tokens of a segment of their own.
     """
     block = _block_size(segments.shape[1], block or BLOCK)
     segments, positions = _pad(segments, block, -1), _pad(positions, block, 0)
@@ -101,7 +101,7 @@ def block_mask(
     return BlockMask(segments, positions, segments, positions, prefix, jnp.int32(window), index, *ranges, block, block)
 
 
-def cross_block_mask(segments: jax.Array, key_segments: jax.Array, *, block: int | None = None) -> BlockMask:
+def cross_block_mask(segments: jax.Array, key_segments: jax.Array, *, block: int = 0) -> BlockMask:
     """The BlockMask of queries [batch, s] that see the keys [batch, t] of their segment; padding (0) sees none.
 
     Segments must be in ascending order, apart from padding.

@@ -1,12 +1,11 @@
 """Attention to the keys and values of another sequence, or of the same one, without rotary embedding."""
 
-from typing import Any
-
 from flax import nnx
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from llmjax.nn.attention import attend, cache_mask, update_cache
+from llmjax.nn.attention import cache_mask, update_cache
+from llmjax.nn.kernels import Mask
 from llmjax.nn.linear import Linear
 from llmjax.parallel.axes import constrain
 
@@ -36,13 +35,11 @@ class CrossAttention(nnx.Module):
         k = constrain(self.key(source), "batch", "seq", "heads", "head_dim")
         return k, constrain(self.value(source), "batch", "seq", "heads", "head_dim")
 
-    def __call__(
-        self, x: jax.Array, keys_values: KeysValues, mask: Any, bias: jax.Array | None = None, *, kernel: str = "dot"
-    ) -> jax.Array:
-        """x [batch, s, embed] -> same; `mask` and `bias` in the form of the kernel, as in `nn.attention.KERNELS`."""
+    def __call__(self, x: jax.Array, keys_values: KeysValues, mask: Mask, bias: jax.Array | None = None) -> jax.Array:
+        """x [batch, s, embed] -> same; `bias` in the form of the mask's kernel."""
         q = constrain(self.query(x), "batch", "seq", "heads", "head_dim")
         q, k, v = checkpoint_name((q, *(array.astype(x.dtype) for array in keys_values)), "qkv")
-        heads = attend(kernel, q, k, v, mask, scale=self.score_scale, bias=bias)
+        heads = mask.attend(q, k, v, scale=self.score_scale, bias=bias)
         return self.out(constrain(heads, "batch", "seq", "heads", "head_dim"))
 
     def decode(
@@ -54,4 +51,5 @@ class CrossAttention(nnx.Module):
         heads, head_dim], whose slot i holds position i. bias [batch, heads, s, slots].
         """
         cache = update_cache(cache, self.keys_values(x), positions[:, 0])
-        return self(x, cache, cache_mask(positions, cache[0].shape[1]), bias), cache
+        mask = Mask(cache_mask(positions, cache[0].shape[1]), "dot")
+        return self(x, cache, mask, bias), cache

@@ -1,14 +1,13 @@
 """Multi-head latent attention: keys and values of all heads come from one cached latent vector."""
 
-from typing import Any
-
 from flax import nnx
 import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from llmjax.nn import rotary
-from llmjax.nn.attention import Cache, attend, dot, update_cache
+from llmjax.nn.attention import Cache, dot, update_cache
+from llmjax.nn.kernels import Mask
 from llmjax.nn.linear import Linear
 from llmjax.nn.norm import RMSNorm
 from llmjax.parallel.axes import constrain
@@ -42,7 +41,6 @@ class LatentAttention(nnx.Module):
         value_dim: int,
         scale: float,
         score_scale: float,
-        kernel: str,
         dtype: str,
     ):
         keys = iter(jax.random.split(key, 7))
@@ -59,7 +57,7 @@ class LatentAttention(nnx.Module):
         self.key_rope = linear(x, {"latent": rope_dim})
         self.key, self.value = linear(c, heads(head_dim)), linear(c, heads(value_dim))
         self.out = linear(heads(value_dim), x, scale=scale)
-        self.head_dim, self.score_scale, self.kernel = head_dim, score_scale, kernel
+        self.head_dim, self.score_scale = head_dim, score_scale
 
     def project(self, x: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """x [batch, seq, embed] -> both parts of the queries, latents, rotated part of the keys.
@@ -73,15 +71,15 @@ class LatentAttention(nnx.Module):
         rope_k = rotary.rotate(self.key_rope(x)[:, :, None], *rope)[:, :, 0]
         return plain_q, rope_q, self.latent_norm(self.latent(x)), rope_k
 
-    def __call__(self, x: jax.Array, rope: Rope, mask: Any) -> jax.Array:
-        """x [batch, seq, embed] -> same; `mask` as the kernel's `make_mask` returns it."""
+    def __call__(self, x: jax.Array, rope: Rope, mask: Mask) -> jax.Array:
+        """x [batch, seq, embed] -> same; `mask` from a kernel's `make_mask`."""
         plain_q, rope_q, latent, rope_k = self.project(x, rope)
         k = constrain(self.key(latent), "batch", "seq", "heads", "head_dim")
         v = constrain(self.value(latent), "batch", "seq", "heads", "head_dim")
         k = jnp.concatenate([k, jnp.broadcast_to(rope_k[:, :, None], rope_q.shape)], axis=-1)
         q = jnp.concatenate([plain_q, rope_q], axis=-1)
         q, k, v = checkpoint_name((q, k, v), "qkv")
-        heads = attend(self.kernel, q, k, v, mask, scale=self.score_scale)
+        heads = mask.attend(q, k, v, scale=self.score_scale)
         return self.out(constrain(heads, "batch", "seq", "heads", "head_dim"))
 
     def decode(

@@ -71,7 +71,12 @@ def by_kind(make: Callable[[bool], Any], local_layers: Sequence[bool]) -> dict[b
 
 
 def select(kinds: dict[bool, Any], local: jax.Array) -> Any:
-    """The entry of `kinds` for a traced flag `local`; nothing is computed where there is one kind only."""
+    """The entry of `kinds` for a traced flag `local`; nothing is computed where there is one kind only.
+
+    Entries are trees of arrays. A node that has a method `select(other, use_other)` selects by it.
+    """
     if len(kinds) == 1:
         return next(iter(kinds.values()))
-    return jax.tree.map(lambda a, b: jnp.where(local, b, a), kinds[False], kinds[True])
+    has_method = lambda node: hasattr(node, "select")
+    choose = lambda a, b: a.select(b, local) if has_method(a) else jnp.where(local, b, a)
+    return jax.tree.map(choose, kinds[False], kinds[True], is_leaf=has_method)

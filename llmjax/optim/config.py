@@ -5,6 +5,7 @@ import dataclasses
 from typing import Any
 
 from llmjax.errors import UserError, suggest
+from llmjax.optim.moments import MOMENT_DTYPES
 
 # The values of fields that are None, by optimizer. A field that is missing does not exist for that optimizer.
 DEFAULTS: dict[str, dict[str, float | str]] = {
@@ -15,6 +16,7 @@ DEFAULTS: dict[str, dict[str, float | str]] = {
     "sgd": dict(learning_rate=0.1, schedule="cosine", weight_decay=0.0, momentum=0.9),
     "schedule_free_adamw": dict(learning_rate=2.5e-3, schedule="constant", weight_decay=0.1, b1=0.9, b2=0.99, eps=1e-8),
 }
+HAS_MOMENT_DTYPE = ("adamw", "lion")
 SCHEDULES = ("cosine", "wsd", "linear", "inverse_sqrt", "constant")
 
 
@@ -34,6 +36,9 @@ class OptimizerConfig:
     b1, b2          decay of the first and second moment (schedule_free_adamw: b1 is the interpolation)
     eps             added to the denominator (adafactor: to the squared gradient)
     momentum        sgd and muon: decay of the momentum; 0 for plain sgd
+    moment_dtype    adamw and lion: type in which moments are stored: float32, bfloat16 or int8 (with a scale for each
+                    block of up to 128 values), rounded at random without bias; None: the type of the parameters,
+                    rounded to the nearest value
     clip_norm       largest global norm of the gradient, over all parameters; 0: no clipping
     ema_decay       decay of an average of the parameters, which is then evaluated and exported; 0: no average
     expert_bias_update_rate  step by which a router's expert bias moves against the load of its expert at each update,
@@ -51,6 +56,7 @@ class OptimizerConfig:
     b2: float | None = None
     eps: float | None = None
     momentum: float | None = None
+    moment_dtype: str | None = None
     clip_norm: float = 1.0
     ema_decay: float = 0.0
     expert_bias_update_rate: float = 1e-3
@@ -65,6 +71,11 @@ class OptimizerConfig:
                 f"optimizer.schedule={self.schedule!r}{suggest(str(self.schedule), SCHEDULES)}: "
                 f"choose one of {', '.join(SCHEDULES)}"
             )
+        if self.moment_dtype not in (None, *MOMENT_DTYPES):
+            raise UserError(
+                f"optimizer.moment_dtype={self.moment_dtype!r}{suggest(str(self.moment_dtype), MOMENT_DTYPES)}: "
+                f"choose one of {', '.join(MOMENT_DTYPES)}, or None"
+            )
         self._check_unused_fields()
         self._check_ranges()
 
@@ -73,6 +84,11 @@ class OptimizerConfig:
             value = getattr(self, field)
             if value is not None and field not in DEFAULTS[self.name]:
                 raise UserError(f"optimizer.{field}={value}: unused by optimizer.name={self.name!r}; unset it")
+        if self.moment_dtype is not None and self.name not in HAS_MOMENT_DTYPE:
+            raise UserError(
+                f"optimizer.moment_dtype={self.moment_dtype!r}: optimizer.name={self.name!r} stores moments in the "
+                f"type of the parameters; leave it None, or use {' or '.join(HAS_MOMENT_DTYPE)}"
+            )
         if self.ema_decay and self.name == "schedule_free_adamw":
             raise UserError(
                 f"optimizer.ema_decay={self.ema_decay}: optimizer.name={self.name!r} has its own average; set it to 0"

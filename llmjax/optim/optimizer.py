@@ -13,6 +13,7 @@ from llmjax.batch import Params
 from llmjax.errors import UserError
 from llmjax.optim.config import OptimizerConfig
 from llmjax.optim.layerwise import kind, matrix_dims, matrix_view, per_layer, stack_depth
+from llmjax.optim.moments import store_moments
 from llmjax.optim.schedules import make_schedule
 
 # RMS of an AdamW update in practice. Muon's updates are scaled to it, so that all parameters share one learning rate.
@@ -107,8 +108,11 @@ def _dict_keys(path) -> tuple:
 
 
 def _statistic_axes(field: str, shape: tuple, param_shape: tuple, param_axes: tuple) -> tuple:
-    """Axes of a statistic of a parameter: the parameter's own, those of a factored moment, or only the stacked ones."""
-    if shape == param_shape:
+    """Axes of a statistic of a parameter: the parameter's own, those of a factored moment, or only the stacked ones.
+
+    The scales of a quantised moment have the parameter's axes, one of them with the number of blocks.
+    """
+    if shape == param_shape or field == ".scales":
         return param_axes
     view_shape, view_axes = matrix_view(param_shape, param_axes)
     if shape == view_shape:
@@ -133,9 +137,10 @@ def make_optimizer(config: OptimizerConfig, *, horizon: int, axes: Params, width
     step = optax.chain(_scale_for_width(resolved, axes, width), _decay_and_rate(resolved, axes, learning_rate))
     match resolved.name:
         case "adamw":
-            inner = optax.chain(optax.scale_by_adam(resolved.b1, resolved.b2, resolved.eps), step)
+            adam = optax.scale_by_adam(resolved.b1, resolved.b2, resolved.eps)
+            inner = optax.chain(_store_moments(adam, resolved, axes), step)
         case "lion":
-            inner = optax.chain(optax.scale_by_lion(resolved.b1, resolved.b2), step)
+            inner = optax.chain(_store_moments(optax.scale_by_lion(resolved.b1, resolved.b2), resolved, axes), step)
         case "sgd":
             inner = optax.chain(optax.trace(resolved.momentum) if resolved.momentum else optax.identity(), step)
         case "adafactor":
@@ -154,6 +159,10 @@ def make_optimizer(config: OptimizerConfig, *, horizon: int, axes: Params, width
         expert_bias_update_rate=resolved.expert_bias_update_rate,
         eval_params_name="schedule-free average" if resolved.name == "schedule_free_adamw" else name,
     )
+
+
+def _store_moments(inner: optax.GradientTransformation, config: Any, axes: Params) -> optax.GradientTransformation:
+    return inner if config.moment_dtype is None else store_moments(inner, config.moment_dtype, axes)
 
 
 def _map_axes(function: Callable, axes: Params) -> dict[str, Any]:

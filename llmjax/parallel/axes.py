@@ -86,6 +86,14 @@ def gradient_dtype(default: jax.typing.DTypeLike) -> jax.typing.DTypeLike:
     return _gradient_dtype.value or default
 
 
+def device() -> Any:
+    """The kind of device that programs run on: an object with `platform` ("cpu", "gpu" or "tpu") and `device_kind`.
+
+    That of the mesh, whose devices need not be present; without a mesh, this process's.
+    """
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+
+
 def spec(
     logical: Sequence[str | None],
     shape: Sequence[int] | None = None,

@@ -14,6 +14,7 @@ from llmjax.data.store.tokenizer import Tokenizer
 from llmjax.errors import UserError
 from llmjax.models.decoder_config import DecoderConfig
 from llmjax.models.registry import ModelConfig
+from llmjax.nn.kernels import Choice
 from llmjax.optim.config import OptimizerConfig
 from llmjax.parallel.compiler_options import XlaConfig
 from llmjax.parallel.mesh import MeshConfig, ParallelConfig
@@ -208,6 +209,16 @@ def with_objective(config: RunConfig, objective: Objective) -> RunConfig:
             config, model=dataclasses.replace(config.model, start_id=objective.decoder_start_id)
         )
     return with_vocabulary(config, objective.min_vocab_size)
+
+
+def choose_attention(config: RunConfig) -> Choice | None:
+    """The attention kernel of the train step on this mesh; None for a family without attention.
+
+    Raises UserError where the configured kernel cannot be used.
+    """
+    model, objective = config.model, config.objective
+    has_prefix = objective.name == "prefix" and not model.reads_source
+    return model.choose_attention(max(config.data.seq_len, objective.target_len), has_prefix=has_prefix)
 
 
 def flops_per_token(config: RunConfig, target_len: int) -> float:

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 import dataclasses
 import logging
-
-import jax
+from typing import Any
 
 from llmjax.parallel.mesh import MeshConfig
 from llmjax.run import state as states
@@ -28,7 +27,7 @@ _STATE_SHARE = 1 / 3  # of a device's memory; activations, logits and temporarie
 _UNKNOWN_VOCAB = 1 << 17  # the largest common size: the state is rather overestimated
 
 
-def choose_mesh(config: RunConfig, devices: Sequence[jax.Device]) -> MeshConfig:
+def choose_mesh(config: RunConfig, devices: Sequence[Any]) -> MeshConfig:
     """The config's mesh, with `fsdp` chosen where it is 0; logs the choice and its reason.
 
     fsdp becomes 1, so that every device holds the whole state, where a third of a device's memory holds it: matmuls
@@ -60,7 +59,7 @@ def choose_mesh(config: RunConfig, devices: Sequence[jax.Device]) -> MeshConfig:
     return dataclasses.replace(mesh, fsdp=1) if fits else dataclasses.replace(mesh, data=1, fsdp=-1)
 
 
-def _memory(device: jax.Device) -> float:
+def _memory(device: Any) -> float:
     """Memory of a device in GiB."""
     if device.device_kind in _MEMORY:
         return _MEMORY[device.device_kind]

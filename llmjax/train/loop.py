@@ -110,6 +110,8 @@ def _run_to_last_step(context: TrainContext, progress: Progress) -> int:
             "data.at_source_end='repeat'"
         )
     summary = record.run_summary(context)
+    if attention := run_config.choose_attention(config):
+        logger.info("attention: %s", attention)
     logger.info("training from step %d to %d: %s", progress.step, context.last_step, summary)
     if config.data.skip:
         skipped = ", ".join(f"{start}..{stop - 1}" for start, stop in config.data.skip)

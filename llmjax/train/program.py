@@ -10,6 +10,7 @@ from llmjax.optim import schedules
 from llmjax.parallel import axes, backends
 from llmjax.parallel.backends import CompiledStep
 from llmjax.parallel.compiler_options import compiler_options
+from llmjax.run import config as run_config
 from llmjax.run.config import RunConfig
 from llmjax.run.state import StateSpec
 from llmjax.train.step import make_loss, train_step
@@ -26,6 +27,7 @@ def check_program(config: RunConfig) -> None:
     mesh = jax.sharding.get_mesh().shape
     config.model.check(seq_len=config.data.seq_len, tensor=mesh["tensor"])
     config.model.check_mesh(mesh)
+    run_config.choose_attention(config)
     schedules.make_schedule(config.optimizer, config.train.steps)
 
 

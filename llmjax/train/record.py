@@ -25,6 +25,7 @@ def write_run_metadata(context: TrainContext, progress: Progress, unsharded: lis
     restarts = [] if old is None else old["restarts"]
     if old is not None and progress.step < context.last_step:
         restarts = [*restarts, {"step": progress.step, "time": time.time()}]
+    attention = run_config.choose_attention(context.config)
     by_part = registry.parameters_by_part(context.spec.shapes.params)
     workdirs.write_json(context.workdir / workdirs.CONFIG, run_config.to_json(context.config))
     workdirs.write_json(context.workdir / workdirs.DATA, context.data.summary(progress.data_state))
@@ -39,6 +40,7 @@ def write_run_metadata(context: TrainContext, progress: Progress, unsharded: lis
             "processes": jax.process_count(),
             "mesh": dict(jax.sharding.get_mesh().shape),
             "backend": context.config.parallel.backend,
+            "attention": None if attention is None else str(attention),
             "cpu_threads": context.config.parallel.cpu_threads,
             "compiler_options": compiler_options(context.config.xla, jax.devices()[0].device_kind),
             "versions": {

@@ -20,7 +20,7 @@ from llmjax.train.context import Progress
 logger = logging.getLogger(__name__)
 
 # Fields of the model that change how it is computed, not its parameters or its function.
-_FREE_MODEL_FIELDS = {"scan", "remat", "attention", "recurrence", "unroll", "dtype", "dropout"}
+_FREE_MODEL_FIELDS = {"scan", "remat", "attention", "attention_block", "recurrence", "unroll", "dtype", "dropout"}
 # Fields of the optimizer that decide its learning rate; a change is applied and logged.
 _RATE_FIELDS = {"learning_rate", "schedule", "warmup_steps", "decay_fraction", "end_fraction"}
 
@@ -89,7 +89,9 @@ def _can_keep_optimizer_state(config: RunConfig, meta: dict[str, Any], spec: Sta
     old = _saved_config(meta)
     optimizer = make_optimizer(old.optimizer, horizon=old.train.steps, axes=spec.axes)
     shapes = jax.eval_shape(optimizer.init, spec.shapes.params)
-    same_leaves = jax.tree.structure(shapes) == jax.tree.structure(spec.shapes.opt_state)
+    leaves = lambda tree: [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]
+    new = spec.shapes.opt_state
+    same_leaves = jax.tree.structure(shapes) == jax.tree.structure(new) and leaves(shapes) == leaves(new)
     return old.optimizer.name == config.optimizer.name and same_leaves
 
 

@@ -9,7 +9,7 @@ from llmjax.binding import bind, load_module
 from llmjax.errors import UserError
 from llmjax.models import registry
 from llmjax.models.decoder_config import DecoderConfig
-from llmjax.nn import attention
+from llmjax.nn import kernels
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 
@@ -109,12 +109,12 @@ def test_a_value_out_of_bounds_is_named(fields, words):
     ],
 )
 def test_kernel_refuses_unsupported_features(feature, fields, monkeypatch):
-    full = attention.KERNELS["dot"]
+    full = kernels.KERNELS["dot"]
     less = dataclasses.replace(full, supports=full.supports - {feature})
-    monkeypatch.setitem(attention.KERNELS, "dot", less)
-    DecoderConfig()
-    with pytest.raises(UserError, match=r"model\.attention='dot' does not support it"):
-        DecoderConfig(**fields)
+    monkeypatch.setitem(kernels.KERNELS, "dot", less)
+    DecoderConfig(attention="dot")
+    with pytest.raises(UserError, match=r"model\.attention='dot': dot does not support .*model\.\w+=.*'auto'"):
+        DecoderConfig(attention="dot", **fields)
 
 
 def test_patterns_repeat_over_the_layers():

@@ -10,6 +10,7 @@ import pytest
 
 from llmjax.models import registry
 from llmjax.nn import blockwise
+from llmjax.nn.kernels import KERNELS
 from llmjax.nn.stack import REMAT
 from tests.batches import packed_for
 from tests.models.programs import (
@@ -201,6 +202,19 @@ def test_blockwise_attention_equals_dot(name, monkeypatch):
     batch = packed_for(config, 8, SEQ, VOCAB)
     actual = loss_and_grads(registry.abstract(config)[0], params, batch)
     # float32 sums of some 200 tokens in another order, as on another mesh
+    assert_close(actual, loss_and_grads(graph, params, batch), 2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma", "deepseek", "modernbert"])
+def test_splash_attention_equals_dot(name, monkeypatch):
+    """The TPU kernel, interpreted, through layers whose windows differ, and with values of another width."""
+    monkeypatch.setitem(KERNELS, "splash", dataclasses.replace(KERNELS["splash"], platforms=("cpu",)))
+    graph, params = init_model(FAMILIES[name])
+    config = dataclasses.replace(FAMILIES[name], attention="splash")
+    batch = packed_for(config, 2, SEQ, VOCAB)
+    actual = loss_and_grads(registry.abstract(config)[0], params, batch)
+    # float32 sums of some 200 tokens in another order, as with blockwise
     assert_close(actual, loss_and_grads(graph, params, batch), 2e-5)
 
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmjax.nn import attention, blockwise, context_parallel
+from llmjax.nn import blockwise, context_parallel
+from llmjax.nn.kernels import KERNELS
 from llmjax.parallel import axes
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from tests.batches import packed
@@ -17,8 +18,8 @@ SEQ, HEADS, WIDTH = 64, 4, 8
 
 
 def attend(kernel: str, q, k, v, segments, positions):
-    mask = attention.KERNELS[kernel].make_mask(segments, positions, causal=True)
-    return attention.attend(kernel, q, k, v, mask)
+    mask = KERNELS[kernel].make_mask(segments, positions, causal=True)
+    return mask.attend(q, k, v)
 
 
 def inputs() -> tuple:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from llmjax.nn import rotary
-from llmjax.nn.attention import KERNELS, cache_mask
+from llmjax.nn.attention import cache_mask
+from llmjax.nn.kernels import KERNELS
 from llmjax.nn.latent_attention import LatentAttention
 
 HEADS, LATENT, PLAIN, ROPE, VALUE, EMBED = 3, 10, 6, 4, 5, 12
@@ -25,7 +26,6 @@ def make_layer(query_rank: int, dtype: str = "float32") -> LatentAttention:
         value_dim=VALUE,
         scale=1.0,
         score_scale=0.4,
-        kernel="dot",
         dtype=dtype,
     )
     graph, state = nnx.split(layer)

@@ -22,6 +22,8 @@ from llmjax.optim.config import DEFAULTS, OptimizerConfig
         (dict(ema_decay=1.0), r"optimizer.ema_decay=1.0: must be"),
         (dict(momentum=0.9), r"optimizer.momentum=0.9: unused by optimizer.name='adamw'"),
         (dict(name="sgd", b2=0.9), r"optimizer.b2=0.9: unused by optimizer.name='sgd'"),
+        (dict(moment_dtype="int4"), r"optimizer.moment_dtype='int4'.*: choose one of float32, bfloat16, int8, or None"),
+        (dict(name="muon", moment_dtype="int8"), r"moment_dtype='int8': optimizer.name='muon' .* use adamw or lion"),
         (dict(name="schedule_free_adamw", b1=0.0), r"optimizer.b1=0.0: must be above 0"),
         (dict(name="schedule_free_adamw", ema_decay=0.9), r"optimizer.ema_decay=0.9: .* its own average"),
     ],

@@ -78,9 +78,9 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_run(train, corpus, com
     assert jobs.trace(resumed) == jobs.trace(uninterrupted)
     assert fingerprints(resumed) == fingerprints(uninterrupted)
     assert "nothing left to train" in jobs.run(arguments, LLMJAX_CPU_DEVICES="8")
-    assert len(json.loads((resumed / "run.json").read_text())["restarts"]) == 1, (
-        "a start with no steps left is no restart"
-    )
+    run = json.loads((resumed / "run.json").read_text())
+    assert len(run["restarts"]) == 1, "a start with no steps left is no restart"
+    assert run["attention"].startswith("dot (cpu") and f"attention: {run['attention']}" in printed
 
 
 @pytest.fixture(scope="module")

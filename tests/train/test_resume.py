@@ -47,13 +47,9 @@ def resume_run(tmp_path_factory):
     checkpoints.save(1, states.to_checkpoint(states.init_state(spec, MODEL, 0)), meta)
     checkpoints.close()
 
-    def run(caplog, model: dict | None = None, train: dict | None = None, parallel: dict | None = None) -> list[str]:
-        config = dataclasses.replace(
-            saved,
-            model=dataclasses.replace(saved.model, **model or {}),
-            train=dataclasses.replace(saved.train, **train or {}),
-            parallel=dataclasses.replace(saved.parallel, **parallel or {}),
-        )
+    def run(caplog, **changes: dict) -> list[str]:
+        sections = {name: dataclasses.replace(getattr(saved, name), **fields) for name, fields in changes.items()}
+        config = dataclasses.replace(saved, **sections)
         checkpoints = Checkpoints(folder)
         caplog.clear()
         with caplog.at_level(logging.INFO, logger="llmjax"):
@@ -98,6 +94,15 @@ def test_a_change_of_cpu_threads_is_logged(resumed):
     change, line = resumed(parallel=dict(cpu_threads=4))
     assert change.strip() == "changed since the checkpoint: parallel.cpu_threads: 8 -> 4"
     assert "resuming at step 1" in line
+
+
+def test_moments_of_another_type_are_refused_or_start_at_zero(resumed):
+    int8 = dict(moment_dtype="int8")
+    with pytest.raises(UserError, match=r"optimizer.moment_dtype: None -> 'int8'"):
+        resumed(optimizer=int8)
+    change, restart, line = resumed(optimizer=int8, checkpoint=dict(accept_changes=True))
+    assert change.strip() == "accepted change: optimizer.moment_dtype: None -> 'int8'"
+    assert "the optimizer's state and learning rate start at update 0" in restart and "resuming at step 1" in line
 
 
 def test_a_checkpoint_of_another_version_is_refused_in_one_line():
