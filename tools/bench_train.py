@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure training on CPU: tokens a second beside PyTorch, start to first step, and the host's work for a step.
 
-python tools/bench_train.py                everything: about 12 minutes on 2 cores
+python tools/bench_train.py                everything: about 20 minutes on 2 cores
 python tools/bench_train.py --quick        the quickstart's shape alone, short turns: about 4 minutes
 python tools/bench_train.py --only=speed   one part
 
@@ -9,7 +9,9 @@ speed   a step of `llmjax train` (forward, backward, clip at 1.0, AdamW, and the
         same decoder in plain PyTorch, float32, each in a process of its own. They take turns, so that the load of the
         machine affects all. The table shows the median turn and the range of all turns. The limit is the fastest
         square matrix product of any system; a share of it counts the flops that the model needs. llmjax masks packed
-        documents, and PyTorch uses a causal mask alone, its fastest case.
+        documents, and PyTorch uses a causal mask alone, its fastest case. Memory is the peak of a process in its first
+        turn, beyond that of the imported framework. The long rows are measured as one document and as documents of 512
+        tokens, with llmjax's blockwise attention; PyTorch's attention is its fused kernel at every length.
 start   `llmjax train --config=configs/quickstart.py` as a process, until step 1 is logged, with the text prepared
         before: with an empty compilation cache, and with the one that this start filled.
 host    the work of the host for a step of 12 very narrow layers, while the device is idle: read and log the metrics
@@ -41,6 +43,7 @@ from llmjax.parallel import backends
 from llmjax.train import loop
 
 CONFIG = str(Path(__file__).resolve().parent.parent / "configs" / "quickstart.py")
+LONG = {"data.seq_len": 2048, "train.global_batch": 1, "model.attention": "blockwise"}
 LARGER = {"model.num_layers": 6, "model.embed": 384, "model.num_heads": 6, "model.mlp": 1024}
 NARROW = {"model.num_layers": 12, "model.embed": 8, "model.num_heads": 1, "model.mlp": 8}
 VOCAB_SIZE = 4096  # the quickstart's
@@ -53,14 +56,17 @@ def main() -> None:
     os.environ.update(environment("cpu"))
     jax.config.update("jax_platforms", "cpu")
     if "speed" in options.only:
-        shapes = {"quickstart": {}} | ({} if options.quick else {"larger": LARGER})
-        for name, overrides in shapes.items():
+        shapes = [("quickstart", {}, 0)]
+        if not options.quick:
+            shapes += [("larger", LARGER, 0), ("long rows", LONG, 0), ("long rows, packed", LONG, 512)]
+        for name, overrides, document in shapes:
             compare(
                 name,
                 resolve_config(CONFIG, overrides, VOCAB_SIZE),
                 turns=options.turns,
                 seconds=options.seconds,
                 device="cpu",
+                document=document,
             )
     with tempfile.TemporaryDirectory(prefix="llmjax-bench-") as folder:
         store = f"{folder}/store"

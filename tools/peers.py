@@ -33,13 +33,13 @@ class Peer:
     first_step   seconds from the start of the process to the end of its first step
     """
 
-    def __init__(self, system: str, config: dict[str, Any], device: str):
+    def __init__(self, system: str, config: dict[str, Any], device: str, document: int):
         self.system, started = system, time.perf_counter()
         program = [sys.executable, str(Path(__file__).with_name("peer_process.py"))]
         self._process = subprocess.Popen(
             program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | environment(device)
         )
-        ready = self._ask({"system": system, "config": config, "device": device})
+        ready = self._ask({"system": system, "config": config, "device": device, "document": document})
         self.parameters, self.device_kind = ready["parameters"], ready["device_kind"]
         self.first_step = time.perf_counter() - started
 
@@ -50,6 +50,10 @@ class Peer:
     def matmul(self) -> float:
         """Flops per second of this system's fastest square matrix product, an upper limit for every model."""
         return self._ask({"matmul": True})["flops"]
+
+    def memory(self) -> int:
+        """Bytes that the steps so far needed at most, beyond those of the imported framework; 0: unknown."""
+        return self._ask({"memory": True})["bytes"]
 
     def close(self) -> None:
         """End the process."""
@@ -91,24 +95,29 @@ def resolve_config(file: str, overrides: dict[str, Any], vocab_size: int) -> Run
 
 @dataclasses.dataclass
 class Result:
-    """Seconds of a step of one system in each turn, and its fastest matrix product in flops per second."""
+    """Seconds of a step of one system in each turn, its memory in bytes, and the flops per second of its matmul."""
 
     peer: Peer
     steps: list[float] = dataclasses.field(default_factory=list)
+    memory: int = 0
     product: float = 0.0
 
     def turn(self, seconds: float) -> None:
         self.steps.append(self.peer.turn(seconds))
+        self.memory = self.memory or self.peer.memory()  # in the first turn, before the first matrix product
         self.product = max(self.product, self.peer.matmul())
 
 
-def compare(name: str, config: RunConfig, *, turns: int, seconds: float, device: str) -> None:
+def compare(name: str, config: RunConfig, *, turns: int, seconds: float, device: str, document: int = 0) -> None:
     """Print the tokens a second of every system that is installed.
 
+    document tokens of the documents in a row, which llmjax does not let see each other; 0: a row is one document
     device   "cpu": the processes take turns, since the load of a CPU changes; "gpu": one after the other, for memory
     """
     model, rows, seq = config.model, config.train.global_batch, config.data.seq_len
     shape = f"{model.num_layers} layers x {model.embed}, {rows} x {seq} tokens, {model.dtype}"
+    if document:
+        shape += f", documents of {document} tokens"
     print(f"\nspeed, {name}: {shape}; {load()}", flush=True)
     installed = SYSTEMS if importlib.util.find_spec("torch") else SYSTEMS[:1]
     results: list[Result] = []
@@ -116,7 +125,7 @@ def compare(name: str, config: RunConfig, *, turns: int, seconds: float, device:
         with contextlib.ExitStack() as stack:
             tree, running = run_config.to_json(config), []
             for system in group:  # one after the other, so that no other system slows a first step
-                running.append(Result(stack.enter_context(contextlib.closing(Peer(system, tree, device)))))
+                running.append(Result(stack.enter_context(contextlib.closing(Peer(system, tree, device, document)))))
             for _ in range(turns):
                 for result in running:
                     result.turn(seconds)
@@ -134,7 +143,7 @@ def print_results(results: list[Result], tokens: int, flops: float) -> None:
     limit, reference = max(result.product for result in results), statistics.median(results[0].steps)
     peak = peak_flops(results[0].peer.device_kind)
     columns = f"{'tokens/s':>10}{'step':>10}{'(min - max)':>18}{'of limit':>10}{'MFU' if peak else '':>7}"
-    print(f"  {'':14}{columns}{'of llmjax':>10}{'first step':>12}")
+    print(f"  {'':14}{columns}{'of llmjax':>10}{'first step':>12}{'memory':>10}")
     for result in results:
         middle = statistics.median(result.steps)
         rate, span = flops * tokens / middle, f"({min(result.steps):.3f} - {max(result.steps):.3f})"
@@ -142,6 +151,7 @@ def print_results(results: list[Result], tokens: int, flops: float) -> None:
         print(
             f"  {result.peer.system:14}{tokens / middle:>10,.0f}{middle:>8.3f} s{span:>18}{rate / limit:>10.0%}{mfu:>7}"
             f"{middle / reference:>9.2f}x{result.peer.first_step:>10.1f} s"
+            + (f"{result.memory / 2**20:>7,.0f} MB" if result.memory else "")
         )
     print(f"  {'limit':14}{limit / flops:>10,.0f}{tokens * flops / limit:>8.3f} s{'':18}{1:>10.0%}")
     measured = ", ".join(f"{result.peer.system} {result.product / 1e9:,.0f}" for result in results)

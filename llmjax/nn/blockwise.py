@@ -231,10 +231,10 @@ def _scores(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Masked float32 scores [batch, groups, repeats * block, key_block] of query block `query` and key block `key`.
 
-    q [batch, groups, repeats * block, head_dim], k [batch, groups, key_block, head_dim]. Also returns the derivative of
+    q [batch, groups, repeats * block, head_dim], k [batch, groups, head_dim, key_block]. Also returns the derivative of
     the soft-cap, None without one.
     """
-    scores = options.scale * jnp.einsum("bgsk,bgtk->bgst", q, k, preferred_element_type=jnp.float32)
+    scores = options.scale * jnp.einsum("bgsk,bgkt->bgst", q, k, preferred_element_type=jnp.float32)
     slope = None
     if options.softcap is not None:
         capped = jnp.tanh(scores / options.softcap)
@@ -242,7 +242,7 @@ def _scores(
     if bias is not None:
         start = _first_distance(bias, mask.block, mask.index[query], key)
         near = jax.lax.dynamic_slice_in_dim(bias, start, 2 * mask.block - 1, axis=2)
-        scores += _matrix_from_diagonals(near).reshape(q.shape[1:3] + k.shape[2:3])
+        scores += _matrix_from_diagonals(near).reshape(q.shape[1:3] + k.shape[3:])
     cut = lambda x, index, size: jax.lax.dynamic_slice_in_dim(x, index * size, size, axis=1)
     queries, keys = lambda x: cut(x, query, mask.block)[:, :, None], lambda x: cut(x, key, mask.key_block)[:, None, :]
     distance = queries(mask.positions) - keys(mask.key_positions)
@@ -275,9 +275,9 @@ def _sum_diagonals(matrix: jax.Array) -> jax.Array:
     return jnp.sum(flat.reshape(*matrix.shape[:-2], size, 2 * size - 1), axis=-2)
 
 
-def _block(x: jax.Array, index: jax.Array, size: int) -> jax.Array:
-    """Block `index` of x [batch, groups, padded, width]."""
-    return jax.lax.dynamic_slice_in_dim(x, index * size, size, axis=2)
+def _block(x: jax.Array, index: jax.Array, size: int, axis: int = 2) -> jax.Array:
+    """Block `index` of an axis of x; axis 2 has the positions of [batch, groups, padded, width]."""
+    return jax.lax.dynamic_slice_in_dim(x, index * size, size, axis=axis)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -289,6 +289,7 @@ def _attention(options: _Options, inputs: _Inputs, mask: BlockMask) -> jax.Array
 def _forward(options: _Options, inputs: _Inputs, mask: BlockMask) -> tuple[jax.Array, jax.Array]:
     """The output, and the logarithm of the softmax's sum, float32 [blocks, batch, groups, repeats * block, 1]."""
     q, k, v, sinks, bias = inputs
+    columns = k.swapaxes(2, 3)
     rows = (*q.shape[1:-1], 1)
     highest, total = jnp.full(rows, MASKED, jnp.float32), jnp.zeros(rows, jnp.float32)
     if sinks is not None:  # as a key that every query sees and whose value is 0
@@ -300,8 +301,8 @@ def _forward(options: _Options, inputs: _Inputs, mask: BlockMask) -> tuple[jax.A
 
         def key_block(key, carry):
             out, highest, total = carry
-            k_block, v_block = (_block(x, key, mask.key_block) for x in (k, v))
-            scores, _ = _scores(options, q, k_block, bias, mask, query, key)
+            scores, _ = _scores(options, q, _block(columns, key, mask.key_block, 3), bias, mask, query, key)
+            v_block = _block(v, key, mask.key_block)
             new = jnp.maximum(highest, jnp.max(scores, axis=-1, keepdims=True))
             correction, weights = jnp.exp(highest - new), jnp.exp(scores - new)
             values = jnp.einsum("bgst,bgtk->bgsk", weights.astype(v.dtype), v_block, preferred_element_type=jnp.float32)
@@ -331,33 +332,37 @@ def _attention_backward(
     # The sum over keys of a weight times its gradient, which the softmax's gradient subtracts (Dao et al., section 3).
     mean = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    k_columns, v_columns, q_columns, d_out_columns = (x.swapaxes(-1, -2) for x in (k, v, q, d_out))
 
     def query_block(carry, item):
-        q, d_out, log_total, mean, query, first, last = item
+        (q, d_out, q_columns, d_out_columns, log_total, mean), query, first, last = item
 
         def key_block(key, carry):
             d_q, d_k, d_v, d_bias = carry
-            k_block, v_block = (_block(x, key, mask.key_block) for x in (k, v))
+            k_block, v_block = (_block(x, key, mask.key_block, 3) for x in (k_columns, v_columns))
             scores, slope = _scores(options, q, k_block, bias, mask, query, key)
             weights = jnp.exp(scores - log_total)
-            d_scores = weights * (product("bgsk,bgtk->bgst", d_out, v_block) - mean)
+            d_scores = weights * (product("bgsk,bgkt->bgst", d_out, v_block) - mean)
             if bias is not None:
                 by_head = jnp.sum(d_scores, axis=0).reshape(*bias.shape[:2], mask.block, mask.key_block)
                 start = _first_distance(bias, mask.block, mask.index[query], key)
                 d_bias = _add_slice(d_bias, _sum_diagonals(by_head), start)
             d_scores = (d_scores * options.scale if slope is None else d_scores * options.scale * slope).astype(q.dtype)
-            d_q += product("bgst,bgtk->bgsk", d_scores, k_block)
-            d_k = _add_slice(d_k, product("bgst,bgsk->bgtk", d_scores, q), key * mask.key_block)
-            weights = weights.astype(d_out.dtype)
-            d_v = _add_slice(d_v, product("bgst,bgsk->bgtk", weights, d_out), key * mask.key_block)
+            d_q += product("bgst,bgtk->bgsk", d_scores, _block(k, key, mask.key_block))
+            start = key * mask.key_block
+            d_k = _add_slice(d_k, product("bgks,bgst->bgkt", q_columns, d_scores), start, 3)
+            d_v = _add_slice(d_v, product("bgks,bgst->bgkt", d_out_columns, weights.astype(d_out.dtype)), start, 3)
             return d_q, d_k, d_v, d_bias
 
         d_q, *carry = jax.lax.fori_loop(first, last, key_block, (jnp.zeros(q.shape, jnp.float32), *carry))
         return tuple(carry), d_q.astype(q.dtype)
 
-    zeros = (*(jnp.zeros(x.shape, jnp.float32) for x in (k, v)), None if bias is None else jnp.zeros_like(bias))
-    items = (q, d_out, log_total, mean, jnp.arange(len(mask.first)), mask.first, mask.last)
+    d_k, d_v = (jnp.zeros(x.shape, jnp.float32) for x in (k_columns, v_columns))
+    zeros = (d_k, d_v, None if bias is None else jnp.zeros_like(bias))
+    blocks = (q, d_out, q_columns, d_out_columns, log_total, mean)
+    items = (blocks, jnp.arange(len(mask.first)), mask.first, mask.last)
     (d_k, d_v, d_bias), d_q = jax.lax.scan(query_block, zeros, items)
+    d_k, d_v = d_k.swapaxes(2, 3), d_v.swapaxes(2, 3)
     d_sinks = None
     if sinks is not None:
         by_query = lambda x: x.reshape(*x.shape[:2], *sinks.shape, mask.block)
@@ -365,10 +370,10 @@ def _attention_backward(
     return _Inputs(d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), d_sinks, d_bias), None
 
 
-def _add_slice(total: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
-    """`total` with `part` added from `start` of axis 2 on."""
-    new = jax.lax.dynamic_slice_in_dim(total, start, part.shape[2], axis=2) + part
-    return jax.lax.dynamic_update_slice_in_dim(total, new, start, axis=2)
+def _add_slice(total: jax.Array, part: jax.Array, start: jax.Array, axis: int = 2) -> jax.Array:
+    """`total` with `part` added from `start` of an axis on."""
+    new = jax.lax.dynamic_slice_in_dim(total, start, part.shape[axis], axis=axis) + part
+    return jax.lax.dynamic_update_slice_in_dim(total, new, start, axis=axis)
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

@@ -7,6 +7,7 @@ from flax import nnx
 import jax
 
 from llmjax.nn import weights
+from llmjax.nn.materialize import materialize
 from llmjax.parallel import axes
 
 
@@ -37,6 +38,7 @@ def _project_forward(x, weight, num_inputs, out_dtype):
 def _project_backward(num_inputs, out_dtype, saved, cotangent):
     # The weight's gradient is x^T dy; JAX's own rule computes (dy^T x)^T. On a CPU the transposed operand is copied: x
     # is in memory, but dy would be computed inside that copy with a stride. This saves 15% of a small decoder's step.
+    # Where x is wider than dy, a copy of dy^T costs less.
     x, weight = saved
     cotangent = cotangent.astype(x.dtype)
     outputs, rows = weight.ndim - num_inputs, tuple(range(x.ndim - num_inputs))
@@ -44,8 +46,11 @@ def _project_backward(num_inputs, out_dtype, saved, cotangent):
     dx = jax.lax.dot_general(cotangent, weight.astype(x.dtype), (ends, ((), ())))
     # The partitioner adds the devices' products in the type of this matmul.
     dtype = axes.gradient_dtype(x.dtype)
-    d_weight = jax.lax.dot_general(x, cotangent, ((rows, rows), ((), ())), preferred_element_type=dtype)
-    return dx, d_weight.astype(weight.dtype)
+    product = lambda a, b: jax.lax.dot_general(a, b, ((rows, rows), ((), ())), preferred_element_type=dtype)
+    if math.prod(weight.shape[:num_inputs]) <= math.prod(weight.shape[num_inputs:]):
+        return dx, product(x, cotangent).astype(weight.dtype)
+    transposed = materialize(product(materialize(cotangent), x))
+    return dx, transposed.transpose(*range(outputs, weight.ndim), *range(outputs)).astype(weight.dtype)
 
 
 _project.defvjp(_project_forward, _project_backward)

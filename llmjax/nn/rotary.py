@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llmjax.nn.materialize import materialize
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scaling:
@@ -66,9 +68,10 @@ def angles(
 ) -> tuple[jax.Array, jax.Array]:
     """positions int [batch, seq] -> cos and sin, float32 [batch, seq, 1, head_dim / 2]."""
     angle = positions.astype(jnp.float32)[..., None, None] * frequencies(head_dim, base, scaling).astype(np.float32)
-    if scaling is None or scaling.attention_factor == 1:
-        return jnp.cos(angle), jnp.sin(angle)
-    return jnp.cos(angle) * scaling.attention_factor, jnp.sin(angle) * scaling.attention_factor
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    if scaling is not None and scaling.attention_factor != 1:
+        cos, sin = cos * scaling.attention_factor, sin * scaling.attention_factor
+    return materialize(cos), materialize(sin)
 
 
 @jax.custom_vjp
