@@ -25,6 +25,7 @@ from llmjax.run.config import RunConfig
 logger = logging.getLogger(__name__)
 
 _MODULE = "jit_train_step"
+_OTHER_PLATFORMS = ("--xla_cpu_", "--xla_gpu_")
 _POLL_SECONDS, _SETTLED_SECONDS = 0.2, 2.0
 
 
@@ -121,7 +122,9 @@ def _child(config: RunConfig, topology: Topology, folder: pathlib.Path, dump: pa
     if topology.platform == "tpu":
         environment |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
         flags = f"--xla_dump_to={dump} --xla_dump_hlo_as_text --xla_dump_large_constants"
-        environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {flags} --xla_dump_hlo_module_re={_MODULE}.*"
+        # The TPU compiler ends the process at a flag of another platform that it does not know.
+        given = [flag for flag in environment.get("XLA_FLAGS", "").split() if not flag.startswith(_OTHER_PLATFORMS)]
+        environment["XLA_FLAGS"] = f"{' '.join(given)} {flags} --xla_dump_hlo_module_re={_MODULE}.*"
     with (folder / "stderr.txt").open("wb") as stderr, (folder / "stdout.txt").open("wb") as stdout:
         command = [sys.executable, "-m", compile_child.__name__]
         child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stdout, stderr=stderr, env=environment)

@@ -42,5 +42,5 @@ def test_bad_input_is_refused_before_anything_is_compiled(arguments, message):
 
 
 def test_a_mesh_that_does_not_fill_the_machine_is_refused():
-    with pytest.raises(UserError, match="needs 3 devices, but there are 2"):
+    with pytest.raises(UserError, match="3 does not divide the 2 devices"):
         main.run([*CPU, *SMALL, "--config.mesh.fsdp=3"])
