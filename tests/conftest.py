@@ -48,6 +48,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not item.path.as_posix().endswith(LONGEST_FILES))
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name bytes by the argument: compressed ones hold the time, and workers must collect tests of the same names."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture(scope="module", autouse=True)
 def drop_programs():
     """Drop a module's compiled programs, and stop writing programs to the folder of a run that a test trained here."""
