@@ -27,7 +27,8 @@ def make_plan(folder, topology, *overrides, spec="llama:tiny", quick=True):
 def test_a_tpu_step_executes_the_flops_of_the_formula(tmp_path):
     """Without remat: the model's FLOPs, the half of the scores that the causal mask hides, and the matrices that rotate
     queries and keys on TPU, which add 1% here. Norms are no matmuls."""
-    plan = make_plan(tmp_path, "v5e:2x2", ("model.dtype", "bfloat16"), ("model.attention", "dot"))
+    sharded = (("mesh.data", "1"), ("mesh.fsdp", "-1"))
+    plan = make_plan(tmp_path, "v5e:2x2", ("model.dtype", "bfloat16"), ("model.attention", "dot"), *sharded)
     model, seq = plan.config.model, plan.config.data.seq_len
     rows = plan.config.train.global_batch // plan.devices
     hidden = 3 * 2 * model.num_layers * model.num_heads * model.head_size * seq * seq * rows
