@@ -35,7 +35,7 @@ def parts(config):
 def fill_texts(texts, count=3, tokenizer=None, config=CONFIG):
     graph, params = parts(config)
     auto = (jax.sharding.AxisType.Auto,) * 3
-    mesh = jax.make_mesh((1, 1, 1), axes.MESH_AXES, axis_types=auto, devices=jax.devices()[:1])
+    mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), axis_types=auto, devices=jax.devices()[:1])
     with axes.use_mesh(mesh):
         return fill(loaded(graph, params, config, tokenizer or Bytes()), texts, count)
 
