@@ -22,6 +22,7 @@ from llmjax.cli.import_ import import_
 from llmjax.cli.inspect import inspect
 from llmjax.cli.logs import configure_logging, end_progress
 from llmjax.cli.plan import plan
+from llmjax.cli.platforms import skip_absent_tpu
 from llmjax.cli.prepare import prepare
 from llmjax.cli.size import size
 from llmjax.cli.train import train
@@ -91,6 +92,7 @@ def main() -> typing.NoReturn:
     """
     try:
         interrupts.install()
+        skip_absent_tpu()
         status = run(sys.argv[1:])
     except UserError as error:
         status = _fail(str(error))

@@ -48,14 +48,15 @@ def choose_mesh(config: RunConfig, devices: Sequence[Any]) -> MeshConfig:
     size = states.state_bytes(model, config.optimizer) / (mesh.expert * mesh.sequence * mesh.tensor) / 2**30
     kind, memory = devices[0].device_kind, _memory(devices[0])
     fits = size <= _STATE_SHARE * memory
-    logger.info(
-        "mesh.fsdp=0: the training state of %.2f GiB %s a third of %s's %.0f GiB: %s",
-        size,
-        "fits in" if fits else "is larger than",
-        kind,
-        memory,
-        "every device holds it (mesh.fsdp=1)" if fits else "sharded over all devices (mesh.data=1, mesh.fsdp=-1)",
-    )
+    if len(devices) > 1:
+        logger.info(
+            "mesh.fsdp=0: the training state of %.2f GiB %s a third of %s's %.0f GiB: %s",
+            size,
+            "fits in" if fits else "is larger than",
+            kind,
+            memory,
+            "every device holds it (mesh.fsdp=1)" if fits else "sharded over all devices (mesh.data=1, mesh.fsdp=-1)",
+        )
     return dataclasses.replace(mesh, fsdp=1) if fits else dataclasses.replace(mesh, data=1, fsdp=-1)
 
 

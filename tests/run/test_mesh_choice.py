@@ -33,7 +33,7 @@ def test_shipped_configs(spec, kind, expected, caplog):
     """16 bytes a parameter: 2 GB of 16 GiB, 24 GB of 16 GiB, 24 GB of 95 GiB, 128 GB, and 1.1 TB on 8 devices."""
     config = run_config.resolve(spec, ())
     with caplog.at_level(logging.INFO):
-        assert choose_mesh(config, [device(kind)]) == expected
+        assert choose_mesh(config, [device(kind)] * 2) == expected
     assert f"mesh.fsdp={expected.fsdp}" in caplog.text and "GiB" in caplog.text
 
 
