@@ -78,7 +78,12 @@ CASES = (
         peer_gib=20.0,
         limit=8.02,
         target=15.6,
-        overrides=(("model.remat", "offload_input"), ("mesh.tensor", "1"), ("mesh.fsdp", "-1")),
+        overrides=(
+            ("model.remat", "offload_input"),
+            ("mesh.data", "1"),
+            ("mesh.fsdp", "-1"),
+            ("mesh.tensor", "1"),
+        ),
         note="MaxText extrapolated, 20 GiB more on the host",
     ),
     Case(
