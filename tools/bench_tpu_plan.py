@@ -79,7 +79,7 @@ CASES = (
         limit=8.02,
         target=15.6,
         overrides=(
-            ("model.remat", "offload_input"),
+            ("model.remat", "offload"),
             ("mesh.data", "1"),
             ("mesh.fsdp", "-1"),
             ("mesh.tensor", "1"),
