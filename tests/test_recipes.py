@@ -1,4 +1,4 @@
-"""Fifty steps of every recipe lower the loss; one recipe of each family gives the same bits twice."""
+"""Fifty steps of one recipe of each family lower the loss, twice with the same bits. `make recipes` trains them all."""
 
 import json
 import pathlib
@@ -15,8 +15,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 
 TOOL = load_module(jobs.ROOT / "tools" / "recipes.py")
 RECIPES = {name: spec for name, (spec, _, _) in TOOL.list_recipes().items()}
-# One recipe of each family, trained twice.
-REPEATED = {run_config.resolve(spec, []).model.family: name for name, spec in RECIPES.items()}.values()
+# The first recipe of each family.
+CHECKED = {run_config.resolve(spec, []).model.family: name for name, spec in reversed(RECIPES.items())}.values()
 
 
 @pytest.fixture(scope="module")
@@ -50,21 +50,18 @@ def train_fifty_steps(spec: str, workdir: pathlib.Path, text: dict) -> list[dict
     return jobs.metrics(workdir)
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_fifty_steps_lower_the_loss(name, text, tmp_path):
+@pytest.mark.parametrize("name", CHECKED)
+def test_fifty_steps_lower_the_loss_and_repeat(name, text, tmp_path):
     metrics = train_fifty_steps(RECIPES[name], tmp_path / "run", text)
     start, end = metrics[0]["loss"], sum(line["loss"] for line in metrics[-10:]) / 10
     assert end < start - 0.5, f"loss {start:.3f} at first, {end:.3f} after fifty steps"
-    if name in REPEATED:
-        again = train_fifty_steps(RECIPES[name], tmp_path / "again", text)
-        fields = ("step", "loss", "grad_norm", "batch_digest", "learning_rate")
-        assert [[line[field] for field in fields] for line in metrics] == [
-            [line[field] for field in fields] for line in again
-        ]
-        scores = [
-            json.loads((tmp_path / run / "eval" / "50" / "validation.json").read_text()) for run in ("run", "again")
-        ]
-        assert scores[0] == scores[1]
+    again = train_fifty_steps(RECIPES[name], tmp_path / "again", text)
+    fields = ("step", "loss", "grad_norm", "batch_digest", "learning_rate")
+    assert [[line[field] for field in fields] for line in metrics] == [
+        [line[field] for field in fields] for line in again
+    ]
+    scores = [json.loads((tmp_path / run / "eval" / "50" / "validation.json").read_text()) for run in ("run", "again")]
+    assert scores[0] == scores[1]
 
 
 def test_every_family_has_a_recipe():

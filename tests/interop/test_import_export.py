@@ -272,7 +272,7 @@ def test_trained_run_is_exported(tmp_path, kind):
     run, corpus = tmp_path / "run", jobs.write_corpus(tmp_path / "corpus", 12)
     changes = {
         "data.tokenizer.kind": kind,
-        "data.tokenizer.vocab_size": 400,
+        "data.tokenizer.vocab_size": 600,
         "train.steps": 2,
         "optimizer.ema_decay": 0.5,
     }
