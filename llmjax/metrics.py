@@ -57,6 +57,24 @@ PEAK_FLOPS = {
 }
 
 
+# Memory of one JAX device in GiB, by kind as in PEAK_FLOPS. Sources: Google Cloud's page of each TPU, NVIDIA's data
+# sheets. A tpu7x chip is two JAX devices.
+MEMORY_GIB = {
+    "TPU v4": 32,
+    "TPU v5 lite": 16,
+    "TPU v5e": 16,
+    "TPU v5": 95,
+    "TPU v5p": 95,
+    "TPU v6 lite": 32,
+    "TPU v6e": 32,
+    "TPU7x": 96,
+    "A100": 80,
+    "H100": 80,
+    "H200": 141,
+    "B200": 180,
+}
+
+
 def peak_flops(device_kind: str) -> float | None:
     """Dense bfloat16 FLOPs a second of one JAX device by `jax.Device.device_kind`; None where unknown, as for a CPU.
 

@@ -26,11 +26,6 @@ def state_bytes_per_parameter(model: ModelConfig, optimizer: OptimizerConfig) ->
     return states.state_bytes(model, optimizer) / registry.count_parameters(model)
 
 
-def parameters(config: RunConfig) -> int:
-    """Parameters of the model, padding of the vocabulary included; nothing is allocated."""
-    return registry.count_parameters(config.model)
-
-
 class ResidualBytes(NamedTuple):
     """Bytes that are kept for the backward pass in the device's memory, and in the host's."""
 

@@ -7,20 +7,19 @@ import jax
 import jax.numpy as jnp
 
 from llmjax.errors import UserError, suggest
-from llmjax.metrics import peak_flops
+from llmjax.metrics import MEMORY_GIB, peak_flops
 
-# name -> (jax.Device.device_kind, GiB of memory). Sources: Google Cloud's page of each TPU, NVIDIA's data sheets.
-# A tpu7x chip is two JAX devices, of 96 GiB each.
+# name -> jax.Device.device_kind
 _KINDS = {
-    "v4": ("TPU v4", 32),
-    "v5e": ("TPU v5e", 16),
-    "v5p": ("TPU v5p", 95),
-    "v6e": ("TPU v6e", 32),
-    "tpu7x": ("TPU7x", 96),
-    "a100": ("A100", 80),
-    "h100": ("H100", 80),
-    "h200": ("H200", 141),
-    "b200": ("B200", 180),
+    "v4": "TPU v4",
+    "v5e": "TPU v5e",
+    "v5p": "TPU v5p",
+    "v6e": "TPU v6e",
+    "tpu7x": "TPU7x",
+    "a100": "A100",
+    "h100": "H100",
+    "h200": "H200",
+    "b200": "B200",
 }
 NAMES = (*_KINDS, "here")
 
@@ -40,10 +39,10 @@ def find(name: str) -> Device:
         return _measure_local_device()
     if name not in _KINDS:
         raise UserError(f"--device={name}{suggest(name, NAMES)}: choose one of {', '.join(NAMES)}")
-    kind, gib = _KINDS[name]
+    kind = _KINDS[name]
     peak = peak_flops(kind)
     assert peak is not None
-    return Device(name, peak, gib << 30)
+    return Device(name, peak, MEMORY_GIB[kind] << 30)
 
 
 def _measure_local_device() -> Device:

@@ -12,9 +12,10 @@ from typing import Any
 
 from llmjax.errors import UserError
 from llmjax.nn.stack import REMAT
-from llmjax.plan import count, plan as plans
+from llmjax.plan import plan as plans
 from llmjax.plan.plan import Plan
 from llmjax.plan.topology import Topology
+from llmjax.run import state as states
 from llmjax.run.config import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ def meshes(config: RunConfig, topology: Topology) -> Iterator[Overrides]:
     """Mesh shapes whose state fits: data x fsdp x tensor, and expert for a mixture, in powers of two."""
     devices = topology.num_chips // topology.slices
     assert topology.chip is not None
-    state = count.state_bytes_per_parameter(config.model, config.optimizer) * count.parameters(config)
+    state = states.state_bytes(config.model, config.optimizer)
     heads = getattr(config.model, "num_heads", 1)
     experts = getattr(config.model, "num_experts", 1)
     for tensor in (1, 2, 4, 8):

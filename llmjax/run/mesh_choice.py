@@ -5,23 +5,13 @@ import dataclasses
 import logging
 from typing import Any
 
+from llmjax.metrics import MEMORY_GIB
 from llmjax.parallel.mesh import MeshConfig
 from llmjax.run import state as states
 from llmjax.run.config import RunConfig
 
 logger = logging.getLogger(__name__)
 
-# Memory of one JAX device in GiB by kind. It does not depend on what other programs use, so every start chooses alike.
-_MEMORY = {
-    "TPU v4": 32,
-    "TPU v5 lite": 16,
-    "TPU v5e": 16,
-    "TPU v5": 95,
-    "TPU v5p": 95,
-    "TPU v6 lite": 32,
-    "TPU v6e": 32,
-    "TPU7x": 96,
-}
 _UNKNOWN_MEMORY = 16  # GiB, of a device that reports none, as CPUs
 _STATE_SHARE = 1 / 3  # of a device's memory; activations, logits and temporaries of the compiler need the rest
 _UNKNOWN_VOCAB = 1 << 17  # the largest common size: the state is rather overestimated
@@ -62,7 +52,7 @@ def choose_mesh(config: RunConfig, devices: Sequence[Any]) -> MeshConfig:
 
 def _memory(device: Any) -> float:
     """Memory of a device in GiB."""
-    if device.device_kind in _MEMORY:
-        return _MEMORY[device.device_kind]
+    if device.device_kind in MEMORY_GIB:  # what other programs use does not change it, so every start chooses alike
+        return MEMORY_GIB[device.device_kind]
     reported = (device.memory_stats() or {}).get("bytes_limit")
     return reported / 2**30 if reported else _UNKNOWN_MEMORY
