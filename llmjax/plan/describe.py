@@ -75,7 +75,7 @@ def advise(plan: Plan) -> list[str]:
     rows = config.train.global_batch // (shards * config.train.accumulation)
     if state > 0.5 * chip.hbm and plan.program.mesh.get("data", 1) > 1:
         lines.append("  --config.mesh.data=1 --config.mesh.fsdp=-1   shards the state over all devices")
-    if config.model.remat not in ("full", "attention", "auto"):
+    if config.model.remat not in ("full", "attention"):
         lines.append("  --config.model.remat=attention   keeps only each layer's input and attention output")
     elif config.model.remat == "attention":
         lines.append("  --config.model.remat=full   keeps only each layer's input")
