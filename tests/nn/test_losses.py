@@ -68,6 +68,23 @@ def test_chunked_cross_entropy_equals_the_plain_form(chunk, z_loss):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-6), sums, actual[1])
 
 
+@pytest.mark.parametrize("chunk", [0, 4])
+def test_a_tied_head_equals_the_plain_form(chunk):
+    """An embedding table [vocab, embed], which the head reads transposed."""
+    hidden, table, bias, targets, weights = inputs()
+
+    def tied_objective(form, hidden, table):
+        head = lambda h: unembed(table.T, bias)(h)  # transposed inside, as models do
+        sums = form(hidden, head, targets, weights, z_loss=0.1)
+        return 0.3 * (sums.nats + sums.z), sums
+
+    gradients = lambda form: jax.jit(jax.grad(functools.partial(tied_objective, form), argnums=(0, 1), has_aux=True))
+    actual = gradients(functools.partial(cross_entropy, chunk=chunk))(hidden, table.T)
+    expected = gradients(plain)(hidden, table.T)
+    # float32 sums over 39 tokens and 32 ids, added in another order
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), actual, expected)
+
+
 def test_sums_add_over_rows():
     hidden, table, bias, targets, weights = inputs()
     score = lambda rows: cross_entropy(
