@@ -58,3 +58,14 @@ def packed_pairs(rows: int, seq: int, source_seq: int, vocab: int, *, first_samp
             sources["source_segments"][row, start:stop] = number
             sources["source_positions"][row, start:stop] = np.arange(stop - start)
     return dataclasses.replace(batch, **sources)
+
+
+def progressions(step: int, rows: int, seq: int, vocab: int) -> Batch:
+    """Unpacked rows of tokens start + i * difference modulo the vocabulary."""
+    rng = np.random.default_rng(step)
+    start, difference = rng.integers(0, vocab, (rows, 1)), rng.integers(1, 6, (rows, 1))
+    tokens = ((start + difference * np.arange(seq + 1)) % vocab).astype(np.int32)
+    ones = np.ones((rows, seq), np.int32)
+    positions = np.tile(np.arange(seq, dtype=np.int32), (rows, 1))
+    changes = dict(inputs=tokens[:, :-1], targets=tokens[:, 1:], weights=ones.astype(np.float32))
+    return dataclasses.replace(packed(rows, seq, vocab), **changes, segments=ones, positions=positions)

@@ -3,6 +3,7 @@
     python tools/bench_tpu_plan.py                   every case to the end: minutes each
     python tools/bench_tpu_plan.py --quick           stop at the optimized programs: seconds each
     python tools/bench_tpu_plan.py --only=e
+    python tools/bench_tpu_plan.py --only=abe --quick --set=model.quantization=int8     with another value of a field
     python tools/bench_tpu_plan.py --only=a --chips=16,64,256,1024,4096 --quick     how case a grows
 
 No TPU is needed (extra `plan`). Rows are packed and carry segment ids. MaxText's figures are those of commit e591f30,
@@ -241,6 +242,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="stop at the optimized programs")
     parser.add_argument("--only", default="", help="letters of the cases, such as abe")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="an override of all cases")
     parser.add_argument("--chips", default="", help="with one case: its growth over these numbers of chips")
     parser.add_argument("--svg", type=pathlib.Path, default=ROOT / "docs" / "growth.svg", help="plot of the growth")
     flags = parser.parse_args()
@@ -249,7 +251,12 @@ def main() -> int:
     print(f"{compiler}, {depth}, {datetime.date.today():%d %B %Y}\n")
     if compiler != PEER_COMPILER:
         print(f"MaxText's figures are of {PEER_COMPILER}: they do not compare with this compiler\n", file=sys.stderr)
-    cases = [case for case in CASES if not flags.only or case.key in flags.only]
+    overrides = tuple((field, value) for field, _, value in (text.partition("=") for text in flags.set))
+    cases = [
+        dataclasses.replace(case, overrides=(*case.overrides, *overrides))
+        for case in CASES
+        if not flags.only or case.key in flags.only
+    ]
     if flags.chips:
         print_growth(cases[0], [int(number) for number in flags.chips.split(",")], flags.svg, quick=flags.quick)
         return 0

@@ -33,7 +33,9 @@ logger = logging.getLogger(__name__)
 
 HF_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 # Fields that say how a model is run, trained and stored, not what it computes: config.json does not hold them.
-_RUNTIME_FIELDS = {"family", "scan", "remat", "attention", "dtype", "param_dtype", "dropout", "vocab_multiple"}
+_RUNTIME_FIELDS = {
+    "family", "scan", "remat", "quantization", "attention", "dtype", "param_dtype", "dropout", "vocab_multiple",
+}  # fmt: skip
 # What is compared of a field of two configs, where that is not its value: a field may be unused beside others, and
 # several values may mean the same.
 _EFFECTS: dict[str, Callable[[Any], Any]] = {

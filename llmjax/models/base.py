@@ -7,6 +7,7 @@ from typing import ClassVar
 from llmjax.errors import UserError, suggest
 from llmjax.nn.kernels import KERNELS, Choice, resolve_attention
 from llmjax.nn.mlp import ACTIVATIONS
+from llmjax.nn.quantized import QUANTIZATIONS
 from llmjax.nn.splash import LANES
 from llmjax.nn.stack import REMAT
 from llmjax.parallel import axes
@@ -44,6 +45,10 @@ class BaseModelConfig:
                     offload_input      attention; the input is in the host's memory until the backward pass
                     offload            attention, queries, keys, values and the input are in the host's memory. On a CPU
                                        device and host share one memory, so that both only copy
+    quantization    type to which the linear layers of blocks quantize the operands of their matmuls, except those of
+                    the parameters' gradients: none (not quantized), int8 (fast on TPU v5e and v5p) or float8 (for
+                    chips that compute in it). Attention, recurrences, experts, their router and the head are not
+                    quantized. Needs the extra `quantization`
     dtype           type of activations and matmuls: float32 or bfloat16 (softmax, norms, recurrent states, gates and
                     logits are always float32)
     param_dtype     type in which parameters are stored: float32 or bfloat16
@@ -57,6 +62,7 @@ class BaseModelConfig:
     # Checks of fields: their allowed values, their smallest values, and those that must be above 0.
     choices: ClassVar[Mapping[str, Sequence[str]]] = {
         "remat": tuple(REMAT),
+        "quantization": QUANTIZATIONS,
         "dtype": _DTYPES,
         "param_dtype": _DTYPES,
         "parametrization": PARAMETRIZATIONS,
@@ -82,6 +88,7 @@ class BaseModelConfig:
     dropout: float = 0.0
     scan: bool = True
     remat: str = "none"
+    quantization: str = "none"
     dtype: str = "float32"
     param_dtype: str = "float32"
 

@@ -245,4 +245,5 @@ class Decoder(nnx.Module):
     def _run_layers(self, layer: Callable, x: jax.Array, per_layer: Any, remat: str) -> tuple[jax.Array, Any]:
         """Fold layer(x, (block, item)) over the blocks and over `per_layer`, whose leaves have a leading "layers"
         dimension. `layer` returns (x, (cache, aux)); both are stacked over layers."""
-        return stack.run(layer, x, (self.blocks, per_layer), scan=self.config.scan, remat=remat)
+        scan, quantization = self.config.scan, self.config.quantization
+        return stack.run(layer, x, (self.blocks, per_layer), scan=scan, remat=remat, quantization=quantization)

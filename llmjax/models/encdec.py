@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from llmjax.batch import Batch, Output
 from llmjax.errors import UserError
 from llmjax.models.base import TransformerConfig
-from llmjax.nn import dropout, embedding, stack, weights
+from llmjax.nn import dropout, embedding, quantized, stack, weights
 from llmjax.nn.cross_attention import CrossAttention, KeysValues
 from llmjax.nn.dropout import Dropout
 from llmjax.nn.embedding import Embedding
@@ -205,7 +205,10 @@ class Stack(nnx.Module):
             return layer(x, block, drop.at(index + 1), *slices)
 
         items = (jnp.arange(self.num_layers), self.blocks, *per_layer)
-        x, out = stack.run(body, drop.at(0)(x), items, scan=self.config.scan, remat=self.config.remat)
+        config = self.config
+        x, out = stack.run(
+            body, drop.at(0)(x), items, scan=config.scan, remat=config.remat, quantization=config.quantization
+        )
         return drop.at(self.num_layers + 1)(self.norm(x)), out
 
 
@@ -281,7 +284,8 @@ class EncDec(nnx.Module):
         source = self._encode(self._kernel(seq), tokens, mask.astype(jnp.int32), positions, _NO_DROPOUT)
         shape = (self.config.decoder_layers, batch, 1 + max_tokens, self.config.num_heads, self.config.head_size)
         empty = jnp.zeros(shape, self.config.dtype)
-        keys_values = jax.vmap(lambda block: block.cross.keys_values(source))(self.decoder.blocks)
+        with quantized.use(self.config.quantization):
+            keys_values = jax.vmap(lambda block: block.cross.keys_values(source))(self.decoder.blocks)
         start = jnp.full((batch, 1), self.config.start_id, jnp.int32)
         hidden, cache = self.cached(start, jnp.zeros_like(start), Cache((empty, empty), keys_values, mask))
         return hidden[:, 0], cache, jnp.ones(batch, jnp.int32)

@@ -197,7 +197,9 @@ class Encoder(nnx.Module):
         for blocks, part in ((self.first, slice(split)), (self.blocks, slice(split, None))):
             if blocks is not None:
                 items = (blocks, index[part], local[part])
-                x, _ = stack.run(layer, x, items, scan=config.scan, remat=config.remat)
+                x, _ = stack.run(
+                    layer, x, items, scan=config.scan, remat=config.remat, quantization=config.quantization
+                )
         return Output(hidden=x if self.norm is None else self.norm(x))
 
     def unembed(self, hidden: jax.Array) -> jax.Array:

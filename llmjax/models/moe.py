@@ -317,7 +317,10 @@ class MoeDecoder(Decoder):
         if dense:
             first = jax.tree.map(lambda leaf: leaf[:dense], per_layer)
             per_layer = jax.tree.map(lambda leaf: leaf[dense:], per_layer)
-            x, (first_cache, _) = stack.run(layer, x, (self.dense_blocks, first), scan=self.config.scan, remat=remat)
+            scan, quantization = self.config.scan, self.config.quantization
+            x, (first_cache, _) = stack.run(
+                layer, x, (self.dense_blocks, first), scan=scan, remat=remat, quantization=quantization
+            )
         x, (cache, router_stats) = super()._run_layers(layer, x, per_layer, remat)
         if dense:
             cache = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first_cache, cache)

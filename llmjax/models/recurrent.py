@@ -248,7 +248,8 @@ class Recurrent(nnx.Module):
         return _apply_norm(self.norm, x), cache
 
     def _run(self, layer: Callable, x: jax.Array, stacked: Any, remat: str) -> tuple[jax.Array, Any]:
-        return stack.run(layer, x, stacked, scan=self.config.scan, remat=remat)
+        scan, quantization = self.config.scan, self.config.quantization
+        return stack.run(layer, x, stacked, scan=scan, remat=remat, quantization=quantization)
 
 
 def _norm(config: RecurrentConfig) -> nnx.Module | None:

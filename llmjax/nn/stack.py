@@ -7,8 +7,18 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
+from llmjax.nn import quantized
+
 _save = jax.checkpoint_policies.save_only_these_names
-_DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+
+
+def _is_wide_matmul(primitive: Any, *operands: Any, **parameters: Any) -> bool:
+    """Whether it is a matmul without batch dimensions whose operands have more than 8 bits."""
+    is_matmul = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return is_matmul(primitive, *operands, **parameters) and operands[0].dtype.itemsize > 1
+
+
+_MATMULS = jax.checkpoint_policies.save_from_both_policies(_is_wide_matmul, _save(quantized.PRODUCT))
 
 
 def _offload(*names: str, save: tuple[str, ...] = ()) -> Callable[..., Any]:
@@ -34,20 +44,33 @@ REMAT = {
     "attention_qkv": _save("attention", "qkv"),
     "attention_mlp": _save("attention", "mlp"),
     "attention_qkv_mlp": _save("attention", "qkv", "mlp"),
-    "dots": _DOTS,
-    "dots_attention": jax.checkpoint_policies.save_from_both_policies(_DOTS, _save("attention")),
+    "dots": _MATMULS,
+    "dots_attention": jax.checkpoint_policies.save_from_both_policies(_MATMULS, _save("attention")),
     "offload_input": _offload("input", save=("attention",)),
     "offload": _offload("input", "attention", "qkv"),
 }
 
 
 def run(
-    body: Callable[[jax.Array, Any], tuple[jax.Array, Any]], x: jax.Array, stacked: Any, *, scan: bool, remat: str
+    body: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
+    x: jax.Array,
+    stacked: Any,
+    *,
+    scan: bool,
+    remat: str,
+    quantization: str = "none",
 ) -> tuple[jax.Array, Any]:
     """Fold `body(x, layer) -> (x, out)` over the leading "layers" dimension of `stacked`; returns (x, stacked outs).
 
     The unrolled form reads the same stacked parameters, so checkpoints and optimizers do not depend on it.
+
+    quantization   of the linear layers in `body`, one of `quantized.QUANTIZATIONS`
     """
+    with quantized.use(quantization):
+        return _run(body, x, stacked, scan=scan, remat=remat)
+
+
+def _run(body, x, stacked, *, scan: bool, remat: str):
     if remat != "none":
         block = body
         body = jax.checkpoint(

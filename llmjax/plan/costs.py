@@ -23,6 +23,7 @@ class Costs:
     """Totals of one execution of a program on one device.
 
     matmul_flops        of matmuls that the compiler knows, also inside fusions
+    int8_flops          of matmul_flops, those of int8 operands
     grouped_flops       of grouped matmul kernels
     attention           work of attention kernels by name
     kernels             executions of hand-written kernels by name
@@ -34,6 +35,7 @@ class Costs:
     """
 
     matmul_flops: float = 0
+    int8_flops: float = 0
     grouped_flops: float = 0
     attention: dict[str, KernelWork] = dataclasses.field(default_factory=dict)
     kernels: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -78,7 +80,9 @@ def count(module: Module, slice_of: Sequence[int]) -> Costs:
     costs = Costs()
     fused = {name for i in module.instructions.values() if i.opcode == "fusion" for name in i.callees["calls"]}
     for instruction, times in module.executed():
-        costs.matmul_flops += times * matmuls.matmul_flops(module, instruction)
+        if flops := matmuls.matmul_flops(module, instruction):
+            costs.matmul_flops += times * flops
+            costs.int8_flops += times * flops * matmuls.has_int8_operands(module, instruction)
         if name := matmuls.kernel_name(instruction):
             _add_kernel(costs, module, instruction, name, times)
         if collective := traffic.collective(instruction, module, slice_of):

@@ -93,6 +93,8 @@ def _describe_work(plan: Plan) -> list[str]:
     costs = plan.costs
     lines = ["a step executes and sends"]
     lines.append(f"  {costs.executed_flops:.3e} FLOPs, {costs.executed_flops / plan.model_flops:.2f} x the model's")
+    if costs.int8_flops:
+        lines.append(f"  {costs.int8_flops:.3e} of them in matmuls of int8")
     if costs.grouped_flops:
         lines.append(f"  {costs.grouped_flops:.3e} of them in grouped matmuls")
     for name, calls in costs.kernels.items():

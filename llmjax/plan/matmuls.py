@@ -38,6 +38,11 @@ def matmul_flops(module: Module, instruction: Instruction) -> float:
     return 0.0
 
 
+def has_int8_operands(module: Module, instruction: Instruction) -> bool:
+    """Whether a matmul multiplies integers of 8 bits."""
+    return all(module.operand(instruction, i).dtype in ("s8", "u8") for i in (0, 1))
+
+
 def _convolution_flops(instruction: Instruction, left: Array, right: Array, out: Array) -> float:
     """TPU programs write every matmul as a convolution; batch dimensions may become dilated windows."""
     labels = instruction.attribute(r"dim_labels=(\S+?)(?:,|$)")

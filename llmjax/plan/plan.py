@@ -67,6 +67,7 @@ class Plan:
             "hbm_bytes": memory.total,
             "model_flops": self.model_flops,
             "executed_flops": costs.executed_flops,
+            "int8_flops": costs.int8_flops,
             "attention_calls": round(costs.attention_calls),
             "ici_bytes": costs.ici_bytes,
             "dcn_bytes": costs.dcn_bytes,

@@ -1,6 +1,7 @@
 """Predict the time of a step on a TPU from its compiled program.
 
-Quick depth: matmuls at the usual share of the chip's peak, everything else by its HBM traffic. Full depth: the cycles
+Quick depth: matmuls at the usual share of the chip's peak, those of int8 by their speedup, everything else by its HBM
+traffic. Full depth: the cycles
 that the compiler wrote beside each instruction of the scheduled program. Both price attention kernels from the blocks
 that they execute, grouped matmuls at a share of the peak, and collectives by the wire bytes of a ring.
 
@@ -65,7 +66,8 @@ class StepTime:
 def estimate(costs: Costs, chip: Chip) -> StepTime:
     """The quick depth. `chip` must have the shares and cycles of the cost model."""
     assert chip.matmul_share is not None
-    matmul = costs.matmul_flops / (chip.matmul_share * chip.peak)
+    flops = costs.matmul_flops - costs.int8_flops + costs.int8_flops / chip.int8_speedup
+    matmul = flops / (chip.matmul_share * chip.peak)
     elementwise = chip.elementwise * costs.other_hbm_bytes / (_HBM_SHARE * chip.hbm_rate)
     attention = _attention_seconds(costs.attention, chip)
     grouped = costs.grouped_flops / (_GROUPED_SHARE * chip.peak)

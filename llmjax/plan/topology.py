@@ -25,6 +25,7 @@ class Chip:
     dcn_rate         bytes that a chip sends to other slices
     clock            cycles, as the compiler counts them
     matmul_share     usual share of the peak that matmuls reach in training steps; None: not measured
+    int8_speedup     how much faster matmuls of int8 are than those of bfloat16
     elementwise      how much longer other operations take than their HBM traffic at 90% of hbm_rate
     attention_cycles cycles of the splash attention kernels per (query, key) element: forward, backward
     segment_cycles   what segment ids add to the two
@@ -40,6 +41,7 @@ class Chip:
     dcn_rate: float = 6.2e9
     clock: float | None = None
     matmul_share: float | None = None
+    int8_speedup: float = 1.0
     elementwise: float = 1.0
     attention_cycles: tuple[float, float] | None = None
     segment_cycles: tuple[float, float] = (1.4e-3, 0.2e-3)
@@ -59,7 +61,8 @@ def _gib(size: float) -> int:
 
 # HBM: what the compiler of libtpu 0.0.52 gives a program. Rates: Google Cloud's page of each TPU; links: "How to Scale
 # Your Model" (Austin et al., 2025), chapter TPUs. Clocks follow from peak = clock x MXUs x rows x columns x 2. Shares
-# and kernel cycles: docs/plan.md says how they were found. A tpu7x chip is two JAX devices, which share its links.
+# and kernel cycles: docs/plan.md says how they were found. The speedups of int8 are the
+# compiler's, by tools/matmul_cycles.py; v6e's data sheet has 2. A tpu7x chip is two JAX devices, which share its links.
 CHIPS = {
     "v4": Chip(kind="TPU v4", config="megacore", hbm=_gib(30.75), hbm_rate=1.228e12, link_rate=45e9, axes=3),
     "v5e": Chip(
@@ -70,6 +73,7 @@ CHIPS = {
         axes=2,
         clock=1.5e9,
         matmul_share=0.80,
+        int8_speedup=2.0,
         attention_cycles=(4.6e-3, 8.7e-3),
     ),
     "v5p": Chip(
@@ -81,6 +85,7 @@ CHIPS = {
         axes=3,
         clock=1.75e9,
         matmul_share=0.96,
+        int8_speedup=2.0,
         elementwise=1.5,
         attention_cycles=(4.56e-3, 8.72e-3),
         attention_cores=2,
@@ -93,6 +98,7 @@ CHIPS = {
         axes=2,
         clock=1.75e9,
         matmul_share=0.83,
+        int8_speedup=1.3,
         elementwise=1.5,
         attention_cycles=(3.31e-3, 5.35e-3),
     ),

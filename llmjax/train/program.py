@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from llmjax.errors import UserError
+from llmjax.nn import quantized
 from llmjax.optim import schedules
 from llmjax.parallel import axes, backends
 from llmjax.parallel.backends import CompiledStep
@@ -28,6 +29,7 @@ def check_program(config: RunConfig) -> None:
     config.model.check(seq_len=config.data.seq_len, tensor=mesh["tensor"])
     config.model.check_mesh(mesh)
     run_config.choose_attention(config)
+    quantized.check_installed(config.model.quantization)
     schedules.make_schedule(config.optimizer, config.train.steps)
 
 

@@ -20,7 +20,9 @@ from llmjax.train.context import Progress
 logger = logging.getLogger(__name__)
 
 # Fields of the model that change how it is computed, not its parameters or its function.
-_FREE_MODEL_FIELDS = {"scan", "remat", "attention", "attention_block", "recurrence", "unroll", "dtype", "dropout"}
+_FREE_MODEL_FIELDS = {
+    "scan", "remat", "quantization", "attention", "attention_block", "recurrence", "unroll", "dtype", "dropout",
+}  # fmt: skip
 # Fields of the optimizer that decide its learning rate; a change is applied and logged.
 _RATE_FIELDS = {"learning_rate", "schedule", "warmup_steps", "decay_fraction", "end_fraction"}
 

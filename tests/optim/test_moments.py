@@ -1,7 +1,5 @@
 """Moments in bfloat16 and in 8 bits: rounding error and bias, meshes, memory, and what they cost in loss."""
 
-import dataclasses
-
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -19,7 +17,7 @@ from llmjax.optim.moments import block_axis, block_size, dequantize, quantize, s
 from llmjax.optim.optimizer import make_optimizer
 from llmjax.parallel.axes import shardings, use_mesh
 from llmjax.plan import count
-from tests.batches import packed
+from tests.batches import progressions
 from tests.models.programs import init_model
 from tests.models.variants import LLAMA, SEQ, VOCAB
 from tests.optim.parameters import AXES, random_tree, run
@@ -193,7 +191,7 @@ def test_what_fewer_bits_cost_in_loss(moment_dtype):
         optimizer = make_optimizer(config, horizon=100, axes=axes)
         found, state, updated, update = [], optimizer.init(params), params, jax.jit(optimizer.update)
         for step in range(100):
-            value, grads = loss_and_grads(updated, progressions(step))
+            value, grads = loss_and_grads(updated, progressions(step, 8, SEQ, VOCAB))
             updated, state, _ = update(grads, state, updated)
             found.append(float(value))
         return found
@@ -202,14 +200,3 @@ def test_what_fewer_bits_cost_in_loss(moment_dtype):
     assert np.mean(expected[-10:]) < expected[0] - 1
     # tools/moment_table.py finds differences below 0.01 between types, and three times as large ones between seeds.
     assert abs(np.mean(found[-10:]) - np.mean(expected[-10:])) < 0.05
-
-
-def progressions(step: int):
-    """Eight unpacked rows of tokens start + i * difference modulo the vocabulary."""
-    rng = np.random.default_rng(step)
-    start, difference = rng.integers(0, VOCAB, (8, 1)), rng.integers(1, 6, (8, 1))
-    tokens = ((start + difference * np.arange(SEQ + 1)) % VOCAB).astype(np.int32)
-    ones = np.ones((8, SEQ), np.int32)
-    positions = np.tile(np.arange(SEQ, dtype=np.int32), (8, 1))
-    changes = dict(inputs=tokens[:, :-1], targets=tokens[:, 1:], weights=ones.astype(np.float32))
-    return dataclasses.replace(packed(8, SEQ, VOCAB), **changes, segments=ones, positions=positions)

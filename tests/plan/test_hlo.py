@@ -6,8 +6,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 import pytest
 
-from llmjax.plan import costs, matmuls, traffic
+from llmjax.plan import costs, matmuls, predict, traffic
 from llmjax.plan.hlo import Module
+from llmjax.plan.topology import CHIPS
 
 
 def compile_text(function, *shapes, **kwargs) -> str:
@@ -143,6 +144,20 @@ def test_a_matmul_that_a_tpu_writes_as_a_dilated_convolution():
 """  # noqa: E501
     module = Module(text)
     assert matmuls.matmul_flops(module, module.instructions["c"]) == 2 * 8 * 32 * 128 * 16
+
+
+@pytest.mark.parametrize(("dtype", "speed"), [("s8", 2), ("f8e4m3fn", 1), ("bf16", 1)])
+def test_matmuls_of_int8_take_half_the_time_on_v5e(dtype, speed):
+    text = f"""ENTRY %main {{
+  %a = {dtype}[8,128]{{1,0}} parameter(0)
+  %b = {dtype}[128,16]{{1,0}} parameter(1)
+  ROOT %c = s32[8,16]{{1,0}} convolution(%a, %b), dim_labels=bf_io->bf
+}}
+"""
+    counted, chip = costs.count(Module(text), [0]), CHIPS["v5e"]
+    flops = 2 * 8 * 128 * 16
+    assert (counted.matmul_flops, counted.int8_flops) == (flops, flops if dtype == "s8" else 0)
+    assert predict.estimate(counted, chip).matmul == pytest.approx(flops / (0.8 * chip.peak) / speed)
 
 
 def test_splash_attention_counts_the_blocks_that_its_mask_executes():
