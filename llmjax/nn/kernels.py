@@ -106,7 +106,7 @@ class Kernel:
     bias_axes: tuple[str | None, ...] = ()
     reorder_queries: Callable[[Any, Sequence[int]], Any] | None = None
 
-    def make_mask(self, segments: jax.Array, positions: jax.Array, *, block: int = 0, **rule: Any) -> Mask:
+    def make_mask(self, segments: jax.Array | None, positions: jax.Array, *, block: int = 0, **rule: Any) -> Mask:
         """The mask of self-attention; `rule` as in `attention_mask`."""
         return Mask(self.mask_fn(segments, positions, block=block, **rule), self.name)
 
@@ -183,7 +183,7 @@ def resolve_attention(name: str, needs: Mapping[str, str], platform: str, seq_le
     return Choice("dot" if is_short else "blockwise", f"{why}; rows of {seq_len} tokens")
 
 
-def _dense_mask(segments: jax.Array, positions: jax.Array, *, block: int, **rule: Any) -> jax.Array:
+def _dense_mask(segments: jax.Array | None, positions: jax.Array, *, block: int, **rule: Any) -> jax.Array:
     return attention_mask(segments, positions, **rule)
 
 

@@ -28,16 +28,16 @@ _COMPUTE_BLOCK = 512  # keys of the forward kernel's inner step
 class SplashMask:
     """Which keys a query sees: those of its segment, and by place in the row as `causal` and a window allow.
 
-    segments      int [batch, s], of the queries
-    key_segments  int [batch, t]
+    segments      int [batch, s], of the queries; None: a row is one segment, and the kernel reads no segments
+    key_segments  int [batch, t], or None
     index         int []: which of `windows` applies
     windows       a query sees only keys less than this many places away; None: all
     causal        whether a query sees no later key
     block         queries and keys of a block, at most; 0: the default for the device
     """
 
-    segments: jax.Array
-    key_segments: jax.Array
+    segments: jax.Array | None
+    key_segments: jax.Array | None
     index: jax.Array
     windows: tuple[int | None, ...] = dataclasses.field(metadata={"static": True})
     causal: bool = dataclasses.field(metadata={"static": True})
@@ -50,7 +50,7 @@ class SplashMask:
 
 
 def splash_mask(
-    segments: jax.Array,
+    segments: jax.Array | None,
     positions: jax.Array,
     *,
     causal: bool,
@@ -61,8 +61,10 @@ def splash_mask(
     """The SplashMask that allows what `nn.attention.attention_mask` allows for the same arguments.
 
     Segments must be contiguous and positions count up by one inside them, so that places in the row replace positions;
-    only padding (segment 0), whose result nobody reads, may be otherwise. The kernel has no prefixes.
+    only padding (segment 0), whose result nobody reads, may be otherwise. Segments may be None if `causal`, which hides
+    the padding of a row. The kernel has no prefixes.
     """
+    assert causal or segments is not None, "every position of a row would see its padding"
     return SplashMask(segments, segments, jnp.int32(0), (window,), causal, block)
 
 
@@ -100,7 +102,7 @@ def splash(
     auto_axes = set(mesh.axis_names) - set(mesh.manual_axes)
     if not auto_axes:
         return attend(*arguments)
-    by_row = P(rows[0])
+    by_row = None if mask.segments is None else P(rows[0])
     return jax.shard_map(
         attend,
         in_specs=(rows, rows, rows, by_row, by_row, P(), None if sinks is None else P(rows[2])),
@@ -118,8 +120,8 @@ def _attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    segments: jax.Array,
-    key_segments: jax.Array,
+    segments: jax.Array | None,
+    key_segments: jax.Array | None,
     index: jax.Array,
     sinks: jax.Array | None,
 ) -> jax.Array:
@@ -127,8 +129,10 @@ def _attend(
     device, s = axes.device(), q.shape[1]
     largest = block or (_BLOCK if max(q.shape[3], v.shape[3]) <= _WIDE else _BLOCK_OF_WIDE)
     block_q, block_kv = (_block(length, largest) for length in (s, k.shape[1]))
-    q, segments = (_pad(x, block_q) for x in (q, segments))
-    k, v, key_segments = (_pad(x, block_kv) for x in (k, v, key_segments))
+    ids = None
+    if segments is not None and key_segments is not None:
+        ids = splash_attention.SegmentIds(_pad(segments, block_q), _pad(key_segments, block_kv))
+    q, k, v = _pad(q, block_q), _pad(k, block_kv), _pad(v, block_kv)
     sizes = splash_attention.BlockSizes(
         block_q=block_q,
         block_kv=block_kv,
@@ -153,7 +157,6 @@ def _attend(
         return jax.vmap(row)
 
     by_head = (x.swapaxes(1, 2) for x in (q, k, v))
-    ids = splash_attention.SegmentIds(segments, key_segments)
     out = jax.lax.switch(index, [with_window(window) for window in windows], *by_head, ids)
     return out.swapaxes(1, 2)[:, :s]
 

@@ -1,5 +1,6 @@
 """Splash attention, interpreted on CPU, against the reference `dot`: values, gradients, layouts, number of calls."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 
 from llmjax.nn import attention, kernels, stack
+from llmjax.nn.blockwise import block_mask, blockwise
 from llmjax.nn.splash import LANES, _block, _divisor, cross_splash_mask, splash, splash_mask
 from llmjax.parallel import axes
+from tests import batches
 from tests.nn.test_blockwise import draw, packed, value_and_grads
 
 # Documents of one token, that end at a block's border or span both blocks; padding; no multiple of the block.
@@ -55,6 +58,21 @@ def test_equals_dot_in_values_and_gradients(rule, options):
     )
     expected = run(attention.dot, attention.attention_mask(*ROWS, **rule))
     assert_same(run(splash, splash_mask(*ROWS, **rule, block=LANES)), expected)
+
+
+@pytest.mark.parametrize("window", [None, 30])
+def test_rows_of_one_segment_need_no_segments(window):
+    """Without them, `dot`, blockwise and splash give text what `dot` gives it with them; padding ends the rows."""
+    rows, inputs, rule = packed([140], [3], seq=SEQ), draw_inputs(2, SEQ, SEQ), {"causal": True, "window": window}
+    masks = {
+        attention.dot: attention.attention_mask(None, rows[1], **rule),
+        blockwise: block_mask(None, rows[1], **rule, block=16),
+        splash: splash_mask(None, rows[1], **rule, block=LANES),
+    }
+    run = lambda kernel, mask: value_and_grads(lambda inputs: kernel(**inputs, mask=mask), inputs, rows[0] > 0)
+    expected = run(attention.dot, attention.attention_mask(*rows, **rule))
+    for kernel, mask in masks.items():
+        assert_same(run(kernel, mask), expected)
 
 
 def test_cross_attention_sees_the_source_of_its_segment():
@@ -137,6 +155,15 @@ def test_the_platform_is_that_of_the_mesh():
     assert "tpu_custom_call" in lower_for_tpu(
         lambda x: splash(x, x, x, splash_mask(*packed([200], seq=200), causal=True)), draw(1, 200, 2, 8)
     )
+
+
+@pytest.mark.parametrize("one_segment", [False, True])
+def test_only_batches_that_promise_one_segment_go_without_segments(one_segment):
+    """The kernel's name says whether it reads them: by the promise alone, which the compiler sees, not by the rows."""
+    batch = dataclasses.replace(batches.packed(1, 200, 10), one_segment=one_segment)
+    run = lambda x, batch: splash(x, x, x, splash_mask(batch.causal_segments, batch.positions, causal=True))
+    text = lower_for_tpu(run, draw(1, 200, 2, 8), batch)
+    assert ("segmented" in text) is not one_segment
 
 
 def test_blocks_are_equal_and_little_is_padded():
