@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 from jax.experimental import mesh_utils
@@ -10,9 +11,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 import numpy as np
 import pytest
 
-from llmjax.nn import attention, kernels, stack
+from llmjax.nn import attention, kernels, splash as splash_module, stack
 from llmjax.nn.blockwise import block_mask, blockwise
-from llmjax.nn.splash import LANES, _block, _divisor, cross_splash_mask, splash, splash_mask
+from llmjax.nn.splash import LANES, _block, _divisor, _head_mask, _places, cross_splash_mask, splash, splash_mask
 from llmjax.parallel import axes
 from tests import batches
 from tests.nn.test_blockwise import draw, packed, value_and_grads
@@ -58,6 +59,18 @@ def test_equals_dot_in_values_and_gradients(rule, options):
     )
     expected = run(attention.dot, attention.attention_mask(*ROWS, **rule))
     assert_same(run(splash, splash_mask(*ROWS, **rule, block=LANES)), expected)
+
+
+def test_long_rows_have_a_kernel_for_the_gradient_of_queries(monkeypatch):
+    """Equal to that of the kernel that computes all gradients, for which a row of 157 tokens has too many blocks."""
+    monkeypatch.setattr(splash_module, "_MAX_PARTS", 1)
+    inputs, scored = draw_inputs(2, SEQ, SEQ), ROWS[0] > 0
+    mask = splash_mask(*ROWS, causal=True, window=30, block=LANES)
+    run = lambda kernel, mask: value_and_grads(lambda inputs: kernel(**inputs, mask=mask), inputs, scored)
+    expected = run(attention.dot, attention.attention_mask(*ROWS, causal=True, window=30))
+    assert_same(run(splash, mask), expected)
+    text = lower_for_tpu(jax.grad(lambda q: jnp.sum(splash(**{**inputs, "q": q}, mask=mask))), inputs["q"])
+    assert 'kernel_name = "splash_mha_dq' in text
 
 
 @pytest.mark.parametrize("window", [None, 30])
@@ -164,6 +177,22 @@ def test_only_batches_that_promise_one_segment_go_without_segments(one_segment):
     run = lambda x, batch: splash(x, x, x, splash_mask(batch.causal_segments, batch.positions, causal=True))
     text = lower_for_tpu(run, draw(1, 200, 2, 8), batch)
     assert ("segmented" in text) is not one_segment
+
+
+def test_masks_are_those_of_the_reference():
+    """Block by block, in the order of the row and with the chunks of two devices; whole blocks come as one element."""
+    order = (0, 3, 2, 1)
+    for causal, window in ((True, None), (True, 40), (False, 40)):
+        for places in (_places(96, 96, ()), _places(48, 64, order)):
+            mask = _head_mask(places, 128, causal, window)
+            positions = places.reshape(-1)
+            distance = positions[:, None] - np.arange(128)
+            expected = (distance >= 0) | (not causal)
+            expected &= np.abs(distance) < (window or 1000)
+            for rows, columns in itertools.product(range(0, len(positions), 32), range(0, 128, 32)):
+                index = slice(rows, rows + 32), slice(columns, columns + 32)
+                np.testing.assert_array_equal(np.broadcast_to(mask[index], (32, 32)), expected[index])
+    assert _places(4, 6, order).tolist() == [[0, 1, 6, 7, 7, 7], [4, 5, 2, 3, 3, 3]]
 
 
 def test_blocks_are_equal_and_little_is_padded():
