@@ -28,6 +28,7 @@ class Batch:
     source, source_segments, source_positions
                       int32 [batch, source_seq] or None; input of the encoder of an encoder-decoder. Segment n of the
                       rows attends to segment n of the sources
+    one_segment       bool, fixed when a program is compiled; True: each row is one segment, and padding at its end
     """
 
     inputs: Any
@@ -41,6 +42,12 @@ class Batch:
     source: Any = None
     source_segments: Any = None
     source_positions: Any = None
+    one_segment: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @property
+    def causal_segments(self) -> Any:
+        """The segments that causal attention must keep apart; None: no text comes after padding or another segment."""
+        return None if self.one_segment else self.segments
 
 
 @jax.tree_util.register_dataclass

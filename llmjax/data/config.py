@@ -86,7 +86,9 @@ class DataConfig:
     tokenizer, split  sections data.tokenizer and data.split
     store             folder of the token store; empty: WORKDIR/store
     seq_len           tokens in a row
-    packing           "best_fit" (a plan that keeps documents whole) or "concat" (windows over the stream)
+    packing           best_fit (a plan that keeps documents whole), concat (windows over the stream of all documents),
+                      stream (windows as one text: a document sees those before it in the row, and attention needs no
+                      segments) or none (one document, or a part of a longer one, in a row, the rest of which is padded)
     mixture_block     samples in a mixture block; at the end of each, every source is within one sample of its share
     weight_schedule   ((from_sample, ((name, weight), ...)), ...): weights from that global sample index on
     at_source_end     "repeat" (a new epoch in a new order) or "redistribute" (its weight goes to the others)

@@ -157,7 +157,7 @@ class Decoder(nnx.Module):
 
     def __call__(self, batch: Batch, key: jax.Array | None = None) -> Output:
         """Hidden states in the compute type; `key` switches dropout on, with draws by (key, sample, layer, site)."""
-        config, token_mask = self.config, batch.segments > 0
+        config, token_mask, segments = self.config, batch.segments > 0, batch.causal_segments
         choice = config.choose_attention(batch.inputs.shape[1], has_prefix=batch.prefix is not None)
         make_mask = functools.partial(KERNELS[choice.kernel].make_mask, block=config.attention_block)
         drop = dropout.for_samples(key, batch.sample, config.dropout)
@@ -165,7 +165,7 @@ class Decoder(nnx.Module):
         kinds = stack.by_kind(
             lambda local: (
                 self._rope(batch.positions, local),
-                make_mask(batch.segments, batch.positions, causal=True, prefix=batch.prefix, window=window(local)),
+                make_mask(segments, batch.positions, causal=True, prefix=batch.prefix, window=window(local)),
             ),
             config.local_layers,
         )

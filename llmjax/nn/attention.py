@@ -20,7 +20,7 @@ Cache = tuple[jax.Array, jax.Array]
 
 
 def attention_mask(
-    segments: jax.Array,
+    segments: jax.Array | None,
     positions: jax.Array,
     *,
     causal: bool,
@@ -29,15 +29,23 @@ def attention_mask(
 ) -> jax.Array:
     """segments, positions [batch, seq] -> bool [batch, seq (queries), seq (keys)]: True for keys of the same segment.
 
+    segments None: a row is one segment to its end. A causal mask then hides the padding at the end from all text
     causal   no key after its query, except keys in the segment's `prefix` (bool [batch, seq])
     window   only keys less than this many positions away; None: all
     """
+    if segments is None:
+        segments, positions = one_segment(positions)
     distance = positions[:, :, None] - positions[:, None, :]
     mask = segments[:, :, None] == segments[:, None, :]
     if causal:
         past = distance >= 0
         mask &= past if prefix is None else past | prefix[:, None, :]
     return mask if window is None else mask & (jnp.abs(distance) < window)
+
+
+def one_segment(positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Segments and positions, like `positions` [batch, seq], of rows that are one segment each."""
+    return jnp.zeros_like(positions), jnp.broadcast_to(jnp.arange(positions.shape[1]), positions.shape)
 
 
 def cache_mask(positions: jax.Array, slots: int, window: int | None = None) -> jax.Array:

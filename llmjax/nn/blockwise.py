@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmjax.nn import context_parallel
+from llmjax.nn.attention import one_segment
 from llmjax.nn.embedding import MASKED
 
 # Queries and keys of a block. The float32 scores of one block are batch x heads x BLOCK x BLOCK x 4 bytes.
@@ -76,7 +77,7 @@ class _Inputs(NamedTuple):
 
 
 def block_mask(
-    segments: jax.Array,
+    segments: jax.Array | None,
     positions: jax.Array,
     *,
     causal: bool,
@@ -90,7 +91,9 @@ def block_mask(
     place in the row; only padding (segment 0), whose result nobody reads, may be otherwise. Sequences are padded to a
     multiple of `block` (0: BLOCK) by tokens of a segment of their own.
     """
-    block = _block_size(segments.shape[1], block or BLOCK)
+    block = _block_size(positions.shape[1], block or BLOCK)
+    if segments is None:
+        segments, positions = one_segment(positions)
     segments, positions = _pad(segments, block, -1), _pad(positions, block, 0)
     if not causal:
         prefix = jnp.ones(segments.shape, bool)

@@ -24,7 +24,7 @@ def split_rows(
     attention_fn: Callable[..., jax.Array],
     arrays: tuple[jax.Array, jax.Array, jax.Array],
     mask: Any,
-    mask_axes: Any,
+    mask_axes: Callable[[Any], Any],
     *,
     sinks: jax.Array | None,
     bias: jax.Array | None,
@@ -34,7 +34,7 @@ def split_rows(
     """`attention_fn(q, k, v, mask, sinks=, bias=)` in a shard_map over the mesh; the result is laid out like q.
 
     arrays           q [batch, s, heads, head_dim], k and v [batch, t, kv_heads, head_dim]
-    mask_axes        the logical axes of each array of `mask`, where "seq" stands for queries
+    mask_axes        mask -> the logical axes of each of its arrays, where "seq" stands for queries
     bias_axes        those of the bias
     reorder_queries  (mask, order) -> the mask for queries that were cut into len(order) chunks and put into this order,
                      or None where that would balance nothing; None: the kernel does not skip masked scores
@@ -69,7 +69,7 @@ def split_rows(
             P(rows, seq, heads),
             P(rows, key_seq, heads),
             P(rows, key_seq, heads),
-            jax.tree.map(spec, mask, mask_axes),
+            jax.tree.map(spec, mask, mask_axes(mask)),
             None if sinks is None else P(heads),
             None if bias is None else spec(bias, bias_axes),
         ),

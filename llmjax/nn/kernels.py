@@ -13,7 +13,7 @@ from llmjax.nn.attention import attention_mask, dot
 from llmjax.nn.blockwise import block_mask, blockwise, cross_block_mask, mask_axes, reorder_queries
 from llmjax.nn.cudnn import cudnn
 from llmjax.nn.relative import RelativeBias
-from llmjax.nn.splash import cross_splash_mask, splash, splash_mask
+from llmjax.nn.splash import cross_splash_mask, reorder_splash_queries, splash, splash_mask, splash_mask_axes
 
 # What a model may need besides attention inside segments, causal or not.
 FEATURES = {
@@ -66,7 +66,7 @@ class Mask:
             attention_fn,
             (q, k, v),
             self.value,
-            kernel.mask_axes(self.value),
+            kernel.mask_axes,
             sinks=sinks,
             bias=bias,
             bias_axes=kernel.bias_axes,
@@ -106,7 +106,7 @@ class Kernel:
     bias_axes: tuple[str | None, ...] = ()
     reorder_queries: Callable[[Any, Sequence[int]], Any] | None = None
 
-    def make_mask(self, segments: jax.Array, positions: jax.Array, *, block: int = 0, **rule: Any) -> Mask:
+    def make_mask(self, segments: jax.Array | None, positions: jax.Array, *, block: int = 0, **rule: Any) -> Mask:
         """The mask of self-attention; `rule` as in `attention_mask`."""
         return Mask(self.mask_fn(segments, positions, block=block, **rule), self.name)
 
@@ -183,7 +183,7 @@ def resolve_attention(name: str, needs: Mapping[str, str], platform: str, seq_le
     return Choice("dot" if is_short else "blockwise", f"{why}; rows of {seq_len} tokens")
 
 
-def _dense_mask(segments: jax.Array, positions: jax.Array, *, block: int, **rule: Any) -> jax.Array:
+def _dense_mask(segments: jax.Array | None, positions: jax.Array, *, block: int, **rule: Any) -> jax.Array:
     return attention_mask(segments, positions, **rule)
 
 
@@ -221,8 +221,10 @@ KERNELS = {
             attention_fn=splash,
             mask_fn=splash_mask,
             cross_mask_fn=cross_splash_mask,
-            supports=_ALL - {"prefix", "bias", "sequence"},
+            supports=_ALL - {"prefix", "bias"},
             platforms=("tpu",),
+            mask_axes=splash_mask_axes,
+            reorder_queries=reorder_splash_queries,
         ),
         Kernel(
             name="cudnn",

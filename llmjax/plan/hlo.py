@@ -240,16 +240,13 @@ class Module:
             return 1
         return trips
 
-    def constant(self, name: str) -> Instruction | None:
-        """The constant that an instruction's value is, through copies, tuples and loops that leave it unchanged."""
+    def origin(self, name: str) -> Instruction:
+        """The instruction that makes a value, seen through copies, tuples and loops that leave it unchanged."""
         for _ in range(100):
-            instruction = self.instructions[name]
-            if instruction.opcode == "constant":
-                return instruction
-            if (source := self._source(instruction)) is None:
-                return None
+            if (source := self._source(self.instructions[name])) is None:
+                break
             name = source
-        return None
+        return self.instructions[name]
 
     def _source(self, instruction: Instruction) -> str | None:
         if instruction.opcode in _PASS_THROUGH:

@@ -144,8 +144,8 @@ def attention_work(module: Module, instruction: Instruction) -> KernelWork | Non
     """The work of one execution of an attention kernel; None if nothing in the text tells.
 
     The blocks of splash attention come from the mask that is one of its operands, [heads or 1, query blocks, key
-    blocks] with 0 for a block that is skipped; without a mask it executes all. Of other kernels their estimate
-    (`pl.CostEstimate`) is read.
+    blocks] with 0 for a block that is skipped; without a mask it executes all. Where devices share the queries of a
+    row, the work is their average. Of other kernels their estimate (`pl.CostEstimate`) is read.
     """
     floats = [a for a in module.operand_arrays(instruction) if a.dtype in ("bf16", "f16", "f32") and len(a.dims) >= 3]
     if "splash" not in kernel_name(instruction) or len(floats) < 3:
@@ -160,7 +160,7 @@ def attention_work(module: Module, instruction: Instruction) -> KernelWork | Non
     if mask is None:
         mask = np.ones((1, -(-q.dims[-2] // block_q), -(-k.dims[-2] // block_kv)))
     repeats = math.prod(q.dims[:-2]) / mask.shape[0]
-    elements = float(np.count_nonzero(mask)) * block_q * block_kv * repeats
+    elements = float(np.sum(mask)) * block_q * block_kv * repeats
     # Two products forward: scores and values. Backward: scores, the gradients of weights, v and k, and that of q.
     qk, pv = 2.0 * q.dims[-1], 2.0 * v.dims[-1]
     if suffix == "_dkv":
@@ -171,17 +171,26 @@ def attention_work(module: Module, instruction: Instruction) -> KernelWork | Non
 
 
 def _block_mask(module: Module, instruction: Instruction) -> np.ndarray | None:
-    """Splash attention takes (data_next, block_mask, ...) [heads, query blocks, key blocks] as its first operands."""
+    """Share of the devices that execute each block of splash attention, float [heads or 1, query blocks, key blocks].
+
+    It takes (data_next, block_mask, ...) of these shapes as its first operands. A device cuts its part out of a larger
+    constant where it shares the queries of a row with others.
+    """
     if len(instruction.operands) < 2 or len(module.instructions[instruction.operands[1]].arrays) != 1:
         return None
-    array = module.operand(instruction, 1)
-    constant = module.constant(instruction.operands[1])
-    if constant is None or len(array.dims) != 3 or array.dtype not in ("s8", "s32"):
+    array, origin = module.operand(instruction, 1), module.origin(instruction.operands[1])
+    while origin.opcode in ("fusion", "dynamic-slice"):
+        is_fusion = origin.opcode == "fusion"
+        source = module.roots[origin.callees["calls"][0]].name if is_fusion else origin.operands[0]
+        origin = module.origin(source)
+    if origin.opcode != "constant" or len(array.dims) != 3 or array.dtype not in ("s8", "s32"):
         return None
-    numbers = [int(text) for text in re.findall(r"-?\d+", constant.literal)]
+    numbers = np.array([int(text) for text in re.findall(r"-?\d+", origin.literal)])
     if len(numbers) == 1:  # the text of an array of one element, or of equal ones, may be a scalar
-        return np.full(array.dims, numbers[0])
-    return np.array(numbers).reshape(array.dims) if len(numbers) == array.size else None
+        return np.full(array.dims, float(numbers[0] != 0))
+    if len(numbers) % array.size:
+        return None
+    return np.mean((numbers != 0).reshape(array.dims[0], -1, *array.dims[1:]), axis=1)
 
 
 def _block_sizes(instruction: Instruction) -> dict[str, int]:

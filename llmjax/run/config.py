@@ -8,6 +8,7 @@ from typing import Any
 
 from llmjax.binding import bind_overridden, find_file, load_file, load_module, shipped_files
 from llmjax.checkpoint.manager import CheckpointConfig
+from llmjax.data.batches.packing import ONE_SEGMENT
 from llmjax.data.config import DataConfig, ObjectiveConfig
 from llmjax.data.objectives.objective import Objective, open_objective
 from llmjax.data.store.tokenizer import Tokenizer
@@ -125,6 +126,11 @@ class RunConfig:
                 f"objective.name={self.objective.name!r}: model.family={self.model.family!r} supports objectives "
                 f"{', '.join(self.model.objectives)}; set one of these, or another family"
             )
+        if self.data.packing == "stream" and self.objective.name != "causal":
+            raise UserError(
+                f"data.packing='stream': objective.name={self.objective.name!r} needs documents that are kept apart; "
+                "set data.packing='best_fit'"
+            )
         for field in ("target_len", "prompt_form"):
             value = getattr(self.objective, field)
             if value != getattr(ObjectiveConfig, field) and not self.model.reads_source:
@@ -198,8 +204,13 @@ def to_json(config: RunConfig) -> dict[str, Any]:
 
 def objective(config: RunConfig, tokenizer: Tokenizer) -> Objective:
     """The run's objective, with the tokenizer's ids and those that the objective adds."""
-    start_id = config.model.decoder_start_id
-    return open_objective(config.objective, tokenizer, seq_len=config.data.seq_len, start_id=start_id)
+    return open_objective(
+        config.objective,
+        tokenizer,
+        seq_len=config.data.seq_len,
+        start_id=config.model.decoder_start_id,
+        one_segment=config.data.packing in ONE_SEGMENT,
+    )
 
 
 def with_objective(config: RunConfig, objective: Objective) -> RunConfig:

@@ -137,6 +137,10 @@ CONFIGS = {
         {"parallel__rules": str((*axes.DEFAULT_RULES, ("mlp", "fsdp")))},
         "parallel.rules: 'fsdp' would shard two dimensions of (",
     ),
+    "joined documents of another objective": (
+        {"data__packing": "stream", "objective__name": "prefix"},
+        "data.packing='stream': objective.name='prefix' needs documents that are kept apart",
+    ),
     "prompt form of a causal model": (
         {"objective__prompt_form": "plain"},
         "objective.prompt_form='plain': objective.name='causal' does not use it, only prefix, span, ul2",

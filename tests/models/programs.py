@@ -69,7 +69,7 @@ def document_alone(batch: Batch, number: int) -> Batch:
 
     changes = {}
     for name, x in vars(batch).items():
-        if x is not None and name != "sample":
+        if isinstance(x, np.ndarray) and name != "sample":
             changes[name] = front(x, batch.source_segments if name.startswith("source") else batch.segments)
     return dataclasses.replace(batch, **changes)
 

@@ -73,6 +73,40 @@ def test_keys_and_values_are_gathered_and_nothing_else(kernel, exchanges):
     assert " all-to-all(" not in text
 
 
+@pytest.mark.parametrize(
+    ("seq", "rule", "one_segment"),
+    [
+        (248, {"causal": True, "window": 30}, False),
+        (256, {"causal": False}, False),
+        (256, {"causal": True}, True),
+    ],
+    ids=["window, chunks that are padded", "both sides", "one segment"],
+)
+def test_splash_equals_dot_on_rows_that_devices_share(seq, rule, one_segment):
+    """Interpreted; values and gradients, packed rows. Each device has its own blocks of the mask."""
+    rng, batch = np.random.default_rng(0), packed(2, seq, 50)
+    segments, positions = jnp.asarray(batch.segments), jnp.asarray(batch.positions)
+    if one_segment:
+        segments = jnp.minimum(segments, 1)
+        positions = jnp.arange(seq) * segments
+    arrays = [jnp.asarray(rng.normal(size=(2, seq, heads, WIDTH)), jnp.float32) for heads in (4, 2, 2)]
+    weights = jnp.asarray(rng.normal(size=(2, seq, 4, WIDTH)), jnp.float32) * (segments > 0)[..., None, None]
+
+    def total(arrays, kernel, segments, **options):
+        out = KERNELS[kernel].make_mask(segments, positions, **rule, **options).attend(*arrays)
+        return jnp.sum(out * weights), out
+
+    run = lambda *arguments, **options: jax.value_and_grad(total, has_aux=True)(arrays, *arguments, **options)
+    (_, expected), expected_grads = run("dot", segments)
+    with axes.use_mesh(make_mesh(MESH)):
+        (_, out), grads = jax.jit(lambda: run("splash", None if one_segment else segments, block=128))()
+    # float32 sums of up to 256 terms of size 1 in another order
+    scored = np.asarray(segments > 0)
+    np.testing.assert_allclose(out[scored], expected[scored], atol=1e-5)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(grad, expected_grad, atol=1e-5)
+
+
 def test_blocks_divide_the_chunks_of_every_device():
     assert blockwise._block_size(1000, 256) == 256 and blockwise._block_size(100, 256) == 100
     with axes.use_mesh(make_mesh(MESH)):

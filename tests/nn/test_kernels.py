@@ -65,7 +65,6 @@ def test_auto_says_why():
     ("name", "needs", "platform", "seq", "words"),
     [
         ("splash", {}, "cpu", 512, "model.attention='splash': splash runs on tpu, not on cpu; set it to 'auto'"),
-        ("splash", {"sequence": "mesh.sequence=2"}, "tpu", 512, "rows whose positions are split.*mesh.sequence=2"),
         ("splash", {"prefix": "objective.name='prefix'"}, "tpu", 512, "splash.*prefixes.*objective.name='prefix'"),
         ("cudnn", {}, "gpu", 8192, "cudnn takes rows of at most 4096 tokens .data.seq_len=8192.; set it to 'auto'"),
         ("cudnn", {"softcap": "model.score_softcap=5.0"}, "gpu", 512, "a soft-cap.*model.score_softcap=5.0"),

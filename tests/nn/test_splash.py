@@ -1,6 +1,8 @@
 """Splash attention, interpreted on CPU, against the reference `dot`: values, gradients, layouts, number of calls."""
 
+import dataclasses
 import functools
+import itertools
 
 import jax
 from jax.experimental import mesh_utils
@@ -9,9 +11,11 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 import numpy as np
 import pytest
 
-from llmjax.nn import attention, kernels, stack
-from llmjax.nn.splash import LANES, _block, _divisor, cross_splash_mask, splash, splash_mask
+from llmjax.nn import attention, kernels, splash as splash_module, stack
+from llmjax.nn.blockwise import block_mask, blockwise
+from llmjax.nn.splash import LANES, _block, _divisor, _head_mask, _places, cross_splash_mask, splash, splash_mask
 from llmjax.parallel import axes
+from tests import batches
 from tests.nn.test_blockwise import draw, packed, value_and_grads
 
 # Documents of one token, that end at a block's border or span both blocks; padding; no multiple of the block.
@@ -55,6 +59,33 @@ def test_equals_dot_in_values_and_gradients(rule, options):
     )
     expected = run(attention.dot, attention.attention_mask(*ROWS, **rule))
     assert_same(run(splash, splash_mask(*ROWS, **rule, block=LANES)), expected)
+
+
+def test_long_rows_have_a_kernel_for_the_gradient_of_queries(monkeypatch):
+    """Equal to that of the kernel that computes all gradients, for which a row of 157 tokens has too many blocks."""
+    monkeypatch.setattr(splash_module, "_MAX_PARTS", 1)
+    inputs, scored = draw_inputs(2, SEQ, SEQ), ROWS[0] > 0
+    mask = splash_mask(*ROWS, causal=True, window=30, block=LANES)
+    run = lambda kernel, mask: value_and_grads(lambda inputs: kernel(**inputs, mask=mask), inputs, scored)
+    expected = run(attention.dot, attention.attention_mask(*ROWS, causal=True, window=30))
+    assert_same(run(splash, mask), expected)
+    text = lower_for_tpu(jax.grad(lambda q: jnp.sum(splash(**{**inputs, "q": q}, mask=mask))), inputs["q"])
+    assert 'kernel_name = "splash_mha_dq' in text
+
+
+@pytest.mark.parametrize("window", [None, 30])
+def test_rows_of_one_segment_need_no_segments(window):
+    """Without them, `dot`, blockwise and splash give text what `dot` gives it with them; padding ends the rows."""
+    rows, inputs, rule = packed([140], [3], seq=SEQ), draw_inputs(2, SEQ, SEQ), {"causal": True, "window": window}
+    masks = {
+        attention.dot: attention.attention_mask(None, rows[1], **rule),
+        blockwise: block_mask(None, rows[1], **rule, block=16),
+        splash: splash_mask(None, rows[1], **rule, block=LANES),
+    }
+    run = lambda kernel, mask: value_and_grads(lambda inputs: kernel(**inputs, mask=mask), inputs, rows[0] > 0)
+    expected = run(attention.dot, attention.attention_mask(*rows, **rule))
+    for kernel, mask in masks.items():
+        assert_same(run(kernel, mask), expected)
 
 
 def test_cross_attention_sees_the_source_of_its_segment():
@@ -137,6 +168,31 @@ def test_the_platform_is_that_of_the_mesh():
     assert "tpu_custom_call" in lower_for_tpu(
         lambda x: splash(x, x, x, splash_mask(*packed([200], seq=200), causal=True)), draw(1, 200, 2, 8)
     )
+
+
+@pytest.mark.parametrize("one_segment", [False, True])
+def test_only_batches_that_promise_one_segment_go_without_segments(one_segment):
+    """The kernel's name says whether it reads them: by the promise alone, which the compiler sees, not by the rows."""
+    batch = dataclasses.replace(batches.packed(1, 200, 10), one_segment=one_segment)
+    run = lambda x, batch: splash(x, x, x, splash_mask(batch.causal_segments, batch.positions, causal=True))
+    text = lower_for_tpu(run, draw(1, 200, 2, 8), batch)
+    assert ("segmented" in text) is not one_segment
+
+
+def test_masks_are_those_of_the_reference():
+    """Block by block, in the order of the row and with the chunks of two devices; whole blocks come as one element."""
+    order = (0, 3, 2, 1)
+    for causal, window in ((True, None), (True, 40), (False, 40)):
+        for places in (_places(96, 96, ()), _places(48, 64, order)):
+            mask = _head_mask(places, 128, causal, window)
+            positions = places.reshape(-1)
+            distance = positions[:, None] - np.arange(128)
+            expected = (distance >= 0) | (not causal)
+            expected &= np.abs(distance) < (window or 1000)
+            for rows, columns in itertools.product(range(0, len(positions), 32), range(0, 128, 32)):
+                index = slice(rows, rows + 32), slice(columns, columns + 32)
+                np.testing.assert_array_equal(np.broadcast_to(mask[index], (32, 32)), expected[index])
+    assert _places(4, 6, order).tolist() == [[0, 1, 6, 7, 7, 7], [4, 5, 2, 3, 3, 3]]
 
 
 def test_blocks_are_equal_and_little_is_padded():

@@ -65,6 +65,15 @@ def test_the_batch_has_the_fields_of_the_objective(spec, field, sizes):
     assert (leaf is None) if sizes is None else leaf.shape == sizes
 
 
+@pytest.mark.parametrize(
+    ("packing", "one_segment"), [("best_fit", False), ("concat", False), ("stream", True), ("none", True)]
+)
+def test_the_batch_says_whether_rows_have_one_segment(packing, one_segment):
+    """As the batches of training do, by the config alone: both compile the same program."""
+    config = run_config.resolve("llama:tiny", (("model.vocab_size", "512"), ("data.packing", packing)))
+    assert count.abstract_batch(config).one_segment is one_segment
+
+
 BUFFERS = """BufferAssignment:
 allocation 0: size 4096, color 8, page 0, preallocated-temp:
 allocation 1: size 100, page 0, thread-local:

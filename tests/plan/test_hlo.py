@@ -183,6 +183,31 @@ def test_splash_attention_counts_the_blocks_that_its_mask_executes():
     assert counted.attention_calls == 1
 
 
+def test_splash_attention_on_a_shared_row_counts_the_average_of_its_devices():
+    """Each of two devices cuts its 2 x 3 blocks out of the mask of both; they execute 3 and 5 blocks."""
+    text = """%cut {
+  %whole = s8[1,4,3]{2,1,0} parameter(0)
+  %first = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %slice = s8[1,2,3]{2,1,0} dynamic-slice(%whole, %zero, %first, %zero), dynamic_slice_sizes={1,2,3}
+  ROOT %copy = s8[1,2,3]{2,1,0} copy(%slice)
+}
+ENTRY %main {
+  %all = s8[1,4,3]{2,1,0} constant({ { {1, 0, 0}, {2, 1, 0}, {2, 1, 0}, {2, 2, 1} } })
+  %at = s32[] parameter(0)
+  %mask = s8[1,2,3]{2,1,0} fusion(%all, %at), kind=kLoop, calls=%cut
+  %q = bf16[4,256,64]{2,1,0} parameter(1)
+  %k = bf16[4,384,64]{2,1,0} parameter(2)
+  %v = bf16[4,384,64]{2,1,0} parameter(3)
+  ROOT %splash_mha_fwd.1 = bf16[4,256,64]{2,1,0} custom-call(%mask, %mask, %q, %k, %v), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 128, \\"block_kv\\": 128}"
+}}
+}
+"""  # noqa: E501
+    work = costs.count(Module(text), [0, 0]).attention["splash_mha_fwd"]
+    assert (work.elements, work.grid_steps) == ((3 + 5) / 2 * 128 * 128 * 4, 6 * 4)
+
+
 def test_grouped_matmuls_count_every_row_once():
     text = """ENTRY %main {
   %sizes = s32[4]{0} parameter(0)

@@ -1,6 +1,6 @@
-"""Pack documents into rows of fixed length: best-fit decreasing, planned once, or windows over the stream.
+"""Pack documents into rows of fixed length: by a plan that is computed once, or windows over the stream.
 
-Either way every token of the store is a target exactly once, and segment numbers keep documents apart.
+Either way every token of the store is a target exactly once. Segment numbers keep documents apart, but for "stream".
 """
 
 from collections import defaultdict
@@ -18,7 +18,9 @@ from llmjax.data.store.checked_file import CheckedFile, block_checksums
 from llmjax.data.store.token_store import TokenStore
 from llmjax.errors import UserError
 
-ALGORITHMS = ("best_fit", "concat")
+ALGORITHMS = ("best_fit", "concat", "stream", "none")
+ONE_SEGMENT = ("stream", "none")  # no row has a second segment, whatever the documents are
+_PLANNED = ("best_fit", "none")
 _VERSION = 2
 _PART_TOKENS = 1 << 32  # planned at once, to bound memory; a larger store is planned by groups of whole shards
 _MAX_BYTES_IN_MEMORY = 1 << 28  # a larger array of a plan stays on disk
@@ -91,24 +93,24 @@ class RowBudget:
 
 def open_packing(
     store: TokenStore, seq_len: int, algorithm: str, plans: Path, row_budget: RowBudget | None = None
-) -> "Windows | BestFitPlan":
-    """Open the packing of a store; a best-fit plan is computed at first use and kept in the folder `plans`.
+) -> "Windows | PackingPlan":
+    """Open the packing of a store; a plan is computed at first use and kept in the folder `plans`.
 
     row_budget  what chunks need of a row; None: their tokens
     """
     if seq_len < 1:
         raise UserError(f"data.seq_len={seq_len}: a row has at least one token; set it to 1 or more")
     row_budget = row_budget or RowBudget(seq_len=seq_len)
-    if algorithm == "concat":
-        if row_budget.costs is not None:
-            raise UserError(
-                f"data.packing='concat': objective.name={row_budget.name.split()[0]!r} adds tokens to the text, which "
-                f"do not fit beside windows of {seq_len} tokens; set data.packing='best_fit'"
-            )
-        return Windows(store, seq_len)
-    if algorithm == "best_fit":
-        return BestFitPlan(store, row_budget, plans)
-    raise UserError(f"data.packing={algorithm!r}: expected one of {', '.join(ALGORITHMS)}")
+    if algorithm not in ALGORITHMS:
+        raise UserError(f"data.packing={algorithm!r}: expected one of {', '.join(ALGORITHMS)}")
+    if algorithm in _PLANNED:
+        return PackingPlan(store, row_budget, algorithm, plans)
+    if row_budget.costs is not None:
+        raise UserError(
+            f"data.packing={algorithm!r}: objective.name={row_budget.name.split()[0]!r} adds tokens to the text, which "
+            f"do not fit beside windows of {seq_len} tokens; set data.packing='best_fit'"
+        )
+    return Windows(store, seq_len)
 
 
 class Windows:
@@ -145,20 +147,20 @@ class Windows:
         )
 
 
-class BestFitPlan:
-    """A best-fit plan on disk. Every process that makes it writes the same bytes, so several may do so at once.
+class PackingPlan:
+    """A plan of rows on disk. Every process that makes it writes the same bytes, so several may do so at once.
 
     chunks.bin holds the chunks in row order (_CHUNK), rows.bin the index of the first chunk of each row, and the end.
     """
 
-    def __init__(self, store: TokenStore, row_budget: RowBudget, plans: Path):
-        identity = f"{store.fingerprint}/{row_budget.seq_len}/best_fit/{_VERSION}"
+    def __init__(self, store: TokenStore, row_budget: RowBudget, algorithm: str, plans: Path):
+        identity = f"{store.fingerprint}/{row_budget.seq_len}/{algorithm}/{_VERSION}"
         if row_budget.name:
             identity += f"/{row_budget.name}"
         key = hashlib.sha256(identity.encode()).hexdigest()[:24]
-        folder = Path(plans) / f"best_fit-{row_budget.seq_len}-{key}"
+        folder = Path(plans) / f"{algorithm}-{row_budget.seq_len}-{key}"
         if not folder.is_dir():
-            _write_plan(store, row_budget, folder)
+            _write_plan(store, row_budget, algorithm, folder)
         hint = f"delete {folder}; the plan is then computed again"
         try:
             record = json.loads((folder / "plan.json").read_text())
@@ -276,7 +278,14 @@ def fill_rows(store: TokenStore, chunks: Chunks, num_rows: int, seq_len: int) ->
     return Rows(targets=padded[0], inputs=padded[1], segments=padded[2], positions=padded[3])
 
 
-def _write_plan(store: TokenStore, row_budget: RowBudget, folder: Path) -> None:
+def join_segments(rows: Rows) -> Rows:
+    """The rows with all their text as one segment, so that a document sees those before it in the row."""
+    is_text = (rows.segments > 0).astype(np.int32)
+    places = np.arange(is_text.shape[1], dtype=np.int32)
+    return dataclasses.replace(rows, segments=is_text, positions=places * is_text)
+
+
+def _write_plan(store: TokenStore, row_budget: RowBudget, algorithm: str, folder: Path) -> None:
     """Write the plan to a folder of this process, then rename it: the first process to finish wins."""
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     try:
@@ -287,7 +296,8 @@ def _write_plan(store: TokenStore, row_budget: RowBudget, folder: Path) -> None:
             for starts, lengths in store.document_groups(_PART_TOKENS):
                 start, length, continued = cut_documents(starts, lengths, row_budget.longest)
                 costs = row_budget.cost(length)
-                row, rows = best_fit(costs, row_budget.seq_len)
+                is_packed = algorithm == "best_fit"
+                row, rows = best_fit(costs, row_budget.seq_len) if is_packed else (np.arange(len(costs)), len(costs))
                 chunks = np.empty(len(row), _CHUNK)
                 chunks["start"], chunks["length"], chunks["continued"] = start, length, continued
                 chunks_file.write(chunks[np.argsort(row, kind="stable")].tobytes())

@@ -17,7 +17,7 @@ import numpy as np
 from llmjax.batch import Batch
 from llmjax.data.batches.mixture import Mixture
 from llmjax.data.batches.order import Permutation, Skips
-from llmjax.data.batches.packing import RowBudget, Rows, fill_rows, open_packing
+from llmjax.data.batches.packing import RowBudget, Rows, fill_rows, join_segments, open_packing
 from llmjax.data.batches.rng import CounterRng
 from llmjax.data.config import DataConfig
 from llmjax.data.objectives.objective import Objective
@@ -74,10 +74,12 @@ class PackedSource:
             self.store, config.seq_len, config.packing, Path(folder) / "plans", self._row_budget
         )
         self.rows = self._packing.rows
+        self._is_stream = config.packing == "stream"
 
     def fill(self, rows: np.ndarray) -> Rows:
         """Read these rows, in this order."""
-        return fill_rows(self.store, self._packing.chunks(rows), len(rows), self._row_budget.capacity)
+        filled = fill_rows(self.store, self._packing.chunks(rows), len(rows), self._row_budget.capacity)
+        return join_segments(filled) if self._is_stream else filled
 
     def summary(self) -> dict[str, Any]:
         """Counts of the split, and the density of its rows: the fraction of positions that are used."""

@@ -65,15 +65,25 @@ def make_causal_objective(seq_len: int, vocab: Vocabulary | None = None) -> Obje
 
 
 def open_objective(
-    config: ObjectiveConfig, tokenizer: Tokenizer, *, seq_len: int, start_id: int | None = None
+    config: ObjectiveConfig,
+    tokenizer: Tokenizer,
+    *,
+    seq_len: int,
+    start_id: int | None = None,
+    one_segment: bool = False,
 ) -> Objective:
     """Make the objective of a config.
 
-    start_id  for an encoder-decoder the id that its decoder reads first, or -1 for the id that documents start with;
-              None for other models
+    start_id     for an encoder-decoder the id that its decoder reads first, or -1 for the id that documents start with;
+                 None for other models
+    one_segment  whether the packing gives no row a second segment (`packing.ONE_SEGMENT`), which its batches then state
     Raises UserError if no chunk fits a row of seq_len tokens.
     """
     objective = _open(config, tokenizer, seq_len, start_id)
+    if one_segment:
+        build_batch = objective.build_batch
+        marked = lambda *arguments: dataclasses.replace(build_batch(*arguments), one_segment=True)
+        objective = dataclasses.replace(objective, build_batch=marked)
     if config.prompt_form == "plain":
         before, after = tokenizer.prompt_frame or ((), (tokenizer.eos_id,))
         prompt = lambda ids: np.concatenate([before, ids, after]).astype(np.int32)

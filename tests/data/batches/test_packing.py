@@ -51,7 +51,7 @@ def test_documents_round_trip_exactly(tmp_path, algorithm, bos_id, shards):
     assert sum(len(tokens) for tokens, _ in pieces) == store.tokens
     for tokens, before in pieces:
         np.testing.assert_array_equal(before[1:], tokens[:-1])
-    if algorithm == "concat":  # rows follow the stream
+    if algorithm in ("concat", "stream"):  # rows follow the stream
         flat = np.concatenate([tokens for tokens, _ in pieces])
         np.testing.assert_array_equal(flat, np.concatenate(documents))
         assert len(starts) == len(documents)
@@ -169,7 +169,7 @@ def test_second_process_uses_the_plan_of_the_first(tmp_path):
     open_packing(store, SEQ_LEN, "best_fit", tmp_path / "plans")
     (folder,) = (tmp_path / "plans").iterdir()
     before = (folder / "plan.json").stat().st_ino
-    packing._write_plan(store, packing.RowBudget(seq_len=SEQ_LEN), folder)
+    packing._write_plan(store, packing.RowBudget(seq_len=SEQ_LEN), "best_fit", folder)
     assert (folder / "plan.json").stat().st_ino == before
     assert [path.name for path in (tmp_path / "plans").iterdir()] == [folder.name]
 

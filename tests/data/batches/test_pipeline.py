@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 
+from llmjax.data.batches.packing import ALGORITHMS
 from llmjax.data.batches.pipeline import DataState, EvalData, TrainData
 from llmjax.data.config import DataConfig, SourceConfig
 from llmjax.data.objectives.objective import make_causal_objective
@@ -55,7 +56,7 @@ def samples(batch):
 
 
 def fields(batch):
-    return {name: value for name, value in vars(batch).items() if value is not None}
+    return {name: value for name, value in vars(batch).items() if isinstance(value, np.ndarray)}
 
 
 def assert_same(one, other):
@@ -66,7 +67,7 @@ def assert_same(one, other):
             np.testing.assert_array_equal(value, getattr(batch2, name), err_msg=name)
 
 
-@pytest.mark.parametrize("packing", ["best_fit", "concat"])
+@pytest.mark.parametrize("packing", ALGORITHMS)
 def test_batches_do_not_depend_on_prefetch(folder, packing):
     plain = take(train(folder, packing=packing, prefetch=0), 30)
     for prefetch in (1, 2, 7):
@@ -160,6 +161,22 @@ class TestSkip:
         np.testing.assert_array_equal(samples(take(data, 1, state)[0][0]), np.arange(30, 36))
 
 
+def test_rows_of_one_segment(folder):
+    """ "none" has one document in a row; "stream" has the tokens of "concat", seen as one text."""
+    none, stream, concat = (take(train(folder, packing=name), 30) for name in ("none", "stream", "concat"))
+    places = np.arange(SEQ_LEN)
+    for batch, _ in (*none, *stream):
+        lengths = (batch.segments > 0).sum(axis=1, keepdims=True)
+        np.testing.assert_array_equal(batch.segments, places < lengths)
+        np.testing.assert_array_equal(batch.positions, np.where(places < lengths, places, 0))
+    assert all((batch.inputs[:, 1:] != BOS).all() for batch, _ in none)
+    assert any((batch.inputs[:, 1:] == BOS).any() for batch, _ in stream)
+    for (batch, _), (windows, _) in zip(stream, concat, strict=True):
+        for name in ("inputs", "targets", "weights", "sample"):
+            np.testing.assert_array_equal(getattr(batch, name), getattr(windows, name), err_msg=name)
+    assert any((batch.segments > 1).any() for batch, _ in concat)
+
+
 class TestCheck:
     """A state is refused where the samples before it would not have been the same."""
 
@@ -168,6 +185,7 @@ class TestCheck:
         [
             ({"seed": 5}, "seed changed since the checkpoint: 0 then, 5 now"),
             ({"packing": "concat"}, r"data\.packing changed since the checkpoint: best_fit then, concat now"),
+            ({"packing": "none"}, r"data\.packing changed since the checkpoint: best_fit then, none now"),
             ({"sources": {"books": SourceConfig()}}, "training texts or tokenizer"),
             ({"sources": {"books": SourceConfig(weight=1), "code": SourceConfig(weight=1)}}, "the mixture"),
             ({"weight_schedule": ((23, (("code", 1),)),)}, "the mixture"),
@@ -249,7 +267,7 @@ class TestEnds:
             ({"global_batch": 0}, r"train\.global_batch=0"),
             ({"prefetch": -1}, r"data\.prefetch=-1"),
             ({"skip": ((5, 5),)}, r"data\.skip entry \(5, 5\)"),
-            ({"packing": "none"}, r"data\.packing='none'"),
+            ({"packing": "first_fit"}, r"data\.packing='first_fit'"),
         ],
     )
     def test_invalid_settings_are_refused(self, folder, change, message):
@@ -287,7 +305,7 @@ def test_close_ends_the_threads(folder):
 class TestEval:
     """Every document of the split exactly once, on any number of hosts."""
 
-    @pytest.mark.parametrize("packing", ["best_fit", "concat"])
+    @pytest.mark.parametrize("packing", ALGORITHMS)
     @pytest.mark.parametrize("batch", [1, 4, 7, 1000])
     def test_every_token_once(self, folder, packing, batch):
         data = evaluation(folder, "code", batch=batch, packing=packing)
