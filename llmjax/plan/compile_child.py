@@ -2,7 +2,8 @@
 
 It reads a pickled (config, topology, folder) from its standard input and writes into the folder:
 
-facts.json       mesh, the slice of each partition, number of parameters, bytes per device of them and the optimizer
+facts.json       mesh, the slice of each partition, number of parameters, bytes per device of them and the optimizer,
+                 and the memory that a GPU reports
 memory.json      the compiler's memory analysis, once the program is compiled to the end
 optimized.txt    on CPU and GPU: the program. The TPU compiler writes its own dump, and so much earlier
 error.json       {"error": one line}, if the user can fix it
@@ -46,6 +47,7 @@ def compile_step(config: RunConfig, topology: Topology, folder: pathlib.Path) ->
             "slice_of": [getattr(device, "slice_index", None) or 0 for device in mesh.devices.flat],
             "parameter_bytes": _bytes_per_device(spec.shapes.params, spec.shardings.params),
             "optimizer_bytes": _bytes_per_device(spec.shapes.opt_state, spec.shardings.opt_state),
+            "device_memory": _gpu_memory(devices[0]),
         }
         (folder / FACTS).write_text(json.dumps(facts))
         program = make_program(config, spec, np.arange(config.train.global_batch))
@@ -64,6 +66,11 @@ def compile_step(config: RunConfig, topology: Topology, folder: pathlib.Path) ->
             }
         )
     )
+
+
+def _gpu_memory(device: Any) -> int | None:
+    """Bytes that a GPU gives to programs; None for devices that may be absent."""
+    return (device.memory_stats() or {}).get("bytes_limit") if device.platform == "gpu" else None
 
 
 def _bytes_per_device(shapes: Any, shardings: Any) -> int:
