@@ -11,6 +11,7 @@ error.json       {"error": one line}, if the user can fix it
 
 import json
 import math
+import os
 import pathlib
 import pickle
 import sys
@@ -20,7 +21,7 @@ import jax
 import numpy as np
 
 from llmjax.errors import UserError
-from llmjax.parallel import axes, mesh as meshes
+from llmjax.parallel import axes, hosts, mesh as meshes
 from llmjax.plan import count, topology as topologies
 from llmjax.plan.topology import Topology
 from llmjax.run import state as states
@@ -82,6 +83,7 @@ def _bytes_per_device(shapes: Any, shardings: Any) -> int:
 
 def main() -> None:
     """Compile what standard input describes."""
+    hosts.end_with_launcher(os.getppid())
     config, topology, folder = pickle.load(sys.stdin.buffer)
     if topology.platform == "cpu":
         jax.config.update("jax_num_cpu_devices", topology.num_chips)

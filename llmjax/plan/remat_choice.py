@@ -40,7 +40,8 @@ class Limits:
     def hold(self, plan: Plan) -> bool:
         """Whether a step fits."""
         memory = plan.program.memory
-        return memory.total <= self.device and (self.host is None or memory.host <= self.host)
+        on_host = self.host is None or memory.host <= self.host
+        return plan.fits is not False and memory.total <= self.device and on_host
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -112,12 +112,12 @@ def test_the_memory_of_the_host_is_at_most_the_physical_one():
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_a_small_step_on_tpu(monkeypatch):
-    """It has room for any policy. Where layers are so small, none is the fastest: nothing is computed again."""
+    """It has room for any policy, so the fastest of all is taken."""
     monkeypatch.setenv("XLA_FLAGS", "")
     small = {"model.vocab_size": 512, "model.num_layers": 2, "data.seq_len": 256, "model.dtype": "bfloat16"}
     config = run_config.resolve("llama:tiny", tuple((field, str(value)) for field, value in small.items()))
     choice = remat_choice.choose_remat(config, topologies.parse("v5e:2x2"))
     assert choice.fits and set(choice.tried) == set(REMAT)
+    assert choice.plan.step_seconds == min(plan.step_seconds for plan in choice.tried.values())
     flops = {policy: plan.costs.executed_flops for policy, plan in choice.tried.items()}
-    on_device = [policy for policy in choice.tried if "offload" not in policy and policy != "dots"]
-    assert sorted(on_device, key=flops.__getitem__) == on_device, "the order by executed FLOPs"
+    assert flops["none"] <= flops["attention"] < flops["full"], "full runs the attention kernel once more"
