@@ -112,12 +112,15 @@ def test_the_memory_of_the_host_is_at_most_the_physical_one():
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_a_small_step_on_tpu(monkeypatch):
-    """It has room for any policy, so the fastest of all is taken."""
+    """It has room for any policy, so the fastest is taken. Three stand for all."""
     monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(remat_choice, "_ON_DEVICE", ("none",))
+    monkeypatch.setattr(remat_choice, "_ON_HOST", ("offload",))
     small = {"model.vocab_size": 512, "model.num_layers": 2, "data.seq_len": 256, "model.dtype": "bfloat16"}
     config = run_config.resolve("llama:tiny", tuple((field, str(value)) for field, value in small.items()))
     choice = remat_choice.choose_remat(config, topologies.parse("v5e:2x2"))
-    assert choice.fits and set(choice.tried) == set(REMAT)
-    assert choice.plan.step_seconds == min(plan.step_seconds for plan in choice.tried.values())
+    assert choice.fits and set(choice.tried) == {"none", "offload", "full"}
+    assert choice.plan.step_seconds == min(plan.step_seconds or 1e9 for plan in choice.tried.values())
+    assert choice.tried["offload"].program.memory.host > 0
     flops = {policy: plan.costs.executed_flops for policy, plan in choice.tried.items()}
-    assert flops["none"] <= flops["attention"] < flops["full"], "full runs the attention kernel once more"
+    assert flops["none"] < flops["full"]

@@ -1,6 +1,7 @@
 """A run with model.remat="auto" chooses a policy once, records it, and keeps it."""
 
 import json
+import os
 import pathlib
 import types
 
@@ -87,8 +88,8 @@ def policies(workdir: pathlib.Path) -> tuple[str, str, bool]:
 def test_a_run_records_the_policy(tmp_path):
     """The CPU's memory is large enough for all policies, so that nothing is computed again."""
     corpus, workdir = jobs.write_corpus(tmp_path / "corpus"), tmp_path / "run"
-    command = jobs.command("train", workdir, corpus, model__remat="auto", train__steps=2)
-    printed = jobs.run(command, LLMJAX_CPU_DEVICES="2")
+    command = jobs.command("train", workdir, corpus, model__remat="auto", model__num_layers=1, train__steps=2)
+    printed = jobs.run(command, LLMJAX_CPU_DEVICES="2", XLA_FLAGS=os.environ["XLA_FLAGS"])
     assert "model.remat='auto': none, computes least again of those that fit" in printed
     assert "over 2 devices" in printed and policies(workdir) == ("none", "none", True)
 
@@ -96,18 +97,17 @@ def test_a_run_records_the_policy(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_processes_agree_and_other_commands_use_the_recorded_policy(tmp_path):
-    corpus, workdir = jobs.write_corpus(tmp_path / "corpus"), tmp_path / "run"
-    train = lambda **changes: jobs.command("train", workdir, corpus, model__remat="auto", train__steps=12, **changes)
-    refused = jobs.run(jobs.launch(train(parallel__backend="pmap"), 2, 2), status=78)
+    corpus, workdir, flags = jobs.write_corpus(tmp_path / "corpus"), tmp_path / "run", os.environ["XLA_FLAGS"]
+    settings = {"model__remat": "auto", "model__num_layers": 1, "train__steps": 8}
+    train = lambda **changes: jobs.command("train", workdir, corpus, **settings, **changes)
+    refused = jobs.run(jobs.launch(train(parallel__backend="pmap"), 2, 2), status=78, XLA_FLAGS=flags)
     assert "model.remat='auto': parallel.backend='pmap': only 'jit' compiles ahead of time" in refused
-    jobs.run(jobs.launch(train(train__stop_at=4), 2, 2))
+    jobs.run(jobs.launch(train(train__stop_at=4), 2, 2), XLA_FLAGS=flags)
     chosen = ("none", "none", True)
     assert policies(workdir) == chosen
-    printed = jobs.run(train(train__stop_at=6))
+    printed = jobs.run(train(train__stop_at=6), XLA_FLAGS=flags)
     assert "as this run chose at its start" in printed and "compiling the step" not in printed
     assert policies(workdir) == chosen
-    printed = jobs.run([str(jobs.LLMJAX), "train", f"--workdir={workdir}", "--config.train.stop_at=8"])
+    printed = jobs.run([str(jobs.LLMJAX), "train", f"--workdir={workdir}"], XLA_FLAGS=flags)
     assert "remat" not in printed and policies(workdir) == chosen
-    jobs.run([*jobs.command("eval", workdir), "--config.model.remat=auto"])
-    jobs.run([str(jobs.LLMJAX), "train", f"--workdir={workdir}", "--config.model.remat=full"])
-    assert policies(workdir) == ("full", "full", False)
+    jobs.run([*jobs.command("eval", workdir), "--config.model.remat=auto"], XLA_FLAGS=flags)
