@@ -9,12 +9,14 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "llmjax"
 
 # The first prefix that matches gives a module's layer.
 LAYERS = {
-    "llmjax.__main__": 9,
-    "llmjax.cli.main": 8,
+    "llmjax.__main__": 10,
+    "llmjax.cli.main": 9,
     "llmjax.cli.flags": 1,
-    "llmjax.cli": 7,
+    "llmjax.cli": 8,
+    "llmjax.train.program": 5,  # the compiled step, which the planner compiles for a machine that need not be present
+    "llmjax.train.step": 5,
     "llmjax.plan": 6,
-    "llmjax.train": 5,
+    "llmjax.train": 7,
     "llmjax.evals": 4,
     "llmjax.inference": 4,
     "llmjax.report": 4,

@@ -4,6 +4,7 @@
     python tools/bench_tpu_plan.py --quick           stop at the optimized programs: seconds each
     python tools/bench_tpu_plan.py --only=e
     python tools/bench_tpu_plan.py --only=abe --quick --set=model.quantization=int8     with another value of a field
+    python tools/bench_tpu_plan.py --only=abde --remat         the policy of model.remat=auto beside ours
     python tools/bench_tpu_plan.py --only=a --chips=16,64,256,1024,4096 --quick     how case a grows
 
 No TPU is needed (extra `plan`). Rows are packed and carry segment ids. MaxText's figures are those of commit e591f30,
@@ -21,9 +22,11 @@ import resource
 import sys
 import tempfile
 
-from llmjax.plan import plan as plans, predict, topology as topologies
+from llmjax.plan import plan as plans, predict, remat_choice, topology as topologies
 from llmjax.plan.plan import Plan
+from llmjax.plan.topology import Topology
 from llmjax.run import config as run_config
+from llmjax.run.config import RunConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PEER_COMPILER = "libtpu 0.0.52"
@@ -132,17 +135,22 @@ HEADER = (
 )
 
 
+def resolve(case: Case) -> tuple[RunConfig, Topology]:
+    """The config and the machine of a case. Vocabularies are those of the published models."""
+    topology = topologies.parse(case.topology, case.slices)
+    vocab_size = run_config.published_vocab_size(case.config)
+    rows = case.rows * topology.num_chips
+    given = (("model.vocab_size", str(vocab_size)), ("train.global_batch", str(rows)), *case.overrides)
+    return run_config.resolve(case.config, given), topology
+
+
 def make_plan(case: Case, *, quick: bool) -> tuple[Plan, float]:
     """Compile a case: its plan and the compiler's CPU seconds, which depend little on what else the machine does.
 
     Vocabularies are those of the published models.
     """
+    config, topology = resolve(case)
     before = _child_cpu_seconds()
-    topology = topologies.parse(case.topology, case.slices)
-    vocab_size = run_config.published_vocab_size(case.config)
-    rows = case.rows * topology.num_chips
-    given = (("model.vocab_size", str(vocab_size)), ("train.global_batch", str(rows)), *case.overrides)
-    config = run_config.resolve(case.config, given)
     with tempfile.TemporaryDirectory(prefix="llmjax-bench-") as folder:
         plan = plans.make_plan(config, topology, pathlib.Path(folder), quick=quick)
     return plan, _child_cpu_seconds() - before
@@ -167,6 +175,22 @@ def to_row(case: Case, plan: Plan, compile_seconds: float) -> str:
         f"{time.total:.3g} | {plan.mfu:.1%} | {fixed} | {time.total / case.peer_seconds:.2f} | "
         f"{compile_seconds:.0f} |"
     )
+
+
+def compare_remat(cases: list[Case]) -> None:
+    """The policy of each case beside the one that model.remat=auto takes, in the quick depth."""
+    print("| case | model.remat | GiB | step s | auto takes | GiB | step s | refused for memory |")
+    print("| --- " * 8 + "|")
+    for case in cases:
+        config, topology = resolve(case)
+        choice = remat_choice.choose_remat(config, topology)
+        cells = [f"{case.key} {case.config} {case.topology}"]
+        for policy in (config.model.remat, choice.policy):
+            plan = choice.tried[policy]
+            seconds = f"{plan.time.total:.3g}" if plan.time else "does not fit"
+            cells += [policy, f"{plan.program.memory.total / 2**30:.1f}", seconds]
+        refused = [policy for policy, plan in choice.tried.items() if not choice.limits.hold(plan)]
+        print(f"| {' | '.join(cells)} | {', '.join(refused)} |", flush=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -243,11 +267,12 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="stop at the optimized programs")
     parser.add_argument("--only", default="", help="letters of the cases, such as abe")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="an override of all cases")
+    parser.add_argument("--remat", action="store_true", help="compare with model.remat=auto, in the quick depth")
     parser.add_argument("--chips", default="", help="with one case: its growth over these numbers of chips")
     parser.add_argument("--svg", type=pathlib.Path, default=ROOT / "docs" / "growth.svg", help="plot of the growth")
     flags = parser.parse_args()
     compiler = topologies.compiler_version(topologies.parse("v5e:2x4"))
-    depth = "quick depth" if flags.quick else "full depth"
+    depth = "quick depth" if flags.quick or flags.remat else "full depth"
     print(f"{compiler}, {depth}, {datetime.date.today():%d %B %Y}\n")
     if compiler != PEER_COMPILER:
         print(f"MaxText's figures are of {PEER_COMPILER}: they do not compare with this compiler\n", file=sys.stderr)
@@ -259,6 +284,9 @@ def main() -> int:
     ]
     if flags.chips:
         print_growth(cases[0], [int(number) for number in flags.chips.split(",")], flags.svg, quick=flags.quick)
+        return 0
+    if flags.remat:
+        compare_remat(cases)
         return 0
     print(HEADER + "\n" + "| --- " * HEADER.count(" | ") + "| --- |", flush=True)
     for case in cases:

@@ -1,12 +1,20 @@
 """`llmjax plan`: what a config's step needs, moves and takes on a machine that need not be present."""
 
+import argparse
 import json
 import pathlib
 import sys
 import tempfile
+import typing
+from typing import Any
 
 from llmjax.cli.flags import int_range, make_parser, number, parse
 from llmjax.errors import UserError
+
+if typing.TYPE_CHECKING:
+    from llmjax.plan.plan import Plan
+    from llmjax.plan.topology import Topology
+    from llmjax.run.config import RunConfig
 
 
 def plan(arguments: list[str]) -> int:
@@ -57,21 +65,11 @@ def plan(arguments: list[str]) -> int:
     topologies.check_installed(topology)
     if flags.slices > 1 and config.mesh.slice == 1:
         config = search.apply(config, (("mesh.slice", flags.slices),))
-    lines: list[str] = []
-    overrides_of_best = None
-    if flags.search:
-        candidates = search.search(config, topology, quick=flags.quick, seconds=60 * flags.search_minutes)
-        overrides_of_best = dict(candidates[0].overrides)
-        result, lines = candidates[0].plan, [*search.describe(candidates, flags.config), ""]
-    else:
-        with tempfile.TemporaryDirectory(prefix="llmjax-plan-") as folder:
-            result = plans.make_plan(config, topology, pathlib.Path(folder), quick=flags.quick)
+    result, lines, extra = _make_plan(config, topology, flags)
     if flags.dump:
         _dump(pathlib.Path(flags.dump).expanduser(), result.program)
     lines += describe.describe(result, flags.config)
-    output = result.to_json()
-    if overrides_of_best is not None:
-        output["overrides"] = overrides_of_best
+    output = result.to_json() | extra
     if flags.tokens:
         cost = describe.cost_of_run(result, flags.tokens, flags.price)
         lines += describe.describe_run(result, flags.tokens, cost)
@@ -80,6 +78,28 @@ def plan(arguments: list[str]) -> int:
     if flags.json:
         print(json.dumps(output))
     return 0
+
+
+def _make_plan(
+    config: "RunConfig", topology: "Topology", flags: argparse.Namespace
+) -> tuple["Plan", list[str], dict[str, Any]]:
+    """The plan, of the best layout with --search; lines to print before it, and what --json adds to it."""
+    from llmjax.plan import plan as plans, remat_choice, search
+
+    lines: list[str] = []
+    extra: dict[str, Any] = {}
+    if flags.search:
+        candidates = search.search(config, topology, quick=flags.quick, seconds=60 * flags.search_minutes)
+        extra = {"overrides": dict(candidates[0].overrides)}
+        return candidates[0].plan, [*search.describe(candidates, flags.config), ""], extra
+    if config.model.remat == "auto":
+        choice = remat_choice.choose_remat(config, topology)
+        lines, extra = [*choice.describe(), ""], {"remat": choice.to_json()}
+        if flags.quick:
+            return choice.plan, lines, extra
+        config = choice.plan.config
+    with tempfile.TemporaryDirectory(prefix="llmjax-plan-") as folder:
+        return plans.make_plan(config, topology, pathlib.Path(folder), quick=flags.quick), lines, extra
 
 
 def _check(flags) -> None:

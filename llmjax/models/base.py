@@ -34,6 +34,8 @@ class BaseModelConfig:
     dropout         rate after the embedding and at the end of each sub-block; from 0 to below 1
     scan            True: blocks are compiled once and scanned; False: unrolled, for debugging and for short stacks
     remat           what the backward pass keeps of a block besides its input; it computes everything else again:
+                    auto               the fastest of these whose step fits in a device's memory; the start of a run
+                                       compiles the step with each to find it (docs/plan.md)
                     none               everything, nothing is computed again
                     full               nothing
                     attention          the output of attention or of the recurrence
@@ -61,7 +63,7 @@ class BaseModelConfig:
     reads_source: ClassVar[bool] = False
     # Checks of fields: their allowed values, their smallest values, and those that must be above 0.
     choices: ClassVar[Mapping[str, Sequence[str]]] = {
-        "remat": tuple(REMAT),
+        "remat": (*REMAT, "auto"),
         "quantization": QUANTIZATIONS,
         "dtype": _DTYPES,
         "param_dtype": _DTYPES,

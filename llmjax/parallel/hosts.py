@@ -49,7 +49,7 @@ def initialize(cpu_threads: int = CPU_THREADS) -> None:
     set_cpu_threads(cpu_threads)
     if (devices := _read_number("LLMJAX_CPU_DEVICES")) is not None:
         jax.config.update("jax_num_cpu_devices", devices)
-    _end_with_launcher(_read_number("LLMJAX_LAUNCHER_PID"))
+    end_with_launcher(_read_number("LLMJAX_LAUNCHER_PID"))
     _join_job()
     if jax.distributed.is_initialized():
         interrupts.take_over_sigterm()
@@ -107,8 +107,8 @@ def _check_platform(platforms: str | None) -> None:
         ) from error
 
 
-def _end_with_launcher(launcher: int | None) -> None:
-    """Let the kernel kill this process when its launcher dies; otherwise it would keep the workdir locked."""
+def end_with_launcher(launcher: int | None) -> None:
+    """Let the kernel kill this process when its launcher dies; otherwise it would keep a lock, or a core busy."""
     if launcher is not None and launcher == os.getppid() and sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

@@ -63,6 +63,7 @@ class Program:
     parameters      of the model
     parameter_bytes, optimizer_bytes   the state of one device
     seconds         that the compiler took
+    device_memory   bytes that a GPU reports as its limit; None for other platforms
     """
 
     optimized: str
@@ -76,6 +77,7 @@ class Program:
     parameter_bytes: int
     optimizer_bytes: int
     seconds: float
+    device_memory: int | None = None
 
 
 def compile_ahead(config: RunConfig, topology: Topology, folder: pathlib.Path, *, quick: bool) -> Program:
@@ -117,6 +119,7 @@ def _child(config: RunConfig, topology: Topology, folder: pathlib.Path, dump: pa
     """The compiling process; it is ended at the end of the block, if it still runs."""
     environment = dict(os.environ)
     environment["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # a program that comes from a cache is not dumped
     if topology.platform != "gpu":
         environment["JAX_PLATFORMS"] = "cpu"
     if topology.platform == "tpu":

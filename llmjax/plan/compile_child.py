@@ -2,7 +2,8 @@
 
 It reads a pickled (config, topology, folder) from its standard input and writes into the folder:
 
-facts.json       mesh, the slice of each partition, number of parameters, bytes per device of them and the optimizer
+facts.json       mesh, the slice of each partition, number of parameters, bytes per device of them and the optimizer,
+                 and the memory that a GPU reports
 memory.json      the compiler's memory analysis, once the program is compiled to the end
 optimized.txt    on CPU and GPU: the program. The TPU compiler writes its own dump, and so much earlier
 error.json       {"error": one line}, if the user can fix it
@@ -10,6 +11,7 @@ error.json       {"error": one line}, if the user can fix it
 
 import json
 import math
+import os
 import pathlib
 import pickle
 import sys
@@ -19,7 +21,7 @@ import jax
 import numpy as np
 
 from llmjax.errors import UserError
-from llmjax.parallel import axes, mesh as meshes
+from llmjax.parallel import axes, hosts, mesh as meshes
 from llmjax.plan import count, topology as topologies
 from llmjax.plan.topology import Topology
 from llmjax.run import state as states
@@ -46,6 +48,7 @@ def compile_step(config: RunConfig, topology: Topology, folder: pathlib.Path) ->
             "slice_of": [getattr(device, "slice_index", None) or 0 for device in mesh.devices.flat],
             "parameter_bytes": _bytes_per_device(spec.shapes.params, spec.shardings.params),
             "optimizer_bytes": _bytes_per_device(spec.shapes.opt_state, spec.shardings.opt_state),
+            "device_memory": _gpu_memory(devices[0]),
         }
         (folder / FACTS).write_text(json.dumps(facts))
         program = make_program(config, spec, np.arange(config.train.global_batch))
@@ -66,6 +69,11 @@ def compile_step(config: RunConfig, topology: Topology, folder: pathlib.Path) ->
     )
 
 
+def _gpu_memory(device: Any) -> int | None:
+    """Bytes that a GPU gives to programs; None for devices that may be absent."""
+    return (device.memory_stats() or {}).get("bytes_limit") if device.platform == "gpu" else None
+
+
 def _bytes_per_device(shapes: Any, shardings: Any) -> int:
     sizes = jax.tree.map(
         lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize, shapes, shardings
@@ -75,6 +83,7 @@ def _bytes_per_device(shapes: Any, shardings: Any) -> int:
 
 def main() -> None:
     """Compile what standard input describes."""
+    hosts.end_with_launcher(os.getppid())
     config, topology, folder = pickle.load(sys.stdin.buffer)
     if topology.platform == "cpu":
         jax.config.update("jax_num_cpu_devices", topology.num_chips)

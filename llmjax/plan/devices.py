@@ -1,6 +1,8 @@
-"""Accelerators by name: peak FLOPs and memory of one JAX device."""
+"""Accelerators by name: peak FLOPs and memory of one JAX device; the memory of this host."""
 
 import dataclasses
+import os
+import pathlib
 import time
 
 import jax
@@ -43,6 +45,24 @@ def find(name: str) -> Device:
     peak = peak_flops(kind)
     assert peak is not None
     return Device(name, peak, MEMORY_GIB[kind] << 30)
+
+
+def host_memory() -> int:
+    """Bytes of this host's memory that all its processes may use: physical, or the least limit of a control group."""
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    groups = pathlib.Path("/proc/self/cgroup")
+    for line in groups.read_text().splitlines() if groups.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root = pathlib.Path("/sys/fs/cgroup", controllers)
+        name = "memory.limit_in_bytes" if controllers else "memory.max"
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):  # a container's own group may be mounted as the root
+            if folder.is_relative_to(root) and (folder / name).exists():
+                text = (folder / name).read_text().strip()
+                sizes += [int(text)] if text.isdecimal() else []
+    return min(sizes)
 
 
 def _measure_local_device() -> Device:

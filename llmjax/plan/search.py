@@ -54,13 +54,15 @@ class Candidate:
 def search(config: RunConfig, topology: Topology, *, quick: bool, seconds: float) -> list[Candidate]:
     """Try layouts until none is left or the time is over; best first.
 
-    First every mesh with the config's remat policy, then policies and numbers of microbatches on the best meshes. The
-    quick depth prunes; without `quick`, the full one ranks the best. Raises UserError if nothing could be compiled.
+    First every mesh with the config's remat policy ("attention" for "auto"), then policies and numbers of microbatches
+    on the best meshes. The quick depth prunes; without `quick`, the full one ranks the best. Raises UserError if
+    nothing could be compiled.
     """
     if topology.chip is None or topology.chip.matmul_share is None:
         raise UserError(f"--search: there is no cost model of {topology.name}; choose v5e, v5p or v6e")
     deadline = time.monotonic() + seconds
-    shapes = [(*mesh, ("train.accumulation", 1)) for mesh in meshes(config, topology)]
+    remat = (("model.remat", "attention"),) if config.model.remat == "auto" else ()
+    shapes = [(*mesh, ("train.accumulation", 1), *remat) for mesh in meshes(config, topology)]
     tried = _try_all(config, topology, [[shape] for shape in shapes], deadline)
     best = sorted(tried.values(), key=lambda candidate: candidate.rank)[:_MESHES]
     # A policy that does not fit is tried with more microbatches; one that fits only gets slower by them.

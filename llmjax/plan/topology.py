@@ -104,6 +104,9 @@ CHIPS = {
     ),
     "tpu7x": Chip(kind="TPU7x", hbm=_gib(94.74), hbm_rate=3.69e12, link_rate=50e9, axes=3),
 }
+# jax.Device.device_kind -> name; the runtime and the compiler have more than one kind for some chips.
+_KINDS = {chip.kind: name for name, chip in CHIPS.items()}
+_KINDS |= {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}
 _EXAMPLES = "v5e:2x4, v5p:4x4x4, v6e:16x16"
 NAMES = (*CHIPS, "cpu", "gpu")
 INSTALL = "pip install 'llmjax[plan]'"
@@ -131,6 +134,11 @@ class Topology:
         """Chips of all slices."""
         return math.prod(self.dims) * self.slices
 
+    @property
+    def chip_devices(self) -> int:
+        """JAX devices of a chip."""
+        return 2 if self.chip is CHIPS["tpu7x"] else 1
+
 
 def parse(name: str, slices: int = 1) -> Topology:
     """The topology of `--topology` and `--slices`. Raises UserError for an unknown one."""
@@ -153,6 +161,28 @@ def parse(name: str, slices: int = 1) -> Topology:
         raise UserError(f"{flag}: {kind} has {chip.axes} axes, such as {example}")
     _check_hosts(flag, dims)
     return Topology("tpu", name, chip, dims, slices)
+
+
+def of_devices(devices: Sequence[Any]) -> Topology:
+    """The topology that the devices of a job form. Raises UserError where they are no whole slices of a known chip."""
+    first = devices[0]
+    if first.platform != "tpu":
+        return parse("gpu") if first.platform == "gpu" else parse(f"cpu:{len(devices)}")
+    kind = _KINDS.get(first.device_kind)
+    if kind is None:
+        raise UserError(f"device_kind={first.device_kind!r}: the planner knows {', '.join(CHIPS)}")
+    slices: dict[int, set[tuple[int, ...]]] = {}
+    for device in devices:
+        coords = slices.setdefault(getattr(device, "slice_index", None) or 0, set())
+        coords.add(tuple(device.coords)[: CHIPS[kind].axes])
+    shapes = {tuple(max(axis) - min(axis) + 1 for axis in zip(*coords, strict=True)) for coords in slices.values()}
+    shape = "x".join(map(str, min(shapes)))
+    if len(shapes) > 1 or any(len(coords) != math.prod(min(shapes)) for coords in slices.values()):
+        raise UserError(f"the {len(devices)} devices of {kind} form no whole slices of one shape (the first: {shape})")
+    topology = parse(f"{kind}:{shape}", len(slices))
+    if len(devices) != topology.num_chips * topology.chip_devices:
+        raise UserError(f"{len(devices)} devices are not those of {len(slices)} x {topology.name}")
+    return topology
 
 
 def _check_hosts(flag: str, dims: Sequence[int]) -> None:

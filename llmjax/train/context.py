@@ -34,7 +34,10 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class TrainContext:
-    """What is fixed during a run. `manifest` is that of the token store."""
+    """What is fixed during a run. `manifest` is that of the token store.
+
+    remat_reason   why model.remat="auto" took the config's policy; "" where the policy is explicit
+    """
 
     config: RunConfig
     workdir: epath.Path
@@ -47,6 +50,7 @@ class TrainContext:
     evaluator: harness.Evaluator
     log: MetricsLog
     lock: workdirs.Lock
+    remat_reason: str = ""
 
     @property
     def last_step(self) -> int:

@@ -23,6 +23,7 @@ from llmjax.train.logger import MetricsLogger
 from llmjax.train.preemption import Preemption
 from llmjax.train.profiling import Profiler, check_profile
 from llmjax.train.program import check_program, make_program
+from llmjax.train.remat import resolve_remat
 from llmjax.train.store import prepare_once
 from llmjax.train.wandb_run import check_wandb, start_wandb
 
@@ -74,6 +75,8 @@ def _set_up(config: RunConfig, workdir: epath.Path, lock: workdirs.Lock) -> tupl
     config = run_config.with_objective(config, objective)
     generate.check_samples(config.sample, config.model, tokenizer, objective)
     hosts.all_equal("config", str(config))
+    checkpoints = Checkpoints(workdir / workdirs.CHECKPOINTS, config.checkpoint)
+    config, remat_reason = resolve_remat(config, workdir, resumes=(checkpoints.latest() or 0) > 0)
     data = TrainData(store, config.data, seed=config.seed, global_batch=config.train.global_batch, objective=objective)
 
     logger.info("setting up the model")
@@ -81,7 +84,6 @@ def _set_up(config: RunConfig, workdir: epath.Path, lock: workdirs.Lock) -> tupl
     unsharded = states.unsharded_params(spec)
     for line in unsharded:
         logger.info("  unsharded: %s", line)
-    checkpoints = Checkpoints(workdir / workdirs.CHECKPOINTS, config.checkpoint)
     progress = resume.restore_or_init(config, spec, data, checkpoints, tokenizer.sha256)
     context = TrainContext(
         config=config,
@@ -95,6 +97,7 @@ def _set_up(config: RunConfig, workdir: epath.Path, lock: workdirs.Lock) -> tupl
         evaluator=Evaluator(spec.graph, config, objective, store, manifest),
         log=MetricsLog(workdir, primary=hosts.is_primary(), resume_step=progress.step),
         lock=lock,
+        remat_reason=remat_reason,
     )
     record.write_run_metadata(context, progress, unsharded)
     start_wandb(context)

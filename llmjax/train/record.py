@@ -22,10 +22,14 @@ def write_run_metadata(context: TrainContext, progress: Progress, unsharded: lis
         return
     path = context.workdir / workdirs.RUN
     old = workdirs.read_json(path)
+    old_remat = (old or {}).get("remat") or {}
     restarts = [] if old is None else old["restarts"]
     if old is not None and progress.step < context.last_step:
         restarts = [*restarts, {"step": progress.step, "time": time.time()}]
     attention = run_config.choose_attention(context.config)
+    policy = context.config.model.remat
+    # A resumed run reads the policy from config.json, where it is explicit; the reason stays on record with it.
+    reason = context.remat_reason or (old_remat.get("reason", "") if old_remat.get("policy") == policy else "")
     by_part = registry.parameters_by_part(context.spec.shapes.params)
     workdirs.write_json(context.workdir / workdirs.CONFIG, run_config.to_json(context.config))
     workdirs.write_json(context.workdir / workdirs.DATA, context.data.summary(progress.data_state))
@@ -41,6 +45,7 @@ def write_run_metadata(context: TrainContext, progress: Progress, unsharded: lis
             "mesh": dict(jax.sharding.get_mesh().shape),
             "backend": context.config.parallel.backend,
             "attention": None if attention is None else str(attention),
+            "remat": {"policy": policy, "reason": reason},
             "cpu_threads": context.config.parallel.cpu_threads,
             "compiler_options": compiler_options(context.config.xla, jax.sharding.get_mesh()),
             "versions": {

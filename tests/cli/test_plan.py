@@ -25,6 +25,17 @@ def test_json_is_the_last_line_and_the_program_is_kept(capsys, tmp_path):
     assert (tmp_path / "kept" / "optimized.txt").read_text().startswith("HloModule jit_train_step")
 
 
+def test_auto_prints_the_policy_that_it_takes(capsys):
+    """The host holds the step without remat, which computes nothing again, so no other policy is compiled."""
+    assert main.run([*CPU, *SMALL, "--json", "--config.model.remat=auto"]) == 0
+    printed = capsys.readouterr()
+    output = json.loads(printed.out)
+    assert output["remat"]["policy"] == "none" and set(output["remat"]["tried"]) == {"none"}
+    assert output["remat"]["tried"]["none"]["hbm_bytes"] == output["hbm_bytes"]
+    assert "model.remat=auto: none, computes least again" in printed.err
+    assert "model.remat=none;" in printed.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,5 +1,7 @@
 """The search over layouts, on plans that nothing compiled."""
 
+import dataclasses
+
 import pytest
 
 from llmjax.errors import UserError
@@ -39,6 +41,17 @@ def test_the_search_adds_microbatches_until_a_policy_fits(monkeypatch):
     memories = [candidate.plan.program.memory.total for candidate in front]
     assert front[0] is ranked[0] and memories == sorted(memories, reverse=True)
     assert "--config.model.remat=dots_attention" in search.describe(ranked, "llama:8B")[-1]
+
+
+def test_auto_is_replaced_by_policies(monkeypatch):
+    def fake(config, topology, folder, *, quick):
+        assert config.model.remat != "auto"
+        return make_plan(config, V6E, seconds=1.0, gib=10.0)
+
+    monkeypatch.setattr(plans, "make_plan", fake)
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, remat="auto"))
+    ranked = search.search(config, V6E, quick=True, seconds=60)
+    assert all("model.remat" in dict(candidate.overrides) for candidate in ranked)
 
 
 def test_no_time_is_known_for_a_machine_without_cost_model():
