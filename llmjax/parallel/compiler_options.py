@@ -6,14 +6,14 @@ import dataclasses
 from llmjax.errors import UserError
 
 # VMEM that a kernel may use, in KiB. The compiler's own limit, 16 to 32 MiB, is too small for attention blocks of 2048.
-_VMEM = "xla_tpu_scoped_vmem_limit_kib"
+VMEM = "xla_tpu_scoped_vmem_limit_kib"
 _DEFAULTS: dict[str, dict[str, str]] = {
-    "TPU v5 lite": {_VMEM: "98304"},
-    "TPU v5e": {_VMEM: "98304"},
-    "TPU v5": {_VMEM: "81920"},
-    "TPU v5p": {_VMEM: "81920"},
-    "TPU v6 lite": {_VMEM: "98304"},
-    "TPU v6e": {_VMEM: "98304"},
+    "TPU v5 lite": {VMEM: "98304"},
+    "TPU v5e": {VMEM: "98304"},
+    "TPU v5": {VMEM: "81920"},
+    "TPU v5p": {VMEM: "81920"},
+    "TPU v6 lite": {VMEM: "98304"},
+    "TPU v6e": {VMEM: "98304"},
 }
 
 
@@ -30,7 +30,7 @@ class XlaConfig:
     def __post_init__(self):
         for flag in self.flags:
             if not (isinstance(flag, tuple) and len(flag) == 2 and isinstance(flag[0], str)):
-                raise UserError(f"xla.flags: {flag!r} is not a pair (name, value), such as ('{_VMEM}', '65536')")
+                raise UserError(f"xla.flags: {flag!r} is not a pair (name, value), such as ('{VMEM}', '65536')")
             if flag[0].startswith("-"):
                 raise UserError(f"xla.flags: {flag[0]!r}: write the name without dashes")
 
