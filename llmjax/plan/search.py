@@ -14,7 +14,7 @@ from typing import Any
 from llmjax.errors import UserError
 from llmjax.models.base import TransformerConfig
 from llmjax.nn.stack import REMAT
-from llmjax.parallel.compiler_options import VMEM, compiler_options
+from llmjax.parallel.compiler_options import vmem_limit
 from llmjax.plan import plan as plans
 from llmjax.plan.plan import Plan
 from llmjax.plan.topology import Topology
@@ -168,7 +168,7 @@ def _blocks(model: TransformerConfig, config: RunConfig, topology: Topology) -> 
     arrays of the block's scores; the next are blocks of q, k, v and their gradients.
     """
     assert topology.chip is not None
-    limit = int(compiler_options(config.xla, topology.chip.kind)[VMEM]) * 1024
+    limit = vmem_limit(config.xla, topology.chip.kind)
     width = getattr(model, "score_width", 2 * model.head_size) / 2
     return [
         block

@@ -38,7 +38,7 @@ def make_program(config: RunConfig, spec: StateSpec, rows: np.ndarray) -> Compil
     """
     loss = make_loss(spec.graph, seed=config.seed, chunk=config.train.loss_chunk, z_loss=config.train.z_loss)
     step = functools.partial(train_step, loss=loss, optimizer=spec.optimizer, accumulation=config.train.accumulation)
-    options = compiler_options(config.xla, jax.sharding.get_mesh().devices.flat[0].device_kind)
+    options = compiler_options(config.xla, jax.sharding.get_mesh())
     return backends.compile_step(
         step, config.parallel.backend, spec.shardings, rows, config.train.global_batch, options
     )

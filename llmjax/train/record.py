@@ -42,7 +42,7 @@ def write_run_metadata(context: TrainContext, progress: Progress, unsharded: lis
             "backend": context.config.parallel.backend,
             "attention": None if attention is None else str(attention),
             "cpu_threads": context.config.parallel.cpu_threads,
-            "compiler_options": compiler_options(context.config.xla, jax.devices()[0].device_kind),
+            "compiler_options": compiler_options(context.config.xla, jax.sharding.get_mesh()),
             "versions": {
                 "llmjax": llmjax.__version__,
                 **{name: importlib.metadata.version(name) for name in _LIBRARIES},
