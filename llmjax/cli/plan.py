@@ -5,13 +5,14 @@ import json
 import pathlib
 import sys
 import tempfile
-import typing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llmjax.cli.flags import int_range, make_parser, number, parse
+from llmjax.cli.flags import int_range, make_parser, number, parse, parse_workdir
 from llmjax.errors import UserError
 
-if typing.TYPE_CHECKING:
+if TYPE_CHECKING:
+    from etils import epath
+
     from llmjax.plan.plan import Plan
     from llmjax.plan.topology import Topology
     from llmjax.run.config import RunConfig
@@ -53,9 +54,15 @@ def plan(arguments: list[str]) -> int:
         "--search_minutes", type=number, default=10, help="start no further layout after these (default 10)"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line of the standard output")
+    parser.add_argument(
+        "--workdir",
+        metavar="DIR",
+        help="keep the plan in DIR/plan.json, for the report of the run there",
+    )
     parser.add_argument("--dump", metavar="DIR", help="keep the program: optimized.txt, in full depth scheduled.txt")
     flags, overrides = parse(parser, arguments)
     _check(flags)
+    workdir = None if flags.workdir is None else parse_workdir(flags.workdir)
     from llmjax.plan import describe, plan as plans, search, topology as topologies
     from llmjax.run import config as run_config
 
@@ -74,6 +81,8 @@ def plan(arguments: list[str]) -> int:
         cost = describe.cost_of_run(result, flags.tokens, flags.price)
         lines += describe.describe_run(result, flags.tokens, cost)
         output["run"] = None if cost is None else cost.to_json()
+    if workdir is not None:
+        _keep(workdir, output)
     print("\n".join(lines), file=sys.stderr if flags.json else sys.stdout, flush=True)
     if flags.json:
         print(json.dumps(output))
@@ -111,6 +120,17 @@ def _check(flags) -> None:
             raise UserError(f"--{name}={value:g}: must be above 0")
     if flags.dump and pathlib.Path(flags.dump).expanduser().is_file():
         raise UserError(f"--dump={flags.dump}: this is a file; give a folder")
+
+
+def _keep(workdir: "epath.Path", output: dict[str, Any]) -> None:
+    """Write the plan into a workdir, and the report of the run that is there, if any."""
+    from llmjax import report
+    from llmjax.run import workdir as workdirs
+
+    workdir.mkdir(parents=True, exist_ok=True)
+    workdirs.write_json(workdir / workdirs.PLAN, output)
+    if (workdir / workdirs.METRICS).exists():
+        report.write_report(workdir)
 
 
 def _dump(folder: pathlib.Path, program) -> None:

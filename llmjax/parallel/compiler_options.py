@@ -47,3 +47,8 @@ def compiler_options(config: XlaConfig, mesh: jax.sharding.Mesh) -> Mapping[str,
         defaults[_RING_MATMUL] = _NEVER
     flags = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in config.flags}
     return {**defaults, **flags}
+
+
+def vmem_limit(config: XlaConfig, device_kind: str) -> int:
+    """Bytes of VMEM that a kernel may use on a TPU that has defaults."""
+    return 1024 * int({**_DEFAULTS[device_kind], **dict(config.flags)}[_VMEM])

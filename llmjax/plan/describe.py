@@ -117,23 +117,13 @@ def _describe_time(plan: Plan) -> list[str]:
             return ["no time is predicted for a step that does not fit"]
         return [f"the time of a step: unknown, there is no cost model of {plan.topology.name}"]
     time = plan.time
-    lines = ["predicted seconds", *(_row(name, seconds, 3) for name, seconds in _parts(time).items())]
+    lines = ["predicted seconds", *(_row(name, seconds, 3) for name, seconds in time.parts.items())]
     rate = plan.step_tokens / time.total
     lines.append(_row("step", time.total, 3) + f"   {rate / plan.devices:,.0f} tokens/s a device, MFU {plan.mfu:.1%}")
     if time.hidden:
         lines.append(_row("collectives beside compute", time.hidden, 3))
-    return [*lines, f"error: {predict.QUICK_ERROR + '; ' if plan.quick else ''}{predict.FULL_ERROR}"]
-
-
-def _parts(time: predict.StepTime) -> dict[str, float]:
-    return {
-        "matmuls": time.matmul,
-        "elementwise": time.elementwise,
-        "attention kernels": time.attention,
-        "grouped matmuls": time.grouped,
-        "exposed collectives": time.exposed,
-        "host copies": time.host,
-    }
+    unknown = f"not known in the full depth; of the quick depth: {predict.QUICK_CALIBRATION}"
+    return [*lines, f"error: {plan.calibration or unknown}"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

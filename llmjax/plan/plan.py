@@ -5,11 +5,11 @@ import pathlib
 from typing import Any
 
 from llmjax.errors import UserError
-from llmjax.plan import compile_ahead, costs as program_costs, count, predict
+from llmjax.plan import compile_ahead, costs as program_costs, count, predict, topology as topologies
 from llmjax.plan.compile_ahead import Program
 from llmjax.plan.costs import Costs
 from llmjax.plan.hlo import Module
-from llmjax.plan.predict import StepTime
+from llmjax.plan.predict import Calibration, StepTime
 from llmjax.plan.topology import Topology
 from llmjax.run import config as run_config
 from llmjax.run.config import RunConfig
@@ -59,6 +59,11 @@ class Plan:
             return None
         return self.model_flops / (self.topology.chip.peak * self.time.total)
 
+    @property
+    def calibration(self) -> Calibration | None:
+        """How far predictions of this depth were off; None where no published run was compiled to it."""
+        return predict.QUICK_CALIBRATION if self.quick else None
+
     def to_json(self) -> dict[str, Any]:
         """What `llmjax plan --json` prints."""
         costs, memory = self.costs, self.program.memory
@@ -77,6 +82,9 @@ class Plan:
             "hbm_limit": None if self.topology.chip is None else self.topology.chip.hbm,
             "argument_bytes": memory.arguments,
             "temporary_bytes": memory.temporaries,
+            "topology": self.topology.name,
+            "slices": self.topology.slices,
+            "compiler": topologies.compiler_version(self.topology),
             "devices": self.devices,
             "mesh": self.program.mesh,
             "step_tokens": self.step_tokens,
@@ -84,6 +92,8 @@ class Plan:
             "kernels": {name: round(calls) for name, calls in costs.kernels.items()},
             "collectives": {name: dataclasses.asdict(total) for name, total in costs.collectives.items()},
             "seconds": None if self.time is None else dataclasses.asdict(self.time),
+            "parts": None if self.time is None else self.time.parts,
+            "predicted_over_measured": None if self.calibration is None else dataclasses.asdict(self.calibration),
             "quick": self.quick,
             "notes": costs.notes,
         }

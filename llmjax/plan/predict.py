@@ -24,14 +24,26 @@ _ELEMENTWISE_FACTOR = 0.45
 _STEP_CYCLES, _ROW_CYCLES = 210, 0.7  # of an attention kernel, for each grid step and each row of a block of queries
 _HOST_RATE = 32e9  # bytes a second each way; assumed
 
-QUICK_ERROR = (
-    "the quick depth was 1 to 3% below the full one where matmuls are large and attention is a kernel, 25% where the "
-    "compiler cuts matmuls into small pieces, and up to half where attention is written out (model.attention=dot)"
-)
-FULL_ERROR = (
-    "against four published runs the full depth was 0.2, 5.5, 10.6 and 31% above the measured step, never below; trust "
-    "the ratio of two programs on one chip more than the seconds"
-)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Predicted over measured seconds of a step, of runs that others published; the table is in docs/plan.md.
+
+    runs   how many; median, lowest and highest are of their ratios
+    """
+
+    runs: int
+    median: float
+    lowest: float
+    highest: float
+
+    def __str__(self) -> str:
+        span = f"{self.lowest:.2f} to {self.highest:.2f}, median {self.median:.2f}"
+        return f"predicted over measured seconds were {span}, for {self.runs} published runs of another codebase"
+
+
+# What tools/calibrate_plan.py prints for the quick depth. It has not been run with --full.
+QUICK_CALIBRATION = Calibration(runs=16, median=0.97, lowest=0.86, highest=1.17)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +73,18 @@ class StepTime:
     def total(self) -> float:
         """Seconds of the step."""
         return self.compute + self.exposed + self.host
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """The seconds that add up to `total`, by the names that people read."""
+        return {
+            "matmuls": self.matmul,
+            "elementwise": self.elementwise,
+            "attention kernels": self.attention,
+            "grouped matmuls": self.grouped,
+            "exposed collectives": self.exposed,
+            "host copies": self.host,
+        }
 
 
 def estimate(costs: Costs, chip: Chip) -> StepTime:

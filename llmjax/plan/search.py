@@ -1,8 +1,9 @@
-"""Search for the fastest layout of a config on a machine: mesh shape, remat policy, microbatches."""
+"""Search for the fastest layout of a config on a machine: mesh shape, remat policy, microbatches, attention blocks."""
 
 from collections.abc import Iterator
 import concurrent.futures
 import dataclasses
+import itertools
 import logging
 import os
 import pathlib
@@ -11,7 +12,9 @@ import time
 from typing import Any
 
 from llmjax.errors import UserError
+from llmjax.models.base import TransformerConfig
 from llmjax.nn.stack import REMAT
+from llmjax.parallel.compiler_options import vmem_limit
 from llmjax.plan import plan as plans
 from llmjax.plan.plan import Plan
 from llmjax.plan.topology import Topology
@@ -21,7 +24,9 @@ from llmjax.run.config import RunConfig
 logger = logging.getLogger(__name__)
 
 _STATE_SHARE = 0.9  # of a device's memory, at most, for parameters, gradients and optimizer
-_MESHES, _FULL = 2, 3  # meshes whose policies are searched; candidates that the full depth compiles
+# Meshes whose policies are searched, layouts whose blocks are, and layouts that the full depth compiles.
+_MESHES, _BLOCKS, _FULL = 2, 2, 3
+_BLOCK_SIZES = (512, 1024, 2048)
 _BATCH_AXES = ("slice", "data", "fsdp", "expert")  # mesh axes that split the batch
 
 Overrides = tuple[tuple[str, Any], ...]
@@ -54,34 +59,123 @@ class Candidate:
 def search(config: RunConfig, topology: Topology, *, quick: bool, seconds: float) -> list[Candidate]:
     """Try layouts until none is left or the time is over; best first.
 
-    First every mesh with the config's remat policy ("attention" for "auto"), then policies and numbers of microbatches
-    on the best meshes. The quick depth prunes; without `quick`, the full one ranks the best. Raises UserError if
-    nothing could be compiled.
+    First meshes with the config's remat policy ("attention" for "auto"), then policies and numbers of microbatches on the best meshes, then
+    blocks of the attention kernel in the best layouts. The quick depth prunes; without `quick`, the full one ranks the
+    best. Raises UserError if nothing could be compiled.
     """
     if topology.chip is None or topology.chip.matmul_share is None:
         raise UserError(f"--search: there is no cost model of {topology.name}; choose v5e, v5p or v6e")
-    deadline = time.monotonic() + seconds
-    remat = (("model.remat", "attention"),) if config.model.remat == "auto" else ()
-    shapes = [(*mesh, ("train.accumulation", 1), *remat) for mesh in meshes(config, topology)]
-    tried = _try_all(config, topology, [[shape] for shape in shapes], deadline)
-    best = sorted(tried.values(), key=lambda candidate: candidate.rank)[:_MESHES]
-    # A policy that does not fit is tried with more microbatches; one that fits only gets slower by them.
-    series = [
-        [
-            (*_only(candidate.overrides, "mesh."), ("train.accumulation", accumulation), ("model.remat", policy))
-            for accumulation in _accumulations(config, candidate.plan)
-        ]
-        for candidate in best
-        for policy in REMAT
-    ]
-    tried |= _try_all(config, topology, series, deadline)
-    if not tried:
+    trials = _Trials(config, topology, time.monotonic() + seconds)
+    _search_meshes(trials)
+    for candidate in trials.ranked()[:_MESHES]:
+        _search_policies(trials, candidate)
+    for candidate in trials.ranked()[:_BLOCKS]:
+        _search_blocks(trials, candidate)
+    if not trials.tried:
         raise UserError("--search: no layout could be compiled; run without --search to see why")
-    ranked = sorted(tried.values(), key=lambda candidate: candidate.rank)
     if quick:
-        return ranked
-    full = [_try(config, topology, candidate.overrides, quick=False) for candidate in ranked[:_FULL]]
+        return trials.ranked()
+    full = [_try(config, topology, candidate.overrides, quick=False) for candidate in trials.ranked()[:_FULL]]
     return sorted((candidate for candidate in full if candidate), key=lambda candidate: candidate.rank)
+
+
+class _Trials:
+    """The layouts that were tried until the deadline, a time.monotonic()."""
+
+    def __init__(self, config: RunConfig, topology: Topology, deadline: float):
+        self.config, self.topology, self.deadline = config, topology, deadline
+        self.tried: dict[Overrides, Candidate] = {}
+
+    def ranked(self) -> list[Candidate]:
+        """Best first."""
+        return sorted(self.tried.values(), key=lambda candidate: candidate.rank)
+
+    def run(self, series: list[list[Overrides]]) -> list[Candidate]:
+        """Compile the layouts of each series in the quick depth until one of them fits, a series a core at a time."""
+        if self._is_over():
+            return []
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            results = list(pool.map(self._run, series))
+        if self._is_over():
+            logger.info("the time of the search is over: %d of %d layouts begun", sum(map(bool, results)), len(series))
+        candidates = [candidate for result in results for candidate in result]
+        self.tried |= {candidate.overrides: candidate for candidate in candidates}
+        return candidates
+
+    def _is_over(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    def _run(self, layouts: list[Overrides]) -> list[Candidate]:
+        candidates: list[Candidate] = []
+        for overrides in layouts:
+            if self._is_over() or any(candidate.plan.fits for candidate in candidates):
+                break
+            if candidates and not _may_fit(candidates[-1], overrides, self.topology):
+                continue
+            candidate = self.tried.get(overrides) or _try(self.config, self.topology, overrides, quick=True)
+            if candidate:
+                candidates.append(candidate)
+        return candidates
+
+
+def _may_fit(larger: Candidate, overrides: Overrides, topology: Topology) -> bool:
+    """Whether more microbatches than those of a layout that is too large could be enough: they divide its temporaries
+    by at most their number."""
+    assert topology.chip is not None
+    factor = dict(overrides)["train.accumulation"] / dict(larger.overrides)["train.accumulation"]
+    memory = larger.plan.program.memory
+    return memory.arguments + memory.temporaries / factor <= topology.chip.hbm
+
+
+def _search_meshes(trials: _Trials) -> None:
+    """Try meshes, those that cut matmuls least first: where cutting them into more pieces is slower, no more follow."""
+    remat = trials.config.model.remat
+    rest = (("train.accumulation", 1), ("model.remat", "attention" if remat == "auto" else remat))
+    fastest = float("inf")
+    for _, group in itertools.groupby(
+        meshes(trials.config, trials.topology), key=lambda mesh: dict(mesh)["mesh.tensor"]
+    ):
+        candidates = trials.run([[(*mesh, *rest)] for mesh in group])
+        seconds = min((candidate.seconds for candidate in candidates), default=float("inf"))
+        if fastest < seconds:
+            break
+        fastest = seconds
+
+
+def _search_policies(trials: _Trials, candidate: Candidate) -> None:
+    """Try remat policies on the mesh of a candidate. One that does not fit is tried with more microbatches; one that
+    fits only gets slower by them."""
+    mesh = tuple(item for item in candidate.overrides if item[0].startswith("mesh."))
+    accumulations = _accumulations(trials.config, candidate.plan)
+    trials.run(
+        [
+            [(*mesh, ("train.accumulation", accumulation), ("model.remat", policy)) for accumulation in accumulations]
+            for policy in REMAT
+        ]
+    )
+
+
+def _search_blocks(trials: _Trials, candidate: Candidate) -> None:
+    """Try other blocks of the attention kernel in the layout of a candidate, if it fits and has one."""
+    if candidate.plan.fits and candidate.plan.costs.attention and isinstance(trials.config.model, TransformerConfig):
+        blocks = _blocks(trials.config.model, trials.config, trials.topology)
+        trials.run([[(*candidate.overrides, ("model.attention_block", block))] for block in blocks])
+
+
+def _blocks(model: TransformerConfig, config: RunConfig, topology: Topology) -> list[int]:
+    """Blocks that divide the rows, and whose backward kernel fits the VMEM that the compiler may give it.
+
+    The quick depth ends before the compiler refuses a kernel for want of VMEM. The largest part of it are two float32
+    arrays of the block's scores; the next are blocks of q, k, v and their gradients.
+    """
+    assert topology.chip is not None
+    limit = vmem_limit(config.xla, topology.chip.kind)
+    width = getattr(model, "score_width", 2 * model.head_size) / 2
+    return [
+        block
+        for block in _BLOCK_SIZES
+        if config.data.seq_len % block == 0 and 8 * block**2 + 40 * block * width <= limit
+    ]
 
 
 def meshes(config: RunConfig, topology: Topology) -> Iterator[Overrides]:
@@ -117,31 +211,6 @@ def _accumulations(config: RunConfig, plan: Plan) -> list[int]:
         shards *= plan.program.mesh.get(axis, 1)
     rows = config.train.global_batch // shards
     return [2**i for i in range(4) if rows % 2**i == 0 and 2**i <= rows]
-
-
-def _only(overrides: Overrides, prefix: str) -> Overrides:
-    return tuple(item for item in overrides if item[0].startswith(prefix))
-
-
-def _try_all(
-    config: RunConfig, topology: Topology, series: list[list[Overrides]], deadline: float
-) -> dict[Overrides, Candidate]:
-    """Compile the layouts of each series in the quick depth until one of them fits, some series at a time."""
-
-    def attempt(layouts: list[Overrides]) -> list[Candidate]:
-        tried: list[Candidate] = []
-        for overrides in layouts:
-            if time.monotonic() > deadline or any(candidate.plan.fits for candidate in tried):
-                break
-            if candidate := _try(config, topology, overrides, quick=True):
-                tried.append(candidate)
-        return tried
-
-    with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
-        results = list(pool.map(attempt, series))
-    if time.monotonic() > deadline:
-        logger.info("the time of the search is over: %d of %d layouts begun", sum(map(bool, results)), len(series))
-    return {candidate.overrides: candidate for tried in results for candidate in tried}
 
 
 def _try(config: RunConfig, topology: Topology, overrides: Overrides, *, quick: bool) -> Candidate | None:

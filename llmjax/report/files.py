@@ -16,6 +16,7 @@ class RunFiles:
     """The files of one run.
 
     evals      split -> step -> the JSON object of eval/<step>/<split>.json
+    plan       of the step, by `llmjax plan --workdir`
     manifest   of the token store in data.store or WORKDIR/store
     profile    the newest trace of train.profile
     unreadable names of damaged files
@@ -25,6 +26,7 @@ class RunFiles:
     config: dict[str, Any] | None
     run: dict[str, Any] | None
     data: dict[str, Any] | None
+    plan: dict[str, Any] | None
     manifest: dict[str, Any] | None
     samples: list[dict[str, Any]] | None
     metrics: list[dict[str, Any]]
@@ -71,6 +73,7 @@ def read(workdir: epath.PathLike) -> RunFiles:
         config=config,
         run=load(root / workdirs.RUN, dict),
         data=load(root / workdirs.DATA, dict),
+        plan=load(root / workdirs.PLAN, dict),
         manifest=load(epath.Path(store).expanduser() / "manifest.json", dict),
         samples=load(root / workdirs.SAMPLES, list),
         metrics=metrics.read_metrics(root),

@@ -10,7 +10,7 @@ from typing import Any
 from etils import epath
 
 from llmjax.metrics import duration
-from llmjax.report import plot
+from llmjax.report import plot, step_plan
 from llmjax.report.files import RunFiles, list_compressors, read
 from llmjax.report.markup import (
     chart_grid,
@@ -42,6 +42,7 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
         render_headline,
         render_learning,
         render_speed,
+        render_plan,
         render_profile,
         render_summary,
         render_data,
@@ -145,6 +146,15 @@ def render_speed(run: RunFiles) -> str:
     if run.curve("mfu"):
         plots.append(("MFU, %", [(step, 100 * y) for step, y in run.curve("mfu")], True))
     return section("Speed", facts + _plot_metrics(run, plots, _make_marks(run)))
+
+
+def render_plan(run: RunFiles) -> str:
+    """The plan of the step beside what was measured; empty without a plan."""
+    if run.plan is None:
+        return ""
+    about = run.run or {}
+    device = f"{about['num_devices']} x {about['device']}" if "device" in about and "num_devices" in about else ""
+    return step_plan.render(run.plan, run.metrics, device)
 
 
 def render_profile(run: RunFiles) -> str:

@@ -11,6 +11,7 @@ from etils import epath
 
 from llmjax.errors import UserError
 from llmjax.metrics import duration, progress_line, read_metrics
+from llmjax.report import step_plan
 from llmjax.run import workdir as workdirs
 
 WIDTH, CURVE_ROWS = 80, 10
@@ -25,6 +26,7 @@ class Snapshot:
 
     stop      the step at which training ends; 0 if there is no config.json
     evals     split -> scores of the newest evaluated step; `eval_step` is that step
+    plan      of the step, by `llmjax plan --workdir`; None if there is none
     holder    the process in lock.json; None if no process uses the workdir
     """
 
@@ -35,6 +37,7 @@ class Snapshot:
     evals: dict[str, dict[str, Any]]
     samples: list[dict[str, Any]]
     run: dict[str, Any]
+    plan: dict[str, Any] | None
     holder: workdirs.Holder | None
 
     @property
@@ -70,6 +73,7 @@ def read(workdir: epath.Path) -> Snapshot:
         evals=evals,
         samples=[sample for sample in samples if isinstance(sample, dict)],
         run=workdirs.read_json(workdir / workdirs.RUN) or {},
+        plan=workdirs.read_json(workdir / workdirs.PLAN),
         holder=workdirs.read_holder(workdir),
     )
 
@@ -86,6 +90,8 @@ def describe(snapshot: Snapshot, *, width: int = WIDTH) -> list[str]:
     lines += [progress_line(last, snapshot.stop or snapshot.step, predict_remaining_seconds(snapshot)), ""]
     losses = [(line["step"], float(line["loss"])) for line in snapshot.metrics if _is_number(line.get("loss"))]
     lines += ["training loss, nats per token", *draw_curve(losses, width=width)]
+    if snapshot.plan is not None:
+        lines += ["", *step_plan.describe(snapshot.plan, snapshot.metrics)]
     if snapshot.evals:
         lines += ["", f"evaluation at step {snapshot.eval_step}"]
         lines += [f"  {split}: {_format_scores(total)}" for split, total in snapshot.evals.items()]

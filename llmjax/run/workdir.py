@@ -35,6 +35,7 @@ RUN = "run.json"  # devices, versions, restarts
 DATA = "data.json"  # sizes of the packed data
 METRICS = "metrics.jsonl"  # one line every train.log_every steps
 SAMPLES = "samples.json"  # texts that the trained model generated
+PLAN = "plan.json"  # what `llmjax plan` predicted of the step
 IMPORT = "import.json"  # where imported parameters come from
 REPORT = "report.html"
 LOCK = "lock.json"  # the process that writes here

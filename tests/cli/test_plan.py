@@ -12,7 +12,8 @@ SMALL = [f"--config.{field}" for field in ("model.vocab_size=512", "model.num_la
 
 
 def test_json_is_the_last_line_and_the_program_is_kept(capsys, tmp_path):
-    assert main.run([*CPU, *SMALL, "--json", f"--dump={tmp_path / 'kept'}", "--tokens=1e9", "--price=2"]) == 0
+    flags = [f"--dump={tmp_path / 'kept'}", f"--workdir={tmp_path / 'run'}", "--tokens=1e9", "--price=2"]
+    assert main.run([*CPU, *SMALL, "--json", *flags]) == 0
     printed = capsys.readouterr()
     output = json.loads(printed.out)
     expected = (
@@ -22,6 +23,7 @@ def test_json_is_the_last_line_and_the_program_is_kept(capsys, tmp_path):
     assert output["executed_flops"] > 0 and output["ici_bytes"] > 0 and output["devices"] == 2
     assert output["fits"] is None and output["step_seconds"] is None  # no cost model of a CPU, and it says so
     assert "unknown" in printed.err
+    assert json.loads((tmp_path / "run" / "plan.json").read_text()) == output
     assert (tmp_path / "kept" / "optimized.txt").read_text().startswith("HloModule jit_train_step")
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from llmjax.errors import UserError
 from llmjax.plan import plan as plans, search, topology as topologies
+from llmjax.plan.costs import Costs, KernelWork
 from llmjax.run import config as run_config
 from tests.plan.fake_plan import make_plan
 
@@ -52,6 +53,60 @@ def test_auto_is_replaced_by_policies(monkeypatch):
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, remat="auto"))
     ranked = search.search(config, V6E, quick=True, seconds=60)
     assert all("model.remat" in dict(candidate.overrides) for candidate in ranked)
+
+
+def test_blocks_are_tried_in_the_best_layouts(monkeypatch):
+    """Larger blocks are faster here; of those that divide rows of 3,072 tokens 1,024 is the largest."""
+
+    def fake(config, topology, folder, *, quick):
+        block = config.model.attention_block or 256
+        plan = make_plan(config, V6E, seconds=1 + 1 / block + config.mesh.tensor, gib=10.0)
+        return dataclasses.replace(plan, costs=Costs(attention={"splash_mha_fwd": KernelWork()}))
+
+    monkeypatch.setattr(plans, "make_plan", fake)
+    config = search.apply(CONFIG, (("data.seq_len", 3072),))
+    ranked = search.search(config, V6E, quick=True, seconds=60)
+    assert dict(ranked[0].overrides)["model.attention_block"] == 1024
+    assert "--config.model.attention_block=1024" in ranked[0].as_flags()
+    assert 2048 not in [dict(candidate.overrides).get("model.attention_block") for candidate in ranked]
+
+
+def test_a_kernel_that_needs_too_much_vmem_is_not_tried(monkeypatch):
+    """Blocks of 2,048 need 40 MiB or more, which the option must allow: the quick depth would not see the refusal."""
+    seen = []
+
+    def fake(config, topology, folder, *, quick):
+        seen.append(config.model.attention_block)
+        plan = make_plan(config, V6E, seconds=1.0, gib=10.0)
+        return dataclasses.replace(plan, costs=Costs(attention={"splash_mha_fwd": KernelWork()}))
+
+    monkeypatch.setattr(plans, "make_plan", fake)
+    config = search.apply(CONFIG, (("xla.flags", (("xla_tpu_scoped_vmem_limit_kib", "32768"),)),))
+    search.search(config, V6E, quick=True, seconds=60)
+    assert set(seen) == {0, 512, 1024}
+
+
+def test_meshes_that_cut_matmuls_further_are_left_out_once_slower(monkeypatch):
+    def fake(config, topology, folder, *, quick):
+        return make_plan(config, V6E, seconds=float(config.mesh.tensor), gib=10.0)
+
+    monkeypatch.setattr(plans, "make_plan", fake)
+    ranked = search.search(CONFIG, V6E, quick=True, seconds=60)
+    assert {dict(candidate.overrides)["mesh.tensor"] for candidate in ranked} == {1, 2}
+
+
+def test_microbatches_that_cannot_be_enough_are_not_compiled(monkeypatch):
+    """90 GiB of temporaries over 2 microbatches are still more than 31.24 GiB; over 4 they fit."""
+    tried = []
+
+    def fake(config, topology, folder, *, quick):
+        tried.append((config.model.remat, config.train.accumulation))
+        gib = 90.0 if config.model.remat == "none" else 10.0
+        return make_plan(config, V6E, seconds=1.0, gib=gib / config.train.accumulation)
+
+    monkeypatch.setattr(plans, "make_plan", fake)
+    search.search(CONFIG, V6E, quick=True, seconds=60)
+    assert {accumulation for remat, accumulation in tried if remat == "none"} == {1, 4}
 
 
 def test_no_time_is_known_for_a_machine_without_cost_model():

@@ -165,5 +165,41 @@ def test_few_points_are_not_smoothed(tmp_path, page):
     assert "training, each logged step" in text and "smoothed" not in text
 
 
-def test_without_a_trace_there_is_no_profile(page):
-    assert "Profile" not in page
+PLAN = {
+    "topology": "v6e:16x16",
+    "devices": 256,
+    "mesh": {"data": 1, "fsdp": 256},
+    "compiler": "libtpu 0.0.52",
+    "quick": True,
+    "step_seconds": 0.067,
+    "step_tokens": 2048,
+    "mfu": 0.5,
+    "parts": {"matmuls": 0.04, "elementwise": 0.02, "attention kernels": 0.007, "grouped matmuls": 0.0},
+    "hbm_bytes": 28 * 2**30,
+    "hbm_limit": 31 * 2**30,
+    "predicted_over_measured": {"runs": 16, "median": 0.97, "lowest": 0.86, "highest": 1.17},
+}
+
+
+def test_a_plan_is_shown_beside_what_the_run_measured(tmp_path):
+    """The run's steps take 0.134 s, twice the planned time."""
+    run = make_run(tmp_path)
+    put(run / "plan.json", PLAN)
+    page = write_report(run).read_text()
+    assert check_svgs(page) == 7
+    text = PageParser(page).text
+    for shown in ("v6e:16x16, 256 devices, fsdp 256, libtpu 0.0.52, quick depth", "0.067 s", "0.134 s", "2.00"):
+        assert shown in text
+    assert "attention kernels" in text and "grouped matmuls" not in text  # what takes no time has no bar
+    assert "28.00 GiB" in text and "0.86 to 1.17" in text
+    assert "measured, 1 x cpu" in text and "30,567" in text  # 2048 / 0.067 tokens a second
+
+
+def test_a_plan_without_a_run_or_a_time_is_shown(tmp_path):
+    put(tmp_path / "plan.json", {**PLAN, "step_seconds": None, "parts": None, "mfu": None})
+    text = PageParser(write_report(tmp_path).read_text()).text
+    assert "No time was predicted" in text and "measured, median" not in text
+
+
+def test_without_a_trace_and_a_plan_there_are_no_sections_of_them(page):
+    assert "Profile" not in page and "<h2>Plan</h2>" not in page

@@ -36,6 +36,19 @@ def test_a_snapshot_has_the_numbers_of_the_files(tmp_path, capsys):
     assert HOSTILE not in shown
 
 
+def test_a_plan_is_shown_beside_what_the_run_measured(tmp_path):
+    """Planned: 0.067 s a step; measured: 0.134 s. The longest part has the longest bar."""
+    run = make_run(tmp_path, steps=100)
+    parts = {"matmuls": 0.04, "elementwise": 0.02, "host copies": 0.0}
+    plan = {"topology": "v6e:2x4", "devices": 8, "quick": True, "step_seconds": 0.067, "parts": parts}
+    put(run / "plan.json", plan)
+    shown = snapshot(run)
+    assert "plan: v6e:2x4, 8 devices, quick depth\n" in shown
+    assert "seconds of a step: planned 0.067, measured 0.134, 2.00 x\n" in shown
+    assert f"matmuls                 0.040 s  {'█' * 30}\n" in shown
+    assert f"elementwise             0.020 s  {'█' * 15}\n" in shown and "host copies" not in shown
+
+
 def test_the_lock_determines_the_state_of_a_run(tmp_path):
     run = make_run(tmp_path, steps=100)
     put(run / "config.json", {"train": {"steps": 200, "stop_at": 150}})
