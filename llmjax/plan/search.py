@@ -59,9 +59,9 @@ class Candidate:
 def search(config: RunConfig, topology: Topology, *, quick: bool, seconds: float) -> list[Candidate]:
     """Try layouts until none is left or the time is over; best first.
 
-    First meshes with the config's remat policy ("attention" for "auto"), then policies and numbers of microbatches on the best meshes, then
-    blocks of the attention kernel in the best layouts. The quick depth prunes; without `quick`, the full one ranks the
-    best. Raises UserError if nothing could be compiled.
+    First meshes with the config's remat policy ("attention" for "auto"), then policies and numbers of microbatches on
+    the best meshes, then blocks of the attention kernel in the best layouts. The quick depth prunes; without `quick`,
+    the full one ranks the best. Raises UserError if nothing could be compiled.
     """
     if topology.chip is None or topology.chip.matmul_share is None:
         raise UserError(f"--search: there is no cost model of {topology.name}; choose v5e, v5p or v6e")
