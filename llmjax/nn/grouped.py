@@ -1,12 +1,17 @@
 """Grouped matmul: rows sorted by group, each group times its own matrix."""
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
+from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 import jax.numpy as jnp
 
 _MAX_TILE, _MIN_TILE = 128, 8  # rows of one matmul on CPU; below, copying the matrix costs more than the product
+# Tiles of the TPU kernel: rows, and bytes of a row. In each type a tile of all operands fits the 16 MiB of VMEM that
+# the compiler gives a kernel without an option.
+_KERNEL_ROWS, _KERNEL_BYTES, _LANES = 512, 2048, 128
 
 
 @jax.custom_vjp
@@ -16,10 +21,11 @@ def grouped_matmul(x: jax.Array, matrices: jax.Array, sizes: jax.Array) -> jax.A
     x [rows, inputs], matrices [groups, inputs, outputs], sizes int [groups] whose sum is rows. Returns [rows, outputs]
     in x's type.
 
-    On accelerators this is `jax.lax.ragged_dot`. On CPU that would multiply every row by every matrix, so there the
-    rows are split into tiles of one group each.
+    On TPU this is JAX's Pallas kernel of MegaBlocks (Gale et al., 2022, arXiv 2211.15841), on GPU `jax.lax.ragged_dot`.
+    On CPU that would multiply every row by every matrix, as on TPU v5e and v6e, so there the rows are split into tiles
+    of one group each.
     """
-    return jax.lax.platform_dependent(x, matrices, sizes, cpu=_tiled, default=jax.lax.ragged_dot)
+    return jax.lax.platform_dependent(x, matrices, sizes, cpu=_tiled, tpu=tpu_kernel, default=jax.lax.ragged_dot)
 
 
 def _forward(x, matrices, sizes):
@@ -29,9 +35,12 @@ def _forward(x, matrices, sizes):
 def _backward(saved, cotangent):
     x, matrices, sizes = saved
     cotangent = cotangent.astype(x.dtype)
-    dx = grouped_matmul(cotangent, matrices.swapaxes(1, 2), sizes)
+    transposed = lambda dy, matrices, sizes: grouped_matmul(dy, matrices.swapaxes(1, 2), sizes)
+    dx = jax.lax.platform_dependent(
+        cotangent, matrices, sizes, tpu=functools.partial(tpu_kernel, transposed=True), default=transposed
+    )
     d_matrices = jax.lax.platform_dependent(
-        x, matrices, sizes, cotangent, cpu=_tiled_gradient, default=_ragged_gradient
+        x, matrices, sizes, cotangent, cpu=_tiled_gradient, tpu=tpu_kernel_gradient, default=_ragged_gradient
     )
     return dx, d_matrices, None
 
@@ -41,6 +50,33 @@ grouped_matmul.defvjp(_forward, _backward)
 
 def _ragged_gradient(x, matrices, sizes, cotangent):
     return jax.vjp(lambda weights: jax.lax.ragged_dot(x, weights, sizes), matrices)[1](cotangent)[0]
+
+
+def tpu_kernel(x, matrices, sizes, *, transposed=False, interpret=False):
+    """`grouped_matmul` by JAX's Pallas kernel; `transposed`: matrices [groups, outputs, inputs]."""
+    outputs = matrices.shape[1 if transposed else 2]
+    padded = _pad_to(x, _KERNEL_ROWS)
+    # Rows of padding belong to no group: the kernel does not compute them.
+    out = gmm(padded, matrices, sizes, x.dtype, _tiling(x, outputs), transpose_rhs=transposed, interpret=interpret)
+    return out[: x.shape[0]]
+
+
+def tpu_kernel_gradient(x, matrices, sizes, cotangent, *, interpret=False):
+    """The gradient of the matrices by the kernel's transposed form."""
+    tiling = _tiling(x, cotangent.shape[1])
+    x, cotangent = _pad_to(x, _KERNEL_ROWS), _pad_to(cotangent, _KERNEL_ROWS)
+    return tgmm(x.swapaxes(0, 1), cotangent, sizes, matrices.dtype, tiling, interpret=interpret)
+
+
+def _tiling(x: jax.Array, outputs: int) -> tuple[int, int, int]:
+    """Rows, inputs and outputs of a tile of the kernel."""
+    largest = _KERNEL_BYTES // x.dtype.itemsize
+    side = lambda size: min(largest, -(-size // _LANES) * _LANES)
+    return _KERNEL_ROWS, side(x.shape[1]), side(outputs)
+
+
+def _pad_to(x: jax.Array, multiple: int) -> jax.Array:
+    return _pad(x, -x.shape[0] % multiple)
 
 
 def _tiled(x, matrices, sizes):
