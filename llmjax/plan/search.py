@@ -222,7 +222,8 @@ def _try(config: RunConfig, topology: Topology, overrides: Overrides, *, quick: 
         logger.info("  refused: %s", error)
         return None
     candidate = Candidate(overrides=overrides, plan=plan)
-    logger.info("  %8.3f s %7.2f GiB  %s", candidate.seconds, plan.program.memory.total / 2**30, candidate.as_flags())
+    seconds = f"{plan.step_seconds:8.3f} s" if plan.step_seconds else "does not fit"
+    logger.info("  %12s %7.2f GiB  %s", seconds, plan.program.memory.total / 2**30, candidate.as_flags())
     return candidate
 
 
