@@ -12,7 +12,11 @@ from llmjax.batch import Batch
 from llmjax.models import registry
 from llmjax.models.base import BaseModelConfig
 from llmjax.nn import losses
+from llmjax.optim.config import OptimizerConfig
+from llmjax.optim.optimizer import make_optimizer
 from llmjax.parallel import axes
+from tests.batches import progressions
+from tests.models.variants import SEQ, VOCAB
 
 
 @functools.cache
@@ -43,6 +47,30 @@ def loss_and_grads(graph, params, batch, key=None):
         return sums.nats + sums.z + output.aux_loss
 
     return jax.value_and_grad(loss)(params)
+
+
+def train_on_progressions(model: BaseModelConfig, optimizer: OptimizerConfig, steps: int) -> list[float]:
+    """The loss of each step on sequences with a constant difference modulo the vocabulary, which a model learns to
+    continue."""
+    graph, params = init_model(model)
+    rule = make_optimizer(optimizer, horizon=steps, axes=registry.abstract(model)[2])
+
+    @jax.jit
+    def value_and_grads(params, batch):
+        def loss(params):
+            model = nnx.merge(graph, params)
+            hidden = model(batch).hidden
+            sums = losses.cross_entropy(hidden, model.unembed, batch.targets, batch.weights, chunk=SEQ, z_loss=0.0)
+            return sums.nats / jnp.sum(batch.weights)
+
+        return jax.value_and_grad(loss)(params)
+
+    found, state, update = [], rule.init(params), jax.jit(rule.update)
+    for step in range(steps):
+        value, grads = value_and_grads(params, progressions(step, 8, SEQ, VOCAB))
+        params, state, _ = update(grads, state, params)
+        found.append(float(value))
+    return found
 
 
 def assert_close(actual, expected, rtol: float) -> None:

@@ -14,12 +14,17 @@ import pytest
 from llmjax.errors import UserError
 from llmjax.models import registry
 from llmjax.models.decoder_config import DecoderConfig
-from llmjax.nn import losses, quantized, stack
+from llmjax.nn import quantized, stack
 from llmjax.nn.linear import project
 from llmjax.optim.config import OptimizerConfig
-from llmjax.optim.optimizer import make_optimizer
-from tests.batches import packed, packed_for, progressions
-from tests.models.programs import assert_close, init_model, loss_and_grads, sharded_loss_and_grads
+from tests.batches import packed, packed_for
+from tests.models.programs import (
+    assert_close,
+    init_model,
+    loss_and_grads,
+    sharded_loss_and_grads,
+    train_on_progressions,
+)
 from tests.models.variants import BERT, DEEPSEEK, LLAMA, RGLRU, SEQ, T5_V11, VOCAB
 
 qwix = pytest.importorskip("qwix")
@@ -160,28 +165,9 @@ def test_a_missing_package_is_named(monkeypatch):
 def test_what_quantization_costs_in_loss(quantization):
     """100 steps on sequences with a constant difference modulo the vocabulary, which the model learns to continue."""
 
-    def train(quantization):
-        graph, params = init_model(dataclasses.replace(LLAMA, quantization=quantization))
-        optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2), horizon=100, axes=registry.abstract(LLAMA)[2])
-        found, state, update = [], optimizer.init(params), jax.jit(optimizer.update)
-
-        @jax.jit
-        def value_and_grads(params, batch):
-            def loss(params):
-                model = nnx.merge(graph, params)
-                hidden = model(batch).hidden
-                sums = losses.cross_entropy(hidden, model.unembed, batch.targets, batch.weights, chunk=SEQ, z_loss=0.0)
-                return sums.nats / jnp.sum(batch.weights)
-
-            return jax.value_and_grad(loss)(params)
-
-        for step in range(100):
-            value, grads = value_and_grads(params, progressions(step, 8, SEQ, VOCAB))
-            params, state, _ = update(grads, state, params)
-            found.append(float(value))
-        return found
-
+    train = lambda quantization: train_on_progressions(
+        dataclasses.replace(LLAMA, quantization=quantization), OptimizerConfig(learning_rate=1e-2), steps=100
+    )
     found, expected = train(quantization), train("none")
     assert np.mean(expected[-10:]) < expected[0] - 1
-    print(np.mean(found[-10:]), np.mean(expected[-10:]))
     assert abs(np.mean(found[-10:]) - np.mean(expected[-10:])) < 0.05

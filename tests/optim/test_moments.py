@@ -1,6 +1,5 @@
 """Moments in bfloat16 and in 8 bits: rounding error and bias, meshes, memory, and what they cost in loss."""
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,17 +8,14 @@ import pytest
 
 from llmjax.checkpoint.fingerprint import fingerprint
 from llmjax.checkpoint.manager import Checkpoints
-from llmjax.models import registry
 from llmjax.models.decoder_config import DecoderConfig
-from llmjax.nn import losses
 from llmjax.optim.config import OptimizerConfig
 from llmjax.optim.moments import block_axis, block_size, dequantize, quantize, store_moments
 from llmjax.optim.optimizer import make_optimizer
 from llmjax.parallel.axes import shardings, use_mesh
 from llmjax.plan import count
-from tests.batches import progressions
-from tests.models.programs import init_model
-from tests.models.variants import LLAMA, SEQ, VOCAB
+from tests.models.programs import train_on_progressions
+from tests.models.variants import LLAMA
 from tests.optim.parameters import AXES, random_tree, run
 
 STEPS = 3
@@ -173,29 +169,9 @@ def test_bytes_per_parameter():
 @pytest.mark.parametrize("moment_dtype", ["bfloat16", "int8"])
 def test_what_fewer_bits_cost_in_loss(moment_dtype):
     """100 steps on sequences with a constant difference modulo the vocabulary, which the model learns to continue."""
-    graph, params = init_model(LLAMA)
-    axes = registry.abstract(LLAMA)[2]
-
-    @jax.jit
-    def loss_and_grads(params, batch):
-        def loss(params):
-            model = nnx.merge(graph, params)
-            hidden = model(batch).hidden
-            sums = losses.cross_entropy(hidden, model.unembed, batch.targets, batch.weights, chunk=SEQ, z_loss=0.0)
-            return sums.nats / jnp.sum(batch.weights)
-
-        return jax.value_and_grad(loss)(params)
-
-    def train(dtype):
-        config = OptimizerConfig(moment_dtype=dtype, learning_rate=1e-2)
-        optimizer = make_optimizer(config, horizon=100, axes=axes)
-        found, state, updated, update = [], optimizer.init(params), params, jax.jit(optimizer.update)
-        for step in range(100):
-            value, grads = loss_and_grads(updated, progressions(step, 8, SEQ, VOCAB))
-            updated, state, _ = update(grads, state, updated)
-            found.append(float(value))
-        return found
-
+    train = lambda dtype: train_on_progressions(
+        LLAMA, OptimizerConfig(moment_dtype=dtype, learning_rate=1e-2), steps=100
+    )
     found, expected = train(moment_dtype), train(None)
     assert np.mean(expected[-10:]) < expected[0] - 1
     # tools/moment_table.py finds differences below 0.01 between types, and three times as large ones between seeds.
