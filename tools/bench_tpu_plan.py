@@ -20,7 +20,6 @@ import multiprocessing
 import pathlib
 import resource
 import sys
-import tempfile
 
 from llmjax.plan import plan as plans, predict, remat_choice, topology as topologies
 from llmjax.plan.plan import Plan
@@ -145,14 +144,10 @@ def resolve(case: Case) -> tuple[RunConfig, Topology]:
 
 
 def make_plan(case: Case, *, quick: bool) -> tuple[Plan, float]:
-    """Compile a case: its plan and the compiler's CPU seconds, which depend little on what else the machine does.
-
-    Vocabularies are those of the published models.
-    """
+    """Compile a case: its plan and the compiler's CPU seconds, which depend little on what else the machine does."""
     config, topology = resolve(case)
     before = _child_cpu_seconds()
-    with tempfile.TemporaryDirectory(prefix="llmjax-bench-") as folder:
-        plan = plans.make_plan(config, topology, pathlib.Path(folder), quick=quick)
+    plan = plans.make_plan(config, topology, quick=quick)
     return plan, _child_cpu_seconds() - before
 
 

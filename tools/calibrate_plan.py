@@ -20,10 +20,8 @@ layer takes its local and its global branch.
 import argparse
 import dataclasses
 import datetime
-import pathlib
 import statistics
 import sys
-import tempfile
 
 from llmjax.models.decoder_config import DecoderConfig
 from llmjax.plan import plan as plans, topology as topologies
@@ -180,12 +178,6 @@ RUNS = (
 HEADER = "| run | rows | remat | GiB | executed / model | predicted s | published s | predicted / published |"
 
 
-def make_plan(run: Run, *, quick: bool) -> Plan:
-    """Compile our step of a run."""
-    with tempfile.TemporaryDirectory(prefix="llmjax-calibrate-") as folder:
-        return plans.make_plan(run.resolve(), topologies.parse(run.topology), pathlib.Path(folder), quick=quick)
-
-
 def to_row(run: Run, plan: Plan) -> str:
     """A row of the table."""
     measured, gib = run.measured_seconds(plan.config), plan.program.memory.total / 2**30
@@ -214,15 +206,13 @@ def main() -> int:
     keys = flags.only.split(",") if flags.only else list(known)
     if unknown := set(keys) - set(known):
         parser.error(f"--only={','.join(sorted(unknown))}: choose of {', '.join(known)}")
-    depth, compiler = (
-        "full depth" if flags.full else "quick depth",
-        topologies.compiler_version(topologies.parse("v5e:2x4")),
-    )
+    depth = "full depth" if flags.full else "quick depth"
+    compiler = topologies.compiler_version(topologies.parse("v5e:2x4"))
     print(f"{compiler}, {depth}, {datetime.date.today():%d %B %Y}\n")
     print(HEADER + "\n" + "| --- " * HEADER.count(" | ") + "| --- |", flush=True)
     ratios = []
     for key in keys:
-        plan = make_plan(known[key], quick=not flags.full)
+        plan = plans.make_plan(known[key].resolve(), topologies.parse(known[key].topology), quick=not flags.full)
         print(to_row(known[key], plan), flush=True)
         if plan.step_seconds is not None:
             ratios.append(plan.step_seconds / known[key].measured_seconds(plan.config))

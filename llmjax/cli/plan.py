@@ -4,7 +4,6 @@ import argparse
 import json
 import pathlib
 import sys
-import tempfile
 from typing import TYPE_CHECKING, Any
 
 from llmjax.cli.flags import int_range, make_parser, number, parse, parse_workdir
@@ -63,7 +62,7 @@ def plan(arguments: list[str]) -> int:
     flags, overrides = parse(parser, arguments)
     _check(flags)
     workdir = None if flags.workdir is None else parse_workdir(flags.workdir)
-    from llmjax.plan import describe, plan as plans, search, topology as topologies
+    from llmjax.plan import describe, plan as plans, topology as topologies
     from llmjax.run import config as run_config
 
     topology = topologies.parse(flags.topology, flags.slices)
@@ -71,7 +70,7 @@ def plan(arguments: list[str]) -> int:
     plans.check_vocabulary(config, flags.config)
     topologies.check_installed(topology)
     if flags.slices > 1 and config.mesh.slice == 1:
-        config = search.apply(config, (("mesh.slice", flags.slices),))
+        config = run_config.with_fields(config, [("mesh.slice", flags.slices)])
     result, lines, extra = _make_plan(config, topology, flags)
     if flags.dump:
         _dump(pathlib.Path(flags.dump).expanduser(), result.program)
@@ -107,8 +106,7 @@ def _make_plan(
         if flags.quick:
             return choice.plan, lines, extra
         config = choice.plan.config
-    with tempfile.TemporaryDirectory(prefix="llmjax-plan-") as folder:
-        return plans.make_plan(config, topology, pathlib.Path(folder), quick=flags.quick), lines, extra
+    return plans.make_plan(config, topology, quick=flags.quick), lines, extra
 
 
 def _check(flags) -> None:

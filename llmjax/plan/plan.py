@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import tempfile
 from typing import Any
 
 from llmjax.errors import UserError
@@ -115,12 +116,13 @@ def check_vocabulary(config: RunConfig, spec: str) -> None:
     )
 
 
-def make_plan(config: RunConfig, topology: Topology, folder: pathlib.Path, *, quick: bool) -> Plan:
-    """Compile the config's step for a machine and read the program. `folder` is empty and gets the compiler's files.
+def make_plan(config: RunConfig, topology: Topology, *, quick: bool) -> Plan:
+    """Compile the config's step for a machine and read the program.
 
     Raises UserError where the config does not suit the machine. A step that does not fit its memory is a result.
     """
-    program = compile_ahead.compile_ahead(config, topology, folder, quick=quick)
+    with tempfile.TemporaryDirectory(prefix="llmjax-plan-") as folder:
+        program = compile_ahead.compile_ahead(config, topology, pathlib.Path(folder), quick=quick)
     module = Module(program.optimized)
     costs = program_costs.count(module, program.slice_of)
     target_len = count.target_len(config)

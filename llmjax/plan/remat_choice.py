@@ -4,8 +4,6 @@ from collections.abc import Iterator, Sequence
 import concurrent.futures
 import dataclasses
 import os
-import pathlib
-import tempfile
 from typing import Any
 
 from llmjax.errors import UserError
@@ -14,6 +12,7 @@ from llmjax.plan.devices import host_memory
 from llmjax.plan.plan import Plan
 from llmjax.plan.topology import Topology
 from llmjax.plan.units import gib
+from llmjax.run import config as run_config
 from llmjax.run.config import RunConfig
 
 # The rest of a device's memory is for the next batch, metrics and fragmentation; that of the host's memory for the
@@ -127,11 +126,6 @@ def choose_remat(config: RunConfig, topology: Topology, *, host_devices: int | N
     return RematChoice(plan=best, tried=tried, limits=limits)
 
 
-def with_remat(config: RunConfig, policy: str) -> RunConfig:
-    """The config with that policy."""
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, remat=policy))
-
-
 def _rank(plan: Plan) -> tuple[float, float]:
     """Order of preference: by time, or by executed FLOPs where no time is predicted."""
     return plan.step_seconds or float("inf"), plan.costs.executed_flops
@@ -149,8 +143,7 @@ def _compile_all(config: RunConfig, topology: Topology, policies: Sequence[str])
 
 
 def _make_plan(config: RunConfig, topology: Topology, policy: str) -> Plan:
-    with tempfile.TemporaryDirectory(prefix="llmjax-remat-") as folder:
-        return plans.make_plan(with_remat(config, policy), topology, pathlib.Path(folder), quick=True)
+    return plans.make_plan(run_config.with_fields(config, [("model.remat", policy)]), topology, quick=True)
 
 
 def _find_limits(plan: Plan, topology: Topology, host_devices: int | None) -> Limits:

@@ -6,8 +6,6 @@ import dataclasses
 import itertools
 import logging
 import os
-import pathlib
-import tempfile
 import time
 from typing import Any
 
@@ -18,7 +16,7 @@ from llmjax.parallel.compiler_options import vmem_limit
 from llmjax.plan import plan as plans
 from llmjax.plan.plan import Plan
 from llmjax.plan.topology import Topology
-from llmjax.run import state as states
+from llmjax.run import config as run_config, state as states
 from llmjax.run.config import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -216,8 +214,7 @@ def _accumulations(config: RunConfig, plan: Plan) -> list[int]:
 def _try(config: RunConfig, topology: Topology, overrides: Overrides, *, quick: bool) -> Candidate | None:
     """A candidate; None where the config does not suit the mesh."""
     try:
-        with tempfile.TemporaryDirectory(prefix="llmjax-plan-") as folder:
-            plan = plans.make_plan(apply(config, overrides), topology, pathlib.Path(folder), quick=quick)
+        plan = plans.make_plan(run_config.with_fields(config, overrides), topology, quick=quick)
     except UserError as error:
         logger.info("  refused: %s", error)
         return None
@@ -225,15 +222,6 @@ def _try(config: RunConfig, topology: Topology, overrides: Overrides, *, quick: 
     seconds = f"{plan.step_seconds:8.3f} s" if plan.step_seconds else "does not fit"
     logger.info("  %12s %7.2f GiB  %s", seconds, plan.program.memory.total / 2**30, candidate.as_flags())
     return candidate
-
-
-def apply(config: RunConfig, overrides: Overrides) -> RunConfig:
-    """The config with fields of its sections replaced."""
-    for field, value in overrides:
-        section, name = field.split(".")
-        changed = dataclasses.replace(getattr(config, section), **{name: value})
-        config = dataclasses.replace(config, **{section: changed})
-    return config
 
 
 def pareto(candidates: list[Candidate]) -> list[Candidate]:

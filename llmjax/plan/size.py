@@ -1,6 +1,5 @@
 """The output of `llmjax size`: a size for a budget, or the parts and cost of a config's model."""
 
-import dataclasses
 import math
 
 from llmjax.errors import UserError
@@ -94,7 +93,7 @@ def resolve(spec: str, vocab_size: int | None, overrides: tuple[tuple[str, str],
     vocab_size = vocab_size or config.model.vocab_size or config.data.tokenizer.vocab_size
     if vocab_size < 1:
         raise UserError(f"--vocab_size={vocab_size}: must be at least 1")
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
+    return run_config.with_fields(config, [("model.vocab_size", vocab_size)])
 
 
 def _device_counts(budget: budgets.Budget, device: Device) -> list[int]:

@@ -1,6 +1,6 @@
 """The config of a run: all sections, bound once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 import json
 import operator
@@ -192,6 +192,15 @@ def published_vocab_size(spec: str) -> int | None:
     return sizes.get(spec.partition(":")[2]) if isinstance(sizes, dict) else sizes
 
 
+def with_fields(config: RunConfig, fields: Iterable[tuple[str, Any]]) -> RunConfig:
+    """The config with other values of fields, such as ("model.remat", "full"); each value has its field's type."""
+    for field, value in fields:
+        section, name = field.split(".")
+        changed = dataclasses.replace(getattr(config, section), **{name: value})
+        config = dataclasses.replace(config, **{section: changed})
+    return config
+
+
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> RunConfig:
     """A RunConfig from a nested dict and `(FIELD, TEXT)` overrides."""
     return bind_overridden(RunConfig, tree, overrides, inputs="data.sources")
@@ -246,4 +255,4 @@ def with_vocabulary(config: RunConfig, vocab_size: int) -> RunConfig:
             f"model.vocab_size={configured} is smaller than the {vocab_size} ids of the tokenizer and of "
             f"objective.name={config.objective.name!r}: set it to 0, which takes these"
         )
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=configured or vocab_size))
+    return with_fields(config, [("model.vocab_size", configured or vocab_size)])

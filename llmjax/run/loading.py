@@ -120,7 +120,7 @@ def load(
     """The checkpoint of `step` (None: the newest good one), inside the mesh that holds its parameters."""
     config = read_config(workdir, overrides)
     if config.model.remat == "auto":  # an override: there is no backward pass here, which alone depends on it
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
+        config = run_config.with_fields(config, [("model.remat", "none")])
     store = store_folder(config, workdir)
     tokenizer = _load_tokenizer(workdir, store)
     is_mesh_overridden = any(field.startswith("mesh.") for field, _ in overrides)

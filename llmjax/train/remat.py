@@ -9,8 +9,8 @@ import jax
 from llmjax.errors import UserError
 from llmjax.parallel import hosts
 from llmjax.plan import topology as topologies
-from llmjax.plan.remat_choice import choose_remat, with_remat
-from llmjax.run import workdir as workdirs
+from llmjax.plan.remat_choice import choose_remat
+from llmjax.run import config as run_config, workdir as workdirs
 from llmjax.run.config import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def resolve_remat(config: RunConfig, workdir: epath.Path, *, resumes: bool) -> t
     answer = json.loads(hosts.broadcast("remat", json.dumps(answer), timeout_seconds=_CHOICE_SECONDS))
     if "error" in answer:
         raise UserError(answer["error"])
-    return with_remat(config, answer["policy"]), answer["reason"]
+    return run_config.with_fields(config, [("model.remat", answer["policy"])]), answer["reason"]
 
 
 def _recorded_choice(workdir: epath.Path) -> tuple[str, str] | None:

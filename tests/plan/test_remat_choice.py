@@ -39,7 +39,7 @@ def compiled(monkeypatch):
 
     log = Compiled()
 
-    def fake(config, topology, folder, *, quick):
+    def fake(config, topology, *, quick):
         assert quick
         policy = config.model.remat
         log.append(policy)

@@ -27,7 +27,7 @@ def test_the_search_adds_microbatches_until_a_policy_fits(monkeypatch):
     """Saving more is faster and larger; each microbatch halves the memory and costs 1%."""
     size = {"full": 20.0, "attention": 30.0, "dots_attention": 50.0}
 
-    def fake(config, topology, folder, *, quick):
+    def fake(config, topology, *, quick):
         rows = 1 / config.train.accumulation
         seconds = (100 / size.get(config.model.remat, 10.0)) * (1 + 0.01 * config.train.accumulation)
         return make_plan(
@@ -45,7 +45,7 @@ def test_the_search_adds_microbatches_until_a_policy_fits(monkeypatch):
 
 
 def test_auto_is_replaced_by_policies(monkeypatch):
-    def fake(config, topology, folder, *, quick):
+    def fake(config, topology, *, quick):
         assert config.model.remat != "auto"
         return make_plan(config, V6E, seconds=1.0, gib=10.0)
 
@@ -58,13 +58,13 @@ def test_auto_is_replaced_by_policies(monkeypatch):
 def test_blocks_are_tried_in_the_best_layouts(monkeypatch):
     """Larger blocks are faster here; of those that divide rows of 3,072 tokens 1,024 is the largest."""
 
-    def fake(config, topology, folder, *, quick):
+    def fake(config, topology, *, quick):
         block = config.model.attention_block or 256
         plan = make_plan(config, V6E, seconds=1 + 1 / block + config.mesh.tensor, gib=10.0)
         return dataclasses.replace(plan, costs=Costs(attention={"splash_mha_fwd": KernelWork()}))
 
     monkeypatch.setattr(plans, "make_plan", fake)
-    config = search.apply(CONFIG, (("data.seq_len", 3072),))
+    config = run_config.with_fields(CONFIG, (("data.seq_len", 3072),))
     ranked = search.search(config, V6E, quick=True, seconds=60)
     assert dict(ranked[0].overrides)["model.attention_block"] == 1024
     assert "--config.model.attention_block=1024" in ranked[0].as_flags()
@@ -75,19 +75,19 @@ def test_a_kernel_that_needs_too_much_vmem_is_not_tried(monkeypatch):
     """Blocks of 2,048 need 40 MiB or more, which the option must allow: the quick depth would not see the refusal."""
     seen = []
 
-    def fake(config, topology, folder, *, quick):
+    def fake(config, topology, *, quick):
         seen.append(config.model.attention_block)
         plan = make_plan(config, V6E, seconds=1.0, gib=10.0)
         return dataclasses.replace(plan, costs=Costs(attention={"splash_mha_fwd": KernelWork()}))
 
     monkeypatch.setattr(plans, "make_plan", fake)
-    config = search.apply(CONFIG, (("xla.flags", (("xla_tpu_scoped_vmem_limit_kib", "32768"),)),))
+    config = run_config.with_fields(CONFIG, (("xla.flags", (("xla_tpu_scoped_vmem_limit_kib", "32768"),)),))
     search.search(config, V6E, quick=True, seconds=60)
     assert set(seen) == {0, 512, 1024}
 
 
 def test_meshes_that_cut_matmuls_further_are_left_out_once_slower(monkeypatch):
-    def fake(config, topology, folder, *, quick):
+    def fake(config, topology, *, quick):
         return make_plan(config, V6E, seconds=float(config.mesh.tensor), gib=10.0)
 
     monkeypatch.setattr(plans, "make_plan", fake)
@@ -99,7 +99,7 @@ def test_microbatches_that_cannot_be_enough_are_not_compiled(monkeypatch):
     """90 GiB of temporaries over 2 microbatches are still more than 31.24 GiB; over 4 they fit."""
     tried = []
 
-    def fake(config, topology, folder, *, quick):
+    def fake(config, topology, *, quick):
         tried.append((config.model.remat, config.train.accumulation))
         gib = 90.0 if config.model.remat == "none" else 10.0
         return make_plan(config, V6E, seconds=1.0, gib=gib / config.train.accumulation)

@@ -28,7 +28,7 @@ def choose(monkeypatch):
         def choose_remat(config, topology, *, host_devices):
             assert host_devices == jax.local_device_count()
             asked.append(topology)
-            plan = make_plan(remat_choice.with_remat(config, "dots"), topology, seconds=1.0, gib=gib)
+            plan = make_plan(run_config.with_fields(config, [("model.remat", "dots")]), topology, seconds=1.0, gib=gib)
             return remat_choice.RematChoice(
                 plan=plan, tried={"dots": plan}, limits=remat_choice.Limits(100 << 30, None, "all of it")
             )
@@ -42,7 +42,9 @@ def choose(monkeypatch):
 def test_the_choice_is_for_the_devices_of_the_job(choose, tmp_path):
     asked = choose()
     config, reason = remat.resolve_remat(AUTO, epath.Path(tmp_path), resumes=False)
-    assert config == remat_choice.with_remat(AUTO, "dots") and "1.00 GiB of at most 100.00 GiB" in reason
+    assert (
+        config == run_config.with_fields(AUTO, [("model.remat", "dots")]) and "1.00 GiB of at most 100.00 GiB" in reason
+    )
     assert asked == [topologies.parse(f"cpu:{jax.device_count()}")]
 
 
@@ -50,11 +52,11 @@ def test_a_resumed_run_keeps_its_choice_and_an_explicit_policy_is_no_choice(choo
     asked = choose()
     workdirs.write_json(tmp_path / workdirs.RUN, {"remat": {"policy": "full", "reason": "the fastest of 1"}})
     resolve = lambda resumes: remat.resolve_remat(AUTO, epath.Path(tmp_path), resumes=resumes)
-    assert resolve(True) == (remat_choice.with_remat(AUTO, "full"), "the fastest of 1") and not asked
+    assert resolve(True) == (run_config.with_fields(AUTO, [("model.remat", "full")]), "the fastest of 1") and not asked
     assert resolve(False)[0].model.remat == "dots", "without a step, nothing depends on the first choice"
     workdirs.write_json(tmp_path / workdirs.RUN, {"remat": {"policy": "full", "reason": ""}})
     assert resolve(True)[0].model.remat == "dots"
-    explicit = remat_choice.with_remat(AUTO, "attention")
+    explicit = run_config.with_fields(AUTO, [("model.remat", "attention")])
     assert remat.resolve_remat(explicit, epath.Path(tmp_path), resumes=True) == (explicit, "")
 
 
