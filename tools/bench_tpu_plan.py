@@ -21,33 +21,27 @@ import pathlib
 import resource
 import sys
 
+import receipts
+
 from llmjax.plan import plan as plans, predict, remat_choice, topology as topologies
 from llmjax.plan.plan import Plan
-from llmjax.plan.topology import Topology
-from llmjax.run import config as run_config
-from llmjax.run.config import RunConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PEER_COMPILER = "libtpu 0.0.52"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
-    """One case of the table: our config with `rows` per device, MaxText's step and memory, the limit, our target.
+class Case(receipts.Case):
+    """A case of the table: MaxText's step and memory, the limit, our target.
 
     seconds of a step, GiB of a device
     """
 
     key: str
-    config: str
-    topology: str
-    rows: int
     peer_seconds: float
     peer_gib: float
     limit: float
     target: float
-    overrides: tuple[tuple[str, str], ...] = ()
-    slices: int = 1
     note: str = ""
 
 
@@ -134,18 +128,9 @@ HEADER = (
 )
 
 
-def resolve(case: Case) -> tuple[RunConfig, Topology]:
-    """The config and the machine of a case. Vocabularies are those of the published models."""
-    topology = topologies.parse(case.topology, case.slices)
-    vocab_size = run_config.published_vocab_size(case.config)
-    rows = case.rows * topology.num_chips
-    given = (("model.vocab_size", str(vocab_size)), ("train.global_batch", str(rows)), *case.overrides)
-    return run_config.resolve(case.config, given), topology
-
-
 def make_plan(case: Case, *, quick: bool) -> tuple[Plan, float]:
     """Compile a case: its plan and the compiler's CPU seconds, which depend little on what else the machine does."""
-    config, topology = resolve(case)
+    config, topology = receipts.resolve(case)
     before = _child_cpu_seconds()
     plan = plans.make_plan(config, topology, quick=quick)
     return plan, _child_cpu_seconds() - before
@@ -177,7 +162,7 @@ def compare_remat(cases: list[Case]) -> None:
     print("| case | model.remat | GiB | step s | auto takes | GiB | step s | refused for memory |")
     print("| --- " * 8 + "|")
     for case in cases:
-        config, topology = resolve(case)
+        config, topology = receipts.resolve(case)
         choice = remat_choice.choose_remat(config, topology)
         cells = [f"{case.key} {case.config} {case.topology}"]
         for policy in (config.model.remat, choice.policy):

@@ -15,7 +15,9 @@ import sys
 
 from llmjax.plan import plan as plans, topology as topologies
 from llmjax.plan.plan import Plan
+from llmjax.plan.topology import Topology
 from llmjax.run import config as run_config
+from llmjax.run.config import RunConfig
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "tests" / "receipts"
 MARGIN = 0.02  # of a quantity; counts of kernels and collectives are exact
@@ -54,13 +56,18 @@ CASES = (
 QUICK = CASES[:3]
 
 
-def make_receipt(case: Case) -> dict[str, float]:
-    """Compile a case and return its figures by name, in the order of the file."""
+def resolve(case: Case) -> tuple[RunConfig, Topology]:
+    """The config and the machine of a case."""
     topology = topologies.parse(case.topology, case.slices)
     vocab_size = run_config.published_vocab_size(case.config)
     rows = case.rows * topology.num_chips
     overrides = (("model.vocab_size", str(vocab_size)), ("train.global_batch", str(rows)), *case.overrides)
-    config = run_config.resolve(case.config, overrides)
+    return run_config.resolve(case.config, overrides), topology
+
+
+def make_receipt(case: Case) -> dict[str, float]:
+    """Compile a case and return its figures by name, in the order of the file."""
+    config, topology = resolve(case)
     return figures(plans.make_plan(config, topology, quick=True))
 
 
