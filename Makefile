@@ -1,6 +1,6 @@
 # Targets: venv (install), quickstart (train a small model), test (10 minutes on 2 cores), test-all (also the slow tests and
 # the comparison with transformers), parity (that comparison alone), recipes (train every family), check (lint and types),
-# docs (build the documentation site), bench.
+# docs (build the documentation site), bench, real-models (fetch two pretrained models that tests read, 180 MB).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,7 @@ ARGS ?=
 WORKERS ?= 2
 PYTEST = $(BIN)/pytest -n $(WORKERS) --dist=loadfile --no-loadscope-reorder
 
-.PHONY: venv quickstart test test-all parity recipes check docs bench
+.PHONY: venv quickstart test test-all parity recipes check docs bench real-models
 
 venv: $(VENV)/.installed
 
@@ -61,3 +61,7 @@ $(VENV)/.docs: $(VENV)/.installed
 bench: venv
 	$(BIN)/python tools/bench_data.py
 	$(BIN)/python tools/bench_train.py
+
+# The folder is ~/.cache/llmjax/models, or LLMJAX_MODELS.
+real-models: venv
+	$(BIN)/python tools/real_models.py

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Run several processes on this machine as one job: for tests, to try a mesh, or one process per accelerator."""
+"""Run several processes on this machine as one job, or one process of a larger job, and restart it when it fails."""
 
 import argparse
 import contextlib
@@ -13,11 +13,9 @@ import subprocess
 import sys
 import threading
 import time
-from typing import NoReturn
 
-BAD_INPUT, PREEMPTED = 78, 85  # exit statuses that decide about a restart
-STOPPED = (129, 130, 143)  # by SIGHUP, Ctrl-C or SIGTERM outside the training loop
-REASONS = (75, 76, BAD_INPUT, PREEMPTED, *STOPPED)  # exit statuses that name a reason
+from command_line import Parser, count, positive
+from restarts import BAD_INPUT, Policy, find_workdir, job_status, newest_step
 
 HELP = """\
 Runs a command as one job of several processes on this machine:
@@ -26,85 +24,55 @@ Runs a command as one job of several processes on this machine:
 
 Every process gets LLMJAX_COORDINATOR, LLMJAX_NUM_PROCESSES and LLMJAX_PROCESS_ID; its lines begin with [p0], [p1], ...
 With --devices=M each process emulates M CPU devices (JAX_PLATFORMS=cpu), so that 2 x 4 devices form a mesh of 8.
+Without --processes the command runs once, as a process of the job that its environment describes (a TPU slice, or
+variables set by hand): then this program only passes signals on and restarts the command.
 SIGTERM, SIGHUP and Ctrl-C are sent to all processes as SIGTERM: they save a checkpoint and exit with 85. Processes
-that still run after --grace seconds are killed. A second signal kills them at once, and unsaved steps are lost.
-When one process fails, the others are stopped too. The exit status is that of the first process that failed with a
-reason (75 hang, 76 diverged, 78 bad input, 85 stopped and saved, 143 stopped with nothing to save), else that of the
-first process that crashed; 0 when all succeeded.
+that still run after --grace seconds are killed with SIGKILL. Further signals change nothing.
+When one process fails, the others are stopped too. The exit status is 0 when all succeeded, else the first of 76
+(diverged), 77 (hardware suspected) and 78 (bad input), else the first of 75 (hang), 85 (stopped and saved), 129, 130
+and 143 (stopped with nothing to save), else that of the first process that crashed.
+With --restarts=R the job is started again: at once after 85; after 1, 2, 4, ... 60 s after 75 and after a crash; never
+after 0, 76, 77 and 78, or after a signal to this program. It is not started again after R restarts within --window
+seconds, or when two restarts in a row wrote no newer checkpoint to the --workdir of the command.
 """
 
 
 def main() -> int:
     """Run the job, restart it as --restarts says, and return its exit status."""
     options = parse(sys.argv[1:])
+    policy, workdir = Policy(options.restarts, options.window), find_workdir(options.command)
+    if options.restarts and workdir is None:
+        log("no --workdir on this machine: restarts without progress are not recognised")
     stop = threading.Event()
-    restarts, pause = options.restarts, 1.0
     while True:
-        job = Job(options, stop)
-        status = job.run()
-        if status in (0, BAD_INPUT) or stop.is_set() or restarts == 0:
+        status = Job(options, stop).run()
+        if stop.is_set():
             return status
-        restarts -= 1
-        if status != PREEMPTED:
-            log(f"exit status {status}: starting again in {pause:g} s, {restarts} restarts left")
-            if stop.wait(pause):
-                return status
-            pause = min(2 * pause, 60.0)
-        else:
-            log(f"stopped on request: starting again, {restarts} restarts left")
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse that reports a bad flag in one line with status 78, as llmjax does."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print the error and exit."""
-        print(f"launch/local.py: error: {message}; see launch/local.py --help", file=sys.stderr)
-        sys.exit(BAD_INPUT)
+        pause, line = policy.decide(status, time.monotonic(), newest_step(workdir))
+        if options.restarts and status:
+            log(line)
+        if pause is None or stop.wait(pause):
+            return status
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The options, with `command` as the list of what every process runs."""
     parser = Parser(
         prog="launch/local.py",
-        usage="launch/local.py --processes=N [--devices=M] [options] -- COMMAND ...",
+        usage="launch/local.py [--processes=N] [--devices=M] [options] -- COMMAND ...",
         description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--processes", type=positive, required=True, metavar="N", help="processes of the job")
+    parser.add_argument("--processes", type=positive, metavar="N", help="processes of the job")
     parser.add_argument("--devices", type=positive, metavar="M", help="emulated CPU devices in each process")
-    parser.add_argument(
-        "--restarts",
-        type=count,
-        default=0,
-        metavar="R",
-        help="restart the job up to R times: at once after 85, after a growing pause after a crash, never after 78",
-    )
+    parser.add_argument("--restarts", type=count, default=0, metavar="R", help="restarts in a window (default 0)")
+    parser.add_argument("--window", type=seconds, default=3600.0, metavar="S", help="its seconds (default 3600)")
     parser.add_argument(
         "--grace", type=seconds, default=30.0, metavar="S", help="seconds from SIGTERM to SIGKILL (default 30)"
     )
-    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what every process runs")
-    options = parser.parse_args(arguments)
-    if options.command[:1] == ["--"]:
-        del options.command[0]
-    if not options.command:
-        parser.error("the command is missing; put it after --, such as: -- llmjax train --config=... --workdir=...")
+    options = parser.parse_job(arguments, "every process")
     options.command[0] = resolve(options.command[0])
     return options
-
-
-def positive(text: str) -> int:
-    """The type of a flag: an integer above 0."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer above 0")
-    return int(text)
-
-
-def count(text: str) -> int:
-    """The type of a flag: an integer."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer")
-    return int(text)
 
 
 def seconds(text: str) -> float:
@@ -149,16 +117,17 @@ class Job:
         self.deadline: float | None = None
 
     def run(self) -> int:
-        """Run the job to its end. Returns 0, the first exit status with a reason, or else the first of a crash."""
+        """Run the job to its end. Returns its exit status, as --help describes it."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 signal.signal(number, self._forward)
         coordinator = f"127.0.0.1:{free_port()}"
+        prefixes = [f"[p{index}] " for index in range(self.options.processes or 0)] or [""]
         readers, failed = [], []
         try:
-            for index in range(self.options.processes):
+            for index, prefix in enumerate(prefixes):
                 self.processes.append(self._start(index, coordinator))
-                readers.append(threading.Thread(target=self._print_lines, args=(index,), daemon=True))
+                readers.append(threading.Thread(target=self._print_lines, args=(index, prefix), daemon=True))
                 readers[-1].start()
             if self.stop.is_set():  # a signal arrived while they were being started
                 self._signal(signal.SIGTERM)
@@ -176,18 +145,17 @@ class Job:
             self._signal(signal.SIGKILL)
             for reader in readers:
                 reader.join(timeout=5)
-        return next((status for status in failed if status in REASONS), failed[0] if failed else 0)
+        return job_status(failed)
 
     def _start(self, index: int, coordinator: str) -> subprocess.Popen:
-        environment = {
-            **os.environ,
-            "LLMJAX_COORDINATOR": coordinator,
-            "LLMJAX_NUM_PROCESSES": str(self.options.processes),
-            "LLMJAX_PROCESS_ID": str(index),
-            "LLMJAX_LAUNCHER_PID": str(os.getpid()),
-            "JAX_COORDINATOR_BIND_ADDRESS": coordinator,  # JAX would listen on every interface
-            "PYTHONUNBUFFERED": "1",
-        }
+        environment = {**os.environ, "LLMJAX_LAUNCHER_PID": str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+        if self.options.processes:
+            environment |= {
+                "LLMJAX_COORDINATOR": coordinator,
+                "LLMJAX_NUM_PROCESSES": str(self.options.processes),
+                "LLMJAX_PROCESS_ID": str(index),
+            }
+            environment.pop("JAX_COORDINATOR_BIND_ADDRESS", None)  # of another coordinator
         if self.options.devices:
             environment |= {"LLMJAX_CPU_DEVICES": str(self.options.devices), "JAX_PLATFORMS": "cpu"}
         try:
@@ -204,21 +172,22 @@ class Job:
             print(f"launch/local.py: error: cannot run {self.options.command[0]}: {error.strerror}", file=sys.stderr)
             raise SystemExit(BAD_INPUT) from None
 
-    def _print_lines(self, index: int) -> None:
-        """Print the lines of a process, each with its index as prefix."""
+    def _print_lines(self, index: int, prefix: str) -> None:
+        """Print the lines of a process, each after a prefix."""
         stream = self.processes[index].stdout
         assert stream is not None
         for line in stream:
             with contextlib.suppress(OSError):  # the terminal may be gone; unread output would block the process
-                sys.stdout.write(f"[p{index}] {line.decode(errors='replace').rstrip()}\n")
+                sys.stdout.write(f"{prefix}{line.decode(errors='replace').rstrip()}\n")
                 sys.stdout.flush()
 
     def _forward(self, number: int, frame) -> None:
         if self.stop.is_set():
-            with contextlib.suppress(OSError):
-                os.write(1, b"[local] second signal: killing all processes; steps since the last checkpoint are lost\n")
-            self._signal(signal.SIGKILL)
+            return
         self.stop.set()
+        line = f"[local] {signal.Signals(number).name}: the processes get {self.options.grace:g} s to save and end\n"
+        with contextlib.suppress(OSError):
+            os.write(1, line.encode())
         self._signal(signal.SIGTERM)
         self.deadline = time.monotonic() + self.options.grace
 

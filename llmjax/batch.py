@@ -28,6 +28,13 @@ class Batch:
     source, source_segments, source_positions
                       int32 [batch, source_seq] or None; input of the encoder of an encoder-decoder. Segment n of the
                       rows attends to segment n of the sources
+    labels            float32 [batch, seq, outputs] or None (the targets are scored): what the head is to give at each
+                      scored position: numbers, or with multi_label 1 for each class that holds and 0 for others
+    reference         float32 [batch, 2] or None; log-likelihoods of the chosen and of the rejected answer of each
+                      preference under the reference model
+    multi_label       bool, fixed when a program is compiled; what `labels` are
+    num_texts         int, fixed when a program is compiled: each row is one record of so many texts, and segment n is
+                      its n-th text; 0: rows are packed documents
     one_segment       bool, fixed when a program is compiled; True: each row is one segment, and padding at its end
     """
 
@@ -42,6 +49,10 @@ class Batch:
     source: Any = None
     source_segments: Any = None
     source_positions: Any = None
+    labels: Any = None
+    reference: Any = None
+    multi_label: bool = dataclasses.field(default=False, metadata={"static": True})
+    num_texts: int = dataclasses.field(default=0, metadata={"static": True})
     one_segment: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property

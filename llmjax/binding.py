@@ -241,15 +241,16 @@ def bind_overridden(cls: type, tree: dict[str, Any], overrides: Sequence[tuple[s
     """`cls` from a nested dict and `(FIELD, TEXT)` overrides.
 
     inputs   the open map of named texts, such as data.sources: a new name on the command line replaces the config's
-             `stdlib:` entries, which exist so that a config runs before the user has named any text
+             `stdlib:` entries, which exist so that a config runs before the user has named any text, and those without
+             a path
     """
     section, _, leaf = inputs.partition(".")
     entries = tree.setdefault(section, {}).setdefault(leaf, {})
     values = [(field, parse_override(cls, field, text)) for field, text in overrides]
     overridden = {field.split(".")[2] for field, _ in values if field.startswith(f"{inputs}.")}
     if overridden - set(entries):
-        stdlib = {name for name, entry in entries.items() if entry.get("path", "stdlib:") == "stdlib:"}
-        for name in stdlib - overridden:
+        examples = {name for name, entry in entries.items() if entry.get("path", "stdlib:") in ("stdlib:", "")}
+        for name in examples - overridden:
             del entries[name]
     for field, value in values:
         set_field(tree, field, value)

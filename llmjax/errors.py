@@ -1,4 +1,4 @@
-"""Errors that a user can fix: reported in one line, without a traceback."""
+"""Errors that are reported in one line, without a traceback."""
 
 from collections.abc import Iterable
 import difflib
@@ -6,6 +6,10 @@ import difflib
 
 class UserError(ValueError):
     """Bad input that the user can fix: one line that names the field, the value and the fix."""
+
+
+class HardwareError(RuntimeError):
+    """Results that correct hardware cannot give: one line that names the devices."""
 
 
 def suggest(name: str, options: Iterable[str]) -> str:

@@ -6,6 +6,7 @@ step               optimizer steps done
 loss               mean nats per scored target of this step, the float32 value exactly
 z_loss             the mean that train.z_loss adds to it
 accuracy           share of scored targets that got the highest score
+margin             of preferences: the mean of the reward of the chosen answer less that of the rejected one
 batch_digest       uint32 hash of the global batch's rows, samples and tokens; the same on any mesh
 num_targets        scored targets of this step
 num_tokens         tokens of this step, scored or not, without padding

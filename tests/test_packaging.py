@@ -46,7 +46,8 @@ def test_every_dependency_has_an_upper_bound():
 def test_constraints_pin_every_package_of_an_install():
     """Also the dependencies of dependencies: an unpinned one may break an install a year from now."""
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
-    pinned = {canonicalize_name(line.split("==")[0]) for line in lines}
+    own = [requirement for extra in PROJECT["project"]["optional-dependencies"].values() for requirement in extra]
+    pinned = {canonicalize_name(line.split("==")[0]) for line in (*lines, *(text for text in own if "==" in text))}
     missing, visited = set(), set()
     pending = [("llmjax", extra) for extra in ("", "test", "curate", "ray", "docs")]
     while pending:
@@ -77,7 +78,7 @@ def test_a_name_finds_the_shipped_config(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("quikstart", "(did you mean 'quickstart'?); choose one of bert, curate, "),
+        ("quikstart", "(did you mean 'quickstart'?); choose one of bert, classify, curate, "),
         ("LLAMA:8B", "(did you mean 'llama'?)"),
         ("__init__", "choose one of bert, "),
         ("", "there is no config ''; choose one of bert"),
@@ -142,6 +143,7 @@ def wheel(tmp_path_factory) -> pathlib.Path:
 def test_the_wheel_holds_package_and_configs(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "llmjax").rglob("*.py")} | {"llmjax/py.typed"}
+    modules |= {"llmjax/serve/page.html"}
     modules |= {f"llmjax/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
     assert {name for name in names if ".dist-info/" not in name} == modules
     assert wheel.name.startswith(f"llmjax-{llmjax.__version__}-")

@@ -28,8 +28,9 @@ from llmjax.data.objectives.objective import make_causal_objective, open_objecti
 from llmjax.data.objectives.row_chunks import build_causal_batch
 from llmjax.data.readers.sources import list_units
 from llmjax.data.store import stages
+from llmjax.data.store.shards import write_shard
 from llmjax.data.store.split import TRAIN
-from llmjax.data.store.token_store import TokenStore, write_manifest, write_shard
+from llmjax.data.store.token_store import TokenStore, write_manifest
 from llmjax.data.store.tokenizer import Tokenizer, read_tokenizer
 from llmjax.data.store.tokenizer_training import train_sentencepiece
 from llmjax.data.store.workers import Workers
@@ -92,7 +93,7 @@ def bench_assembly(folder: Path, repeats: int) -> None:
         print_row(f"assemble, {packing}, M tokens/s", ours, limit, "limit: memory-mapped windows, ids only")
         for prefetch in (0, 3):
             data = open_data(folder, dataclasses.replace(config, prefetch=prefetch))
-            stream = data.batches(data.start(), np.arange(BATCH))
+            stream = data.batches(data.start(), np.arange)
             through = rate(lambda s=stream: [next(s) for _ in range(200)], 200, repeats)
             data.close()
             peer, density = grain_first_fit(source.store, repeats)
@@ -179,7 +180,7 @@ def bench_startup(folder: Path) -> None:
 
     def open_and_read() -> None:
         data = open_data(folder, config)
-        next(data.batches(data.start(), np.arange(BATCH)))
+        next(data.batches(data.start(), np.arange))
         data.close()
 
     seconds = statistics.median(wall_seconds(open_and_read) for _ in range(5))
@@ -188,7 +189,7 @@ def bench_startup(folder: Path) -> None:
 
     def resume() -> float:
         data = open_data(folder, DataConfig(sources=mixed, seq_len=SEQ_LEN))
-        seconds = wall_seconds(lambda: next(data.batches(data.at(10**9), np.arange(BATCH))))
+        seconds = wall_seconds(lambda: next(data.batches(data.at(10**9), np.arange)))
         data.close()
         return seconds
 
@@ -234,11 +235,11 @@ def tokenizing_tasks(folder: Path, name: str) -> list[tuple]:
         new.mkdir()
     units = list_units("main", SourceConfig(path=f"{folder}/text/*.txt"))
     for unit in units:
-        stages.scan(unit, scratch, None, False)
+        stages.scan(unit, scratch, None, False, stages.Formats())
         splits = np.full(len(scratch.load_scan(unit).sizes), TRAIN, np.uint8)
         np.save(scratch.path("splits", unit, ".npy"), splits)
     model = folder / "tokenizer.model"
-    return [(unit, scratch, "sentencepiece", model, folder / f"tokens-{name}") for unit in units]
+    return [(unit, scratch, "sentencepiece", model, folder / f"tokens-{name}", stages.Formats()) for unit in units]
 
 
 def read_texts(pattern: str, megabytes: float) -> list[str]:

@@ -11,18 +11,24 @@ speed   a step of `llmjax train` (forward, backward, clip at 1.0, AdamW, and the
         square matrix product of any system; a share of it counts the flops that the model needs. llmjax masks packed
         documents, and PyTorch uses a causal mask alone, its fastest case. Memory is the peak of a process in its first
         turn, beyond that of the imported framework. The long rows are measured as one document and as documents of 512
-        tokens, with llmjax's blockwise attention; PyTorch's attention is its fused kernel at every length.
+        tokens, with llmjax's blockwise attention. PyTorch's attention is its fused kernel; long rows are also measured
+        with "torch plain", eager PyTorch with matmul, softmax and matmul instead. The column "of llmjax" is the time of
+        a step over llmjax's; in the limit's line it shows how much faster any system could be.
 start   `llmjax train --config=configs/quickstart.py` as a process, until step 1 is logged, with the text prepared
         before: with an empty compilation cache, and with the one that this start filled.
+tree    a step with parallel.reduction="fixed_tree" beside one with "xla", on 1 and on 8 emulated devices (mesh.fsdp) of
+        the same cores: what the same bits on any number of devices cost. They take turns.
 host    the work of the host for a step of 12 very narrow layers, while the device is idle: read and log the metrics
         of the previous step, fetch the next batch, shard it, dispatch. A longer step of the device hides all of it.
 """
 
 import argparse
 from collections.abc import Callable
+import concurrent.futures
 import contextlib
 import dataclasses
 import io
+import multiprocessing
 import os
 from pathlib import Path
 import statistics
@@ -36,11 +42,15 @@ from unittest import mock
 from etils import epath
 import jax
 import numpy as np
-from peers import INSTALL_TORCH, compare, environment, load, resolve_config
+from peers import INSTALL_TORCH, LONG_ROW_SYSTEMS, SYSTEMS, compare, environment, load, resolve_config
 
+from llmjax.batch import Batch
 from llmjax.data.batches.pipeline import TrainData
-from llmjax.parallel import backends
+from llmjax.parallel import axes, backends, hosts, mesh as meshes
+from llmjax.run import state as states
+from llmjax.run.config import RunConfig
 from llmjax.train import loop
+from llmjax.train.program import make_program
 
 CONFIG = str(Path(__file__).resolve().parent.parent / "configs" / "quickstart.py")
 LONG = {"data.seq_len": 2048, "train.global_batch": 1, "model.attention": "blockwise"}
@@ -48,7 +58,8 @@ LARGER = {"model.num_layers": 6, "model.embed": 384, "model.num_heads": 6, "mode
 NARROW = {"model.num_layers": 12, "model.embed": 8, "model.num_heads": 1, "model.mlp": 8}
 VOCAB_SIZE = 4096  # the quickstart's
 WARMUP = 10  # steps of a run before its times count
-PARTS = ("speed", "start", "host")
+PARTS = ("speed", "start", "tree", "host")
+SHARDS = 8  # parallel.virtual_shards, and the most devices
 
 
 def main() -> None:
@@ -67,7 +78,10 @@ def main() -> None:
                 seconds=options.seconds,
                 device="cpu",
                 document=document,
+                systems=LONG_ROW_SYSTEMS if overrides is LONG else SYSTEMS,
             )
+    if "tree" in options.only:
+        tree(options.turns, options.seconds)
     with tempfile.TemporaryDirectory(prefix="llmjax-bench-") as folder:
         store = f"{folder}/store"
         if {"start", "host"} & set(options.only) and llmjax("prepare", Path(folder), {"data.store": store}).wait():
@@ -116,6 +130,65 @@ def start(folder: Path, store: str, repeats: int) -> None:
             process.wait()
     for name, times, limit in (("empty compilation cache", cold, 15), ("filled compilation cache", warm, 8)):
         row(name, f"{statistics.median(times):.1f} s", f"< {limit} s", f"{min(times):.1f} to {max(times):.1f} s")
+
+
+def tree(turns: int, seconds: float) -> None:
+    """The cost of parallel.reduction="fixed_tree"."""
+    print(
+        f"\na step with parallel.reduction='fixed_tree' of {SHARDS} virtual shards, median of {turns} turns, {load()}"
+    )
+    spawn = multiprocessing.get_context("spawn")  # its devices are set before JAX starts
+    for devices in (1, SHARDS):
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
+            xla, fixed = pool.submit(time_reductions, devices, turns, seconds).result()
+        ratios = [100 * (b / a - 1) for a, b in zip(xla, fixed, strict=True)]
+        row(
+            f"{devices} device{'s' * (devices > 1)}",
+            f"{1e3 * statistics.median(fixed):.1f} ms",
+            "",
+            f"xla {1e3 * statistics.median(xla):.1f} ms: {statistics.median(ratios):+.0f}%, "
+            f"turns from {min(ratios):+.0f}% to {max(ratios):+.0f}%",
+        )
+
+
+def time_reductions(devices: int, turns: int, seconds: float) -> tuple[list[float], list[float]]:
+    """Seconds of a step of the quickstart's shape in each turn, with "xla" and with "fixed_tree"."""
+    jax.config.update("jax_num_cpu_devices", SHARDS)
+    rows, times = {"train.global_batch": 2 * SHARDS}, ([], [])
+    modes = ({}, {"parallel.reduction": "fixed_tree", "parallel.virtual_shards": SHARDS})
+    configs = [resolve_config(CONFIG, rows | mode, VOCAB_SIZE) for mode in modes]
+    hosts.set_cpu_threads(configs[0].parallel.cpu_threads)  # as `llmjax train` does
+    with axes.use_mesh(meshes.make_mesh(meshes.MeshConfig(data=1, fsdp=devices), jax.devices()[:devices])):
+        steps = [make_step(config) for config in configs]
+        for turn in range(turns + 1):  # the first one compiles
+            for step, of_mode in zip(steps, times, strict=True):
+                began, count = time.perf_counter(), 0
+                while time.perf_counter() - began < seconds:
+                    step()
+                    count += 1
+                if turn:
+                    of_mode.append((time.perf_counter() - began) / count)
+    return times
+
+
+def make_step(config: RunConfig) -> Callable[[], Any]:
+    """A function that trains one step, always on the same rows, and waits for it."""
+    size, shape = config.train.global_batch, (config.train.global_batch, config.data.seq_len)
+    spec = states.make_state_spec(config.model, config.optimizer, horizon=config.train.steps)
+    program = make_program(config, spec, hosts.local_rows(backends.batch_sharding(), size), size)
+    state = states.init_state(spec, config.model, config.seed)
+    tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, shape).astype(np.int32)
+    ones, place = np.ones(shape, np.int32), np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    sample = np.stack([np.zeros(size), np.arange(size)], axis=1).astype(np.uint32)
+    batch = Batch(
+        inputs=tokens, targets=tokens, weights=ones.astype(np.float32), segments=ones, positions=place, sample=sample
+    )
+
+    def step() -> None:
+        nonlocal state
+        state = jax.block_until_ready(program.step(state, program.shard_batch(batch))[0])
+
+    return step
 
 
 def llmjax(name: str, workdir: Path, overrides: dict[str, Any]) -> subprocess.Popen:

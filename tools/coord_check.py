@@ -28,7 +28,7 @@ from llmjax.models.recurrent import RecurrentConfig
 from llmjax.optim.config import OptimizerConfig
 from llmjax.parallel import axes
 from llmjax.run import state as states
-from llmjax.train.step import make_loss, train_step
+from llmjax.train.step import accumulate_gradients, make_loss, train_step
 
 BASE, WIDTHS, DEPTHS = 64, (64, 128, 256, 512), (2, 4, 8)
 COMMON = dict(vocab_size=256, vocab_multiple=1, num_layers=2, base_embed=BASE)
@@ -88,7 +88,8 @@ class Run:
             self.state = states.init_state(spec, config, seed)
         loss = make_loss(spec.graph, seed=0, chunk=64, z_loss=0.0)
         self.config = config
-        self.step = jax.jit(functools.partial(train_step, loss=loss, optimizer=spec.optimizer))
+        gradients = functools.partial(accumulate_gradients, loss)
+        self.step = jax.jit(functools.partial(train_step, gradients=gradients, update=spec.optimizer.update))
         self.activations = jax.jit(lambda params, batch: self._activations(spec.graph, params, batch))
 
     @staticmethod

@@ -43,7 +43,7 @@ def llmjax_step(
     with axes.use_mesh(mesh, config.parallel.rules):
         spec = states.make_state_spec(config.model, config.optimizer, horizon=train.steps)
         rows = hosts.local_rows(backends.batch_sharding(), train.global_batch)
-        compiled = make_program(config, spec, rows)
+        compiled = make_program(config, spec, rows, train.global_batch)
         state = compiled.shard_state(states.init_state(spec, config.model, config.seed))
     place = np.broadcast_to(np.arange(inputs.shape[1], dtype=np.int32), inputs.shape)
     document = document or inputs.shape[1]
@@ -98,7 +98,8 @@ def answer_requests() -> None:
         import torch_decoder as peer
 
         imported = memory()
-        step, parameters = peer.make_step(config, *batch, device=device, compiled=first["system"] == "torch compile")
+        compiled, plain = first["system"] == "torch compile", first["system"] == "torch plain"
+        step, parameters = peer.make_step(config, *batch, device=device, compiled=compiled, plain_attention=plain)
         make_matmul, wait, kind = functools.partial(peer.make_matmul, device=device), peer.wait, peer.kind(device)
     wait(step())
     answer(parameters=parameters, device_kind=kind)

@@ -1,5 +1,6 @@
 """Compare the training steps of several systems: each runs in a process of its own, and only in its turn."""
 
+from collections.abc import Sequence
 import contextlib
 import dataclasses
 import importlib.util
@@ -18,6 +19,8 @@ from llmjax.run import config as run_config
 from llmjax.run.config import RunConfig
 
 SYSTEMS = ("llmjax", "torch eager", "torch compile")
+# Against long rows, also with attention as three operations, of which the scores of whole rows are kept.
+LONG_ROW_SYSTEMS = ("llmjax", "torch eager", "torch plain", "torch compile")
 INSTALL_TORCH = """\
 PyTorch is not a dependency. For its rows install its CPU build first (the default package contains CUDA; PyTorch's
 install page names the index of CPU wheels), then the extra:
@@ -108,10 +111,20 @@ class Result:
         self.product = max(self.product, self.peer.matmul())
 
 
-def compare(name: str, config: RunConfig, *, turns: int, seconds: float, device: str, document: int = 0) -> None:
+def compare(
+    name: str,
+    config: RunConfig,
+    *,
+    turns: int,
+    seconds: float,
+    device: str,
+    document: int = 0,
+    systems: Sequence[str] = SYSTEMS,
+) -> None:
     """Print the tokens a second of every system that is installed.
 
     document tokens of the documents in a row, which llmjax does not let see each other; 0: a row is one document
+    systems  which of them, llmjax first; "torch plain" is eager PyTorch with attention as matmul, softmax and matmul
     device   "cpu": the processes take turns, since the load of a CPU changes; "gpu": one after the other, for memory
     """
     model, rows, seq = config.model, config.train.global_batch, config.data.seq_len
@@ -119,7 +132,7 @@ def compare(name: str, config: RunConfig, *, turns: int, seconds: float, device:
     if document:
         shape += f", documents of {document} tokens"
     print(f"\nspeed, {name}: {shape}; {load()}", flush=True)
-    installed = SYSTEMS if importlib.util.find_spec("torch") else SYSTEMS[:1]
+    installed = systems if importlib.util.find_spec("torch") else systems[:1]
     results: list[Result] = []
     for group in [installed] if device == "cpu" else [(system,) for system in installed]:
         with contextlib.ExitStack() as stack:
@@ -153,7 +166,10 @@ def print_results(results: list[Result], tokens: int, flops: float) -> None:
             f"{middle / reference:>9.2f}x{result.peer.first_step:>10.1f} s"
             + (f"{result.memory / 2**20:>7,.0f} MB" if result.memory else "")
         )
-    print(f"  {'limit':14}{limit / flops:>10,.0f}{tokens * flops / limit:>8.3f} s{'':18}{1:>10.0%}")
+    print(
+        f"  {'limit':14}{limit / flops:>10,.0f}{tokens * flops / limit:>8.3f} s{'':18}{1:>10.0%}"
+        f"{'':{7 if peak else 0}}{tokens * flops / limit / reference:>9.2f}x"
+    )
     measured = ", ".join(f"{result.peer.system} {result.product / 1e9:,.0f}" for result in results)
     print(f"  best matrix product in Gflop/s: {measured}; parameters: {results[0].peer.parameters:,}")
 

@@ -26,8 +26,9 @@ def norm(model: dict[str, Any]) -> nn.Module:
 class Block(nn.Module):
     """Pre-norm attention and feed-forward. `model` is the model section of a config in which every size has a value."""
 
-    def __init__(self, model: dict[str, Any]):
+    def __init__(self, model: dict[str, Any], plain_attention: bool):
         super().__init__()
+        self.plain_attention = plain_attention
         embed, self.heads, self.kv_heads = model["embed"], model["num_heads"], model["num_kv_heads"]
         self.head_dim, bias = model["head_dim"], model["biases"] == "all"
         self.attention_norm, self.mlp_norm = norm(model), norm(model)
@@ -44,11 +45,22 @@ class Block(nn.Module):
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         if angles is not None:
             q, k = rotate(q, *angles), rotate(k, *angles)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.kv_heads != self.heads)
+        attention = plain_attention if self.plain_attention else F.scaled_dot_product_attention
+        y = attention(q, k, v, is_causal=True, enable_gqa=self.kv_heads != self.heads)
         x = x + self.out(y.transpose(1, 2).reshape(batch, seq, -1))
         y = self.mlp_norm(x)
         y = self.activation(self.up(y)) if self.gate is None else self.activation(self.gate(y)) * self.up(y)
         return x + self.down(y)
+
+
+def plain_attention(q, k, v, *, is_causal, enable_gqa):
+    """`scaled_dot_product_attention` as matmul, softmax and matmul, what transformers calls eager attention."""
+    if enable_gqa:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+    if is_causal:
+        scores = scores + torch.full(scores.shape[-2:], -torch.inf, dtype=scores.dtype, device=q.device).triu(1)
+    return F.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype) @ v
 
 
 def rotate(x, cos, sin):
@@ -59,14 +71,14 @@ def rotate(x, cos, sin):
 class Decoder(nn.Module):
     """inputs, targets int [batch, seq] -> mean cross-entropy."""
 
-    def __init__(self, model: dict[str, Any], seq_len: int):
+    def __init__(self, model: dict[str, Any], seq_len: int, plain_attention: bool):
         super().__init__()
         vocab = -(-model["vocab_size"] // model["vocab_multiple"]) * model["vocab_multiple"]
         self.embed = nn.Embedding(vocab, model["embed"])
         self.positions = (
             nn.Embedding(model["max_positions"], model["embed"]) if model["positions"] == "learned" else None
         )
-        self.blocks = nn.ModuleList(Block(model) for _ in range(model["num_layers"]))
+        self.blocks = nn.ModuleList(Block(model, plain_attention) for _ in range(model["num_layers"]))
         self.norm = norm(model)
         self.head = nn.Linear(model["embed"], vocab, bias=False)
         for parameter in self.parameters():
@@ -89,17 +101,24 @@ class Decoder(nn.Module):
 
 
 def make_step(
-    config: dict[str, Any], inputs: np.ndarray, targets: np.ndarray, *, device: str, compiled: bool
+    config: dict[str, Any],
+    inputs: np.ndarray,
+    targets: np.ndarray,
+    *,
+    device: str,
+    compiled: bool,
+    plain_attention: bool = False,
 ) -> tuple[Callable, int]:
     """(step, number of parameters); `step()` trains on the batch and returns a scalar loss that may still be under way.
 
     config   a resolved run config as nested dicts
     device   "cpu" or "gpu"
+    plain_attention  matmul, softmax and matmul instead of the fused kernel
     """
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("highest")
     device, model, optimizer = DEVICES[device], config["model"], config["optimizer"]
-    decoder = Decoder(model, config["data"]["seq_len"]).to(device)
+    decoder = Decoder(model, config["data"]["seq_len"], plain_attention).to(device)
     matrices = [p for p in decoder.parameters() if p.ndim > 1]
     others = [p for p in decoder.parameters() if p.ndim < 2]
     adamw = torch.optim.AdamW(

@@ -39,11 +39,16 @@ def _leaf_sums(tree: Any) -> int:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     # One leaf after the other: independent programs may start in another order on each CPU process, and their
     # collectives would then wait for each other forever.
-    return sum(int(_leaf_sum(np.uint32(zlib.crc32(leaf_name(path).encode())), leaf)) for path, leaf in leaves)
+    return sum(int(leaf_sum(seed_of(path), leaf)) for path, leaf in leaves)
+
+
+def seed_of(path: tuple) -> np.uint32:
+    """What `leaf_sum` mixes into the sum of the leaf at this path."""
+    return np.uint32(zlib.crc32(leaf_name(path).encode()))
 
 
 @jax.jit
-def _leaf_sum(seed: jax.Array, leaf: Any) -> jax.Array:
+def leaf_sum(seed: jax.Array, leaf: Any) -> jax.Array:
     """One leaf's sum: uint32 scalar. Compiled once for each shape, so parameters and their moments share a program."""
     bits, position = _bits(jnp.asarray(leaf)), seed
     for dim in range(bits.ndim):

@@ -5,7 +5,7 @@ A part is any tree of arrays. Neither Orbax nor TensorStore detects a flipped bi
 fingerprints of its parts, which are computed again after each restore.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -54,13 +54,16 @@ class CheckpointConfig:
     every             steps between two checkpoints; the last step is always saved
     keep              how many of the newest are kept
     keep_every        multiples of this many steps are never removed; 0: none
-    timeout_seconds   how long a save may take before the job is stopped
+    keep_best         also save a checkpoint at each evaluation that is the best so far by eval.metric, and keep the
+                      best one
+    timeout_seconds   how long a save or a restore may take before the job is stopped
     accept_changes    resume although the tokenizer, the data or the optimizer changed; for one start
     """
 
     every: int = 1000
     keep: int = 3
     keep_every: int = 0
+    keep_best: bool = False
     timeout_seconds: int = 600
     accept_changes: bool = False
 
@@ -79,7 +82,10 @@ class CorruptCheckpointError(Exception):
 
 
 class Checkpoints:
-    """The checkpoints in one folder (any path that epath supports). Reading creates and removes nothing."""
+    """The checkpoints in one folder (any path that epath supports). Reading creates and removes nothing.
+
+    best   a step that saving does not remove; None: none besides those of the config
+    """
 
     def __init__(self, folder: epath.PathLike, config: CheckpointConfig = CheckpointConfig()):
         self.folder = epath.Path(folder)
@@ -89,6 +95,7 @@ class Checkpoints:
         self._manager: ocp.CheckpointManager | None = None
         self._saving: int | None = None  # the step whose save is running
         self._failure = ""  # of the running save, on any process
+        self.best: int | None = None
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, oldest first."""
@@ -128,6 +135,13 @@ class Checkpoints:
         if self._manager is not None:
             self._run_save(self._manager.wait_until_finished)
         self._saving = None
+
+    def raise_failure(self) -> None:
+        """Raise the error of a save in the background that has failed; costs microseconds, so each step calls it."""
+        if self._saving is None or self._manager is None:
+            return
+        if self._failure or not self._manager.is_saving_in_progress():  # Orbax says that a failed save is in progress
+            self.wait()
 
     def close(self) -> None:
         """Complete the running save and stop the threads."""
@@ -220,7 +234,7 @@ class Checkpoints:
                 problem = f"{type(error).__name__}: {error}".splitlines()[0].split(". See full")[0][:200]
             if problem:
                 gc.collect()  # abandoned coroutines print when they are collected, so collect them while muted
-        problems = hosts.exchange(name, problem)
+        problems = hosts.exchange(name, problem, self._config.timeout_seconds)
         failed = [process for process, text in enumerate(problems) if text]
         if any("Out of memory" in text or "MemoryError" in text for text in problems):
             raise MemoryError(f"{name}: process {failed[0]}: {problems[failed[0]]}")
@@ -268,7 +282,7 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         """The manager; when it starts, it removes the remains of a killed save."""
         if self._manager is None:
-            policies: list[Any] = [preservation_policy.LatestN(self._config.keep)]
+            policies: list[Any] = [preservation_policy.LatestN(self._config.keep), _KeepBest(self)]
             if self._config.keep_every:
                 policies.append(preservation_policy.EveryNSteps(self._config.keep_every))
             options = ocp.CheckpointManagerOptions(
@@ -316,6 +330,18 @@ class Checkpoints:
             raise RuntimeError(f"checkpoint {step} was not saved to {self.folder}; {rest}: {text}") from error
 
 
+class _KeepBest:
+    """Orbax's policy that keeps the checkpoint `best`."""
+
+    def __init__(self, checkpoints: Checkpoints):
+        self._checkpoints = checkpoints
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """For each checkpoint whether it is kept."""
+        del context
+        return [info.step == self._checkpoints.best for info in checkpoints]
+
+
 @contextlib.contextmanager
 def _orbax_muted() -> Iterator[None]:
     """Suppress the pages that Orbax's coroutines print for each file when one of them fails."""
@@ -359,7 +385,8 @@ def _check_leaves(step: int, saved: dict[str, dict[str, str]], abstract: dict[st
 
 
 def _crc32(body: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(body, sort_keys=True).encode())
+    as_read = json.loads(json.dumps(body))  # JSON turns integer keys into texts, which sort in another order
+    return zlib.crc32(json.dumps(as_read, sort_keys=True).encode())
 
 
 def _to_nested_dict(tree: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ def evaluate(arguments: list[str]) -> int:
         causal also bits per byte of the original text, for others the accuracy of a majority-class baseline. Writes
         WORKDIR/eval/<step>/<split>.json. The scores do not depend on the mesh.""",
         "llmjax eval --workdir=runs/mine --split=test",
+        job=True,
     )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="a run")
     parser.add_argument("--step", type=int_range(0), help="the checkpoint (default: the newest)")

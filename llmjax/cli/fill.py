@@ -17,6 +17,7 @@ def fill(arguments: list[str]) -> int:
         objective.name='masked'. Write a mask as [MASK], or as the tokenizer names it. It represents one token; a space
         before it is part of that token. Predictions are printed on stdout, everything else on stderr.""",
         "llmjax fill --workdir=runs/bert --text='import [MASK] as np' --count=3",
+        job=True,
     )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="a run")
     parser.add_argument("--text", action="append", required=True, help="text with masks; may be given several times")

@@ -42,8 +42,20 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message}; see `{self.prog} --help`")
 
 
-def make_parser(command: str, description: str, example: str, *, overrides: bool = True) -> Parser:
-    """The parser of a command. `overrides`: whether the command takes `--config.FIELD=VALUE`, which `parse` reads."""
+# Flags of the commands that join a job, and the variables that they set.
+JOB_FLAGS = {
+    "coordinator": "LLMJAX_COORDINATOR",
+    "num_processes": "LLMJAX_NUM_PROCESSES",
+    "process_id": "LLMJAX_PROCESS_ID",
+}
+
+
+def make_parser(command: str, description: str, example: str, *, overrides: bool = True, job: bool = False) -> Parser:
+    """The parser of a command.
+
+    overrides   whether the command takes `--config.FIELD=VALUE`, which `parse` reads
+    job         whether the command joins a job of several processes, and takes JOB_FLAGS
+    """
     fields = "\n\n--config.FIELD=VALUE sets any config field; `llmjax fields` lists them" if overrides else ""
     parser = Parser(
         prog=f"llmjax {command}",
@@ -53,11 +65,16 @@ def make_parser(command: str, description: str, example: str, *, overrides: bool
         allow_abbrev=False,
     )
     parser.takes_overrides = overrides
+    if job:
+        group = parser.add_argument_group("job of several processes (Slurm steps and TPU slices need no flags)")
+        group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0; sets LLMJAX_COORDINATOR")
+        group.add_argument("--num_processes", metavar="N", help="processes of the job; sets LLMJAX_NUM_PROCESSES")
+        group.add_argument("--process_id", metavar="I", help="this process, from 0; sets LLMJAX_PROCESS_ID")
     return parser
 
 
 def parse(parser: Parser, arguments: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
-    """Flags, and the `--config.FIELD=VALUE` overrides in order."""
+    """Flags, and the `--config.FIELD=VALUE` overrides in order. JOB_FLAGS become environment variables."""
     plain, overrides, rest = [], [], iter(arguments)
     for argument in rest:
         if not argument.startswith("--config."):
@@ -67,7 +84,11 @@ def parse(parser: Parser, arguments: list[str]) -> tuple[argparse.Namespace, lis
         if not equals and (value := next(rest, None)) is None:
             raise UserError(f"{argument}: give a value, {argument}=VALUE")
         overrides.append((field, value))
-    return parser.parse_args(plain), overrides
+    flags = parser.parse_args(plain)
+    for flag, variable in JOB_FLAGS.items():
+        if (value := getattr(flags, flag, None)) is not None:
+            os.environ[variable] = value
+    return flags, overrides
 
 
 def parse_workdir(text: str) -> "epath.Path":

@@ -11,8 +11,10 @@ import typing
 
 import llmjax
 from llmjax.atomic import NO_SPACE
+from llmjax.cli.chat import chat
 from llmjax.cli.configs import configs
 from llmjax.cli.curate import curate
+from llmjax.cli.embed import embed
 from llmjax.cli.evaluate import evaluate
 from llmjax.cli.export import export
 from llmjax.cli.fields import fields
@@ -23,11 +25,13 @@ from llmjax.cli.inspect import inspect
 from llmjax.cli.logs import configure_logging, end_progress
 from llmjax.cli.plan import plan
 from llmjax.cli.platforms import skip_absent_tpu
+from llmjax.cli.predict import predict
 from llmjax.cli.prepare import prepare
+from llmjax.cli.serve import serve
 from llmjax.cli.size import size
 from llmjax.cli.train import train
 from llmjax.cli.watch import watch
-from llmjax.errors import UserError, suggest
+from llmjax.errors import HardwareError, UserError, suggest
 from llmjax.parallel import interrupts
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
@@ -37,7 +41,11 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "watch": watch,
     "eval": evaluate,
     "generate": generate,
+    "chat": chat,
+    "serve": serve,
     "fill": fill,
+    "predict": predict,
+    "embed": embed,
     "import": import_,
     "export": export,
     "inspect": inspect,
@@ -46,8 +54,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "fields": fields,
     "configs": configs,
 }
-BAD_INPUT, HANG = 78, 75
-_RESULT_COMMANDS = ("generate", "fill", "plan")  # stdout has only their results
+BAD_INPUT, HARDWARE, HANG = 78, 77, 75
+_RESULT_COMMANDS = ("generate", "chat", "fill", "plan")  # stdout has only their results
 _ACCESS_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 OVERVIEW = """\
@@ -65,7 +73,11 @@ train
 evaluate
   llmjax eval      --workdir=DIR                 scores a checkpoint on a split
   llmjax generate  --workdir=DIR --prompt=TEXT   continues a prompt with a checkpoint
+  llmjax chat      --workdir=DIR                 talks to a chat model in the terminal
+  llmjax serve     --workdir=DIR                 the OpenAI API and a page to chat, on this machine
   llmjax fill      --workdir=DIR --text=TEXT     predicts the masked tokens of a text
+  llmjax predict   --workdir=DIR --input=FILE --output=FILE   classes or numbers for the texts of a file
+  llmjax embed     --workdir=DIR --input=FILE --output=FILE   one vector for each text
 
 interop
   llmjax import    --from=DIR --workdir=DIR      a Hugging Face checkpoint on disk -> a workdir
@@ -87,30 +99,34 @@ Completion in bash and zsh: eval "$(register-python-argcomplete llmjax)"
 def main() -> typing.NoReturn:
     """Run a command and exit.
 
-    Exit statuses: 0 success, 75 hang, 76 diverged, 78 bad input (no restart helps), 85 saved and stopped on request,
-    129, 130 or 143 stopped by SIGHUP, Ctrl-C or SIGTERM, 141 the output was closed, any other a crash.
+    Exit statuses: 0 success, 75 hang, 76 diverged, 77 hardware suspected, 78 bad input (no restart helps), 85 saved and
+    stopped on request, 129, 130 or 143 stopped by SIGHUP, Ctrl-C or SIGTERM, 141 the output was closed, any other a
+    crash.
     """
+    reason = ""
     try:
         interrupts.install()
         skip_absent_tpu()
         status = run(sys.argv[1:])
     except UserError as error:
-        status = _fail(str(error))
-    except TimeoutError as error:
-        print(f"llmjax: error: {error}", file=sys.stderr, flush=True)
-        status = HANG
+        reason = str(error)
+        status = _fail(reason)
+    except (HardwareError, TimeoutError) as error:
+        reason = str(error)
+        status = _fail(reason, HARDWARE if isinstance(error, HardwareError) else HANG)
     except BrokenPipeError:  # as in `llmjax inspect ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     except KeyboardInterrupt as error:
         interrupts.exit_now(error if isinstance(error, interrupts.Stopped) else interrupts.Stopped(signal.SIGINT))
     except Exception as error:
-        if hint := _hint_for(error):
-            status = _fail(hint)
+        if reason := _hint_for(error):
+            status = _fail(reason)
         else:
+            reason = traceback.format_exception_only(error)[-1]
             traceback.print_exc()
             status = 1
-    _exit(status)
+    _exit(status, reason)
 
 
 def _hint_for(error: Exception) -> str:
@@ -137,21 +153,26 @@ def _hint_for(error: Exception) -> str:
     return ""
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, status: int = BAD_INPUT) -> int:
     end_progress()
     print(f"llmjax: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    return BAD_INPUT
+    return status
 
 
-def _exit(status: int) -> typing.NoReturn:
-    """Exit. A failed process of a job does not wait for the others in JAX's shutdown barrier."""
+def _exit(status: int, reason: str) -> typing.NoReturn:
+    """Exit. A failed process of a job says why to the others, and does not wait for them in JAX's shutdown barrier."""
     if status and "jax" in sys.modules:
         import jax
 
         from llmjax.parallel import hosts
 
         if jax.distributed.is_initialized():
-            hosts.exit_now(status)
+            if reason and "llmjax.parallel.watchdog" in sys.modules:  # the others watch: training
+                from llmjax.parallel import watchdog
+
+                watchdog.announce_failure(status, reason)
+            # Without a reason, as after SIGTERM, all processes end with this status.
+            hosts.exit_now(status, hosts.END_SECONDS if reason else hosts.STOP_SECONDS)
     sys.exit(status)
 
 

@@ -62,7 +62,7 @@ def plan(arguments: list[str]) -> int:
     flags, overrides = parse(parser, arguments)
     _check(flags)
     workdir = None if flags.workdir is None else parse_workdir(flags.workdir)
-    from llmjax.plan import describe, plan as plans, topology as topologies
+    from llmjax.plan import describe, plan as plans, topology as topologies, tree_cost
     from llmjax.run import config as run_config
 
     topology = topologies.parse(flags.topology, flags.slices)
@@ -72,10 +72,17 @@ def plan(arguments: list[str]) -> int:
     if flags.slices > 1 and config.mesh.slice == 1:
         config = run_config.with_fields(config, [("mesh.slice", flags.slices)])
     result, lines, extra = _make_plan(config, topology, flags)
+    default = None
+    if result.tree is not None:  # the same step with the default reduction, to compare with
+        fields = [("parallel.reduction", "xla"), ("parallel.virtual_shards", 0)]
+        default = plans.make_plan(run_config.with_fields(result.config, fields), topology, quick=flags.quick)
     if flags.dump:
         _dump(pathlib.Path(flags.dump).expanduser(), result.program)
     lines += describe.describe(result, flags.config)
     output = result.to_json() | extra
+    if result.tree is not None and default is not None:
+        lines += ["", *tree_cost.describe(result.tree, topology.chip, result.step_seconds, default.step_seconds)]
+        output["fixed_tree"] |= {"default_step_seconds": default.step_seconds}
     if flags.tokens:
         cost = describe.cost_of_run(result, flags.tokens, flags.price)
         lines += describe.describe_run(result, flags.tokens, cost)

@@ -1,9 +1,10 @@
 """Which platforms JAX starts: not TPU where only its compiler is installed."""
 
-import glob
 import importlib.metadata
 import importlib.util
 import os
+
+from llmjax.parallel import cluster
 
 
 def skip_absent_tpu() -> None:
@@ -14,6 +15,5 @@ def skip_absent_tpu() -> None:
     """
     if os.environ.get("JAX_PLATFORMS") or importlib.util.find_spec("libtpu") is None:
         return
-    has_tpu = any(glob.glob(pattern) for pattern in ("/dev/accel*", "/dev/vfio/[0-9]*"))
-    if not has_tpu and not importlib.metadata.entry_points(group="jax_plugins"):
+    if not cluster.has_tpu() and not importlib.metadata.entry_points(group="jax_plugins"):
         os.environ["JAX_PLATFORMS"] = "cpu"

@@ -45,12 +45,13 @@ def prepare(arguments: list[str]) -> int:
     if objective.target_len != config.data.seq_len:
         rows = f"{config.data.seq_len:,} source and {objective.target_len:,} target tokens"
     for name, source in data.summary().items():
-        logger.info(f"{name}: packed in {source['rows']:,} rows of {rows}, {source['density']:.2%} full")
+        scored = f", {source['scored']:,} tokens scored" if "scored" in source else ""
+        logger.info(f"{name}: packed in {source['rows']:,} rows of {rows}, {source['density']:.2%} full{scored}")
     if flags.preview:
         logger.info("\n%s: %s", config.objective.name, preview.LEGEND)
         remaining = data.remaining(data.start())
         count = flags.preview if remaining is None else min(flags.preview, remaining)
-        for batch, _ in itertools.islice(data.batches(data.start(), np.arange(1)), count):
+        for batch, _ in itertools.islice(data.batches(data.start(), np.arange), count):
             logger.info("%s", "\n".join(["", *preview.format_batch(batch, objective, tokenizer)]))
         data.close()
     same_flags = [f"--config={flags.config}"] if flags.config else []

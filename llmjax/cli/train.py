@@ -13,6 +13,7 @@ def train(arguments: list[str]) -> int:
         and report.html.
         For several processes on one machine: launch/local.py --processes=2 --devices=4 -- llmjax train ...""",
         "llmjax train --config=quickstart --workdir=runs/mine --config.train.steps=500",
+        job=True,
     )
     parser.add_argument("--config", metavar="NAME[:SIZE]", help=CONFIG)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run's files go")

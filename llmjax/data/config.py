@@ -13,8 +13,20 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
     "span": ("rate", "mean_span", "target_len", "prompt_form"),
     "ul2": ("target_len", "prompt_form"),
     "fim": ("fim_rate",),
+    "classify": ("class_weights",),
+    "regress": (),
+    "contrastive": ("pooling", "temperature"),
+    "similarity": ("pooling",),
+    "dpo": ("beta",),
+    "reward": (),
 }
+LABELLED = ("classify", "regress")  # those that read the labels of documents
+PREFERENCES = ("dpo", "reward")  # those whose records have a prompt, a chosen answer and a rejected one
+EMBEDDING = ("contrastive", "similarity")  # those that train vectors of texts
+SEVERAL_TEXTS = (*EMBEDDING, *PREFERENCES)  # those that read several texts of a record, each by itself
 PROMPT_FORMS = ("trained", "plain")
+DEFAULT_TEMPLATE = "default"
+POOLINGS = ("mean", "first", "last", "max")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +38,23 @@ class SourceConfig:
     text_field   the field or column of the text in JSON, CSV, TSV, Parquet and TFDS records
     split_field  the field of JSONL records that names their split (train, validation, test), as `llmjax curate` writes
                  it; empty: data.split decides
+    split        the split of all documents of the source, for data that come as one file a split; empty: data.split
+                 decides
+    label_field  the field or column of the label, for objective.name="classify" or "regress"; empty: no labels
+    pair_field   the field or column of the second text where each label is of two texts, or without labels of the text
+                 that belongs to the first or is compared with it, for objective.name="contrastive" and "similarity";
+                 empty: one text
+    negative_field  the field or column of a text that is similar to the first and does not belong to it (a hard
+                 negative), for objective.name="contrastive"; empty: none
+    score_field  the field or column of the similarity of the two texts, from -1 to 1, for objective.name="similarity";
+                 empty: none
+    chosen_field, rejected_field  the fields or columns of a better and a worse answer to the first text, a prompt, for
+                 objective.name="dpo" and "reward"; empty: the source has none
+    chat         the records are dialogues, of which the assistant's turns are scored: "messages" (role, content),
+                 "sharegpt" (from, value), "alpaca" (instruction, input, output), "prompt" (prompt, completion), or
+                 "auto": by each record's fields; text_field can name another field of the turns. Empty: plain text,
+                 all of which is scored
+    columns      names of the columns of CSV and TSV files without a header line
     format       "text", "jsonl", "json" (arrays, or objects over several lines), "csv", "tsv" or "parquet"; empty: by
                  each file's content, its ending a hint
     max_record_bytes  a longer record is left out and counted; text files are not records
@@ -36,6 +65,15 @@ class SourceConfig:
     weight: float | None = None
     text_field: str = "text"
     split_field: str = ""
+    split: str = ""
+    label_field: str = ""
+    pair_field: str = ""
+    negative_field: str = ""
+    score_field: str = ""
+    chosen_field: str = ""
+    rejected_field: str = ""
+    chat: str = ""
+    columns: tuple[str, ...] = ()
     format: str = ""
     max_record_bytes: int = 1 << 26
     accept_truncated: bool = False
@@ -84,6 +122,10 @@ class DataConfig:
 
     sources           sources by name: section data.sources.NAME
     tokenizer, split  sections data.tokenizer and data.split
+    classes           the classes of labelled text, in the order of their numbers; (): its labels are numbers
+    multi_label       whether a label is a list of classes, possibly empty, instead of one class
+    chat_template     a Jinja file that writes dialogues as text, or "default" (llmjax's own); empty: that of the
+                      tokenizer, and for a tokenizer that is trained here, or bytes, the default one
     store             folder of the token store; empty: WORKDIR/store
     seq_len           tokens in a row
     packing           best_fit (a plan that keeps documents whole), concat (windows over the stream of all documents),
@@ -101,6 +143,9 @@ class DataConfig:
     sources: Mapping[str, SourceConfig] = dataclasses.field(default_factory=dict)
     tokenizer: TokenizerConfig = TokenizerConfig()
     split: SplitConfig = SplitConfig()
+    classes: tuple[str, ...] = ()
+    multi_label: bool = False
+    chat_template: str = ""
     store: str = ""
     seq_len: int = 256
     packing: str = "best_fit"
@@ -120,7 +165,15 @@ class ObjectiveConfig:
     name         causal (each token from those before it), prefix (the rest of a chunk from a random prefix),
                  masked (masked tokens from both sides: BERT), span (corrupted spans, written by the decoder: T5),
                  ul2 (corrupted spans of seven denoisers, with a mode token), fim (causal, with the middle of a chunk
-                 moved to the end)
+                 moved to the end), classify (the class of a document, or with data.multi_label its classes), regress
+                 (the number that is its label), contrastive (which text of a batch belongs to which), similarity
+                 (the similarity of two texts by the cosine of their vectors), dpo (which of two answers is better, by
+                 their likelihoods), reward (the same by a number for each answer)
+    class_weights  classify: weight of the loss of each class in training, in the order of data.classes; (): 1 each
+    pooling      contrastive, similarity: how a text's vector is made of the hidden states of its tokens: mean, first,
+                 last or max; "": that of the imported folder (1_Pooling of sentence-transformers), or mean
+    temperature  contrastive: cosines are divided by it, above 0; None: 0.05
+    beta         dpo: how strongly the model is kept near the reference model, above 0; None: 0.1
     rate         masked, span: fraction of tokens that is masked or corrupted, above 0 and below 1; None: 0.15
     mean_span    span: mean tokens of a corrupted span, at least 1; None: 3.0
     whole_words  masked: the tokens of a word are masked together
@@ -133,6 +186,10 @@ class ObjectiveConfig:
     """
 
     name: str = "causal"
+    class_weights: tuple = ()
+    pooling: str = ""
+    temperature: float | None = None
+    beta: float | None = None
     rate: float | None = None
     mean_span: float | None = None
     whole_words: bool = False
@@ -164,5 +221,16 @@ class ObjectiveConfig:
                 f"objective.prompt_form={self.prompt_form!r}{suggest(self.prompt_form, PROMPT_FORMS)}: expected one of "
                 f"{', '.join(PROMPT_FORMS)}"
             )
+        if self.pooling not in ("", *POOLINGS):
+            raise UserError(
+                f"objective.pooling={self.pooling!r}{suggest(self.pooling, POOLINGS)}: choose one of "
+                f"{', '.join(POOLINGS)}, or leave it empty"
+            )
+        for name in ("temperature", "beta"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"objective.{name}={value}: must be above 0")
+        if not all(isinstance(weight, int | float) and weight > 0 for weight in self.class_weights):
+            raise UserError(f"objective.class_weights={self.class_weights}: expected numbers above 0")
         if self.target_len < 0:
             raise UserError(f"objective.target_len={self.target_len}: must be at least 1, or 0")

@@ -39,6 +39,8 @@ def fill(loaded: Loaded, texts: Sequence[str], count: int) -> list[list[list[Pre
     model, tokenizer = loaded.config.model, loaded.tokenizer
     vocab = vocabulary.build_vocab(tokenizer, vocabulary.MASK)
     mask = vocab.ids[0]
+    if model.num_outputs:
+        raise UserError("the model has a head for labels, so it predicts no tokens: use `llmjax predict`")
     if "masked" not in model.objectives:
         raise UserError(
             f"model.family={model.family!r} does not predict masked tokens: use `llmjax generate`, or a model that was "

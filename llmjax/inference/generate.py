@@ -1,8 +1,9 @@
 """Continue prompts: prefill the KV cache once, then sample token by token."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
@@ -10,75 +11,136 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmjax.batch import Graph, Params
+from llmjax.data.chat_template import ChatTemplate
 from llmjax.data.objectives.objective import Objective
 from llmjax.data.objectives.prompts import decode_continuation, encode_prompt
+from llmjax.data.readers.dialogues import Message
+from llmjax.data.store.chat import find_end_of_turn
 from llmjax.data.store.tokenizer import Tokenizer
 from llmjax.errors import UserError
+from llmjax.inference.beams import BeamSearch, search
+from llmjax.inference.sampling import Sampling, cut_at_stop, draw, make_row_keys, penalize
 from llmjax.models.registry import ModelConfig
-from llmjax.nn.embedding import MASKED
+from llmjax.parallel.memory import device_memory
 from llmjax.run.config import SampleConfig
 from llmjax.run.loading import Loaded
 
 # Prompts are padded to a multiple of this many tokens, so that few lengths are compiled.
 _BUCKET = 32
+# Between two looks at the text for stop strings, so many tokens are drawn.
+_TOKENS_PER_LOOK = 16
 
 Tokens = Sequence[int] | np.ndarray
+Method = Sampling | BeamSearch  # how the continuations of a prompt are found
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How continuations are sampled.
-
-    max_tokens    new tokens of a continuation at most
-    temperature   logits are divided by it, from 1e-6 to 1e6; 0: always the most likely token
-    top_k         only the k most likely tokens; 0: all
-    top_p         only the fewest most likely tokens whose probabilities, after temperature and top_k, reach p
-    seed          keys the draws, together with a prompt's index and the position
-    """
-
-    max_tokens: int = 100
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.max_tokens < 1:
-            raise UserError(f"max_tokens={self.max_tokens}: must be at least 1")
-        # Beyond these limits, float32 cannot tell one token's score from another's, or from that of an excluded token.
-        if self.temperature and not 1e-6 <= self.temperature <= 1e6:
-            raise UserError(f"temperature={self.temperature}: must be 0 (the most likely token), or from 1e-6 to 1e6")
-        if self.top_k < 0:
-            raise UserError(f"top_k={self.top_k}: must be at least 0 (0: all tokens)")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p={self.top_p}: must be above 0 and at most 1")
-
-
-def complete(loaded: Loaded, prompts: Sequence[str], sampling: Sampling) -> list[str]:
-    """A continuation of each prompt, up to the end of the document or `sampling.max_tokens`.
+def complete(loaded: Loaded, prompts: Sequence[str], method: Method, *, samples: int = 1) -> list[str]:
+    """`samples` continuations of each prompt, one after another, up to the end of the document, a stop string or
+    `method.max_tokens`.
 
     The model reads prompts as its objective presents them: after BOS, or as a source with a gap at its end; those of an
     imported model as its tokenizer frames them. Runs on the mesh of `use_mesh`.
-    Raises UserError for a prompt with special tokens that the tokenizer does not know, and where a prompt and its
-    continuation exceed a model's learned positions or the memory.
+    Raises UserError for a prompt with special tokens that the tokenizer does not know, where a prompt and its
+    continuation exceed a model's learned positions or the memory, and for a beam search by another model than an
+    encoder-decoder.
     """
-    tokenizer, objective = loaded.tokenizer, loaded.objective
-    tokens = _encode(prompts, tokenizer, objective)
+    return continue_prompts(loaded, _encode(prompts, loaded.tokenizer, loaded.objective), method, samples=samples)
+
+
+def answer(
+    loaded: Loaded,
+    dialogues: Sequence[Sequence[Message]],
+    template: ChatTemplate,
+    method: Method,
+    *,
+    samples: int = 1,
+) -> list[str]:
+    """The assistant's next turn of each dialogue, without the token that ends it. Raises UserError as `complete` does.
+
+    The dialogue's token ids are those of the template: nothing is put before or after them.
+    """
+    tokens = encode_dialogues(loaded, dialogues, template)
+    return continue_prompts(loaded, tokens, method, samples=samples, template=template)
+
+
+def encode_prompts(loaded: Loaded, prompts: Sequence[str]) -> list[np.ndarray]:
+    """Prompts as the model reads them. Raises UserError as `complete` does."""
+    return _encode(prompts, loaded.tokenizer, loaded.objective)
+
+
+def encode_dialogues(
+    loaded: Loaded, dialogues: Sequence[Sequence[Message]], template: ChatTemplate
+) -> list[np.ndarray]:
+    """Dialogues as the model reads them, up to the assistant's turn. Raises UserError for an encoder-decoder."""
+    if loaded.config.model.reads_source:
+        raise UserError(
+            f"--chat: model.family={loaded.config.model.family!r} answers prompts without a chat template; use "
+            "--prompt_form=plain"
+        )
+    return [template.encode(messages, loaded.tokenizer) for messages in dialogues]
+
+
+def find_stop_ids(tokenizer: Tokenizer, template: ChatTemplate | None) -> tuple[int, ...]:
+    """The ids that end a text, or with a template the assistant's turn.
+
+    A template that a base model was trained with may end turns with a token that does not end its documents.
+    """
+    end_of_turn = () if template is None else find_end_of_turn(template, tokenizer)
+    return tuple(dict.fromkeys([*tokenizer.stop_ids, *end_of_turn]))
+
+
+def continue_prompts(
+    loaded: Loaded,
+    prompts: Sequence[Tokens],
+    method: Method,
+    *,
+    samples: int = 1,
+    numbers: Sequence[int] | None = None,
+    shape: tuple[int, int] | None = None,
+    template: ChatTemplate | None = None,
+) -> list[str]:
+    """The texts of `complete` for encoded prompts.
+
+    numbers   that key the draws of each prompt; None: 0, 1, 2, ...
+    shape     (prompts, tokens of the longest) of the batch that is computed; None: those of these prompts
+    template  that wrote the prompts; None: they are plain text
+    """
+    tokenizer, model = loaded.tokenizer, loaded.config.model
+    stop_ids = find_stop_ids(tokenizer, template)
+
+    def decode(prompt: Tokens, ids: Sequence[int]) -> str:
+        return tokenizer.decode(ids) if loaded.objective.answers else decode_continuation(tokenizer, prompt, ids)
+
     try:
-        continuations = generate(
-            loaded.graph, loaded.params, loaded.config.model, tokens, sampling, stop_ids=tokenizer.stop_ids
+        if isinstance(method, BeamSearch):
+            check_prompts(model, prompts, method)
+            tokens, lengths = _pad(prompts, shape)
+            found = search(loaded.graph, loaded.params, model, tokens, lengths, method, stop_ids)
+            pairs = zip(prompts, found, strict=False)
+            return [decode(prompt, ids) for prompt, best in pairs for ids, _ in best[:samples]]
+        rows = [(number, sample) for number in numbers or range(len(prompts)) for sample in range(samples)]
+        repeated = [prompt for prompt in prompts for _ in range(samples)]
+        has_stop = lambda row, ids: any(stop in decode(repeated[row], ids) for stop in method.stop)
+        new = generate(
+            loaded.graph,
+            loaded.params,
+            model,
+            repeated,
+            method,
+            stop_ids=stop_ids,
+            rows=rows,
+            shape=None if shape is None else (shape[0] * samples, shape[1]),
+            has_stop=has_stop if method.stop else None,
         )
     except jax.errors.JaxRuntimeError as error:
         if not any(sign in str(error) for sign in ("Out of memory", "RESOURCE_EXHAUSTED")):
             raise
         raise UserError(
-            f"max_tokens={sampling.max_tokens}: out of memory with {len(tokens)} prompt(s) of up to "
-            f"{max(map(len, tokens))} tokens; lower it, or give fewer prompts at a time"
+            f"max_tokens={method.max_tokens}: out of memory with {len(prompts)} prompt(s) of up to "
+            f"{max(map(len, prompts))} tokens; lower it, or give fewer prompts at a time"
         ) from error
-    if objective.answers:
-        return [tokenizer.decode(ids) for ids in continuations]
-    pairs = zip(tokens, continuations, strict=True)
-    return [decode_continuation(tokenizer, prompt, new) for prompt, new in pairs]
+    pairs = zip(repeated, new, strict=True)
+    return [cut_at_stop(decode(prompt, ids), method.stop) for prompt, ids in pairs]
 
 
 def sampling_from_config(config: SampleConfig, seed: int = 0) -> Sampling:
@@ -94,35 +156,13 @@ def check_samples(sample: SampleConfig, model: ModelConfig, tokenizer: Tokenizer
         if not isinstance(prompt, str):
             raise UserError(f"sample.prompts: {prompt!r} is not a string; give strings, such as ('Once', 'Call me')")
     try:
-        sampling_from_config(sample)
-        _check(model, _encode(sample.prompts, tokenizer, objective), sample.max_tokens)
+        check_prompts(model, _encode(sample.prompts, tokenizer, objective), sampling_from_config(sample))
     except UserError as error:
         raise UserError(f"the samples after training: {error}; `llmjax fields sample` lists what to set") from None
 
 
 def _encode(prompts: Sequence[str], tokenizer: Tokenizer, objective: Objective) -> list[np.ndarray]:
     return [objective.prompt(encode_prompt(tokenizer, prompt)) for prompt in prompts]
-
-
-def draw(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
-    """One token id for each row of float32 logits [batch, vocab] and keys [batch]; int32 [batch].
-
-    Among equal logits the lowest id comes first, so top_k=k leaves exactly k tokens to draw from.
-    """
-    if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    # Scores are relative to the highest logit, so that no temperature overflows.
-    scores = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampling.temperature
-    if sampling.top_k == 0 and sampling.top_p == 1:
-        return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
-    k = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
-    scores, ids = jax.lax.top_k(scores, k)
-    probabilities = jax.nn.softmax(scores, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    # The first token is allowed even where rounding excludes it.
-    allowed = (before < sampling.top_p) | (jnp.arange(k) == 0)
-    index = jax.vmap(jax.random.categorical)(keys, jnp.where(allowed, scores, MASKED))
-    return jnp.take_along_axis(ids, index[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
 
 def generate(
@@ -133,25 +173,113 @@ def generate(
     sampling: Sampling,
     *,
     stop_ids: Sequence[int],
+    rows: Sequence[tuple[int, int]] | None = None,
+    shape: tuple[int, int] | None = None,
+    has_stop: Callable[[int, list[int]], bool] | None = None,
 ) -> list[list[int]]:
     """New token ids for each prompt: up to one of `stop_ids`, which is not returned, or `sampling.max_tokens` of them.
 
     A prompt starts with the id that starts documents. Draws are keyed by (seed, row, position), so a row's tokens do
     not depend on the other rows. Raises UserError for a family that does not generate text, and where a prompt is
     empty, contains an id that the model does not have, or is too long for learned positions.
+
+    rows      (index of the prompt, number of its sample) of each prompt, which key its draws; None: (0, 0), (1, 0), ...
+    shape     (rows, tokens of the longest prompt) of the batch that is computed; None: the smallest
+    has_stop  (row, new ids) -> whether they contain what ends a text besides `stop_ids`; the ids may go beyond it
     """
-    _check(config, prompts, sampling.max_tokens)
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    tokens = np.zeros((len(prompts), -(-int(lengths.max()) // _BUCKET) * _BUCKET), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
+    check_prompts(config, prompts, sampling)
+    tokens, lengths = _pad(prompts, shape)
+    keys = np.zeros((len(tokens), 2), np.uint32)
+    keys[: len(prompts)] = rows or [(row, 0) for row in range(len(prompts))]
     model = nnx.merge(graph, params)
+    _check_memory(model, tokens, lengths, sampling.max_tokens)
     logits, cache, first = _prefill(model, tokens, lengths, max_tokens=sampling.max_tokens)
-    key = jax.random.key(sampling.seed)
-    without_seed = dataclasses.replace(sampling, seed=0)  # a static argument: another seed must not compile again
-    decoded = _decode(model, logits, cache, first, key, sampling=without_seed, stop_ids=tuple(stop_ids))
-    new, counts = jax.device_get(decoded)
-    return [row[:count].tolist() for row, count in zip(new, counts, strict=True)]
+    decode = functools.partial(
+        _decode,
+        # Static arguments: neither another seed nor another stop string must compile again.
+        sampling=dataclasses.replace(sampling, seed=0, stop=()),
+        stop_ids=tuple(stop_ids),
+    )
+    state = _State(
+        step=np.int32(0),
+        logits=logits,
+        cache=cache,
+        new=np.zeros((len(tokens), sampling.max_tokens), np.int32),
+        counts=np.zeros(len(tokens), np.int32),
+        stopped=np.arange(len(tokens)) >= len(prompts),
+        seen=None if sampling.repetition_penalty == 1 else _find_seen(config, prompts, logits.shape),
+    )
+    look = sampling.max_tokens if has_stop is None else _TOKENS_PER_LOOK
+    row_keys, until = make_row_keys(sampling.seed, keys), 0
+    while True:
+        until = min(until + look, sampling.max_tokens)
+        state = decode(model, state, first, row_keys, until)
+        new, counts, stopped = jax.device_get((state.new, state.counts, state.stopped))
+        found = [row[:count].tolist() for row, count in zip(new, counts[: len(prompts)], strict=False)]
+        if until == sampling.max_tokens:
+            return found
+        if has_stop is not None:
+            ends = [not stopped[row] and has_stop(row, ids) for row, ids in enumerate(found)]
+            stopped = stopped | np.pad(ends, (0, len(stopped) - len(ends)))
+            state = state._replace(stopped=stopped)
+        if stopped.all():
+            return found
+
+
+class _State(NamedTuple):
+    """The state of decoding a batch.
+
+    step      tokens that each row has drawn
+    logits    float32 [batch, vocab] of the next token
+    cache     of the model
+    new       int32 [batch, max_tokens]: the tokens
+    counts    int32 [batch]: tokens before the stop id
+    stopped   bool [batch]
+    seen      bool [batch, vocab]: tokens that the text of a row contains; None where no penalty needs it
+    """
+
+    step: Any
+    logits: jax.Array
+    cache: Any
+    new: Any
+    counts: Any
+    stopped: Any
+    seen: Any
+
+
+def _pad(prompts: Sequence[Tokens], shape: tuple[int, int] | None) -> tuple[np.ndarray, np.ndarray]:
+    """(ids int32 [rows, length], lengths int32 [rows]); rows without a prompt have one padding token."""
+    longest = max(map(len, prompts))
+    count, length = shape or (len(prompts), -(-longest // _BUCKET) * _BUCKET)
+    tokens, lengths = np.zeros((count, length), np.int32), np.ones(count, np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)], lengths[row] = prompt, len(prompt)
+    return tokens, lengths
+
+
+def _find_seen(config: ModelConfig, prompts: Sequence[Tokens], shape: tuple[int, int]) -> np.ndarray:
+    """Tokens that the text of a row contains before the first draw, bool of the shape [batch, vocab].
+
+    They are the prompt's, or those that an encoder-decoder's decoder has read: its start token.
+    """
+    seen = np.zeros(shape, bool)
+    for row, prompt in enumerate(prompts):
+        seen[row, config.decoder_start_id if config.reads_source else prompt] = True
+    return seen
+
+
+def _check_memory(model: Any, tokens: np.ndarray, lengths: np.ndarray, max_tokens: int) -> None:
+    """UserError where the cache exceeds a device's memory.
+
+    The host's allocator may grant more than there is, and the kernel then kills the process when it is written.
+    """
+    _, cache, _ = _prefill.trace(model, tokens, lengths, max_tokens=max_tokens).out_info
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    if (memory := device_memory()) is not None and 2 * size > memory:  # decoding reads one cache and writes another
+        raise UserError(
+            f"max_tokens={max_tokens}: out of memory with {len(tokens)} text(s): two caches of {size / 2**30:.3g} GiB, "
+            f"and a device has {memory / 2**30:.3g}; lower it, or give fewer prompts at a time"
+        )
 
 
 @functools.partial(jax.jit, static_argnames="max_tokens")
@@ -162,34 +290,49 @@ def _prefill(model, tokens: jax.Array, lengths: jax.Array, *, max_tokens: int):
 
 
 @functools.partial(jax.jit, static_argnames=("sampling", "stop_ids"))
-def _decode(model, logits, cache, first, key, *, sampling: Sampling, stop_ids: tuple[int, ...]):
-    """New tokens [batch, max_tokens], and the number of tokens of each row before its stop id, [batch]."""
-    batch, max_tokens, stops = logits.shape[0], sampling.max_tokens, jnp.array(stop_ids, jnp.int32)
-    row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
+def _decode(
+    model, state: _State, first: jax.Array, row_keys: jax.Array, until: int, *, sampling: Sampling,
+    stop_ids: tuple[int, ...],
+) -> _State:  # fmt: skip
+    """The state after `until` tokens, or when all rows have stopped; `first` [batch] is the first token's position."""
+    stops = jnp.array(stop_ids, jnp.int32)
 
-    def is_unfinished(state):
-        i, _, _, _, _, stopped = state
-        return (i < max_tokens) & ~jnp.all(stopped)
+    def is_unfinished(state: _State):
+        return (state.step < until) & ~jnp.all(state.stopped)
 
-    def step(state):
-        i, logits, cache, new, counts, stopped = state
-        positions = first + i
+    def step(state: _State):
+        positions, logits, seen = first + state.step, state.logits, state.seen
+        if seen is not None:
+            logits = penalize(logits, seen, sampling.repetition_penalty)
         token = draw(logits, jax.vmap(jax.random.fold_in)(row_keys, positions), sampling)
-        stopped |= jnp.isin(token, stops)
-        new = new.at[:, i].set(token)
-        hidden, cache = model.cached(token[:, None], positions[:, None], cache)
-        return i + 1, model.unembed(hidden[:, 0]), cache, new, counts + ~stopped, stopped
+        stopped = state.stopped | jnp.isin(token, stops)
+        hidden, cache = model.cached(token[:, None], positions[:, None], state.cache)
+        return _State(
+            step=state.step + 1,
+            logits=model.unembed(hidden[:, 0]),
+            cache=cache,
+            new=state.new.at[:, state.step].set(token),
+            counts=state.counts + ~stopped,
+            stopped=stopped,
+            seen=None if seen is None else seen.at[jnp.arange(len(token)), token].set(True),
+        )
 
-    new = jnp.zeros((batch, max_tokens), jnp.int32)
-    start = (0, logits, cache, new, jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool))
-    _, _, _, new, counts, _ = jax.lax.while_loop(is_unfinished, step, start)
-    return new, counts
+    return jax.lax.while_loop(is_unfinished, step, state)
 
 
-def _check(config: ModelConfig, prompts: Sequence[Tokens], max_tokens: int) -> None:
-    """Raise UserError for what `generate` cannot continue with the model of `config`."""
+def check_model(config: ModelConfig, method: Method) -> None:
+    """Raise UserError for a model that does not continue text, or not by this method."""
+    if config.num_outputs:
+        raise UserError("the model has a head for labels, so it does not generate text: use `llmjax predict`")
     if not config.generates:
         raise UserError(f"model.family={config.family!r} does not generate text: use `llmjax fill`, or another model")
+    if isinstance(method, BeamSearch):
+        method.check_model(config)
+
+
+def check_prompts(config: ModelConfig, prompts: Sequence[Tokens], method: Method) -> None:
+    """Raise UserError for a model that `check_model` refuses, and for a prompt that it cannot continue."""
+    check_model(config, method)
     if not prompts:
         raise UserError("no prompt: give at least one")
     for number, prompt in enumerate(prompts):
@@ -201,8 +344,8 @@ def _check(config: ModelConfig, prompts: Sequence[Tokens], max_tokens: int) -> N
                     f"prompt {number} contains token id {token_id}; the model has ids 0 to {config.vocab_size - 1}"
                 )
         # The model never reads the last new token, so that one needs no position.
-        if config.max_seq_len is not None and len(prompt) + max_tokens - 1 > config.max_seq_len:
+        if config.max_seq_len is not None and len(prompt) + method.max_tokens - 1 > config.max_seq_len:
             raise UserError(
-                f"max_tokens={max_tokens}: prompt {number} has {len(prompt)} tokens and the model only "
+                f"max_tokens={method.max_tokens}: prompt {number} has {len(prompt)} tokens and the model only "
                 f"{config.max_seq_len} learned positions; at most {config.max_seq_len - len(prompt) + 1} new tokens fit"
             )

@@ -5,7 +5,7 @@ import functools
 from typing import Any
 
 from llmjax.errors import UserError
-from llmjax.interop import decoder_rules
+from llmjax.interop import decoder_rules, heads
 from llmjax.interop.hf_config import (
     COMMON_SIZES,
     FULL,
@@ -311,3 +311,7 @@ ARCHITECTURES = {
     "Olmo2ForCausalLM": _make_llama_architecture(_read_olmo, _write_olmo, model_type="olmo2"),
     "Olmo3ForCausalLM": _make_llama_architecture(_read_olmo, _write_olmo, model_type="olmo3"),
 }
+ARCHITECTURES = heads.add_variants(ARCHITECTURES, "GPT2LMHeadModel", "GPT2", "transformer.", ("lm_head.",))
+for _stem in ("Llama", "Mistral", "Qwen3", "Gemma2", "Olmo2", "Olmo3"):
+    ARCHITECTURES = heads.add_variants(ARCHITECTURES, f"{_stem}ForCausalLM", _stem, "model.", ("lm_head.",))
+ARCHITECTURES = heads.add_variants(ARCHITECTURES, "Gemma3ForCausalLM", "Gemma3Text", "model.", ("lm_head.",))

@@ -1,5 +1,6 @@
 """Encoder-decoder checkpoints: T5, T5 v1.1 and Flan-T5."""
 
+import dataclasses
 from typing import Any
 
 from llmjax.errors import UserError
@@ -123,4 +124,15 @@ def _rename_t5(name: str) -> str | None:
     return None if name == "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight" else name
 
 
-ARCHITECTURES = {"T5ForConditionalGeneration": Architecture(_read, _write, _make_rules, _rename_t5)}
+_T5 = Architecture(_read, _write, _make_rules, _rename_t5)
+_WITHOUT_HEAD = dataclasses.replace(_T5, base="T5ForConditionalGeneration", missing=("lm_head.",))
+ARCHITECTURES = {
+    "T5ForConditionalGeneration": _T5,
+    "T5Model": _WITHOUT_HEAD,
+    "T5EncoderModel": dataclasses.replace(
+        _WITHOUT_HEAD,
+        write_config=lambda config: _write(config) | {"is_encoder_decoder": False},
+        missing=("lm_head.", "decoder."),
+        unused_fields=("tie_embeddings",),
+    ),
+}

@@ -1,4 +1,4 @@
-"""Encoder checkpoints: BERT and ModernBERT with their masked-LM heads."""
+"""Encoder checkpoints: BERT and ModernBERT."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from llmjax.errors import UserError
+from llmjax.interop.heads import CLASSIFIER, add_variants
 from llmjax.interop.hf_config import (
     COMMON_SIZES,
     FULL,
@@ -29,7 +30,7 @@ _SIZES = (
     *COMMON_SIZES,
     Field("intermediate_size", "mlp"),
 )
-_BERT = (
+_BERT_FIELDS = (
     *_SIZES,
     activation("hidden_act", "gelu"),
     Field("layer_norm_eps", "norm_eps", Fields.get, 1e-12),
@@ -63,7 +64,7 @@ def _read_bert(hf: dict[str, Any]) -> dict[str, Any]:
     fields = Fields(hf)
     fields.require("is_decoder", False)
     fields.require("add_cross_attention", False)
-    section = read_fields(_BERT, fields)
+    section = read_fields(_BERT_FIELDS, fields)
     fields.reject_unread(*_BERT_NEUTRAL)
     return section | {"gated": False, "norm_position": "post", "positions": "learned", "biases": "all"}
 
@@ -73,7 +74,7 @@ def _write_bert(config: EncoderConfig) -> dict[str, Any]:
         raise UserError(
             "model.token_types=0: a BERT checkpoint has at least one token type; train with model.token_types=1 or 2"
         )
-    return {"model_type": "bert", **write_fields(_BERT, config)}
+    return {"model_type": "bert", **write_fields(_BERT_FIELDS, config)}
 
 
 def _make_bert_rules(config: EncoderConfig) -> list[Rule]:
@@ -100,27 +101,18 @@ def _make_bert_rules(config: EncoderConfig) -> list[Rule]:
         Rule("bert.embeddings.token_type_embeddings.weight", ("token_types.table",)),
         Rule(head + "bias", ("head.bias",), aliases=(head + "decoder.bias",)),
     ]
+    if config.pooler:
+        linears["bert.pooler.dense"] = ("pooler", embed, embed)
     for hf_name, (name, inputs, outputs) in linears.items():
         rules += make_linear_rules(hf_name, name, inputs, outputs, bias=True)
     return rules + make_norm_rules(norms, bias=True)
 
 
 def _rename_bert(name: str) -> str | None:
-    """The name in BertForMaskedLM, which has no pooler, head of next-sentence prediction, or buffer of positions.
-
-    The first published files name a norm's parameters gamma and beta.
-    """
-    if name.startswith(("bert.pooler.", "cls.seq_relationship.")) or name.endswith(".position_ids"):
+    """Leave out a buffer of positions. The first published files name a norm's parameters gamma and beta."""
+    if name.endswith(".position_ids"):
         return None
     return re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name))
-
-
-def _refuse_pretraining(_: Any) -> dict[str, Any]:
-    raise UserError(
-        "config.json: architecture BertForPreTraining has a head of next-sentence prediction "
-        "(cls.seq_relationship.weight and .bias), which is not supported: save it as BertForMaskedLM first, which "
-        "drops that head and the pooler"
-    )
 
 
 def _read_modernbert(hf: dict[str, Any]) -> dict[str, Any]:
@@ -217,8 +209,28 @@ def _fused_linears(inputs: Sequence[int], outputs: Sequence[int], count: int) ->
     }
 
 
+_BERT = Architecture(
+    _read_bert,
+    _write_bert,
+    _make_bert_rules,
+    _rename_bert,
+    unused_fields=("rope_base", "pooler"),  # only the parameters show whether there is a pooler
+    shown_by={"pooler": "bert.pooler.dense.weight"},
+)
 ARCHITECTURES = {
-    "BertForPreTraining": Architecture(_refuse_pretraining, _refuse_pretraining, _make_bert_rules, _rename_bert),
-    "BertForMaskedLM": Architecture(_read_bert, _write_bert, _make_bert_rules, _rename_bert, ("rope_base",)),
+    **add_variants({"BertForMaskedLM": _BERT}, "BertForMaskedLM", "Bert", "bert.", ("cls.",), CLASSIFIER),
+    # Published files of this class have the pooler and the head of BertForPreTraining, which it does not read.
+    "BertForMaskedLM": dataclasses.replace(
+        _BERT, shown_by={}, missing=("bert.pooler.",), left_out=("bert.pooler.", "cls.seq_relationship.")
+    ),
+    "BertForPreTraining": dataclasses.replace(
+        _BERT, base="BertForMaskedLM", left_out=("cls.seq_relationship.",), exported_as="BertForMaskedLM"
+    ),
     "ModernBertForMaskedLM": Architecture(_read_modernbert, _write_modernbert, _make_modernbert_rules),
 }
+ARCHITECTURES = add_variants(
+    ARCHITECTURES, "ModernBertForMaskedLM", "ModernBert", "model.", ("head.", "decoder."), task_head=None
+)
+# These two have the dense layer and the norm of the head for masked LM, too.
+for _name in ("ModernBertForSequenceClassification", "ModernBertForTokenClassification"):
+    ARCHITECTURES[_name] = dataclasses.replace(ARCHITECTURES[_name], missing=("decoder.",))

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Mapping
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ from llmjax.binding import bind
 from llmjax.errors import UserError, suggest
 from llmjax.interop import decoder, encdec, encoder, files, moe
 from llmjax.interop.hf_config import UnknownFieldError, format_value
-from llmjax.interop.mapping import Architecture, Slices
+from llmjax.interop.mapping import Architecture, Slices, Source
 from llmjax.models import registry
 
 # Family -> its classes. If several classes express a model, the first one is exported.
@@ -33,11 +33,13 @@ _PLAIN_TYPES = ("F32", "BF16", "F16")
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A local folder.
+    """A local folder, or a GGUF file.
 
-    hf                  its config.json
+    hf                  its config.json, or what stands for it
     name, architecture  the class in config.json
     family              the llmjax family
+    left_out            tensors of heads that llmjax does not have
+    tokenizer_folder    the folder with the files of the tokenizer; None: `folder`
     """
 
     folder: Path
@@ -45,7 +47,9 @@ class Checkpoint:
     name: str
     family: str
     architecture: Architecture
-    tensors: "Tensors"
+    tensors: "StoredTensors"
+    left_out: list[str] = dataclasses.field(default_factory=list)
+    tokenizer_folder: Path | None = None
 
     def read_model(self, ignore: Collection[str] = ()) -> dict[str, Any]:
         """The config's section `model` from config.json, accepting the unknown fields named in `ignore`.
@@ -57,6 +61,8 @@ class Checkpoint:
         while True:
             try:
                 section = {"family": self.family, **self.architecture.read_config(hf)}
+                stored = self.tensors.shapes()
+                section |= {field: True for field, name in self.architecture.shown_by.items() if name in stored}
                 model = bind(registry.config_class(self.family), section, "model")  # before the user's overrides
                 break
             except UnknownFieldError as error:
@@ -88,7 +94,8 @@ class Checkpoint:
             reason = str(error).partition("\n")[0]
             raise UserError(f"config.json: its sizes give no valid model ({reason}); fetch the folder again") from None
         stored = sum(math.prod(shape) for shape in self.tensors.shapes().values())
-        if needed > 2 * stored + (1 << 20):
+        # A class may lack a head and, as T5EncoderModel, a decoder that is larger than the encoder.
+        if needed > (4 if self.architecture.missing else 2) * stored + (1 << 20):
             text = self.hf.get("text_config", self.hf)
             numbers = {name: value for name, value in text.items() if type(value) is int and value > 1}
             sizes = ", ".join(f"{name}={value}" for name, value in numbers.items() if not name.endswith("_id"))
@@ -96,6 +103,20 @@ class Checkpoint:
                 f"config.json: its sizes ({sizes}) give {needed} parameters and the files hold {stored} numbers; "
                 "fetch the folder again"
             )
+
+
+class StoredTensors(Source, Protocol):
+    """A Source that knows how its tensors are stored."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size on disk."""
+        ...
+
+    @property
+    def types(self) -> list[str]:
+        """The types on disk."""
+        ...
 
 
 class Tensors:
@@ -158,17 +179,25 @@ def read(folder: Path) -> Checkpoint:
     if len(names) != 1 or names[0] not in ARCHITECTURES:
         listed = format_value(", ".join(names), quote=False) or "none"
         hint = suggest(names[0], ARCHITECTURES) if names else ""
-        raise UserError(f"{folder}: architecture {listed}{hint} is not known; known are {', '.join(ARCHITECTURES)}")
+        known = ", ".join(name for name, architecture in ARCHITECTURES.items() if not architecture.base)
+        raise UserError(
+            f"{folder}: architecture {listed}{hint} is not known; known are {known}, and the same without a head "
+            "(such as LlamaModel) and for classification (such as LlamaForSequenceClassification)"
+        )
     architecture = ARCHITECTURES[names[0]]
     entries: dict[str, files.Entry] = {}
+    left_out: list[str] = []
     for name, entry in files.read_folder(folder).items():
+        if name.startswith(architecture.left_out):
+            left_out.append(name)
+            continue
         renamed = architecture.rename(name)
         if renamed in entries:
             raise UserError(f"{folder}: two tensors are both {renamed}, one of them as {name}")
         if renamed is not None:
             entries[renamed] = entry
     family = next(family for family, classes in FAMILIES.items() if names[0] in classes)
-    return Checkpoint(folder, hf, names[0], family, architecture, Tensors(entries, _read_quantization(hf)))
+    return Checkpoint(folder, hf, names[0], family, architecture, Tensors(entries, _read_quantization(hf)), left_out)
 
 
 def _remove_field(hf: dict[str, Any], path: str) -> dict[str, Any]:

@@ -58,6 +58,16 @@ class Architecture:
                    of other tasks)
     unused_fields  fields of the model that change nothing in models of this class, such as the rotary base of one with
                    learned positions
+    shown_by       fields of the model that config.json does not have -> the tensor whose presence sets them
+
+    A class that differs from another one by its head alone (llmjax/interop/heads.py) has these, too:
+    predicts_labels  whether its head is for labels of texts
+    base           the class with the head that llmjax has; "": this one
+    missing        prefixes of tensors, in the rules' names, that files of this class do not hold. An import initializes
+                   their parameters, and an export does not write them
+    left_out       prefixes of tensors, in published names, of heads that llmjax does not have
+    exported_as    the class that an export writes for imported parameters; "": this one
+    publish        a tensor's name in the rules -> its name in files of this class
     """
 
     read_config: Callable[[dict[str, Any]], dict[str, Any]]
@@ -65,6 +75,13 @@ class Architecture:
     rules: Callable[[Any], list[Rule]]
     rename: Callable[[str], str | None] = lambda name: name
     unused_fields: tuple[str, ...] = ()
+    shown_by: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    base: str = ""
+    missing: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    exported_as: str = ""
+    publish: Callable[[str], str] = lambda name: name
+    predicts_labels: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,13 +115,15 @@ class ParamMapping:
 
     shapes, axes  shape and logical axes of each parameter by dotted name
     tensors       the Hugging Face tensors, in the order of the rules
+
+    Checkpoints may lack the tensors whose names begin with one of `missing`.
     """
 
-    def __init__(self, rules: Iterable[Rule], config: ModelConfig):
+    def __init__(self, rules: Iterable[Rule], config: ModelConfig, missing: tuple[str, ...] = ()):
         _, shapes, axes = registry.abstract(config)
         self.shapes: dict[str, jax.ShapeDtypeStruct] = flatten(shapes)
         self.axes: dict[str, tuple[str, ...]] = flatten(axes)
-        self._tree, self._vocab = jax.tree.structure(shapes), config.vocab_size
+        self._tree, self._vocab, self._missing = jax.tree.structure(shapes), config.vocab_size, missing
         self.tensors: list[Tensor] = []
         # Parameter -> the tensors that it is made from, each with the parameter's position in the rule's names.
         self._tensors_of: dict[str, list[tuple[Tensor, int]]] = {name: [] for name in self.shapes}
@@ -142,7 +161,7 @@ class ParamMapping:
         shapes = source.shapes()
         for tensor in self.tensors:
             names = [name for name in tensor.hf_names if name in shapes]
-            if not names:
+            if not names and not self._may_be_missing(tensor):
                 raise UserError(f"tensor {tensor.hf_names[0]} is missing; expected shape {list(self.hf_shape(tensor))}")
             for name in names:
                 if shapes[name] != self.hf_shape(tensor):
@@ -154,6 +173,21 @@ class ParamMapping:
             if name not in known_names:
                 raise UserError(f"tensor {name} of shape {list(shape)} belongs to no parameter of this model")
 
+    def find_missing(self, source: Source) -> list[str]:
+        """The parameters that a source has no tensors for, of those that it may lack."""
+        shapes = source.shapes()
+        is_absent = lambda tensor: self._may_be_missing(tensor) and not any(name in shapes for name in tensor.hf_names)
+        return [
+            name for name, made_from in self._tensors_of.items() if all(is_absent(tensor) for tensor, _ in made_from)
+        ]
+
+    def _may_be_missing(self, tensor: Tensor) -> bool:
+        return tensor.hf_names[0].startswith(self._missing)
+
+    def written_tensors(self) -> list[Tensor]:
+        """The tensors that an export writes."""
+        return [tensor for tensor in self.tensors if not self._may_be_missing(tensor)]
+
     def check_aliases(self, source: Source, rows: int = 1 << 12) -> None:
         """UserError if a source holds a tensor under several names and they differ (a head that is not tied).
 
@@ -161,7 +195,7 @@ class ParamMapping:
         """
         shapes = source.shapes()
         for tensor in self.tensors:
-            first, *others = [name for name in tensor.hf_names if name in shapes]
+            first, *others = [name for name in tensor.hf_names if name in shapes] or [""]
             for name in others:
                 for start in range(0, (shapes[first] or (1,))[0], rows):
                     box = (slice(start, start + rows),) if shapes[first] else ()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from llmjax.errors import UserError
-from llmjax.interop import decoder_rules
+from llmjax.interop import decoder_rules, heads
 from llmjax.interop.decoder import (
     LLAMA_ACTIVATION,
     SHARED,
@@ -354,3 +354,5 @@ ARCHITECTURES = {
         ("balance_loss", "router_z_loss", "mlp"),
     ),
 }
+for _stem in ("Mixtral", "Qwen3Moe", "GptOss", "DeepseekV3"):
+    ARCHITECTURES = heads.add_variants(ARCHITECTURES, f"{_stem}ForCausalLM", _stem, "model.", ("lm_head.",))

@@ -1,5 +1,6 @@
 """Transfer between tensor files and sharded arrays without a full copy in host memory."""
 
+from collections.abc import Mapping
 import functools
 import logging
 import math
@@ -39,11 +40,17 @@ class Progress:
             )
 
 
-def read(table: ParamMapping, source: Source, shardings: dict[str, NamedSharding]) -> Params:
-    """The parameters as sharded arrays. Every process reads what its own devices hold, each part once."""
-    sizes = {name: _count_local_bytes(leaf, shardings[name]) for name, leaf in table.shapes.items()}
-    progress = Progress("reading", sum(sizes.values()))
-    return table.unflatten({name: _read_array(table, source, name, shardings[name], progress) for name in table.shapes})
+def read(
+    table: ParamMapping, source: Source, shardings: dict[str, NamedSharding], initial: Mapping[str, jax.Array]
+) -> Params:
+    """The parameters as sharded arrays, those of `initial` from there.
+
+    Every process reads what its own devices hold, each part once.
+    """
+    shapes = {name: leaf for name, leaf in table.shapes.items() if name not in initial}
+    progress = Progress("reading", sum(_count_local_bytes(leaf, shardings[name]) for name, leaf in shapes.items()))
+    read = {name: _read_array(table, source, name, shardings[name], progress) for name in shapes}
+    return table.unflatten({**read, **initial})
 
 
 def _list_parts(shape: tuple[int, ...], sharding: NamedSharding) -> dict[tuple, list[Any]]:

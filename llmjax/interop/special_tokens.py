@@ -68,6 +68,7 @@ def read(
         or _read_eos_ids(hf, "config.json", num_rows)
         or _read_eos_ids(hf.get("text_config") or {}, "config.json: text_config", num_rows)
         or _first_id(roles["eos"], vocabulary.eos_id, roles["sep"], *suffix[:1])
+        # No file says it: the usual name, if the tokenizer has it as a special token.
         or _first_id(*(vocabulary.find(name) for name in EOS_NAMES if name in vocabulary.special))
     )
     size = max([vocabulary.size, *(1 + token_id for token_id in added_ids.values())])

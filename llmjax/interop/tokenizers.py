@@ -17,7 +17,8 @@ from llmjax.run.workdir import TOKENIZER
 # Files that only other programs read; they are copied unchanged.
 _COPIED_FILES = """
     tokenizer_config.json special_tokens_map.json added_tokens.json generation_config.json chat_template.jinja
-    chat_template.json
+    chat_template.json modules.json sentence_bert_config.json config_sentence_transformers.json
+    1_Pooling/config.json 2_Normalize/config.json
 """.split()  # noqa: SIM905
 _TEMPLATES = "additional_chat_templates"  # a folder, copied as well
 # (kind, file in a published folder), in order of preference
@@ -77,6 +78,7 @@ def copy_to_workdir(folder: epath.Path, tokenizer_file: TokenizerFile, workdir: 
 def _copy_files(folder: epath.Path, to: epath.Path) -> None:
     for name in _COPIED_FILES:
         if (folder / name).exists():
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
             (to / name).write_bytes((folder / name).read_bytes())
     if (folder / _TEMPLATES).is_dir():
         (to / _TEMPLATES).mkdir(parents=True, exist_ok=True)

@@ -4,12 +4,16 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 from typing import ClassVar
 
+import jax
+
 from llmjax.errors import UserError, suggest
 from llmjax.nn.kernels import KERNELS, Choice, resolve_attention
+from llmjax.nn.lora import LoraConfig
 from llmjax.nn.mlp import ACTIVATIONS
 from llmjax.nn.quantized import QUANTIZATIONS
 from llmjax.nn.splash import LANES
 from llmjax.nn.stack import REMAT
+from llmjax.nn.task_head import TaskHead
 from llmjax.parallel import axes
 
 MAX_LAYERS = 1 << 12  # far above every published model
@@ -26,6 +30,8 @@ class BaseModelConfig:
     vocab_size      number of token ids; 0: the tokenizer's, filled in by the run
     vocab_multiple  embedding and head are padded to a multiple of this many ids, so that they can be sharded;
                     padding ids are never predicted
+    num_outputs     outputs of a head for labels (classes, or 1 for a number) in place of the language model's; 0: none.
+                    Filled in by the run
     num_layers      number of blocks
     embed           width of the residual stream
     norm_eps        added to the variance (rmsnorm: to the mean square) in a norm
@@ -53,13 +59,14 @@ class BaseModelConfig:
                     quantized. Needs the extra `quantization`
     dtype           type of activations and matmuls: float32 or bfloat16 (softmax, norms, recurrent states, gates and
                     logits are always float32)
-    param_dtype     type in which parameters are stored: float32 or bfloat16
+    param_dtype     type in which parameters are stored: float32 or bfloat16 (adapters are float32)
+    lora            adapters of linear layers
     """
 
-    # Facts of a family: the objectives that it supports, whether it continues text, and whether an encoder reads a
-    # source and a decoder writes targets.
+    # Facts of a family: the objectives that it supports, whether each position sees those after it, and whether an
+    # encoder reads a source and a decoder writes targets.
     objectives: ClassVar[tuple[str, ...]] = ()
-    generates: ClassVar[bool] = True
+    bidirectional: ClassVar[bool] = False
     reads_source: ClassVar[bool] = False
     # Checks of fields: their allowed values, their smallest values, and those that must be above 0.
     choices: ClassVar[Mapping[str, Sequence[str]]] = {
@@ -71,6 +78,7 @@ class BaseModelConfig:
     }
     minimums: ClassVar[Mapping[str, float]] = {
         "vocab_size": 0,
+        "num_outputs": 0,
         "vocab_multiple": 1,
         "num_layers": 1,
         "embed": 1,
@@ -81,6 +89,7 @@ class BaseModelConfig:
 
     family: str = ""
     vocab_size: int = 0
+    num_outputs: int = 0
     vocab_multiple: int = 128
     num_layers: int = 4
     embed: int = 256
@@ -93,6 +102,7 @@ class BaseModelConfig:
     quantization: str = "none"
     dtype: str = "float32"
     param_dtype: str = "float32"
+    lora: LoraConfig = LoraConfig()
 
     def __post_init__(self):
         for field, allowed in {"family": (type(self).family,), **self.choices}.items():
@@ -115,6 +125,16 @@ class BaseModelConfig:
     def padded_vocab(self) -> int:
         """Number of rows of the embedding."""
         return round_up(self.vocab_size, self.vocab_multiple)
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model continues text."""
+        return not self.num_outputs and not self.bidirectional
+
+    @property
+    def head_outputs(self) -> int:
+        """Outputs of the head, without padding: those for labels, or the vocabulary."""
+        return self.num_outputs or self.vocab_size
 
     @property
     def max_seq_len(self) -> int | None:
@@ -312,6 +332,19 @@ class SingleStackConfig(TransformerConfig):
     def residual_init_scale(self) -> float:
         """First scale of what each of the 2 num_layers residual branches adds, so that the sum has variance 1."""
         return (2 * self.num_layers) ** -0.5
+
+
+def make_task_head(config: BaseModelConfig, key: jax.Array) -> TaskHead | None:
+    """The head for labels, if the config has outputs for it. `key` is that of the model.
+
+    That of a causal model has no bias, as in transformers, so that it can be exported.
+    """
+    if not config.num_outputs:
+        return None
+    scale = 1 / config.width_multiplier
+    key = jax.random.fold_in(key, 1)
+    bias = config.bidirectional
+    return TaskHead(key, config.embed, config.num_outputs, bias=bias, scale=scale, dtype=config.param_dtype)
 
 
 def round_up(number: int, multiple: int) -> int:

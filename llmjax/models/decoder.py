@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from llmjax.batch import Batch, Output
+from llmjax.models.base import make_task_head
 from llmjax.models.decoder_config import DecoderConfig
 from llmjax.nn import attention, dropout, embedding, rotary, stack, weights
 from llmjax.nn.attention import Attention, Cache, Rope
@@ -127,7 +128,7 @@ class Decoder(nnx.Module):
     """Batch -> Output with hidden states [batch, seq, embed], ready for `unembed`.
 
     Parameters: embed, positions (learned only), blocks (every leaf with a leading "layers" dimension), norm (not if
-    norm_position is post), head (untied only).
+    norm_position is post), head (untied only), or task_head in its place.
 
     Global and local layers differ in their mask and in their rotary frequencies. Both kinds are computed once, and a
     flag that is scanned along with the blocks selects one.
@@ -146,7 +147,8 @@ class Decoder(nnx.Module):
         self.positions = table() if config.positions == "learned" else None
         self.blocks = self.make_blocks(jax.random.split(k_blocks, config.num_layers))
         self.norm = make_norm(config, config.embed) if config.norm_position != "post" else None
-        untied = not config.tie_embeddings
+        self.task_head = make_task_head(config, key)
+        untied = not config.tie_embeddings and self.task_head is None
         self.head = (
             weights.normal(k_head, {"embed": config.embed, "vocab": vocab}, std=0.02, dtype=dtype) if untied else None
         )
@@ -179,7 +181,8 @@ class Decoder(nnx.Module):
         x = drop.at(0)(self._embed(batch.inputs, batch.positions))
         index, local = jnp.arange(config.num_layers), jnp.array(config.local_layers)
         x, (_, aux) = self._run_layers(layer, x, (index, local), config.remat)
-        return self._output(x if self.norm is None else self.norm(x), aux)
+        x = x if self.norm is None else self.norm(x)
+        return self._output(x if self.task_head is None else drop.at(config.num_layers + 1)(x), aux)
 
     def prefill(self, tokens: jax.Array, lengths: jax.Array, max_tokens: int) -> tuple[jax.Array, Cache, jax.Array]:
         """Read prompts: tokens [batch, seq] with `lengths` [batch], into a cache with slots for `max_tokens` more.
@@ -218,7 +221,10 @@ class Decoder(nnx.Module):
         return (x if self.norm is None else self.norm(x)), cache
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states [..., embed] -> float32 logits [..., padded vocab]; padding ids get the lowest one."""
+        """Hidden states [..., embed] -> float32 logits [..., padded vocab]; padding ids get the lowest one. With a head
+        for labels: its outputs."""
+        if self.task_head is not None:
+            return self.task_head(hidden)
         table = self.embed.table[...].T if self.head is None else self.head[...]
         config = self.config
         scale, softcap = 1 / config.width_multiplier, config.logit_softcap or None

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
+from llmjax.data.config import LABELLED, SEVERAL_TEXTS
 from llmjax.errors import UserError
 from llmjax.models.base import SingleStackConfig
 from llmjax.nn import rotary
@@ -40,7 +41,7 @@ class DecoderConfig(SingleStackConfig):
     biases          all (every linear map of the blocks, and layernorm), attention (its four linear maps) or none
     """
 
-    objectives: ClassVar[tuple[str, ...]] = ("causal", "prefix", "fim")
+    objectives: ClassVar[tuple[str, ...]] = ("causal", "prefix", "fim", *LABELLED, *SEVERAL_TEXTS)
     choices: ClassVar = {
         **SingleStackConfig.choices,
         "qk_norm": ("none", "head", "all"),
@@ -132,7 +133,7 @@ class DecoderConfig(SingleStackConfig):
         heads = 2 * self.num_heads + 2 * self.kv_heads
         matrices = 3 if self.gated else 2
         block = self.embed * (heads * self.head_size + matrices * self.mlp_size)
-        return self.num_layers * block + self.embed * self.vocab_size
+        return self.num_layers * block + self.embed * self.head_outputs
 
     def flops_per_token(self, seq_len: int) -> float:
         """Model flops of one training token, for model flops utilisation.

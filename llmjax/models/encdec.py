@@ -251,6 +251,11 @@ class EncDec(nnx.Module):
         x, _ = self.decoder.run(layer, self.embed(batch.inputs, self.config.dtype), drop.at(1))
         return Output(hidden=x)
 
+    def encode(self, batch: Batch) -> jax.Array:
+        """The source of a batch -> hidden states of the encoder [batch, source_seq, embed]."""
+        kernel = self._kernel(batch.source.shape[1])
+        return self._encode(kernel, batch.source, batch.source_segments, batch.source_positions, _NO_DROPOUT)
+
     def _kernel(self, seq_len: int) -> Kernel:
         return KERNELS[self.config.choose_attention(seq_len).kernel]
 

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from llmjax.batch import Batch, Output
-from llmjax.models.base import SingleStackConfig
+from llmjax.data.config import EMBEDDING, LABELLED
+from llmjax.models.base import SingleStackConfig, make_task_head
 from llmjax.nn import dropout, embedding, rotary, stack, weights
 from llmjax.nn.attention import Attention, Rope
 from llmjax.nn.dropout import Dropout
@@ -30,13 +31,13 @@ class EncoderConfig(SingleStackConfig):
     norm_position   post (after each residual addition) or pre (before each sub-block but the first attention, which
                     reads the normed embedding as it is; and once at the end)
     token_types     number of token types (which of two texts a token belongs to), each with an embedding; 0: none
-    pooler          whether `pool` applies a linear map and tanh to a row's first token, as BERT does. Masked LM does
-                    not train them
+    pooler          whether `pool` and a head for labels apply a linear map and tanh to a text's first token, as BERT
+                    does. Masked LM does not train them
     biases          all (every linear map and layer norm) or none; the vocabulary's bias in the head is always there
     """
 
-    objectives: ClassVar[tuple[str, ...]] = ("masked",)
-    generates: ClassVar[bool] = False
+    objectives: ClassVar[tuple[str, ...]] = ("masked", *LABELLED, *EMBEDDING)
+    bidirectional: ClassVar[bool] = True
     choices: ClassVar = {
         **SingleStackConfig.choices,
         "norm_position": ("post", "pre"),
@@ -70,14 +71,15 @@ class EncoderConfig(SingleStackConfig):
         """Model flops of one training token, for model flops utilisation.
 
         6 flops for each weight of a matmul (2 forward, 4 backward; with the head, for every token though only masked
-        ones are scored; without lookups and the pooler, which masked LM does not use), plus attention's two products:
+        ones are scored; without lookups, and without a pooler that is not used), plus attention's two products:
         12 heads head_dim keys a layer. A token has seq_len keys in a global layer, and in a local one the 2 window - 1
         nearest, at most seq_len. Recomputation is not counted.
         """
         matrices = 3 if self.gated else 2
         width = self.num_heads * self.head_size
         block = self.embed * (4 * width + matrices * self.mlp_size)
-        weights = self.num_layers * block + self.embed * (self.embed + self.vocab_size)
+        head = self.embed * (self.embed if not self.num_outputs or self.pooler else 0) + self.embed * self.head_outputs
+        weights = self.num_layers * block + head
         keys = sum(min(seq_len, 2 * self.window - 1) if local else seq_len for local in self.local_layers)
         return 6.0 * weights + 12.0 * width * keys
 
@@ -153,7 +155,7 @@ class Encoder(nnx.Module):
 
     Parameters: embed, positions (learned only), token_types (if there are any), embed_norm, first (the first layer,
     without attention norm; pre-norm only) and blocks (every leaf of both with a leading "layers" dimension), norm
-    (pre-norm only), head, pooler (if the config has one).
+    (pre-norm only), head, or task_head in its place, pooler (if the config has one).
     """
 
     def __init__(self, config: EncoderConfig, key: jax.Array):
@@ -170,7 +172,8 @@ class Encoder(nnx.Module):
         blocks = lambda keys, normed: jax.vmap(lambda k: Block(config, k, normed=normed))(keys) if len(keys) else None
         self.first, self.blocks = blocks(keys[:first], False), blocks(keys[first:], True)
         self.norm = _norm(config) if config.norm_position == "pre" else None
-        self.head = Head(config, k_head)
+        self.head = None if config.num_outputs else Head(config, k_head)
+        self.task_head = make_task_head(config, key)
         self.pooler = _embed_to_embed(config, k_pooler) if config.pooler else None
 
     def __call__(self, batch: Batch, key: jax.Array | None = None) -> Output:
@@ -200,10 +203,17 @@ class Encoder(nnx.Module):
                 x, _ = stack.run(
                     layer, x, items, scan=config.scan, remat=config.remat, quantization=config.quantization
                 )
-        return Output(hidden=x if self.norm is None else self.norm(x))
+        x = x if self.norm is None else self.norm(x)
+        if self.task_head is None:
+            return Output(hidden=x)
+        return Output(hidden=drop.at(config.num_layers + 1)(x if self.pooler is None else jnp.tanh(self.pooler(x))))
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states [..., embed] -> float32 logits [..., padded vocab]; padding ids get the lowest one."""
+        """Hidden states [..., embed] -> float32 logits [..., padded vocab]; padding ids get the lowest one. With a head
+        for labels: its outputs."""
+        if self.task_head is not None:
+            return self.task_head(hidden)
+        assert self.head is not None
         table, scale = self.embed.table[...].T, 1 / self.config.width_multiplier
         logits = embedding.logits(self.head(hidden), table, vocab_size=self.config.vocab_size, scale=scale)
         return logits + self.head.bias[...].astype(jnp.float32)

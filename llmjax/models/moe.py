@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from llmjax.batch import Output
+from llmjax.data.config import LABELLED
 from llmjax.errors import UserError
 from llmjax.models.decoder import Block, Cache, Decoder, Rope
 from llmjax.models.decoder_config import DecoderConfig
@@ -50,7 +51,7 @@ class MoeConfig(DecoderConfig):
     value_dim           width of a head's value; 0: head_dim. These four are unused without `latent`
     """
 
-    objectives: ClassVar[tuple[str, ...]] = ("causal", "prefix", "fim")
+    objectives: ClassVar[tuple[str, ...]] = ("causal", "prefix", "fim", *LABELLED)
     choices: ClassVar = {
         **DecoderConfig.choices,
         "expert_activation": (*GLU_ACTIVATIONS, ""),
@@ -163,7 +164,7 @@ class MoeConfig(DecoderConfig):
         moe = self.embed * (self.num_experts + 3 * experts * self.expert_size)
         dense = 3 * self.embed * self.mlp_size
         layers = self.num_layers * attention + (self.num_layers - self.dense_layers) * moe + self.dense_layers * dense
-        return layers + self.embed * self.vocab_size
+        return layers + self.embed * self.head_outputs
 
     @property
     def score_width(self) -> int:

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from llmjax.batch import Batch, Output
+from llmjax.data.config import LABELLED, SEVERAL_TEXTS
 from llmjax.errors import UserError
-from llmjax.models.base import BaseModelConfig
+from llmjax.models.base import BaseModelConfig, make_task_head
 from llmjax.nn import dropout, embedding, recurrent, rglru, stack, weights
 from llmjax.nn.dropout import Dropout
 from llmjax.nn.embedding import Embedding
@@ -38,7 +39,7 @@ class RecurrentConfig(BaseModelConfig):
     unroll          tokens in one turn of the sequential loop; more compile longer and may run faster
     """
 
-    objectives: ClassVar[tuple[str, ...]] = ("causal", "fim")
+    objectives: ClassVar[tuple[str, ...]] = ("causal", "fim", *LABELLED, *SEVERAL_TEXTS)
     choices: ClassVar = {
         **BaseModelConfig.choices,
         "cell": (*CELLS, "rglru"),
@@ -110,7 +111,7 @@ class RecurrentConfig(BaseModelConfig):
         else:
             block = len(CELLS[self.cell].gates) * hidden * (embed + hidden)
             block += hidden * embed if hidden != embed else 0
-        return 6.0 * (self.num_layers * (block + 3 * embed * self.mlp) + embed * self.vocab_size)
+        return 6.0 * (self.num_layers * (block + 3 * embed * self.mlp) + embed * self.head_outputs)
 
 
 Cache = tuple[jax.Array, ...]
@@ -175,7 +176,7 @@ class Recurrent(nnx.Module):
     that continues a document of another row starts from 0, because rows are shuffled.
 
     Parameters: embed, blocks (every leaf with a leading "layers" dimension), norm (where the config has one), head
-    (untied only).
+    (untied only), or task_head in its place.
     """
 
     def __init__(self, config: RecurrentConfig, key: jax.Array):
@@ -185,7 +186,8 @@ class Recurrent(nnx.Module):
         self.embed = Embedding(k_embed, vocab, config.embed, entries="vocab", dtype=dtype)
         self.blocks = jax.vmap(lambda k: Block(config, k))(jax.random.split(k_blocks, config.num_layers))
         self.norm = _norm(config)
-        untied = not config.tie_embeddings
+        self.task_head = make_task_head(config, key)
+        untied = not config.tie_embeddings and self.task_head is None
         self.head = (
             weights.normal(k_head, {"embed": config.embed, "vocab": vocab}, std=0.02, dtype=dtype) if untied else None
         )
@@ -200,7 +202,8 @@ class Recurrent(nnx.Module):
 
         x = drop.at(0)(self.embed(batch.inputs, self.config.dtype))
         x, _ = self._run(layer, x, (self.blocks, jnp.arange(self.config.num_layers)), self.config.remat)
-        return Output(hidden=_apply_norm(self.norm, x))
+        x = _apply_norm(self.norm, x)
+        return Output(hidden=x if self.task_head is None else drop.at(self.config.num_layers + 1)(x))
 
     def prefill(self, tokens: jax.Array, lengths: jax.Array, max_tokens: int) -> tuple[jax.Array, Cache, jax.Array]:
         """Read prompts: tokens [batch, seq] with `lengths` [batch].
@@ -229,7 +232,10 @@ class Recurrent(nnx.Module):
         return self._advance(tokens, positions, cache, jnp.full(tokens.shape[0], tokens.shape[1] - 1))
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states [..., embed] -> float32 logits [..., padded vocab]; padding ids get the lowest one."""
+        """Hidden states [..., embed] -> float32 logits [..., padded vocab]; padding ids get the lowest one. With a head
+        for labels: its outputs."""
+        if self.task_head is not None:
+            return self.task_head(hidden)
         table = self.embed.table[...].T if self.head is None else self.head[...]
         scale = 1 / self.config.width_multiplier
         return embedding.logits(hidden, table, vocab_size=self.config.vocab_size, scale=scale)

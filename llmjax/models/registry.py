@@ -1,5 +1,6 @@
 """Model families by name: from a config to a module, shapes, logical axes and initial parameters."""
 
+import dataclasses
 import math
 import typing
 from typing import Any
@@ -14,6 +15,8 @@ from llmjax.models.encdec import EncDec, EncDecConfig
 from llmjax.models.encoder import Encoder, EncoderConfig
 from llmjax.models.moe import MoeConfig, MoeDecoder
 from llmjax.models.recurrent import Recurrent, RecurrentConfig
+from llmjax.nn import lora
+from llmjax.nn.lora import LoraConfig
 
 # Family -> module. ModelConfig lists the config classes, of which `model.family` selects one.
 FAMILIES: dict[str, Any] = {
@@ -33,8 +36,33 @@ def config_class(family: str) -> Any:
 
 
 def build(config: ModelConfig, key: jax.Array) -> nnx.Module:
-    """The model of a config, with fresh parameters."""
-    return FAMILIES[config.family](config, key)
+    """The model of a config, with fresh parameters. Those of a model without adapters do not depend on adapters."""
+    model = FAMILIES[config.family](config, key)
+    lora.add_adapters(model, config.lora, _adapter_key(key))
+    return model
+
+
+def without_adapters(config: ModelConfig) -> ModelConfig:
+    """The config of the model without adapters."""
+    return dataclasses.replace(config, lora=LoraConfig())
+
+
+def add_adapters(config: ModelConfig, params: Params, key: jax.Array) -> Params:
+    """Parameters of `config`, from those of `without_adapters(config)`; the new ones are those that `init` draws."""
+    model = nnx.merge(abstract(without_adapters(config))[0], params)
+    lora.add_adapters(model, config.lora, _adapter_key(key))
+    return nnx.to_pure_dict(nnx.state(model))
+
+
+def merge_adapters(config: ModelConfig, params: Params) -> Params:
+    """Parameters of `without_adapters(config)` that compute what those of `config` do; merged weights are float32."""
+    model = nnx.merge(abstract(config)[0], params)
+    lora.merge_adapters(model)
+    return nnx.to_pure_dict(nnx.state(model))
+
+
+def _adapter_key(key: jax.Array) -> jax.Array:
+    return jax.random.fold_in(key, 1 << 20)
 
 
 def abstract(config: ModelConfig) -> tuple[Graph, Params, Params]:

@@ -21,6 +21,8 @@ from llmjax.nn import context_parallel
 from llmjax.nn.attention import one_segment
 from llmjax.nn.embedding import MASKED
 
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
 # Queries and keys of a block. The float32 scores of one block are batch x heads x BLOCK x BLOCK x 4 bytes.
 BLOCK = 256
 
@@ -60,11 +62,10 @@ class _Options(NamedTuple):
 
 
 class _Inputs(NamedTuple):
-    """Arguments of the kernel that have gradients, in its own layout.
+    """Arguments of the kernel that have gradients.
 
-    q      [blocks, batch, groups, repeats * block, head_dim]: heads of a group behind one another in each query block,
-           so that one matmul serves them all
-    k, v   [batch, groups, padded t, head_dim]
+    q      [batch, padded s, groups, repeats, head_dim]
+    k, v   [batch, padded t, groups, head_dim]
     sinks  float32 [groups, repeats]
     bias   float32 [groups, repeats, 2 padded s - 1]
     """
@@ -207,20 +208,50 @@ def blockwise(
     groups, repeats = k.shape[2], heads // k.shape[2]
     options = _Options(head_dim**-0.5 if scale is None else scale, softcap)
     pad = lambda x, like: jnp.pad(x, ((0, 0), (0, like.shape[1] - x.shape[1]), (0, 0), (0, 0)))
-    q = pad(q, mask.segments).reshape(batch, -1, mask.block, groups, repeats, head_dim)
     if bias is not None:
         padding = mask.segments.shape[1] - seq
         bias = jnp.pad(bias.astype(jnp.float32), ((0, 0), (padding, padding))).reshape(groups, repeats, -1)
     inputs = _Inputs(
-        q.transpose(1, 0, 3, 4, 2, 5).reshape(-1, batch, groups, repeats * mask.block, head_dim),
-        pad(k, mask.key_segments).swapaxes(1, 2),
-        pad(v, mask.key_segments).swapaxes(1, 2),
+        pad(q, mask.segments).reshape(batch, -1, groups, repeats, head_dim),
+        pad(k, mask.key_segments),
+        pad(v, mask.key_segments),
         None if sinks is None else sinks.astype(jnp.float32).reshape(groups, repeats),
         bias,
     )
     out: jax.Array = _attention(options, inputs, mask)
-    out = out.reshape(-1, batch, groups, repeats, mask.block, v.shape[-1]).transpose(1, 0, 4, 2, 3, 5)
     return out.reshape(batch, -1, heads, v.shape[-1])[:, :seq]
+
+
+def _query_block(x: jax.Array, query: jax.Array, block: int) -> jax.Array:
+    """Block `query` of x [batch, padded s, groups, repeats, width]: [batch, groups, repeats * block, width].
+
+    The heads of a group lie behind one another, so that one matmul serves them all.
+    """
+    rows = jax.lax.dynamic_slice_in_dim(x, query * block, block, axis=1).transpose(0, 2, 3, 1, 4)
+    return rows.reshape(*rows.shape[:2], -1, x.shape[-1])
+
+
+def _query_rows(x: jax.Array, block: int) -> jax.Array:
+    """The inverse of `_query_block` for one block: [batch, block, groups, repeats, width]."""
+    batch, groups, rows, width = x.shape
+    return x.reshape(batch, groups, rows // block, block, width).transpose(0, 3, 1, 2, 4)
+
+
+def _join_rows(x: jax.Array) -> jax.Array:
+    """Rows of all blocks, [blocks, batch, block, groups, repeats, width], as [batch, padded s, ...]."""
+    x = x.swapaxes(0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def _key_blocks(x: jax.Array, block: int) -> jax.Array:
+    """x [batch, padded t, groups, width] as [blocks, batch, groups, block, width], in which a block is contiguous."""
+    return x.reshape(x.shape[0], -1, block, *x.shape[2:]).transpose(1, 0, 3, 2, 4)
+
+
+def _join_columns(x: jax.Array) -> jax.Array:
+    """The inverse of `_key_blocks` for transposed blocks [blocks, batch, groups, width, block]."""
+    x = x.transpose(1, 0, 4, 2, 3)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
 def _scores(
@@ -234,10 +265,10 @@ def _scores(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Masked float32 scores [batch, groups, repeats * block, key_block] of query block `query` and key block `key`.
 
-    q [batch, groups, repeats * block, head_dim], k [batch, groups, head_dim, key_block]. Also returns the derivative of
+    q [batch, groups, repeats * block, head_dim], k [batch, groups, key_block, head_dim]. Also returns the derivative of
     the soft-cap, None without one.
     """
-    scores = options.scale * jnp.einsum("bgsk,bgkt->bgst", q, k, preferred_element_type=jnp.float32)
+    scores = options.scale * _product("bgsk,bgtk->bgst", q, k)
     slope = None
     if options.softcap is not None:
         capped = jnp.tanh(scores / options.softcap)
@@ -245,7 +276,7 @@ def _scores(
     if bias is not None:
         start = _first_distance(bias, mask.block, mask.index[query], key)
         near = jax.lax.dynamic_slice_in_dim(bias, start, 2 * mask.block - 1, axis=2)
-        scores += _matrix_from_diagonals(near).reshape(q.shape[1:3] + k.shape[3:])
+        scores += _matrix_from_diagonals(near).reshape(q.shape[1:3] + k.shape[2:3])
     cut = lambda x, index, size: jax.lax.dynamic_slice_in_dim(x, index * size, size, axis=1)
     queries, keys = lambda x: cut(x, query, mask.block)[:, :, None], lambda x: cut(x, key, mask.key_block)[:, None, :]
     distance = queries(mask.positions) - keys(mask.key_positions)
@@ -278,48 +309,45 @@ def _sum_diagonals(matrix: jax.Array) -> jax.Array:
     return jnp.sum(flat.reshape(*matrix.shape[:-2], size, 2 * size - 1), axis=-2)
 
 
-def _block(x: jax.Array, index: jax.Array, size: int, axis: int = 2) -> jax.Array:
-    """Block `index` of an axis of x; axis 2 has the positions of [batch, groups, padded, width]."""
-    return jax.lax.dynamic_slice_in_dim(x, index * size, size, axis=axis)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(options: _Options, inputs: _Inputs, mask: BlockMask) -> jax.Array:
-    """The output in the layout of q: [blocks, batch, groups, repeats * block, v's head_dim]."""
+    """The output in the layout of q: [batch, padded s, groups, repeats, v's head_dim]."""
     return _forward(options, inputs, mask)[0]
 
 
 def _forward(options: _Options, inputs: _Inputs, mask: BlockMask) -> tuple[jax.Array, jax.Array]:
     """The output, and the logarithm of the softmax's sum, float32 [blocks, batch, groups, repeats * block, 1]."""
     q, k, v, sinks, bias = inputs
-    columns = k.swapaxes(2, 3)
-    rows = (*q.shape[1:-1], 1)
+    k_blocks, v_blocks = _key_blocks(k, mask.key_block), _key_blocks(v, mask.key_block)
+    batch, _, groups, repeats, _ = q.shape
+    rows = (batch, groups, repeats * mask.block, 1)
     highest, total = jnp.full(rows, MASKED, jnp.float32), jnp.zeros(rows, jnp.float32)
     if sinks is not None:  # as a key that every query sees and whose value is 0
-        highest = jnp.broadcast_to(jnp.repeat(sinks, mask.block, axis=1).reshape(1, -1, rows[2], 1), rows)
+        highest = jnp.broadcast_to(jnp.repeat(sinks, mask.block, axis=1).reshape(1, groups, -1, 1), rows)
         total = jnp.ones(rows, jnp.float32)
 
     def query_block(_, item):
-        q, query, first, last = item
+        query, first, last = item
+        q_block = _query_block(q, query, mask.block)
 
         def key_block(key, carry):
             out, highest, total = carry
-            scores, _ = _scores(options, q, _block(columns, key, mask.key_block, 3), bias, mask, query, key)
-            v_block = _block(v, key, mask.key_block)
+            scores, _ = _scores(options, q_block, k_blocks[key], bias, mask, query, key)
             new = jnp.maximum(highest, jnp.max(scores, axis=-1, keepdims=True))
             correction, weights = jnp.exp(highest - new), jnp.exp(scores - new)
-            values = jnp.einsum("bgst,bgtk->bgsk", weights.astype(v.dtype), v_block, preferred_element_type=jnp.float32)
+            values = _product("bgst,bgtk->bgsk", weights.astype(v.dtype), v_blocks[key])
             total = correction * total + jnp.sum(weights, axis=-1, keepdims=True)
             return correction * out + values, new, total
 
-        out = jnp.zeros((*q.shape[:-1], v.shape[-1]), jnp.float32)
+        out = jnp.zeros((*rows[:-1], v.shape[-1]), jnp.float32)
         out, new, sums = jax.lax.fori_loop(first, last, key_block, (out, highest, total))
         sees_none = new == MASKED
         out = jnp.where(sees_none, 0, out / jnp.where(sees_none, 1, sums)).astype(v.dtype)
         # The backward pass computes weights as exp(score - log_total): 0 for a query that sees no key.
-        return None, (out, jnp.where(sees_none, -MASKED, new + jnp.log(sums)))
+        return None, (_query_rows(out, mask.block), jnp.where(sees_none, -MASKED, new + jnp.log(sums)))
 
-    return jax.lax.scan(query_block, None, (q, jnp.arange(len(mask.first)), mask.first, mask.last))[1]
+    out, log_total = jax.lax.scan(query_block, None, (jnp.arange(len(mask.first)), mask.first, mask.last))[1]
+    return _join_rows(out), log_total
 
 
 def _attention_forward(options: _Options, inputs: _Inputs, mask: BlockMask) -> tuple[jax.Array, tuple[Any, ...]]:
@@ -332,51 +360,56 @@ def _attention_backward(
 ) -> tuple[_Inputs, BlockMask | None]:
     inputs, mask, out, log_total = saved
     q, k, v, sinks, bias = inputs
+    k_blocks, v_blocks = _key_blocks(k, mask.key_block), _key_blocks(v, mask.key_block)
     # The sum over keys of a weight times its gradient, which the softmax's gradient subtracts (Dao et al., section 3).
     mean = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    k_columns, v_columns, q_columns, d_out_columns = (x.swapaxes(-1, -2) for x in (k, v, q, d_out))
 
     def query_block(carry, item):
-        (q, d_out, q_columns, d_out_columns, log_total, mean), query, first, last = item
+        query, first, last, log_total = item
+        q_block, d_out_block, mean_block = (_query_block(x, query, mask.block) for x in (q, d_out, mean))
+        q_columns, d_out_columns = q_block.swapaxes(2, 3), d_out_block.swapaxes(2, 3)
 
         def key_block(key, carry):
             d_q, d_k, d_v, d_bias = carry
-            k_block, v_block = (_block(x, key, mask.key_block, 3) for x in (k_columns, v_columns))
-            scores, slope = _scores(options, q, k_block, bias, mask, query, key)
+            k_block = k_blocks[key]
+            scores, slope = _scores(options, q_block, k_block, bias, mask, query, key)
             weights = jnp.exp(scores - log_total)
-            d_scores = weights * (product("bgsk,bgkt->bgst", d_out, v_block) - mean)
+            d_scores = weights * (_product("bgsk,bgtk->bgst", d_out_block, v_blocks[key]) - mean_block)
             if bias is not None:
                 by_head = jnp.sum(d_scores, axis=0).reshape(*bias.shape[:2], mask.block, mask.key_block)
                 start = _first_distance(bias, mask.block, mask.index[query], key)
                 d_bias = _add_slice(d_bias, _sum_diagonals(by_head), start)
             d_scores = (d_scores * options.scale if slope is None else d_scores * options.scale * slope).astype(q.dtype)
-            d_q += product("bgst,bgtk->bgsk", d_scores, _block(k, key, mask.key_block))
-            start = key * mask.key_block
-            d_k = _add_slice(d_k, product("bgks,bgst->bgkt", q_columns, d_scores), start, 3)
-            d_v = _add_slice(d_v, product("bgks,bgst->bgkt", d_out_columns, weights.astype(d_out.dtype)), start, 3)
+            d_q += _product("bgst,bgtk->bgsk", d_scores, k_block)
+            d_k = _add_block(d_k, _product("bgks,bgst->bgkt", q_columns, d_scores), key)
+            d_v = _add_block(d_v, _product("bgks,bgst->bgkt", d_out_columns, weights.astype(d_out.dtype)), key)
             return d_q, d_k, d_v, d_bias
 
-        d_q, *carry = jax.lax.fori_loop(first, last, key_block, (jnp.zeros(q.shape, jnp.float32), *carry))
-        return tuple(carry), d_q.astype(q.dtype)
+        d_q, *carry = jax.lax.fori_loop(first, last, key_block, (jnp.zeros(q_block.shape, jnp.float32), *carry))
+        return tuple(carry), _query_rows(d_q.astype(q.dtype), mask.block)
 
-    d_k, d_v = (jnp.zeros(x.shape, jnp.float32) for x in (k_columns, v_columns))
+    # Gradients of keys and values are summed as columns, so that no operand of their products is transposed.
+    d_k, d_v = (jnp.zeros(x.swapaxes(3, 4).shape, jnp.float32) for x in (k_blocks, v_blocks))
     zeros = (d_k, d_v, None if bias is None else jnp.zeros_like(bias))
-    blocks = (q, d_out, q_columns, d_out_columns, log_total, mean)
-    items = (blocks, jnp.arange(len(mask.first)), mask.first, mask.last)
+    items = (jnp.arange(len(mask.first)), mask.first, mask.last, log_total)
     (d_k, d_v, d_bias), d_q = jax.lax.scan(query_block, zeros, items)
-    d_k, d_v = d_k.swapaxes(2, 3), d_v.swapaxes(2, 3)
     d_sinks = None
     if sinks is not None:
-        by_query = lambda x: x.reshape(*x.shape[:2], *sinks.shape, mask.block)
-        d_sinks = -jnp.sum(jnp.exp(sinks[:, :, None] - by_query(log_total)) * by_query(mean), axis=(0, 1, 4))
-    return _Inputs(d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), d_sinks, d_bias), None
+        by_query = log_total.reshape(*log_total.shape[:2], *sinks.shape, mask.block).transpose(1, 0, 4, 2, 3)
+        d_sinks = -jnp.sum(jnp.exp(sinks - by_query).reshape(mean.shape) * mean, axis=(0, 1, 4))
+    d_k, d_v = _join_columns(d_k).astype(k.dtype), _join_columns(d_v).astype(v.dtype)
+    return _Inputs(_join_rows(d_q), d_k, d_v, d_sinks, d_bias), None
 
 
-def _add_slice(total: jax.Array, part: jax.Array, start: jax.Array, axis: int = 2) -> jax.Array:
-    """`total` with `part` added from `start` of an axis on."""
-    new = jax.lax.dynamic_slice_in_dim(total, start, part.shape[axis], axis=axis) + part
-    return jax.lax.dynamic_update_slice_in_dim(total, new, start, axis=axis)
+def _add_slice(total: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
+    """`total` with `part` added from `start` of its last axis on."""
+    new = jax.lax.dynamic_slice_in_dim(total, start, part.shape[-1], axis=-1) + part
+    return jax.lax.dynamic_update_slice_in_dim(total, new, start, axis=-1)
+
+
+def _add_block(total: jax.Array, part: jax.Array, index: jax.Array) -> jax.Array:
+    """`total` with `part` added to element `index` of its first axis."""
+    return jax.lax.dynamic_update_index_in_dim(total, total[index] + part, index, axis=0)
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

@@ -95,9 +95,9 @@ class LatentAttention(nnx.Module):
         plain_q, rope_q, *new = self.project(x, rope)
         cache = update_cache(cache, new, start)
         latent, rope_k = (part.astype(x.dtype) for part in cache)
-        absorbed = jnp.einsum("bshk,chk->bshc", plain_q, self.key.weight[...].astype(x.dtype))
+        absorbed = jnp.einsum("bshk,chk->bshc", plain_q, self.key.merged_weight(x.dtype))
         q = jnp.concatenate([absorbed, rope_q], axis=-1)
         k = jnp.concatenate([latent, rope_k], axis=-1)[:, :, None]
         heads = dot(q, k, latent[:, :, None], mask, scale=self.score_scale)
-        values = jnp.einsum("bshc,chv->bshv", heads, self.value.weight[...].astype(x.dtype))
+        values = jnp.einsum("bshc,chv->bshv", heads, self.value.merged_weight(x.dtype))
         return self.out(values), cache

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 import math
+from typing import Any
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 
 from llmjax.nn import quantized, weights
 from llmjax.nn.materialize import materialize
@@ -88,8 +90,25 @@ class Linear(nnx.Module):
         self.weight = weights.normal(key, {**inputs, **outputs}, std=scale * fan_in**-0.5, dtype=dtype)
         self.bias = weights.constant(0.0, outputs, dtype=dtype) if bias else None
         self.num_inputs = len(inputs)
+        # Set by nn.lora: an adapter, and the scales [*outputs] of a frozen weight that is stored in 8 bits.
+        self.adapter: Any = nnx.data(None)
+        self.weight_scale: nnx.Param | None = nnx.data(None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., *inputs] -> [..., *outputs]."""
-        y = project(x, self.weight[...], self.num_inputs)
+        weight = self.weight[...] if self.weight_scale is None else self._dequantize(x.dtype)
+        y = project(x, weight, self.num_inputs)
+        y = y if self.adapter is None else self.adapter(x, y, weight)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+    def merged_weight(self, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """The weight [*inputs, *outputs] in `dtype` with the adapter merged into it: for layers that read weights."""
+        if self.adapter is None:
+            return self._dequantize(dtype)
+        return self.adapter.merge(self._dequantize(jnp.float32)).astype(dtype)
+
+    def _dequantize(self, dtype: jax.typing.DTypeLike) -> jax.Array:
+        weight = self.weight[...]
+        if self.weight_scale is None:
+            return weight.astype(dtype)
+        return (weight.astype(jnp.float32) * self.weight_scale[...]).astype(dtype)

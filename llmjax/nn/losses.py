@@ -1,4 +1,5 @@
-"""Token cross-entropy as sums, in chunks of the sequence, so that [batch, seq, vocab] logits never exist."""
+"""Losses as sums: token cross-entropy in chunks of the sequence, so that [batch, seq, vocab] logits never exist, and
+the losses of labels."""
 
 from collections.abc import Callable
 import dataclasses
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from llmjax.batch import Batch
 from llmjax.parallel import axes
 
 
@@ -19,7 +21,9 @@ class LossSums:
     nats      cross-entropy
     z         z-loss times its coefficient: the objective is nats + z
     weight    of the scored tokens
-    correct   weight of the tokens whose target has the highest logit (ties count)
+    correct   weight of the tokens whose target has the highest logit (ties count); of classes decided one by one the
+              share of the classes that is right. None for numbers
+    margin    of preferences, the sum of the differences in reward; else None
 
     Only nats + z can be differentiated: the gradient of `nats` is that of the sum, and the gradient of `z` is 0.
     """
@@ -27,7 +31,21 @@ class LossSums:
     nats: jax.Array
     z: jax.Array
     weight: jax.Array
-    correct: jax.Array
+    correct: jax.Array | None
+    margin: jax.Array | None = None
+
+
+def batch_loss(
+    hidden: jax.Array, unembed: Callable[[jax.Array], jax.Array], batch: Batch, *, chunk: int, z_loss: float
+) -> LossSums:
+    """The loss of a batch: cross-entropy of its targets, or the loss of its labels; arguments as of `cross_entropy`.
+
+    Of labels it is the mean over the outputs of binary cross-entropy (batch.multi_label), or of the squared error.
+    """
+    if batch.labels is None:
+        return cross_entropy(hidden, unembed, batch.targets, batch.weights, chunk=chunk, z_loss=z_loss)
+    score = _binary_sums if batch.multi_label else _squared_sums
+    return _summed(hidden, unembed, batch.labels, batch.weights, chunk, score)
 
 
 def cross_entropy(
@@ -50,11 +68,16 @@ def cross_entropy(
     summed in float32 on each device, and over the devices once, after the loop, in `axes.gradient_dtype`, by default in
     float32.
     """
+    return _summed(hidden, unembed, targets, weights, chunk, functools.partial(_token_sums, z_loss=z_loss))
+
+
+def _summed(hidden, unembed, targets, weights, chunk, score) -> LossSums:
+    """Sums of `score`(outputs, targets, weights) -> (LossSums, its gradient by the outputs) over all positions."""
     # This also constrains the gradient. Without it, the partitioner (jax 0.10.2) gave devices the gradient of other
     # devices' rows, for recurrent models on a mesh with three axes.
     hidden = axes.constrain(hidden, "batch", "seq", None)
-    rows = axes.spec(("batch", "seq"), targets.shape)
-    batch, seq = axes.shard_shape(targets.shape, rows)
+    rows = axes.spec(("batch", "seq"), weights.shape)
+    batch, seq = axes.shard_shape(weights.shape, rows)
     chunk = min(chunk or seq, seq)
     # The head is traced as it runs inside shard_map: at the shape of one device's chunk.
     with axes.manual(axes.sharded_by(rows)):
@@ -62,7 +85,7 @@ def cross_entropy(
         head, parameters = jax.closure_convert(unembed, example)
     if axes.device().platform == "cpu":
         head, parameters = _transpose_tables(head, parameters)
-    return _cross_entropy(head, rows, chunk, z_loss, parameters, hidden, targets, weights)
+    return _differentiable(head, rows, chunk, score, parameters, hidden, targets, weights)
 
 
 def _transpose_tables(head, parameters):
@@ -78,34 +101,34 @@ def _transpose_tables(head, parameters):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _cross_entropy(head, rows, chunk, z_loss, parameters, hidden, targets, weights):
-    def score(parameters, h, t, w):
-        return _token_sums(head(h, *parameters), t, w, z_loss=z_loss)[0], None
+def _differentiable(head, rows, chunk, score, parameters, hidden, targets, weights):
+    def score_chunk(parameters, h, t, w):
+        return score(head(h, *parameters), t, w)[0], None
 
-    return _sum_over_rows(score, rows, chunk, parameters, (hidden, targets, weights))[0]
+    return _sum_over_rows(score_chunk, rows, chunk, parameters, (hidden, targets, weights))[0]
 
 
-def _forward(head, rows, chunk, z_loss, parameters, hidden, targets, weights):
-    def score(parameters, h, t, w):
+def _forward(head, rows, chunk, score, parameters, hidden, targets, weights):
+    def score_chunk(parameters, h, t, w):
         logits, transpose = jax.vjp(head, h, *parameters)
-        sums, d_logits = _token_sums(logits, t, w, z_loss=z_loss)
+        sums, d_logits = score(logits, t, w)
         d_hidden, *d_parameters = transpose(d_logits)
         return (sums, [d.astype(jnp.float32) for d in d_parameters]), d_hidden
 
-    (sums, d_parameters), d_hidden = _sum_over_rows(score, rows, chunk, parameters, (hidden, targets, weights))
+    (sums, d_parameters), d_hidden = _sum_over_rows(score_chunk, rows, chunk, parameters, (hidden, targets, weights))
     d_hidden = axes.constrain(d_hidden, "batch", "seq", None)
     # The backward pass needs the types of the parameters, which empty arrays carry.
     return sums, (d_parameters, d_hidden, [jnp.zeros(0, p.dtype) for p in parameters])
 
 
-def _backward(head, rows, chunk, z_loss, saved, cotangent):
+def _backward(head, rows, chunk, score, saved, cotangent):
     d_parameters, d_hidden, typed = saved
     scale = lambda d, dtype: (d * cotangent.nats).astype(dtype)
     d_parameters = [scale(d, p.dtype) for d, p in zip(d_parameters, typed, strict=True)]
     return d_parameters, scale(d_hidden, d_hidden.dtype), None, None
 
 
-_cross_entropy.defvjp(_forward, _backward)
+_differentiable.defvjp(_forward, _backward)
 
 
 def _token_sums(logits, targets, weights, *, z_loss: float) -> tuple[LossSums, jax.Array]:
@@ -125,6 +148,25 @@ def _token_sums(logits, targets, weights, *, z_loss: float) -> tuple[LossSums, j
     )
     d_log_z = weights * (1.0 + 2.0 * z_loss * log_z)
     return sums, exponents * (d_log_z / partition) - jnp.where(is_target, weights, 0.0)
+
+
+def _binary_sums(logits, labels, weights) -> tuple[LossSums, jax.Array]:
+    """(sums, gradient by the logits) of binary cross-entropy, whose mean is over the classes [..., classes]."""
+    share = weights[..., None] / logits.shape[-1]
+    sums = LossSums(
+        nats=jnp.sum(share * (jax.nn.softplus(logits) - labels * logits)),
+        z=jnp.zeros((), jnp.float32),
+        weight=jnp.sum(weights),
+        correct=jnp.sum(share * ((logits > 0) == (labels > 0))),
+    )
+    return sums, share * (jax.nn.sigmoid(logits) - labels)
+
+
+def _squared_sums(outputs, labels, weights) -> tuple[LossSums, jax.Array]:
+    """(sums, gradient by the outputs) of the squared error, whose mean is over the numbers [..., outputs]."""
+    share, error = weights[..., None] / outputs.shape[-1], outputs - labels
+    zero = jnp.zeros((), jnp.float32)
+    return LossSums(nats=jnp.sum(share * error**2), z=zero, weight=jnp.sum(weights), correct=None), 2 * share * error
 
 
 def _sum_over_rows(score, rows, chunk, parameters, arrays):
@@ -168,7 +210,7 @@ def _add_gradient(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
 
 def _sum_over_chunks(score, chunk, arrays):
     """`_sum_over_rows` of the rows of one device."""
-    chunks = tuple(_split(x, chunk) for x in arrays)
+    chunks = tuple(split(x, chunk) for x in arrays)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(score, *(x[0] for x in chunks))[0])
 
     def body(total, chunk):
@@ -176,10 +218,10 @@ def _sum_over_chunks(score, chunk, arrays):
         return jax.tree.map(jnp.add, total, sums), out
 
     total, outs = jax.lax.scan(body, zeros, chunks)
-    return total, jax.tree.map(lambda x: _join(x, arrays[0].shape[1]), outs)
+    return total, jax.tree.map(lambda x: join(x, arrays[0].shape[1]), outs)
 
 
-def _split(x: jax.Array, chunk: int) -> jax.Array:
+def split(x: jax.Array, chunk: int) -> jax.Array:
     """[batch, seq, ...] -> [chunks, batch, chunk, ...]; the last chunk is padded with zeros, which have weight 0."""
     batch, seq, *rest = x.shape
     if padding := -seq % chunk:
@@ -187,7 +229,7 @@ def _split(x: jax.Array, chunk: int) -> jax.Array:
     return jnp.moveaxis(x.reshape(batch, -1, chunk, *rest), 1, 0)
 
 
-def _join(x: jax.Array, seq: int) -> jax.Array:
-    """[chunks, batch, chunk, ...] -> [batch, seq, ...]: the inverse of `_split`."""
+def join(x: jax.Array, seq: int) -> jax.Array:
+    """[chunks, batch, chunk, ...] -> [batch, seq, ...]: the inverse of `split`."""
     chunks, batch, chunk, *rest = x.shape
     return jnp.moveaxis(x, 0, 1).reshape(batch, chunks * chunk, *rest)[:, :seq]

@@ -195,7 +195,7 @@ class Recurrence(nnx.Module):
     def _concatenate_gates(self, maps: nnx.Dict, dtype) -> tuple[jax.Array, jax.Array]:
         """(weights [inputs, gates, hidden], biases [gates, hidden]) of all gates."""
         linears = [maps[gate] for gate in CELLS[self.cell].gates]
-        weight = jnp.stack([linear.weight[...].astype(dtype) for linear in linears], axis=1)
+        weight = jnp.stack([linear.merged_weight(dtype) for linear in linears], axis=1)
         zero = jnp.zeros(weight.shape[-1], dtype)
         bias = jnp.stack([zero if linear.bias is None else linear.bias[...].astype(dtype) for linear in linears])
         # Gather the weight once, not at every step of the scan.

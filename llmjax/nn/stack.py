@@ -8,6 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from llmjax.nn import quantized
+from llmjax.parallel import fixed_tree
 
 _save = jax.checkpoint_policies.save_only_these_names
 
@@ -71,6 +72,8 @@ def run(
 
 
 def _run(body, x, stacked, *, scan: bool, remat: str):
+    of_whole = body  # under parallel.reduction="fixed_tree" a layer has parts of its weights
+    body = lambda x, layer: of_whole(x, fixed_tree.gather_shards(layer))
     if remat != "none":
         block = body
         body = jax.checkpoint(

@@ -17,7 +17,17 @@ DEFAULTS: dict[str, dict[str, float | str]] = {
     "schedule_free_adamw": dict(learning_rate=2.5e-3, schedule="constant", weight_decay=0.1, b1=0.9, b2=0.99, eps=1e-8),
 }
 HAS_MOMENT_DTYPE = ("adamw", "lion")
+# The learning rate of a run that starts from pretrained parameters, as a fraction of the optimizer's: that of the
+# parameters, and that of adapters, which start at zero. With adamw 2e-5 (Devlin et al., 2018, appendix A.3) and 2e-4
+# (Dettmers et al., 2023, arXiv 2305.14314, table 9).
+_FINETUNING_FRACTION, _ADAPTER_FRACTION = 1 / 50, 1 / 5
 SCHEDULES = ("cosine", "wsd", "linear", "inverse_sqrt", "constant")
+
+
+def finetuning_rate(name: str, *, adapters: bool) -> tuple[float, float]:
+    """(learning rate, that of pretraining) of an optimizer by default, for a run from pretrained parameters."""
+    pretraining = float(DEFAULTS[name]["learning_rate"])
+    return float(f"{pretraining * (_ADAPTER_FRACTION if adapters else _FINETUNING_FRACTION):.3g}"), pretraining
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,8 +49,15 @@ class OptimizerConfig:
     moment_dtype    adamw and lion: type in which moments are stored: float32, bfloat16 or int8 (with a scale for each
                     block of up to 128 values), rounded at random without bias; None: the type of the parameters,
                     rounded to the nearest value
-    clip_norm       largest global norm of the gradient, over all parameters; 0: no clipping
-    ema_decay       decay of an average of the parameters, which is then evaluated and exported; 0: no average
+    trainable       patterns of parameters that are trained, such as ("head", "*.bias"); (): all, or with model.lora
+                    none besides the adapters
+    frozen          patterns of parameters that are not trained, such as ("embed", "blocks.attention")
+    layer_decay     factor of the learning rate for each layer below the top (BERT's fine-tuning: 0.8 to 0.95): the head
+                    has 1, the last of n layers layer_decay, the first layer_decay^n, embeddings layer_decay^(n + 1)
+    unfreeze_every  updates after which the next layer below starts to train (gradual unfreezing, Howard & Ruder, 2018,
+                    arXiv 1801.06146): the head at once, embeddings last; 0: all at once
+    clip_norm       largest global norm of the gradient, over all trained parameters; 0: no clipping
+    ema_decay       decay of an average of the trained parameters, which is then evaluated and exported; 0: no average
     expert_bias_update_rate  step by which a router's expert bias moves against the load of its expert at each update,
                     without gradient, schedule or weight decay; 0: it does not change
     """
@@ -57,6 +74,10 @@ class OptimizerConfig:
     eps: float | None = None
     momentum: float | None = None
     moment_dtype: str | None = None
+    trainable: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
+    layer_decay: float = 1.0
+    unfreeze_every: int = 0
     clip_norm: float = 1.0
     ema_decay: float = 0.0
     expert_bias_update_rate: float = 1e-3
@@ -89,6 +110,12 @@ class OptimizerConfig:
                 f"optimizer.moment_dtype={self.moment_dtype!r}: optimizer.name={self.name!r} stores moments in the "
                 f"type of the parameters; leave it None, or use {' or '.join(HAS_MOMENT_DTYPE)}"
             )
+        for field, neutral in (("layer_decay", 1), ("unfreeze_every", 0)):
+            if getattr(self, field) != neutral and self.name == "schedule_free_adamw":
+                raise UserError(
+                    f"optimizer.{field}={getattr(self, field)}: optimizer.name={self.name!r} averages updates of one "
+                    f"learning rate; set it to {neutral}, or use another optimizer"
+                )
         if self.ema_decay and self.name == "schedule_free_adamw":
             raise UserError(
                 f"optimizer.ema_decay={self.ema_decay}: optimizer.name={self.name!r} has its own average; set it to 0"
@@ -101,7 +128,8 @@ class OptimizerConfig:
                 raise UserError(f"optimizer.{field}={value}: must be {expected}")
 
         require(lambda x: x > 0, "learning_rate", "above 0")
-        for field in ("weight_decay", "clip_norm", "warmup_steps", "expert_bias_update_rate"):
+        require(lambda x: 0 < x <= 1, "layer_decay", "above 0 and at most 1")
+        for field in ("unfreeze_every", "weight_decay", "clip_norm", "warmup_steps", "expert_bias_update_rate"):
             require(lambda x: x >= 0, field, "0 or more")
         for field in ("b1", "b2", "momentum", "ema_decay"):
             require(lambda x: 0 <= x < 1, field, "at least 0 and below 1")

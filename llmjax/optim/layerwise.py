@@ -51,7 +51,7 @@ def kind(axes: LogicalAxes) -> str:
         return "vector"
     if axes[dims[0][0]] in ("vocab", "entries", None):
         return "table"
-    return "head" if "vocab" in axes else "matrix"
+    return "head" if "vocab" in axes or "outputs" in axes else "matrix"
 
 
 def matrix_view(shape: tuple[int, ...], axes: LogicalAxes) -> tuple[tuple[int, ...], LogicalAxes]:

@@ -53,7 +53,7 @@ def store_moments(inner: optax.GradientTransformation, dtype: str, axes: Params)
             index += len(leaves)
         return state._replace(**new)
 
-    def encode(x: jax.Array, field: str, axis: int, entropy: jax.Array | None) -> Any:
+    def encode(x: jax.Array, field: str, axis: int, entropy: jax.Array) -> Any:
         match dtype:
             case "bfloat16":
                 return _round_bfloat16(x, entropy)
@@ -67,7 +67,7 @@ def store_moments(inner: optax.GradientTransformation, dtype: str, axes: Params)
 
     def init(params):
         state = inner.init(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
-        return map_moments(lambda x, field, axis, _: encode(x, field, axis, None), state)
+        return map_moments(lambda x, field, axis, _: _zeros(x.shape, dtype, field, axis), state)
 
     def update(updates, state, params=None):
         updates, new = inner.update(updates, map_moments(decode, state), params)
@@ -81,6 +81,14 @@ def store_moments(inner: optax.GradientTransformation, dtype: str, axes: Params)
     return optax.GradientTransformation(init, update)
 
 
+def _zeros(shape: tuple[int, ...], dtype: str, field: str, axis: int) -> Any:
+    """A moment of zeros. XLA takes minutes to fold the quantisation of a large constant."""
+    if dtype != "int8":
+        return jnp.zeros(shape, dtype)
+    scales = (*shape[:axis], shape[axis] // block_size(shape[axis]), *shape[axis + 1 :])
+    return Quantized(jnp.zeros(shape, jnp.int8 if field == "mu" else jnp.uint8), jnp.zeros(scales, jnp.float32))
+
+
 def block_axis(axes: LogicalAxes) -> int:
     """The axis along which a moment is cut into blocks: the last one, or of a matrix [..., "embed"] the one before.
 
@@ -90,20 +98,18 @@ def block_axis(axes: LogicalAxes) -> int:
     return len(axes) - (2 if axes[-1] == "embed" and kind(axes) == "matrix" else 1)
 
 
-def _round_bfloat16(x: jax.Array, entropy: jax.Array | None) -> jax.Array:
+def _round_bfloat16(x: jax.Array, entropy: jax.Array) -> jax.Array:
     """Stochastic rounding: the 16 bits that bfloat16 drops are the probability of rounding away from 0."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    if entropy is not None:
-        bits = bits + entropy.astype(jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + entropy.astype(jnp.uint32)
     kept = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
     # An infinity or NaN keeps its bits; its update is skipped anyway.
     return jnp.where(jnp.isfinite(x), kept, x).astype(jnp.bfloat16)
 
 
-def quantize(x: jax.Array, field: str, entropy: jax.Array | None = None, *, axis: int = -1) -> Quantized:
+def quantize(x: jax.Array, field: str, entropy: jax.Array, *, axis: int = -1) -> Quantized:
     """float32 x in 8 bits, as the moment `field` ("mu" or "nu", whose values are not negative), in blocks along `axis`.
 
-    entropy   uint16 like x, by which values are rounded up or down without bias; None: down
+    entropy   uint16 like x, by which values are rounded up or down without bias
     A second moment above 0 never becomes 0, by which an update would be divided.
     """
     power, levels = _POWERS[field], _LEVELS[field]
@@ -113,9 +119,7 @@ def quantize(x: jax.Array, field: str, entropy: jax.Array | None = None, *, axis
     fraction = (blocks / jnp.expand_dims(jnp.where(scales > 0, scales, 1), axis + 1)).reshape(x.shape)
     code = jnp.floor(levels * _root(fraction, power))
     low, high = (code / levels) ** power, ((code + 1) / levels) ** power
-    if entropy is not None:
-        threshold = entropy.astype(jnp.float32) / 2**_ENTROPY_BITS
-        code += (fraction - low) / (high - low) > threshold
+    code += (fraction - low) / (high - low) > entropy.astype(jnp.float32) / 2**_ENTROPY_BITS
     if field == "nu":
         code = jnp.where(fraction > 0, jnp.maximum(code, 1), 0)
         return Quantized(jnp.minimum(code, levels).astype(jnp.uint8), scales)

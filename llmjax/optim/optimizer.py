@@ -12,6 +12,7 @@ import optax
 from llmjax.batch import Params
 from llmjax.errors import UserError
 from llmjax.optim.config import OptimizerConfig
+from llmjax.optim.layer_rates import LayerRates, layers_below_top
 from llmjax.optim.layerwise import kind, matrix_dims, matrix_view, per_layer, stack_depth
 from llmjax.optim.moments import store_moments
 from llmjax.optim.schedules import make_schedule
@@ -40,6 +41,7 @@ class Optimizer:
     clip_norm: float
     ema_decay: float
     expert_bias_update_rate: float
+    layer_rates: LayerRates
     eval_params_name: str
 
     def init(self, params: Params) -> dict[str, Any]:
@@ -48,19 +50,24 @@ class Optimizer:
         return state | ({"ema": jax.tree.map(jnp.copy, params)} if self.ema_decay else {})
 
     def update(
-        self, grads: Params, state: dict[str, Any], params: Params
+        self, grads: Params, state: dict[str, Any], params: Params, norm: jax.Array | None = None
     ) -> tuple[Params, dict[str, Any], dict[str, jax.Array]]:
         """(params, state, {"learning_rate", "grad_norm"}) after one update; grad_norm is that before clipping.
+
+        norm   of all gradients without those of expert biases, where `grads` are a part of them
 
         The inner optimizer does not update an expert bias. Its gradient is the load of its expert above the mean, and
         it takes a step of `expert_bias_update_rate` against the sign of that.
         """
         loads = grads  # those of expert biases
         grads = self._map_expert_bias(lambda g: jnp.zeros_like(g), lambda g: g, grads)
-        norm = optax.tree.norm(grads)
+        grads = self.layer_rates.mask_gradients(grads, state["count"])
+        norm = optax.tree.norm(grads) if norm is None else norm
         if self.clip_norm:
             grads = optax.tree.scale(jnp.minimum(1.0, self.clip_norm / norm), grads)
+        updates: Any
         updates, inner = self.inner.update(grads, state["inner"], params)
+        updates = self.layer_rates.scale_updates(updates, state["count"])
         updates = self._map_expert_bias(
             lambda _, load: -self.expert_bias_update_rate * jnp.sign(load), lambda u, _: u, updates, loads
         )
@@ -126,10 +133,13 @@ def _statistic_axes(field: str, shape: tuple, param_shape: tuple, param_axes: tu
     return (*param_axes[:stack], *(None,) * (len(shape) - stack))
 
 
-def make_optimizer(config: OptimizerConfig, *, horizon: int, axes: Params, width: float = 1.0) -> Optimizer:
+def make_optimizer(
+    config: OptimizerConfig, *, horizon: int, axes: Params, width: float = 1.0, num_layers: int = 0
+) -> Optimizer:
     """The named optimizer over a schedule of `horizon` updates, for parameters with these logical `axes`.
 
-    width   the model's width over its base width under muP; 1: the standard parametrization
+    width       the model's width over its base width under muP; 1: the standard parametrization
+    num_layers  of the model, for learning rates by layer
     Raises UserError if the schedule does not fit the horizon, or if the optimizer has no muP rule.
     """
     resolved = config.resolved()
@@ -157,6 +167,7 @@ def make_optimizer(config: OptimizerConfig, *, horizon: int, axes: Params, width
         clip_norm=resolved.clip_norm,
         ema_decay=resolved.ema_decay,
         expert_bias_update_rate=resolved.expert_bias_update_rate,
+        layer_rates=LayerRates(layers_below_top(axes, num_layers), resolved.layer_decay, resolved.unfreeze_every),
         eval_params_name="schedule-free average" if resolved.name == "schedule_free_adamw" else name,
     )
 
@@ -171,7 +182,10 @@ def _map_axes(function: Callable, axes: Params) -> dict[str, Any]:
 
 
 def _scale_for_width(config: Any, axes: Params, width: float) -> optax.GradientTransformation:
-    """Scale updates of hidden matrices by muP's factor; their weight decay stays the same."""
+    """Scale updates of hidden matrices by muP's factor; their weight decay stays the same.
+
+    The fan-in of an adapter's second matrix is its rank, which does not grow with the width.
+    """
     if width == 1:
         return optax.identity()
     if config.name not in WIDTH_POWERS:
@@ -180,7 +194,8 @@ def _scale_for_width(config: Any, axes: Params, width: float) -> optax.GradientT
             "model.parametrization='standard'"
         )
     factor = width ** -WIDTH_POWERS[config.name]
-    factors = _map_axes(lambda names: factor if kind(names) == "matrix" else 1.0, axes)
+    grows = lambda names: kind(names) == "matrix" and "rank" not in names[: stack_depth(names) + 1]
+    factors = _map_axes(lambda names: factor if grows(names) else 1.0, axes)
     return optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, factors))
 
 

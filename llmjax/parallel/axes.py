@@ -2,8 +2,8 @@
 
 The names appear in docstrings as shapes, on parameters as shardings, on activations as constraints: batch seq embed mlp
 blocks heads kv_heads head_dim vocab layers, entries (of a table that is looked up by position or distance), experts (of
-a mixture), router (a router's logits), latent (from which keys and values are computed). The rules (logical axis ->
-mesh axes) are data in the config.
+a mixture), router (a router's logits), latent (from which keys and values are computed), rank (of an adapter), outputs
+(of a head for labels). The rules (logical axis -> mesh axes) are data in the config.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,6 +33,8 @@ DEFAULT_RULES: LogicalRules = (
     ("experts", "expert"),
     ("router", None),
     ("latent", None),
+    ("rank", None),
+    ("outputs", None),
 )
 
 # From the slowest network to the fastest one: a neighbour along the last axis is a neighbour in the hardware.
@@ -148,6 +150,11 @@ def manual(mesh_axes: Sequence[str]) -> Iterator[None]:
     mesh = jax.sharding.get_abstract_mesh()
     with jax.sharding.use_abstract_mesh(mesh.update_axis_types(dict.fromkeys(mesh_axes, AxisType.Manual))):
         yield
+
+
+def used_axes(spec: P) -> set[str]:
+    """The mesh axes that a spec names, those of one device included."""
+    return {name for entry in spec if entry for name in ((entry,) if isinstance(entry, str) else entry)}
 
 
 def mesh_axes_of(logical: str, mesh: Mesh | jax.sharding.AbstractMesh | None = None) -> tuple[str, ...]:

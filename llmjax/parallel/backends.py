@@ -100,7 +100,7 @@ def compile_step(
     state_shardings: Any,
     rows: np.ndarray,
     batch: int,
-    options: Mapping[str, str] | None = None,
+    options: Mapping[str, str | bool] | None = None,
 ) -> CompiledStep:
     """Compile `step(state, batch, reduction=...)` for the mesh.
 
@@ -112,7 +112,7 @@ def compile_step(
 
 
 def _compile_jit(
-    step: Callable, state_shardings: Any, rows: np.ndarray, batch: int, options: Mapping[str, str]
+    step: Callable, state_shardings: Any, rows: np.ndarray, batch: int, options: Mapping[str, str | bool]
 ) -> CompiledStep:
     data, replicated = batch_sharding(), NamedSharding(jax.sharding.get_mesh(), P())
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
+from typing import Any
 
 import jax
 
@@ -12,7 +13,7 @@ _VMEM = "xla_tpu_scoped_vmem_limit_kib"
 # Above this size in MiB the compiler cuts a matmul whose operand is gathered into a ring of small pieces, and reads and
 # writes their partial sums; a huge value turns this off. Worth it only where devices also split the matmul's features.
 _RING_MATMUL, _NEVER = "xla_jf_spmd_threshold_for_windowed_einsum_mib", "1000000"
-_DEFAULTS: dict[str, dict[str, str]] = {
+_DEFAULTS: dict[str, dict[str, str | bool]] = {
     "TPU v5 lite": {_VMEM: "98304"},
     "TPU v5e": {_VMEM: "98304"},
     "TPU v5": {_VMEM: "81920"},
@@ -40,13 +41,18 @@ class XlaConfig:
                 raise UserError(f"xla.flags: {flag[0]!r}: write the name without dashes")
 
 
-def compiler_options(config: XlaConfig, mesh: jax.sharding.Mesh) -> Mapping[str, str]:
-    """All options for the devices of a mesh, by name; values as XLA reads them."""
+def compiler_options(config: XlaConfig, mesh: jax.sharding.Mesh) -> Mapping[str, str | bool]:
+    """All options for the devices of a mesh, by name."""
     defaults = dict(_DEFAULTS.get(mesh.devices.flat[0].device_kind, {}))
     if defaults and mesh.shape["tensor"] == 1:
         defaults[_RING_MATMUL] = _NEVER
-    flags = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in config.flags}
-    return {**defaults, **flags}
+    return {**defaults, **{name: _option(value) for name, value in config.flags}}
+
+
+def _option(value: Any) -> str | bool:
+    """A flag's value as JAX takes it: XLA's own options read no bool from the text "true", those of the TPU do."""
+    text = str(value)
+    return text.lower() == "true" if text.lower() in ("true", "false") else text
 
 
 def vmem_limit(config: XlaConfig, device_kind: str) -> int:

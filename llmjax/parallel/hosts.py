@@ -1,13 +1,13 @@
 """Jobs of several processes: initialisation, agreement, barriers with a time limit, and rows of the global batch."""
 
 import collections
+import contextlib
 import ctypes
 import logging
 import os
-import re
 import signal
-import socket
 import sys
+import threading
 import time
 from typing import Any, NoReturn
 
@@ -17,10 +17,17 @@ import numpy as np
 
 from llmjax.batch import Batch
 from llmjax.errors import UserError
-from llmjax.parallel import interrupts
+from llmjax.parallel import cluster, interrupts, rendezvous
+from llmjax.parallel.cluster import read_number
+
+logger = logging.getLogger(__name__)
 
 CPU_THREADS = 8  # default of parallel.cpu_threads
 _calls: collections.Counter[str] = collections.Counter()  # exchanges of each name; equal on all processes
+END_SECONDS = 5.0  # how long process 0 stays for the others after a failure: their connection to the job ends with it
+STOP_SECONDS = 60.0  # and where all processes stop on request
+_end_announced = threading.Event()
+_coordinator_host = ""  # of the job that was joined
 
 
 def set_cpu_threads(count: int) -> None:
@@ -34,22 +41,20 @@ def set_cpu_threads(count: int) -> None:
 
 
 def initialize(cpu_threads: int = CPU_THREADS) -> None:
-    """Join the job that the environment describes; must run before anything touches a device.
+    """Join the job that the environment describes (cluster.find_job); must run before anything touches a device.
 
     cpu_threads     size of XLA's thread pool on CPU (parallel.cpu_threads)
 
-    LLMJAX_COORDINATOR (host:port), LLMJAX_NUM_PROCESSES and LLMJAX_PROCESS_ID name a job explicitly.
-    LLMJAX_DISTRIBUTED=auto lets JAX detect a Slurm, GKE or TPU job. With neither, this process alone is the job.
-    LLMJAX_CPU_DEVICES emulates that many devices in this process. LLMJAX_INIT_SECONDS (60) bounds the wait for the
+    LLMJAX_CPU_DEVICES emulates that many devices in this process. LLMJAX_INIT_SECONDS (300) bounds the wait for the
     other processes, LLMJAX_HEARTBEAT_SECONDS (100) the time without a heartbeat after which a process counts as dead.
     LLMJAX_LAUNCHER_PID is the process that started this one; on Linux this process ends when the launcher does.
     Raises UserError for incomplete or malformed variables, where JAX_PLATFORMS names a platform that is not installed,
-    and where this process has more CPU devices than threads; TimeoutError where process 0 cannot be reached in time.
+    and where this process has more CPU devices than threads; TimeoutError naming the processes that do not come.
     """
     set_cpu_threads(cpu_threads)
-    if (devices := _read_number("LLMJAX_CPU_DEVICES")) is not None:
+    if (devices := read_number(os.environ, "LLMJAX_CPU_DEVICES")) is not None:
         jax.config.update("jax_num_cpu_devices", devices)
-    end_with_launcher(_read_number("LLMJAX_LAUNCHER_PID"))
+    end_with_launcher(read_number(os.environ, "LLMJAX_LAUNCHER_PID"))
     _join_job()
     if jax.distributed.is_initialized():
         interrupts.take_over_sigterm()
@@ -62,37 +67,30 @@ def initialize(cpu_threads: int = CPU_THREADS) -> None:
 
 
 def _join_job() -> None:
-    """Connect to the other processes of the job that the environment variables describe."""
-    seconds = _read_number("LLMJAX_INIT_SECONDS", 60)
-    limits = {
-        "initialization_timeout": seconds,
-        "heartbeat_timeout_seconds": _read_number("LLMJAX_HEARTBEAT_SECONDS", 100),
-        "shutdown_timeout_seconds": 60,
-    }
-    coordinator = os.environ.get("LLMJAX_COORDINATOR")
-    count, index = _read_number("LLMJAX_NUM_PROCESSES"), _read_number("LLMJAX_PROCESS_ID", least=0)
-    is_set = (coordinator is not None, count is not None, index is not None)
-    if any(is_set) and not all(is_set):
-        raise UserError(
-            "LLMJAX_COORDINATOR, LLMJAX_NUM_PROCESSES and LLMJAX_PROCESS_ID belong together: set all three, or none"
+    """Connect to the other processes of the job, if there are any, and log how the job was found."""
+    global _coordinator_host
+    seconds = read_number(os.environ, "LLMJAX_INIT_SECONDS", 300)
+    heartbeat = read_number(os.environ, "LLMJAX_HEARTBEAT_SECONDS", 100)
+    job = cluster.find_job(os.environ, cluster.metadata_reader(os.environ))
+    if job.num_processes > 1:  # one process needs no network collectives, whose sums may round differently
+        host, port = cluster.split_address(job.coordinator)
+        _coordinator_host = host
+        bind = job.coordinator if cluster.is_loopback(host) else f"[::]:{port}"
+        bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", bind)
+        rendezvous.meet(job, seconds, bind)
+        jax.distributed.initialize(
+            job.coordinator,
+            job.num_processes,
+            job.process_id,
+            local_device_ids=job.local_device_ids,
+            cluster_detection_method="deactivate",
+            coordinator_bind_address=bind,
+            initialization_timeout=seconds,
+            heartbeat_timeout_seconds=heartbeat,
+            shutdown_timeout_seconds=60,
         )
-    automatic = os.environ.get("LLMJAX_DISTRIBUTED")
-    if automatic not in (None, "auto"):
-        raise UserError(f"LLMJAX_DISTRIBUTED={automatic!r}: set it to 'auto', or unset it")
-    if coordinator is not None and count is not None and index is not None:
-        if not re.fullmatch(r".+:\d+", coordinator):
-            raise UserError(f"LLMJAX_COORDINATOR={coordinator!r}: expected host:port")
-        if index >= count:
-            raise UserError(f"LLMJAX_PROCESS_ID={index}: must be below LLMJAX_NUM_PROCESSES={count}")
-        if index > 0:
-            _wait_for_coordinator(coordinator, seconds, index)
-        if count > 1:  # a job of one process needs no network collectives, whose sums may round differently
-            jax.distributed.initialize(coordinator, count, index, cluster_detection_method="deactivate", **limits)
-    elif automatic:
-        try:
-            jax.distributed.initialize(**limits)
-        except ValueError as error:
-            raise UserError(f"LLMJAX_DISTRIBUTED=auto, but JAX detects no Slurm, GKE or TPU job ({error})") from error
+    if job.source:
+        logger.info("%s", job)
 
 
 def _check_platform(platforms: str | None) -> None:
@@ -114,32 +112,6 @@ def end_with_launcher(launcher: int | None) -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
-def _read_number(variable: str, default: int | None = None, least: int = 1) -> Any:
-    text = os.environ.get(variable)
-    if text is None:
-        return default
-    if not text.isdecimal() or int(text) < least:
-        raise UserError(f"{variable}={text!r}: expected an integer, {least} or more")
-    return int(text)
-
-
-def _wait_for_coordinator(coordinator: str, seconds: int, index: int) -> None:
-    """Wait until process 0 listens; JAX would abort with a page of C++ frames."""
-    host, _, port = coordinator.rpartition(":")
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=seconds).close()
-            return
-        except OSError as error:
-            if time.monotonic() > end:
-                raise TimeoutError(
-                    f"process {index} could not connect to LLMJAX_COORDINATOR={coordinator} within {seconds} s "
-                    f"({error}): check that process 0 is running and that this host can reach its port"
-                ) from error
-            time.sleep(0.2)
-
-
 def _client() -> Any:
     """The coordination service's client, None in a job of one process. JAX has no public name for it."""
     try:
@@ -154,6 +126,11 @@ def _client() -> Any:
     if client is None and jax.process_count() > 1:
         raise RuntimeError("a job of several processes must start with llmjax.parallel.hosts.initialize()")
     return client
+
+
+def coordinator_host() -> str:
+    """The address of process 0 as the other processes know it; "" in a job of one process."""
+    return _coordinator_host
 
 
 def is_primary() -> bool:
@@ -190,6 +167,23 @@ def exchange(name: str, text: str = "", timeout_seconds: float = 300) -> list[st
 
 def _arrived(client: Any, folder: str) -> dict[int, str]:
     return {int(key.rsplit("/", 1)[1]): text for key, text in client.key_value_dir_get(folder)}
+
+
+def publish(key: str, text: str, *, overwrite: bool = True) -> None:
+    """Show a short text to all processes; without `overwrite` the first text of a key stays. Nobody waits for it."""
+    if (client := _client()) is None:
+        return
+    try:
+        client.key_value_set(f"llmjax/{key}", text, allow_overwrite=overwrite)
+    except jax.errors.JaxRuntimeError as error:
+        if overwrite or "ALREADY_EXISTS" not in str(error):
+            raise
+
+
+def published(folder: str) -> dict[str, str]:
+    """Name -> text of what was published under FOLDER/NAME. Blocks while process 0 is stopped."""
+    client = _client()
+    return {} if client is None else {k.rsplit("/", 1)[1]: v for k, v in client.key_value_dir_get(f"llmjax/{folder}")}
 
 
 def barrier(name: str, timeout_seconds: float = 300) -> None:
@@ -248,16 +242,34 @@ def global_batch(sharding: NamedSharding, local: Batch, rows: np.ndarray, global
     return jax.tree.map(to_global, local)
 
 
-def exit_now(code: int) -> NoReturn:
-    """Flush the logs and end this process at once.
+def announce_end(status: int, dead: int = 0, seconds: float = END_SECONDS) -> None:
+    """Tell the other processes, once, that this one ends. Process 0 waits up to `seconds` until all have said so.
+
+    Its coordination service ends with it, which aborts the others. It does not wait for `dead` processes.
+    """
+    if _end_announced.is_set():
+        return
+    _end_announced.set()
+    deadline = time.monotonic() + seconds
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        publish(f"ends/{jax.process_index()}", str(status))
+        while is_primary() and time.monotonic() < deadline and len(published("ends")) < jax.process_count() - dead:
+            time.sleep(0.1)
+
+
+def exit_now(code: int, seconds: float = END_SECONDS) -> NoReturn:
+    """Flush the logs and end this process at once; process 0 gives the others up to `seconds` to end before it.
 
     After a failure in a job of several processes an ordinary exit would wait for the others in JAX's shutdown barrier,
-    then abort with another code. Process 0 exits a second later: its coordination service ends with it, which aborts
-    the others before they can print their own errors.
+    then abort with another code.
     """
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    if jax.distributed.is_initialized() and is_primary():
-        time.sleep(1)
+    if jax.distributed.is_initialized():
+        # Nothing can be announced to a process 0 that is stopped.
+        threading.Timer(seconds + END_SECONDS, os._exit, [code]).start()
+        announce_end(code, seconds=seconds)
+        if is_primary():
+            time.sleep(1)  # from their last word to their end
     os._exit(code)

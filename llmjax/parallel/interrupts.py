@@ -1,6 +1,7 @@
 """SIGTERM, SIGHUP and Ctrl-C end any command with one line and exit status 128 + signal.
 
-The training loop has handlers of its own (train.preemption): it saves a checkpoint and ends with status 85.
+The training loop has handlers of its own (train.preemption): it saves a checkpoint and ends with status 85, however
+many signals arrive.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,14 +25,14 @@ _BUFFER_BYTES = 1024  # more than the size of struct sigaction in any C library
 
 
 class Stopped(KeyboardInterrupt):
-    """Raised in the main thread by a signal that requests a stop. `lost`: which steps are lost, or ''."""
+    """Raised in the main thread by a signal that requests a stop."""
 
-    def __init__(self, number: int, lost: str = ""):
-        super().__init__(number, lost)
-        self.number, self.lost = number, lost
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
 
     def __str__(self) -> str:
-        return describe(self.number, self.lost)
+        return describe(self.number)
 
     @property
     def status(self) -> int:
@@ -39,13 +40,13 @@ class Stopped(KeyboardInterrupt):
         return 128 + self.number
 
 
-def describe(number: int, lost: str = "") -> str:
+def describe(number: int) -> str:
     """One line for the user."""
     name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-    return f"stopped by {name}{f'; {lost}' if lost else ''}: rerun the same command to resume"
+    return f"stopped by {name}: rerun the same command to resume"
 
 
-_deferred = threading.Event()  # set inside `deferred`: the training loop handles the first signal
+_deferred = threading.Event()  # set inside `deferred`: the training loop handles signals
 _saved_sigterm: list[Any] = []  # the C handler of SIGTERM before `take_over_sigterm`; empty: not taken over
 _watching = False
 
@@ -90,7 +91,7 @@ def restore_sigterm() -> None:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Inside, the caller's handler may take any time for the first signal."""
+    """Inside, the caller's handler may take any time for a signal."""
     _deferred.set()
     try:
         yield
@@ -133,16 +134,11 @@ def _resend_signal(hook: Callable[[Any], None], unraisable: Any) -> None:
 
 def _end_if_unresponsive(reader: int) -> None:
     """End the process some seconds after a signal to which the main thread did not react."""
-    first = 0
     while True:
         number = os.read(reader, 1)[0]
-        if number not in SIGNALS:
-            continue
-        if _deferred.is_set() and not first:
-            first = number
+        if number not in SIGNALS or _deferred.is_set():
             continue
         time.sleep(_REACTION_SECONDS)
         drop_dead_terminal()
-        lost = "the steps since the newest checkpoint are lost" if first else ""
-        print(f"llmjax: {describe(number, lost)}", file=sys.stderr, flush=True)
+        print(f"llmjax: {describe(number)}", file=sys.stderr, flush=True)
         os._exit(128 + number)

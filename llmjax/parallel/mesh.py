@@ -46,6 +46,10 @@ class ParallelConfig:
                   (the type of activations; the head: float32), float32 (more exact, twice the bytes of bfloat16
                   activations) or bfloat16. The small ones (norms, biases), those of experts and of token lookups keep
                   the type of their computation. With pmap, all are added in it
+    reduction     the order in which gradients, losses and metrics are summed over the batch: "xla" (the compiler's,
+                  which depends on the mesh) or "fixed_tree" (the same on any number of devices that virtual_shards
+                  allows, and so the same bits; docs/exactness.md)
+    virtual_shards  fixed_tree: parts of the global batch, a power of two; data x fsdp may be 1, 2, 4, ... up to it
     cpu_threads   size of XLA's thread pool on CPU, in each process. XLA splits matrix products by it, so it changes the
                   last bits of results: it does not follow the cores or devices, and is at least the CPU devices of a
                   process. Accelerators ignore it
@@ -54,11 +58,17 @@ class ParallelConfig:
     backend: str = "jit"
     rules: tuple = axes.DEFAULT_RULES
     gradient_dtype: str = ""
+    reduction: str = "xla"
+    virtual_shards: int = 0
     cpu_threads: int = hosts.CPU_THREADS
 
     def __post_init__(self):
         if self.gradient_dtype not in ("", "float32", "bfloat16"):
             raise UserError(f"parallel.gradient_dtype={self.gradient_dtype!r}: choose one of '', float32, bfloat16")
+        if self.reduction not in ("xla", "fixed_tree"):
+            raise UserError(f"parallel.reduction={self.reduction!r}: choose one of xla, fixed_tree")
+        if self.virtual_shards < 0 or self.virtual_shards & (self.virtual_shards - 1):
+            raise UserError(f"parallel.virtual_shards={self.virtual_shards}: must be a power of two, such as 8, or 0")
         if self.cpu_threads < 1:
             raise UserError(f"parallel.cpu_threads={self.cpu_threads}: must be 1 or more")
         object.__setattr__(self, "rules", axes.complete_rules(self.rules))

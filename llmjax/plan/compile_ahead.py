@@ -64,6 +64,7 @@ class Program:
     parameter_bytes, optimizer_bytes   the state of one device
     seconds         that the compiler took
     device_memory   bytes that a GPU reports as its limit; None for other platforms
+    hops            axis of the mesh -> links of a TPU's torus, as tree_cost.TreeCost has them
     """
 
     optimized: str
@@ -78,6 +79,7 @@ class Program:
     optimizer_bytes: int
     seconds: float
     device_memory: int | None = None
+    hops: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def compile_ahead(config: RunConfig, topology: Topology, folder: pathlib.Path, *, quick: bool) -> Program:

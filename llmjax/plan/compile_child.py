@@ -3,7 +3,7 @@
 It reads a pickled (config, topology, folder) from its standard input and writes into the folder:
 
 facts.json       mesh, the slice of each partition, number of parameters, bytes per device of them and the optimizer,
-                 and the memory that a GPU reports
+                 the memory that a GPU reports, and the links of a torus that sums over a mesh axis pass
 memory.json      the compiler's memory analysis, once the program is compiled to the end
 optimized.txt    on CPU and GPU: the program. The TPU compiler writes its own dump, and so much earlier
 error.json       {"error": one line}, if the user can fix it
@@ -22,7 +22,9 @@ import numpy as np
 
 from llmjax.errors import UserError
 from llmjax.parallel import axes, hosts, mesh as meshes
-from llmjax.plan import count, topology as topologies
+from llmjax.parallel.fixed_tree import DATA, FSDP
+from llmjax.parallel.memory import reported_memory
+from llmjax.plan import count, topology as topologies, tree_cost
 from llmjax.plan.topology import Topology
 from llmjax.run import state as states
 from llmjax.run.config import RunConfig
@@ -41,7 +43,8 @@ def compile_step(config: RunConfig, topology: Topology, folder: pathlib.Path) ->
     with axes.use_mesh(mesh, config.parallel.rules, config.parallel.gradient_dtype):
         check_program(config)
         spec = states.make_state_spec(config.model, config.optimizer, horizon=config.train.steps)
-        batch = count.abstract_batch(config, config.train.global_batch)
+        largest = config.train.batch_sizes.largest
+        batch = count.abstract_batch(config, largest)
         facts = {
             "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(spec.shapes.params)),
             "mesh": dict(mesh.shape),
@@ -49,9 +52,14 @@ def compile_step(config: RunConfig, topology: Topology, folder: pathlib.Path) ->
             "parameter_bytes": _bytes_per_device(spec.shapes.params, spec.shardings.params),
             "optimizer_bytes": _bytes_per_device(spec.shapes.opt_state, spec.shardings.opt_state),
             "device_memory": _gpu_memory(devices[0]),
+            "hops": {
+                axis: tree_cost.mean_hops(mesh.devices, mesh.axis_names.index(axis), topology.dims)
+                for axis in (DATA, FSDP)
+                if topology.platform == "tpu" and topology.slices == 1 and mesh.shape[axis] > 1
+            },
         }
         (folder / FACTS).write_text(json.dumps(facts))
-        program = make_program(config, spec, np.arange(config.train.global_batch))
+        program = make_program(config, spec, np.arange(largest), largest)
         step: Any = program.step  # of the backend jit, the jitted function
         compiled = step.lower(spec.abstract(), batch).compile()
     if topology.platform != "tpu":
@@ -71,7 +79,7 @@ def compile_step(config: RunConfig, topology: Topology, folder: pathlib.Path) ->
 
 def _gpu_memory(device: Any) -> int | None:
     """Bytes that a GPU gives to programs; None for devices that may be absent."""
-    return (device.memory_stats() or {}).get("bytes_limit") if device.platform == "gpu" else None
+    return reported_memory(device) if device.platform == "gpu" else None
 
 
 def _bytes_per_device(shapes: Any, shardings: Any) -> int:

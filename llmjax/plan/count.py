@@ -14,6 +14,7 @@ from llmjax.data.objectives.objective import Objective
 from llmjax.data.store.tokenizer import Bytes
 from llmjax.models import registry
 from llmjax.models.registry import ModelConfig
+from llmjax.nn.pair_losses import choose_loss
 from llmjax.nn.stack import REMAT
 from llmjax.optim.config import OptimizerConfig
 from llmjax.run import config as run_config, state as states
@@ -45,7 +46,13 @@ def residual_bytes(config: RunConfig) -> dict[str, ResidualBytes]:
 def _count_residual_bytes(config: RunConfig, remat: str) -> ResidualBytes:
     model = dataclasses.replace(config.model, remat=remat)
     graph, shapes, _ = registry.abstract(model)
-    loss = make_loss(graph, seed=0, chunk=config.train.loss_chunk, z_loss=config.train.z_loss)
+    loss = make_loss(
+        graph,
+        seed=0,
+        chunk=config.train.loss_chunk,
+        z_loss=config.train.z_loss,
+        batch_loss=choose_loss(config.objective),
+    )
 
     def forward(params: Params, batch: Batch) -> Any:
         return jax.vjp(lambda params: loss(params, batch)[0], params)
@@ -62,7 +69,7 @@ def _count_residual_bytes(config: RunConfig, remat: str) -> ResidualBytes:
 def abstract_batch(config: RunConfig, rows: int = 1) -> Batch:
     """Shapes of a batch of the run's objective: those of a batch that it makes of empty rows."""
     empty = np.zeros((1, config.data.seq_len), np.int32)
-    packed = Rows(targets=empty, inputs=empty, segments=empty, positions=empty)
+    packed = Rows(targets=empty, inputs=empty, segments=empty, positions=empty, scored=empty > 0)
     batch = objective(config).build_batch(packed, np.zeros(1, np.int64), CounterRng(0))
     return jax.tree.map(lambda field: jax.ShapeDtypeStruct((rows, *field.shape[1:]), field.dtype), batch)
 

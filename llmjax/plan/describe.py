@@ -34,12 +34,14 @@ def _describe_head(plan: Plan, spec: str) -> list[str]:
     train, depth = plan.config.train, "quick depth" if plan.quick else "full depth"
     accumulation = f" in {train.accumulation} microbatches" if train.accumulation > 1 else ""
     slices = f"{plan.topology.slices} slices of " if plan.topology.slices > 1 else ""
+    rows = train.batch_sizes.largest
     return [
-        f"{spec} on {slices}{plan.topology.name}: {plan.devices:,} devices, mesh {mesh}; {train.global_batch:,} rows"
+        f"{spec} on {slices}{plan.topology.name}: {plan.devices:,} devices, mesh {mesh}; {rows:,} rows"
         f"{accumulation}, {plan.step_tokens:,} tokens a step",
         f"{short(plan.program.parameters)} parameters, model.remat={plan.config.model.remat}; "
         f"{topologies.compiler_version(plan.topology)}, {depth}, {plan.program.seconds:.0f} s",
         "all figures are of one device",
+        *([f"of the largest batch: train.batch_schedule has {train.batch_sizes} rows"] if train.batch_schedule else []),
     ]
 
 
@@ -72,7 +74,7 @@ def advise(plan: Plan) -> list[str]:
     state = plan.program.parameter_bytes + plan.program.optimizer_bytes
     lines = [f"{(memory.total - chip.hbm) / 2**30:.1f} GiB too much. In the order to try:"]
     shards = plan.program.mesh.get("data", 1) * plan.program.mesh.get("fsdp", 1)
-    rows = config.train.global_batch // (shards * config.train.accumulation)
+    rows = config.train.batch_sizes.largest // (shards * config.train.accumulation)
     if state > 0.5 * chip.hbm and plan.program.mesh.get("data", 1) > 1:
         lines.append("  --config.mesh.data=1 --config.mesh.fsdp=-1   shards the state over all devices")
     if config.model.remat not in ("full", "attention"):

@@ -1,8 +1,6 @@
 """Accelerators by name: peak FLOPs and memory of one JAX device; the memory of this host."""
 
 import dataclasses
-import os
-import pathlib
 import time
 
 import jax
@@ -10,6 +8,7 @@ import jax.numpy as jnp
 
 from llmjax.errors import UserError, suggest
 from llmjax.metrics import MEMORY_GIB, peak_flops
+from llmjax.parallel.memory import reported_memory
 
 # name -> jax.Device.device_kind
 _KINDS = {
@@ -47,29 +46,11 @@ def find(name: str) -> Device:
     return Device(name, peak, MEMORY_GIB[kind] << 30)
 
 
-def host_memory() -> int:
-    """Bytes of this host's memory that all its processes may use: physical, or the least limit of a control group."""
-    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    groups = pathlib.Path("/proc/self/cgroup")
-    for line in groups.read_text().splitlines() if groups.exists() else ():
-        _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        root = pathlib.Path("/sys/fs/cgroup", controllers)
-        name = "memory.limit_in_bytes" if controllers else "memory.max"
-        group = root / path.lstrip("/")
-        for folder in (group, *group.parents):  # a container's own group may be mounted as the root
-            if folder.is_relative_to(root) and (folder / name).exists():
-                text = (folder / name).read_text().strip()
-                sizes += [int(text)] if text.isdecimal() else []
-    return min(sizes)
-
-
 def _measure_local_device() -> Device:
     """This machine's first device. An unknown peak is measured by matrix products, the fastest within a second."""
     device = jax.devices()[0]
     if (peak := peak_flops(device.device_kind)) is not None:
-        return Device(f"here ({device.device_kind})", peak, _memory(device))
+        return Device(f"here ({device.device_kind})", peak, reported_memory(device))
     size = 1024
     x = jnp.ones((size, size), jnp.float32 if device.platform == "cpu" else jnp.bfloat16)
     product = jax.jit(lambda x: x @ x)
@@ -79,8 +60,4 @@ def _measure_local_device() -> Device:
         began = time.perf_counter()
         product(x).block_until_ready()
         best = min(best, time.perf_counter() - began)
-    return Device(f"here ({device.device_kind}, measured)", 2 * size**3 / best, _memory(device))
-
-
-def _memory(device) -> int | None:
-    return (device.memory_stats() or {}).get("bytes_limit")
+    return Device(f"here ({device.device_kind}, measured)", 2 * size**3 / best, reported_memory(device))

@@ -1,7 +1,8 @@
 """Read the text of a compiled program (XLA's HLO): computations, instructions, and how often a step executes each.
 
 The text is that of `Compiled.as_text()` and of XLA's dump. Loops count with their number of iterations, which the
-compiler writes for some loops (`known_trip_count`); for the others it follows from the loop's counter.
+compiler writes for some loops (`known_trip_count`); for the others it follows from the loop's counter, or the
+name of its scope tells it (`parallel.fixed_tree.hidden_loop`).
 """
 
 from collections.abc import Callable, Iterator
@@ -226,6 +227,8 @@ class Module:
     def _count_trips(self, loop: Instruction) -> int:
         if written := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
             return int(written)
+        if named := loop.attribute(r'op_name="[^"]*\btrips_(\d+)/while"'):  # parallel.fixed_tree.hidden_loop
+            return int(named)
         (condition,), (body,) = loop.callees["condition"], loop.callees["body"]
         first = _LoopState(functools.cache(lambda index: self._element(loop.operands[0], index, {})))
         body_env = {self._parameter(body, 0): first}

@@ -12,6 +12,7 @@ from llmjax.plan.costs import Costs
 from llmjax.plan.hlo import Module
 from llmjax.plan.predict import Calibration, StepTime
 from llmjax.plan.topology import Topology
+from llmjax.plan.tree_cost import TreeCost, tree_cost
 from llmjax.run import config as run_config
 from llmjax.run.config import RunConfig
 
@@ -20,7 +21,7 @@ from llmjax.run.config import RunConfig
 class Plan:
     """A step compiled for a machine. Figures are those of one JAX device and one optimizer step.
 
-    step_tokens   tokens of a step, on all devices
+    step_tokens   tokens of a step, on all devices; of the largest batch where train.batch_schedule changes it
     model_flops   causal attention counted by half, no recomputation
     time          None where the cost model does not know the hardware, or the step does not fit
     quick         the depth: stopped at the optimized program
@@ -47,6 +48,13 @@ class Plan:
         if chip is None:
             return None
         return not self.program.out_of_memory and self.program.memory.total <= chip.hbm
+
+    @property
+    def tree(self) -> TreeCost | None:
+        """What parallel.reduction="fixed_tree" costs; None for the default reduction."""
+        if self.config.parallel.reduction == "xla":
+            return None
+        return tree_cost(self.config, self.program.mesh, self.program.parameters, self.program.hops)
 
     @property
     def step_seconds(self) -> float | None:
@@ -95,6 +103,7 @@ class Plan:
             "seconds": None if self.time is None else dataclasses.asdict(self.time),
             "parts": None if self.time is None else self.time.parts,
             "predicted_over_measured": None if self.calibration is None else dataclasses.asdict(self.calibration),
+            "fixed_tree": None if self.tree is None else dataclasses.asdict(self.tree),
             "quick": self.quick,
             "notes": costs.notes,
         }
@@ -126,7 +135,7 @@ def make_plan(config: RunConfig, topology: Topology, *, quick: bool) -> Plan:
     module = Module(program.optimized)
     costs = program_costs.count(module, program.slice_of)
     target_len = count.target_len(config)
-    step_tokens = config.train.global_batch * target_len
+    step_tokens = config.train.batch_sizes.largest * target_len
     plan = Plan(
         config=config,
         topology=topology,
@@ -141,6 +150,9 @@ def make_plan(config: RunConfig, topology: Topology, *, quick: bool) -> Plan:
     if chip is None or chip.matmul_share is None or not plan.fits:
         return plan
     if quick:
-        return dataclasses.replace(plan, time=predict.estimate(costs, chip))
-    time = predict.read_schedule(Module(program.scheduled), costs, program.slice_of, chip)
+        time = predict.estimate(costs, chip)
+    else:
+        time = predict.read_schedule(Module(program.scheduled), costs, program.slice_of, chip)
+    if plan.tree is not None:
+        time = dataclasses.replace(time, exposed=time.exposed + plan.tree.extra_seconds(chip))
     return dataclasses.replace(plan, time=time)

@@ -7,8 +7,8 @@ import os
 from typing import Any
 
 from llmjax.errors import UserError
+from llmjax.parallel.memory import host_memory
 from llmjax.plan import plan as plans
-from llmjax.plan.devices import host_memory
 from llmjax.plan.plan import Plan
 from llmjax.plan.topology import Topology
 from llmjax.plan.units import gib

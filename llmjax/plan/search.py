@@ -5,6 +5,7 @@ import concurrent.futures
 import dataclasses
 import itertools
 import logging
+import math
 import os
 import time
 from typing import Any
@@ -192,10 +193,22 @@ def meshes(config: RunConfig, topology: Topology) -> Iterator[Overrides]:
                 data = devices // (tensor * expert * fsdp)
                 if state / (fsdp * tensor * expert) > _STATE_SHARE * topology.chip.hbm:
                     break
-                if config.train.global_batch % (data * fsdp * expert * topology.slices) == 0:
+                fits_batch = config.train.batch_sizes.largest % (data * fsdp * expert * topology.slices) == 0
+                if fits_batch and _fits_torus((data, fsdp, expert, tensor), topology.dims):
                     yield _mesh(slice=topology.slices, data=data, fsdp=fsdp, expert=expert, tensor=tensor)
                 # Between sharding over all devices and over none, every fourth power is enough to see the trend.
                 fsdp = fsdp // 4 or (1 if fsdp > 1 else 0)
+
+
+def _fits_torus(sizes: tuple[int, ...], dims: tuple[int, ...]) -> bool:
+    """Whether each axis of a mesh can be the product of dimensions of its own, as `make_mesh` requires."""
+    return any(
+        all(
+            math.prod(dim for dim, a in zip(dims, owners, strict=True) if a == axis) == size
+            for axis, size in enumerate(sizes)
+        )
+        for owners in itertools.product(range(len(sizes)), repeat=len(dims))
+    )
 
 
 def _mesh(**sizes: int) -> Overrides:
@@ -207,7 +220,7 @@ def _accumulations(config: RunConfig, plan: Plan) -> list[int]:
     shards = 1
     for axis in _BATCH_AXES:
         shards *= plan.program.mesh.get(axis, 1)
-    rows = config.train.global_batch // shards
+    rows = config.train.batch_sizes.largest // shards
     return [2**i for i in range(4) if rows % 2**i == 0 and 2**i <= rows]
 
 

@@ -53,7 +53,7 @@ def describe_config(config: RunConfig, spec: str, device: Device) -> list[str]:
     parts = registry.parameters_by_part(registry.abstract(model)[1])
     total = sum(parts.values())
     state = count.state_bytes_per_parameter(model, config.optimizer)
-    flops, batch = run_config.flops_per_token(config, seq), config.train.global_batch
+    flops, batch = run_config.flops_per_token(config, seq), config.train.batch_sizes.largest
     source = f" targets with sources of {config.data.seq_len:,}" if config.model.reads_source else ""
     lines = [f"{spec}: {model.family}, {total:,} parameters, vocabulary {model.vocab_size:,} (--vocab_size)"]
     lines += [f"  {name:<14} {size:>18,}   {size / total:6.1%}" for name, size in parts.items()]

@@ -9,6 +9,7 @@ from typing import Any
 
 from etils import epath
 
+from llmjax.evals.label_scores import describe_baseline
 from llmjax.metrics import duration
 from llmjax.report import plot, step_plan
 from llmjax.report.files import RunFiles, list_compressors, read
@@ -30,6 +31,12 @@ from llmjax.run import workdir as workdirs
 
 _MARKS = {"restart": "restarted", "skipped": "steps skipped, not finite"}
 _SPLITS = ("train", "validation", "test")
+_LABEL_SCORES = {
+    "margin": "margin",
+    "macro_f1": "macro F1",
+    "pearson": "Pearson correlation",
+    "spearman": "Spearman correlation",
+}
 _MAX_OPERATIONS = 15  # rows in the table of the profile
 _SMOOTH_FROM = 100  # points from which a curve is smoothed, over a hundredth of them
 
@@ -77,14 +84,19 @@ def render_headline(run: RunFiles) -> str:
         return section("Validation", _missing(run, "No evaluation of the validation split yet.", "eval"))
     total = scores["total"]
     bits = total["bits_per_byte"]
-    facts = [
-        (f"{total['accuracy']:.2%}", "accuracy") if bits is None else (f"{bits:.4f}", "bits per byte"),
-        (f"{total['loss']:.4f}", "loss, nats per token"),
-        (f"{total['perplexity']:,.2f}", "perplexity"),
-    ]
-    if bits is None:
+    facts = [] if bits is None else [(f"{bits:.4f}", "bits per byte")]
+    facts += [(f"{total['accuracy']:.2%}", "accuracy")] if bits is None and total["accuracy"] is not None else []
+    facts += [(f"{total[name]:.4f}", text) for name, text in _LABEL_SCORES.items() if name in total]
+    if total["perplexity"] is None:
+        facts.append((f"{total['loss']:.4f}", "loss"))
+    else:
+        facts += [(f"{total['loss']:.4f}", "loss, nats per token"), (f"{total['perplexity']:,.2f}", "perplexity")]
+    if total["accuracy"] is None:
+        title, bars = "Numbers", ""
+    elif bits is None:
         rows = [plot.Bar("this model", 100 * total["accuracy"], highlight=True)]
-        rows.append(plot.Bar("majority-class baseline", 100 * total["baseline_accuracy"]))
+        name, baseline = describe_baseline(total)
+        rows.append(plot.Bar(name, 100 * baseline))
         title, bars = "Accuracy, higher is better", plot.draw_bars(rows, label="Accuracy", unit="%")
     else:
         rows = [plot.Bar("this model", bits, highlight=True)]
@@ -181,7 +193,9 @@ def render_summary(run: RunFiles) -> str:
     if about is None:
         return section("Run", _missing(run, "There is no run.json.", "train"))
     settings = run.config or {}
-    batch, seq_len = settings.get("train", {}).get("global_batch"), settings.get("data", {}).get("seq_len")
+    train, seq_len = settings.get("train", {}), settings.get("data", {}).get("seq_len")
+    batch = train.get("global_batch")
+    later = "".join(f"; {size:,} rows from sample {start:,}" for start, size in train.get("batch_schedule", ()))
     mesh = " x ".join(f"{axis} {size}" for axis, size in about.get("mesh", {}).items())
     versions = ", ".join(f"{name} {version}" for name, version in about.get("versions", {}).items())
     facts = definition_list(
@@ -195,7 +209,7 @@ def render_summary(run: RunFiles) -> str:
             ("parameters", about.get("parameters")),
             ("optimizer", about.get("optimizer")),
             ("evaluated", about.get("eval_params")),
-            ("rows x tokens a step", f"{batch} x {seq_len}" if batch and seq_len else None),
+            ("rows x tokens a step", f"{batch} x {seq_len}{later}" if batch and seq_len else None),
             ("restarts", len(about.get("restarts", []))),
             ("steps skipped, not finite", format_count(_last_value(run, "skipped_steps"))),
             ("versions", versions),
@@ -250,7 +264,9 @@ def render_evaluation(run: RunFiles) -> str:
             lines["all"] = scores["total"]
         for source, s in lines.items():
             bits = None if s["bits_per_byte"] is None else f"{s['bits_per_byte']:.4f}"
-            scored = (f"{s['loss']:.4f}", f"{s['perplexity']:,.2f}", bits, f"{s['accuracy']:.2%}")
+            perplexity = None if s["perplexity"] is None else f"{s['perplexity']:,.2f}"
+            accuracy = None if s["accuracy"] is None else f"{s['accuracy']:.2%}"
+            scored = (f"{s['loss']:.4f}", perplexity, bits, accuracy)
             rows.append((split, source, scores.get("step"), *scored, s.get("num_targets"), s["documents"]))
     head = ("Split", "source", "step", "loss", "perplexity", "bits per byte", "accuracy", "targets", "documents")
     body = table(head, rows, texts=2) if rows else _missing(run, "Nothing was evaluated yet.", "eval")

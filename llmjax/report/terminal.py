@@ -162,6 +162,10 @@ def _format_scores(total: dict[str, Any]) -> str:
         "perplexity": "perplexity {:,.2f}",
         "bits_per_byte": "{:.4f} bits per byte",
         "accuracy": "accuracy {:.2%}",
+        "margin": "margin {:.4f}",
+        "macro_f1": "macro F1 {:.4f}",
+        "pearson": "Pearson {:.4f}",
+        "spearman": "Spearman {:.4f}",
     }
     return ", ".join(form.format(total[name]) for name, form in forms.items() if _is_number(total.get(name)))
 

@@ -8,9 +8,11 @@ from typing import Any
 
 from llmjax.binding import bind_overridden, find_file, load_file, load_module, shipped_files
 from llmjax.checkpoint.manager import CheckpointConfig
+from llmjax.data.batches.batch_sizes import MAX_SIZE, BatchSizes
 from llmjax.data.batches.packing import ONE_SEGMENT
-from llmjax.data.config import DataConfig, ObjectiveConfig
+from llmjax.data.config import LABELLED, SEVERAL_TEXTS, DataConfig, ObjectiveConfig
 from llmjax.data.objectives.objective import Objective, open_objective
+from llmjax.data.objectives.text_fields import check_text_fields
 from llmjax.data.store.tokenizer import Tokenizer
 from llmjax.errors import UserError
 from llmjax.models.decoder_config import DecoderConfig
@@ -19,6 +21,7 @@ from llmjax.nn.kernels import Choice
 from llmjax.optim.config import OptimizerConfig
 from llmjax.parallel.compiler_options import XlaConfig
 from llmjax.parallel.mesh import MeshConfig, ParallelConfig
+from llmjax.parallel.phases import WatchdogConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,41 +29,63 @@ class TrainConfig:
     """Length of training, and the shape of a step.
 
     steps         optimizer steps, and the horizon of every schedule
+    epochs        passes over the training rows, in place of `steps`, which becomes as many as they need; rows of
+                  several sources are counted together, and weights decide how often each comes; 0: `steps` decides
     stop_at       end the run at this step without touching the schedules; 0: at `steps`
     global_batch  sequences of a step, over all devices
+    batch_schedule  ((from_sample, global_batch), ...): other values of global_batch from these global sample indices
+                  on, each of which compiles its own step. Steps and schedules count updates, whatever their size
     accumulation  microbatches of a step; their gradients are added, and the sum is divided by the targets once
     loss_chunk    positions of a row whose logits are in memory at one time
     z_loss        weight of log(normaliser)^2 in the loss
     log_every     steps between lines of metrics.jsonl
-    max_skipped   consecutive non-finite steps that are skipped before the run stops
+    max_skipped   consecutive bad steps after which the run stops with exit status 76 (diverged): those that are not
+                  finite, which are skipped, and those whose loss is too high
+    max_loss_rise  nats by which a loss may exceed the lowest median of 32 steps; 0: any loss is accepted
     compilation_cache  folder of compiled programs, reused by the next start; "": WORKDIR/compilation_cache; "off": none
     profile       (first step, number of steps) to trace with the JAX profiler, into WORKDIR/profile; (): none
+    preemption_notice  "gce": save and stop when Google Compute Engine announces that it will stop the machine, for a
+                  preemption or maintenance; "": only on signals
     wandb_project  log to this project of Weights & Biases as well (extra `wandb`); "": none
     """
 
     steps: int = 1000
+    epochs: float = 0.0
     stop_at: int = 0
     global_batch: int = 8
+    batch_schedule: tuple = ()
     accumulation: int = 1
     loss_chunk: int = 128
     z_loss: float = 0.0
     log_every: int = 10
     max_skipped: int = 100
+    max_loss_rise: float = 3.0
     compilation_cache: str = ""
     profile: tuple = ()
+    preemption_notice: str = ""
     wandb_project: str = ""
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """The size of each global batch."""
+        return BatchSizes(self.global_batch, self.batch_schedule)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """Evaluation during training and by `llmjax eval`.
 
-    every   steps between evaluations of the validation split; 0: at the end only
-    batch   sequences in an evaluation batch; 0: train.global_batch
+    every       steps between evaluations of the validation split; 0: at the end only
+    batch       sequences in an evaluation batch; 0: train.global_batch
+    metric      the score that stop_after and checkpoint.keep_best compare: loss, perplexity or bits_per_byte, of which
+                less is better, or any other in eval/<step>/validation.json, such as accuracy, of which more is better
+    stop_after  evaluations in a row without a better score after which training ends; 0: it goes to the last step
     """
 
     every: int = 0
     batch: int = 0
+    metric: str = "loss"
+    stop_after: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,13 +111,12 @@ _POSITIVE = {
 }
 _NOT_NEGATIVE = {
     "data": ("workers", "max_bad_fraction"),
-    "train": ("stop_at", "z_loss"),
+    "train": ("stop_at", "z_loss", "epochs", "max_loss_rise"),
     "checkpoint": ("keep_every",),
-    "eval": ("every", "batch"),
+    "eval": ("every", "batch", "stop_after"),
 }
 # Fields whose value decides the size of arrays in the host's memory, which are allocated before anything else fails.
 _SIZES = {"train": ("global_batch",), "eval": ("batch",), "data": ("seq_len",)}
-_MAX_SIZE = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,16 +133,30 @@ class RunConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     eval: EvalConfig = EvalConfig()
     sample: SampleConfig = SampleConfig()
 
     def __post_init__(self):
         self._check_fields(_POSITIVE, lambda value: value >= 1, "must be at least 1")
         self._check_fields(_NOT_NEGATIVE, lambda value: value >= 0, "must not be negative")
-        self._check_fields(_SIZES, lambda value: value <= _MAX_SIZE, f"must be at most {_MAX_SIZE}")
+        self._check_fields(_SIZES, lambda value: value <= MAX_SIZE, f"must be at most {MAX_SIZE}")
         if not 0 <= self.seed < 1 << 32:  # JAX's keys have 32 bits: a larger seed would repeat draws of a smaller one
             raise UserError(f"seed={self.seed}: must be from 0 to {(1 << 32) - 1}")
-        if self.train.stop_at > self.train.steps:
+        for field, is_set in (
+            ("eval.stop_after", self.eval.stop_after),
+            ("checkpoint.keep_best", self.checkpoint.keep_best),
+        ):
+            if is_set and not self.eval.every:
+                raise UserError(
+                    f"{field}={is_set}: compares evaluations, and there is one at the end only; set eval.every"
+                )
+        if self.train.epochs and self.train.batch_schedule:
+            raise UserError(
+                f"train.epochs={self.train.epochs}: an epoch has no fixed number of steps with train.batch_schedule; "
+                "set train.steps instead"
+            )
+        if self.train.stop_at > self.train.steps and not self.train.epochs:
             raise UserError(f"train.stop_at={self.train.stop_at} is beyond train.steps={self.train.steps}: lower it")
         _check_profile(self.train)
         if self.objective.name not in self.model.objectives:
@@ -126,6 +164,9 @@ class RunConfig:
                 f"objective.name={self.objective.name!r}: model.family={self.model.family!r} supports objectives "
                 f"{', '.join(self.model.objectives)}; set one of these, or another family"
             )
+        self._check_labels()
+        self._check_chat()
+        self._check_texts()
         if self.data.packing == "stream" and self.objective.name != "causal":
             raise UserError(
                 f"data.packing='stream': objective.name={self.objective.name!r} needs documents that are kept apart; "
@@ -138,11 +179,107 @@ class RunConfig:
                     f"objective.{field}={value!r}: model.family={self.model.family!r} is not an "
                     "encoder-decoder; unset it"
                 )
-        if self.train.global_batch % self.train.accumulation:
+        for field, size in self.train.batch_sizes.fields:
+            if size % self.train.accumulation:
+                raise UserError(
+                    f"{field}={size} is not divisible by train.accumulation={self.train.accumulation}: change one of "
+                    "them"
+                )
+
+    def _check_labels(self) -> None:
+        """UserError where the objective, the labels of the sources, and the head of the model do not fit."""
+        name, classes, model = self.objective.name, self.data.classes, self.model
+        if name not in LABELLED:
+            for source, fields in self.data.sources.items():
+                if fields.label_field:
+                    raise UserError(
+                        f"data.sources.{source}.label_field={fields.label_field!r}: objective.name={name!r} has no use "
+                        "for labels; unset it, or set objective.name='classify' or 'regress'"
+                    )
+            if model.num_outputs and name != "reward":
+                raise UserError(
+                    f"model.num_outputs={model.num_outputs}: a model with this head predicts no tokens, so "
+                    f"objective.name={name!r} cannot train it; set objective.name='classify' or 'regress', or "
+                    "model.num_outputs=0"
+                )
+            return
+        if (name == "classify") != bool(classes):
+            hint = "name the classes in data.classes" if name == "classify" else "use 'classify', or unset data.classes"
+            raise UserError(f"objective.name={name!r}: {hint}")
+        if unlabelled := [source for source, fields in self.data.sources.items() if not fields.label_field]:
+            raise UserError(f"objective.name={name!r}: set data.sources.{unlabelled[0]}.label_field")
+        if self.data.packing not in ("best_fit", "none"):
             raise UserError(
-                f"train.global_batch={self.train.global_batch} is not divisible by "
-                f"train.accumulation={self.train.accumulation}: change one of them"
+                f"data.packing={self.data.packing!r}: objective.name={name!r} needs whole documents; set it to "
+                "'best_fit' or 'none'"
             )
+        weights = self.objective.class_weights
+        if weights and (len(weights) != len(classes) or self.data.multi_label):
+            raise UserError(
+                f"objective.class_weights={weights}: expected one for each of the {len(classes)} classes, and "
+                "data.multi_label=False"
+            )
+        num_outputs = len(classes) or 1
+        if model.num_outputs not in (0, num_outputs):
+            raise UserError(
+                f"model.num_outputs={model.num_outputs}: the labels need {num_outputs}; set it to 0, which takes these"
+            )
+
+    def _check_chat(self) -> None:
+        """UserError where the objective or the packing cannot use dialogues."""
+        for source, fields in self.data.sources.items():
+            if not fields.chat:
+                continue
+            field = f"data.sources.{source}.chat={fields.chat!r}"
+            if self.objective.name != "causal":
+                raise UserError(
+                    f"objective.name={self.objective.name!r}: {field} needs 'causal', which scores the assistant's "
+                    "turns; set it, or unset chat"
+                )
+            if self.data.packing not in ("best_fit", "none"):
+                raise UserError(
+                    f"data.packing={self.data.packing!r}: {field} needs whole dialogues; set it to 'best_fit' or 'none'"
+                )
+
+    def _check_texts(self) -> None:
+        """UserError where the objective and the texts of the records do not fit, or where a step would be another."""
+        name, train = self.objective.name, self.train
+        check_text_fields(name, self.data.sources)
+        if name not in SEVERAL_TEXTS:
+            return
+        if self.data.packing != "none":
+            raise UserError(
+                f"data.packing={self.data.packing!r}: objective.name={name!r} needs one record in each row; set it to "
+                "'none'"
+            )
+        if train.z_loss:
+            raise UserError(f"train.z_loss={train.z_loss}: objective.name={name!r} has no term for it; set it to 0")
+        if name == "dpo" and self.model.dropout:
+            raise UserError(
+                f"model.dropout={self.model.dropout}: objective.name='dpo' compares with a reference model without "
+                "dropout; set it to 0"
+            )
+        if name == "contrastive":
+            self._check_negatives()
+
+    def _check_negatives(self) -> None:
+        """UserError where a step would not compare each record with all others of the global batch."""
+        train = self.train
+        if train.accumulation > 1:
+            raise UserError(
+                f"train.accumulation={train.accumulation}: objective.name='contrastive' compares each record with all "
+                "others of the global batch, which a microbatch does not have; set it to 1"
+            )
+        if self.parallel.backend == "pmap":
+            raise UserError(
+                "parallel.backend='pmap': objective.name='contrastive' compares each record with those of all devices; "
+                "use 'jit'"
+            )
+        for field, size in train.batch_sizes.fields:
+            if size < 2:
+                raise UserError(
+                    f"{field}={size}: objective.name='contrastive' compares records with others; set it to 2 or more"
+                )
 
     def _check_fields(self, fields: dict[str, tuple[str, ...]], is_valid: Callable[[Any], bool], expected: str) -> None:
         for section, names in fields.items():
@@ -219,15 +356,21 @@ def objective(config: RunConfig, tokenizer: Tokenizer) -> Objective:
         seq_len=config.data.seq_len,
         start_id=config.model.decoder_start_id,
         one_segment=config.data.packing in ONE_SEGMENT,
+        classes=config.data.classes,
+        multi_label=config.data.multi_label,
+        labels_first=config.model.bidirectional,
+        num_texts=3 if any(source.negative_field for source in config.data.sources.values()) else 2,
     )
 
 
 def with_objective(config: RunConfig, objective: Objective) -> RunConfig:
-    """The config with the ids of the model filled in: the vocabulary size, and the first id that a decoder reads."""
+    """The config with what the model has from the objective filled in: the vocabulary size, the outputs of its head,
+    and the first id that a decoder reads."""
     if config.model.reads_source:
         config = dataclasses.replace(
             config, model=dataclasses.replace(config.model, start_id=objective.decoder_start_id)
         )
+    config = with_fields(config, [("model.num_outputs", objective.num_outputs)])
     return with_vocabulary(config, objective.min_vocab_size)
 
 

@@ -11,19 +11,27 @@ from etils import epath
 import jax
 from jax.sharding import Mesh
 
+import llmjax
 from llmjax import atomic
 from llmjax.batch import Graph, Params
+from llmjax.binding import bind
 from llmjax.checkpoint.manager import Checkpoints
+from llmjax.data.chat_template import TEMPLATE_FILE, ChatTemplate, read_template
 from llmjax.data.objectives.objective import Objective
 from llmjax.data.store import prepare
 from llmjax.data.store.tokenizer import FILE_NAMES, Tokenizer, load_tokenizer, read_tokenizer_file
 from llmjax.errors import UserError
+from llmjax.models import registry
+from llmjax.nn.lora import LoraConfig
+from llmjax.optim.config import finetuning_rate
 from llmjax.parallel import axes, hosts, mesh as meshes
 from llmjax.run import config as run_config, state as states, workdir as workdirs
 from llmjax.run.config import RunConfig
 from llmjax.run.mesh_choice import choose_mesh
 
 logger = logging.getLogger(__name__)
+
+IMPORTED = "imported parameters"  # the name of parameters that `llmjax import` wrote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +100,9 @@ def resolve(file: str | None, workdir: epath.Path, overrides: Sequence[tuple[str
             "--config=quickstart"
         )
     if imported is not None:
-        tree["model"] = dict(imported["model"])
+        if file is not None:  # it may ask for adapters; everything else about the model is decided
+            adapters = {"lora": lora} if (lora := tree.get("model", {}).get("lora")) else {}
+            tree["model"] = {**imported["model"], **adapters}
         tree.setdefault("data", {})["tokenizer"] = tokenizer_section(workdir, imported["tokenizer"]["kind"])
     if file is not None:
         return run_config.apply_overrides(tree, overrides)
@@ -107,8 +117,24 @@ def log_config_source(file: str | None, workdir: epath.Path) -> None:
         logger.info("  config: %s", workdir / workdirs.CONFIG)
 
 
+def with_finetuning_rate(config: RunConfig, workdir: epath.Path) -> RunConfig:
+    """The config with the learning rate filled in, and logged, where the run starts from imported parameters."""
+    if config.optimizer.learning_rate is not None or not (workdir / workdirs.IMPORT).exists():
+        return config
+    rate, pretraining = finetuning_rate(config.optimizer.name, adapters=bool(config.model.lora.rank))
+    logger.info(
+        "  optimizer.learning_rate=%g: lower than the default of pretraining (%g), since the run starts from imported "
+        "parameters; set it to choose another",
+        rate,
+        pretraining,
+    )
+    return run_config.with_fields(config, [("optimizer.learning_rate", rate)])
+
+
 def tokenizer_section(workdir: epath.Path, kind: str) -> dict[str, str]:
     """The config of the tokenizer that was imported into a workdir."""
+    if kind == "bytes":
+        return {"kind": kind}
     path = workdir / workdirs.TOKENIZER / FILE_NAMES[kind]
     return {"kind": kind, "path": str(path if atomic.is_remote(path) else path.resolve())}
 
@@ -127,6 +153,40 @@ def load(
     mesh = meshes.make_mesh(choose_mesh(config, jax.devices())) if is_mesh_overridden else mesh_or_default(config)
     with axes.use_mesh(mesh, config.parallel.rules):
         yield _restore(config, workdir, step, store, tokenizer)
+
+
+def merge_adapters(loaded: Loaded) -> Loaded:
+    """The same model without adapters, whose weights have them merged in, in float32. Inside the mesh of `load`."""
+    model = loaded.config.model
+    if not model.lora.rank:
+        return loaded
+    base = registry.without_adapters(model)
+    return dataclasses.replace(
+        loaded,
+        config=dataclasses.replace(loaded.config, model=base),
+        graph=registry.abstract(base)[0],
+        params=states.merge_adapters(model, loaded.params),
+        params_name=f"{loaded.params_name} with adapters merged",
+    )
+
+
+def save_imported(workdir: epath.Path, config: RunConfig, params: Params, origin: str, tokenizer: Tokenizer) -> str:
+    """Write parameters without optimizer state as checkpoint 0 of a workdir, and return their fingerprint.
+
+    origin   where they come from, for messages
+    """
+    checkpoints = Checkpoints(workdir / workdirs.CHECKPOINTS, config.checkpoint)
+    meta = {
+        "config": run_config.to_json(config),
+        "imported": origin,
+        "tokenizer_sha256": tokenizer.sha256,
+        "total_targets": 0,
+        "skipped": 0,
+        "versions": {"llmjax": llmjax.__version__, "jax": jax.__version__},
+    }
+    fingerprint = checkpoints.save(0, {"params": params}, meta)
+    checkpoints.close()
+    return fingerprint
 
 
 def mesh_or_default(config: RunConfig) -> Mesh:
@@ -167,13 +227,32 @@ def _load_tokenizer(workdir: epath.Path, store: pathlib.Path) -> Tokenizer:
     return read_tokenizer_file(kind, workdir / workdirs.TOKENIZER / FILE_NAMES[kind])
 
 
+def find_chat_template(workdir: epath.Path, loaded: Loaded) -> ChatTemplate | None:
+    """The chat template of a run's dialogues, else that which was imported; None if there is none."""
+    folders = (loaded.store, workdir / workdirs.TOKENIZER)
+    found = (read_template(folder, loaded.tokenizer) for folder in folders)
+    return next((template for template in found if template is not None), None)
+
+
+def load_chat_template(workdir: epath.Path, loaded: Loaded) -> ChatTemplate:
+    """As `find_chat_template`. Raises UserError if there is none."""
+    if (template := find_chat_template(workdir, loaded)) is not None:
+        return template
+    raise UserError(
+        f"--workdir={workdir}: it has no chat template; import a chat model, train on dialogues, or put one into "
+        f"{workdir / workdirs.TOKENIZER / TEMPLATE_FILE}"
+    )
+
+
 def _restore(
     config: RunConfig, workdir: epath.Path, step: int | None, store: pathlib.Path, tokenizer: Tokenizer
 ) -> Loaded:
-    spec = states.make_state_spec(config.model, config.optimizer, horizon=config.train.steps)
     checkpoints = Checkpoints(workdir / workdirs.CHECKPOINTS)
-    abstract = states.to_checkpoint(spec.abstract())
     imported = _is_import(checkpoints, step)
+    if imported:
+        config = _as_imported(config, workdir)
+    spec = states.make_state_spec(config.model, config.optimizer, horizon=config.train.steps)
+    abstract = states.to_checkpoint(spec.abstract())
     if imported:
         del abstract["opt_state"]
     if step is None:
@@ -188,8 +267,8 @@ def _restore(
         config=config,
         step=restored.step,
         graph=spec.graph,
-        params=parts["params"] if imported else spec.optimizer.eval_params(parts["params"], parts["opt_state"]),
-        params_name="imported parameters" if imported else spec.optimizer.eval_params_name,
+        params=parts["params"] if imported else spec.eval_params(parts["params"], parts["opt_state"]),
+        params_name=IMPORTED if imported else spec.optimizer.eval_params_name,
         tokenizer=tokenizer,
         objective=run_config.objective(config, tokenizer),
         store=store,
@@ -202,6 +281,14 @@ def _is_import(checkpoints: Checkpoints, step: int | None) -> bool:
     steps = checkpoints.steps()
     step = max(steps, default=None) if step is None else step
     return step in steps and "imported" in checkpoints.read_meta(step)
+
+
+def _as_imported(config: RunConfig, workdir: epath.Path) -> RunConfig:
+    """The config with the adapters of the imported parameters: training may have added some since."""
+    record = workdirs.read_json(workdir / workdirs.IMPORT) or {}
+    lora = bind(LoraConfig, record.get("model", {}).get("lora", {}), "model.lora")
+    optimizer = dataclasses.replace(config.optimizer, trainable=(), frozen=())  # of the other model
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, lora=lora), optimizer=optimizer)
 
 
 def _check_tokenizer(expected: str, tokenizer: Tokenizer, store: pathlib.Path) -> None:

@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from llmjax.metrics import MEMORY_GIB
+from llmjax.parallel.memory import reported_memory
 from llmjax.parallel.mesh import MeshConfig
 from llmjax.run import state as states
 from llmjax.run.config import RunConfig
@@ -54,5 +55,5 @@ def _memory(device: Any) -> float:
     """Memory of a device in GiB."""
     if device.device_kind in MEMORY_GIB:  # what other programs use does not change it, so every start chooses alike
         return MEMORY_GIB[device.device_kind]
-    reported = (device.memory_stats() or {}).get("bytes_limit")
+    reported = reported_memory(device)
     return reported / 2**30 if reported else _UNKNOWN_MEMORY

@@ -10,9 +10,26 @@ _TEXT = "--config.data.sources.main.path=/my/texts/**/*.txt"
 
 
 def use_model(workdir: epath.PathLike, objective: str, prompt: str = "Once upon a time") -> str:
-    """The command that shows what a model predicts: `fill` for the objective masked, else `generate`."""
+    """The command that shows what a model predicts: `fill` for the objective masked, `predict` for labels, `embed` for
+    vectors, else `generate`."""
+    if objective in ("contrastive", "similarity"):
+        return embed_texts(workdir)
+    if objective in ("classify", "regress", "reward"):
+        files = "--input=texts.jsonl", "--output=labels.jsonl"
+        files += ("--field=prompt", "--pair_field=answer") if objective == "reward" else ()
+        return _command("predict", f"--workdir={os.fspath(workdir)}", *files)
     flags = ["fill", "--text=The [MASK] of the"] if objective == "masked" else ["generate", f"--prompt={prompt}"]
     return _command(flags[0], f"--workdir={os.fspath(workdir)}", flags[1])
+
+
+def embed_texts(workdir: epath.PathLike) -> str:
+    """`embed`, which needs no head."""
+    return _command("embed", f"--workdir={os.fspath(workdir)}", "--input=texts.jsonl", "--output=vectors.npy")
+
+
+def chat(workdir: epath.PathLike) -> str:
+    """`chat`, which needs a chat template."""
+    return _command("chat", f"--workdir={os.fspath(workdir)}")
 
 
 def score_model(workdir: epath.PathLike, store: pathlib.Path | None) -> str:

@@ -1,6 +1,8 @@
 """The train state: arrays, abstract form, and the sharding of each leaf."""
 
+from collections.abc import Sequence
 import dataclasses
+import logging
 from typing import Any
 
 import jax
@@ -8,11 +10,15 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from llmjax.batch import Graph, Params
+from llmjax.checkpoint.fingerprint import leaf_name
 from llmjax.models import registry
 from llmjax.models.registry import ModelConfig
 from llmjax.optim.config import OptimizerConfig
 from llmjax.optim.optimizer import Optimizer, make_optimizer
+from llmjax.optim.trainable import choose_trainable, merge, split
 from llmjax.parallel import axes
+
+logger = logging.getLogger(__name__)
 
 
 @jax.tree_util.register_dataclass
@@ -31,10 +37,15 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class StateSpec:
-    """How a train state is built: the model's graph, the optimizer, and axes, shapes and shardings of the leaves."""
+    """How a train state is built: the model's graph, the optimizer, and axes, shapes and shardings of the leaves.
+
+    optimizer   of the trained parameters alone
+    trainable   for each parameter whether it is trained
+    """
 
     graph: Graph
     optimizer: Optimizer
+    trainable: Params
     axes: Params
     shapes: TrainState
     shardings: TrainState
@@ -47,6 +58,25 @@ class StateSpec:
             self.shardings,
         )
 
+    def init_optimizer(self, params: Params) -> dict[str, Any]:
+        """The optimizer's state before the first update."""
+        return self.optimizer.init(split(params, self.trainable)[0])
+
+    def update(self, grads: Params, opt_state: dict[str, Any], params: Params) -> tuple[Params, dict, dict]:
+        """`Optimizer.update` of the trained parameters, for which `grads` are; the others stay as they are."""
+        trained, frozen = split(params, self.trainable)
+        trained, opt_state, info = self.optimizer.update(grads, opt_state, trained)
+        return merge(trained, frozen), opt_state, info
+
+    def eval_params(self, params: Params, opt_state: dict[str, Any]) -> Params:
+        """The parameters to evaluate, sample from and export; `optimizer.eval_params_name` says which they are."""
+        trained, frozen = split(params, self.trainable)
+        return merge(self.optimizer.eval_params(trained, opt_state), frozen)
+
+    def count_trained(self) -> int:
+        """Number of parameters that are trained."""
+        return sum(leaf.size for leaf in jax.tree.leaves(split(self.shapes.params, self.trainable)[0]))
+
 
 def make_state_spec(model: ModelConfig, optimizer: OptimizerConfig, *, horizon: int) -> StateSpec:
     """Shapes and shardings of a run's state on the mesh of `use_mesh`. Nothing is allocated.
@@ -54,30 +84,56 @@ def make_state_spec(model: ModelConfig, optimizer: OptimizerConfig, *, horizon: 
     horizon   train.steps, over which learning rate schedules run
     """
     graph, shapes, names = registry.abstract(model)
-    tx = make_optimizer(optimizer, horizon=horizon, axes=names, width=model.width_multiplier)
-    opt_shapes = jax.eval_shape(tx.init, shapes)
+    trainable, tx = make_trained_optimizer(model, optimizer, shapes, names, horizon=horizon)
+    trained = split(shapes, trainable)[0]
+    opt_shapes = jax.eval_shape(tx.init, trained)
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
     replicated = NamedSharding(jax.sharding.get_mesh(), P())
     return StateSpec(
         graph=graph,
         optimizer=tx,
+        trainable=trainable,
         axes=names,
         shapes=TrainState(scalar, scalar, shapes, opt_shapes),
         shardings=TrainState(
             replicated,
             replicated,
             axes.shardings(names, shapes),
-            axes.shardings(tx.state_axes(shapes), opt_shapes),
+            axes.shardings(tx.state_axes(trained), opt_shapes),
         ),
     )
 
 
+def make_trained_optimizer(
+    model: ModelConfig, optimizer: OptimizerConfig, shapes: Params, names: Params, *, horizon: int
+) -> tuple[Params, Optimizer]:
+    """(for each parameter whether it is trained, the optimizer of those).
+
+    shapes, names   of all parameters of the model: shapes and logical axes
+    Raises UserError as `choose_trainable` does.
+    """
+    trainable = choose_trainable(optimizer, shapes)
+    tx = make_optimizer(
+        optimizer,
+        horizon=horizon,
+        axes=split(names, trainable)[0],
+        width=model.width_multiplier,
+        num_layers=model.num_layers,
+    )
+    return trainable, tx
+
+
 def state_bytes(model: ModelConfig, optimizer: OptimizerConfig) -> int:
-    """Bytes of the parameters, their gradients and the optimizer's state, over all devices. Nothing is allocated."""
+    """Bytes of the parameters, and of gradients and optimizer state of the trained ones, over all devices.
+
+    Nothing is allocated.
+    """
     _, shapes, names = registry.abstract(model)
-    opt_state = jax.eval_shape(make_optimizer(optimizer, horizon=1_000_000, axes=names).init, shapes)
+    trainable, tx = make_trained_optimizer(model, optimizer, shapes, names, horizon=1_000_000)
+    trained = split(shapes, trainable)[0]
+    opt_state = jax.eval_shape(tx.init, trained)
     num_bytes = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-    return 2 * num_bytes(shapes) + num_bytes(opt_state)
+    return num_bytes(shapes) + num_bytes(trained) + num_bytes(opt_state)
 
 
 def to_checkpoint(state: TrainState) -> dict:
@@ -101,9 +157,63 @@ def init_state(spec: StateSpec, model: ModelConfig, seed: int) -> TrainState:
     def create() -> TrainState:
         params = registry.init(model, jax.random.key(seed))
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, zero, params, spec.optimizer.init(params))
+        return TrainState(zero, zero, params, spec.init_optimizer(params))
 
     return jax.jit(create, out_shardings=spec.shardings)()
+
+
+def add_adapters(spec: StateSpec, model: ModelConfig, base: Params, seed: int) -> Params:
+    """The parameters of `model` on the mesh, from those of the model without adapters, which are given up."""
+    add = lambda params: registry.add_adapters(model, params, jax.random.key(seed))
+    return jax.jit(add, out_shardings=spec.shardings.params, donate_argnums=0)(base)
+
+
+def abstract_params(model: ModelConfig) -> Params:
+    """ShapeDtypeStructs with shardings of the parameters of a model, for a restore."""
+    _, shapes, names = registry.abstract(model)
+    shape_of = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return jax.tree.map(shape_of, shapes, axes.shardings(names, shapes))
+
+
+def merge_adapters(model: ModelConfig, params: Params) -> Params:
+    """Parameters of the model without adapters that compute the same; merged weights are float32."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(registry.without_adapters(model)))
+    return jax.jit(lambda params: registry.merge_adapters(model, params), out_shardings=shardings)(params)
+
+
+def draw_parameters(model: ModelConfig, names: Sequence[str], seed: int) -> dict[str, jax.Array]:
+    """The values before training, as of `init_state`, of the parameters with these dotted names, on the mesh."""
+    if not names:
+        return {}
+
+    def draw() -> dict[str, jax.Array]:  # the compiler drops what is not returned
+        params = _by_name(registry.init(model, jax.random.key(seed)))
+        return {name: params[name] for name in names}
+
+    shardings = _by_name(abstract_params(model))
+    return jax.jit(draw, out_shardings={name: shardings[name].sharding for name in names})()
+
+
+def _by_name(tree: Params) -> dict[str, Any]:
+    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def take_parameters(saved: Params, model: ModelConfig, seed: int) -> Params:
+    """The parameters of `model`: those of `saved` that have their names and shapes, and fresh ones, as of `init_state`,
+    in place of the others. Which are fresh and which are not used is logged.
+
+    saved   of another model, such as one with another head, on the mesh
+    """
+    wanted = abstract_params(model)
+    old, shapes = _by_name(saved), _by_name(wanted)
+    missing = [key for key, leaf in shapes.items() if key not in old or old[key].shape != leaf.shape]
+    if unused := sorted((old.keys() - shapes.keys()) | (set(missing) & old.keys())):
+        logger.info("  not used of the checkpoint: %s", ", ".join(unused))
+    if missing:
+        logger.info("  initialised, as the checkpoint lacks them: %s", ", ".join(missing))
+    new = draw_parameters(model, missing, seed)
+    leaves = [new.get(key, old.get(key)) for key in shapes]
+    return jax.tree.unflatten(jax.tree.structure(wanted), leaves)
 
 
 def unsharded_params(spec: StateSpec) -> list[str]:
@@ -116,7 +226,7 @@ def unsharded_params(spec: StateSpec) -> list[str]:
         if by_rules - used:
             size = leaf.size * leaf.dtype.itemsize
             lines.append(
-                f"{jax.tree_util.keystr(path, simple=True, separator='.')} {logical} {leaf.shape}: {size:,} bytes "
+                f"{leaf_name(path)} {logical} {leaf.shape}: {size:,} bytes "
                 f"stay unsharded over {sorted(by_rules - used)}, which do not divide it"
             )
     return lines
@@ -124,5 +234,4 @@ def unsharded_params(spec: StateSpec) -> list[str]:
 
 def _mesh_axes(spec: P, mesh: Mesh) -> set[str]:
     """The mesh axes of more than one device that a spec uses."""
-    used = {name for entry in spec if entry for name in ((entry,) if isinstance(entry, str) else entry)}
-    return {name for name in used if mesh.shape[name] > 1}
+    return {name for name in axes.used_axes(spec) if mesh.shape[name] > 1}

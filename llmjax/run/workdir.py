@@ -36,6 +36,7 @@ DATA = "data.json"  # sizes of the packed data
 METRICS = "metrics.jsonl"  # one line every train.log_every steps
 SAMPLES = "samples.json"  # texts that the trained model generated
 PLAN = "plan.json"  # what `llmjax plan` predicted of the step
+REFERENCE = "reference.npz"  # log-likelihoods under the reference model of DPO
 IMPORT = "import.json"  # where imported parameters come from
 REPORT = "report.html"
 LOCK = "lock.json"  # the process that writes here

@@ -5,10 +5,12 @@ from typing import Any
 
 from llmjax import report
 from llmjax.checkpoint.fingerprint import fingerprint
+from llmjax.evals.label_scores import describe_baseline
 from llmjax.inference.generate import complete, sampling_from_config
 from llmjax.parallel import hosts
 from llmjax.report.files import list_compressors
 from llmjax.run import next_commands, workdir as workdirs
+from llmjax.train import best
 from llmjax.train.context import Progress, TrainContext
 
 logger = logging.getLogger(__name__)
@@ -19,8 +21,10 @@ def write_final_report(context: TrainContext, progress: Progress) -> None:
 
     Scores and samples that an earlier start wrote for this state and these settings are read instead.
     """
+    context.watchdog.enter("report", progress.step)
     state = fingerprint(progress.state.params, progress.state.opt_state)
     scores = _evaluate(context, progress, state)
+    context.watchdog.enter("report", progress.step)
     samples = _sample(context, progress, state)
     if not hosts.is_primary():
         return
@@ -29,10 +33,24 @@ def write_final_report(context: TrainContext, progress: Progress) -> None:
     path = report.write_report(context.workdir)
     for line in _summary(context, progress, scores, samples):
         logger.info("%s", line)
+    if progress.evaluations and scores is not None and (line := _describe_best(context, progress, scores)):
+        logger.info("%s", line)
     logger.info("\nreport: %s", path)
     prompt = (context.config.sample.prompts or ("Once upon a time",))[0]
     logger.info("next:   %s", next_commands.use_model(context.workdir, context.config.objective.name, prompt))
     logger.info("        %s", next_commands.score_model(context.workdir, context.evaluator.store))
+
+
+def _describe_best(context: TrainContext, progress: Progress, scores: dict[str, Any]) -> str:
+    """A line where an earlier step had a better score than the last one."""
+    metric = context.config.eval.metric
+    evaluations = {**progress.evaluations, progress.step: best.select_scores(scores, metric)}
+    step = best.find_best(evaluations, metric)
+    if step is None or step == progress.step:
+        return ""
+    is_kept = step in context.checkpoints.steps()
+    text = f"use it by --step={step}" if is_kept else "its checkpoint was not kept (checkpoint.keep_best)"
+    return f"\nbest validation {metric}: {evaluations[step][metric]:.4f} at step {step}; {text}"
 
 
 def _evaluate(context: TrainContext, progress: Progress, state: str) -> dict[str, Any] | None:
@@ -54,7 +72,7 @@ def _sample(context: TrainContext, progress: Progress, state: str) -> list[dict[
     if not prompts:
         return []
     if not context.config.model.generates:
-        logger.info("no samples: model.family=%r does not generate text", context.config.model.family)
+        logger.info("no samples: this model does not generate text")
         return []
     sampling = sampling_from_config(context.config.sample, context.config.seed)
     settings = {
@@ -92,13 +110,20 @@ def _summary(
     total, name = scores["total"], context.spec.optimizer.eval_params_name
     lines += [
         f"\nvalidation split, {total['documents']:,} documents, {total['text_bytes']:,} bytes; {name} of this step",
-        f"  loss            {total['loss']:.4f} nats per token",
-        f"  perplexity      {total['perplexity']:.2f}",
+        f"  loss            {total['loss']:.4f}{'' if total['perplexity'] is None else ' nats per token'}",
     ]
+    if total["perplexity"] is not None:
+        lines.append(f"  perplexity      {total['perplexity']:.2f}")
+    for name in ("margin", "macro_f1", "pearson", "spearman"):
+        if name in total:
+            lines.append(f"  {name:<15} {total[name]:.4f}")
+    if total["accuracy"] is None:
+        return lines
     if total["bits_per_byte"] is None:
+        name, baseline = describe_baseline(total)
         lines += [
             f"  accuracy        {total['accuracy']:.2%}   this model, of {total['num_targets']:,} scored targets",
-            f"                  {total['baseline_accuracy']:.2%}   majority-class baseline",
+            f"                  {baseline:.2%}   {name}",
         ]
     else:
         lines.append(f"  bits per byte   {total['bits_per_byte']:.4f}   this model")

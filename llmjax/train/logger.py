@@ -1,26 +1,32 @@
 """Metrics and timings of a running job. Step n is read after step n + 1 was started, so the device never waits."""
 
+import collections
 from collections.abc import Iterator
 import contextlib
 import logging
+import statistics
 import time
 from typing import Any
 
 import jax
 
+from llmjax.evals import harness
 from llmjax.metrics import ProgressLine, mfu
 from llmjax.run import config as run_config
 from llmjax.train.context import Progress, TrainContext
 
 logger = logging.getLogger(__name__)
 
+_LOSS_WINDOW = 32  # steps of whose losses the median is taken
+
 
 class MetricsLogger:
     """Reads the metrics and times of each step; every `train.log_every` steps it writes a line of metrics.jsonl.
 
     total_targets   scored targets since step 0
-    diverged        `train.max_skipped` steps in a row were not finite. It is never reset, since a step is read one
-                    step late
+    best_loss       the lowest median of the losses of some steps in a row; None before there were as many steps
+    diverged        `train.max_skipped` steps in a row were bad: not finite, or with a loss of more than
+                    `train.max_loss_rise` above `best_loss`. It is never reset, since a step is read one step late
     """
 
     def __init__(self, context: TrainContext, progress: Progress):
@@ -30,7 +36,8 @@ class MetricsLogger:
         self._pending: tuple[int, dict] | None = None
         self._bad_in_a_row = 0
         self._first = True
-        self.total_targets, self.diverged = progress.total_targets, False
+        self._losses: collections.deque[float] = collections.deque(maxlen=_LOSS_WINDOW)
+        self.total_targets, self.best_loss, self.diverged = progress.total_targets, progress.best_loss, False
         self._restart_window()
 
     def _restart_window(self) -> None:
@@ -55,9 +62,9 @@ class MetricsLogger:
         if self._pending is None:
             return
         (step, arrays), self._pending = self._pending, None
-        finite, targets, tokens = jax.device_get((arrays["finite"], arrays["num_targets"], arrays["num_tokens"]))
-        self._bad_in_a_row = 0 if finite else self._bad_in_a_row + 1
-        self.diverged |= self._bad_in_a_row >= self._context.config.train.max_skipped
+        read = ("finite", "loss", "num_targets", "num_tokens")
+        finite, loss, targets, tokens = jax.device_get([arrays[name] for name in read])
+        self._watch_loss(step, finite, loss.item())
         self.total_targets += int(targets)
         self._window_targets += int(targets)
         self._window_tokens += int(tokens)
@@ -68,6 +75,21 @@ class MetricsLogger:
             values = {name: value.item() for name, value in jax.device_get(arrays).items() if name != "finite"}
             self._write(step, values | {"num_targets": int(targets)}, logged)
         self._first = False
+
+    def _watch_loss(self, step: int, finite: bool, loss: float) -> None:
+        """Count bad steps in a row. Their losses are not taken into the median."""
+        train, best = self._context.config.train, self.best_loss
+        if finite and (best is None or not train.max_loss_rise or loss <= best + train.max_loss_rise):
+            self._bad_in_a_row = 0
+            self._losses.append(loss)
+            if len(self._losses) == _LOSS_WINDOW:
+                median = statistics.median(self._losses)
+                self.best_loss = median if best is None else min(best, median)
+            return
+        if not self._bad_in_a_row:
+            logger.info("step %d: its loss is %s", step, f"{loss:.4f} after {best:.4f}" if finite else "not finite")
+        self._bad_in_a_row += 1
+        self.diverged |= self._bad_in_a_row >= train.max_skipped
 
     def _write(self, step: int, values: dict[str, Any], logged: bool) -> None:
         seconds = max(time.monotonic() - self._began, 1e-9)
@@ -93,8 +115,5 @@ class MetricsLogger:
 
     def log_eval(self, scores: dict[str, Any]) -> None:
         """Log the scores of an evaluation, whose time does not count in the times of steps."""
-        total, bits = scores["total"], scores["total"]["bits_per_byte"]
-        quality = f"accuracy {total['accuracy']:.2%}" if bits is None else f"{bits:.4f} bits per byte"
-        text = f"loss {total['loss']:.4f}, perplexity {total['perplexity']:.2f}, {quality}"
-        logger.info("  %s: %s", scores["split"], text)
+        logger.info("  %s: %s", scores["split"], harness.format_scores(scores["total"]))
         self._restart_window()

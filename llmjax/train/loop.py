@@ -1,23 +1,35 @@
 """The training loop: set-up, data, model, resume, steps, finish."""
 
 import dataclasses
+import functools
+import itertools
 import logging
+import math
+import pathlib
+from typing import Any
 
 from etils import epath
 import jax
 
+from llmjax.batch import Graph
 from llmjax.checkpoint.manager import Checkpoints
 from llmjax.data.batches.pipeline import TrainData
+from llmjax.data.objectives.objective import Objective
 from llmjax.data.store.tokenizer import load_tokenizer
 from llmjax.errors import UserError
 from llmjax.evals.harness import Evaluator
+from llmjax.evals.reference import Reference, compute_reference, read_reference
 from llmjax.inference import generate
+from llmjax.inference.embed import with_pooling
 from llmjax.metrics import MetricsLog
+from llmjax.optim import schedules
 from llmjax.parallel import axes, backends, compilation_cache, hosts, mesh as meshes
+from llmjax.parallel.watchdog import Watchdog
 from llmjax.run import config as run_config, loading, state as states, workdir as workdirs
 from llmjax.run.config import RunConfig
 from llmjax.run.mesh_choice import choose_mesh
-from llmjax.train import finish, record, resume
+from llmjax.train import best, finish, record, resume
+from llmjax.train.cloud_notice import CloudNotice, check_notice
 from llmjax.train.context import Progress, TrainContext
 from llmjax.train.logger import MetricsLogger
 from llmjax.train.preemption import Preemption
@@ -34,21 +46,26 @@ SUCCESS, DIVERGED, PREEMPTED = 0, 76, 85  # exit statuses
 
 def train(config: RunConfig, workdir: epath.Path) -> int:
     """Train to train.stop_at (or train.steps), from the newest checkpoint of `workdir`. Returns the exit status."""
+    config = with_pooling(loading.with_finetuning_rate(config, workdir), workdir)
     # The record of the run has the choice: a resumed run has the same mesh.
     config = dataclasses.replace(config, mesh=choose_mesh(config, jax.devices()))
     mesh = meshes.make_mesh(config.mesh)
     with axes.use_mesh(mesh, config.parallel.rules, config.parallel.gradient_dtype):
         _check_config(config, workdir)
         workdir.mkdir(parents=True, exist_ok=True)
-        with workdirs.Lock(workdir, primary=hosts.is_primary()) as lock:
+        with (
+            Watchdog(config.watchdog, config.checkpoint.timeout_seconds) as watchdog,
+            workdirs.Lock(workdir, primary=hosts.is_primary()) as lock,
+        ):
             folder = config.train.compilation_cache or str(workdir / workdirs.COMPILATION_CACHE)
             compilation_cache.enable(folder, config.parallel.cpu_threads)
-            context, progress = _set_up(config, workdir, lock)
+            context, progress = _set_up(config, workdir, lock, watchdog)
             status = SUCCESS
-            if progress.step < context.last_step:
+            if progress.step < context.last_step and not context.should_stop_early(progress):
                 status = _run_to_last_step(context, progress)
             else:
-                _log_nothing_left(context)
+                _log_nothing_left(context, progress)
+            watchdog.enter("save", progress.step)
             context.checkpoints.close()
             context.data.close()
             if status == SUCCESS:
@@ -63,9 +80,12 @@ def _check_config(config: RunConfig, workdir: epath.Path) -> None:
     check_program(config)
     check_profile(config.train, workdir)
     check_wandb(config.train)
+    check_notice(config.train.preemption_notice)
 
 
-def _set_up(config: RunConfig, workdir: epath.Path, lock: workdirs.Lock) -> tuple[TrainContext, Progress]:
+def _set_up(
+    config: RunConfig, workdir: epath.Path, lock: workdirs.Lock, watchdog: Watchdog
+) -> tuple[TrainContext, Progress]:
     """Prepare the store, open the data, set up the model, restore the newest checkpoint or initialise."""
     store = loading.store_folder(config, workdir)
     manifest = prepare_once(config, store)
@@ -76,15 +96,33 @@ def _set_up(config: RunConfig, workdir: epath.Path, lock: workdirs.Lock) -> tupl
     generate.check_samples(config.sample, config.model, tokenizer, objective)
     hosts.all_equal("config", str(config))
     checkpoints = Checkpoints(workdir / workdirs.CHECKPOINTS, config.checkpoint)
+    watchdog.enter("compile", 0)
     config, remat_reason = resolve_remat(config, workdir, resumes=(checkpoints.latest() or 0) > 0)
-    data = TrainData(store, config.data, seed=config.seed, global_batch=config.train.global_batch, objective=objective)
+    watchdog.enter("setup", 0)
+    data = TrainData(
+        store,
+        config.data,
+        seed=config.seed,
+        global_batch=config.train.global_batch,
+        schedule=config.train.batch_schedule,
+        objective=objective,
+    )
+    config = _with_steps_of_epochs(config, data)
 
     logger.info("setting up the model")
+    watchdog.enter("compile", 0)
     spec = states.make_state_spec(config.model, config.optimizer, horizon=config.train.steps)
     unsharded = states.unsharded_params(spec)
     for line in unsharded:
         logger.info("  unsharded: %s", line)
+    if checkpoints.latest() is not None:
+        watchdog.enter("restore", 0)
     progress = resume.restore_or_init(config, spec, data, checkpoints, tokenizer.sha256)
+    watchdog.enter("compile", progress.step)
+    reference = None
+    if objective.name == "dpo":
+        reference = _find_reference(config, workdir, spec.graph, progress, objective, store, manifest, watchdog)
+        data.add_reference(reference)
     context = TrainContext(
         config=config,
         workdir=workdir,
@@ -94,14 +132,55 @@ def _set_up(config: RunConfig, workdir: epath.Path, lock: workdirs.Lock) -> tupl
         data=data,
         spec=spec,
         checkpoints=checkpoints,
-        evaluator=Evaluator(spec.graph, config, objective, store, manifest),
+        evaluator=Evaluator(spec.graph, config, objective, store, manifest, reference),
         log=MetricsLog(workdir, primary=hosts.is_primary(), resume_step=progress.step),
         lock=lock,
+        watchdog=watchdog,
         remat_reason=remat_reason,
     )
     record.write_run_metadata(context, progress, unsharded)
     start_wandb(context)
     return context, progress
+
+
+def _find_reference(
+    config: RunConfig,
+    workdir: epath.Path,
+    graph: Graph,
+    progress: Progress,
+    objective: Objective,
+    store: pathlib.Path,
+    manifest: dict[str, Any],
+    watchdog: Watchdog,
+) -> Reference:
+    """The log-likelihoods under the parameters of step 0: computed there, and read by a run that goes on."""
+    if progress.step:
+        return read_reference(config, manifest, workdir)
+    phases = itertools.chain(["compile"], itertools.repeat("eval"))  # the first batch compiles
+    return compute_reference(
+        graph,
+        progress.state.params,
+        config,
+        objective,
+        store,
+        manifest,
+        workdir,
+        enter=lambda: watchdog.enter(next(phases), 0),
+    )
+
+
+def _with_steps_of_epochs(config: RunConfig, data: TrainData) -> RunConfig:
+    """The config with train.steps filled in where train.epochs decides it."""
+    epochs, batch = config.train.epochs, config.train.global_batch
+    if not epochs:
+        return config
+    steps = max(1, math.ceil(epochs * data.rows / batch))
+    logger.info("train.epochs=%g: %d steps, %d rows an epoch and %d a step", epochs, steps, data.rows, batch)
+    config = run_config.with_fields(config, [("train.steps", steps)])
+    if config.train.stop_at > steps:
+        raise UserError(f"train.stop_at={config.train.stop_at} is beyond the {steps} steps of train.epochs: lower it")
+    schedules.make_schedule(config.optimizer, steps)
+    return config
 
 
 def _run_to_last_step(context: TrainContext, progress: Progress) -> int:
@@ -119,17 +198,25 @@ def _run_to_last_step(context: TrainContext, progress: Progress) -> int:
     if config.data.skip:
         skipped = ", ".join(f"{start}..{stop - 1}" for start, stop in config.data.skip)
         logger.info("  data.skip leaves out samples %s", skipped)
-    status = run_steps(context, progress)
+    with CloudNotice(config.train.preemption_notice):
+        status = run_steps(context, progress)
     if status == DIVERGED:
-        count = config.train.max_skipped
-        logger.info("stopping: %d steps in a row were not finite; the newest checkpoint is kept", count)
+        logger.info(
+            "diverged: %d steps in a row were not finite, or their loss was more than train.max_loss_rise=%g above the "
+            "best; the checkpoints are kept. docs/running.md says how to go back to one of them",
+            config.train.max_skipped,
+            config.train.max_loss_rise,
+        )
     if status == PREEMPTED:
         logger.info("stop requested: step %d is saved; rerun the same command to resume", progress.step)
     return status
 
 
-def _log_nothing_left(context: TrainContext) -> None:
+def _log_nothing_left(context: TrainContext, progress: Progress) -> None:
     train, last = context.config.train, context.last_step
+    if progress.step < last:
+        logger.info("step %d: eval.stop_after=%d ended training", progress.step, context.config.eval.stop_after)
+        return
     logger.info("step %d of %d is done: nothing left to train", last, last)
     if train.stop_at and train.stop_at < train.steps:
         logger.info("  train.stop_at=%d: set --config.train.stop_at=0 to train to step %d", train.stop_at, train.steps)
@@ -137,51 +224,96 @@ def _log_nothing_left(context: TrainContext) -> None:
 
 def run_steps(context: TrainContext, progress: Progress) -> int:
     """Step to the last step; log, save and evaluate on the way. Updates `progress`; returns the exit status."""
-    config, stop = context.config, context.last_step
-    rows = hosts.local_rows(backends.batch_sharding(), config.train.global_batch)
-    compiled = make_program(config, context.spec, rows)
+    config, stop, watchdog = context.config, context.last_step, context.watchdog
+    rows_of = functools.partial(hosts.local_rows, backends.batch_sharding())
+    program_of = functools.cache(lambda size: make_program(config, context.spec, rows_of(size), size))
+    size = progress.data_state.global_batch
+    compiled = program_of(size)  # the programs of all sizes take and return the same state
     metrics_logger = MetricsLogger(context, progress)
-    profiler = Profiler(config.train, context.workdir, progress.step + 1)
-    step = progress.step
-    preemption = Preemption(lambda: _describe_loss(step, context.checkpoints.latest()))
-    state, batches = compiled.shard_state(progress.state), context.data.batches(progress.data_state, rows)
+    first = progress.step + 1
+    profiler = Profiler(config.train, context.workdir, first)
+    preemption = Preemption()
     try:
-        for step in range(progress.step + 1, stop + 1):
+        compares = config.eval.stop_after or config.checkpoint.keep_best
+        was_skipped = _is_evaluated(context, progress.step) and progress.step not in progress.evaluations
+        # The last process stopped here, and the scores decide on the rest.
+        if compares and progress.step and was_skipped:
+            if not _evaluate(context, progress, metrics_logger, preemption):
+                return PREEMPTED
+            if context.should_stop_early(progress):
+                return SUCCESS
+        state, batches = compiled.shard_state(progress.state), context.data.batches(progress.data_state, rows_of)
+        for step in range(first, stop + 1):
             profiler.before_step(step, state)
+            watchdog.enter("data" if step > first else "compile", step)  # the first batch starts the workers
             with metrics_logger.data_timer():
                 local, data_state = next(batches)
+            compiles = step == first or data_state.global_batch != size
+            if compiles:
+                size = data_state.global_batch
+                compiled = program_of(size)
+                watchdog.forget_steps()
+            watchdog.enter("compile" if compiles else "step", step)
             state, metrics = compiled.step(state, compiled.shard_batch(local))
             metrics_logger.record(step, metrics)
+            watchdog.enter("profile", step)
             profiler.after_step(step, state)
+            watchdog.enter("step", step)
+            context.checkpoints.raise_failure()
 
             should_save = step == stop or step % config.checkpoint.every == 0
-            should_evaluate = config.eval.every and step % config.eval.every == 0 and step < stop
-            stopping = preemption.reached()
+            should_evaluate = _is_evaluated(context, step)
+            stopping, stops_early = preemption.reached(), False
             if should_save or should_evaluate or stopping or metrics_logger.diverged:
                 metrics_logger.flush()
                 progress.step, progress.total_targets = step, metrics_logger.total_targets
+                progress.best_loss = metrics_logger.best_loss
                 progress.state, progress.data_state = compiled.unshard_state(state), data_state
+                if should_evaluate and not stopping:
+                    # Before the checkpoint, which holds the scores. A signal ends the evaluation.
+                    stopping = not _evaluate(context, progress, metrics_logger, preemption)
+                    stops_early = context.should_stop_early(progress)
+                    is_best = config.checkpoint.keep_best and context.best_step(progress) == step
+                    should_save |= stops_early or is_best
                 if should_save or stopping:
                     context.save(progress)
-                if should_evaluate and not stopping:
-                    scores = context.evaluate(step, progress.state, preemption)
-                    if scores is not None:
-                        metrics_logger.log_eval(scores)
-                    else:  # a signal ended the evaluation
-                        stopping = True
-                        if not should_save:
-                            context.save(progress)
+            if stops_early:
+                break
             if metrics_logger.diverged or stopping:
-                context.checkpoints.wait()  # a second signal meanwhile prints what is lost
+                watchdog.enter("save", step)
+                context.checkpoints.wait()
                 return DIVERGED if metrics_logger.diverged else PREEMPTED
+    except jax.errors.JaxRuntimeError:
+        # Another process may have learned of a failed save one step earlier, and its end broke a collective.
+        context.checkpoints.raise_failure()
+        raise
     finally:
         profiler.close()
-        preemption.close()
+        if not preemption.agreed:  # else further signals must not change the exit status
+            preemption.close()
     return SUCCESS
 
 
-def _describe_loss(step: int, newest: int | None) -> str:
-    """Which steps are lost if the process ends now, after `step`; `newest` is the newest complete checkpoint."""
-    if newest is not None and newest >= step:
-        return "nothing is lost"
-    return f"steps {(newest or 0) + 1} to {step} are lost" if step else "no step was finished"
+def _is_evaluated(context: TrainContext, step: int) -> bool:
+    """Whether the validation split is scored at a step, before the end."""
+    every = context.config.eval.every
+    return bool(every) and step % every == 0 and step < context.last_step
+
+
+def _evaluate(context: TrainContext, progress: Progress, metrics_logger: MetricsLogger, preemption: Preemption) -> bool:
+    """Score the validation split and add the scores to `progress`; False where a signal ended it."""
+    scores = context.evaluate(progress.step, progress.state, preemption)
+    if scores is None:
+        return False
+    metrics_logger.log_eval(scores)
+    config = context.config
+    progress.evaluations[progress.step] = best.select_scores(scores, config.eval.metric)
+    if context.should_stop_early(progress):
+        logger.info(
+            "stopping early at step %d: validation %s has not improved for %d evaluations; step %d is the best",
+            progress.step,
+            config.eval.metric,
+            config.eval.stop_after,
+            context.best_step(progress),
+        )
+    return True

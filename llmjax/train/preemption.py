@@ -1,6 +1,5 @@
-"""SIGTERM, SIGHUP or Ctrl-C during training: all processes save the same step and stop."""
+"""SIGTERM, SIGHUP or Ctrl-C during training: all processes save the same step and stop. Further ones change nothing."""
 
-from collections.abc import Callable
 import os
 import signal
 
@@ -11,14 +10,14 @@ from llmjax.parallel import interrupts
 
 
 class Preemption:
-    """Whether the job was requested to stop. A second signal ends a process at once and prints what is lost.
+    """Whether the job was requested to stop. Signals after the first one have no effect until `close`.
 
-    describe_loss   called at that second signal: what has not been saved
+    agreed      whether `reached` has returned True: all processes stop
     """
 
-    def __init__(self, describe_loss: Callable[[], str]):
-        self._describe_loss, self._requested = describe_loss, False
-        self._checks, self._agreed = 0, False
+    def __init__(self):
+        self.agreed = False
+        self._requested, self._checks = False, 0
         # With several processes JAX's own notifier handles SIGTERM; other signals are passed on to it as SIGTERM.
         self._is_single = jax.process_count() == 1
         self._old_handlers = {}
@@ -32,11 +31,9 @@ class Preemption:
 
     def _request(self, number, frame) -> None:
         interrupts.drop_dead_terminal()
-        if self._requested:
-            raise interrupts.Stopped(number, self._describe_loss())
-        self._requested = True
-        if not self._is_single:
+        if not self._requested and not self._is_single:
             os.kill(os.getpid(), signal.SIGTERM)
+        self._requested = True
 
     def reached(self) -> bool:
         """Whether to stop here. All processes call it at the same points and get the same answer.
@@ -45,11 +42,11 @@ class Preemption:
         return True. So this counts its calls, of training steps and of batches of evaluations.
         """
         if self._is_single:
-            return self._requested
-        if not self._agreed:
+            self.agreed = self._requested
+        elif not self.agreed:
             self._checks += 1
-            self._agreed = multihost_utils.reached_preemption_sync_point(self._checks)
-        return self._agreed
+            self.agreed = multihost_utils.reached_preemption_sync_point(self._checks)
+        return self.agreed
 
     def close(self) -> None:
         """Restore the signal handlers that were there before."""

@@ -9,9 +9,9 @@ import jax
 import llmjax
 from llmjax.models import registry
 from llmjax.parallel import hosts
-from llmjax.parallel.compiler_options import compiler_options
 from llmjax.run import config as run_config, workdir as workdirs
 from llmjax.train.context import Progress, TrainContext
+from llmjax.train.program import step_compiler_options
 
 _LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain")
 
@@ -47,13 +47,14 @@ def write_run_metadata(context: TrainContext, progress: Progress, unsharded: lis
             "attention": None if attention is None else str(attention),
             "remat": {"policy": policy, "reason": reason},
             "cpu_threads": context.config.parallel.cpu_threads,
-            "compiler_options": compiler_options(context.config.xla, jax.sharding.get_mesh()),
+            "compiler_options": step_compiler_options(context.config),
             "versions": {
                 "llmjax": llmjax.__version__,
                 **{name: importlib.metadata.version(name) for name in _LIBRARIES},
             },
             "parameters": sum(by_part.values()),
             "parameters_by_part": by_part,
+            "trained_parameters": context.spec.count_trained(),
             "optimizer": context.config.optimizer.name,
             "eval_params": context.spec.optimizer.eval_params_name,
             "unsharded_params": unsharded,
@@ -67,8 +68,11 @@ def run_summary(context: TrainContext) -> str:
     axes = [f"{name} {size}" for name, size in jax.sharding.get_mesh().shape.items() if size > 1]
     mesh = " x ".join(axes) or "1 device"
     parameters = sum(registry.parameters_by_part(context.spec.shapes.params).values())
+    trained = context.spec.count_trained()
+    some = "" if trained == parameters else f", of which {trained:,} ({trained / parameters:.2%}) are trained"
+    later = "".join(f"{size} rows from sample {start}, " for start, size in train.batch_schedule)
     return (
-        f"{parameters:,} parameters, {jax.devices()[0].device_kind} ({mesh}), "
-        f"{train.global_batch} x {data.seq_len} = {train.global_batch * data.seq_len:,} tokens a step, "
+        f"{parameters:,} parameters{some}, {jax.devices()[0].device_kind} ({mesh}), "
+        f"{train.global_batch} x {data.seq_len} = {train.global_batch * data.seq_len:,} tokens a step, {later}"
         f"{context.config.parallel.backend}"
     )

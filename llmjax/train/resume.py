@@ -10,8 +10,9 @@ from llmjax.binding import bind, differences
 from llmjax.checkpoint.manager import Checkpoints
 from llmjax.data.batches.pipeline import DataState, TrainData
 from llmjax.errors import UserError
+from llmjax.models import registry
 from llmjax.optim import schedules
-from llmjax.optim.optimizer import make_optimizer
+from llmjax.optim.trainable import split
 from llmjax.run import config as run_config, state as states
 from llmjax.run.config import RunConfig
 from llmjax.run.state import StateSpec
@@ -41,6 +42,9 @@ def restore_or_init(
     abstract = states.to_checkpoint(spec.abstract())
     if not keeps_optimizer:
         del abstract["opt_state"]
+    adds_adapters = newest is not None and _adds_adapters(config, newest)
+    if newest is not None and imported:  # it may have another head, and no adapters
+        abstract["params"] = states.abstract_params(_saved_config(newest).model)
     restored = checkpoints.restore_latest_good(
         abstract, check=lambda meta: _check_changes(config, meta, tokenizer_sha256)
     )
@@ -49,12 +53,18 @@ def restore_or_init(
     meta, parts = restored.meta, restored.parts
     for line in _changes(config, meta, tokenizer_sha256):
         logger.info("  accepted change: %s", line)
+    if imported:
+        base = registry.without_adapters(config.model) if adds_adapters else config.model
+        params = states.take_parameters(parts["params"], base, config.seed)
+        if adds_adapters:
+            params = states.add_adapters(spec, config.model, params, config.seed)
+        parts = {**parts, "params": params}
     if keeps_optimizer:
         _log_rate_changes(config, meta, updates=restored.step - meta["skipped"])
     else:
         if not imported:
             logger.info("  the parameters are kept; the optimizer's state and learning rate start at update 0")
-        init = jax.jit(spec.optimizer.init, out_shardings=spec.shardings.opt_state)
+        init = jax.jit(spec.init_optimizer, out_shardings=spec.shardings.opt_state)
         parts = {**parts, "opt_state": init(parts["params"])}
     state = states.from_checkpoint(spec, parts, step=restored.step, skipped=meta["skipped"])
     if imported:
@@ -62,7 +72,14 @@ def restore_or_init(
         return Progress(0, 0, state, data.start())
     _log_computation_changes(config, meta)
     logger.info("  resuming at step %d, fingerprint %s", restored.step, meta["fingerprint"])
-    return Progress(restored.step, meta["total_targets"], state, _restore_data_state(config, data, meta))
+    return Progress(
+        restored.step,
+        meta["total_targets"],
+        state,
+        _restore_data_state(config, data, meta),
+        evaluations={int(step): scores for step, scores in meta.get("evaluations", {}).items()},
+        best_loss=meta.get("best_loss"),
+    )
 
 
 def _newest_meta(checkpoints: Checkpoints) -> dict[str, Any] | None:
@@ -89,12 +106,22 @@ def _saved_config(meta: dict[str, Any]) -> RunConfig:
 def _can_keep_optimizer_state(config: RunConfig, meta: dict[str, Any], spec: StateSpec) -> bool:
     """Whether this config's optimizer can continue from the saved state of the optimizer."""
     old = _saved_config(meta)
-    optimizer = make_optimizer(old.optimizer, horizon=old.train.steps, axes=spec.axes)
-    shapes = jax.eval_shape(optimizer.init, spec.shapes.params)
+    try:
+        trainable, optimizer = states.make_trained_optimizer(
+            config.model, old.optimizer, spec.shapes.params, spec.axes, horizon=old.train.steps
+        )
+    except UserError:  # it names parameters of another model, which is refused later
+        return False
+    shapes = jax.eval_shape(optimizer.init, split(spec.shapes.params, trainable)[0])
     leaves = lambda tree: [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]
     new = spec.shapes.opt_state
     same_leaves = jax.tree.structure(shapes) == jax.tree.structure(new) and leaves(shapes) == leaves(new)
     return old.optimizer.name == config.optimizer.name and same_leaves
+
+
+def _adds_adapters(config: RunConfig, meta: dict[str, Any]) -> bool:
+    """Whether the checkpoint holds imported parameters without adapters, and the config asks for some."""
+    return "imported" in meta and bool(config.model.lora.rank) and not _saved_config(meta).model.lora.rank
 
 
 def _section_changes(section: str, config: RunConfig, meta: dict[str, Any], ignore: set[str]) -> list[str]:
@@ -113,7 +140,10 @@ def _changes(config: RunConfig, meta: dict[str, Any], tokenizer_sha256: str) -> 
 
 
 def _check_changes(config: RunConfig, meta: dict[str, Any], tokenizer_sha256: str) -> None:
-    model = _section_changes("model", config, meta, _FREE_MODEL_FIELDS)
+    free = _FREE_MODEL_FIELDS | ({"num_outputs"} if "imported" in meta else set())
+    model = _section_changes("model", config, meta, free)
+    if _adds_adapters(config, meta):
+        model = [line for line in model if not line.startswith("model.lora.")]
     if model:
         raise UserError(
             f"the checkpoint's model differs from the config's ({'; '.join(model)}): undo the change or give a new "
@@ -137,10 +167,14 @@ def _log_rate_changes(config: RunConfig, meta: dict[str, Any], updates: int) -> 
 
 
 def _log_computation_changes(config: RunConfig, meta: dict[str, Any]) -> None:
-    """Log changes of the training loss, and of what decides the last bits on CPU."""
+    """Log changes of the batch, of the training loss, and of what decides the last bits on CPU."""
     old = _saved_config(meta)
     fields = (
+        ("train.global_batch", old.train.global_batch, config.train.global_batch),
+        ("train.batch_schedule", old.train.batch_schedule, config.train.batch_schedule),
         ("train.z_loss", old.train.z_loss, config.train.z_loss),
+        ("objective.temperature", old.objective.temperature, config.objective.temperature),
+        ("objective.beta", old.objective.beta, config.objective.beta),
         ("parallel.cpu_threads", old.parallel.cpu_threads, config.parallel.cpu_threads),
     )
     for field, before, after in fields:

@@ -75,6 +75,14 @@ def restore(folder, **options):
     return Checkpoints(folder).restore_latest_good(abstract(MESH), **options)
 
 
+def test_meta_with_integer_keys_is_not_taken_for_damaged(tmp_path):
+    """JSON makes texts of them, in whose order 10 comes before 2."""
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(3, state(MESH, 3), {"evaluations": {2: 0.5, 10: 0.25}})
+    checkpoints.close()
+    assert Checkpoints(tmp_path).read_meta(3)["evaluations"] == {"2": 0.5, "10": 0.25}
+
+
 def test_restore_returns_the_saved_parts_and_meta(folder):
     restored = restore(folder)
     assert restored.step == 2

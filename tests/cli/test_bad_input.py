@@ -76,6 +76,7 @@ FLAGS = {
     "override without a value": (["llmjax", "eval", "--workdir=x", "--config.seed"], "--config.seed: give a value"),
     "workdir left empty": (["llmjax", "inspect", "--workdir="], "--workdir=: empty; give a folder"),
     "workdir that is a file": (["llmjax", "eval", f"--workdir={__file__}"], "this is a file; give a folder"),
+    "file that is no checkpoint": (["llmjax", "import", f"--from={__file__}", "--workdir=x"], "not a GGUF file"),
     "no such run": (["llmjax", "eval", "--workdir=/nowhere"], "--workdir=/nowhere: no config.json there"),
     "unknown section": (["llmjax", "fields", "optimiser"], "no section 'optimiser' (did you mean 'optimizer'?)"),
 }
@@ -95,6 +96,10 @@ CONFIGS = {
     "batch and mesh": (
         {"train__global_batch": 12},
         "train.global_batch=12 is not divisible by mesh.data x mesh.fsdp = 8",
+    ),
+    "scheduled batch": (
+        {"train__batch_schedule": "((64, 12),)"},
+        "train.batch_schedule global_batch=12 is not divisible by mesh.data x mesh.fsdp = 8",
     ),
     "enormous batch": ({"train__global_batch": 10**9}, "train.global_batch=1000000000: must be at most 16777216"),
     "enormous rows": ({"data__seq_len": 10**9}, "data.seq_len=1000000000: must be at most 16777216"),

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llmjax.data.store.token_store import TokenStore, write_manifest, write_shard
+from llmjax.data.store.shards import write_shard
+from llmjax.data.store.token_store import TokenStore, write_manifest
 
 EOS, BOS, VOCAB = 1, 2, 500
 SHARD = {"vocab_size": VOCAB, "text_bytes": 1, "tokenizer_sha256": "x"}  # arguments of write_shard for a small shard

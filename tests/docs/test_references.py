@@ -45,7 +45,7 @@ def test_named_tests_objects_files_and_folders_exist(page):
 def test_make_targets_exist(page):
     makefile = (ROOT / "Makefile").read_text()
     code = "\n".join([*fenced_blocks(page), *re.findall(r"`[^`\n]+`", page.read_text())])
-    for target in re.findall(r"(?m)^`?make (?:[A-Z]+=\S+ )?(\w+)", code):
+    for target in re.findall(r"(?m)^`?make (?:[A-Z]+=\S+ )?([\w-]+)", code):
         assert re.search(rf"(?m)^{target}:", makefile), f"{page.name} names make {target}"
 
 

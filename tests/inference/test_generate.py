@@ -11,7 +11,8 @@ import pytest
 
 from llmjax.batch import Batch
 from llmjax.errors import UserError
-from llmjax.inference.generate import Sampling, draw, generate
+from llmjax.inference.generate import generate
+from llmjax.inference.sampling import Sampling
 from llmjax.models import registry
 from llmjax.models.decoder_config import DecoderConfig
 
@@ -133,57 +134,6 @@ def test_padding_ids_are_never_drawn():
     assert {token for row in new for token in row} == {0, 1}
 
 
-LOGITS = np.log(np.array([0.05, 0.4, 0.3, 0.05, 0.2], np.float32))
-
-
-def frequencies(sampling: Sampling, count: int = 4000) -> np.ndarray:
-    keys = jax.random.split(jax.random.key(0), count)
-    drawn = draw(jnp.broadcast_to(LOGITS, (count, 5)), keys, sampling)
-    return np.bincount(np.asarray(drawn), minlength=5) / count
-
-
-@pytest.mark.parametrize(
-    ("sampling", "expected"),
-    [
-        (Sampling(), [0.05, 0.4, 0.3, 0.05, 0.2]),
-        (Sampling(temperature=0), [0, 1, 0, 0, 0]),
-        (Sampling(top_k=1), [0, 1, 0, 0, 0]),
-        (Sampling(top_k=2), [0, 4 / 7, 3 / 7, 0, 0]),
-        (Sampling(top_k=99), [0.05, 0.4, 0.3, 0.05, 0.2]),
-        (Sampling(top_p=0.01), [0, 1, 0, 0, 0]),
-        (Sampling(top_p=0.5), [0, 4 / 7, 3 / 7, 0, 0]),
-        (Sampling(top_p=0.85), [0, 4 / 9, 3 / 9, 0, 2 / 9]),
-        # of the three most likely, renormalised to 4/9 3/9 2/9, two reach 0.7
-        (Sampling(top_k=3, top_p=0.7), [0, 4 / 7, 3 / 7, 0, 0]),
-        # temperature 1/2 squares the probabilities: 16/29 + 9/29 reach 0.8, where 0.4 + 0.3 would not
-        (Sampling(temperature=0.5, top_p=0.8), [0, 16 / 25, 9 / 25, 0, 0]),
-    ],
-)
-def test_draws_follow_the_filtered_distribution(sampling, expected):
-    observed = frequencies(sampling)
-    assert ((observed > 0) == (np.array(expected) > 0)).all()
-    # 4000 draws: the standard deviation of a frequency is at most 0.008; fixed keys, so the test is deterministic.
-    np.testing.assert_allclose(observed, expected, atol=0.03)
-
-
-def test_top_k_of_equal_logits_leaves_exactly_k_tokens():
-    keys = jax.random.split(jax.random.key(1), 500)
-    drawn = draw(jnp.zeros((500, 6)), keys, Sampling(top_k=2))
-    assert set(np.asarray(drawn).tolist()) == {0, 1}
-
-
-def test_a_tiny_temperature_is_greedy():
-    keys = jax.random.split(jax.random.key(1), 50)
-    for sampling in (Sampling(temperature=1e-6), Sampling(temperature=1e-6, top_p=0.5)):
-        assert set(np.asarray(draw(jnp.broadcast_to(1e4 * LOGITS, (50, 5)), keys, sampling)).tolist()) == {1}
-
-
-@pytest.mark.parametrize("temperature", [-1.0, 1e-7, 1e-39, 1e7, 1e300, float("inf"), float("nan")])
-def test_a_temperature_beyond_float32_is_refused(temperature):
-    with pytest.raises(UserError, match=r"must be 0 .* or from 1e-6 to 1e6"):
-        Sampling(temperature=temperature)
-
-
 @pytest.mark.parametrize(
     ("prompts", "fields", "words"),
     [
@@ -209,3 +159,47 @@ def test_the_last_learned_position_can_be_used():
     settings = config(positions="learned", max_positions=16)
     graph, params = parts(settings)
     assert len(generate(graph, params, settings, [[1] * 10], Sampling(max_tokens=7), stop_ids=[NO_EOS])[0]) == 7
+
+
+def test_a_repetition_penalty_counts_the_prompt_and_the_new_tokens():
+    settings, penalty = config(), 0.2
+    graph, params = parts(settings)
+    prompt = [3, 1, 4, 1, 5]
+    sampling = Sampling(max_tokens=10, temperature=0, repetition_penalty=penalty)
+    new = generate(graph, params, settings, [prompt, [7]], sampling, stop_ids=[NO_EOS])[0]
+    full = logits_of(graph, params, prompt + new).copy()
+    for i, token in enumerate(new):
+        scores = full[len(prompt) - 1 + i]
+        seen = list(set(prompt + new[:i]))
+        scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+        assert token == scores.argmax()
+    free = generate(graph, params, settings, [prompt], Sampling(max_tokens=10, temperature=0), stop_ids=[NO_EOS])[0]
+    assert new != free
+
+
+def test_decoding_looks_for_stop_texts_and_draws_the_same_tokens():
+    settings = config()
+    graph, params = parts(settings)
+    prompts, sampling = [[1, 2], [9]], Sampling(max_tokens=40, seed=4)
+    free = generate(graph, params, settings, prompts, sampling, stop_ids=[NO_EOS])
+    looks = []
+
+    def has_stop(row, ids):
+        looks.append((row, len(ids)))
+        return row == 0 and free[0][20] in ids
+
+    stopped = generate(graph, params, settings, prompts, sampling, stop_ids=[NO_EOS], has_stop=has_stop)
+    assert stopped[1] == free[1] and looks == [(0, 16), (1, 16), (0, 32), (1, 32)][: len(looks)]
+    assert 20 < len(stopped[0]) <= 32 and stopped[0] == free[0][: len(stopped[0])]
+
+
+def test_samples_of_a_prompt_differ_and_the_first_one_is_that_without_others():
+    settings = config()
+    graph, params = parts(settings)
+    sampling = Sampling(max_tokens=12, seed=3)
+    rows = [(1, 0), (1, 1), (1, 2), (0, 1)]
+    samples = generate(graph, params, settings, [[1, 2]] * 4, sampling, stop_ids=[NO_EOS], rows=rows)
+    assert len({tuple(sample) for sample in samples}) == 4
+    alone = generate(graph, params, settings, [[5], [1, 2]], sampling, stop_ids=[NO_EOS])[1]
+    padded = generate(graph, params, settings, [[1, 2]], sampling, stop_ids=[NO_EOS], rows=rows[1:2], shape=(3, 64))
+    assert samples[0] == alone and padded == [samples[1]]

@@ -46,7 +46,7 @@ def test_without_devices_the_platform_is_unchanged():
     assert out == "[p0] None tpu\n"
 
 
-@pytest.mark.parametrize("status", [1, 75, 76, 78, 85])
+@pytest.mark.parametrize("status", [1, 75, 76, 77, 78, 85])
 def test_a_failure_decides_the_status_and_ends_the_other_processes(status):
     # Process 0 would run much longer than this test may take, so the launcher must end it.
     code = INDEX + f"import sys, time; time.sleep(9999 if index == 0 else 0); sys.exit({status})"
@@ -62,10 +62,13 @@ def test_after_a_failure_the_others_may_finish_within_the_grace_time():
     assert "[p0] flushed" in out
 
 
-@pytest.mark.parametrize("status", [78, 129, 143])
-def test_a_status_with_a_reason_wins_over_an_earlier_crash(status):
-    code = INDEX + f"import sys, time; time.sleep(0.3 * index); sys.exit({status} if index else 134)"
-    assert run("--processes=2", code=code)[0] == status
+@pytest.mark.parametrize(
+    ("first", "second", "job"), [(134, 78, 78), (134, 143, 143), (75, 77, 77), (85, 75, 85), (134, 1, 134)]
+)
+def test_the_status_that_says_most_is_that_of_the_job(first, second, job):
+    """First those after which no restart helps, then those with a reason, then crashes."""
+    code = INDEX + f"import sys, time; time.sleep(0.3 * index); sys.exit({second} if index else {first})"
+    assert run("--processes=2", code=code)[0] == job
 
 
 def test_a_killed_process_counts_as_a_crash():
@@ -84,23 +87,42 @@ time.sleep(60)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_reaches_every_process_and_is_not_followed_by_a_restart(number):
     process = start("--processes=2", "--restarts=3", code=SAVE_ON_SIGTERM)
-    lines = [process.stdout.readline() for _ in range(2)]
-    assert sorted(lines) == ["[p0] ready\n", "[p1] ready\n"]
+    lines = [process.stdout.readline() for _ in range(3)]
+    assert lines[0].startswith("[local] no --workdir") and sorted(lines[1:]) == ["[p0] ready\n", "[p1] ready\n"]
     process.send_signal(number)
     out, _ = process.communicate(timeout=30)
     assert process.returncode == 85
-    assert sorted(out.splitlines()) == ["[p0] saved", "[p1] saved"]
+    name = signal.Signals(number).name
+    assert sorted(out.splitlines()) == [
+        f"[local] {name}: the processes get 30 s to save and end",
+        "[p0] saved",
+        "[p1] saved",
+    ]
 
 
-def test_a_second_signal_kills_and_prints_what_is_lost():
-    process = start("--processes=1", "--grace=50", code=SAVE_ON_SIGTERM.replace(", sys.exit(85)", ""))
+SAVE_SLOWLY = """
+import signal, sys, time
+stop = []
+signal.signal(signal.SIGTERM, lambda *_: (stop.append(1), print("stop requested", flush=True)))
+print("ready", flush=True)
+while not stop:
+    time.sleep(0.01)
+time.sleep(0.5)
+print("saved after", len(stop), "signal", flush=True)
+sys.exit(85)
+"""
+
+
+def test_further_signals_change_nothing():
+    process = start("--processes=1", code=SAVE_SLOWLY)
     assert process.stdout.readline() == "[p0] ready\n"
     process.send_signal(signal.SIGHUP)
-    assert process.stdout.readline() == "[p0] saved\n"
-    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "[local] SIGHUP: the processes get 30 s to save and end\n"
+    assert process.stdout.readline() == "[p0] stop requested\n"
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+        process.send_signal(number)
     out, _ = process.communicate(timeout=30)
-    assert process.returncode == 128 + 9
-    assert out == "[local] second signal: killing all processes; steps since the last checkpoint are lost\n"
+    assert (process.returncode, out) == (85, "[p0] saved after 1 signal\n")
 
 
 def test_a_process_that_ignores_sigterm_is_killed_after_the_grace_time():
@@ -121,19 +143,40 @@ sys.exit(STATUS if os.path.getsize(path) < GOOD else 0)
 """
 
 
-@pytest.mark.parametrize(("status", "starts", "end"), [(85, 3, 0), (9, 2, 0), (78, 1, 78)])
+@pytest.mark.parametrize(("status", "starts", "end"), [(85, 3, 0), (75, 2, 0), (9, 2, 0), (78, 1, 78)])
 def test_restarts_follow_the_exit_status(tmp_path, monkeypatch, status, starts, end):
     monkeypatch.setenv("COUNT", str(tmp_path / "count"))
     code = COUNT_STARTS.replace("STATUS", str(status)).replace("GOOD", str(starts + (end != 0)))
     job_status, out, _ = run("--processes=1", "--restarts=5", code=code)
     assert (job_status, (tmp_path / "count").read_text()) == (end, "x" * starts)
-    assert ("starting again in" in out) == (status == 9)  # a pause after a crash only
+    assert out.count("starting again in") == (status in (9, 75))  # a pause after a hang and a crash only
+    assert out.count("starting again at once") == (2 if status == 85 else 0)
+    assert "no --workdir on this machine: restarts without progress are not recognised" in out
 
 
-def test_restarts_end_at_their_number(tmp_path, monkeypatch):
+def test_no_restart_by_default(tmp_path, monkeypatch):
     monkeypatch.setenv("COUNT", str(tmp_path / "count"))
-    status, _, _ = run("--processes=1", "--restarts=1", code=COUNT_STARTS.replace("STATUS", "85").replace("GOOD", "9"))
+    code = COUNT_STARTS.replace("STATUS", "85").replace("GOOD", "9")
+    assert run("--processes=1", code=code) == (85, "", "")
+    assert (tmp_path / "count").read_text() == "x"
+
+
+def test_restarts_end_at_their_number_and_without_progress(tmp_path, monkeypatch):
+    monkeypatch.setenv("COUNT", str(tmp_path / "count"))
+    code = COUNT_STARTS.replace("STATUS", "85").replace("GOOD", "9")
+    status, out, _ = run("--processes=1", "--restarts=1", code=code)
     assert (status, (tmp_path / "count").read_text()) == (85, "xx")
+    assert "exit status 85: 1 restarts within 3600 s are the limit" in out
+    command = ["--", sys.executable, "-c", code, "--workdir", str(tmp_path)]
+    status, out, _ = run("--processes=1", "--restarts=5", *command)
+    assert (status, (tmp_path / "count").read_text()) == (85, "xxxxx")  # a start and two restarts more
+    assert "2 restarts in a row wrote no newer checkpoint (there is none)" in out
+
+
+def test_without_processes_the_environment_describes_the_job(monkeypatch):
+    monkeypatch.setenv("LLMJAX_COORDINATOR", "other:1")
+    code = "import os; print(os.environ['LLMJAX_COORDINATOR'], os.environ.get('LLMJAX_PROCESS_ID'))"
+    assert run(code=code) == (0, "other:1 None\n", "")
 
 
 def test_llmjax_is_that_of_this_environment_and_not_of_path(tmp_path):

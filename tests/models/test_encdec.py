@@ -11,7 +11,8 @@ import pytest
 
 from llmjax.batch import Batch
 from llmjax.errors import UserError
-from llmjax.inference.generate import Sampling, generate
+from llmjax.inference.generate import generate
+from llmjax.inference.sampling import Sampling
 from llmjax.models import registry
 from llmjax.models.encdec import EncDecConfig
 from tests.batches import packed, packed_pairs

@@ -10,7 +10,8 @@ import pytest
 
 from llmjax.binding import bind, load_module
 from llmjax.errors import UserError
-from llmjax.inference.generate import Sampling, generate
+from llmjax.inference.generate import generate
+from llmjax.inference.sampling import Sampling
 from llmjax.models import registry
 from llmjax.models.recurrent import RecurrentConfig
 from llmjax.optim.layerwise import kind, matrix_view

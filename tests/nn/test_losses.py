@@ -1,6 +1,7 @@
 """Chunked cross-entropy against the plain form over all logits: losses and gradients."""
 
 from collections.abc import Callable
+import dataclasses
 import functools
 import math
 import re
@@ -12,7 +13,7 @@ import pytest
 
 from llmjax.models import registry
 from llmjax.models.decoder_config import DecoderConfig
-from llmjax.nn.losses import LossSums, cross_entropy
+from llmjax.nn.losses import LossSums, batch_loss, cross_entropy
 from llmjax.parallel import axes
 from tests.batches import packed
 from tests.models.programs import loss_and_grads
@@ -66,6 +67,36 @@ def test_chunked_cross_entropy_equals_the_plain_form(chunk, z_loss):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), actual, expected)
     sums = jax.jit(lambda h, t, b, *rest: cross_entropy(h, unembed(t, b), *rest, chunk=chunk, z_loss=z_loss))(*args)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-6), sums, actual[1])
+
+
+@pytest.mark.parametrize("multi_label", [True, False])
+@pytest.mark.parametrize("chunk", [0, 4])
+def test_losses_of_labels_equal_the_plain_form(chunk, multi_label):
+    hidden, table, bias, targets, weights = inputs()
+    table, bias = table[:, :5], bias[:5]
+    rng = np.random.default_rng(1)
+    numbers = jnp.asarray(rng.normal(size=(BATCH, SEQ, 5)), jnp.float32)
+    labels = (numbers > 0).astype(jnp.float32) if multi_label else numbers
+    batch = dataclasses.replace(
+        packed(BATCH, SEQ, VOCAB), targets=targets, weights=weights, labels=labels, multi_label=multi_label
+    )
+
+    def plain_labels(hidden, unembed, _, weights):
+        y = unembed(hidden)
+        p = jax.nn.sigmoid(y)
+        error = -(labels * jnp.log(p) + (1 - labels) * jnp.log(1 - p)) if multi_label else (y - labels) ** 2
+        right = jnp.mean((y > 0) == (labels > 0), axis=-1)
+        correct = jnp.sum(weights * right) if multi_label else None
+        nats = jnp.sum(weights * jnp.mean(error, axis=-1))
+        return LossSums(nats=nats, z=jnp.zeros(()), weight=jnp.sum(weights), correct=correct)
+
+    def chunked(hidden, unembed, _, weights):
+        return batch_loss(hidden, unembed, dataclasses.replace(batch, weights=weights), chunk=chunk, z_loss=0.1)
+
+    args = hidden, table, bias, targets, weights
+    actual, expected = gradients(chunked)(*args), gradients(plain_labels)(*args)
+    # float32 sums over 39 tokens and 5 outputs, added in another order
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), actual, expected)
 
 
 @pytest.mark.parametrize("chunk", [0, 4])

@@ -26,12 +26,19 @@ def test_flags_replace_the_defaults_of_a_chip():
     assert compiler_options(XlaConfig(), make_mesh(MeshConfig())) == {}
     assert compiler_options(XlaConfig(), v6e_mesh(tensor=2)) == {VMEM: "98304"}
     config = XlaConfig(flags=((VMEM, 65536), ("xla_dump_hlo_as_text", True)))
-    assert compiler_options(config, v6e_mesh(tensor=2)) == {VMEM: "65536", "xla_dump_hlo_as_text": "true"}
+    assert compiler_options(config, v6e_mesh(tensor=2)) == {VMEM: "65536", "xla_dump_hlo_as_text": True}
 
 
 def test_matmuls_stay_whole_without_a_tensor_axis_unless_a_flag_says_otherwise():
     assert compiler_options(XlaConfig(), v6e_mesh(fsdp=8))[RING] == "1000000"
     assert compiler_options(XlaConfig(flags=((RING, 64),)), v6e_mesh(fsdp=8))[RING] == "64"
+
+
+@pytest.mark.parametrize("value", [True, False, "true", "False"])
+def test_a_flag_that_is_true_or_false_is_read_by_the_compiler(value):
+    config = XlaConfig(flags=(("xla_cpu_enable_fast_math", value),))
+    options = dict(compiler_options(config, make_mesh(MeshConfig())))
+    assert jax.jit(lambda x: x + 1, compiler_options=options)(jnp.ones(())) == 2
 
 
 @pytest.mark.parametrize("flags", [("name",), (("name", "1", "2"),), ((1, 2),), (("--name", "1"),)])

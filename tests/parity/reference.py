@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from llmjax.batch import Batch
-from llmjax.inference.generate import Sampling, generate
+from llmjax.inference.generate import generate
+from llmjax.inference.sampling import Sampling
 from llmjax.models import registry
 from llmjax.nn import losses
 

@@ -12,7 +12,8 @@ import numpy as np
 from llmjax.batch import Batch
 from llmjax.binding import bind
 from llmjax.errors import UserError
-from llmjax.inference.generate import Sampling, generate
+from llmjax.inference.generate import generate
+from llmjax.inference.sampling import Sampling
 from llmjax.interop.encdec import ARCHITECTURES
 from llmjax.models import registry
 from llmjax.models.encdec import EncDecConfig

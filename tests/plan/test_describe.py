@@ -23,6 +23,13 @@ def test_the_cost_of_a_run():
     assert "MFU" in "\n".join(describe.describe(plan, "llama:8B"))
 
 
+def test_the_largest_batch_of_a_schedule_is_planned():
+    config = run_config.with_fields(CONFIG, [("train.batch_schedule", ((4000, 128), (9000, 32)))])
+    text = "\n".join(describe.describe(make_plan(config, V6E, seconds=36.0, gib=20.0), "llama:8B"))
+    assert "128 rows, 1,000,000 tokens a step" in text
+    assert "of the largest batch: train.batch_schedule has 64, 128 from sample 4,000, 32 from sample 9,000 rows" in text
+
+
 def test_a_step_that_does_not_fit_is_a_result_with_advice():
     """4 rows of a device need 60 of 31.24 GiB: two microbatches of 2 rows, or another policy."""
     plan = make_plan(CONFIG, V6E, seconds=1.0, gib=60.0)

@@ -3,11 +3,13 @@
 import json
 import pathlib
 import shutil
+import types
 
 from etils import epath
 import pytest
 
 from llmjax.checkpoint import manager
+from llmjax.data.store.tokenizer import Bytes
 from llmjax.errors import UserError
 from llmjax.run import loading
 from tests import jobs
@@ -19,6 +21,17 @@ def trained(tmp_path_factory) -> tuple[pathlib.Path, pathlib.Path]:
     corpus, workdir = jobs.write_corpus(tmp_path_factory.mktemp("corpus"), 20), tmp_path_factory.mktemp("trained")
     jobs.run(jobs.command("train", workdir, corpus, train__steps=2, mesh__tensor=2), LLMJAX_CPU_DEVICES="2")
     return corpus, workdir
+
+
+def test_the_chat_template_of_dialogues_comes_before_the_imported_one(tmp_path):
+    store, workdir = tmp_path / "store", epath.Path(tmp_path / "run")
+    loaded = types.SimpleNamespace(store=store, tokenizer=Bytes())
+    with pytest.raises(UserError, match=r"has no chat template; import a chat model, train on dialogues"):
+        loading.load_chat_template(workdir, loaded)
+    for folder, source in ((workdir / "tokenizer", "imported"), (store, "of the dialogues")):
+        folder.mkdir(parents=True)
+        (folder / "chat_template.jinja").write_text(source)
+        assert loading.load_chat_template(workdir, loaded).source == source
 
 
 def without_rule(config: dict, axis: str) -> dict:

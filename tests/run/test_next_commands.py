@@ -15,3 +15,9 @@ def test_eval_is_suggested_only_with_a_token_store(tmp_path):
     assert next_commands.score_model("runs/a", tmp_path) == train
     (tmp_path / "manifest.json").touch()
     assert next_commands.score_model("runs/a", tmp_path) == "llmjax eval --workdir=runs/a --split=test"
+
+
+def test_a_model_without_a_head_embeds():
+    assert (
+        next_commands.embed_texts("runs/a") == "llmjax embed --workdir=runs/a --input=texts.jsonl --output=vectors.npy"
+    )

@@ -60,18 +60,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_run(train, corpus, com
     resumed = tmp_path / "resumed"
     arguments = jobs.command("train", resumed, corpus, mesh__data=1, mesh__fsdp=8, **common)
     # The kill is after the checkpoint of step 4 and before the last step.
-    job = subprocess.Popen(
-        arguments,
-        env=jobs.environment(LLMJAX_CPU_DEVICES="8"),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and not (resumed / "checkpoints" / "4").exists():
-        assert job.poll() is None, "the job ended before it could be killed"
-        time.sleep(0.01)
-    os.kill(job.pid, signal.SIGKILL)
-    assert job.wait() == -signal.SIGKILL
+    jobs.kill_after_checkpoint(arguments, resumed / "checkpoints" / "4", LLMJAX_CPU_DEVICES="8")
     assert jobs.metrics(resumed)[-1]["step"] < 12
     printed = jobs.run(arguments, LLMJAX_CPU_DEVICES="8")
     assert "resuming at step" in printed
@@ -179,8 +168,41 @@ def test_data_skip_leaves_out_exactly_its_samples(train, corpus, common, tmp_pat
     assert digests[5] == expected[7] and digests[6] == expected[8]
 
 
+def read_batches(workdir: pathlib.Path) -> dict[int, tuple[int, int]]:
+    """(samples used, size of the last batch) at each checkpoint."""
+    states = {step: entry["data_state"] for step, entry in jobs.checkpoints(workdir).items()}
+    return {step: (state["next_sample"], state["global_batch"]) for step, state in states.items()}
+
+
+def test_a_batch_schedule_is_exact_across_a_resume(train, corpus, common, tmp_path):
+    """16 rows, 32 from sample 48, 8 from sample 150: steps 1 to 3, 4 to 7, and 8 to 12. Stopped in the middle."""
+    ramp = {"train__batch_schedule": "((48,32),(150,8))", "checkpoint__every": 2}
+    unbroken, resumed = train(**ramp), tmp_path / "resumed"
+    for stop in (6, 12):
+        jobs.run(jobs.command("train", resumed, corpus, **common, **ramp, train__stop_at=stop), LLMJAX_CPU_DEVICES="8")
+    assert jobs.trace(resumed) == jobs.trace(unbroken) and fingerprints(resumed) == fingerprints(unbroken)
+    sizes = {2: (32, 16), 4: (80, 32), 6: (144, 32), 8: (184, 8), 10: (200, 8), 12: (216, 8)}
+    assert read_batches(unbroken) == sizes
+    pmap = jobs.metrics(train(**ramp, parallel__backend="pmap"))
+    assert [line["batch_digest"] for line in pmap] == [line["batch_digest"] for line in jobs.metrics(unbroken)]
+
+
+def test_a_global_batch_that_changes_on_purpose_continues_at_the_next_sample(train, corpus, common, tmp_path):
+    """4 steps of 16 rows, then steps of 32: as the schedule that says so, except for the size of evaluations."""
+    workdir = tmp_path / "run"
+    for stop, changes in ((4, {}), (12, {"train__global_batch": 32})):
+        arguments = jobs.command("train", workdir, corpus, **common, **changes, train__stop_at=stop)
+        printed = jobs.run(arguments, LLMJAX_CPU_DEVICES="8")
+    assert "changed since the checkpoint: train.global_batch: 16 -> 32" in printed
+    expected = train(train__batch_schedule="((64,32),)")
+    assert jobs.trace(workdir) == jobs.trace(expected) and read_batches(workdir) == read_batches(expected)
+
+
 def test_a_terminated_job_saves_and_is_resumed(train, corpus, common, tmp_path):
-    """After SIGTERM both processes save one step and exit with 85; the resumed run equals an uninterrupted one."""
+    """After SIGTERM both processes save one step and exit with 85; the resumed run equals an uninterrupted one.
+
+    Processes and launcher get many signals, of which the first one counts.
+    """
     layout = {"mesh__data": 2, "mesh__fsdp": 4}
     uninterrupted = train(processes=2, devices=4, **layout)
     stopped = tmp_path / "stopped"
@@ -195,7 +217,11 @@ def test_a_terminated_job_saves_and_is_resumed(train, corpus, common, tmp_path):
     deadline, metrics = time.monotonic() + 200, stopped / "metrics.jsonl"
     while time.monotonic() < deadline and not (metrics.exists() and metrics.stat().st_size):  # until a step is logged
         time.sleep(0.05)
-    job.send_signal(signal.SIGTERM)
+    children = pathlib.Path(f"/proc/{job.pid}/task/{job.pid}/children")
+    targets = [*map(int, children.read_text().split() if children.exists() else ()), job.pid]
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+        for target in reversed(targets):
+            os.kill(target, number)
     printed = job.communicate(timeout=240)[0]
     assert job.returncode == 85, printed
     assert jobs.checkpoints(stopped), printed

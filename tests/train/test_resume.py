@@ -90,6 +90,15 @@ def test_a_change_of_the_loss_is_logged(resumed):
     assert "resuming at step 1" in line
 
 
+def test_a_change_of_the_batch_is_logged(resumed):
+    *changes, line = resumed(train=dict(global_batch=16, batch_schedule=((64, 32),)))
+    assert [change.strip() for change in changes] == [
+        "changed since the checkpoint: train.global_batch: 8 -> 16",
+        "changed since the checkpoint: train.batch_schedule: () -> ((64, 32),)",
+    ]
+    assert "resuming at step 1" in line
+
+
 def test_a_change_of_cpu_threads_is_logged(resumed):
     change, line = resumed(parallel=dict(cpu_threads=4))
     assert change.strip() == "changed since the checkpoint: parallel.cpu_threads: 8 -> 4"

@@ -1,5 +1,6 @@
 """Train steps of a tiny model on a mesh, as the training loop compiles them."""
 
+from collections.abc import Callable
 import functools
 from typing import Any
 
@@ -8,10 +9,11 @@ from jax.sharding import AxisType, Mesh
 import numpy as np
 
 from llmjax.models.base import BaseModelConfig
+from llmjax.nn import losses
 from llmjax.optim.config import OptimizerConfig
 from llmjax.parallel import axes, backends, hosts
 from llmjax.run import state as states
-from llmjax.train.step import make_loss, train_step
+from llmjax.train.step import accumulate_gradients, make_loss, train_step
 
 ROWS = 16  # of a global batch
 
@@ -34,13 +36,17 @@ class Trainer:
         *,
         backend: str = "jit",
         accumulation: int = 1,
+        batch_loss: Callable = losses.batch_loss,
     ):
         self.mesh = mesh
         with axes.use_mesh(mesh):
             spec = states.make_state_spec(model, optimizer, horizon=10)
             rows = hosts.local_rows(backends.batch_sharding(), ROWS)
-            loss = make_loss(spec.graph, seed=3, chunk=16, z_loss=1e-3)
-            step = functools.partial(train_step, loss=loss, optimizer=spec.optimizer, accumulation=accumulation)
+            loss = make_loss(spec.graph, seed=3, chunk=16, z_loss=1e-3, batch_loss=batch_loss)
+            gradients = functools.partial(
+                accumulate_gradients, loss, accumulation=accumulation, trainable=spec.trainable
+            )
+            step = functools.partial(train_step, gradients=gradients, update=spec.update)
             self.compiled = backends.compile_step(step, backend, spec.shardings, rows, ROWS)
             self.state = self.compiled.shard_state(states.init_state(spec, model, seed=0))
 

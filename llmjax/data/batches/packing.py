@@ -1,19 +1,23 @@
 """Pack documents into rows of fixed length: by a plan that is computed once, or windows over the stream.
 
-Either way every token of the store is a target exactly once. Segment numbers keep documents apart, but for "stream".
+Either way every token of the store is a target exactly once, but for dialogues, which are cut where they do not fit.
+Segment numbers keep documents apart, but for "stream".
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 import dataclasses
 import hashlib
 import json
 import os
 from pathlib import Path
 import shutil
+from typing import Any
 
 import numpy as np
 
 from llmjax.atomic import write_bytes
+from llmjax.data.batches.dialogues import DialogueCounts, cut_dialogues
 from llmjax.data.store.checked_file import CheckedFile, block_checksums
 from llmjax.data.store.token_store import TokenStore
 from llmjax.errors import UserError
@@ -46,18 +50,34 @@ class Chunks:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Packed rows before an objective turns them into a batch: int32 [rows, seq_len] each, 0 where padded.
+    """Packed rows before an objective turns them into a batch: int32 [rows, seq_len] each, 0 (False) where padded.
 
     targets    the documents' tokens
     inputs     the token before each target in its document, or BOS (EOS if there is none) at its start
     segments   1, 2, ... number the chunks of a row
     positions  counted from 0 in each segment
+    scored     bool, whether the target is: all text is, but of dialogues only what the assistant writes
+    labels     float32 [rows, seq_len, width], those of a document at its first position; None: there are none
+    reference  float32 [rows, 2], of preferences, see Batch; None: there is none
     """
 
     targets: np.ndarray
     inputs: np.ndarray
     segments: np.ndarray
     positions: np.ndarray
+    scored: np.ndarray
+    labels: np.ndarray | None = None
+    reference: np.ndarray | None = None
+
+    @staticmethod
+    def combine(function: Callable[..., np.ndarray], *parts: "Rows") -> "Rows":
+        """Rows whose fields are `function` of the same field of all parts; a field that is None stays None."""
+        fields = zip(*(vars(part).items() for part in parts), strict=True)
+        values: dict[str, Any] = {items[0][0]: [value for _, value in items] for items in fields}
+        combined: dict[str, Any] = {
+            name: None if value[0] is None else function(*value) for name, value in values.items()
+        }
+        return Rows(**combined)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,6 +125,11 @@ def open_packing(
         raise UserError(f"data.packing={algorithm!r}: expected one of {', '.join(ALGORITHMS)}")
     if algorithm in _PLANNED:
         return PackingPlan(store, row_budget, algorithm, plans)
+    if store.has_marks:
+        raise UserError(
+            f"data.packing={algorithm!r}: {store.folder} holds dialogues, which windows would cut anywhere; set it to "
+            f"{' or '.join(map(repr, _PLANNED))}"
+        )
     if row_budget.costs is not None:
         raise UserError(
             f"data.packing={algorithm!r}: objective.name={row_budget.name.split()[0]!r} adds tokens to the text, which "
@@ -118,11 +143,12 @@ class Windows:
 
     rows  their number
     used  the positions that their chunks need
+    scored  the targets that are scored: all
     """
 
     def __init__(self, store: TokenStore, seq_len: int):
         self._store, self._seq_len = store, seq_len
-        self.rows, self.used = -(-store.tokens // seq_len), store.tokens
+        self.rows, self.used, self.scored = -(-store.tokens // seq_len), store.tokens, store.tokens
 
     def chunks(self, rows: np.ndarray) -> Chunks:
         """The chunks of these rows, row by row."""
@@ -151,6 +177,9 @@ class PackingPlan:
     """A plan of rows on disk. Every process that makes it writes the same bytes, so several may do so at once.
 
     chunks.bin holds the chunks in row order (_CHUNK), rows.bin the index of the first chunk of each row, and the end.
+    scored        the targets that are scored
+    cut           dialogues that were cut at the end of a turn
+    left_out      dialogues of which no assistant turn fits a row
     """
 
     def __init__(self, store: TokenStore, row_budget: RowBudget, algorithm: str, plans: Path):
@@ -166,6 +195,9 @@ class PackingPlan:
             record = json.loads((folder / "plan.json").read_text())
             self.rows: int = record["rows"]
             self.used: int = record["used"]
+            self.scored: int = record.get("scored", store.tokens)
+            self.cut: int = record.get("cut", 0)
+            self.left_out: int = record.get("left_out", 0)
             num_chunks, checksums = record["chunks"], dict(record["block_crc32"])
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise UserError(f"packing plan {folder / 'plan.json'} is damaged ({error}); {hint}") from None
@@ -254,7 +286,8 @@ def cut_documents(starts: np.ndarray, lengths: np.ndarray, longest: int) -> tupl
 
 def fill_rows(store: TokenStore, chunks: Chunks, num_rows: int, seq_len: int) -> Rows:
     """Read the chunks into rows of seq_len positions (an objective's RowBudget.capacity)."""
-    targets = store.gather(chunks.start, chunks.length)
+    targets, marks = store.gather_scored(chunks.start, chunks.length)
+    scored = np.ones(targets.size, bool) if marks is None else marks
     inputs = np.empty_like(targets)
     inputs[1:] = targets[:-1]
     heads = np.cumsum(chunks.length) - chunks.length
@@ -267,15 +300,21 @@ def fill_rows(store: TokenStore, chunks: Chunks, num_rows: int, seq_len: int) ->
     positions = np.arange(targets.size, dtype=np.int32) - np.repeat(heads.astype(np.int32), chunks.length)
     segments = np.repeat(number.astype(np.int32), chunks.length)
     used = np.bincount(chunks.row, weights=chunks.length, minlength=num_rows).astype(np.int64)
-    flat = (targets, inputs, segments, positions)
+    flat = (targets, inputs, segments, positions, scored)
     if targets.size == num_rows * seq_len:
         padded = [values.reshape(num_rows, seq_len) for values in flat]
     else:
-        padded = [np.zeros((num_rows, seq_len), np.int32) for _ in flat]
+        padded = [np.zeros((num_rows, seq_len), values.dtype) for values in flat]
         for row, (end, length) in enumerate(zip(np.cumsum(used).tolist(), used.tolist(), strict=True)):
             for out, values in zip(padded, flat, strict=True):
                 out[row, :length] = values[end - length : end]
-    return Rows(targets=padded[0], inputs=padded[1], segments=padded[2], positions=padded[3])
+    labels = None
+    if store.label_width:
+        labels = np.zeros((num_rows, seq_len, store.label_width), np.float32)
+        columns = heads - (np.cumsum(used) - used)[chunks.row]
+        labels[chunks.row, columns] = store.gather_labels(chunks.start)
+    targets, inputs, segments, positions, scored = padded
+    return Rows(targets=targets, inputs=inputs, segments=segments, positions=positions, scored=scored, labels=labels)
 
 
 def join_segments(rows: Rows) -> Rows:
@@ -293,8 +332,13 @@ def _write_plan(store: TokenStore, row_budget: RowBudget, algorithm: str, folder
         num_chunks = num_rows = used = 0
         with open(partial / "chunks.bin", "w+b") as chunks_file, open(partial / "rows.bin", "w+b") as rows_file:
             rows_file.write(np.zeros(1, _EDGE).tobytes())
+            dialogues = DialogueCounts()
             for starts, lengths in store.document_groups(_PART_TOKENS):
-                start, length, continued = cut_documents(starts, lengths, row_budget.longest)
+                if store.has_marks:
+                    start, length, counts = cut_dialogues(store, starts, lengths, row_budget.longest)
+                    continued, dialogues = np.ones(len(start), bool), dialogues + counts
+                else:
+                    start, length, continued = cut_documents(starts, lengths, row_budget.longest)
                 costs = row_budget.cost(length)
                 is_packed = algorithm == "best_fit"
                 row, rows = best_fit(costs, row_budget.seq_len) if is_packed else (np.arange(len(costs)), len(costs))
@@ -309,6 +353,9 @@ def _write_plan(store: TokenStore, row_budget: RowBudget, algorithm: str, folder
                 file.flush()
                 os.fsync(file.fileno())
         record = {"chunks": num_chunks, "rows": num_rows, "used": used, "block_crc32": checksums}
+        if store.has_marks:
+            scored = store.scored_tokens - dialogues.dropped
+            record |= {"scored": scored, "cut": dialogues.cut, "left_out": dialogues.left_out}
         write_bytes(partial / "plan.json", json.dumps(record).encode())
     except OSError as error:
         raise UserError(

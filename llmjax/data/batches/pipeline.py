@@ -1,11 +1,13 @@
 """Batches for training and evaluation, through Grain: each batch is a pure function of the data state."""
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
+import logging
 from pathlib import Path
 import sys
 from typing import Any
@@ -15,14 +17,17 @@ import grain
 import numpy as np
 
 from llmjax.batch import Batch
+from llmjax.data.batches.batch_sizes import BatchSizes, Stretch
 from llmjax.data.batches.mixture import Mixture
 from llmjax.data.batches.order import Permutation, Skips
-from llmjax.data.batches.packing import RowBudget, Rows, fill_rows, join_segments, open_packing
+from llmjax.data.batches.packing import PackingPlan, RowBudget, Rows, fill_rows, join_segments, open_packing
 from llmjax.data.batches.rng import CounterRng
 from llmjax.data.config import DataConfig
 from llmjax.data.objectives.objective import Objective
 from llmjax.data.store.token_store import TokenStore
 from llmjax.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 _STATE_VERSION = 1
 _SPAN = 1024  # samples located at once and cached, so that locating a sample costs little
@@ -70,25 +75,42 @@ class PackedSource:
         self.name = name
         self.store = TokenStore(Path(folder) / name / split)
         self._row_budget = row_budget or RowBudget(seq_len=config.seq_len)
+        longest = self.store.lengths().max(initial=0) if self.store.label_width else 0
+        if longest > self._row_budget.longest:  # a label is of a whole document
+            raise UserError(
+                f"data.seq_len={config.seq_len}: {self.store.folder} holds labelled texts that were prepared for "
+                "longer rows; use the data.seq_len that the store was prepared with, or another store"
+            )
         self._packing = open_packing(
             self.store, config.seq_len, config.packing, Path(folder) / "plans", self._row_budget
         )
         self.rows = self._packing.rows
+        self.reference: np.ndarray | None = None  # float32 [rows, 2], where each row is a preference
         self._is_stream = config.packing == "stream"
+        self.scored = self._packing.scored
 
     def fill(self, rows: np.ndarray) -> Rows:
         """Read these rows, in this order."""
         filled = fill_rows(self.store, self._packing.chunks(rows), len(rows), self._row_budget.capacity)
+        if self.reference is not None:
+            filled = dataclasses.replace(filled, reference=self.reference[rows])
         return join_segments(filled) if self._is_stream else filled
 
     def summary(self) -> dict[str, Any]:
-        """Counts of the split, and the density of its rows: the fraction of positions that are used."""
+        """Counts of the split, and the density of its rows: the fraction of positions that are used.
+
+        Of dialogues also how many of their tokens are scored, and how many dialogues were cut and left out.
+        """
+        packing, dialogues = self._packing, {}
+        if isinstance(packing, PackingPlan) and self.store.has_marks:
+            dialogues = {"scored": self.scored, "cut": packing.cut, "left_out": packing.left_out}
         return {
             "documents": self.store.documents,
             "tokens": self.store.tokens,
             "text_bytes": self.store.text_bytes,
             "rows": self.rows,
-            "density": self._packing.used / max(1, self.rows * self._row_budget.seq_len),
+            "density": packing.used / max(1, self.rows * self._row_budget.seq_len),
+            **dialogues,
         }
 
 
@@ -98,6 +120,7 @@ class TrainData:
     folder        the store
     seed          of the order of samples, and of the objective's draws
     global_batch  samples in a batch of the whole job
+    schedule      later sizes of a batch, as train.batch_schedule has them
     objective     turns rows into batches
     Raises UserError for a damaged store, sources without text, and invalid settings.
     """
@@ -109,6 +132,7 @@ class TrainData:
         *,
         seed: int,
         global_batch: int,
+        schedule: tuple = (),
         objective: Objective,
     ):
         if global_batch < 1:
@@ -117,12 +141,13 @@ class TrainData:
             raise UserError(f"data.prefetch={config.prefetch}: expected 0 or more batches")
         if not config.sources:
             raise UserError("data.sources is empty: give at least one, such as data.sources.main.path")
-        self._config, self._seed, self._global_batch = config, seed, global_batch
+        self._config, self._seed, self._sizes = config, seed, BatchSizes(global_batch, schedule)
         self._objective, self._rng = objective, CounterRng("objective", seed)
         self._sources = [
             PackedSource(Path(folder), name, "train", config, self._objective.row_budget)
             for name in sorted(config.sources)
         ]
+        self._check_dialogues()
         self._mixture = Mixture(
             [source.name for source in self._sources],
             [source.rows for source in self._sources],
@@ -142,18 +167,42 @@ class TrainData:
         self._make_order = functools.lru_cache(64)(self._make_order)
         self._streams: weakref.WeakSet[Generator] = weakref.WeakSet()
 
+    def _check_dialogues(self) -> None:
+        """Log the dialogues that do not fit rows. Raises UserError if none of a source does."""
+        for source in self._sources:
+            counts, seq_len = source.summary(), self._config.seq_len
+            if counts.get("left_out") and not source.rows:
+                raise UserError(
+                    f"data.seq_len={seq_len}: no assistant turn of data.sources.{source.name} fits a row; raise it"
+                )
+            if counts.get("cut") or counts.get("left_out"):
+                logger.info(
+                    f"{source.name}: dialogues above data.seq_len={seq_len}: {counts['cut']:,} were cut at the end of "
+                    f"an assistant turn, {counts['left_out']:,} were left out, since none fits; raise it to keep them"
+                )
+
+    @property
+    def rows(self) -> int:
+        """Rows of all sources, which are read once in an epoch."""
+        return sum(source.rows for source in self._sources)
+
+    def add_reference(self, reference: Mapping[tuple[str, str], np.ndarray]) -> None:
+        """Give each row the log-likelihoods of its answers: (source, split) -> float32 [rows, 2]."""
+        for source in self._sources:
+            source.reference = reference.get((source.name, "train"))
+
     def start(self) -> DataState:
         """The state before the first batch."""
         return self.at(0)
 
-    def at(self, sample: int) -> DataState:
-        """The state of a run that has used all samples before this one."""
+    def at(self, sample: int, size: int = 0) -> DataState:
+        """The state of a run that has used all samples before this one, `size` of them in its last batch."""
         return DataState(
             fingerprint=self.fingerprint,
             seed=self._seed,
             mixture=self._mixture.fingerprint(sample),
             next_sample=sample,
-            global_batch=self._global_batch,
+            global_batch=size or self._sizes.first,
         )
 
     def check(self, state: DataState) -> None:
@@ -179,20 +228,31 @@ class TrainData:
         """The number of complete batches after `state`; None if the sources repeat without end."""
         if self._mixture.num_samples is None:
             return None
-        samples = self._skips.count_unskipped(self._mixture.num_samples) - self._skips.count_unskipped(
-            state.next_sample
-        )
-        return max(0, samples) // self._global_batch
+        last, batches = self._skips.count_unskipped(self._mixture.num_samples), 0
+        stretches = self._stretches(state)
+        for stretch, following in itertools.zip_longest(stretches, stretches[1:]):
+            complete = max(0, last - stretch.number) // stretch.size
+            batches = stretch.first + complete
+            if following is not None and batches < following.first:
+                break
+        return batches
 
-    def batches(self, state: DataState, rows: np.ndarray) -> Iterator[tuple[Batch, DataState]]:
+    def _stretches(self, state: DataState) -> list[Stretch]:
+        """The batches from `state` on, in stretches of one size."""
+        count_unskipped = self._skips.count_unskipped
+        return list(self._sizes.stretches(count_unskipped(state.next_sample), count_unskipped))
+
+    def batches(self, state: DataState, rows_of: Callable[[int], np.ndarray]) -> Iterator[tuple[Batch, DataState]]:
         """Yield batches from `state` on, each with the state after it. Raises UserError at the end of the data.
 
-        rows  the rows of every global batch that this process needs, int [local batch]: the Batch has these, in order
+        rows_of   the rows of a global batch of a size that this process needs, int [local batch]: the Batch has these,
+                  in order
         """
         self.check(state)
-        rows = np.asarray(rows, np.int64)
-        if rows.size and not 0 <= rows.min() <= rows.max() < self._global_batch:
-            raise ValueError(f"rows {rows} are not all in a global batch of {self._global_batch}")
+        rows = {size: np.asarray(rows_of(size), np.int64) for _, size in self._sizes.fields}
+        for size, chosen in rows.items():
+            if chosen.size and not 0 <= chosen.min() <= chosen.max() < size:
+                raise ValueError(f"rows {chosen} are not all in a global batch of {size}")
         stream = self._stream(state, rows)
         self._streams.add(stream)
         return stream
@@ -202,19 +262,24 @@ class TrainData:
         for stream in list(self._streams):
             stream.close()
 
-    def _stream(self, state: DataState, rows: np.ndarray) -> Generator[tuple[Batch, DataState], None, None]:
-        first, size = self._skips.count_unskipped(state.next_sample), self._global_batch
-        length = self.remaining(state)
+    def _stream(self, state: DataState, rows: dict[int, np.ndarray]) -> Generator[tuple[Batch, DataState], None, None]:
+        stretches, length = self._stretches(state), self.remaining(state)
+
+        def locate(index: int) -> tuple[int, int]:
+            """(number of its first sample, size) of a batch."""
+            stretch = next(stretch for stretch in reversed(stretches) if stretch.first <= index)
+            return stretch.number + (index - stretch.first) * stretch.size, stretch.size
 
         def assemble(index: int) -> Batch:
-            return self._assemble(self._skips.sample(first + index * size + rows))
+            first, size = locate(index)
+            return self._assemble(self._skips.sample(first + rows[size]))
 
         with contextlib.closing(_prefetch(assemble, length, self._config.prefetch)) as batches:
             for index, batch in enumerate(batches):
-                last = self._skips.sample(np.array([first + (index + 1) * size - 1]))
-                yield batch, self.at(int(last[0]) + 1)
+                first, size = locate(index)
+                yield batch, self.at(int(self._skips.sample(np.array([first + size - 1]))[0]) + 1, size)
         raise UserError(
-            f"the training data end after {self._mixture.num_samples} samples, {length} batches of {size} from sample "
+            f"the training data end after {self._mixture.num_samples} samples, {length} batches from sample "
             f"{state.next_sample}: lower train.steps, or set data.at_source_end='repeat'"
         )
 
@@ -234,9 +299,8 @@ class TrainData:
         if len(parts) == 1:
             return self._objective.build_batch(parts[0], samples, self._rng)
         sample_order = np.argsort(np.argsort(source, kind="stable"))  # parts are in the order of sources
-        fields = [field.name for field in dataclasses.fields(Rows)]
-        merged = {name: np.concatenate([getattr(part, name) for part in parts])[sample_order] for name in fields}
-        return self._objective.build_batch(Rows(**merged), samples, self._rng)
+        merged = Rows.combine(lambda *values: np.concatenate(values)[sample_order], *parts)
+        return self._objective.build_batch(merged, samples, self._rng)
 
     def _locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(source, row of its packing) of each sample."""
@@ -269,7 +333,8 @@ class TrainData:
 class EvalData:
     """Every document of one split of one source exactly once, in batches; the last is padded with rows of weight 0.
 
-    batch   rows in a batch of the whole job
+    batch      rows in a batch of the whole job
+    reference  log-likelihoods of the answers of each row, float32 [rows, 2]; None: the objective reads none
     The objective's draws have their own key, the same in every evaluation of every run.
     """
 
@@ -282,13 +347,16 @@ class EvalData:
         source: str,
         batch: int,
         objective: Objective,
+        reference: np.ndarray | None = None,
     ):
         self._objective, self._rng = objective, CounterRng("evaluation", split, source)
         self._source = PackedSource(Path(folder), source, split, config, self._objective.row_budget)
+        self._source.reference = reference
         self._batch, self._prefetch = batch, config.prefetch
         store = self._source.store
         self.fingerprint, self.rows = store.fingerprint, self._source.rows
         self.documents, self.tokens, self.text_bytes = store.documents, store.tokens, store.text_bytes
+        self.scored = self._source.scored
         self.num_batches = -(-self.rows // batch)
 
     def batches(self, rows: np.ndarray) -> Iterator[Batch]:
@@ -300,7 +368,7 @@ class EvalData:
             indices = np.flatnonzero(samples < self.rows)
             packed = self._source.fill(samples[indices])
             if len(indices) < len(rows):
-                packed = Rows(**{name: _pad(value, indices, len(rows)) for name, value in vars(packed).items()})
+                packed = Rows.combine(lambda value: _pad(value, indices, len(rows)), packed)
             return self._objective.build_batch(packed, samples, self._rng)
 
         return _prefetch(assemble, self.num_batches, self._prefetch)

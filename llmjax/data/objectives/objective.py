@@ -1,6 +1,6 @@
 """Objectives: turn packed rows into the Batch that a model is trained on. Pure numpy on the host."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 
 import numpy as np
@@ -8,11 +8,12 @@ import numpy as np
 from llmjax.batch import Batch
 from llmjax.data.batches.packing import RowBudget, Rows
 from llmjax.data.batches.rng import CounterRng, bernoulli, randint
-from llmjax.data.config import ObjectiveConfig
-from llmjax.data.objectives import infill, spans, vocabulary
+from llmjax.data.config import LABELLED, PREFERENCES, SEVERAL_TEXTS, ObjectiveConfig
+from llmjax.data.objectives import infill, labelled, preference_batch, record_batch, spans, vocabulary
 from llmjax.data.objectives.prompts import frame_prompt
 from llmjax.data.objectives.row_chunks import build_causal_batch, unpack_rows
 from llmjax.data.objectives.vocabulary import Vocabulary
+from llmjax.data.store.labels import find_frame
 from llmjax.data.store.tokenizer import Tokenizer
 
 
@@ -29,6 +30,7 @@ class Objective:
                  index and the key of the rng
     prompt       ids of a text -> ids that a model reads to continue the text
     answers      whether the model writes a new text instead of a continuation of the prompt
+    num_outputs  outputs of the head that it trains in place of the language model's; 0: it predicts tokens
     """
 
     name: str
@@ -39,6 +41,7 @@ class Objective:
     build_batch: Callable[[Rows, np.ndarray, CounterRng], Batch]
     prompt: Callable[[np.ndarray], np.ndarray]
     answers: bool = False
+    num_outputs: int = 0
 
     @property
     def decoder_start_id(self) -> int:
@@ -71,15 +74,28 @@ def open_objective(
     seq_len: int,
     start_id: int | None = None,
     one_segment: bool = False,
+    classes: Sequence[str] = (),
+    multi_label: bool = False,
+    labels_first: bool = False,
+    num_texts: int = 2,
 ) -> Objective:
     """Make the objective of a config.
 
     start_id     for an encoder-decoder the id that its decoder reads first, or -1 for the id that documents start with;
                  None for other models
-    one_segment  whether the packing gives no row a second segment (`packing.ONE_SEGMENT`), which its batches then state
+    classes, multi_label   as in DataConfig, for labelled documents
+    labels_first whether a document's label is predicted at its first position, else at its last
+    num_texts    texts of a record, for objectives on records of several texts
+    one_segment  whether the packing gives no row a second segment (`packing.ONE_SEGMENT`), which batches of documents
+                 then state
     Raises UserError if no chunk fits a row of seq_len tokens.
     """
-    objective = _open(config, tokenizer, seq_len, start_id)
+    if config.name in LABELLED:
+        objective = _make_labelled_objective(config, tokenizer, seq_len, classes, multi_label, labels_first)
+    elif config.name in SEVERAL_TEXTS:
+        return _make_texts_objective(config, tokenizer, seq_len, num_texts)
+    else:
+        objective = _open(config, tokenizer, seq_len, start_id)
     if one_segment:
         build_batch = objective.build_batch
         marked = lambda *arguments: dataclasses.replace(build_batch(*arguments), one_segment=True)
@@ -134,6 +150,65 @@ def _open(config: ObjectiveConfig, tokenizer: Tokenizer, seq_len: int, start_id:
         target_len=target_len,
         vocabulary=vocab,
         build_batch=lambda rows, samples, rng: spans.split_prefix(rows, samples, rng, seq_len, target_len, vocab),
+    )
+
+
+def _make_labelled_objective(
+    config: ObjectiveConfig,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    classes: Sequence[str],
+    multi_label: bool,
+    labels_first: bool,
+) -> Objective:
+    """Make the objective that predicts the labels of documents."""
+    before, after = find_frame(tokenizer)
+    is_number = config.name == "regress"
+    task = labelled.LabelTask(
+        num_outputs=1 if is_number else len(classes),
+        multi_label=multi_label,
+        is_number=is_number,
+        first=labels_first,
+        before=before,
+        after=after,
+        eos_id=tokenizer.eos_id,
+    )
+    what = "" if is_number else f" {len(classes)} classes{' each by itself' if multi_label else ''}"
+    return dataclasses.replace(
+        make_causal_objective(seq_len, vocabulary.build_vocab(tokenizer)),
+        name=config.name,
+        fingerprint=f"{config.name}{what}",
+        row_budget=labelled.make_row_budget(task, config.name, seq_len),
+        build_batch=lambda rows, samples, rng: labelled.build_labelled_batch(rows, samples, task, seq_len),
+        num_outputs=task.num_outputs,
+    )
+
+
+def _make_texts_objective(config: ObjectiveConfig, tokenizer: Tokenizer, seq_len: int, num_texts: int) -> Objective:
+    """Make the objective on records of several texts, each read by itself."""
+    plain = make_causal_objective(seq_len, vocabulary.build_vocab(tokenizer))
+    if config.name in PREFERENCES:
+        return dataclasses.replace(
+            plain,
+            name=config.name,
+            fingerprint=config.name,
+            row_budget=preference_batch.make_row_budget(seq_len),
+            build_batch=lambda rows, samples, rng: preference_batch.build_preference_batch(
+                rows, samples, seq_len, reads_reference=config.name == "dpo"
+            ),
+            prompt=lambda ids: frame_prompt(tokenizer, ids, vocabulary.build_vocab(tokenizer).bos_id),
+            num_outputs=1 if config.name == "reward" else 0,
+        )
+    before, after = find_frame(tokenizer)
+    task = record_batch.TextsTask(
+        num_texts=num_texts, has_score=config.name == "similarity", before=before, after=after
+    )
+    return dataclasses.replace(
+        plain,
+        name=config.name,
+        fingerprint=f"{config.name} {num_texts} texts",
+        row_budget=record_batch.make_row_budget(task, config.name, seq_len),
+        build_batch=lambda rows, samples, rng: record_batch.build_texts_batch(rows, samples, task, seq_len),
     )
 
 

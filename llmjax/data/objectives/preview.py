@@ -6,6 +6,7 @@ import unicodedata
 import numpy as np
 
 from llmjax.batch import Batch
+from llmjax.data.config import EMBEDDING
 from llmjax.data.objectives.objective import Objective
 from llmjax.data.store.tokenizer import Tokenizer
 
@@ -40,6 +41,8 @@ def format_batch(batch: Batch, objective: Objective, tokenizer: Tokenizer, width
                 "inputs": [show(i) for i in batch.inputs[row][inside]],
                 "targets": [show(i) if weight else f"({show(i)})" for i, weight in targets],
             }
+            if objective.name in EMBEDDING:
+                del cells["targets"]
             if batch.prefix is not None:
                 cells["prefix"] = ["==" if marked else "" for marked in batch.prefix[row][inside]]
             yield from _align(cells, width)

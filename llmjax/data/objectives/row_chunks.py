@@ -1,5 +1,6 @@
 """Split packed rows into their chunks, and pack chunks into rows."""
 
+from collections.abc import Sequence
 import dataclasses
 
 import numpy as np
@@ -59,12 +60,14 @@ def shift_right(tokens: np.ndarray, length: np.ndarray, first: np.ndarray | int)
 def build_causal_batch(rows: Rows, samples: np.ndarray) -> Batch:
     """Next-token prediction: every token, including the first and the EOS, is predicted from those before it.
 
+    Of dialogues only what the assistant writes is scored.
+
     samples  the rows' global sample indices, int64 [batch]
     """
     return Batch(
         inputs=rows.inputs,
         targets=rows.targets,
-        weights=(rows.segments > 0).astype(np.float32),
+        weights=rows.scored.astype(np.float32),
         segments=rows.segments,
         positions=rows.positions,
         sample=split_u64(samples),
@@ -80,7 +83,7 @@ def pack_rows(
     The plan guarantees that the chunks of a row fit.
     """
     segments, positions, targets, inputs = pad_rows(row, length, num_rows, width, targets, inputs)
-    return Rows(targets=targets, inputs=inputs, segments=segments, positions=positions)
+    return Rows(targets=targets, inputs=inputs, segments=segments, positions=positions, scored=segments > 0)
 
 
 def pad_rows(
@@ -97,6 +100,18 @@ def pad_rows(
     for out, value in zip(padded, values, strict=True):
         out[is_used] = value
     return padded
+
+
+def write_frames(length: np.ndarray, before: Sequence[int], after: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, start): texts of these lengths with their frames, one after another: the ids `before` at the start of each,
+    the ids `after` at its end, and 0 between; and where each starts."""
+    start = np.cumsum(length) - length
+    ids = np.zeros(int(length.sum()), np.int32)
+    for offset, token_id in enumerate(before):
+        ids[start + offset] = token_id
+    for offset, token_id in enumerate(reversed(after)):
+        ids[start + length - 1 - offset] = token_id
+    return ids, start
 
 
 def draw_partition(

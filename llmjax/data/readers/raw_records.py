@@ -58,7 +58,7 @@ class ReadOptions:
     """How the records of a source are read.
 
     where             the config of the source, for error messages: "data.sources.main"
-    text_field        the field that holds the text
+    text_field        the field that holds the text; "": records need no text field
     max_record_bytes  a longer record is a fault; text files are not records
     is_lenient        decode any encoding; else text is UTF-8
     encoding          declared for files that are not UTF-8 (lenient)
@@ -321,13 +321,15 @@ class _CellRepair:
 
 
 def _check_names(names: Iterable[Any], options: ReadOptions, hint: str = "") -> None:
-    if options.text_field not in names:
+    if options.text_field and options.text_field not in names:
         listed = ", ".join(map(str, names))[:300]
         raise ColumnsError(f"has the columns {listed}; name the one that holds the text{hint}")
 
 
 def _check_schema(schema: Any, options: ReadOptions) -> None:
     _check_names(schema.names, options)
+    if not options.text_field:
+        return
     kind = schema.field(schema.names.index(options.text_field)).type
     if not records.is_text(kind):
         raise ColumnsError(f"holds {kind} in that column, not text; name the column that holds the text")
@@ -354,7 +356,7 @@ def _read_parquet(item: Item, options: ReadOptions) -> Iterator[RawRecord]:
                 values = {name: records.read_column(batch.column(index)) for name, index in indices.items()}
                 for index in range(batch.num_rows):
                     fields = {name: column[index] for name, column in values.items()}
-                    text = fields[options.text_field]
+                    text = fields.get(options.text_field)
                     size = len(text) if isinstance(text, bytes) else 0
                     is_long = size > options.max_record_bytes
                     yield RawRecord(f":{row}", options.length_fault(size) if is_long else fields, size)

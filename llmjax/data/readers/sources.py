@@ -10,10 +10,12 @@ import sysconfig
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from llmjax.data.config import SourceConfig
-from llmjax.data.readers import encodings, formats, streams
+from llmjax.data.readers import dialogues, encodings, formats, streams
+from llmjax.data.store.split import SPLITS
 from llmjax.errors import UserError, suggest
 
 MIN_UNIT_BYTES, MAX_UNIT_BYTES = 1 << 20, 1 << 28
+_CHAT_FORMATS = ("auto", *dialogues.NAMES)
 _TARGET_UNITS = 64  # of a source: enough for the cores of a large machine, few enough for a store that opens at once
 _TFDS_RECORDS = 8192  # in a unit
 _TFDS = re.compile(r"(?P<name>[^:@]+(:\d+\.\d+\.\d+)?)(:(?P<split>[^@]+))?(@(?P<folder>.+))?")
@@ -74,7 +76,44 @@ def list_units(name: str, source: SourceConfig) -> list[Unit[SourceConfig]]:
         raise UserError(
             f"{where}.split_field={source.split_field!r}: {other.items[0].path} is no JSONL; leave it unset"
         )
+    for field in ("label_field", "pair_field", "negative_field", "score_field", "chosen_field", "rejected_field"):
+        if (value := getattr(source, field)) and (other := next((unit for unit in units if unit.kind == "text"), None)):
+            raise UserError(
+                f"{where}.{field}={value!r}: {other.items[0].path} is text, which has no fields; give JSONL, CSV, TSV "
+                "or Parquet"
+            )
+    if source.chat:
+        _check_chat(source, units, where)
+    for field in ("negative_field", "score_field"):
+        if (value := getattr(source, field)) and (source.label_field or not source.pair_field):
+            hint = "unset label_field" if source.label_field else "set pair_field as well"
+            raise UserError(f"{where}.{field}={value!r}: {hint}, or unset it")
+    if source.score_field and source.negative_field:
+        raise UserError(f"{where}: set only one of score_field and negative_field")
+    if source.chosen_field or source.rejected_field:
+        if not (source.chosen_field and source.rejected_field):
+            raise UserError(f"{where}: set both of chosen_field and rejected_field, or unset the one that is set")
+        if other := next((name for name in ("label_field", "pair_field") if getattr(source, name)), None):
+            raise UserError(f"{where}.chosen_field={source.chosen_field!r}: unset {other}, or this and rejected_field")
+    if source.split and source.split not in SPLITS:
+        raise UserError(f"{where}.split={source.split!r}: expected one of {', '.join(SPLITS)}")
+    if source.split and source.split_field:
+        raise UserError(f"{where}: set only one of split and split_field")
     return units
+
+
+def _check_chat(source: SourceConfig, units: list[Unit[SourceConfig]], where: str) -> None:
+    """Raise UserError for a source that cannot hold dialogues."""
+    field = f"{where}.chat={source.chat!r}"
+    if source.chat not in _CHAT_FORMATS:
+        near = suggest(source.chat, _CHAT_FORMATS)
+        raise UserError(f"{field}{near}: expected one of {', '.join(_CHAT_FORMATS)}")
+    if source.label_field:
+        raise UserError(f"{field}: dialogues have no labels; unset {where}.label_field, or chat")
+    if other := next((unit for unit in units if unit.kind == "text"), None):
+        raise UserError(
+            f"{field}: {other.items[0].path} is text, which has no turns; give JSONL, JSON, CSV, TSV or Parquet"
+        )
 
 
 def check_format(config: Any, where: str, allowed: tuple[str, ...]) -> None:

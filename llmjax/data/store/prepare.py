@@ -17,70 +17,31 @@ import numpy as np
 from llmjax.atomic import NO_SPACE, remove_partial, write_bytes
 from llmjax.data.config import DataConfig
 from llmjax.data.readers import sources
-from llmjax.data.readers.documents import NO_FAULT, NO_FIELD
+from llmjax.data.readers.dialogues import NO_FIELD, describe_formats
+from llmjax.data.readers.documents import NO_FAULT
 from llmjax.data.readers.sources import Unit
-from llmjax.data.store import near_duplicates, split, stages, token_store, tokenizer, tokenizer_settings
+from llmjax.data.store import (
+    chat,
+    near_duplicates,
+    record_texts,
+    split,
+    stages,
+    token_store,
+    tokenizer,
+    tokenizer_settings,
+)
+from llmjax.data.store.manifest import VERSION, Manifest, check_store, read_manifest, split_fingerprints
 from llmjax.data.store.settings import check_settings, collect_settings
 from llmjax.data.store.workers import Workers, count_cores, with_progress
 from llmjax.errors import UserError
 from llmjax.run import workdir
 
-VERSION = 2
 _LOCK = "prepare.lock"  # in the store's folder; not the workdir's lock, since a store may be in a workdir itself
 _MAX_PART, _MIN_PART = 1 << 14, 1 << 10  # bytes of a part of a document, if a source has too few documents to split
 _NUM_SAMPLED_UNITS = 64  # of a source, for the tokenizer's training text
 _MAX_COMPRESSED = 1 << 25  # bytes of validation text up to which it is compressed for comparison
 
-Manifest = dict[str, Any]
-
 logger = logging.getLogger(__name__)
-
-
-def read_manifest(folder: Path | str) -> Manifest | None:
-    """Read the top-level manifest of a complete store; None if there is no store.
-
-    Raises UserError for a manifest that cannot be read, or has another format version.
-    """
-    manifest = workdir.read_json(Path(folder) / "manifest.json")
-    if manifest is not None and manifest.get("version") != VERSION:
-        raise UserError(
-            f"token store {folder}: format version {manifest.get('version')}, this llmjax reads {VERSION}; use the "
-            "llmjax that wrote it, or delete that folder to prepare it again"
-        )
-    return manifest
-
-
-def check_store(folder: Path | str, manifest: Manifest) -> None:
-    """Raise UserError if the parts of a store are not those that its manifest was written for.
-
-    Every split must have the tokenizer and the fingerprint that `manifest` names, and a split's own manifest names its
-    shards.
-    """
-    folder = Path(folder)
-    try:
-        sha256 = manifest["tokenizer"]["sha256"]
-        fingerprints = _split_fingerprints(manifest["sources"])
-        fingerprint = token_store.compute_fingerprint({"sources": fingerprints, "tokenizer": sha256})
-    except (KeyError, TypeError, AttributeError):
-        sha256, fingerprints, fingerprint = "", {}, None
-    if fingerprint is None or manifest.get("fingerprint") != fingerprint:
-        raise UserError(
-            f"token store {folder}: manifest.json is not what was written (fingerprint); restore it from a copy, or "
-            "delete the store and run `llmjax prepare` again"
-        )
-    for name, by_split in fingerprints.items():
-        for part, expected in by_split.items():
-            store = token_store.TokenStore(folder / name / part)
-            if (store.fingerprint, store.tokenizer_sha256) != (expected, sha256):
-                raise UserError(
-                    f"token store {folder}: {name}/{part} belongs to another store (tokenizer "
-                    f"{store.tokenizer_sha256[:12]}, expected {sha256[:12]}; fingerprint {store.fingerprint[:12]}, "
-                    f"expected {expected[:12]}); restore the store from a copy, or delete it and run `llmjax prepare`"
-                )
-
-
-def _split_fingerprints(records: dict[str, Any]) -> dict[str, dict[str, str]]:
-    return {name: {part: record[part]["fingerprint"] for part in split.SPLITS} for name, record in records.items()}
 
 
 def prepare(config: DataConfig, folder: Path | str) -> Manifest:
@@ -132,6 +93,7 @@ class _Preparation:
 
     def __init__(self, config: DataConfig, settings: dict[str, Any], folder: Path, lock: workdir.Lock):
         self.config, self.settings, self.folder, self.lock = config, settings, folder, lock
+        self.form = stages.Formats(records=record_texts.make_format(config), chat=chat.make_format(config))
         self.names = list(settings["sources"])
         self.units = [unit for name in self.names for unit in sources.list_units(name, config.sources[name])]
         self.scratch = stages.ScratchDir(folder / "unfinished")
@@ -145,6 +107,8 @@ class _Preparation:
         self._start_or_resume()
         for name in self.names:
             logger.info("%s: %s", name, sources.describe_formats(self._units_of(name)))
+        if self.form.chat is not None:
+            logger.info(chat.describe_template(self.form.chat))
         num_workers = min(self.config.workers or count_cores(), max(len(self.units), 2))
         with Workers(num_workers) as self.pool:
             self._scan(self.units)
@@ -181,7 +145,8 @@ class _Preparation:
         write_bytes(path, json.dumps(state).encode())
 
     def _scan(self, units: list[Unit]) -> None:
-        tasks = [(u, self.scratch, self.part_bytes[u.source], self.config.split.near_copies) for u in units]
+        near_copies = self.config.split.near_copies
+        tasks = [(u, self.scratch, self.part_bytes[u.source], near_copies, self.form) for u in units]
         sizes = self._map("reading", stages.scan, tasks)
         for name in {unit.source for unit in units}:
             self.text_bytes[name] = sum(size for u, size in zip(units, sizes, strict=True) if u.source == name)
@@ -202,22 +167,31 @@ class _Preparation:
             totals = (bad, bad + documents, "records"), (bad_bytes, bad_bytes + self.text_bytes[name], "bytes")
             for amount, total, what in totals:
                 if amount > self.config.max_bad_fraction * total:
-                    lacks_field = any(reason.startswith(NO_FIELD) for reason in counts)
-                    hint = f"; data.sources.{name}.text_field must name the field of the text" if lacks_field else ""
+                    hint = ""
+                    if any(reason.startswith(NO_FIELD) for reason in counts):
+                        content = "turns" if self.config.sources[name].chat else "text"
+                        hint = f"; data.sources.{name}.text_field must name the field of the {content}"
                     raise UserError(
                         f"{where}: {amount:,} of {total:,} {what} cannot be used ({listed}), more than "
                         f"data.max_bad_fraction={self.config.max_bad_fraction} allows; see {path}{hint}"
                     )
             if not documents:
                 raise UserError(f"{where}: contains no text{f' ({listed})' if listed else ''}; give files that do")
+            if dialogues := self._count_dialogues(name):
+                logger.info("%s: %s", name, describe_formats(dialogues))
             if counts:
                 logger.info("%s: left out %s; see %s", name, listed, path)
 
     def _assign_splits(self) -> None:
-        """Assign documents to splits; a source with too few documents is first cut into parts."""
+        """Assign documents to splits; one with too few is first cut into parts, but records and dialogues are not."""
         self._assign_by_key()
-        incomplete = [name for name in self.names if self._missing_splits(name)]
+        incomplete = [name for name in self.names if self._missing_splits(name) and not self.config.sources[name].split]
         to_cut = [name for name in incomplete if "split_field" not in self.settings["sources"][name]]
+        whole = [name for name in to_cut if self.form.records is not None or self.config.sources[name].chat]
+        for name in whole:
+            self._fill_empty_splits(name)
+        incomplete = [name for name in incomplete if name not in whole]
+        to_cut = [name for name in to_cut if name not in whole]
         for name in incomplete:
             if name not in to_cut:  # its records name their splits, so a cut would not fill the others
                 missing = self._missing_splits(name)
@@ -301,12 +275,14 @@ class _Preparation:
 
     def _tokenize(self) -> None:
         kind = self.config.tokenizer.kind
-        tasks = [(unit, self.scratch, kind, self.model, self.folder / unit.source) for unit in self.units]
+        tasks = [(unit, self.scratch, kind, self.model, self.folder / unit.source, self.form) for unit in self.units]
         sizes = [int(self.scratch.load_scan(unit).sizes.sum()) for unit in self.units]
         self._map("tokenizing", stages.tokenize, tasks, sizes)
 
     def _compress(self) -> dict[str, dict[str, int]] | None:
-        """Measure compressors on the validation text; None if it is empty or large."""
+        """Measure compressors on the validation text; None if it is empty, large or dialogues (no bits per byte)."""
+        if self.form.chat is not None:
+            return None
         size = sum(self._split_bytes(unit, split.VALIDATION) for unit in self.units)
         if not 0 < size <= _MAX_COMPRESSED:
             return None
@@ -339,8 +315,10 @@ class _Preparation:
             "python": platform.python_version(),
             "corpus_sha256": corpus.hexdigest(),
         }
+        if self.form.chat is not None:
+            chat.write_template(self.form.chat.template, self.folder)
         self.lock.check()
-        fingerprints = {"sources": _split_fingerprints(records), "tokenizer": model.sha256}
+        fingerprints = {"sources": split_fingerprints(records), "tokenizer": model.sha256}
         manifest["fingerprint"] = token_store.compute_fingerprint(fingerprints)
         remove_partial(self.folder)
         write_bytes(self.folder / "manifest.json", json.dumps(manifest, indent=1).encode())
@@ -353,7 +331,12 @@ class _Preparation:
             "rejected": self._count_rejects(name),
             "part_bytes": self.part_bytes[name],
         }
-        shards = [self.scratch.result("tokens", unit)["shards"] for unit in self._units_of(name)]
+        results = [self.scratch.result("tokens", unit) for unit in self._units_of(name)]
+        shards = [result["shards"] for result in results]
+        if dialogues := self._count_dialogues(name):
+            record["dialogues"] = dialogues
+        if self.form.records is not None:
+            record["cut"] = sum(result["cut"] for result in results)
         for part in split.SPLITS:
             manifest = token_store.write_manifest(
                 self.folder / name / part,
@@ -366,8 +349,16 @@ class _Preparation:
                 tokenizer_sha256=model.sha256,
             )
             record[part] = {field: manifest[field] for field in ("documents", "tokens", "text_bytes", "fingerprint")}
-        counts = (f"{s} {record[s]['documents']:,} documents, {record[s]['tokens']:,} tokens" for s in split.SPLITS)
-        logger.info("%s: %s", name, "; ".join(counts))
+            if self.config.sources[name].chat:
+                record[part]["scored_tokens"] = sum(info["scored_tokens"] for info in manifest["shards"])
+        parts = []
+        for part in split.SPLITS:
+            fields = record[part]
+            scored = f", {fields['scored_tokens']:,} of them scored" if fields.get("scored_tokens") else ""
+            parts.append(f"{part} {fields['documents']:,} documents, {fields['tokens']:,} tokens{scored}")
+        logger.info("%s: %s", name, "; ".join(parts))
+        if cut := record.get("cut"):
+            logger.info("%s: %s texts were cut to data.seq_len=%d", name, f"{cut:,}", self.config.seq_len)
         return record
 
     def _map(self, what: str, function: Callable, tasks: list[tuple], sizes: list[int] | None = None) -> list:
@@ -388,9 +379,16 @@ class _Preparation:
         return int(self.scratch.load_scan(unit).sizes[self.scratch.load_splits(unit) == part].sum())
 
     def _count_rejects(self, name: str) -> dict[str, int]:
+        return self._sum_counts("rejects", name)
+
+    def _count_dialogues(self, name: str) -> dict[str, int]:
+        """Dialogues of a source by format; {} for other sources."""
+        return self._sum_counts("dialogues", name)
+
+    def _sum_counts(self, field: str, name: str) -> dict[str, int]:
         counts: Counter[str] = Counter()
         for unit in self._units_of(name):
-            counts.update(self.scratch.load_scan(unit).rejects)
+            counts.update(self.scratch.result("scan", unit).get(field, {}))
         return dict(sorted(counts.items()))
 
 

@@ -2,13 +2,14 @@
 
 import dataclasses
 import hashlib
+import json
 from pathlib import Path
 import re
 from typing import Any
 
 from llmjax.binding import differences
 from llmjax.data.config import DataConfig, SourceConfig
-from llmjax.data.store import split, tokenizer
+from llmjax.data.store import chat, record_texts, split, tokenizer
 from llmjax.errors import UserError
 
 _RESERVED = {"plans", "unfinished"}  # folders of a store that are not sources
@@ -36,25 +37,33 @@ def collect_settings(config: DataConfig) -> dict[str, Any]:
     elif config.tokenizer.kind == "sentencepiece":
         fields = dataclasses.asdict(config.tokenizer)
         settings = {field: value for field, value in fields.items() if field != "path"}
+    form = record_texts.make_format(config)
+    has_dialogues = any(source.chat for source in config.sources.values())
+    template = {"path": config.chat_template, "sha256": chat.hash_template(config)}
     return {
         "sources": {name: _source_settings(source) for name, source in sorted(config.sources.items())},
         "tokenizer": settings,
         "split": dataclasses.asdict(config.split),
+        **({"chat_template": template} if has_dialogues else {}),
+        **({} if form is None else {form.name: json.loads(json.dumps(form.settings()))}),
     }
 
 
 def _source_settings(config: SourceConfig) -> dict[str, Any]:
     """The path and the text field, and of the other fields those that differ from their defaults."""
     default, settings = SourceConfig(), {"path": config.path, "text_field": config.text_field}
-    others = ("split_field", "format", "max_record_bytes", "accept_truncated")
+    others = ("split_field", "split", "label_field", "pair_field", "negative_field", "chat", "columns")
+    others += ("score_field", "chosen_field", "rejected_field")
+    others += ("format", "max_record_bytes", "accept_truncated")
     return settings | {name: value for name in others if (value := getattr(config, name)) != getattr(default, name)}
 
 
 def check_settings(stored: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
     """Raise UserError, listing the changes, if the store was prepared with other settings than the current ones."""
-    if "sha256" in current["tokenizer"] and current["tokenizer"]["sha256"] is None:
-        # The tokenizer's file was removed since; the store holds its own copy.
-        current = current | {"tokenizer": current["tokenizer"] | {"sha256": stored["tokenizer"].get("sha256")}}
+    for part in ("tokenizer", "chat_template"):
+        fields = current.get(part, {})
+        if "sha256" in fields and fields["sha256"] is None:  # the file was removed since; the store holds its own copy
+            current = current | {part: fields | {"sha256": stored.get(part, {}).get("sha256")}}
     if changes := differences(stored, current):
         listed = "; ".join(f"data.{field}: {old!r} -> {new!r}" for field, old, new in changes)
         raise UserError(

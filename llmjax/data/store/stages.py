@@ -1,6 +1,7 @@
 """The stages of preparation for one unit, run by worker processes: scan, sample, tokenize. No device code."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 import dataclasses
 import errno
 import functools
@@ -16,9 +17,14 @@ import zlib
 import numpy as np
 
 from llmjax.atomic import write_bytes
+from llmjax.data.chat_template import RefusedDialogueError
 from llmjax.data.readers.documents import NO_FAULT, Document, Reject, read_unit
+from llmjax.data.readers.records import EXCERPT
 from llmjax.data.readers.sources import Unit
-from llmjax.data.store import minhash, token_store
+from llmjax.data.store import minhash
+from llmjax.data.store.chat import ChatFormat
+from llmjax.data.store.record_texts import RecordFormat
+from llmjax.data.store.shards import read_shard_info, write_shard
 from llmjax.data.store.split import NONE, SPLITS, TRAIN, VALIDATION
 from llmjax.data.store.tokenizer import Tokenizer, read_tokenizer_file
 from llmjax.data.store.tokenizer_kinds import split_text
@@ -93,18 +99,37 @@ def _require_folder(folder: Path) -> None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
 
 
-def scan(unit: Unit, scratch: ScratchDir, part_bytes: int | None, near_copies: bool) -> int:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Formats:
+    """What the documents of a store have besides text.
+
+    records  how records with labels or several texts are stored; None: there are none
+    chat     how dialogues become text; None: there are none
+    """
+
+    records: RecordFormat | None = None
+    chat: ChatFormat | None = None
+
+
+def scan(unit: Unit, scratch: ScratchDir, part_bytes: int | None, near_copies: bool, form: Formats) -> int:
     """Hash every document, record every reject, and return the bytes of text. Does nothing if it was done before.
 
-    part_bytes   size of the parts that documents are cut into; None: they are not
-    near_copies  compute MinHash signatures too
+    part_bytes    size of the parts that documents are cut into; None: they are not
+    near_copies   compute MinHash signatures too
+    form          records are checked, and dialogues are rendered: one that the template refuses is a reject
     """
     result = scratch.find_result("scan", unit)
     if result and result["part_bytes"] == part_bytes:
         return result["bytes"]
     hashes, sizes, signatures, named_splits, rejects, bad_bytes = [], [], [], [], {}, 0
+    refused, dialogues = [], Counter()
     with open(scratch.path("rejects", unit, ".jsonl"), "w") as file:
         for record in read_unit(unit, part_bytes):
+            if isinstance(record, Document) and record.dialogue:
+                dialogues[record.dialogue.format] += 1
+                if reject := _find_refusal(record, form.chat):
+                    refused.append(len(hashes) + len(refused))
+                    record = reject
             if isinstance(record, Reject):
                 rejects[record.reason] = rejects.get(record.reason, 0) + 1
                 bad_bytes += record.size if record.reason not in NO_FAULT else 0
@@ -114,6 +139,8 @@ def scan(unit: Unit, scratch: ScratchDir, part_bytes: int | None, near_copies: b
                 hashes.append(hashlib.sha256(record.data).digest()[:16])
                 sizes.append(len(record.data))
                 named_splits.append(SPLITS.index(record.split) if record.split else NONE)
+                if form.records is not None:
+                    form.records.check(record)
                 if near_copies:
                     signatures.append(minhash.compute_signature(record.data))
     arrays = {
@@ -126,17 +153,32 @@ def scan(unit: Unit, scratch: ScratchDir, part_bytes: int | None, near_copies: b
     for name, array in arrays.items():
         np.save(scratch.path(name, unit, ".npy"), array)
     result = {"part_bytes": part_bytes, "bytes": sum(sizes), "rejects": rejects, "bad_bytes": bad_bytes}
+    if dialogues:
+        result |= {"dialogues": dict(dialogues), "refused": refused}
     scratch.save_result("scan", unit, result)
     return sum(sizes)
 
 
+def _find_refusal(document: Document, chat: ChatFormat | None) -> Reject | None:
+    """The reject of a dialogue that the chat template refuses; None if it does not."""
+    assert chat is not None and document.dialogue is not None
+    try:
+        chat.render(document.dialogue, document.id)
+    except RefusedDialogueError as error:
+        reason = str(error).removeprefix(f"{chat.template.where}: ")[:EXCERPT]
+        return Reject(document.id, reason, repr(document.text)[:EXCERPT], len(document.data))
+    return None
+
+
 def read_split(unit: Unit, scratch: ScratchDir, split: int) -> Iterator[tuple[int, Document]]:
     """Yield (index in the unit, document) of one split. Raises UserError if the unit changed since it was scanned."""
-    splits, index = scratch.load_splits(unit), 0
-    for record in read_unit(unit, scratch.result("scan", unit)["part_bytes"]):
-        if isinstance(record, Document):
+    splits, result, index = scratch.load_splits(unit), scratch.result("scan", unit), 0
+    refused = set(result.get("refused", ()))  # among the documents, those that `scan` rejected
+    documents = (record for record in read_unit(unit, result["part_bytes"]) if isinstance(record, Document))
+    for number, document in enumerate(documents):
+        if number not in refused:
             if index < len(splits) and splits[index] == split:
-                yield index, record
+                yield index, document
             index += 1
     if index != len(splits):
         where = f"data.sources.{unit.source}: {unit.items[0].path}"
@@ -162,48 +204,95 @@ def train_tokenizer(units: list[Unit], scratch: ScratchDir, algorithm: str, voca
 _read_tokenizer_once = functools.cache(read_tokenizer_file)  # a worker tokenizes many units
 
 
-def tokenize(unit: Unit, scratch: ScratchDir, kind: str, model: Path, folder: Path) -> None:
-    """Write the unit's shard of every split below `folder`, and record the shards' infos and the lossy documents."""
+def tokenize(unit: Unit, scratch: ScratchDir, kind: str, model: Path, folder: Path, form: Formats) -> None:
+    """Write the unit's shard of every split below `folder`, and record the shards' infos, the lossy documents and the
+    number of records that were cut."""
     result, tokenizer = scratch.find_result("tokens", unit), _read_tokenizer_once(kind, model)
     if result is not None and result["tokenizer_sha256"] == tokenizer.sha256:
-        infos = {split: token_store.read_shard_info(folder / split, unit.index) for split in result["shards"]}
+        infos = {split: read_shard_info(folder / split, unit.index) for split in result["shards"]}
         if infos == result["shards"]:
             return
     _require_folder(folder)
     splits, sizes = scratch.load_splits(unit), scratch.load_scan(unit).sizes
-    shards, lossy = {}, []
+    shards, lossy, cut = {}, [], []
     for number, split in enumerate(SPLITS):
         if (splits == number).any():
             documents = (document for _, document in read_split(unit, scratch, number))
-            shards[split] = token_store.write_shard(
+            labels: list[np.ndarray] | None = None if form.records is None else []
+            if unit.config.chat:
+                assert form.chat is not None
+                encoded = _encode_dialogues(documents, tokenizer, form.chat)
+            elif form.records is None:
+                encoded = _encode(documents, tokenizer, lossy)
+            else:
+                encoded = _encode_records(documents, tokenizer, lossy, cut, form.records, labels)
+            shards[split] = write_shard(
                 folder / split,
                 unit.index,
-                _encode(documents, tokenizer, lossy),
+                encoded,
                 vocab_size=tokenizer.vocab_size,
                 text_bytes=int(sizes[splits == number].sum()),
                 tokenizer_sha256=tokenizer.sha256,
+                labels=labels,
+                has_marks=bool(unit.config.chat),
             )
     result = {"tokenizer_sha256": tokenizer.sha256, "shards": shards, "lossy": len(lossy), "first_lossy": lossy[:1]}
+    result["cut"] = sum(cut)
     scratch.save_result("tokens", unit, result)
 
 
 def _encode(documents: Iterator[Document], tokenizer: Tokenizer, lossy: list[str]) -> Iterator[np.ndarray]:
     """Yield token ids and EOS of every document; append the ids of documents that decode to another text to `lossy`."""
+    for batch in _batches(documents):
+        for ids in _encode_texts(batch, [document.text for document in batch], tokenizer, lossy):
+            yield np.append(ids, np.int32(tokenizer.eos_id))
+
+
+def _encode_dialogues(documents: Iterator[Document], tokenizer: Tokenizer, chat: ChatFormat) -> Iterator[np.ndarray]:
+    """Yield the token ids of every dialogue, as its template writes them, with marks on those that are scored."""
+    for document in documents:
+        assert document.dialogue is not None
+        yield chat.encode(chat.render(document.dialogue, document.id), tokenizer)
+
+
+def _encode_records(
+    documents: Iterator[Document],
+    tokenizer: Tokenizer,
+    lossy: list[str],
+    cut: list[bool],
+    record_format: RecordFormat,
+    labels: list[np.ndarray] | None,
+) -> Iterator[np.ndarray]:
+    """The same of records, as their format has it; append to `labels`, and to `cut` whether one was cut."""
+    assert labels is not None
+    for batch in _batches(documents):
+        encode_texts = functools.partial(_encode_texts, batch, tokenizer=tokenizer, lossy=lossy)
+        for ids, label, is_cut in record_format.encode(batch, encode_texts, tokenizer):
+            cut.append(is_cut)
+            labels.append(label)
+            yield ids
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    """The documents in lists of about _BATCH_BYTES."""
     batch, size = [], 0
     for document in documents:
         batch.append(document)
         size += len(document.data)
         if size >= _BATCH_BYTES:
-            yield from _encode_batch(batch, tokenizer, lossy)
+            yield batch
             batch, size = [], 0
-    yield from _encode_batch(batch, tokenizer, lossy)
+    yield batch
 
 
-def _encode_batch(batch: list[Document], tokenizer: Tokenizer, lossy: list[str]) -> Iterator[np.ndarray]:
-    for document, ids in zip(batch, tokenizer.encode_batch([d.text for d in batch]), strict=True):
-        if tokenizer.decode(ids) != document.text:
+def _encode_texts(
+    batch: list[Document], texts: Sequence[str], tokenizer: Tokenizer, lossy: list[str]
+) -> Iterator[np.ndarray]:
+    """Yield the token ids of one text of each document; append the ids of documents that lose text to `lossy`."""
+    for document, text, ids in zip(batch, texts, tokenizer.encode_batch(list(texts)), strict=True):
+        if tokenizer.decode(ids) != text and document.id not in lossy[-1:]:
             lossy.append(document.id)
-        yield np.append(ids, np.int32(tokenizer.eos_id))
+        yield ids
 
 
 def compress(units: list[Unit], scratch: ScratchDir) -> dict[str, dict[str, int]]:

@@ -1,7 +1,7 @@
 """The token store: documents as flat token ids in checksummed shards; opening it reads one manifest."""
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 import hashlib
 import json
 import os
@@ -12,8 +12,9 @@ import zlib
 
 import numpy as np
 
-from llmjax.atomic import atomic_write, remove_partial, write_bytes
-from llmjax.data.store.checked_file import CheckedFile, block_checksums
+from llmjax.atomic import remove_partial, write_bytes
+from llmjax.data.store.checked_file import CheckedFile
+from llmjax.data.store.shards import SCORED, labels_path, offsets_path, read_shard_info, token_dtype, tokens_path
 from llmjax.errors import UserError
 from llmjax.run.workdir import read_json
 
@@ -22,92 +23,10 @@ _MAX_OFFSET_BYTES = 1 << 28  # of document offsets that are kept in memory
 _HINT = "restore it from a copy, or delete the store and run `llmjax prepare` again"
 
 
-def tokens_path(folder: Path, index: int) -> Path:
-    """The file of a shard's token ids, flat."""
-    return Path(folder) / f"tokens-{index:05d}.bin"
-
-
-def offsets_path(folder: Path, index: int) -> Path:
-    """The file of the offsets at which a shard's documents begin, and of its end."""
-    return Path(folder) / f"offsets-{index:05d}.npy"
-
-
-def info_path(folder: Path, index: int) -> Path:
-    """The file of what `write_shard` returns."""
-    return Path(folder) / f"shard-{index:05d}.json"
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """The stored type: two bytes where every id fits, four otherwise; little-endian on every machine."""
-    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-
-
 def compute_fingerprint(record: dict[str, Any]) -> str:
     """sha256 (hex) of the canonical JSON of `record` without its own "fingerprint"."""
     fields = {name: value for name, value in record.items() if name != "fingerprint"}
     return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def write_shard(
-    folder: Path,
-    index: int,
-    documents: Iterable[np.ndarray],
-    *,
-    vocab_size: int,
-    text_bytes: int,
-    tokenizer_sha256: str,
-) -> dict[str, Any]:
-    """Write one shard and return its info. The info file is written last, so a shard that has one is complete.
-
-    documents          token ids of each document, 1-D, at least one token, EOS at the end included
-    text_bytes         UTF-8 bytes of the documents' original text
-    tokenizer_sha256   hash of the tokenizer that produced the ids
-    Raises ValueError for an empty document or an id outside the vocabulary. Shards are independent: any process may
-    write any of them, in any order.
-    """
-    folder = Path(folder)
-    dtype, crc, max_id, lengths = token_dtype(vocab_size), 0, -1, []
-    with atomic_write(tokens_path(folder, index)) as file:
-        for document in documents:
-            document = np.asarray(document)
-            if document.ndim != 1 or not document.size:
-                raise ValueError(f"shard {index}, document {len(lengths)}: expected a non-empty 1-D array of token ids")
-            if document.min() < 0 or document.max() >= vocab_size:
-                raise ValueError(f"shard {index}, document {len(lengths)}: a token id is outside 0..{vocab_size - 1}")
-            data = document.astype(dtype).tobytes()
-            file.write(data)
-            crc = zlib.crc32(data, crc)
-            max_id = max(max_id, int(document.max()))
-            lengths.append(document.size)
-        block_crc32 = block_checksums(file)
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype("<i8")
-    with atomic_write(offsets_path(folder, index)) as file:
-        np.save(file, offsets)
-    info = {
-        "index": index,
-        "documents": len(lengths),
-        "tokens": int(offsets[-1]),
-        "text_bytes": int(text_bytes),
-        "bytes": int(offsets[-1]) * dtype.itemsize,
-        "crc32": crc,
-        "block_crc32": block_crc32,
-        "offsets_crc32": zlib.crc32(offsets.tobytes()),
-        "max_id": max_id,
-        "tokenizer_sha256": tokenizer_sha256,
-    }
-    write_bytes(info_path(folder, index), json.dumps(info).encode())
-    return info
-
-
-def read_shard_info(folder: Path, index: int) -> dict[str, Any] | None:
-    """Return the info of a shard that was written completely and whose files have the right sizes, else None."""
-    try:
-        info = read_json(info_path(folder, index)) or {}
-        if offsets_path(folder, index).stat().st_size < 8 * (info["documents"] + 1):
-            return None
-        return info if tokens_path(folder, index).stat().st_size == info["bytes"] else None
-    except (OSError, KeyError, TypeError, UserError):
-        return None
 
 
 def write_manifest(
@@ -191,8 +110,12 @@ class TokenStore:
         self.bos_id: int | None = manifest["bos_id"]
         self.tokenizer_sha256: str = manifest["tokenizer_sha256"]
         self.shards: list[dict[str, Any]] = manifest["shards"]
+        self.label_width: int = self.shards[0].get("label_width", 0) if self.shards else 0  # 0: no labels
+        # Whether the store holds dialogues, of which only marked tokens are scored.
+        self.has_marks: bool = any("scored_tokens" in info for info in self.shards)
+        self.scored_tokens: int = sum(info.get("scored_tokens", info["tokens"]) for info in self.shards)
         _check_tokenizer(self.folder, self.shards, self.tokenizer_sha256)
-        self.dtype = token_dtype(self.vocab_size)
+        self.dtype = token_dtype(self.vocab_size, has_marks=self.has_marks)
         counts = np.array([info["tokens"] for info in self.shards], np.int64)
         self._edges = np.concatenate([[0], np.cumsum(counts)])  # flat offset of each shard's first token, and the end
         self._files = [
@@ -208,6 +131,7 @@ class TokenStore:
         self._max_open = max_open
         self._open: OrderedDict[int, CheckedFile] = OrderedDict()  # least recently used first
         self._offsets: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._labels: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
         self._check_sizes()
 
@@ -249,6 +173,10 @@ class TokenStore:
 
         Raises UserError for damage: a block that differs from its checksum, or an id outside the vocabulary.
         """
+        return self.gather_scored(starts, lengths)[0]
+
+    def gather_scored(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """(tokens as `gather` returns them, bool of the same shape: whether each is scored; None: all are)."""
         ends = starts + lengths
         if starts.size and (starts.min() < 0 or ends.max() > self.tokens or lengths.min() < 0):
             raise IndexError(f"a span leaves the stream of {self.tokens} tokens in {self.folder}")
@@ -260,11 +188,24 @@ class TokenStore:
         spans = zip(first.tolist(), (starts - edges).tolist(), (ends - edges).tolist(), strict=True)
         parts = [self._read_span(shard, a, b) for shard, a, b in spans if a < b]
         if not parts:
-            return np.zeros(0, np.int32)
+            return np.zeros(0, np.int32), np.zeros(0, bool) if self.has_marks else None
         tokens = np.concatenate(parts)
+        scored = None
+        if self.has_marks:
+            tokens, scored = tokens & ~SCORED, tokens >= SCORED
         if tokens.max() >= self.vocab_size:
             self._raise_bad_id(starts, ends)
-        return tokens.astype(np.int32)
+        return tokens.astype(np.int32), scored
+
+    def gather_labels(self, starts: np.ndarray) -> np.ndarray:
+        """The labels of the documents that begin at these flat offsets: float32 [starts, label_width]."""
+        shards = np.searchsorted(self._edges, starts, "right") - 1
+        out = np.zeros((len(starts), self.label_width), np.float32)
+        for index in np.unique(shards).tolist():
+            chosen = shards == index
+            document = np.searchsorted(self._read_offsets(index), starts[chosen] - self._edges[index])
+            out[chosen] = self._read_labels(index)[document]
+        return out
 
     def verify(self) -> int:
         """Read every byte, compare every checksum, and return the number of bytes.
@@ -275,6 +216,8 @@ class TokenStore:
         for index, file in enumerate(self._files):
             nbytes += self._read_offsets(index).nbytes + file.size
             self._open_shard(index).verify()
+            if self.label_width:
+                nbytes += self._read_labels(index).nbytes
         return nbytes
 
     def _path(self, index: int) -> Path:
@@ -285,7 +228,9 @@ class TokenStore:
         missing, wrong = [], []
         for index, info in enumerate(self.shards):
             path = self._path(index)
-            missing += [p.name for p in (path, offsets_path(self.folder, info["index"])) if p.name not in sizes]
+            files = [path, offsets_path(self.folder, info["index"])]
+            files += [labels_path(self.folder, info["index"])] if self.label_width else []
+            missing += [p.name for p in files if p.name not in sizes]
             if sizes.get(path.name, info["bytes"]) != info["bytes"]:
                 wrong.append(f"{path.name} has {sizes[path.name]} bytes, expected {info['bytes']}")
         if missing:
@@ -311,6 +256,20 @@ class TokenStore:
             while len(self._offsets) > 1 and sum(o.nbytes for o in self._offsets.values()) > _MAX_OFFSET_BYTES:
                 self._offsets.popitem(last=False)
             return offsets
+
+    def _read_labels(self, index: int) -> np.ndarray:
+        """The labels of a shard's documents: float32 [documents, label_width], compared with the checksum."""
+        with self._lock:
+            if index not in self._labels:
+                info, path = self.shards[index], labels_path(self.folder, self.shards[index]["index"])
+                try:
+                    labels = np.load(path)
+                    if zlib.crc32(labels.tobytes()) != info["labels_crc32"]:
+                        raise ValueError("checksum differs from the manifest")
+                except (OSError, ValueError) as error:
+                    raise UserError(f"labels {path} are damaged ({error}); {_HINT}") from None
+                self._labels[index] = labels
+            return self._labels[index]
 
     def _open_shard(self, index: int) -> CheckedFile:
         """The shard's file. Where there are too many open files, the one that was used longest ago is closed."""
@@ -343,6 +302,7 @@ class TokenStore:
             index = int(np.searchsorted(self._edges, start, "right")) - 1
             local = start - int(self._edges[index])
             tokens = self._read_span(index, local, local + end - start)
+            tokens = tokens & ~SCORED if self.has_marks else tokens
             if tokens.size and tokens.max() >= self.vocab_size:
                 offset = int(np.argmax(tokens >= self.vocab_size))
                 raise UserError(

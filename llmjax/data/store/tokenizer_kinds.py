@@ -63,8 +63,16 @@ class Tokenizer(abc.ABC):
         """Token ids of each text, int32, without BOS and EOS."""
 
     @abc.abstractmethod
-    def encode_prompt(self, text: str) -> np.ndarray:
-        """Token ids of a text in which special tokens are recognised, int32, without `prompt_frame`."""
+    def encode_prompt(self, text: str, breaker: str = "") -> np.ndarray:
+        """Token ids of a text in which special tokens are recognised, int32, without `prompt_frame`.
+
+        breaker   a character that is removed; the name of a special token that contains it is ordinary text
+        """
+
+    @property
+    def special_token_pattern(self) -> re.Pattern[str] | None:
+        """Matches the names that `encode_prompt` recognises as special tokens; None if there are none."""
+        return _name_pattern(self.special_tokens)
 
     @abc.abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
@@ -165,9 +173,14 @@ class SentencePiece(Tokenizer):
             result.append(np.array(ids, np.int32))
         return result
 
-    def encode_prompt(self, text: str) -> np.ndarray:
+    @property
+    def special_token_pattern(self) -> re.Pattern[str] | None:
         """See Tokenizer."""
-        parts = _split_special(self._prompt_tokens, text)
+        return _name_pattern(self._prompt_tokens)
+
+    def encode_prompt(self, text: str, breaker: str = "") -> np.ndarray:
+        """See Tokenizer."""
+        parts = _split_special(self._prompt_tokens, text, breaker)
         ids = self.encode_batch(parts)
         if self._no_prefix_model is not self._model:
             if parts[0].startswith(" "):  # as in transformers: this space is the prefix
@@ -249,9 +262,16 @@ class HuggingFace(Tokenizer):
         """See Tokenizer."""
         return [np.array(e.ids, np.int32) for e in self._model.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def encode_prompt(self, text: str) -> np.ndarray:
+    def encode_prompt(self, text: str, breaker: str = "") -> np.ndarray:
         """See Tokenizer."""
         # Encoded as a whole, since only the library knows how a special token changes the text beside it.
+        if breaker and breaker in text and (names := self.special_token_pattern):
+            # Special tokens get new names, which begin with the breaker, so that their old names are ordinary text.
+            renamed = names.sub(lambda match: breaker + match[0], text)
+            parts = re.split(f"({breaker}(?:{names.pattern}))", renamed)
+            parts[::2] = [part.replace(breaker, "") for part in parts[::2]]
+            ids = _rename_special(self._model.to_str(), breaker).encode("".join(parts), add_special_tokens=False).ids
+            return np.array(ids, np.int32)
         self._model.encode_special_tokens = False
         try:
             return np.array(self._model.encode(text, add_special_tokens=False).ids, np.int32)
@@ -286,9 +306,9 @@ class Bytes(Tokenizer):
         """See Tokenizer."""
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
 
-    def encode_prompt(self, text: str) -> np.ndarray:
+    def encode_prompt(self, text: str, breaker: str = "") -> np.ndarray:
         """See Tokenizer."""
-        parts = _split_special(self.special_tokens, text)
+        parts = _split_special(self.special_tokens, text, breaker)
         ids = self.encode_batch(parts)
         ids[1::2] = [np.array([self.special_tokens[name]], np.int32) for name in parts[1::2]]
         return np.concatenate(ids)
@@ -317,10 +337,38 @@ def split_text(text: str) -> Iterator[str]:
             yield between[begin:]
 
 
-def _split_special(special_tokens: dict[str, int], text: str) -> list[str]:
-    """Text and names of special tokens in turn; text, which may be empty, first and last."""
+def _name_pattern(special_tokens: dict[str, int]) -> re.Pattern[str] | None:
+    """Matches the names, the longest first; None if there are none."""
     names = sorted(special_tokens, key=len, reverse=True)
-    return re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
+    return re.compile("|".join(map(re.escape, names))) if names else None
+
+
+def _split_special(special_tokens: dict[str, int], text: str, breaker: str = "") -> list[str]:
+    """Text, without the breaker, and names of special tokens in turn; text, which may be empty, first and last."""
+    pattern = _name_pattern(special_tokens)
+    parts = re.split(f"({pattern.pattern})", text) if pattern else [text]
+    parts[::2] = [part.replace(breaker, "") for part in parts[::2]] if breaker else parts[::2]
+    return parts
+
+
+@functools.lru_cache(4)
+def _rename_special(content: str, mark: str) -> Any:
+    """The tokenizers.Tokenizer of a tokenizer.json in which the names of special tokens begin with `mark`."""
+    import tokenizers
+
+    parts = json.loads(content)
+    names = {token["content"]: mark + token["content"] for token in parts["added_tokens"] if token["special"]}
+    for token in parts["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    model = parts["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(piece, piece): i for piece, i in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
+    if model.get("unk_token"):
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    parts["post_processor"] = None  # it adds tokens by their names, and none are added here
+    return tokenizers.Tokenizer.from_str(json.dumps(parts))
 
 
 def _hash(model: bytes, settings: TokenizerSettings | None) -> str:

@@ -7,6 +7,9 @@ import re
 from llmjax.data.store.tokenizer_kinds import split_text
 from llmjax.errors import UserError
 
+# The names that the trainer gives to special tokens.
+SPECIAL_TOKENS = {"pad": "<pad>", "unk": "<unk>", "bos": "<s>", "eos": "</s>"}
+
 
 def train_sentencepiece(texts: Iterable[str], *, algorithm: str, vocab_size: int) -> bytes:
     """Train a lossless SentencePiece model: byte fallback, no normalisation, all spaces kept.

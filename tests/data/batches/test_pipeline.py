@@ -33,9 +33,10 @@ def settings(sources=None, **fields) -> DataConfig:
     return DataConfig(sources=sources or WEIGHTED, seq_len=SEQ_LEN, mixture_block=32, **fields)
 
 
-def train(folder, sources=None, *, seed=0, global_batch=BATCH, **fields) -> TrainData:
+def train(folder, sources=None, *, seed=0, global_batch=BATCH, schedule=(), **fields) -> TrainData:
     objective = make_causal_objective(SEQ_LEN)
-    return TrainData(folder, settings(sources, **fields), seed=seed, global_batch=global_batch, objective=objective)
+    sizes = {"global_batch": global_batch, "schedule": schedule}
+    return TrainData(folder, settings(sources, **fields), seed=seed, objective=objective, **sizes)
 
 
 def evaluation(folder, source, *, batch, **fields) -> EvalData:
@@ -44,8 +45,7 @@ def evaluation(folder, source, *, batch, **fields) -> EvalData:
 
 
 def take(data, number, state=None, rows=None):
-    rows = np.arange(data._global_batch) if rows is None else rows
-    stream = data.batches(state or data.start(), rows)
+    stream = data.batches(state or data.start(), np.arange if rows is None else lambda size: rows)
     batches = list(itertools.islice(stream, number))
     stream.close()
     return batches
@@ -97,6 +97,31 @@ def test_global_batch_may_change_during_a_run(folder):
     more = take(train(folder, global_batch=10), 3, state)
     np.testing.assert_array_equal(np.concatenate([batch.targets for batch, _ in more]), full[30:60])
     assert more[-1][1].next_sample == 60 and more[-1][1].global_batch == 10
+
+
+SCHEDULE = ((20, 10), (55, 4))
+
+
+@pytest.mark.parametrize("skip", [(), ((4, 9), (30, 41))], ids=["", "skip"])
+def test_a_batch_schedule_skips_and_repeats_no_sample(folder, skip):
+    """The samples are those of constant batches, also where the run is resumed in the middle."""
+    constant = np.concatenate([samples(batch) for batch, _ in take(train(folder, skip=skip), 12)])
+    ramp = take(train(folder, skip=skip, schedule=SCHEDULE), 10)
+    sizes = [state.global_batch for _, state in ramp]
+    assert sizes == [len(batch.targets) for batch, _ in ramp] and set(sizes) == {BATCH, 10, 4}
+    np.testing.assert_array_equal(np.concatenate([samples(batch) for batch, _ in ramp]), constant[: sum(sizes)])
+    for number in (2, 5, 8):
+        state = DataState.from_json(json.loads(json.dumps(ramp[number - 1][1].to_json())))
+        assert_same(ramp[number:], take(train(folder, skip=skip, schedule=SCHEDULE), 10 - number, state))
+
+
+def test_the_end_of_the_data_with_a_batch_schedule(folder):
+    data = train(folder, at_source_end="redistribute", schedule=SCHEDULE)
+    total, count = data.remaining(data.start()), 0
+    with pytest.raises(UserError, match=rf"{total} batches from sample 0"):
+        for count, (_, state) in enumerate(data.batches(data.start(), np.arange), 1):
+            assert data.remaining(state) == total - count
+    assert count == total
 
 
 def test_state_is_small_and_points_after_its_batch(folder):
@@ -195,7 +220,7 @@ class TestCheck:
     def test_error_names_the_change(self, folder, change, message):
         _, state = take(train(folder), 4)[-1]
         data = train(folder, **change)
-        for use in (data.check, lambda state: data.batches(state, np.arange(2))):
+        for use in (data.check, lambda state: data.batches(state, np.arange)):
             with pytest.raises(UserError, match=message):
                 use(state)
 
@@ -243,7 +268,7 @@ class TestEnds:
         data = train(folder, at_source_end="redistribute")
         total = sum(source.rows for source in data._sources)
         assert data.remaining(data.start()) == total // BATCH
-        stream, num_samples = data.batches(data.start(), np.arange(BATCH)), 0
+        stream, num_samples = data.batches(data.start(), np.arange), 0
         with pytest.raises(UserError, match=rf"training data end after {total} samples.*train\.steps"):
             for batch, state in stream:
                 num_samples += len(batch.targets)
@@ -291,7 +316,7 @@ def test_damage_reaches_the_loop_as_a_user_error_through_the_thread(folder, tmp_
 
 def test_close_ends_the_threads(folder):
     data = train(folder, prefetch=3)
-    streams = [data.batches(data.start(), np.arange(2)) for _ in range(3)]
+    streams = [data.batches(data.start(), np.arange) for _ in range(3)]
     for stream in streams:
         next(stream)
     prefetching = [thread for thread in threading.enumerate() if thread.name.startswith("grain-prefetch")]

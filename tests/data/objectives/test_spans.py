@@ -114,7 +114,8 @@ class TestSpans:
         objective, size = make("span"), 40
         count, tokens = 4000, np.arange(65, 65 + size, dtype=np.int32)
         ones = np.ones((count, size), np.int32)
-        rows = Rows(targets=ones * tokens, inputs=ones, segments=ones, positions=ones * np.arange(size, dtype=np.int32))
+        positions = ones * np.arange(size, dtype=np.int32)
+        rows = Rows(targets=ones * tokens, inputs=ones, segments=ones, positions=positions, scored=ones > 0)
         batch = objective.build_batch(rows, np.arange(count), CounterRng(2))
         intact = np.bincount(batch.source.ravel(), minlength=128)[65 : 65 + size] / count
         assert 1 - intact.mean() == pytest.approx(6 / size)

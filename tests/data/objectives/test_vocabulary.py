@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from llmjax.data.config import OBJECTIVES, ObjectiveConfig
+from llmjax.data.config import OBJECTIVES, SEVERAL_TEXTS, DataConfig, ObjectiveConfig
 from llmjax.data.objectives.objective import open_objective
 from llmjax.data.store.tokenizer import Bytes
 from llmjax.errors import UserError
@@ -78,7 +78,9 @@ class TestConfig:
             RunConfig(objective=ObjectiveConfig(name="prefix", target_len=9))
         for name in OBJECTIVES:
             if name in RunConfig().model.objectives:
-                RunConfig(objective=ObjectiveConfig(name=name))
+                classes = ("a", "b") if name == "classify" else ()
+                data = DataConfig(classes=classes, packing="none" if name in SEVERAL_TEXTS else "best_fit")
+                RunConfig(objective=ObjectiveConfig(name=name), data=data)
 
     def test_rows_too_short(self):
         with pytest.raises(UserError, match=r"data\.seq_len=4: objective\.name='fim' adds 4 tokens"):

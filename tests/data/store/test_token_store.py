@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from llmjax.data.store import checked_file, token_store as store_module
-from llmjax.data.store.token_store import TokenStore, read_shard_info, token_dtype, write_manifest, write_shard
+from llmjax.data.store.shards import read_shard_info, token_dtype, write_shard
+from llmjax.data.store.token_store import TokenStore, write_manifest
 from llmjax.errors import UserError
 from tests.data.stores import EOS, SHARD, VOCAB, random_documents, write_store
 

@@ -1,0 +1,67 @@
+"""Texts of JSON lines files, and texts of similar length, computed together."""
+
+from collections.abc import Iterator, Sequence
+import json
+from pathlib import Path
+from typing import Any
+
+from llmjax.errors import UserError
+
+# Rows have a length of 16, 32, 64, ..., and as many as fit into 4096 tokens are computed at a time. Both depend on a
+# text's own length alone, and so do the bits of what is computed of it.
+_SHORTEST, _TOKENS = 16, 4096
+
+
+def read_objects(path: Path, flag: str) -> list[tuple[int, dict[str, Any]]]:
+    """(number of the line, object) of each line of a JSON lines file that is not empty. UserError names a bad line.
+
+    flag   that names the file
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"{flag}={path}: cannot be read ({error.strerror})") from None
+    objects = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {number}: not JSON ({error})") from None
+        if not isinstance(record, dict):
+            raise UserError(f'{path}, line {number}: expected a JSON object, such as {{"text": "..."}}')
+        objects.append((number, record))
+    if not objects:
+        raise UserError(f"{flag}={path}: has no lines")
+    return objects
+
+
+def read_texts(path: Path, field: str) -> list[str]:
+    """The texts in a field of the file of --input. UserError names the line that has none."""
+    texts = []
+    for number, record in read_objects(path, "--input"):
+        text = record.get(field)
+        if not isinstance(text, str):
+            raise UserError(f"{path}, line {number}: has no text in the field {field!r}; name it with --field")
+        texts.append(text)
+    return texts
+
+
+def group_by_length(
+    lengths: Sequence[int], longest: int | None = None, *, rows: int | None = None
+) -> Iterator[tuple[list[int], int, int]]:
+    """Yield (indices of some texts, rows of their batch, positions of a row); rows without a text are padding.
+
+    lengths   positions that each text needs
+    longest   the most positions that a row has; None: no limit
+    rows      of every batch; None: as many as fit into 4096 tokens
+    """
+    groups: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        size = max(_SHORTEST, 1 << (length - 1).bit_length())
+        groups.setdefault(size if longest is None else min(size, longest), []).append(index)
+    for size, indices in sorted(groups.items()):
+        count = rows or max(1, _TOKENS // size)
+        for start in range(0, len(indices), count):
+            yield indices[start : start + count], count, size

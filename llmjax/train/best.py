@@ -1,0 +1,39 @@
+"""The best evaluation of a run, and when to stop because none has improved on it: functions of all evaluations."""
+
+from collections.abc import Mapping
+import math
+from typing import Any
+
+from llmjax.errors import UserError, suggest
+
+# Of every other score a larger value is better.
+_LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
+
+Evaluations = dict[int, dict[str, float]]  # step -> its scores of the whole validation split
+
+
+def select_scores(scores: Mapping[str, Any], metric: str) -> dict[str, float]:
+    """The scores of an evaluation that can be compared. Raises UserError where the metric is none of them."""
+    total = {name: value for name, value in scores["total"].items() if isinstance(value, float)}
+    if metric not in total:
+        raise UserError(
+            f"eval.metric={metric!r}{suggest(metric, total)}: the scores of this run are {', '.join(total)}; choose one"
+        )
+    return total
+
+
+def find_best(evaluations: Evaluations, metric: str) -> int | None:
+    """The step of the best evaluation, the first one of equals; None without any."""
+
+    def cost(step: int) -> float:
+        value = evaluations[step].get(metric, math.nan)
+        value = value if metric in _LOWER_IS_BETTER else -value
+        return math.inf if math.isnan(value) else value
+
+    return min(sorted(evaluations), key=cost, default=None)
+
+
+def is_exhausted(evaluations: Evaluations, metric: str, stop_after: int) -> bool:
+    """Whether the last `stop_after` evaluations did not improve on the best one before them; 0: never."""
+    best = find_best(evaluations, metric)
+    return bool(stop_after) and best is not None and sum(step > best for step in evaluations) >= stop_after

@@ -1,0 +1,59 @@
+"""launch/docker/Dockerfile: its RUN lines in a clean virtual environment. The image is not built: that needs Docker."""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests import jobs
+
+DOCKERFILE = jobs.ROOT / "launch" / "docker" / "Dockerfile"
+
+
+def instructions() -> list[tuple[str, str]]:
+    """(name, arguments) of each instruction, in order."""
+    text = re.sub(r"\\\n\s*", "", re.sub(r"(?m)^#.*\n", "", DOCKERFILE.read_text()))
+    return [tuple(line.split(maxsplit=1)) for line in text.splitlines() if line]
+
+
+def test_only_known_instructions_are_used():
+    """Others would escape the test below."""
+    assert {name for name, _ in instructions()} <= {"FROM", "ARG", "WORKDIR", "COPY", "RUN", "CMD"}
+
+
+def test_what_is_copied_exists():
+    for name, arguments in instructions():
+        if name == "COPY":
+            assert all((jobs.ROOT / source).exists() for source in arguments.split()[:-1]), arguments
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_run_lines_work_in_a_clean_virtual_environment(tmp_path):
+    venv, context = tmp_path / "venv", tmp_path / "context"
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    context.mkdir()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("LLMJAX_", "PYTHON"))}
+    environment |= {"VIRTUAL_ENV": str(venv), "PATH": f"{venv}/bin:{os.environ['PATH']}"}
+    for name, arguments in instructions():
+        if name == "ARG":
+            environment.update([arguments.split("=", 1)])
+        elif name == "COPY":
+            *sources, target = arguments.split()
+            for source in map(pathlib.Path, sources):
+                destination = context / target
+                if (jobs.ROOT / source).is_dir():
+                    shutil.copytree(jobs.ROOT / source, destination, ignore=shutil.ignore_patterns("__pycache__"))
+                else:
+                    shutil.copy(jobs.ROOT / source, destination)
+        elif name == "RUN":
+            done = subprocess.run(
+                ["sh", "-c", arguments], cwd=context, env=environment, capture_output=True, text=True, timeout=1000
+            )
+            assert done.returncode == 0, f"{arguments}\n{done.stdout}{done.stderr}"
+    command = subprocess.run(["llmjax", "configs"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "quickstart" in command.stdout, command.stderr

@@ -1,0 +1,69 @@
+"""Small models of random parameters on bytes, for chat and serve."""
+
+from collections.abc import Sequence
+import functools
+import pathlib
+from typing import Any
+
+from etils import epath
+import jax
+
+from llmjax.data.chat_template import ChatTemplate
+from llmjax.data.objectives.prompts import decode_continuation
+from llmjax.data.store.tokenizer import read_tokenizer
+from llmjax.inference.generate import Tokens, generate
+from llmjax.inference.sampling import Sampling
+from llmjax.models import registry
+from llmjax.run import config as run_config, loading, workdir as workdirs
+from llmjax.serve.engine import Engine
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+CHAT = ChatTemplate(TEMPLATE, {}, "a test")
+BYTES = read_tokenizer("bytes", b"")
+MODEL = {"family": "decoder", "num_layers": 1, "embed": 32, "num_heads": 4, "num_kv_heads": 2, "mlp": 64}
+
+
+@functools.cache
+def make_config() -> run_config.RunConfig:
+    tree = {"model": MODEL, "data": {"tokenizer": {"kind": "bytes"}, "seq_len": 64}}
+    return run_config.with_vocabulary(run_config.apply_overrides(tree, []), BYTES.vocab_size)
+
+
+@functools.cache
+def make_params() -> Any:
+    """Parameters far larger than at the start of training, so that the text varies."""
+    return jax.jit(lambda key: jax.tree.map(lambda p: p * 3, registry.init(make_config().model, key)))(
+        jax.random.key(0)
+    )
+
+
+def make_engine(*, slots: int, context: int, waiting: int = 0) -> Engine:
+    """An engine on one device."""
+    model = make_config().model
+    graph = registry.abstract(model)[0]
+    return Engine(graph, make_params(), model, slots=slots, context=context, waiting=waiting, stop_ids=BYTES.stop_ids)
+
+
+def generate_texts(prompts: Sequence[Tokens], sampling: Sampling) -> list[str]:
+    """What `llmjax generate` writes after these prompts, on one device."""
+    model = make_config().model
+    graph = registry.abstract(model)[0]
+    new = generate(graph, make_params(), model, prompts, sampling, stop_ids=BYTES.stop_ids)
+    return [decode_continuation(BYTES, prompt, ids) for prompt, ids in zip(prompts, new, strict=True)]
+
+
+def write_run(folder: pathlib.Path, *, template: str | None = TEMPLATE) -> epath.Path:
+    """A workdir with the model, as `llmjax import` writes it."""
+    workdir, config = epath.Path(folder), make_config()
+    (workdir / workdirs.TOKENIZER).mkdir(parents=True)
+    if template is not None:
+        (workdir / workdirs.TOKENIZER / "chat_template.jinja").write_text(template)
+    fingerprint = loading.save_imported(workdir, config, make_params(), "a test", BYTES)
+    fields = run_config.to_json(config)
+    record = {"from": "a test", "fingerprint": fingerprint, "model": fields["model"]}
+    workdirs.write_json(workdir / workdirs.IMPORT, record | {"tokenizer": {"kind": "bytes", "sha256": BYTES.sha256}})
+    workdirs.write_json(workdir / workdirs.CONFIG, fields)
+    return workdir
