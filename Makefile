@@ -1,5 +1,6 @@
-# Targets: venv (install), quickstart (train a small model), test (10 minutes on 2 cores), test-all (also the slow tests and
-# the comparison with transformers), parity (that comparison alone), recipes (train every family), check (lint and types),
+# Targets: venv (install), quickstart (train a small model), test (the quick tests), test-all (also the slow tests and the
+# comparison with transformers: what has to pass before a change lands), test-exhaustive (further rows of their tables, for
+# releases), parity (the comparison with transformers alone), recipes (train every family), check (lint and types),
 # docs (build the documentation site), bench, real-models (fetch two pretrained models that tests read, 180 MB).
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +14,7 @@ ARGS ?=
 WORKERS ?= 2
 PYTEST = $(BIN)/pytest -n $(WORKERS) --dist=loadfile --no-loadscope-reorder
 
-.PHONY: venv quickstart test test-all parity recipes check docs bench real-models
+.PHONY: venv quickstart test test-all test-exhaustive parity recipes check docs bench real-models
 
 venv: $(VENV)/.installed
 
@@ -30,13 +31,18 @@ quickstart: venv
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/llmjax train --config=configs/quickstart.py --workdir=$(WORKDIR) $(ARGS)
 
 test: venv
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not exhaustive"
 
-test-all: test $(VENV)/.parity
-	$(PYTEST) -m slow
+# PyTorch comes last: commands of an environment that has it start two seconds later.
+test-all: venv
+	$(PYTEST) -m "not exhaustive" --ignore=tests/parity
+	$(MAKE) parity
+
+test-exhaustive: $(VENV)/.parity
+	$(PYTEST) -m exhaustive
 
 parity: $(VENV)/.parity
-	$(PYTEST) tests/parity
+	$(PYTEST) -m "not exhaustive" tests/parity
 
 $(VENV)/.parity: $(VENV)/.installed
 	@echo "installing torch and transformers; for torch's CPU build, install it first: docs/installation.md"

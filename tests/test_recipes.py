@@ -1,4 +1,4 @@
-"""Fifty steps of one recipe of each family lower the loss, twice with the same bits. `make recipes` trains them all."""
+"""Some steps of one recipe of each family lower the loss, twice with the same bits. `make recipes` trains them all."""
 
 import json
 import pathlib
@@ -34,13 +34,13 @@ def text(tmp_path_factory) -> dict:
     }
 
 
-def train_fifty_steps(spec: str, workdir: pathlib.Path, text: dict) -> list[dict]:
-    """The recipe's first fifty steps, on rows of 64 bytes; compiled programs are shared by all runs beside this one."""
+def train_some_steps(spec: str, workdir: pathlib.Path, text: dict, steps: int) -> list[dict]:
+    """The recipe's first steps, on rows of 64 bytes; compiled programs are shared by all runs beside this one."""
     settings = {
         **text,
         "train.compilation_cache": workdir.parent / "compiled",
         "train.global_batch": 8,
-        "train.stop_at": 50,
+        "train.stop_at": steps,
         "train.log_every": 1,
         "eval.every": 0,
         "sample.prompts": "()",
@@ -51,17 +51,17 @@ def train_fifty_steps(spec: str, workdir: pathlib.Path, text: dict) -> list[dict
 
 
 @pytest.mark.parametrize("name", CHECKED)
-def test_fifty_steps_lower_the_loss_and_repeat(name, text, tmp_path):
-    metrics = train_fifty_steps(RECIPES[name], tmp_path / "run", text)
+def test_fifty_steps_lower_the_loss_and_ten_repeat(name, text, tmp_path):
+    metrics = train_some_steps(RECIPES[name], tmp_path / "run", text, 50)
     start, end = metrics[0]["loss"], sum(line["loss"] for line in metrics[-10:]) / 10
     assert end < start - 0.5, f"loss {start:.3f} at first, {end:.3f} after fifty steps"
-    again = train_fifty_steps(RECIPES[name], tmp_path / "again", text)
+    score = json.loads((tmp_path / "run" / "eval" / "50" / "validation.json").read_text())
+    assert score["total"]["loss"] < start
+    again = train_some_steps(RECIPES[name], tmp_path / "again", text, 10)
     fields = ("step", "loss", "grad_norm", "batch_digest", "learning_rate")
-    assert [[line[field] for field in fields] for line in metrics] == [
+    assert [[line[field] for field in fields] for line in metrics[:10]] == [
         [line[field] for field in fields] for line in again
     ]
-    scores = [json.loads((tmp_path / run / "eval" / "50" / "validation.json").read_text()) for run in ("run", "again")]
-    assert scores[0] == scores[1]
 
 
 def test_every_family_has_a_recipe():

@@ -30,6 +30,13 @@ STACKS = ["gemma", "deepseek", "bert", "modernbert", "t5", "lstm", "rglru"]
 every_stack = pytest.mark.parametrize("name", STACKS)
 
 
+def some_variants(*names: str) -> pytest.MarkDecorator:
+    """Every variant as a parameter, of which those that are not named run in `make test-exhaustive` alone."""
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=() if name in names else pytest.mark.exhaustive) for name in FAMILIES]
+    )
+
+
 @pytest.mark.parametrize(("name", "attention"), [("gemma", "blockwise"), ("llama", "dot")])
 def test_rows_of_one_document_need_no_segments(name, attention):
     """Loss and gradients of a row with one document and padding, with and without segments."""
@@ -102,7 +109,7 @@ def test_causality(name):
 
 
 @pytest.mark.slow
-@every_variant
+@some_variants("gpt2", "mixtral", "bert", "t5", "rglru")
 def test_dropout_is_keyed_by_the_sample(name):
     """The mask of a row does not depend on its index in the batch, and differs between sample indices."""
     config = dataclasses.replace(FAMILIES[name], dropout=0.3)
@@ -133,8 +140,12 @@ def test_scan_equals_unrolled(name):
 
 
 POLICIES = [name for name in REMAT if name != "none"]
-# Two families for each policy in turn, about three policies for each family.
-REMAT_PAIRS = [(STACKS[(i + shift) % len(STACKS)], policy) for i, policy in enumerate(POLICIES) for shift in (0, 3)]
+# A family for each policy in turn, and another one in the exhaustive tests.
+REMAT_PAIRS = [(STACKS[i % len(STACKS)], policy) for i, policy in enumerate(POLICIES)]
+REMAT_PAIRS += [
+    pytest.param(STACKS[(i + 3) % len(STACKS)], policy, marks=pytest.mark.exhaustive)
+    for i, policy in enumerate(POLICIES)
+]
 
 
 @pytest.mark.slow
@@ -164,7 +175,7 @@ def test_every_remat_policy_computes_the_same_bits():
 
 
 @pytest.mark.slow
-@every_variant
+@some_variants("gemma", "mixtral", "modernbert", "t5", "lstm")
 def test_bfloat16_is_near_float32(name):
     config = FAMILIES[name]
     graph, params = init_model(config)
@@ -184,7 +195,7 @@ def test_bfloat16_is_near_float32(name):
 
 
 @pytest.mark.slow
-@every_variant
+@some_variants("gemma", "deepseek", "modernbert", "t5", "rglru")
 def test_results_are_equal_on_a_mesh_and_nothing_is_replicated(name, capfd):
     """With every kind of layer; tests/parallel/test_equivalence.py has the other meshes."""
     config = dataclasses.replace(FAMILIES[name], vocab_size=64)

