@@ -11,10 +11,13 @@ import jax
 from llmjax.data.chat_template import ChatTemplate
 from llmjax.data.objectives.prompts import decode_continuation
 from llmjax.data.store.tokenizer import read_tokenizer
+from llmjax.inference.embed import Embedding
 from llmjax.inference.generate import Tokens, generate
 from llmjax.inference.sampling import Sampling
 from llmjax.models import registry
 from llmjax.run import config as run_config, loading, workdir as workdirs
+from llmjax.serve.app import Service
+from llmjax.serve.embedder import Embedder
 from llmjax.serve.engine import Engine
 
 TEMPLATE = (
@@ -45,6 +48,19 @@ def make_engine(*, slots: int, context: int, waiting: int = 0) -> Engine:
     model = make_config().model
     graph = registry.abstract(model)[0]
     return Engine(graph, make_params(), model, slots=slots, context=context, waiting=waiting, stop_ids=BYTES.stop_ids)
+
+
+def make_embedder(*, context: int, waiting: int = 0, **embedding: Any) -> Embedder:
+    """An embedder of the same model."""
+    model = make_config().model
+    graph = registry.abstract(model)[0]
+    return Embedder(graph, make_params(), model, BYTES, Embedding(**embedding), context=context, waiting=waiting)
+
+
+def make_service() -> Service:
+    """Two slots, and two requests that may wait."""
+    engine, embedder = make_engine(slots=2, context=128, waiting=2), make_embedder(context=128, waiting=1)
+    return Service("tiny", engine, embedder, BYTES, run_config.objective(make_config(), BYTES), CHAT)
 
 
 def generate_texts(prompts: Sequence[Tokens], sampling: Sampling) -> list[str]:

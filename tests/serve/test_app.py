@@ -1,14 +1,14 @@
 """The application refuses what it cannot do in the form of the OpenAI API, and a client that goes frees its slots."""
 
 import asyncio
+import dataclasses
 import json
 
 import pytest
 
-from llmjax.run import config as run_config
 from llmjax.serve.app import Service, make_app
 from tests.serve.asgi import call
-from tests.serve.runs import BYTES, CHAT as TEMPLATE, make_config, make_engine
+from tests.serve.runs import make_service
 
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
@@ -16,9 +16,7 @@ HELLO = {"messages": [{"role": "user", "content": "hello"}]}
 
 @pytest.fixture(scope="module")
 def service() -> Service:
-    """Two slots, and two requests that may wait."""
-    engine = make_engine(slots=2, context=128, waiting=2)
-    return Service("tiny", engine, BYTES, run_config.objective(make_config(), BYTES), TEMPLATE)
+    return make_service()
 
 
 def post(service: Service, path: str, body, **named) -> tuple[int, bytes]:
@@ -41,7 +39,7 @@ BAD = {
     "top_p": (PLAIN, {"prompt": "a", "top_p": 0.0}, "top_p=0.0"),
     "not a number": (PLAIN, b'{"prompt": "a", "temperature": NaN}', "temperature=nan"),
     "seed": (PLAIN, {"prompt": "a", "seed": 2**32}, "seed: "),
-    "empty stop": (PLAIN, {"prompt": "a", "stop": [""]}, "empty stop string"),
+    "empty stop": (PLAIN, {"prompt": "a", "stop": [""]}, "stop='': every text contains it"),
     "no prompt": (PLAIN, {"prompt": []}, "prompt"),
     "ids": (PLAIN, {"prompt": [[1], [999]]}, "the prompt has token ids that are not from 0 to "),
     "too long": (PLAIN, {"prompt": "a" * 127}, "max_tokens=16: the prompt has 128 tokens, and the context 128"),
@@ -77,7 +75,7 @@ def test_what_is_not_there_is_said(service, path, body, status, message):
 
 
 def test_a_model_without_a_template_does_not_chat(service):
-    plain = Service("tiny", service.engine, service.tokenizer, service.objective, None)
+    plain = dataclasses.replace(service, template=None)
     status, content = post(plain, CHAT, HELLO)
     assert status == 400 and "has no chat template; use /v1/completions" in json.loads(content)["error"]["message"]
 

@@ -12,7 +12,7 @@ from llmjax.serve.dialogue import Dialogue
 from tests import jobs
 from tests.serve.runs import BYTES, CHAT, generate_texts, make_engine, write_run
 
-SAMPLING = Sampling(max_tokens=20, temperature=0.7, seed=3)
+SAMPLING = Sampling(max_tokens=20, temperature=0.7, seed=3, min_p=0.01, repetition_penalty=1.2)
 
 
 def make_dialogue(context: int = 256, system: str | None = None) -> Dialogue:
@@ -89,7 +89,8 @@ def workdir(tmp_path_factory):
 
 
 def test_the_command_answers_lines_of_stdin(workdir):
-    flags = ["--max_tokens=20", "--temperature=0.7", "--seed=3", "--context=256"]
+    settings = ["--temperature=0.7", "--seed=3", "--min_p=0.01", "--repetition_penalty=1.2"]
+    flags = ["--max_tokens=20", "--context=256", *settings]
     lines = ["hello", "and then?", "/reset", "", "x" * 300, "y" * 200, "one", "/exit", "never read"]
     process = subprocess.run(
         [str(jobs.LLMJAX), "chat", f"--workdir={workdir}", *flags],

@@ -57,12 +57,21 @@ def client(address):
 def test_completions_are_those_of_generate(client):
     """Several clients at a time, greedy and by a seed; two texts after each of two prompts."""
     ask = lambda temperature: client.completions.create(
-        model="run", prompt=["one", "two"], n=2, max_tokens=30, temperature=temperature, seed=7, top_p=0.9
+        model="run",
+        prompt=["one", "two"],
+        n=2,
+        max_tokens=30,
+        temperature=temperature,
+        seed=7,
+        top_p=0.9,
+        extra_body={"min_p": 0.01, "repetition_penalty": 1.3},
     )
     with concurrent.futures.ThreadPoolExecutor() as pool:
         results = list(pool.map(ask, [0.0, 0.8, 0.8, 0.0]))
     for result, temperature in zip(results, [0.0, 0.8, 0.8, 0.0], strict=True):
-        sampling = Sampling(max_tokens=30, temperature=temperature, seed=7, top_p=0.9)
+        sampling = Sampling(
+            max_tokens=30, temperature=temperature, seed=7, top_p=0.9, min_p=0.01, repetition_penalty=1.3
+        )
         expected = generate_texts([[BYTES.bos_id, *text.encode()] for text in ("one", "one", "two", "two")], sampling)
         assert [choice.text for choice in result.choices] == expected
         assert {choice.finish_reason for choice in result.choices} <= {"stop", "length"}
