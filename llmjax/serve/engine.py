@@ -193,7 +193,8 @@ class Engine:
         slots.keys[slot] = jax.random.key_data(jax.random.fold_in(jax.random.key(sampling.seed), request.row))
         if sampling.temperature:  # the reciprocal, as the compiler divides by a constant
             slots.inverse_temperature[slot] = np.float32(1) / np.float32(sampling.temperature)
-        slots.top_k[slot], slots.top_p[slot], slots.min_p[slot] = sampling.top_k, sampling.top_p, sampling.min_p
+        slots.top_k[slot] = min(sampling.top_k, self._config.padded_vocab)  # a larger one may not fit into int32
+        slots.top_p[slot], slots.min_p[slot] = sampling.top_p, sampling.min_p
         slots.repetition_penalty[slot], slots.positions[slot] = sampling.repetition_penalty, length
         seen = find_seen(self._config, [request.prompt], (1, self._config.padded_vocab))
         logits, self._cache, self._seen = _prefill(

@@ -4,6 +4,7 @@ import secrets
 from typing import Annotated, Any, Literal
 
 import pydantic
+from pydantic_core import PydanticCustomError
 
 from llmjax.errors import UserError
 from llmjax.inference.sampling import Sampling
@@ -12,14 +13,39 @@ MAX_INPUTS = 2048  # of a request for embeddings, as in the OpenAI API
 _NOT_EMPTY = pydantic.Field(min_length=1)
 _ABOVE_ZERO = pydantic.Field(ge=1)
 _Zero = Annotated[float, pydantic.Field(ge=0, le=0)]
+
+
+def _expect(words: str) -> pydantic.WrapValidator:
+    """A validator that says what was expected, where pydantic would say it for one member of a union."""
+
+    def validate(value: Any, handler: pydantic.ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except pydantic.ValidationError:
+            raise PydanticCustomError("expected", "expected {words}", {"words": words}) from None
+
+    return pydantic.WrapValidator(validate)
+
+
 Text = pydantic.StrictStr
 TokenIds = Annotated[list[pydantic.StrictInt], _NOT_EMPTY]
 # One text or several, each as a string or as token ids.
-Texts = Text | TokenIds | Annotated[list[Text], _NOT_EMPTY] | Annotated[list[TokenIds], _NOT_EMPTY]
+Texts = Annotated[
+    Text | TokenIds | Annotated[list[Text], _NOT_EMPTY] | Annotated[list[TokenIds], _NOT_EMPTY],
+    _expect("a string, a list of strings, token ids, or a list of token ids; no list may be empty"),
+]
 
 
 class _Body(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", strict=True)
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _remove_nulls(cls, fields: Any) -> Any:
+        """Without fields that are null, which in the OpenAI API means that they are not given."""
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 class StreamOptions(_Body):
@@ -46,7 +72,12 @@ class Generation(_Body):
     repetition_penalty: float = 1.0
     n: Annotated[int, _ABOVE_ZERO] = 1
     seed: Annotated[int, pydantic.Field(ge=0, lt=2**32)] | None = None
-    stop: Text | Annotated[list[Text], pydantic.Field(max_length=16)] | None = None
+    stop: (
+        Annotated[
+            Text | Annotated[list[Text], pydantic.Field(max_length=16)], _expect("a string or at most 16 strings")
+        ]
+        | None
+    ) = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     frequency_penalty: _Zero = 0.0
@@ -114,7 +145,10 @@ class ChatMessage(_Body):
     """A turn of a dialogue."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[Part]
+    content: Annotated[
+        Text | list[Part],
+        _expect('a string or parts {"type": "text", "text": "..."}; images, sound and files are not supported'),
+    ]
 
     @property
     def text(self) -> str:
