@@ -3,7 +3,6 @@
 import concurrent.futures
 import re
 import signal
-import subprocess
 import urllib.request
 
 import openai
@@ -12,29 +11,10 @@ import pytest
 from llmjax.cli import main
 from llmjax.errors import UserError
 from llmjax.inference.sampling import Sampling
-from tests import jobs
 from tests.serve.runs import BYTES, CHAT, generate_texts, write_run
+from tests.serve.server import start, stop
 
 HELLO = [{"role": "user", "content": "hello"}]
-
-
-def start(workdir, *flags: str, **env: str) -> tuple[subprocess.Popen, str]:
-    """A server, and its address."""
-    command = [str(jobs.LLMJAX), "serve", f"--workdir={workdir}", "--port=0", *flags]
-    process = subprocess.Popen(command, env=jobs.environment(**env), stdout=subprocess.PIPE, text=True)
-    assert process.stdout
-    for line in process.stdout:
-        if found := re.match(r"serving run at (http://\S+): ", line):
-            return process, found[1]
-    raise AssertionError(f"exit {process.wait()}")
-
-
-def stop(process: subprocess.Popen, number: int) -> str:
-    """What a server prints after a signal; it must end with status 0."""
-    process.send_signal(number)
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
-    return printed
 
 
 @pytest.fixture(scope="module")
