@@ -151,6 +151,7 @@ async def _events(texts: Texts, envelope: Envelope, include_usage: bool) -> Asyn
         yield _event(envelope.wrap([envelope.part(choice, "", is_first=True) for choice in texts.choices]))
     async for choice, text in texts.parts():
         yield _event(envelope.wrap([envelope.part(choice, text)]))
+        await asyncio.sleep(0)  # where many tokens wait, lets the server see that the client has gone
     if include_usage:
         yield _event(envelope.wrap([], texts.usage))
     yield "data: [DONE]\n\n"

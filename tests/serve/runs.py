@@ -7,15 +7,17 @@ from typing import Any
 
 from etils import epath
 import jax
+import numpy as np
 
 from llmjax.data.chat_template import ChatTemplate
 from llmjax.data.objectives.prompts import decode_continuation
 from llmjax.data.store.tokenizer import read_tokenizer
-from llmjax.inference.embed import Embedding
+from llmjax.inference.embed import Embedding, embed
 from llmjax.inference.generate import Tokens, generate
 from llmjax.inference.sampling import Sampling
 from llmjax.models import registry
 from llmjax.run import config as run_config, loading, workdir as workdirs
+from llmjax.run.loading import Loaded
 from llmjax.serve.app import Service
 from llmjax.serve.embedder import Embedder
 from llmjax.serve.engine import Engine
@@ -69,6 +71,23 @@ def generate_texts(prompts: Sequence[Tokens], sampling: Sampling) -> list[str]:
     graph = registry.abstract(model)[0]
     new = generate(graph, make_params(), model, prompts, sampling, stop_ids=BYTES.stop_ids)
     return [decode_continuation(BYTES, prompt, ids) for prompt, ids in zip(prompts, new, strict=True)]
+
+
+def embed_texts(texts: Sequence[str], **embedding: Any) -> np.ndarray:
+    """What `llmjax embed` writes for these texts, on one device."""
+    config = make_config()
+    loaded = Loaded(
+        config=config,
+        step=0,
+        graph=registry.abstract(config.model)[0],
+        params=make_params(),
+        params_name="",
+        tokenizer=BYTES,
+        objective=run_config.objective(config, BYTES),
+        store=pathlib.Path(),
+        fingerprint="",
+    )
+    return embed(loaded, texts, Embedding(**embedding))[0]
 
 
 def write_run(folder: pathlib.Path, *, template: str | None = TEMPLATE) -> epath.Path:

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 import threading
-import types
 
 import jax
 import numpy as np
@@ -21,7 +20,7 @@ from llmjax.serve.embedder import Embedder
 from llmjax.serve.engine import QueueFullError
 from tests.inference.test_embed import CONFIGS
 from tests.serve.asgi import call
-from tests.serve.runs import BYTES, generate_texts, make_config, make_embedder, make_params, make_service
+from tests.serve.runs import BYTES, embed_texts, generate_texts, make_embedder, make_service
 
 PATH = "/v1/embeddings"
 TEXTS = ["one", "", "é and more than sixteen bytes of text", "<s>", "one"]
@@ -55,19 +54,9 @@ def vectors_of(body, serving: Service | None = None) -> np.ndarray:
     return np.array([each["embedding"] for each in answer["data"]], np.float32)
 
 
-def expected(texts, model=None, **settings) -> np.ndarray:
-    """What `llmjax embed` writes for the model of `make_service`."""
-    model = model or make_config().model
-    config = types.SimpleNamespace(model=model)
-    loaded = types.SimpleNamespace(
-        graph=registry.abstract(model)[0], params=make_params(), config=config, tokenizer=BYTES
-    )
-    return embed.embed(loaded, texts, embed.Embedding(**settings))[0]
-
-
 def test_vectors_are_those_of_embed_whatever_the_other_texts_are():
     together = vectors_of({"input": TEXTS})
-    np.testing.assert_allclose(together, expected(TEXTS), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(together, embed_texts(TEXTS), rtol=1e-4, atol=1e-5)
     assert np.abs(together[0] - together[2]).max() > 0.1
     for number in (0, 2):
         np.testing.assert_array_equal(vectors_of({"input": TEXTS[number]})[0], together[number])
@@ -78,7 +67,7 @@ def test_vectors_are_those_of_embed_whatever_the_other_texts_are():
 def test_pooling_and_normalization_are_those_of_embed(settings):
     serving = dataclasses.replace(service(), embedder=make_embedder(context=128, **settings))
     actual = vectors_of({"input": TEXTS}, serving)
-    np.testing.assert_allclose(actual, expected(TEXTS, **settings), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(actual, embed_texts(TEXTS, **settings), rtol=1e-4, atol=1e-5)
 
 
 def test_token_ids_are_read_as_they_are():
@@ -213,4 +202,4 @@ def test_a_client_that_goes_is_dropped():
 
 def test_a_text_that_is_no_unicode_is_refused_by_embed_too():
     with pytest.raises(UserError, match="text 1: a half of a surrogate pair"):
-        expected(["a", "\ud800"])
+        embed_texts(["a", "\ud800"])

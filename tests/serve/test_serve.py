@@ -5,13 +5,14 @@ import re
 import signal
 import urllib.request
 
+import numpy as np
 import openai
 import pytest
 
 from llmjax.cli import main
 from llmjax.errors import UserError
 from llmjax.inference.sampling import Sampling
-from tests.serve.runs import BYTES, CHAT, generate_texts, write_run
+from tests.serve.runs import BYTES, CHAT, embed_texts, generate_texts, write_run
 from tests.serve.server import start, stop
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -71,6 +72,17 @@ def test_a_chat_is_that_of_generate_whole_and_streamed(client):
     assert "".join(part.choices[0].delta.content for part in parts) == expected
     assert [part.choices[0].finish_reason for part in parts if part.choices[0].finish_reason] == ["length"]
     assert last.choices == [] and last.usage == whole.usage and len(parts) > 10
+
+
+def test_embeddings_are_those_of_embed(client):
+    texts = ["one", "two and three"]
+    for form in ({}, {"encoding_format": "float"}):  # by default, the client asks for base64
+        result = client.embeddings.create(model="run", input=texts, **form)
+        actual = np.array([each.embedding for each in result.data], np.float32)
+        np.testing.assert_allclose(actual, embed_texts(texts), rtol=1e-4, atol=1e-5)
+        assert result.usage.prompt_tokens == result.usage.total_tokens == 4 + 14
+    with pytest.raises(openai.BadRequestError, match="input 1 has 129 tokens"):
+        client.embeddings.create(model="run", input=["a", "a" * 128])
 
 
 def test_a_text_ends_before_a_stop_string(client):
