@@ -114,6 +114,18 @@ def test_an_unusual_body_is_answered(service, fields):
     assert status == 200, content
 
 
+def test_nothing_more_is_sent_to_a_client_that_has_gone(service):
+    """Also where all tokens wait to be sent, so that no event of the stream waits for the engine."""
+
+    def run_to_the_end() -> None:
+        while service.engine.step():
+            pass
+
+    body = {**HELLO, "max_tokens": 90, "temperature": 0.0, "stream": True}
+    _, sent = asyncio.run(call(make_app(service), CHAT, body, disconnects_after=3, meanwhile=run_to_the_end))
+    assert 1 < sent.count(b"data: ") < 12
+
+
 def test_a_full_queue_is_503(service):
     blocked = asyncio.run(_submit_two(service, {"prompt": "a", "n": 3}, {"prompt": "b", "n": 2}))
     assert blocked[0] == 503 and json.loads(blocked[1])["error"]["code"] == "queue_full"

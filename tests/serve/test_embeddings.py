@@ -7,18 +7,13 @@ import functools
 import json
 import threading
 
-import jax
 import numpy as np
 import pytest
 
 from llmjax.errors import UserError
-from llmjax.inference import embed
 from llmjax.inference.sampling import Sampling
-from llmjax.models import registry
 from llmjax.serve.app import Service, make_app
-from llmjax.serve.embedder import Embedder
 from llmjax.serve.engine import QueueFullError
-from tests.inference.test_embed import CONFIGS
 from tests.serve.asgi import call
 from tests.serve.runs import BYTES, embed_texts, generate_texts, make_embedder, make_service
 
@@ -123,15 +118,14 @@ def test_another_model_is_not_there():
 
 @functools.cache
 def encoder_service() -> Service:
-    """An encoder with 64 learned positions, of which a text may use 40."""
-    model = CONFIGS["encoder"]
-    graph, params = registry.abstract(model)[0], registry.init(model, jax.random.key(0))
-    embedder = Embedder(graph, params, model, BYTES, embed.Embedding(max_tokens=40), context=2048, waiting=0)
+    """An encoder that reads at most 40 tokens, though it could read more."""
+    embedder = make_embedder("encoder", context=128, max_tokens=40)
     return dataclasses.replace(service(), engine=None, embedder=embedder, template=None)
 
 
 def test_an_encoder_embeds_and_continues_no_text():
-    assert vectors_of({"input": TEXTS}, encoder_service()).shape == (5, 32)
+    actual = vectors_of({"input": TEXTS}, encoder_service())
+    np.testing.assert_allclose(actual, embed_texts(TEXTS, "encoder"), rtol=1e-4, atol=1e-5)
     assert post({"input": "a" * 40}, encoder_service())[0] == 400
     chat = {"messages": [{"role": "user", "content": "a"}]}
     for path, body in (("/v1/completions", {"prompt": "a"}), ("/v1/chat/completions", chat)):

@@ -108,6 +108,20 @@ def test_errors_reach_the_client(client, address):
 
 
 @pytest.mark.slow
+def test_an_encoder_is_served_for_its_embeddings(tmp_path):
+    process, address = start(write_run(tmp_path / "run", "encoder", template=None), "--context=40")
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+    actual = client.embeddings.create(model="run", input=["one", "two"]).data
+    expected = embed_texts(["one", "two"], "encoder")
+    np.testing.assert_allclose([each.embedding for each in actual], expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(openai.BadRequestError, match=r"input 0 has 41 tokens, .* at most 40 are"):
+        client.embeddings.create(model="run", input="a" * 40)
+    with pytest.raises(openai.BadRequestError, match="embeds texts and does not continue them"):
+        client.completions.create(model="run", prompt="a")
+    stop(process, signal.SIGTERM)
+
+
+@pytest.mark.slow
 def test_ctrl_c_ends_a_server_that_is_generating(workdir):
     process, address = start(workdir, "--context=8192")
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
