@@ -31,18 +31,32 @@ def serve(arguments: list[str]) -> int:
 
     workdir = parse_workdir(flags.workdir)
     loading.initialize(workdir, overrides)
+    from llmjax.inference import embed
     from llmjax.serve import engine as engines, http_server
     from llmjax.serve.app import Service
+    from llmjax.serve.embedder import Embedder
 
+    engines.check_processes()
     listener = http_server.listen(flags.host, flags.port, has_key=key is not None)
     with loading.load(workdir, step=flags.step, overrides=overrides) as loaded:
-        template = loading.find_chat_template(workdir, loaded)
-        engine = engines.make_engine(
-            loaded, slots=flags.slots, context=flags.context, waiting=flags.waiting, template=template
+        template, model, engine = loading.find_chat_template(workdir, loaded), loaded.config.model, None
+        if engines.continues_text(model):
+            engine = engines.make_engine(
+                loaded, slots=flags.slots, context=flags.context, waiting=flags.waiting, template=template
+            )
+        embedder = Embedder(
+            loaded.graph,
+            loaded.params,
+            model,
+            loaded.tokenizer,
+            embed.choose(workdir, loaded.config.objective),
+            context=flags.context or engines.default_context(model),
+            waiting=flags.waiting,
         )
         service = Service(
             name=workdir.resolve().name or "llmjax",
             engine=engine,
+            embedder=embedder,
             tokenizer=loaded.tokenizer,
             objective=loaded.objective,
             template=template,
@@ -58,33 +72,42 @@ def serve(arguments: list[str]) -> int:
 def _run(service: "Service", host: str, listener: "socket.socket", key: str | None) -> None:
     from llmjax.serve import http_server
     from llmjax.serve.app import make_app
+    from llmjax.serve.loop import Loop
 
-    engine = service.engine
     hosts = _LOOPBACK_NAMES | {host.lower()} if key is None else None
     app = make_app(service, key=key, hosts=hosts)
-    engine.warm_up()
+    if service.engine is not None:
+        service.engine.warm_up()
     name = f"[{host}]" if ":" in host else host
     logger.info(
-        "serving %s at http://%s:%d: %d texts at a time, %d tokens each, %s, %s",
+        "serving %s at http://%s:%d: %s, %s",
         service.name,
         name,
         listener.getsockname()[1],
-        engine.num_slots,
-        engine.context,
-        "with a chat template" if service.template else "without a chat template",
+        _describe(service),
         f"key {_KEY}" if key else "no key",
     )
-    http_server.run(app, engine, listener)
+    http_server.run(app, Loop([part for part in (service.engine, service.embedder) if part is not None]), listener)
+
+
+def _describe(service: "Service") -> str:
+    if service.engine is None:
+        return f"embeddings alone, {service.embedder.limit} tokens at most"
+    return (
+        f"{service.engine.num_slots} texts at a time, {service.engine.context} tokens each, "
+        f"{'with' if service.template else 'without'} a chat template"
+    )
 
 
 def _make_parser() -> Parser:
     parser = make_parser(
         "serve",
         f"""\
-        Try a model through the OpenAI API: /v1/completions, /v1/chat/completions (where the model has a chat template)
-        and /v1/models, also streamed, and a page to chat at /. Several requests share one decode step. Other machines
-        can use it only with --host and {_KEY}, the key that clients must send. To serve many users, export the
-        model and use a serving engine.""",
+        Try a model through the OpenAI API: /v1/completions, /v1/chat/completions (where the model has a chat template),
+        /v1/embeddings (as llmjax embed computes them) and /v1/models, and a page to chat at /. Several requests share
+        one decode step. An encoder is served for its embeddings alone. Other machines can use it only with --host and
+        {_KEY}, the key that clients must send. To serve many users, export the model and use a serving
+        engine.""",
         "llmjax serve --workdir=runs/imported --port=8000",
     )
     add = parser.add_argument
@@ -96,7 +119,12 @@ def _make_parser() -> Parser:
     add(
         "--context",
         type=int_range(1, 2**30),
-        help="tokens of a prompt and its continuation at most (default 2048, or learned positions)",
+        help="tokens of a prompt and its continuation, or of a text to embed (default 2048, or learned positions)",
     )
-    add("--waiting", type=int_range(0, 2**20), default=64, help="texts that may wait; others are refused (default 64)")
+    add(
+        "--waiting",
+        type=int_range(0, 2**20),
+        default=64,
+        help="texts that may wait, and requests to embed (default 64)",
+    )
     return parser

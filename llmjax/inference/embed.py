@@ -1,6 +1,6 @@
 """Embed texts: one vector for each, pooled from a model's hidden states."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
 import json
@@ -17,11 +17,14 @@ from llmjax.data.objectives import vocabulary
 from llmjax.data.objectives.prompts import frame_prompt
 from llmjax.data.store.tokenizer import Tokenizer
 from llmjax.errors import UserError, suggest
-from llmjax.inference.text_batches import group_by_length
+from llmjax.inference.text_batches import BATCH_TOKENS, group_by_length
+from llmjax.models.registry import ModelConfig
 from llmjax.nn.pooling import pool
 from llmjax.run import config as run_config, workdir as workdirs
 from llmjax.run.config import RunConfig
 from llmjax.run.loading import Loaded
+
+Tokens = Sequence[int] | np.ndarray
 
 # Names of poolings in 1_Pooling/config.json of sentence-transformers -> here.
 _PUBLISHED_POOLINGS = {"mean_tokens": "mean", "cls_token": "first", "lasttoken": "last", "max_tokens": "max"}
@@ -108,25 +111,48 @@ def embed(loaded: Loaded, texts: Sequence[str], embedding: Embedding) -> tuple[n
     Each text has the tokenizer's own special tokens around it, and no text becomes a special token. Its vector does not
     depend on the other texts. Raises UserError for a maximum without room for a token of the text.
     """
-    model, tokenizer = loaded.config.model, loaded.tokenizer
-    limit = min((n for n in (embedding.max_tokens, model.max_seq_len) if n is not None), default=None)
-    rows, cut = _encode(texts, tokenizer, limit, embedding.lowercase)
+    model = loaded.config.model
+    rows, cut = encode_texts(texts, loaded.tokenizer, embedding, find_limit(model, embedding))
     vectors = np.zeros((len(texts), model.embed), np.float32)
-    module = nnx.merge(loaded.graph, loaded.params)
-    compute = functools.partial(_embed, pooling=embedding.pooling, reads_source=model.reads_source)
-    for part, count, length in group_by_length([len(row) for row in rows]):
-        batch = _pad([rows[number] for number in part], (count, length))
-        vectors[part] = jax.device_get(compute(module, batch))[: len(part)]
-    if embedding.normalize:
-        vectors /= np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+    for part, values in embed_rows(nnx.merge(loaded.graph, loaded.params), model, rows, embedding):
+        vectors[part] = values
     return vectors, cut
 
 
-def _encode(
-    texts: Sequence[str], tokenizer: Tokenizer, limit: int | None, lowercase: bool
+def find_limit(config: ModelConfig, embedding: Embedding) -> int | None:
+    """The most tokens that a text may have, special tokens included; None: no limit."""
+    return min((n for n in (embedding.max_tokens, config.max_seq_len) if n is not None), default=None)
+
+
+def embed_rows(
+    model: Any, config: ModelConfig, rows: Sequence[Tokens], embedding: Embedding, *, tokens: int = BATCH_TOKENS
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Yield (indices of some rows of token ids, their vectors float32 [rows, embed]), one batch at a time.
+
+    tokens   of a batch at most, unless one row has more. Another number changes a vector by rounding alone
+    """
+    for part, count, length in group_by_length([len(row) for row in rows], tokens=tokens):
+        batch = _pad([rows[number] for number in part], (count, length))
+        hidden = _embed(model, batch, pooling=embedding.pooling, reads_source=config.reads_source)
+        vectors = jax.device_get(hidden)[: len(part)]
+        if embedding.normalize:
+            vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+        yield part, vectors
+
+
+def encode_texts(
+    texts: Sequence[str], tokenizer: Tokenizer, embedding: Embedding, limit: int | None
 ) -> tuple[list[np.ndarray], int]:
-    """(ids of each text with those around it, number of texts that were cut)"""
-    ids = tokenizer.encode_batch([text.lower() if lowercase else text for text in texts])
+    """(ids of each text with those around it, number of texts that were cut to `limit` tokens)
+
+    Raises UserError for a limit without room for a token of the text, and for a text that is not Unicode.
+    """
+    for number, text in enumerate(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"text {number}: a half of a surrogate pair ({error.reason}); give valid Unicode") from None
+    ids = tokenizer.encode_batch([text.lower() if embedding.lowercase else text for text in texts])
     bos_id = vocabulary.build_vocab(tokenizer).bos_id
     frame = sum(map(len, tokenizer.prompt_frame)) if tokenizer.prompt_frame is not None else 1
     if limit is not None and limit <= frame:
@@ -136,7 +162,7 @@ def _encode(
     return rows, sum(most is not None and len(row) > most for row in ids)
 
 
-def _pad(rows: Sequence[np.ndarray], shape: tuple[int, int]) -> Batch:
+def _pad(rows: Sequence[Tokens], shape: tuple[int, int]) -> Batch:
     """One text a row; rows without a text are padding."""
     inputs, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     for number, row in enumerate(rows):

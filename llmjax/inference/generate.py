@@ -207,7 +207,7 @@ def generate(
         new=np.zeros((len(tokens), sampling.max_tokens), np.int32),
         counts=np.zeros(len(tokens), np.int32),
         stopped=np.arange(len(tokens)) >= len(prompts),
-        seen=None if sampling.repetition_penalty == 1 else _find_seen(config, prompts, logits.shape),
+        seen=None if sampling.repetition_penalty == 1 else find_seen(config, prompts, logits.shape),
     )
     look = sampling.max_tokens if has_stop is None else _TOKENS_PER_LOOK
     row_keys, until = make_row_keys(sampling.seed, keys), 0
@@ -257,7 +257,7 @@ def _pad(prompts: Sequence[Tokens], shape: tuple[int, int] | None) -> tuple[np.n
     return tokens, lengths
 
 
-def _find_seen(config: ModelConfig, prompts: Sequence[Tokens], shape: tuple[int, int]) -> np.ndarray:
+def find_seen(config: ModelConfig, prompts: Sequence[Tokens], shape: tuple[int, int]) -> np.ndarray:
     """Tokens that the text of a row contains before the first draw, bool of the shape [batch, vocab].
 
     They are the prompt's, or those that an encoder-decoder's decoder has read: its start token.

@@ -62,7 +62,9 @@ def penalize(logits: jax.Array, seen: jax.Array, penalty: jax.Array | float) -> 
 
     penalty   one for all rows, or [batch, 1]
     """
-    return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+    penalty = jnp.asarray(penalty, jnp.float32)
+    # By the reciprocal, which the compiler uses for a constant penalty, so that an array of penalties gives equal bits.
+    return jnp.where(seen, logits * jnp.where(logits < 0, penalty, 1 / penalty), logits)
 
 
 def allow(scores: jax.Array, top_p: jax.Array | float, min_p: jax.Array | float) -> jax.Array:
@@ -94,6 +96,47 @@ def draw(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
     allowed = allow(scores, sampling.top_p, sampling.min_p)
     index = jax.vmap(jax.random.categorical)(keys, jnp.where(allowed, scores, MASKED))
     return jnp.take_along_axis(ids, index[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+
+def draw_rows(
+    logits: jax.Array,
+    keys: jax.Array,
+    seen: jax.Array,
+    *,
+    inverse_temperature: jax.Array,
+    top_k: jax.Array,
+    top_p: jax.Array,
+    min_p: jax.Array,
+    repetition_penalty: jax.Array,
+) -> jax.Array:
+    """`penalize` and `draw` with settings of each row: int32 [batch], of float32 logits and bool seen [batch, vocab].
+
+    keys [batch] and settings [batch] as in Sampling, but inverse_temperature is 1 / temperature, or 0 for the most
+    likely token. What no row needs is not computed.
+    """
+    penalized = lambda: penalize(logits, seen, repetition_penalty[:, None])
+    scores = jax.lax.cond(jnp.any(repetition_penalty != 1), penalized, lambda: logits)
+    greedy = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    draw_each = jax.vmap(jax.random.categorical)
+
+    def sample() -> jax.Array:
+        relative = (scores - jnp.max(scores, axis=-1, keepdims=True)) * inverse_temperature[:, None]
+        free = lambda: draw_each(keys, relative).astype(jnp.int32)
+        is_filtered = (top_k > 0) | (top_p < 1) | (min_p > 0)
+        # Noise is by token without a filter and by rank with one, as in `draw`.
+        filtered = lambda: jnp.where(is_filtered, filter_and_draw(relative), free())
+        return jax.lax.cond(jnp.any(is_filtered), filtered, free)
+
+    def filter_and_draw(relative: jax.Array) -> jax.Array:
+        ranked, ids = jax.lax.top_k(relative, relative.shape[-1])
+        rank = jnp.arange(ranked.shape[-1])
+        is_inside = rank < jnp.where(top_k > 0, top_k, len(rank))[:, None]
+        is_allowed = allow(jnp.where(is_inside, ranked, -jnp.inf), top_p[:, None], min_p[:, None]) & is_inside
+        index = draw_each(keys, jnp.where(is_allowed, ranked, MASKED))
+        return jnp.take_along_axis(ids, index[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+    is_drawn = inverse_temperature > 0
+    return jnp.where(is_drawn, jax.lax.cond(jnp.any(is_drawn), sample, lambda: greedy), greedy)
 
 
 def make_row_keys(seed: int, rows: np.ndarray) -> jax.Array:

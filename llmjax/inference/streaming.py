@@ -7,7 +7,6 @@ import numpy as np
 
 from llmjax.data.objectives.prompts import decode_continuation
 from llmjax.data.store.tokenizer import Tokenizer
-from llmjax.errors import UserError
 
 _INCOMPLETE = "\ufffd"  # what tokenizers decode an incomplete character to, once or once a byte
 _MOST_INCOMPLETE = 3  # bytes of a character
@@ -25,9 +24,7 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] | np.ndarray, stop: Sequence[str] = ()):
-        """Raises UserError for an empty stop string."""
-        if "" in stop:
-            raise UserError("stop='': an empty stop string ends every text; remove it")
+        """stop: as in Sampling."""
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._before: list[int] = list(prompt)
         self._new: list[int] = []

@@ -9,7 +9,7 @@ from llmjax.errors import UserError
 
 # Rows have a length of 16, 32, 64, ..., and as many as fit into 4096 tokens are computed at a time. Both depend on a
 # text's own length alone, and so do the bits of what is computed of it.
-_SHORTEST, _TOKENS = 16, 4096
+_SHORTEST, BATCH_TOKENS = 16, 4096
 
 
 def read_objects(path: Path, flag: str) -> list[tuple[int, dict[str, Any]]]:
@@ -49,19 +49,19 @@ def read_texts(path: Path, field: str) -> list[str]:
 
 
 def group_by_length(
-    lengths: Sequence[int], longest: int | None = None, *, rows: int | None = None
+    lengths: Sequence[int], longest: int | None = None, *, rows: int | None = None, tokens: int = BATCH_TOKENS
 ) -> Iterator[tuple[list[int], int, int]]:
     """Yield (indices of some texts, rows of their batch, positions of a row); rows without a text are padding.
 
     lengths   positions that each text needs
     longest   the most positions that a row has; None: no limit
-    rows      of every batch; None: as many as fit into 4096 tokens
+    rows      of every batch; None: as many as fit into `tokens`
     """
     groups: dict[int, list[int]] = {}
     for index, length in enumerate(lengths):
         size = max(_SHORTEST, 1 << (length - 1).bit_length())
         groups.setdefault(size if longest is None else min(size, longest), []).append(index)
     for size, indices in sorted(groups.items()):
-        count = rows or max(1, _TOKENS // size)
+        count = rows or max(1, tokens // size)
         for start in range(0, len(indices), count):
             yield indices[start : start + count], count, size

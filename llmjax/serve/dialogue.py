@@ -1,7 +1,6 @@
 """A chat with a model: its turns so far, within the context of an engine."""
 
 from collections.abc import Callable
-import dataclasses
 
 from llmjax.data.chat_template import ChatTemplate, Message
 from llmjax.data.store.tokenizer import Tokenizer
@@ -29,7 +28,7 @@ class Dialogue:
         system: str | None = None,
     ):
         self._engine, self._tokenizer, self._template = engine, tokenizer, template
-        self._sampling, self._stop = dataclasses.replace(sampling, stop=()), sampling.stop
+        self._sampling = sampling
         self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self._turns: list[Message] = []
         self._prompt: Tokens = ()
@@ -62,7 +61,7 @@ class Dialogue:
 
     def answer(self, on_text: Callable[[str], None]) -> str:
         """Generate the answer to the last question, part by part, and add it. Returns why it ended: stop or length."""
-        stream, parts, reasons = TextStream(self._tokenizer, self._prompt, self._stop), [], []
+        stream, parts, reasons = TextStream(self._tokenizer, self._prompt, self._sampling.stop), [], []
 
         def send(text: str) -> None:
             if text:

@@ -15,15 +15,13 @@ import numpy as np
 from llmjax.batch import Graph, Params
 from llmjax.data.chat_template import ChatTemplate
 from llmjax.errors import UserError
-from llmjax.inference.generate import Tokens, find_stop_ids
-from llmjax.inference.sampling import Sampling, allow
+from llmjax.inference.generate import Tokens, find_seen, find_stop_ids
+from llmjax.inference.sampling import Sampling, draw_rows
 from llmjax.models.registry import ModelConfig
-from llmjax.nn.embedding import MASKED
 from llmjax.run.loading import Loaded
 
 _SHORTEST = 32  # prompts are padded to this many tokens times a power of two, so that few lengths are compiled
 _CONTEXT = 2048  # default; a cache of all positions that a published model has rarely fits into memory
-_SUPPORTED = {"max_tokens", "temperature", "top_k", "top_p", "seed"}  # fields of Sampling
 
 
 class QueueFullError(RuntimeError):
@@ -35,6 +33,7 @@ class Request:
     """A prompt to continue.
 
     prompt     token ids
+    sampling   without stop strings, which need the text: who decodes it cancels the request
     row        keys the draws, as the index of a prompt does in `generate`
     on_token   called with each new token, without the stop id that ends the text
     on_end     called at the end with "stop" (a stop id) or "length" (sampling.max_tokens); not after `cancelled`
@@ -59,6 +58,8 @@ class _Slots:
     positions            its position
     keys                 the data of the key of the request's draws
     inverse_temperature  1 / temperature; 0: greedy
+
+    The others are fields of Sampling.
     """
 
     tokens: np.ndarray
@@ -67,12 +68,14 @@ class _Slots:
     inverse_temperature: np.ndarray
     top_k: np.ndarray
     top_p: np.ndarray
+    min_p: np.ndarray
+    repetition_penalty: np.ndarray
 
 
 class Engine:
     """Continues prompts in `slots` rows of a cache with `context` positions each.
 
-    `submit` may be called from any thread, `step` and `run` only from the one that has entered the mesh. Draws are
+    `submit` may be called from any thread, `step` only from the one that has entered the mesh. Draws are
     keyed as in `generate`: the text of a request is the same whatever the other requests are, up to rounding.
     """
 
@@ -93,7 +96,9 @@ class Engine:
         self._model = nnx.merge(graph, params)
         try:
             self._cache = _make_cache(self._model, slots=slots, context=context)
-            jax.block_until_ready(self._cache)
+            # Tokens that the text of a slot contains, for the repetition penalty: bool [slots, vocab].
+            self._seen = jnp.zeros((slots, config.padded_vocab), bool)
+            jax.block_until_ready((self._cache, self._seen))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) and "Out of memory" not in str(error):
                 raise
@@ -107,19 +112,18 @@ class Engine:
             inverse_temperature=np.zeros(slots, np.float32),
             top_k=np.zeros(slots, np.int32),
             top_p=np.ones(slots, np.float32),
+            min_p=np.zeros(slots, np.float32),
+            repetition_penalty=np.ones(slots, np.float32),
         )
         self.num_slots = slots
         self._running: dict[int, Request] = {}  # slot -> request
         self._counts: dict[int, int] = {}  # slot -> number of new tokens
         self._waiting: collections.deque[Request] = collections.deque()
-        self._changed = threading.Condition()
-        self._is_closed = False
+        self._lock = threading.Lock()
+        self.on_submit: Callable[[], None] = lambda: None  # called in the thread that submits
 
     def check(self, prompt: Tokens, sampling: Sampling) -> None:
         """Raise UserError for a request that cannot be served."""
-        for field in dataclasses.fields(sampling):
-            if field.name not in _SUPPORTED and getattr(sampling, field.name) != field.default:
-                raise UserError(f"{field.name}={getattr(sampling, field.name)}: is not supported here; remove it")
         if not len(prompt):
             raise UserError("the prompt has no tokens; give a text")
         if max(prompt) >= self._config.vocab_size or min(prompt) < 0:
@@ -135,19 +139,13 @@ class Engine:
         """Queue all of the requests, or none. Raises UserError as `check` does, and QueueFullError."""
         for request in requests:
             self.check(request.prompt, request.sampling)
-        with self._changed:
+        with self._lock:
             if len(self._running) + len(self._waiting) + len(requests) > self.capacity:
                 raise QueueFullError(
                     f"{len(self._running)} requests are running and {len(self._waiting)} are waiting; try again later"
                 )
             self._waiting.extend(requests)
-            self._changed.notify()
-
-    def close(self) -> None:
-        """Let `run` return, from any thread."""
-        with self._changed:
-            self._is_closed = True
-            self._changed.notify()
+        self.on_submit()
 
     def warm_up(self) -> None:
         """Compile the decode step and the shortest prefill, before the first request."""
@@ -156,13 +154,6 @@ class Engine:
         self.submit([Request(prompt=prompt, sampling=sampling, on_token=ignore, on_end=ignore)])
         while self.step():
             pass
-
-    def run(self) -> None:
-        """Serve requests until `close`."""
-        while not self._is_closed:
-            if not self.step():
-                with self._changed:
-                    self._changed.wait_for(lambda: self._waiting or self._is_closed)
 
     def step(self) -> bool:
         """Prefill at most one waiting request, and decode one token of each running one; whether any is left."""
@@ -177,13 +168,13 @@ class Engine:
     def _drop_cancelled(self) -> None:
         for slot in [slot for slot, request in self._running.items() if request.cancelled.is_set()]:
             self._free(slot)
-        with self._changed:
+        with self._lock:
             kept = [request for request in self._waiting if not request.cancelled.is_set()]
             self._waiting = collections.deque(kept)
 
     def _admit(self) -> tuple[int, Request] | None:
         """(the first free slot, the request that has waited longest, which now runs in it); None without one."""
-        with self._changed:
+        with self._lock:
             free = next((slot for slot in range(self.num_slots) if slot not in self._running), None)
             if free is None or not self._waiting:
                 return None
@@ -202,14 +193,19 @@ class Engine:
         slots.keys[slot] = jax.random.key_data(jax.random.fold_in(jax.random.key(sampling.seed), request.row))
         if sampling.temperature:  # the reciprocal, as the compiler divides by a constant
             slots.inverse_temperature[slot] = np.float32(1) / np.float32(sampling.temperature)
-        slots.top_k[slot], slots.top_p[slot], slots.positions[slot] = sampling.top_k, sampling.top_p, length
-        logits, self._cache = _prefill(self._model, tokens, np.array([length], np.int32), self._cache, np.int32(slot))
+        slots.top_k[slot] = min(sampling.top_k, self._config.padded_vocab)  # a larger one may not fit into int32
+        slots.top_p[slot], slots.min_p[slot] = sampling.top_p, sampling.min_p
+        slots.repetition_penalty[slot], slots.positions[slot] = sampling.repetition_penalty, length
+        seen = find_seen(self._config, [request.prompt], (1, self._config.padded_vocab))
+        logits, self._cache, self._seen = _prefill(
+            self._model, tokens, np.array([length], np.int32), seen, np.int32(slot), self._cache, self._seen
+        )
         drawing = {name: values[slot : slot + 1] for name, values in vars(slots).items() if name != "tokens"}
-        self._take(slot, int(jax.device_get(_draw(logits, **drawing))[0]))
+        self._take(slot, int(jax.device_get(_draw(logits, seen, **drawing))[0]))
 
     def _decode(self) -> None:
         """One more token of each running request."""
-        tokens, self._cache = _step(self._model, self._cache, **vars(self._slots))
+        tokens, self._cache, self._seen = _step(self._model, self._cache, self._seen, **vars(self._slots))
         new = jax.device_get(tokens)  # before the arrays that the step may still read change
         for slot in list(self._running):
             self._slots.positions[slot] += 1
@@ -231,37 +227,9 @@ class Engine:
         """Empty a slot. It computes at position 0, which every model has, until a prompt overwrites its cache."""
         slots = self._slots
         slots.positions[slot], slots.inverse_temperature[slot] = 0, 0
-        slots.top_k[slot], slots.top_p[slot] = 0, 1
-        with self._changed:
+        slots.top_k[slot], slots.top_p[slot], slots.min_p[slot], slots.repetition_penalty[slot] = 0, 1, 0, 1
+        with self._lock:
             del self._running[slot], self._counts[slot]
-
-
-def draw_rows(
-    logits: jax.Array, keys: jax.Array, inverse_temperature: jax.Array, top_k: jax.Array, top_p: jax.Array
-) -> jax.Array:
-    """`sampling.draw` with settings for each row: float32 logits [batch, vocab], keys [batch], settings [batch].
-
-    What no row needs is not computed. inverse_temperature is 1 / temperature, or 0 for the most likely token.
-    """
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    is_filtered, rank = (top_k > 0) | (top_p < 1), jnp.arange(logits.shape[-1])
-    draw = jax.vmap(jax.random.categorical)
-
-    def sample() -> jax.Array:
-        scores = (logits - jnp.max(logits, axis=-1, keepdims=True)) * inverse_temperature[:, None]
-        free = lambda: draw(keys, scores).astype(jnp.int32)
-        # Noise is by token without a filter and by rank with one, as in `sampling.draw`.
-        return jax.lax.cond(jnp.any(is_filtered), lambda: jnp.where(is_filtered, filter_and_draw(scores), free()), free)
-
-    def filter_and_draw(scores: jax.Array) -> jax.Array:
-        scores, ids = jax.lax.top_k(scores, scores.shape[-1])
-        is_inside = rank < jnp.where(top_k > 0, top_k, len(rank))[:, None]
-        is_allowed = allow(jnp.where(is_inside, scores, -jnp.inf), top_p[:, None], 0.0) & is_inside
-        index = draw(keys, jnp.where(is_allowed, scores, MASKED))
-        return jnp.take_along_axis(ids, index[:, None], axis=-1)[:, 0].astype(jnp.int32)
-
-    is_drawn = inverse_temperature > 0
-    return jnp.where(is_drawn, jax.lax.cond(jnp.any(is_drawn), sample, lambda: greedy), greedy)
 
 
 @functools.partial(jax.jit, static_argnames=("slots", "context"))
@@ -269,26 +237,35 @@ def _make_cache(model: Any, *, slots: int, context: int) -> Any:
     return model.cache(slots, context)
 
 
-@functools.partial(jax.jit, donate_argnames="cache")
-def _prefill(model: Any, tokens: jax.Array, lengths: jax.Array, cache: Any, slot: jax.Array) -> tuple[jax.Array, Any]:
-    """(logits [1, vocab] after a prompt [1, seq], cache with its keys and values, or its state, in a slot)."""
+@functools.partial(jax.jit, donate_argnames=("cache", "seen"))
+def _prefill(
+    model: Any, tokens: jax.Array, lengths: jax.Array, prompt_seen: jax.Array, slot: jax.Array, cache: Any, seen: Any
+) -> tuple[jax.Array, Any, jax.Array]:
+    """(logits [1, vocab] after a prompt [1, seq], cache and seen with what belongs to the prompt in a slot)"""
     hidden, new, _ = model.prefill(tokens, lengths, 0)
     # Every leaf is [layers, slots, ...]. What is behind the prompt stays: a token is written before it is attended to.
     write = lambda old, rows: jax.lax.dynamic_update_slice_in_dim(old, rows.astype(old.dtype), slot, axis=1)
-    return model.unembed(hidden), jax.tree.map(write, cache, new)
+    seen = jax.lax.dynamic_update_slice_in_dim(seen, prompt_seen, slot, axis=0)
+    return model.unembed(hidden), jax.tree.map(write, cache, new), seen
 
 
-@functools.partial(jax.jit, donate_argnames="cache")
-def _step(model: Any, cache: Any, *, tokens: jax.Array, positions: jax.Array, **drawing: jax.Array) -> tuple[Any, Any]:
-    """(the token after `tokens` [slots], cache)"""
+@functools.partial(jax.jit, donate_argnames=("cache", "seen"))
+def _step(
+    model: Any, cache: Any, seen: jax.Array, *, tokens: jax.Array, positions: jax.Array, **drawing: jax.Array
+) -> tuple[jax.Array, Any, jax.Array]:
+    """(the token after `tokens` [slots], cache, seen with `tokens`)"""
     hidden, cache = model.cached(tokens[:, None], positions[:, None], cache)
-    return _draw(model.unembed(hidden[:, 0]), positions=positions + 1, **drawing), cache
+    seen = seen.at[jnp.arange(len(tokens)), tokens].set(True)
+    return _draw(model.unembed(hidden[:, 0]), seen, positions=positions + 1, **drawing), cache, seen
 
 
 @jax.jit
-def _draw(logits: jax.Array, *, keys: jax.Array, positions: jax.Array, **settings: jax.Array) -> jax.Array:
+def _draw(
+    logits: jax.Array, seen: jax.Array, *, keys: jax.Array, positions: jax.Array, **settings: jax.Array
+) -> jax.Array:
     """A token for each row, by the data of its key [rows, 2] and the position of the token."""
-    return draw_rows(logits, jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys), positions), **settings)
+    keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys), positions)
+    return draw_rows(logits, keys, seen, **settings)
 
 
 def make_engine(
@@ -299,16 +276,30 @@ def make_engine(
     context   None: 2048 positions, or the model's learned positions if there are fewer
     template  that writes the prompts, whose end of turn ends a text; None: there is none
     """
+    check_processes()
+    model, stop_ids = loaded.config.model, find_stop_ids(loaded.tokenizer, template)
+    if context is None:
+        context = default_context(model)
+    return Engine(loaded.graph, loaded.params, model, slots=slots, context=context, waiting=waiting, stop_ids=stop_ids)
+
+
+def check_processes() -> None:
+    """Raise UserError in a job of several processes."""
     if jax.process_count() > 1:
         raise UserError(
             f"this is a job of {jax.process_count()} processes, and chat and serve run in one; start one alone, inside "
             "a Slurm step or on a TPU slice with LLMJAX_DISTRIBUTED=off"
         )
-    model = loaded.config.model
-    if context is None:
-        context = min(_CONTEXT, model.max_seq_len or _CONTEXT)
-    stop_ids = find_stop_ids(loaded.tokenizer, template)
-    return Engine(loaded.graph, loaded.params, model, slots=slots, context=context, waiting=waiting, stop_ids=stop_ids)
+
+
+def default_context(config: ModelConfig) -> int:
+    """2048 positions, or the model's learned positions if there are fewer."""
+    return min(_CONTEXT, config.max_seq_len or _CONTEXT)
+
+
+def continues_text(config: ModelConfig) -> bool:
+    """Whether an engine can use the model."""
+    return config.generates and not config.reads_source
 
 
 def _check_model(config: ModelConfig, context: int) -> None:

@@ -42,7 +42,6 @@ class Texts:
         sampling: Sampling,
         *,
         n: int,
-        stop: Sequence[str],
     ):
         """Raises UserError for what the engine cannot do, and QueueFullError."""
         for prompt in prompts:
@@ -51,7 +50,7 @@ class Texts:
         self._events: asyncio.Queue[tuple[Choice, int | None, str | None]] = asyncio.Queue()
         self._num_prompt_tokens = sum(map(len, prompts))
         repeated = [prompt for prompt in prompts for _ in range(n)]
-        self.choices = [Choice(i, TextStream(tokenizer, prompt, stop)) for i, prompt in enumerate(repeated)]
+        self.choices = [Choice(i, TextStream(tokenizer, prompt, sampling.stop)) for i, prompt in enumerate(repeated)]
         pairs = zip(self.choices, repeated, strict=True)
         engine.submit([self._make_request(choice, prompt, sampling) for choice, prompt in pairs])
 

@@ -1,4 +1,4 @@
-"""Run the application: HTTP in a thread, the engine in the main one, to which mesh and signals belong."""
+"""Run the application: HTTP in a thread, the loop of the model in the main one, to which mesh and signals belong."""
 
 import errno
 import ipaddress
@@ -9,7 +9,7 @@ import fastapi
 import uvicorn
 
 from llmjax.errors import UserError
-from llmjax.serve.engine import Engine
+from llmjax.serve.loop import Loop
 
 _JOIN_SECONDS = 5.0
 
@@ -36,8 +36,8 @@ def listen(host: str, port: int, *, has_key: bool) -> socket.socket:
         raise UserError(f"--host={host} --port={port}: {error.strerror}; give others") from None
 
 
-def run(app: fastapi.FastAPI, engine: Engine, listener: socket.socket) -> None:
-    """Serve until an exception, such as that of a signal, ends the engine. The HTTP server has ended then, too."""
+def run(app: fastapi.FastAPI, loop: Loop, listener: socket.socket) -> None:
+    """Serve until an exception, such as that of a signal, ends the loop. The HTTP server has ended then, too."""
     config = uvicorn.Config(
         app,
         loop="asyncio",
@@ -55,12 +55,12 @@ def run(app: fastapi.FastAPI, engine: Engine, listener: socket.socket) -> None:
         try:
             server.run(sockets=[listener])
         finally:
-            engine.close()
+            loop.close()
 
     thread = threading.Thread(target=serve_http, name="http", daemon=True)
     thread.start()
     try:
-        engine.run()
+        loop.run()
     finally:
         server.should_exit = True
         thread.join(_JOIN_SECONDS)

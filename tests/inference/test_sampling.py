@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llmjax.errors import UserError
-from llmjax.inference.sampling import Sampling, allow, cut_at_stop, draw, make_row_keys, penalize
+from llmjax.inference.sampling import Sampling, allow, cut_at_stop, draw, draw_rows, make_row_keys, penalize
 
 LOGITS = np.log(np.array([0.05, 0.4, 0.3, 0.05, 0.2], np.float32))
 
@@ -84,6 +84,45 @@ def test_filters_of_rows_with_settings_of_their_own_equal_plain_ones():
         nucleus = 1 + np.searchsorted(np.cumsum(probabilities), top_p[row, 0])  # the fewest that reach it
         likely = (probabilities >= min_p[row, 0] * probabilities[0]).sum()
         assert actual[row].sum() == min(nucleus, likely) and actual[row, : actual[row].sum()].all()
+
+
+SETTINGS = [
+    {"temperature": 0.0},
+    {"temperature": 0.0, "repetition_penalty": 1.7},
+    {"temperature": 0.3},
+    {"temperature": 0.7, "top_k": 5},
+    {"temperature": 1.9, "top_p": 0.7},
+    {"temperature": 1.1, "min_p": 0.13},
+    {"temperature": 0.9, "repetition_penalty": 0.6},
+    {"temperature": 1.3, "top_k": 20, "top_p": 0.8, "min_p": 0.05, "repetition_penalty": 1.3},
+]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """(logits [400, 50], keys [400], seen [400, 50], the draws of rows with all of SETTINGS in turn)"""
+    logits, keys = jax.random.normal(jax.random.key(1), (400, 50)) * 3, jax.random.split(jax.random.key(0), 400)
+    seen = jax.random.bernoulli(jax.random.key(2), 0.4, (400, 50))
+    settings = [Sampling(**SETTINGS[row % len(SETTINGS)]) for row in range(400)]
+    column = lambda name: jnp.array([getattr(each, name) for each in settings])
+    inverse = jnp.array([np.float32(1) / np.float32(s.temperature) if s.temperature else 0 for s in settings])
+    names = ("top_k", "top_p", "min_p", "repetition_penalty")
+    columns = {"inverse_temperature": inverse, **{name: column(name) for name in names}}
+    return logits, keys, seen, np.asarray(jax.jit(draw_rows)(logits, keys, seen, **columns))
+
+
+@pytest.mark.parametrize("number", range(len(SETTINGS)))
+def test_rows_with_settings_of_their_own_are_drawn_as_alone(rows, number):
+    """Bit for bit."""
+    logits, keys, seen, drawn = rows
+    sampling = Sampling(**SETTINGS[number])
+
+    def draw_alone(logits: jax.Array, keys: jax.Array, seen: jax.Array) -> jax.Array:
+        return draw(penalize(logits, seen, sampling.repetition_penalty), keys, sampling)
+
+    own = slice(number, None, len(SETTINGS))
+    expected = np.asarray(jax.jit(draw_alone)(logits[own], keys[own], seen[own]))
+    np.testing.assert_array_equal(drawn[own], expected)
 
 
 def test_keys_differ_by_prompt_and_sample_and_do_not_depend_on_other_rows():

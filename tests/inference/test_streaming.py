@@ -10,7 +10,6 @@ from tokenizers import decoders, models
 from llmjax.data.objectives.prompts import decode_continuation
 from llmjax.data.store.tokenizer import read_tokenizer
 from llmjax.data.store.tokenizer_training import train_sentencepiece
-from llmjax.errors import UserError
 from llmjax.inference.streaming import TextStream
 from tests.data.test_chat_template import read, tokenizer_json
 from tests.interop.test_special_tokens import make_tokenizer, sentencepiece_model
@@ -105,8 +104,3 @@ def test_the_begin_of_a_stop_string_is_held_back_until_the_text_ends():
     texts = TextStream(tokenizer("bytes"), [256], ["STOP"])
     assert [texts.push(token) for token in b"aST"] == ["a", "", ""]
     assert texts.finish() == "ST" and not texts.stopped
-
-
-def test_an_empty_stop_string_is_refused():
-    with pytest.raises(UserError, match="empty stop string"):
-        TextStream(tokenizer("bytes"), [256], ["a", ""])

@@ -1,24 +1,23 @@
 """The application refuses what it cannot do in the form of the OpenAI API, and a client that goes frees its slots."""
 
 import asyncio
+import dataclasses
 import json
 
 import pytest
 
-from llmjax.run import config as run_config
 from llmjax.serve.app import Service, make_app
 from tests.serve.asgi import call
-from tests.serve.runs import BYTES, CHAT as TEMPLATE, make_config, make_engine
+from tests.serve.runs import make_service
 
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
+IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
 
 
 @pytest.fixture(scope="module")
 def service() -> Service:
-    """Two slots, and two requests that may wait."""
-    engine = make_engine(slots=2, context=128, waiting=2)
-    return Service("tiny", engine, BYTES, run_config.objective(make_config(), BYTES), TEMPLATE)
+    return make_service()
 
 
 def post(service: Service, path: str, body, **named) -> tuple[int, bytes]:
@@ -41,8 +40,15 @@ BAD = {
     "top_p": (PLAIN, {"prompt": "a", "top_p": 0.0}, "top_p=0.0"),
     "not a number": (PLAIN, b'{"prompt": "a", "temperature": NaN}', "temperature=nan"),
     "seed": (PLAIN, {"prompt": "a", "seed": 2**32}, "seed: "),
-    "empty stop": (PLAIN, {"prompt": "a", "stop": [""]}, "empty stop string"),
-    "no prompt": (PLAIN, {"prompt": []}, "prompt"),
+    "empty stop": (PLAIN, {"prompt": "a", "stop": [""]}, "stop='': every text contains it"),
+    "no prompt": (PLAIN, {"prompt": []}, "prompt: expected a string, a list of strings, token ids, or a list of tok"),
+    "null": (PLAIN, {"prompt": None}, "prompt: Field required"),
+    "mixed": (PLAIN, {"prompt": ["a", [1]]}, "prompt: expected a string"),
+    "image": (CHAT, {"messages": [{"role": "user", "content": [IMAGE]}]}, "messages.0.content: expected a string or "),
+    "stops": (PLAIN, {"prompt": "a", "stop": ["a"] * 17}, "stop: expected a string or at most 16 strings"),
+    "min_p": (PLAIN, {"prompt": "a", "min_p": 2}, "min_p=2.0: must be from 0"),
+    "repetition_penalty": (PLAIN, b'{"prompt": "a", "repetition_penalty": Infinity}', "repetition_penalty=inf: must"),
+    "deep": (PLAIN, b"[" * 100_000, "There was an error parsing the body"),
     "ids": (PLAIN, {"prompt": [[1], [999]]}, "the prompt has token ids that are not from 0 to "),
     "too long": (PLAIN, {"prompt": "a" * 127}, "max_tokens=16: the prompt has 128 tokens, and the context 128"),
     "too long chat": (CHAT, {"messages": [{"role": "user", "content": "a" * 200}]}, "at most 0 new tokens fit"),
@@ -77,7 +83,7 @@ def test_what_is_not_there_is_said(service, path, body, status, message):
 
 
 def test_a_model_without_a_template_does_not_chat(service):
-    plain = Service("tiny", service.engine, service.tokenizer, service.objective, None)
+    plain = dataclasses.replace(service, template=None)
     status, content = post(plain, CHAT, HELLO)
     assert status == 400 and "has no chat template; use /v1/completions" in json.loads(content)["error"]["message"]
 
@@ -93,6 +99,31 @@ def test_a_client_that_goes_frees_its_slots(service, stream, parts):
     body = {**HELLO, "max_tokens": 90, "temperature": 0.0, "stream": stream, "n": 2}
     asyncio.run(call(make_app(service), CHAT, body, disconnects_after=parts if stream else 0, meanwhile=step))
     assert not service.engine.step() and len(steps) < 40
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"top_k": 2**70},  # does not fit into an array of integers
+        {"stop": None, "temperature": None, "n": None, "tools": None, "stream_options": None},
+        {"prompt": "a\0b\r\n", "stop": ["\ud800"], "user": "\ud800"},
+    ],
+)
+def test_an_unusual_body_is_answered(service, fields):
+    status, content = post(service, PLAIN, {"prompt": "a", "max_tokens": 3, **fields})
+    assert status == 200, content
+
+
+def test_nothing_more_is_sent_to_a_client_that_has_gone(service):
+    """Also where all tokens wait to be sent, so that no event of the stream waits for the engine."""
+
+    def run_to_the_end() -> None:
+        while service.engine.step():
+            pass
+
+    body = {**HELLO, "max_tokens": 90, "temperature": 0.0, "stream": True}
+    _, sent = asyncio.run(call(make_app(service), CHAT, body, disconnects_after=3, meanwhile=run_to_the_end))
+    assert 1 < sent.count(b"data: ") < 12
 
 
 def test_a_full_queue_is_503(service):

@@ -12,7 +12,7 @@ from llmjax.serve.dialogue import Dialogue
 from tests import jobs
 from tests.serve.runs import BYTES, CHAT, generate_texts, make_engine, write_run
 
-SAMPLING = Sampling(max_tokens=20, temperature=0.7, seed=3)
+SAMPLING = Sampling(max_tokens=20, temperature=0.7, seed=3, min_p=0.01, repetition_penalty=1.2)
 
 
 def make_dialogue(context: int = 256, system: str | None = None) -> Dialogue:
@@ -89,19 +89,19 @@ def workdir(tmp_path_factory):
 
 
 def test_the_command_answers_lines_of_stdin(workdir):
-    flags = ["--max_tokens=20", "--temperature=0.7", "--seed=3", "--context=256"]
+    settings = ["--temperature=0.7", "--seed=3", "--min_p=0.01", "--repetition_penalty=1.2"]
+    flags = ["--max_tokens=20", "--context=256", *settings]
     lines = ["hello", "and then?", "/reset", "", "x" * 300, "y" * 200, "one", "/exit", "never read"]
     process = subprocess.run(
         [str(jobs.LLMJAX), "chat", f"--workdir={workdir}", *flags],
-        input="".join(f"{line}\n" for line in lines),
+        input="".join(f"{line}\n" for line in lines).encode(),  # as bytes, since answers contain carriage returns
         capture_output=True,
-        text=True,
         timeout=240,
         env=jobs.environment(PYTHONUTF8="1"),
     )
     assert process.returncode == 0, process.stderr
     answers = [*expected("hello", "and then?"), *expected("y" * 200), *expected("one")]
-    assert process.stdout == "".join(f"{text}\n" for text in answers)
+    assert process.stdout.decode() == "".join(f"{text}\n" for text in answers)
     for words in (
         "/reset forgets what was said, /exit or Ctrl-D ends the chat",
         "(ended after --max_tokens new tokens)",
@@ -109,7 +109,7 @@ def test_the_command_answers_lines_of_stdin(workdir):
         "(refused: max_tokens=20: the prompt has 318 tokens, and the context 256; at most 0 new tokens fit)",
         "(the context is full: the oldest 2 messages are dropped)",
     ):
-        assert words in process.stderr
+        assert words in process.stderr.decode()
 
 
 @pytest.mark.parametrize(("flag", "words"), [("--temperature=-1", "temperature=-1.0"), ("--top_p=0", "top_p=0.0")])

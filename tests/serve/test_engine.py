@@ -3,20 +3,18 @@
 import dataclasses
 import threading
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from llmjax.errors import UserError
 from llmjax.inference.generate import generate
-from llmjax.inference.sampling import Sampling, draw
+from llmjax.inference.sampling import Sampling
 from llmjax.models import registry
 from llmjax.models.encdec import EncDecConfig
 from llmjax.models.encoder import EncoderConfig
 from llmjax.models.moe import MoeConfig
 from llmjax.models.recurrent import RecurrentConfig
-from llmjax.serve.engine import Engine, QueueFullError, Request, draw_rows
+from llmjax.serve.engine import Engine, QueueFullError, Request
+from llmjax.serve.loop import Loop
 from tests.inference.test_generate import NO_EOS, VOCAB, config, parts
 
 SMALL = {"vocab_size": VOCAB, "vocab_multiple": 16, "num_layers": 2, "embed": 32}
@@ -65,7 +63,7 @@ def submit(engine: Engine, prompts, sampling: Sampling, rows=None) -> list[Colle
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in MODELS]
 )
 def test_requests_get_the_tokens_of_generate(name):
-    """Six requests of three kinds in three slots; some start while others run, in slots that others have left."""
+    """Ten requests of five kinds in three slots; some start while others run, in slots that others have left."""
     settings = MODELS[name]
     graph, params = parts(settings)
     engine = make_engine(settings)
@@ -73,36 +71,16 @@ def test_requests_get_the_tokens_of_generate(name):
         Sampling(max_tokens=9, temperature=0),
         Sampling(max_tokens=12, temperature=0.7, seed=5),
         Sampling(max_tokens=7, temperature=1.3, top_p=0.8, seed=2**32 - 1),
+        Sampling(max_tokens=12, temperature=0, repetition_penalty=1.6),
+        Sampling(max_tokens=9, temperature=1.1, min_p=0.02, repetition_penalty=0.8, seed=5),
     ]
-    results = [(s, submit(engine, PROMPTS[i::3], s, rows=range(2))) for i, s in enumerate(samplings)]
+    results = [(s, submit(engine, PROMPTS[i % 3 :: 3], s, rows=range(2))) for i, s in enumerate(samplings)]
     finish(engine)
     for i, (sampling, collected) in enumerate(results):
-        expected = generate(graph, params, settings, PROMPTS[i::3], sampling, stop_ids=[NO_EOS])
+        expected = generate(graph, params, settings, PROMPTS[i % 3 :: 3], sampling, stop_ids=[NO_EOS])
         assert [one.tokens for one in collected] == expected
         assert [one.reasons for one in collected] == [["length"]] * 2
-    assert len({tuple(one.tokens) for _, collected in results for one in collected}) == 6
-
-
-@pytest.mark.parametrize(
-    ("temperature", "fields"), [(0.0, {}), (0.3, {}), (0.7, {"top_k": 5}), (1.9, {"top_p": 0.7}), (1.0, {"top_p": 0.6})]
-)
-def test_rows_are_drawn_as_by_generate(temperature, fields):
-    """Bit for bit, beside rows with other settings."""
-    sampling = Sampling(temperature=temperature, **fields)
-    logits = jax.random.normal(jax.random.key(1), (400, 50)) * 3
-    keys = jax.random.split(jax.random.key(0), 400)
-    expected = jax.jit(lambda logits, keys: draw(logits, keys, sampling))(logits, keys)
-    is_other = np.arange(400) % 2 == 1
-    column = lambda own, other, kind: jnp.asarray(np.where(is_other, other, own), kind)
-    inverse = np.float32(1) / np.float32(temperature) if temperature else 0
-    drawn = jax.jit(draw_rows)(
-        logits,
-        keys,
-        column(inverse, 0.5, jnp.float32),
-        column(sampling.top_k, 3, jnp.int32),
-        column(sampling.top_p, 0.9, jnp.float32),
-    )
-    assert (np.asarray(drawn) == np.asarray(expected))[~is_other].all()
+    assert len({tuple(one.tokens) for _, collected in results for one in collected}) == 10
 
 
 def test_a_request_ends_at_a_stop_id():
@@ -147,13 +125,14 @@ def test_a_full_queue_takes_all_of_a_request_or_nothing():
     submit(engine, [[1], [2], [3]], sampling)
 
 
-def test_requests_come_from_other_threads_until_the_engine_closes():
+def test_requests_come_from_other_threads_until_the_loop_closes():
     engine = make_engine(config())
+    loop = Loop([engine])
     one = Collected([3, 1, 4], Sampling(max_tokens=5, temperature=0))
-    one.request.on_end = lambda reason: engine.close()
+    one.request.on_end = lambda reason: loop.close()
     thread = threading.Thread(target=lambda: engine.submit([one.request]))
     thread.start()
-    engine.run()
+    loop.run()
     thread.join()
     assert len(one.tokens) == 5
 

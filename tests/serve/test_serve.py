@@ -3,38 +3,19 @@
 import concurrent.futures
 import re
 import signal
-import subprocess
 import urllib.request
 
+import numpy as np
 import openai
 import pytest
 
 from llmjax.cli import main
 from llmjax.errors import UserError
 from llmjax.inference.sampling import Sampling
-from tests import jobs
-from tests.serve.runs import BYTES, CHAT, generate_texts, write_run
+from tests.serve.runs import BYTES, CHAT, embed_texts, generate_texts, write_run
+from tests.serve.server import start, stop
 
 HELLO = [{"role": "user", "content": "hello"}]
-
-
-def start(workdir, *flags: str, **env: str) -> tuple[subprocess.Popen, str]:
-    """A server, and its address."""
-    command = [str(jobs.LLMJAX), "serve", f"--workdir={workdir}", "--port=0", *flags]
-    process = subprocess.Popen(command, env=jobs.environment(**env), stdout=subprocess.PIPE, text=True)
-    assert process.stdout
-    for line in process.stdout:
-        if found := re.match(r"serving run at (http://\S+): ", line):
-            return process, found[1]
-    raise AssertionError(f"exit {process.wait()}")
-
-
-def stop(process: subprocess.Popen, number: int) -> str:
-    """What a server prints after a signal; it must end with status 0."""
-    process.send_signal(number)
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
-    return printed
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +38,21 @@ def client(address):
 def test_completions_are_those_of_generate(client):
     """Several clients at a time, greedy and by a seed; two texts after each of two prompts."""
     ask = lambda temperature: client.completions.create(
-        model="run", prompt=["one", "two"], n=2, max_tokens=30, temperature=temperature, seed=7, top_p=0.9
+        model="run",
+        prompt=["one", "two"],
+        n=2,
+        max_tokens=30,
+        temperature=temperature,
+        seed=7,
+        top_p=0.9,
+        extra_body={"min_p": 0.01, "repetition_penalty": 1.3},
     )
     with concurrent.futures.ThreadPoolExecutor() as pool:
         results = list(pool.map(ask, [0.0, 0.8, 0.8, 0.0]))
     for result, temperature in zip(results, [0.0, 0.8, 0.8, 0.0], strict=True):
-        sampling = Sampling(max_tokens=30, temperature=temperature, seed=7, top_p=0.9)
+        sampling = Sampling(
+            max_tokens=30, temperature=temperature, seed=7, top_p=0.9, min_p=0.01, repetition_penalty=1.3
+        )
         expected = generate_texts([[BYTES.bos_id, *text.encode()] for text in ("one", "one", "two", "two")], sampling)
         assert [choice.text for choice in result.choices] == expected
         assert {choice.finish_reason for choice in result.choices} <= {"stop", "length"}
@@ -82,6 +72,17 @@ def test_a_chat_is_that_of_generate_whole_and_streamed(client):
     assert "".join(part.choices[0].delta.content for part in parts) == expected
     assert [part.choices[0].finish_reason for part in parts if part.choices[0].finish_reason] == ["length"]
     assert last.choices == [] and last.usage == whole.usage and len(parts) > 10
+
+
+def test_embeddings_are_those_of_embed(client):
+    texts = ["one", "two and three"]
+    for form in ({}, {"encoding_format": "float"}):  # by default, the client asks for base64
+        result = client.embeddings.create(model="run", input=texts, **form)
+        actual = np.array([each.embedding for each in result.data], np.float32)
+        np.testing.assert_allclose(actual, embed_texts(texts), rtol=1e-4, atol=1e-5)
+        assert result.usage.prompt_tokens == result.usage.total_tokens == 4 + 14
+    with pytest.raises(openai.BadRequestError, match="input 1 has 129 tokens"):
+        client.embeddings.create(model="run", input=["a", "a" * 128])
 
 
 def test_a_text_ends_before_a_stop_string(client):
@@ -104,6 +105,20 @@ def test_errors_reach_the_client(client, address):
         client.with_options(api_key="other").models.list()
     with urllib.request.urlopen(f"{address}/") as page:
         assert b"Chat with" in page.read() and "default-src 'none'" in page.headers["Content-Security-Policy"]
+
+
+@pytest.mark.slow
+def test_an_encoder_is_served_for_its_embeddings(tmp_path):
+    process, address = start(write_run(tmp_path / "run", "encoder", template=None), "--context=40")
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+    actual = client.embeddings.create(model="run", input=["one", "two"]).data
+    expected = embed_texts(["one", "two"], "encoder")
+    np.testing.assert_allclose([each.embedding for each in actual], expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(openai.BadRequestError, match=r"input 0 has 41 tokens, .* at most 40 are"):
+        client.embeddings.create(model="run", input="a" * 40)
+    with pytest.raises(openai.BadRequestError, match="embeds texts and does not continue them"):
+        client.completions.create(model="run", prompt="a")
+    stop(process, signal.SIGTERM)
 
 
 @pytest.mark.slow
