@@ -35,6 +35,7 @@ from llmjax.train.logger import MetricsLogger
 from llmjax.train.preemption import Preemption
 from llmjax.train.profiling import Profiler, check_profile
 from llmjax.train.program import check_program, make_program
+from llmjax.train.recompute import step_twice
 from llmjax.train.remat import resolve_remat
 from llmjax.train.store import prepare_once
 from llmjax.train.wandb_run import check_wandb, start_wandb
@@ -249,12 +250,15 @@ def run_steps(context: TrainContext, progress: Progress) -> int:
             with metrics_logger.data_timer():
                 local, data_state = next(batches)
             compiles = step == first or data_state.global_batch != size
+            recomputes = bool(config.train.recompute_every) and step % config.train.recompute_every == 0
             if compiles:
                 size = data_state.global_batch
                 compiled = program_of(size)
                 watchdog.forget_steps()
-            watchdog.enter("compile" if compiles else "step", step)
-            state, metrics = compiled.step(state, compiled.shard_batch(local))
+            # The comparison of the first step that is computed twice compiles, too.
+            watchdog.enter("compile" if compiles or recomputes else "step", step)
+            compute = functools.partial(step_twice, compiled, step=step) if recomputes else compiled.step
+            state, metrics = compute(state, compiled.shard_batch(local))
             metrics_logger.record(step, metrics)
             watchdog.enter("profile", step)
             profiler.after_step(step, state)

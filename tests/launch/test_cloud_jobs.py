@@ -238,7 +238,7 @@ def test_nodes_of_skypilot_are_preempted_and_resume_to_the_same_bits(tiny, tmp_p
             "TEXTS": tiny.texts,
             "SKYPILOT_NODE_IPS": "127.0.0.1\n127.0.0.1",
             "SKYPILOT_NUM_NODES": str(NUM_HOSTS),
-            "LLMJAX_LAUNCHER_PID": str(os.getpid()),  # all nodes are this machine, so that loopback will do
+            "LLMJAX_LOCAL_PROCESSES": str(NUM_HOSTS),  # all nodes are this machine, so that loopback will do
         }
         script = task["run"].replace(":8482", f":{free_port()}")
         return [
