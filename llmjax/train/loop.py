@@ -28,14 +28,13 @@ from llmjax.parallel.watchdog import Watchdog
 from llmjax.run import config as run_config, loading, state as states, workdir as workdirs
 from llmjax.run.config import RunConfig
 from llmjax.run.mesh_choice import choose_mesh
-from llmjax.train import best, finish, record, resume
+from llmjax.train import best, finish, recompute, record, resume
 from llmjax.train.cloud_notice import CloudNotice, check_notice
 from llmjax.train.context import Progress, TrainContext
 from llmjax.train.logger import MetricsLogger
 from llmjax.train.preemption import Preemption
 from llmjax.train.profiling import Profiler, check_profile
 from llmjax.train.program import check_program, make_program
-from llmjax.train.recompute import step_twice
 from llmjax.train.remat import resolve_remat
 from llmjax.train.store import prepare_once
 from llmjax.train.wandb_run import check_wandb, start_wandb
@@ -79,6 +78,7 @@ def train(config: RunConfig, workdir: epath.Path) -> int:
 def _check_config(config: RunConfig, workdir: epath.Path) -> None:
     """All checks that are cheap, before anything is written."""
     check_program(config)
+    recompute.check(config)
     check_profile(config.train, workdir)
     check_wandb(config.train)
     check_notice(config.train.preemption_notice)
@@ -257,7 +257,7 @@ def run_steps(context: TrainContext, progress: Progress) -> int:
                 watchdog.forget_steps()
             # The comparison of the first step that is computed twice compiles, too.
             watchdog.enter("compile" if compiles or recomputes else "step", step)
-            compute = functools.partial(step_twice, compiled, step=step) if recomputes else compiled.step
+            compute = functools.partial(recompute.step_twice, compiled, step=step) if recomputes else compiled.step
             state, metrics = compute(state, compiled.shard_batch(local))
             metrics_logger.record(step, metrics)
             watchdog.enter("profile", step)

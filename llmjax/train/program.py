@@ -17,7 +17,7 @@ from llmjax.parallel.compiler_options import compiler_options
 from llmjax.run import config as run_config
 from llmjax.run.config import RunConfig
 from llmjax.run.state import StateSpec
-from llmjax.train import fixed_tree, fixed_update, recompute
+from llmjax.train import fixed_tree, fixed_update
 from llmjax.train.step import accumulate_gradients, make_loss, train_step
 
 
@@ -41,7 +41,6 @@ def check_program(config: RunConfig) -> None:
     run_config.choose_attention(config)
     quantized.check_installed(config.model.quantization)
     fixed_tree.check(config)
-    recompute.check(config)
     if not config.train.epochs:  # else the steps are not known before the data
         schedules.make_schedule(config.optimizer, config.train.steps)
 
