@@ -170,7 +170,7 @@ def test_several_tasks_per_node_form_one_job(cluster):
 def test_the_tasks_of_a_node_take_each_gpu_once(cluster, options, gpus):
     """What Slurm lets a task see, and which of these devices llmjax takes; None: all."""
     code = (
-        "import os; from llmjax.parallel.cluster import find_job; e = os.environ; "
+        "import os; from llmjax.parallel.cluster import find_job; e = {**os.environ, 'JAX_PLATFORMS': ''}; "
         "print([e['SLURMD_NODENAME'], e['CUDA_VISIBLE_DEVICES'], find_job(e).local_device_ids])"
     )
     printed = cluster.run("srun", "--nodes=2", *options, sys.executable, "-c", code)
