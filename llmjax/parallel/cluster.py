@@ -176,7 +176,12 @@ def _share_of_gpus(
     Raises UserError where the GPUs cannot be divided evenly.
     """
     seen = _visible_gpus(environment)
-    if processes == 1 or seen == 0 or "JAX_LOCAL_DEVICE_IDS" in environment or environment.get("JAX_PLATFORMS") == "cpu":
+    if (
+        processes == 1
+        or seen == 0
+        or "JAX_LOCAL_DEVICE_IDS" in environment
+        or environment.get("JAX_PLATFORMS") == "cpu"
+    ):
         return None
     on_host = on_host or seen or _count_gpus() or processes
     share, rest = divmod(on_host, processes)
@@ -189,10 +194,12 @@ def _share_of_gpus(
 
 
 def _visible_gpus(environment: Environment) -> int | None:
-    """How many GPUs CUDA_VISIBLE_DEVICES, or ROCR_VISIBLE_DEVICES, lets this process see; None where neither is set."""
+    """How many GPUs CUDA_VISIBLE_DEVICES or ROCR_VISIBLE_DEVICES lets this process see; None where neither is set."""
     visible = environment.get("CUDA_VISIBLE_DEVICES", environment.get("ROCR_VISIBLE_DEVICES"))
     # Slurm writes NoDevFiles in a job without GPUs.
-    return None if visible is None else len([name for name in visible.split(",") if name not in ("", "-1", "NoDevFiles")])
+    return (
+        None if visible is None else len([name for name in visible.split(",") if name not in ("", "-1", "NoDevFiles")])
+    )
 
 
 def _count_gpus() -> int:

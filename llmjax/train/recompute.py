@@ -19,10 +19,9 @@ def check(config: RunConfig) -> None:
     flags = f"{os.environ.get('XLA_FLAGS', '')} {dict(config.xla.flags)}"
     if config.train.recompute_every and platform == "gpu" and _DETERMINISTIC not in flags:
         raise UserError(
-            f"train.recompute_every={config.train.recompute_every}: on GPUs, sums by atomic additions differ each time; "
+            f"train.recompute_every={config.train.recompute_every}: on GPUs, sums by atomic additions differ; "
             f"set the environment variable XLA_FLAGS=--{_DETERMINISTIC}=true, which is slower, or recompute_every=0"
         )
-
 
 
 def step_twice(compiled: CompiledStep, state: Any, batch: Any, step: int) -> tuple[Any, dict]:

@@ -32,6 +32,7 @@ GresTypes=gpu
 MpiDefault=none
 ReturnToService=2
 KillWait=10
+MessageTimeout=60
 SlurmdParameters=config_overrides
 SlurmctldParameters=enable_configless
 AccountingStorageType=accounting_storage/none

@@ -55,10 +55,10 @@ def test_one_wrong_bit_in_either_result_names_the_device(trainer, faulty_call):
 
     with axes.use_mesh(trainer.mesh):
         state, rows = recompute._copy(trainer.state), compiled.shard_batch(batch(7))
-        with pytest.raises(HardwareError, match="step 7 was computed twice, .*: device 5 of process 0; nothing is"):
+        with pytest.raises(HardwareError, match=r"step 7 was computed twice, .*: device 5 of process 0; nothing is"):
             recompute.step_twice(dataclasses.replace(compiled, step=faulty_step), state, rows, 7)
 
 
 def test_a_negative_number_of_steps_is_refused():
-    with pytest.raises(UserError, match="train.recompute_every=-1: must not be negative"):
+    with pytest.raises(UserError, match=r"train\.recompute_every=-1: must not be negative"):
         RunConfig(train=TrainConfig(recompute_every=-1))
