@@ -187,8 +187,8 @@ def _share_of_gpus(
     share, rest = divmod(on_host, processes)
     if rest or not share:
         raise UserError(
-            f"{processes} processes on this host share {on_host} GPUs: start one process per GPU ({on_host}) or one per "
-            "host; under Slurm, --ntasks-per-node is their number"
+            f"{processes} processes on this host share {on_host} GPUs: start one process per GPU ({on_host}) or one "
+            "per host; under Slurm, --ntasks-per-node is their number"
         )
     return tuple(range(local * share, (local + 1) * share))
 
