@@ -115,9 +115,8 @@ def test_a_killed_task_and_the_time_limit_change_no_bit(cluster, tmp_path):
         command = jobs.launch(jobs.command("train", unbroken, corpus, **changes), 2, 1)
         reference = pool.submit(jobs.run, command, **fast)
         job.start_again(2, "TimeLimit=60")
+        job.wait_for("COMPLETED")
         reference.result()
-
-    job.wait_for("COMPLETED")
     printed = job.printed()
     assert "job of 2 processes: Slurm step" in printed and "on n[1-2], coordinator n1:" in printed
     assert re.search(r"train.sbatch: exit status (137|143|75|1): requeue", printed), printed
