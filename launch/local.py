@@ -22,7 +22,8 @@ Runs a command as one job of several processes on this machine:
 
   launch/local.py --processes=2 --devices=4 -- llmjax train --config=configs/quickstart.py --workdir=runs/two
 
-Every process gets LLMJAX_COORDINATOR, LLMJAX_NUM_PROCESSES and LLMJAX_PROCESS_ID; its lines begin with [p0], [p1], ...
+Every process gets LLMJAX_COORDINATOR, LLMJAX_NUM_PROCESSES, LLMJAX_PROCESS_ID and LLMJAX_LOCAL_PROCESSES; its lines
+begin with [p0], [p1], ... The processes divide the GPUs of this machine evenly.
 With --devices=M each process emulates M CPU devices (JAX_PLATFORMS=cpu), so that 2 x 4 devices form a mesh of 8.
 Without --processes the command runs once, as a process of the job that its environment describes (a TPU slice, or
 variables set by hand): then this program only passes signals on and restarts the command.
@@ -154,6 +155,7 @@ class Job:
                 "LLMJAX_COORDINATOR": coordinator,
                 "LLMJAX_NUM_PROCESSES": str(self.options.processes),
                 "LLMJAX_PROCESS_ID": str(index),
+                "LLMJAX_LOCAL_PROCESSES": str(self.options.processes),  # they divide the GPUs of this machine
             }
             environment.pop("JAX_COORDINATOR_BIND_ADDRESS", None)  # of another coordinator
         if self.options.devices:

@@ -34,6 +34,10 @@ TINY = {
 }
 
 
+# Starts that share a folder of compiled programs compile nothing again, however fast a program compiles.
+CACHE_ALL_PROGRAMS = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+
 def write_corpus(folder: pathlib.Path, documents: int = 60) -> pathlib.Path:
     """A folder of text files cut from this repository's own tests and sources, with a few thousand bytes each."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,3 +109,8 @@ def checkpoints(workdir: pathlib.Path) -> dict[int, dict]:
 def trace(workdir: pathlib.Path) -> list[tuple]:
     """(step, loss, batch digest, gradient norm) of every step, which must repeat bit for bit."""
     return [(line["step"], line["loss"], line["batch_digest"], line["grad_norm"]) for line in metrics(workdir)]
+
+
+def final_fingerprint(workdir: pathlib.Path, step: int) -> str:
+    """The fingerprint of parameters and optimizer state at the end of a run, which its evaluation records."""
+    return json.loads((workdir / "eval" / str(step) / "validation.json").read_text())["fingerprint"]

@@ -32,14 +32,32 @@ def check_replicas(tree: Any) -> None:
         return
     totals = np.asarray(_add_and_gather(mesh)(list(sums.values())))
     odd = sorted({index for axes, total in zip(sums, totals, strict=True) for index in _odd_devices(mesh, axes, total)})
-    if odd:
-        hosts.barrier("copies differ")  # the end of a process would break the collective of one that still reads
-        devices = [mesh.devices.flat[index] for index in odd]
-        names = ", ".join(f"device {device.id} of process {device.process_index}" for device in devices)
-        raise HardwareError(
-            f"the copies of the training state differ: {names}; nothing is saved. Examine the hardware, or leave these "
-            "devices out; rerun the same command to resume from the newest checkpoint"
-        )
+    raise_on_differences(odd, "the copies of the training state differ")
+
+
+def device_digests(tree: Any) -> np.ndarray:
+    """uint32 [devices of the mesh, in its order]: a hash of the parts of all arrays that each device holds.
+
+    tree   arrays with shardings of the mesh of `use_mesh`
+    A collective, as `check_replicas`.
+    """
+    mesh = jax.sharding.get_mesh()
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    sums = [_device_sums(mesh, leaf.sharding.spec)(seed_of(path), leaf) for path, leaf in leaves]
+    return np.asarray(_add_and_gather(mesh)([sums]))[0]
+
+
+def raise_on_differences(odd: list[int], problem: str) -> None:
+    """Raise HardwareError that names the devices with these flat indices in the mesh, if any. All processes call it."""
+    if not odd:
+        return
+    hosts.barrier("bits differ")  # the end of a process would break the collective of one that still reads
+    devices = [jax.sharding.get_mesh().devices.flat[index] for index in odd]
+    names = ", ".join(f"device {device.id} of process {device.process_index}" for device in devices)
+    raise HardwareError(
+        f"{problem}: {names}; nothing is saved. Examine the hardware, or leave these devices out; rerun the same "
+        "command to resume from the newest checkpoint"
+    )
 
 
 def _replica_axes(spec: P, mesh: Mesh) -> tuple[str, ...]:

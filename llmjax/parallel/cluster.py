@@ -45,7 +45,8 @@ class Job:
 def find_job(environment: Environment, read_metadata: Callable[[str], str] | None = None) -> Job:
     """The job that the environment describes.
 
-    In this order: LLMJAX_COORDINATOR, LLMJAX_NUM_PROCESSES and LLMJAX_PROCESS_ID, which flags of the command line set;
+    In this order: LLMJAX_COORDINATOR, LLMJAX_NUM_PROCESSES and LLMJAX_PROCESS_ID, which flags of the command line set
+    (where LLMJAX_LOCAL_PROCESSES of them run on each host, they divide its GPUs);
     a step of several tasks that srun started; a TPU slice on GKE; a TPU slice on Compute Engine; this process alone.
     With LLMJAX_DISTRIBUTED=off only the first counts.
 
@@ -108,13 +109,16 @@ def _from_variables(environment: Environment) -> Job | None:
         raise UserError(f"LLMJAX_COORDINATOR={coordinator!r}: expected host:port, the address of process 0")
     if index >= count:
         raise UserError(f"LLMJAX_PROCESS_ID={index}: must be below LLMJAX_NUM_PROCESSES={count}")
-    hosts = 1 if "LLMJAX_LAUNCHER_PID" in environment else _count_hosts(environment)
+    local = read_number(environment, "LLMJAX_LOCAL_PROCESSES", 1)
+    if count % local:
+        raise UserError(f"LLMJAX_LOCAL_PROCESSES={local}: LLMJAX_NUM_PROCESSES={count} must be a multiple of it")
+    hosts = 1 if local == count else _count_hosts(environment)
     if count > 1 and hosts > 1 and is_loopback(split_address(coordinator)[0]):
         raise UserError(
             f"LLMJAX_COORDINATOR={coordinator!r}: the job has {hosts} hosts, and no other host can reach this address; "
             "set it to a name or an address of the host of process 0"
         )
-    return Job("LLMJAX_* variables", coordinator, count, index)
+    return Job("LLMJAX_* variables", coordinator, count, index, _share_of_gpus(environment, local, index % local))
 
 
 def _count_hosts(environment: Environment) -> int:
@@ -153,23 +157,54 @@ def first_node(nodes: str) -> str:
 
 
 def _slurm_gpus(environment: Environment) -> tuple[int, ...] | None:
-    """The GPUs of this task: its share of those of the node, unless it has the node alone or Slurm has chosen them."""
-    tasks = _tasks_on_this_node(environment)
-    if tasks == 1 or "JAX_LOCAL_DEVICE_IDS" in environment or environment.get("JAX_PLATFORMS") == "cpu":
+    """The GPUs of this task among those it sees; None: all of them."""
+    on_node = read_number(environment, "SLURM_GPUS_ON_NODE")
+    seen = _visible_gpus(environment)
+    if seen and on_node and seen < on_node:  # as with --gpus-per-task: each task sees its own GPUs only
         return None
     local = read_number(environment, "SLURM_LOCALID", 0, least=0)
-    visible = environment.get("CUDA_VISIBLE_DEVICES", environment.get("ROCR_VISIBLE_DEVICES", ""))
-    seen = len([name for name in visible.split(",") if name])
-    on_node = read_number(environment, "SLURM_GPUS_ON_NODE", seen or tasks)
-    if 0 < seen < on_node:  # as with --gpus-per-task: each task sees its own GPUs only
+    return _share_of_gpus(environment, _tasks_on_this_node(environment), local, on_node)
+
+
+def _share_of_gpus(
+    environment: Environment, processes: int, local: int, on_host: int | None = None
+) -> tuple[int, ...] | None:
+    """The GPUs of process `local` of the `processes` on this host, which divide its GPUs; None: all that it sees.
+
+    on_host   GPUs of this host; None: those that CUDA_VISIBLE_DEVICES names, else those in /dev, else one a process
+
+    Raises UserError where the GPUs cannot be divided evenly.
+    """
+    seen = _visible_gpus(environment)
+    if (
+        processes == 1
+        or seen == 0
+        or "JAX_LOCAL_DEVICE_IDS" in environment
+        or environment.get("JAX_PLATFORMS") == "cpu"
+    ):
         return None
-    share, rest = divmod(on_node, tasks)
+    on_host = on_host or seen or _count_gpus() or processes
+    share, rest = divmod(on_host, processes)
     if rest or not share:
         raise UserError(
-            f"{tasks} Slurm tasks on this node share {on_node} GPUs: start one task per GPU (--ntasks-per-node="
-            f"{on_node}) or one per node (--ntasks-per-node=1)"
+            f"{processes} processes on this host share {on_host} GPUs: start one process per GPU ({on_host}) or one "
+            "per host; under Slurm, --ntasks-per-node is their number"
         )
     return tuple(range(local * share, (local + 1) * share))
+
+
+def _visible_gpus(environment: Environment) -> int | None:
+    """How many GPUs CUDA_VISIBLE_DEVICES or ROCR_VISIBLE_DEVICES lets this process see; None where neither is set."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES", environment.get("ROCR_VISIBLE_DEVICES"))
+    # Slurm writes NoDevFiles in a job without GPUs.
+    return (
+        None if visible is None else len([name for name in visible.split(",") if name not in ("", "-1", "NoDevFiles")])
+    )
+
+
+def _count_gpus() -> int:
+    """NVIDIA's GPUs of this host."""
+    return len(glob.glob("/dev/nvidia[0-9]*"))
 
 
 def _tasks_on_this_node(environment: Environment) -> int:

@@ -2,13 +2,16 @@
 
 import importlib
 import logging
+import os
 import types
 from typing import Any
 
 import jax
 
 logger = logging.getLogger(__name__)
-_MIN_COMPILE_SECONDS = 0.2  # programs that compile faster are not worth a file
+# Programs that compile faster are not worth a file, which may be an object of a bucket. JAX reads this variable, too.
+_MIN_COMPILE_SECONDS = 0.2
+_MIN_COMPILE_VARIABLE = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 
 
 def enable(folder: str, cpu_threads: int) -> None:
@@ -23,7 +26,8 @@ def enable(folder: str, cpu_threads: int) -> None:
         logger.warning("no compilation cache: the process index of jax %s was not found", jax.__version__)
         return
     jax.config.update("jax_compilation_cache_dir", f"{folder}/cpu_threads_{cpu_threads}")
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS)
+    if _MIN_COMPILE_VARIABLE not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS)
 
 
 def _write_on_every_process() -> bool:

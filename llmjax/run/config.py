@@ -42,6 +42,8 @@ class TrainConfig:
     max_skipped   consecutive bad steps after which the run stops with exit status 76 (diverged): those that are not
                   finite, which are skipped, and those whose loss is too high
     max_loss_rise  nats by which a loss may exceed the lowest median of 32 steps; 0: any loss is accepted
+    recompute_every  steps between two that are computed twice, in the memory of a second training state; results that
+                  differ in a bit end the run with exit status 77 (hardware suspected); 0: none
     compilation_cache  folder of compiled programs, reused by the next start; "": WORKDIR/compilation_cache; "off": none
     profile       (first step, number of steps) to trace with the JAX profiler, into WORKDIR/profile; (): none
     preemption_notice  "gce": save and stop when Google Compute Engine announces that it will stop the machine, for a
@@ -60,6 +62,7 @@ class TrainConfig:
     log_every: int = 10
     max_skipped: int = 100
     max_loss_rise: float = 3.0
+    recompute_every: int = 0
     compilation_cache: str = ""
     profile: tuple = ()
     preemption_notice: str = ""
@@ -111,7 +114,7 @@ _POSITIVE = {
 }
 _NOT_NEGATIVE = {
     "data": ("workers", "max_bad_fraction"),
-    "train": ("stop_at", "z_loss", "epochs", "max_loss_rise"),
+    "train": ("stop_at", "z_loss", "epochs", "max_loss_rise", "recompute_every"),
     "checkpoint": ("keep_every",),
     "eval": ("every", "batch", "stop_after"),
 }

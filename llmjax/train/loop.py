@@ -28,7 +28,7 @@ from llmjax.parallel.watchdog import Watchdog
 from llmjax.run import config as run_config, loading, state as states, workdir as workdirs
 from llmjax.run.config import RunConfig
 from llmjax.run.mesh_choice import choose_mesh
-from llmjax.train import best, finish, record, resume
+from llmjax.train import best, finish, recompute, record, resume
 from llmjax.train.cloud_notice import CloudNotice, check_notice
 from llmjax.train.context import Progress, TrainContext
 from llmjax.train.logger import MetricsLogger
@@ -78,6 +78,7 @@ def train(config: RunConfig, workdir: epath.Path) -> int:
 def _check_config(config: RunConfig, workdir: epath.Path) -> None:
     """All checks that are cheap, before anything is written."""
     check_program(config)
+    recompute.check(config)
     check_profile(config.train, workdir)
     check_wandb(config.train)
     check_notice(config.train.preemption_notice)
@@ -249,12 +250,15 @@ def run_steps(context: TrainContext, progress: Progress) -> int:
             with metrics_logger.data_timer():
                 local, data_state = next(batches)
             compiles = step == first or data_state.global_batch != size
+            recomputes = bool(config.train.recompute_every) and step % config.train.recompute_every == 0
             if compiles:
                 size = data_state.global_batch
                 compiled = program_of(size)
                 watchdog.forget_steps()
-            watchdog.enter("compile" if compiles else "step", step)
-            state, metrics = compiled.step(state, compiled.shard_batch(local))
+            # The comparison of the first step that is computed twice compiles, too.
+            watchdog.enter("compile" if compiles or recomputes else "step", step)
+            compute = functools.partial(recompute.step_twice, compiled, step=step) if recomputes else compiled.step
+            state, metrics = compute(state, compiled.shard_batch(local))
             metrics_logger.record(step, metrics)
             watchdog.enter("profile", step)
             profiler.after_step(step, state)

@@ -24,10 +24,10 @@ pytestmark = [
     pytest.mark.multiprocess,
     pytest.mark.skipif(sys.platform != "linux", reason="the hosts are Linux machines"),
 ]
-STEPS = 40
+STEPS, SAVE_EVERY = 40, 8
 NUM_HOSTS = 2
-# llmjax, of which one process is killed at a step of the first start, and gets SIGTERM at one of the second. At step 10
-# the checkpoint of step 4 is complete: the save of step 8 waited for it.
+# llmjax, of which one process is killed at a step of the first start, and gets SIGTERM at one of the second. At step 18
+# the checkpoint of step 8 is complete: the save of step 16 waited for it.
 INTERRUPTED = """
 import os, pathlib, signal, sys, time
 from llmjax.cli import main
@@ -38,13 +38,13 @@ record, signals = MetricsLogger.record, {}
 if os.environ["LLMJAX_PROCESS_ID"] == victim:
     with starts.open("a") as file:
         file.write("x")
-    signals = {1: {10: signal.SIGKILL}, 2: {20: signal.SIGTERM}}.get(len(starts.read_text()), {})
+    signals = {1: {18: signal.SIGKILL}, 2: {26: signal.SIGTERM}}.get(len(starts.read_text()), {})
 
 def record_and_stop(logger, step, metrics):
     record(logger, step, metrics)
     if signals and step >= min(signals):
         os.kill(os.getpid(), signals.pop(min(signals)))
-        record_and_stop.pause = 0.5
+        record_and_stop.pause = 0.2
     time.sleep(record_and_stop.pause)  # JAX needs some time to agree on the step to stop at
 
 record_and_stop.pause = 0
@@ -75,10 +75,18 @@ class TinyJob:
         corpus = jobs.write_corpus(folder / "corpus")
         self.texts = f"{corpus}/*.txt"
         compiled = folder / "compiled"  # shared, as the workdir of a run shares it with its restarts
-        changes = {"data.sources.main.path": self.texts, "data.store": str(self.store), "train.steps": STEPS}
-        write_config(self.config, {**jobs.TINY, **changes, "train.compilation_cache": str(compiled)})
+        changes = {
+            "data.sources.main.path": self.texts,
+            "data.store": str(self.store),
+            "model.num_layers": 1,
+            "train.steps": STEPS,
+            "checkpoint.every": SAVE_EVERY,
+            "train.compilation_cache": str(compiled),
+        }
+        write_config(self.config, {**jobs.TINY, **changes})
         # XLA_FLAGS of the tests compile fast; they change the bits of all runs alike.
-        self.environment = {"LLMJAX_CPU_DEVICES": "2", "XLA_FLAGS": os.environ["XLA_FLAGS"]}
+        flags = {"LLMJAX_CPU_DEVICES": "2", "XLA_FLAGS": os.environ["XLA_FLAGS"]}
+        self.environment = {**flags, **jobs.CACHE_ALL_PROGRAMS}
         workdir = folder / "unbroken"
         jobs.run(jobs.launch(self.command(workdir), NUM_HOSTS, 2), **self.environment)
         self._unbroken = self._result(workdir)
@@ -92,8 +100,7 @@ class TinyJob:
         return [sys.executable, "-c", INTERRUPTED, *arguments, str(victim), str(workdir.with_name("starts"))]
 
     def _result(self, workdir: pathlib.Path) -> tuple:
-        steps = {step: entry["fingerprint"] for step, entry in jobs.checkpoints(workdir).items()}
-        return jobs.trace(workdir), steps[STEPS]
+        return jobs.trace(workdir), jobs.final_fingerprint(workdir, STEPS)
 
     def assert_equals_unbroken(self, workdir: pathlib.Path) -> None:
         assert self._result(workdir) == self._unbroken
@@ -163,7 +170,7 @@ def test_tpu_vms_are_killed_and_preempted_and_end_with_the_same_bits(tiny, tmp_p
 def next_checkpoint(workdir: pathlib.Path) -> pathlib.Path:
     """The folder of the next checkpoint of a run."""
     newest = max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
-    return workdir / "checkpoints" / str((newest // 4 + 1) * 4)
+    return workdir / "checkpoints" / str((newest // SAVE_EVERY + 1) * SAVE_EVERY)
 
 
 def pods(manifest: dict, tpu: bool) -> list[Start]:
@@ -214,7 +221,7 @@ def test_a_jobset_is_preempted_on_slices_and_killed_on_hosts_and_ends_with_the_s
 
     slices = starts(True, "--topology=v6e:2x2", "--slices=2")
     assert len(slices) == NUM_HOSTS
-    assert run_hosts(slices, tmp_path, (signal.SIGTERM, workdir / "checkpoints" / "4")) == [85, 85]
+    assert run_hosts(slices, tmp_path, (signal.SIGTERM, workdir / "checkpoints" / str(SAVE_EVERY))) == [85, 85]
     survivor, killed = run_hosts(starts(False, "--hosts=2"), tmp_path, (signal.SIGKILL, next_checkpoint(workdir)))
     assert (survivor, killed) == (75, -signal.SIGKILL)
     assert run_hosts(starts(False, "--hosts=2"), tmp_path) == [0, 0]
@@ -238,7 +245,7 @@ def test_nodes_of_skypilot_are_preempted_and_resume_to_the_same_bits(tiny, tmp_p
             "TEXTS": tiny.texts,
             "SKYPILOT_NODE_IPS": "127.0.0.1\n127.0.0.1",
             "SKYPILOT_NUM_NODES": str(NUM_HOSTS),
-            "LLMJAX_LAUNCHER_PID": str(os.getpid()),  # all nodes are this machine, so that loopback will do
+            "LLMJAX_LOCAL_PROCESSES": str(NUM_HOSTS),  # all nodes are this machine, so that loopback will do
         }
         script = task["run"].replace(":8482", f":{free_port()}")
         return [
@@ -246,7 +253,7 @@ def test_nodes_of_skypilot_are_preempted_and_resume_to_the_same_bits(tiny, tmp_p
             for rank in range(NUM_HOSTS)
         ]
 
-    assert run_hosts(starts(), home, (signal.SIGTERM, workdir / "checkpoints" / "4")) == [85, 85]
+    assert run_hosts(starts(), home, (signal.SIGTERM, workdir / "checkpoints" / str(SAVE_EVERY))) == [85, 85]
     assert run_hosts(starts(), home) == [0, 0]
     tiny.assert_equals_unbroken(workdir)
 

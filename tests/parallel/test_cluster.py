@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from llmjax.errors import UserError
+from llmjax.parallel import cluster
 from llmjax.parallel.cluster import Job, find_job, first_node, read_instance_metadata
 
 EXPLICIT = {"LLMJAX_COORDINATOR": "a:1", "LLMJAX_NUM_PROCESSES": "2", "LLMJAX_PROCESS_ID": "1"}
@@ -86,6 +87,8 @@ def test_the_first_node_of_a_list(nodes, first):
         ({"CUDA_VISIBLE_DEVICES": "0,1"}, (1,)),
         ({"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_GPUS_ON_NODE": "4"}, (2, 3)),
         ({"CUDA_VISIBLE_DEVICES": "0", "SLURM_GPUS_ON_NODE": "2"}, None),  # Slurm has chosen: --gpus-per-task
+        ({"CUDA_VISIBLE_DEVICES": "MIG-a,MIG-b,MIG-c,MIG-d"}, (2, 3)),
+        ({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, None),  # a job without GPUs
         ({"JAX_LOCAL_DEVICE_IDS": "0"}, None),
         ({"SLURM_GPUS_ON_NODE": "3", "JAX_PLATFORMS": "cpu"}, None),
         ({"SLURM_STEP_TASKS_PER_NODE": "1,4", "SLURM_LOCALID": "3", "SLURM_GPUS_ON_NODE": "4"}, (3,)),
@@ -93,6 +96,36 @@ def test_the_first_node_of_a_list(nodes, first):
 )
 def test_slurm_tasks_of_a_node_share_its_gpus(changes, gpus):
     assert find_job({**SLURM, **changes}).local_device_ids == gpus
+
+
+@pytest.mark.parametrize("option", [{}, {"SLURM_GPUS_ON_NODE": "8"}, {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}])
+@pytest.mark.parametrize("tasks", [1, 2, 4, 8])
+def test_the_tasks_of_a_slurm_node_take_each_gpu_once(monkeypatch, tasks, option):
+    """Two nodes of eight GPUs, with the variables that Slurm sets for each task of a step."""
+    monkeypatch.setattr(cluster, "_count_gpus", lambda: 8)
+    for node in range(2):
+        taken = []
+        for local in range(tasks):
+            variables = {
+                **SLURM,
+                "SLURM_STEP_NUM_TASKS": str(2 * tasks),
+                "SLURM_STEP_TASKS_PER_NODE": f"{tasks}(x2)",
+                "SLURM_PROCID": str(node * tasks + local),
+                "SLURM_NODEID": str(node),
+                "SLURM_LOCALID": str(local),
+            }
+            ids = find_job({**variables, **option}).local_device_ids
+            taken += range(8) if ids is None else ids
+        assert sorted(taken) == list(range(8))
+
+
+@pytest.mark.parametrize(("local", "gpus"), [(2, [(0, 1), (2, 3)] * 2), (4, [(0,), (1,), (2,), (3,)]), (1, [None] * 4)])
+def test_processes_of_a_host_share_its_gpus(monkeypatch, local, gpus):
+    """As launch/local.py starts them, or another launcher on several hosts."""
+    monkeypatch.setattr(cluster, "_count_gpus", lambda: 4)
+    variables = {**EXPLICIT, "LLMJAX_NUM_PROCESSES": "4", "LLMJAX_LOCAL_PROCESSES": str(local)}
+    jobs = [find_job({**variables, "LLMJAX_PROCESS_ID": str(index)}) for index in range(4)]
+    assert [job.local_device_ids for job in jobs] == gpus
 
 
 def test_gke_slices_are_numbered_one_after_the_other():
@@ -145,7 +178,8 @@ def test_the_metadata_server_is_asked_for_attributes():
         ({**EXPLICIT, "LLMJAX_COORDINATOR": "h"}, "LLMJAX_COORDINATOR='h': expected host:port"),
         ({**EXPLICIT, "LLMJAX_COORDINATOR": "h:70000"}, "LLMJAX_COORDINATOR='h:70000': expected host:port"),
         ({**EXPLICIT, "LLMJAX_PROCESS_ID": "2"}, "LLMJAX_PROCESS_ID=2: must be below LLMJAX_NUM_PROCESSES=2"),
-        ({**SLURM, "SLURM_GPUS_ON_NODE": "3"}, "2 Slurm tasks on this node share 3 GPUs"),
+        ({**SLURM, "SLURM_GPUS_ON_NODE": "3"}, "2 processes on this host share 3 GPUs"),
+        ({**EXPLICIT, "LLMJAX_LOCAL_PROCESSES": "3"}, "LLMJAX_NUM_PROCESSES=2 must be a multiple of it"),
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, "TPU_WORKER_ID is not"),
         ({**GKE, "TPU_WORKER_ID": "2"}, "host 2 of 2 in slice 0 of 1 cannot be"),
         ({**GKE, "MEGASCALE_NUM_SLICES": "many"}, "MEGASCALE_NUM_SLICES='many': expected an integer"),
@@ -163,4 +197,4 @@ def test_a_loopback_coordinator_is_refused_in_a_job_of_several_hosts(coordinator
     with pytest.raises(UserError, match="the job has 2 hosts, and no other host can reach this address"):
         find_job({**variables, **cluster})
     assert find_job(variables).coordinator == coordinator
-    assert find_job({**variables, **cluster, "LLMJAX_LAUNCHER_PID": "1"}).coordinator == coordinator
+    assert find_job({**variables, **cluster, "LLMJAX_LOCAL_PROCESSES": "2"}).coordinator == coordinator

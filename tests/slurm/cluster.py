@@ -27,9 +27,12 @@ SlurmctldPort={ports[0]}
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
+SchedulerParameters=sched_interval=1,bf_interval=1
+GresTypes=gpu
 MpiDefault=none
 ReturnToService=2
 KillWait=10
+MessageTimeout=60
 SlurmdParameters=config_overrides
 SlurmctldParameters=enable_configless
 AccountingStorageType=accounting_storage/none
@@ -40,8 +43,8 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=2000
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=2000
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=2000 Gres=gpu:2
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=2000 Gres=gpu:2
 PartitionName=all Nodes=n1,n2 Default=YES MaxTime=60 State=UP
 """
 
@@ -90,6 +93,9 @@ class Cluster:
         (self.folder / "slurm.conf").write_text(
             CONFIG.format(folder=self.folder, ports=free_ports(3), host=host.partition(".")[0])
         )
+        # Slurm allocates these devices as GPUs, and sets the variables of each task. It opens none.
+        devices = "".join(f"NodeName=n[1-2] Name=gpu File={device}\n" for device in ("/dev/null", "/dev/zero"))
+        (self.folder / "gres.conf").write_text(devices)
         (self.folder / "hosts").write_text(f"127.0.0.1 localhost n1 n2 {host}\n")
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(128))

@@ -1,5 +1,7 @@
 """launch/slurm/train.sbatch on a real cluster of two nodes: a killed task, the time limit, statuses of no restart."""
 
+import ast
+from concurrent import futures
 import os
 import pathlib
 import re
@@ -85,11 +87,11 @@ main.main()
 @pytest.mark.timeout(600)
 def test_a_killed_task_and_the_time_limit_change_no_bit(cluster, tmp_path):
     """kill -9 of a task, then SIGTERM before the time limit: each is requeued; the run equals an unbroken one."""
-    corpus, fast = jobs.write_corpus(tmp_path / "corpus"), {"XLA_FLAGS": os.environ["XLA_FLAGS"]}
-    changes = {"train__steps": 40, "data__store": tmp_path / "store"}
+    corpus = jobs.write_corpus(tmp_path / "corpus")
+    fast = {"XLA_FLAGS": os.environ["XLA_FLAGS"], **jobs.CACHE_ALL_PROGRAMS}
+    folders = {"data__store": tmp_path / "store", "train__compilation_cache": tmp_path / "compiled"}
+    changes = {"train__steps": 40, "model__num_layers": 1, **folders}
     unbroken, workdir, pids = tmp_path / "unbroken", tmp_path / "run", tmp_path / "pids"
-    jobs.run(jobs.launch(jobs.command("train", unbroken, corpus, **changes), 2, 1), **fast)
-
     pids.mkdir()
     arguments = jobs.command("train", workdir, corpus, **changes)[1:]
     job = Submitted(
@@ -109,16 +111,18 @@ def test_a_killed_task_and_the_time_limit_change_no_bit(cluster, tmp_path):
     wait_until(lambda: len(jobs.metrics(workdir)) > steps_before, job.printed)
     # Slurm compares times about every half minute; with this limit the signal is due.
     cluster.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=5")
-    job.start_again(2, "TimeLimit=60")
-
-    job.wait_for("COMPLETED")
+    with futures.ThreadPoolExecutor() as pool:  # meanwhile
+        command = jobs.launch(jobs.command("train", unbroken, corpus, **changes), 2, 1)
+        reference = pool.submit(jobs.run, command, **fast)
+        job.start_again(2, "TimeLimit=60")
+        job.wait_for("COMPLETED")
+        reference.result()
     printed = job.printed()
     assert "job of 2 processes: Slurm step" in printed and "on n[1-2], coordinator n1:" in printed
     assert re.search(r"train.sbatch: exit status (137|143|75|1): requeue", printed), printed
     assert "stop requested: step" in printed and "train.sbatch: exit status 85: requeue" in printed
     assert jobs.trace(workdir) == jobs.trace(unbroken)
-    ends = [jobs.checkpoints(folder)[40]["fingerprint"] for folder in (workdir, unbroken)]
-    assert ends[0] == ends[1]
+    assert jobs.final_fingerprint(workdir, 40) == jobs.final_fingerprint(unbroken, 40)
 
 
 def test_bad_input_is_not_requeued(cluster, tmp_path):
@@ -151,6 +155,26 @@ def test_several_tasks_per_node_form_one_job(cluster):
     assert sorted(line for line in printed.splitlines() if line[0].isdigit()) == [
         f"{index} ['0', '1', '2', '3']" for index in range(4)
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "gpus"),
+    [
+        (["--ntasks-per-node=2", "--gpus-per-node=2"], [["0,1", (0,)], ["0,1", (1,)]]),
+        (["--ntasks-per-node=2", "--gpus-per-task=1"], [["0", None], ["1", None]]),
+        (["--ntasks-per-node=1", "--gpus-per-node=2"], [["0,1", None]]),
+    ],
+    ids=["task per GPU", "GPUs per task", "task per node"],
+)
+def test_the_tasks_of_a_node_take_each_gpu_once(cluster, options, gpus):
+    """What Slurm lets a task see, and which of these devices llmjax takes; None: all."""
+    code = (
+        "import os; from llmjax.parallel.cluster import find_job; e = {**os.environ, 'JAX_PLATFORMS': ''}; "
+        "print([e['SLURMD_NODENAME'], e['CUDA_VISIBLE_DEVICES'], find_job(e).local_device_ids])"
+    )
+    printed = cluster.run("srun", "--nodes=2", *options, sys.executable, "-c", code)
+    found = sorted(map(ast.literal_eval, printed.splitlines()), key=str)
+    assert found == [[node, *task] for node in ("n1", "n2") for task in gpus]
 
 
 def test_a_cancelled_job_is_not_requeued(cluster, tmp_path):

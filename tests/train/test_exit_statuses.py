@@ -1,4 +1,4 @@
-"""Training that cannot go on: exit status 76 after a real divergence, 77 after a real difference between replicas."""
+"""Training that cannot go on: exit status 76 after a real divergence, 77 after wrong bits on one device."""
 
 import os
 import pathlib
@@ -10,7 +10,7 @@ from tests import jobs
 
 FLAGS = {"XLA_FLAGS": os.environ["XLA_FLAGS"]}  # of the tests: they compile fast, and the bits do not matter here
 
-# In the sixth step, one device of process 1 gets a wrong bit in each of its parameters.
+# The sixth time that the step is computed, one device of process 1 gets a wrong bit in each of its parameters.
 WORKER = """
 import dataclasses, os
 import jax
@@ -61,15 +61,23 @@ def test_a_loss_that_stays_far_above_its_best_ends_the_run(tmp_path, corpus):
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_a_wrong_bit_on_one_device_ends_the_run_before_it_is_saved(tmp_path, corpus):
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"mesh__data": 4}, "the copies of the training state differ"),  # before the save of step 8
+        ({"mesh__fsdp": 4, "train__recompute_every": 5}, "step 5 was computed twice, with different results"),
+    ],
+    ids=["copies", "recomputed"],
+)
+def test_a_wrong_bit_on_one_device_ends_the_run_before_it_is_saved(tmp_path, corpus, changes, problem):
     workdir = tmp_path / "run"
     _, *arguments = jobs.command(
-        "train", workdir, corpus, mesh__data=4, model__num_layers=1, train__compilation_cache="off"
+        "train", workdir, corpus, **changes, model__num_layers=1, train__compilation_cache="off"
     )
     command = jobs.launch([sys.executable, "-c", WORKER, *arguments], 2, 2)
     printed = jobs.run(command, status=77, PYTHONPATH=str(jobs.ROOT), **FLAGS)
     for process in range(2):
         (line,) = [line for line in printed.splitlines() if line.startswith(f"[p{process}] llmjax: error: ")]
-        assert "copies of the training state differ: device " in line and line.count(" of process 1") == 1
+        assert f"{problem}: device " in line and line.count(" of process ") == line.count(" of process 1") == 1
     assert [path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal()] == ["4"]
     assert "Traceback" not in printed
