@@ -3,6 +3,7 @@
 import csv
 import gzip
 import io
+import itertools
 import json
 from pathlib import Path
 import re
@@ -17,8 +18,8 @@ SPLITS = ("train", "validation", "test")
 TOPICS = ("World", "Sports", "Business", "Sci/Tech")
 SHARED_LETTERS = 30  # two sentences that share so many letters in a row are copies
 # Of preferences: characters of a prompt and of an answer, and how many records a split has.
-MAX_PROMPT, MAX_ANSWER = 200, 280
-NUM_PREFERENCES = {"train": 240, "validation": 16, "test": 120}
+MAX_PROMPT, MAX_ANSWER = 160, 220
+NUM_TRAIN, NUM_VALIDATION, NUM_TEST = 160, 16, 100
 
 
 def read_sst2(data: Path) -> Splits:
@@ -89,31 +90,18 @@ def read_preferences(data: Path) -> Splits:
     - the chosen answer with its sentences in reverse order;
     - the chosen answer with every second sentence replaced by the one before it.
 
-    So lengths are alike: that a longer answer is better would be right of about half of the pairs.
+    So lengths are alike: that a longer answer is better would be right of about half of the pairs. Every third of the
+    first pairs is for test.
     """
-    preferences: Splits = {}
-    for split, records in read_instructions(data).items():
-        pairs = [
-            ("\n\n".join(filter(None, (r["instruction"].strip(), r["input"].strip()))), r["output"]) for r in records
-        ]
-        pairs = [
-            (prompt, _first_sentences(answer, MAX_ANSWER)) for prompt, answer in pairs if len(prompt) <= MAX_PROMPT
-        ]
-        pairs = [(prompt, answer) for prompt, answer in pairs if len(_sentences(answer)) > 1][: NUM_PREFERENCES[split]]
-        by_length = sorted(range(len(pairs)), key=lambda number: len(pairs[number][1]))
-        place = {number: place for place, number in enumerate(by_length)}
-        preferences[split] = []
-        for number, (prompt, chosen) in enumerate(pairs):
-            neighbour = by_length[(place[number] + (1 if number % 2 else -1)) % len(pairs)]
-            sentences = _sentences(chosen)
-            rejected = (
-                pairs[neighbour][1],
-                " ".join(reversed(sentences)),
-                " ".join(sentences[at - at % 2] for at in range(len(sentences))),
-            )[number % 3]
-            record = {"prompt": [{"role": "user", "content": prompt}], "chosen": chosen, "rejected": rejected}
-            preferences[split].append(record)
-    return preferences
+    pairs = []
+    for record in itertools.chain.from_iterable(read_instructions(data).values()):
+        prompt = "\n\n".join(filter(None, (record["instruction"].strip(), record["input"].strip())))
+        answer = _first_sentences(record["output"], MAX_ANSWER)
+        if len(prompt) <= MAX_PROMPT and len(_sentences(answer)) > 1:
+            pairs.append((prompt, answer))
+    tests, others = pairs[: 3 * NUM_TEST : 3], [pair for at, pair in enumerate(pairs) if at % 3 or at >= 3 * NUM_TEST]
+    splits = others[NUM_VALIDATION:][:NUM_TRAIN], others[:NUM_VALIDATION], tests
+    return {split: _reject_answers(part) for split, part in zip(SPLITS, splits, strict=True)}
 
 
 def read_review_text(data: Path) -> list[str]:
@@ -167,6 +155,24 @@ def _split(records: list[Record]) -> Splits:
     for number, record in enumerate(records):
         by_split[{0: "test", 1: "validation"}.get(number % 10, "train")].append(record)
     return by_split
+
+
+def _reject_answers(pairs: list[tuple[str, str]]) -> list[Record]:
+    """Prompts with the chosen and a rejected answer, in turn of the three kinds of `read_preferences`."""
+    by_length = sorted(range(len(pairs)), key=lambda number: len(pairs[number][1]))
+    place = {number: place for place, number in enumerate(by_length)}
+    records = []
+    for number, (prompt, chosen) in enumerate(pairs):
+        neighbour = by_length[(place[number] + (1 if number % 2 else -1)) % len(pairs)]
+        sentences = _sentences(chosen)
+        rejected = (
+            pairs[neighbour][1],
+            " ".join(reversed(sentences)),
+            " ".join(sentences[at - at % 2] for at in range(len(sentences))),
+        )[number % 3]
+        messages = [{"role": "user", "content": prompt}]
+        records.append({"prompt": messages, "chosen": chosen, "rejected": rejected})
+    return records
 
 
 def _letters(text: str) -> str:

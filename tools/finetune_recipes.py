@@ -29,10 +29,20 @@ import time
 from finetune_data import read_agnews, read_rte, read_sst2, read_stsb
 from finetune_tasks import ROOT, Result, classify, classify_from_scratch, prefer, tune_embeddings, tune_instructions
 
-# Scores of the test split, as docs/finetune.md states them. Above: accuracies and correlations; below: losses.
+# Bounds of the scores of the test split: losses must be below them, accuracies and correlations above. Where a run has
+# not been measured to its end, the bound is only that of a useful model; its baselines bound it as well.
 EXPECTED_SCORE = {
     "sst2": 0.88,
+    "sst2-bert": 0.7,
+    "sst2-gpt": 0.7,
+    "sst2-t5": 0.7,
+    "sst2-lstm": 0.7,
+    "agnews": 0.87,
+    "rte": 0.56,
     "stsb": 0.79,
+    "embed": 0.82,
+    "instructions": 3.0,
+    "dpo": 0.7,
 }
 WEAK_BASELINES = ("TF-IDF", "no pretraining")  # those that a model pretrained here for minutes need not beat
 

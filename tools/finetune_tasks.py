@@ -21,39 +21,44 @@ from finetune_data import (
 import numpy as np
 
 from llmjax.evals.label_scores import spearman
+from llmjax.train.best import find_best
 
 ROOT = Path(__file__).resolve().parents[1]
+# Of the small models: the checkpoint with the best accuracy on the validation split is the one that is tested.
+CHOOSE_STEP = {"eval.every": 50, "eval.metric": "accuracy", "checkpoint.keep_best": "true"}
 SETTINGS = {  # of a task, beside those of its config
     "sst2": {"train.steps": 360},
     "agnews": {"train.steps": 300},
     "rte": {"train.steps": 300, "data.seq_len": 256, "train.global_batch": 4},
     "stsb": {"train.steps": 300, "optimizer.learning_rate": 1e-4},
     "embed": {"data.seq_len": 64, "train.steps": 180, "eval.every": 0},
-    "sst2-bert": {"train.steps": 400, "optimizer.learning_rate": 5e-4},
-    "sst2-gpt": {"train.steps": 400, "optimizer.learning_rate": 5e-4},
-    "sst2-t5": {"train.steps": 400, "optimizer.learning_rate": 5e-4},
-    "sst2-lstm": {"train.steps": 400, "optimizer.learning_rate": 1e-3},
+    "sst2-bert": {"train.steps": 400, "optimizer.learning_rate": 1e-3, **CHOOSE_STEP},
+    "sst2-gpt": {"train.steps": 400, "optimizer.learning_rate": 1e-3, **CHOOSE_STEP},
+    "sst2-t5": {"train.steps": 400, "optimizer.learning_rate": 1e-3, **CHOOSE_STEP},
+    "sst2-lstm": {"train.steps": 400, "optimizer.learning_rate": 1e-3, **CHOOSE_STEP},
     "instructions": {
-        "data.seq_len": 512,
+        "data.seq_len": 384,
         "model.lora.rank": 16,
-        "train.steps": 200,
-        "train.global_batch": 8,
-        "optimizer.warmup_steps": 10,
-        "checkpoint.every": 50,
+        "train.steps": 40,
+        "train.global_batch": 4,
+        "optimizer.learning_rate": 5e-4,
+        "optimizer.warmup_steps": 4,
+        "checkpoint.every": 20,
         "sample.prompts": "()",
     },
     "dpo": {
-        "data.seq_len": 288,
+        "data.seq_len": 224,
         "model.lora.rank": 16,
-        "train.steps": 60,
+        "train.steps": 40,
         "train.global_batch": 4,
         "optimizer.learning_rate": 2e-4,
-        "optimizer.warmup_steps": 6,
+        "optimizer.warmup_steps": 4,
         "eval.every": 0,
         "checkpoint.every": 20,
         "sample.prompts": "()",
     },
 }
+MAX_HELD_OUT = 60  # answers of instructions whose loss is computed
 NUM_ANSWERS, ANSWER_TOKENS, SHOWN = 6, 80, 160  # questions in the table of answers; characters of each that it shows
 
 
@@ -120,7 +125,7 @@ def finetune(task: str, records: Splits, model: Path, workdir: Path) -> dict[str
     import_model(model, workdir)
     config = f"--config={ROOT / 'configs' / 'classify.py'}:{'number' if is_number else 'classes'}"
     run("train", config, f"--workdir={workdir}", *override(settings))
-    return evaluate(workdir)
+    return evaluate(workdir, find_best_step(workdir) if "checkpoint.keep_best" in settings else None)
 
 
 def run_baselines(records: Splits) -> dict[str, float]:
@@ -183,7 +188,9 @@ def embed_pairs(workdir: Path, records: Path) -> np.ndarray:
 
 def tune_instructions(data: Path, model: Path, workdir: Path) -> Result:
     """The loss of held-out answers, and answers to the same questions, before and after training adapters."""
-    records = read_instructions(data)
+    records = {
+        split: part[:MAX_HELD_OUT] if split != "train" else part for split, part in read_instructions(data).items()
+    }
     settings = list_sources(records, workdir, {"chat": "alpaca"}) | SETTINGS["instructions"]
     if import_model(model, workdir):
         run("prepare", f"--workdir={workdir}", *override(settings))
@@ -256,10 +263,18 @@ def import_model(model: Path, workdir: Path) -> bool:
     return True
 
 
-def evaluate(workdir: Path) -> dict[str, Any]:
-    """The scores of the last checkpoint on the test split."""
-    run("eval", f"--workdir={workdir}", "--split=test")
-    return read_scores(workdir, list_scored_steps(workdir)[-1])
+def evaluate(workdir: Path, step: int | None = None) -> dict[str, Any]:
+    """The scores of a checkpoint (None: the last one) on the test split."""
+    run("eval", f"--workdir={workdir}", "--split=test", *([] if step is None else [f"--step={step}"]))
+    return read_scores(workdir, list_scored_steps(workdir)[-1] if step is None else step)
+
+
+def find_best_step(workdir: Path) -> int:
+    """The step with the best accuracy on the validation split."""
+    steps = {int(path.parent.name): path for path in (workdir / "eval").glob("*/validation.json")}
+    best = find_best({step: json.loads(path.read_text())["total"] for step, path in steps.items()}, "accuracy")
+    assert best is not None, f"{workdir} has no evaluation"
+    return best
 
 
 def list_scored_steps(workdir: Path) -> list[int]:
