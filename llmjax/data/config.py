@@ -165,10 +165,11 @@ class ObjectiveConfig:
     name         causal (each token from those before it), prefix (the rest of a chunk from a random prefix),
                  masked (masked tokens from both sides: BERT), span (corrupted spans, written by the decoder: T5),
                  ul2 (corrupted spans of seven denoisers, with a mode token), fim (causal, with the middle of a chunk
-                 moved to the end), classify (the class of a document, or with data.multi_label its classes), regress
-                 (the number that is its label), contrastive (which text of a batch belongs to which), similarity
-                 (the similarity of two texts by the cosine of their vectors), dpo (which of two answers is better, by
-                 their likelihoods), reward (the same by a number for each answer)
+                 moved to the end), classify (the class of a document, or with data.multi_label its classes; an
+                 encoder-decoder writes the name of the class), regress (the number that is its label), contrastive
+                 (which text of a batch belongs to which), similarity (the similarity of two texts by the cosine of
+                 their vectors), dpo (which of two answers is better, by their likelihoods), reward (the same by a
+                 number for each answer)
     class_weights  classify: weight of the loss of each class in training, in the order of data.classes; (): 1 each
     pooling      contrastive, similarity: how a text's vector is made of the hidden states of its tokens: mean, first,
                  last or max; "": that of the imported folder (1_Pooling of sentence-transformers), or mean

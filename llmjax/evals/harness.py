@@ -25,6 +25,7 @@ from llmjax.evals.label_scores import baseline_accuracy, describe_baseline, macr
 from llmjax.evals.reference import Reference, read_reference
 from llmjax.models import registry
 from llmjax.nn import losses
+from llmjax.nn.class_names import make_class_batch, score_names
 from llmjax.nn.pair_losses import choose_loss, find_records, text_cosines
 from llmjax.parallel import axes, backends, hosts, virtual_shards
 from llmjax.run import config as run_config, next_commands, workdir as workdirs
@@ -116,13 +117,22 @@ class Sums:
         return scores | {"nats": self.nats} | counts
 
 
-def make_score(graph: Graph, config: RunConfig, *, counts_targets: bool) -> Callable[[Params, Batch], Any]:
-    """A compiled function (params, batch) -> (LossSums, what `Sums` counts of targets or labels)."""
+def make_score(
+    graph: Graph, config: RunConfig, *, counts_targets: bool, class_names: np.ndarray | None = None
+) -> Callable[[Params, Batch], Any]:
+    """A compiled function (params, batch) -> (LossSums, what `Sums` counts of targets or labels).
+
+    class_names  of the objective: the log-likelihoods of names are scored as the logits of a head for classes are
+    """
     vocab_size, chunk = config.model.vocab_size, config.train.loss_chunk
     batch_loss = choose_loss(config.objective)
 
     def score(params: Params, batch: Batch) -> tuple[losses.LossSums, dict[str, Any]]:
         model = nnx.merge(graph, params)
+        if class_names is not None:
+            names = jnp.asarray(class_names)
+            outputs, classes = score_names(model, batch, names), make_class_batch(batch, names)
+            return batch_loss(outputs, lambda x: x, classes, chunk=chunk, z_loss=0.0), _count_labels(outputs, classes)
         hidden = model(batch).hidden
         sums = batch_loss(hidden, model.unembed, batch, chunk=chunk, z_loss=0.0)
         if batch.num_texts:
@@ -173,7 +183,8 @@ class Evaluator:
         self.settings = _fingerprint_settings(config, manifest)
         self._causal = objective.name == "causal"
         has_dialogues = any("dialogues" in source for source in manifest["sources"].values())
-        self._score = make_score(graph, config, counts_targets=not self._causal or has_dialogues)
+        counts_targets = not self._causal or has_dialogues
+        self._score = make_score(graph, config, counts_targets=counts_targets, class_names=objective.class_names)
 
     def score_split(
         self, params: Params, split: str, should_stop: Callable[[], bool] = lambda: False

@@ -1,6 +1,7 @@
 """Predict the labels of texts with a checkpoint that has a head for them."""
 
 from collections.abc import Sequence
+import dataclasses
 import functools
 from typing import Any
 
@@ -17,9 +18,12 @@ from llmjax.data.store.preferences import PreferencesFormat
 from llmjax.data.store.tokenizer import Tokenizer
 from llmjax.errors import UserError
 from llmjax.inference.text_batches import group_by_length
+from llmjax.nn.class_names import score_names
 from llmjax.run.config import RunConfig
 from llmjax.run.loading import Loaded
 
+_TARGETS = ("inputs", "targets", "weights", "segments", "positions", "token_types", "labels")
+_SOURCES = ("source", "source_segments", "source_positions")
 Texts = tuple[str, str | None]  # a text, and the second one of a pair
 
 
@@ -31,21 +35,24 @@ def predict(loaded: Loaded, texts: Sequence[Texts]) -> tuple[list[dict[str, Any]
     prompt and an answer, it is {"reward": number}. A text is read as in training.
     """
     config = loaded.config
-    if not loaded.objective.num_outputs:
+    num_outputs = loaded.objective.num_outputs or len(config.data.classes)
+    if not num_outputs:
         raise UserError(
-            f"objective.name={config.objective.name!r}: the model has no head for labels; train it with "
+            f"objective.name={config.objective.name!r}: the model predicts no labels; train it with "
             "objective.name='classify', 'regress' or 'reward'"
         )
     is_reward = config.objective.name == "reward"
     encode, make_batch = (_encode_answers, _make_answer_batch) if is_reward else (_encode, _make_batch)
     documents, cut = encode(texts, loaded.tokenizer, config.data.seq_len)
     added = 0 if is_reward else sum(map(len, find_frame(loaded.tokenizer))) - 1
-    outputs = np.zeros((len(texts), loaded.objective.num_outputs), np.float32)
+    outputs = np.zeros((len(texts), num_outputs), np.float32)
     module = nnx.merge(loaded.graph, loaded.params)
     lengths = [len(document) + added for document in documents]
     for part, count, length in group_by_length(lengths, config.data.seq_len):
         batch = make_batch([documents[number] for number in part], count, length, loaded)
-        outputs[part] = jax.device_get(_head_outputs(module, batch))[: len(part)]
+        names = loaded.objective.class_names
+        scored = _head_outputs(module, batch) if names is None else _name_outputs(module, batch, jnp.asarray(names))
+        outputs[part] = jax.device_get(scored)[: len(part)]
     return [_describe(row, config) for row in outputs], cut
 
 
@@ -97,9 +104,15 @@ def _make_batch(documents: Sequence[np.ndarray], count: int, length: int, loaded
     unread = np.zeros_like(targets)
     rows = Rows(targets=targets, inputs=unread, segments=segments, positions=positions, scored=unread > 0)
     batch = loaded.objective.build_batch(rows, np.zeros(count, np.int64), CounterRng("predict"))
-    # The objective pads to data.seq_len.
-    is_row = lambda value: isinstance(value, np.ndarray) and value.ndim > 1 and value.shape[1] >= length
-    return jax.tree.map(lambda value: value[:, :length] if is_row(value) else value, batch)
+    if (names := loaded.objective.class_names) is not None:
+        return _cut(_cut(batch, _TARGETS, names.shape[1]), _SOURCES, length)
+    return _cut(batch, _TARGETS, length)
+
+
+def _cut(batch: Batch, fields: Sequence[str], length: int) -> Batch:
+    """The batch with these fields cut to `length` positions: objectives pad to data.seq_len."""
+    cut = {name: value[:, :length] for name in fields if (value := getattr(batch, name)) is not None}
+    return dataclasses.replace(batch, **cut)
 
 
 @functools.partial(jax.jit)
@@ -108,6 +121,13 @@ def _head_outputs(model: Any, batch: Batch) -> jax.Array:
     hidden = model(batch).hidden
     at = jnp.argmax(batch.weights, axis=1)[:, None, None]
     return model.unembed(jnp.take_along_axis(hidden, at, axis=1))[:, 0]
+
+
+@functools.partial(jax.jit)
+def _name_outputs(model: Any, batch: Batch, names: jax.Array) -> jax.Array:
+    """The same of an encoder-decoder: the log-likelihoods of the names of classes, of which softmax makes probabilities
+    as of logits."""
+    return score_names(model, batch, names)[:, 0]
 
 
 def _describe(outputs: np.ndarray, config: RunConfig) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class EncDecConfig(TransformerConfig):
                         below 1
     """
 
-    objectives: ClassVar[tuple[str, ...]] = ("span", "ul2", "prefix")
+    objectives: ClassVar[tuple[str, ...]] = ("span", "ul2", "prefix", "classify")
     reads_source: ClassVar[bool] = True
     minimums: ClassVar = {**TransformerConfig.minimums, "start_id": -1, "num_decoder_layers": 0, "relative_buckets": 4}
 

@@ -222,6 +222,16 @@ class RunConfig:
                 f"objective.class_weights={weights}: expected one for each of the {len(classes)} classes, and "
                 "data.multi_label=False"
             )
+        if model.reads_source:
+            values = [self.data.multi_label, weights, model.num_outputs]
+            fields = ("data.multi_label", "objective.class_weights", "model.num_outputs")
+            for field, value in zip(fields, values, strict=True):
+                if value:
+                    family = f"model.family={model.family!r}"
+                    raise UserError(
+                        f"{field}={value!r}: {family} writes the name of one class, without a head; unset it"
+                    )
+            return
         num_outputs = len(classes) or 1
         if model.num_outputs not in (0, num_outputs):
             raise UserError(

@@ -19,11 +19,9 @@ MODEL = {
     "data.seq_len": 48,
     "data.workers": 1,
     "data.split.near_copies": "False",
-    "model.family": "encoder",
     "model.num_layers": 1,
     "model.embed": 32,
     "model.num_heads": 2,
-    "model.max_positions": 48,
     "model.scan": "False",
     "train.steps": 30,
     "train.global_batch": 8,
@@ -33,6 +31,19 @@ MODEL = {
     "optimizer.weight_decay": 0,
     "eval.every": 0,
 }
+
+
+HEADS = [("encoder", "classify"), ("encoder", "regress")]
+ENCDEC = """
+from ml_collections import ConfigDict
+
+def get_config():
+    c = ConfigDict()
+    c.model = dict(family="encdec")
+    c.objective = dict(name="classify")
+    c.data = dict(sources=dict(main=dict(path="", label_field="label")))
+    return c
+"""
 
 
 def write_records(path, kind: str, count: int = 200) -> None:
@@ -46,18 +57,26 @@ def write_records(path, kind: str, count: int = 200) -> None:
             file.write(json.dumps({"text": "".join(letters), "label": label}) + "\n")
 
 
-@pytest.fixture(scope="module", params=["classify", "regress"])
+@pytest.fixture(
+    scope="module", params=[*HEADS, pytest.param(("encdec", "classify"), marks=pytest.mark.slow)], ids="-".join
+)
 def trained(request, tmp_path_factory):
     """A workdir that was trained to predict labels, and their kind."""
-    root = tmp_path_factory.mktemp(request.param)
-    write_records(root / "a.jsonl", request.param)
-    settings = {**MODEL, "data.sources.main.path": root / "a.jsonl"}
-    if request.param == "classify":
+    family, kind = request.param
+    root = tmp_path_factory.mktemp(f"{family}-{kind}")
+    write_records(root / "a.jsonl", kind)
+    settings = {**MODEL, "data.sources.main.path": root / "a.jsonl", "model.family": family}
+    if kind == "classify":
         settings["data.classes"] = "('mostly a', 'mostly b')"
-    config = f"{jobs.ROOT / 'configs' / 'classify.py'}:{'classes' if request.param == 'classify' else 'number'}"
+    config = f"{jobs.ROOT / 'configs' / 'classify.py'}:{'classes' if kind == 'classify' else 'number'}"
+    if family == "encdec":
+        (root / "config.py").write_text(ENCDEC)
+        config, settings["train.global_batch"] = root / "config.py", 16
+    else:
+        settings["model.max_positions"] = 48
     overrides = [f"--config.{name}={value}" for name, value in settings.items()]
     assert train_command([f"--config={config}", f"--workdir={root / 'run'}", *overrides]) == 0
-    return root, request.param
+    return root, kind
 
 
 def read_lines(path) -> list[dict]:
@@ -96,6 +115,7 @@ def test_a_prediction_does_not_depend_on_the_other_texts(trained):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("trained", HEADS, ids="-".join, indirect=True)
 def test_a_resumed_run_equals_an_unbroken_one(trained, tmp_path):
     root, kind = trained
     lines = [json.loads(line) for line in (root / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -31,6 +31,7 @@ class Objective:
     prompt       ids of a text -> ids that a model reads to continue the text
     answers      whether the model writes a new text instead of a continuation of the prompt
     num_outputs  outputs of the head that it trains in place of the language model's; 0: it predicts tokens
+    class_names  of an encoder-decoder that writes the name of a document's class: from `labelled.encode_names`
     """
 
     name: str
@@ -42,6 +43,7 @@ class Objective:
     prompt: Callable[[np.ndarray], np.ndarray]
     answers: bool = False
     num_outputs: int = 0
+    class_names: np.ndarray | None = None
 
     @property
     def decoder_start_id(self) -> int:
@@ -90,7 +92,9 @@ def open_objective(
                  then state
     Raises UserError if no chunk fits a row of seq_len tokens.
     """
-    if config.name in LABELLED:
+    if config.name in LABELLED and start_id is not None:
+        objective = _make_named_objective(config, tokenizer, seq_len, start_id, classes)
+    elif config.name in LABELLED:
         objective = _make_labelled_objective(config, tokenizer, seq_len, classes, multi_label, labels_first)
     elif config.name in SEVERAL_TEXTS:
         return _make_texts_objective(config, tokenizer, seq_len, num_texts)
@@ -181,6 +185,37 @@ def _make_labelled_objective(
         row_budget=labelled.make_row_budget(task, config.name, seq_len),
         build_batch=lambda rows, samples, rng: labelled.build_labelled_batch(rows, samples, task, seq_len),
         num_outputs=task.num_outputs,
+    )
+
+
+def _make_named_objective(
+    config: ObjectiveConfig, tokenizer: Tokenizer, seq_len: int, start_id: int, classes: Sequence[str]
+) -> Objective:
+    """Make the objective of an encoder-decoder that reads a document and writes the name of its class."""
+    before, after = tokenizer.prompt_frame or ((), (tokenizer.eos_id,))
+    task = labelled.LabelTask(
+        num_outputs=len(classes),
+        multi_label=False,
+        is_number=False,
+        first=False,
+        before=before,
+        after=after,
+        eos_id=tokenizer.eos_id,
+    )
+    names, target_len = labelled.encode_names(classes, tokenizer), labelled.find_target_len(classes, seq_len)
+    vocab = _replace_bos(vocabulary.build_vocab(tokenizer), start_id)
+    return Objective(
+        name=config.name,
+        fingerprint=f"{config.name} by name: {', '.join(classes)}",
+        row_budget=labelled.make_row_budget(task, f"{config.name} by name", seq_len, target_len // names.shape[1]),
+        target_len=target_len,
+        vocabulary=vocab,
+        build_batch=lambda rows, samples, rng: labelled.build_named_batch(
+            rows, samples, task, names, (seq_len, target_len), vocab.bos_id
+        ),
+        prompt=lambda ids: np.concatenate([before, ids, after]).astype(np.int32),
+        answers=True,
+        class_names=names,
     )
 
 

@@ -22,11 +22,20 @@ class Framed(Bytes):
         self.prompt_frame = (self.bos_id,), (self.eos_id,)
 
 
-def make(name: str, *, first: bool, tokenizer=TOKENIZER, classes=("0", "1", "2"), multi_label=False, seq_len=SEQ_LEN):
+def make(
+    name: str,
+    *,
+    first: bool,
+    tokenizer=TOKENIZER,
+    classes=("0", "1", "2"),
+    multi_label=False,
+    seq_len=SEQ_LEN,
+    **fields,
+):
     config = ObjectiveConfig(name=name)
     classes = () if name == "regress" else classes
     return open_objective(
-        config, tokenizer, seq_len=seq_len, classes=classes, multi_label=multi_label, labels_first=first
+        config, tokenizer, seq_len=seq_len, classes=classes, multi_label=multi_label, labels_first=first, **fields
     )
 
 
@@ -125,6 +134,35 @@ def test_a_full_row_fits_and_shorter_rows_are_refused(stores):
             global_batch=1,
             objective=make("classify", first=True, seq_len=20),
         )
+
+
+@pytest.mark.parametrize(("start_id", "tokenizer"), [(-1, TOKENIZER), (77, Framed())])
+def test_an_encoder_decoder_reads_a_text_and_writes_the_name_of_its_class(stores, start_id, tokenizer):
+    names = ("no", "maybe", "yes")
+    objective = make("classify", first=False, tokenizer=tokenizer, classes=names, start_id=start_id)
+    before, after = tokenizer.prompt_frame or ((), (EOS,))
+    begin, width, seen = BOS if start_id < 0 else start_id, len("maybe") + 1, []
+    for batch in batches(stores, "class", objective):
+        assert batch.source.shape == (4, SEQ_LEN) and batch.targets.shape == (4, objective.target_len)
+        for row in range(4):
+            for number in range(1, batch.source_segments[row].max() + 1):
+                source = batch.source[row][batch.source_segments[row] == number].tolist()
+                inside, size = batch.segments[row] == number, len(source) - len(before) - len(after)
+                assert source == [*before, *[97 + size % 26] * size, *after]
+                targets, scored = batch.targets[row][inside], batch.weights[row][inside] > 0
+                name = [*names[size % 3].encode(), EOS]
+                assert targets[scored].tolist() == name and scored.tolist() == [True] * len(name) + [False] * (
+                    width - len(name)
+                )
+                assert batch.inputs[row][inside][: len(name)].tolist() == [begin, *name[:-1]]
+                seen.append(size)
+            assert batch.segments[row].max() == batch.source_segments[row].max() <= objective.target_len // width
+    assert sorted(seen) == list(range(1, 30))
+
+
+def test_classes_that_the_tokenizer_encodes_alike_are_refused():
+    with pytest.raises(UserError, match="encodes 'a' and 'a' alike"):
+        make("classify", first=False, classes=("a", "b", "a"), start_id=-1)
 
 
 def test_a_row_depends_on_nothing_else(stores):
