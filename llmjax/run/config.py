@@ -10,9 +10,8 @@ from llmjax.binding import bind_overridden, find_file, load_file, load_module, s
 from llmjax.checkpoint.manager import CheckpointConfig
 from llmjax.data.batches.batch_sizes import MAX_SIZE, BatchSizes
 from llmjax.data.batches.packing import ONE_SEGMENT
-from llmjax.data.config import LABELLED, SEVERAL_TEXTS, DataConfig, ObjectiveConfig
+from llmjax.data.config import DataConfig, ObjectiveConfig
 from llmjax.data.objectives.objective import Objective, open_objective
-from llmjax.data.objectives.text_fields import check_text_fields
 from llmjax.data.store.tokenizer import Tokenizer
 from llmjax.errors import UserError
 from llmjax.models.decoder_config import DecoderConfig
@@ -22,6 +21,7 @@ from llmjax.optim.config import OptimizerConfig
 from llmjax.parallel.compiler_options import XlaConfig
 from llmjax.parallel.mesh import MeshConfig, ParallelConfig
 from llmjax.parallel.phases import WatchdogConfig
+from llmjax.run import objective_checks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,9 +167,7 @@ class RunConfig:
                 f"objective.name={self.objective.name!r}: model.family={self.model.family!r} supports objectives "
                 f"{', '.join(self.model.objectives)}; set one of these, or another family"
             )
-        self._check_labels()
-        self._check_chat()
-        self._check_texts()
+        objective_checks.check(self)
         if self.data.packing == "stream" and self.objective.name != "causal":
             raise UserError(
                 f"data.packing='stream': objective.name={self.objective.name!r} needs documents that are kept apart; "
@@ -187,111 +185,6 @@ class RunConfig:
                 raise UserError(
                     f"{field}={size} is not divisible by train.accumulation={self.train.accumulation}: change one of "
                     "them"
-                )
-
-    def _check_labels(self) -> None:
-        """UserError where the objective, the labels of the sources, and the head of the model do not fit."""
-        name, classes, model = self.objective.name, self.data.classes, self.model
-        if name not in LABELLED:
-            for source, fields in self.data.sources.items():
-                if fields.label_field:
-                    raise UserError(
-                        f"data.sources.{source}.label_field={fields.label_field!r}: objective.name={name!r} has no use "
-                        "for labels; unset it, or set objective.name='classify' or 'regress'"
-                    )
-            if model.num_outputs and name != "reward":
-                raise UserError(
-                    f"model.num_outputs={model.num_outputs}: a model with this head predicts no tokens, so "
-                    f"objective.name={name!r} cannot train it; set objective.name='classify' or 'regress', or "
-                    "model.num_outputs=0"
-                )
-            return
-        if (name == "classify") != bool(classes):
-            hint = "name the classes in data.classes" if name == "classify" else "use 'classify', or unset data.classes"
-            raise UserError(f"objective.name={name!r}: {hint}")
-        if unlabelled := [source for source, fields in self.data.sources.items() if not fields.label_field]:
-            raise UserError(f"objective.name={name!r}: set data.sources.{unlabelled[0]}.label_field")
-        if self.data.packing not in ("best_fit", "none"):
-            raise UserError(
-                f"data.packing={self.data.packing!r}: objective.name={name!r} needs whole documents; set it to "
-                "'best_fit' or 'none'"
-            )
-        weights = self.objective.class_weights
-        if weights and (len(weights) != len(classes) or self.data.multi_label):
-            raise UserError(
-                f"objective.class_weights={weights}: expected one for each of the {len(classes)} classes, and "
-                "data.multi_label=False"
-            )
-        if model.reads_source:
-            values = [self.data.multi_label, weights, model.num_outputs]
-            fields = ("data.multi_label", "objective.class_weights", "model.num_outputs")
-            for field, value in zip(fields, values, strict=True):
-                if value:
-                    family = f"model.family={model.family!r}"
-                    raise UserError(
-                        f"{field}={value!r}: {family} writes the name of one class, without a head; unset it"
-                    )
-            return
-        num_outputs = len(classes) or 1
-        if model.num_outputs not in (0, num_outputs):
-            raise UserError(
-                f"model.num_outputs={model.num_outputs}: the labels need {num_outputs}; set it to 0, which takes these"
-            )
-
-    def _check_chat(self) -> None:
-        """UserError where the objective or the packing cannot use dialogues."""
-        for source, fields in self.data.sources.items():
-            if not fields.chat:
-                continue
-            field = f"data.sources.{source}.chat={fields.chat!r}"
-            if self.objective.name != "causal":
-                raise UserError(
-                    f"objective.name={self.objective.name!r}: {field} needs 'causal', which scores the assistant's "
-                    "turns; set it, or unset chat"
-                )
-            if self.data.packing not in ("best_fit", "none"):
-                raise UserError(
-                    f"data.packing={self.data.packing!r}: {field} needs whole dialogues; set it to 'best_fit' or 'none'"
-                )
-
-    def _check_texts(self) -> None:
-        """UserError where the objective and the texts of the records do not fit, or where a step would be another."""
-        name, train = self.objective.name, self.train
-        check_text_fields(name, self.data.sources)
-        if name not in SEVERAL_TEXTS:
-            return
-        if self.data.packing != "none":
-            raise UserError(
-                f"data.packing={self.data.packing!r}: objective.name={name!r} needs one record in each row; set it to "
-                "'none'"
-            )
-        if train.z_loss:
-            raise UserError(f"train.z_loss={train.z_loss}: objective.name={name!r} has no term for it; set it to 0")
-        if name == "dpo" and self.model.dropout:
-            raise UserError(
-                f"model.dropout={self.model.dropout}: objective.name='dpo' compares with a reference model without "
-                "dropout; set it to 0"
-            )
-        if name == "contrastive":
-            self._check_negatives()
-
-    def _check_negatives(self) -> None:
-        """UserError where a step would not compare each record with all others of the global batch."""
-        train = self.train
-        if train.accumulation > 1:
-            raise UserError(
-                f"train.accumulation={train.accumulation}: objective.name='contrastive' compares each record with all "
-                "others of the global batch, which a microbatch does not have; set it to 1"
-            )
-        if self.parallel.backend == "pmap":
-            raise UserError(
-                "parallel.backend='pmap': objective.name='contrastive' compares each record with those of all devices; "
-                "use 'jit'"
-            )
-        for field, size in train.batch_sizes.fields:
-            if size < 2:
-                raise UserError(
-                    f"{field}={size}: objective.name='contrastive' compares records with others; set it to 2 or more"
                 )
 
     def _check_fields(self, fields: dict[str, tuple[str, ...]], is_valid: Callable[[Any], bool], expected: str) -> None:
