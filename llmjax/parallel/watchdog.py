@@ -24,7 +24,8 @@ HANG = 75  # exit status
 _REPORTS, _PRIMARY, _VERDICT, _PORT = (f"watchdog/{name}" for name in ("reports", "primary", "verdict", "port"))
 _TICK_SECONDS = 1.0
 _REPORTS_PER_SECOND = 100  # of all processes together, which process 0 serves
-_DEAD_SHARE = 0.8  # of the time after which JAX would abort the processes that remain, with status 134
+# Of the time without a heartbeat: JAX sends two in that time, so it may abort the others (134) after half of it.
+_DEAD_SHARE = 0.4
 _SLOW_LOG_SECONDS = 600.0  # between two lines about the same slow process
 _PEER_FAILED_SECONDS = 2.0  # the main thread usually meets the failure of another process, and ends by itself
 
