@@ -20,7 +20,7 @@ venv: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "llmjax needs Python 3.11 or newer: make PYTHON=/path/to/python3.12"; exit 1; }
-	@echo "installing into $(VENV) (a minute or two, about 1.5 GB)"
+	@echo "installing into $(VENV) (a minute or two, about 2.2 GB)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]' -c constraints.txt
 	@touch $@

@@ -29,7 +29,7 @@ Without --processes the command runs once, as a process of the job that its envi
 variables set by hand): then this program only passes signals on and restarts the command.
 SIGTERM, SIGHUP and Ctrl-C are sent to all processes as SIGTERM: they save a checkpoint and exit with 85. Processes
 that still run after --grace seconds are killed with SIGKILL. Further signals change nothing.
-When one process fails, the others are stopped too. The exit status is 0 when all succeeded, else the first of 76
+When one process fails, the others are stopped too. The exit status is 0 when all succeeded, else the highest of 76
 (diverged), 77 (hardware suspected) and 78 (bad input), else the first of 75 (hang), 85 (stopped and saved), 129, 130
 and 143 (stopped with nothing to save), else that of the first process that crashed.
 With --restarts=R the job is started again: at once after 85; after 1, 2, 4, ... 60 s after 75 and after a crash; never

@@ -245,8 +245,9 @@ babysit() {
     lost=''
     [[ $(state) == ACTIVE ]] || lost=--preempted
     decide --limit="$restarts" ${lost:+"$lost"}
+    [[ -z $stopped ]] || return 0
     log "$reason"
-    [[ -z $stopped && $seconds != - ]] || return 0
+    [[ $seconds != - ]] || return 0
     pause "$seconds"
   done
 }

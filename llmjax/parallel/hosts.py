@@ -66,11 +66,15 @@ def initialize(cpu_threads: int = CPU_THREADS) -> None:
         )
 
 
+def heartbeat_seconds() -> int:
+    """The time without a heartbeat after which JAX takes a process for dead and aborts the others."""
+    return read_number(os.environ, "LLMJAX_HEARTBEAT_SECONDS", 100)
+
+
 def _join_job() -> None:
     """Connect to the other processes of the job, if there are any, and log how the job was found."""
     global _coordinator_host
     seconds = read_number(os.environ, "LLMJAX_INIT_SECONDS", 300)
-    heartbeat = read_number(os.environ, "LLMJAX_HEARTBEAT_SECONDS", 100)
     job = cluster.find_job(os.environ, cluster.metadata_reader(os.environ))
     if job.num_processes > 1:  # one process needs no network collectives, whose sums may round differently
         host, port = cluster.split_address(job.coordinator)
@@ -86,7 +90,7 @@ def _join_job() -> None:
             cluster_detection_method="deactivate",
             coordinator_bind_address=bind,
             initialization_timeout=seconds,
-            heartbeat_timeout_seconds=heartbeat,
+            heartbeat_timeout_seconds=heartbeat_seconds(),
             shutdown_timeout_seconds=60,
         )
     if job.source:

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import math
 import statistics
 
 from llmjax.errors import UserError
@@ -10,6 +11,8 @@ from llmjax.errors import UserError
 # In the order in which a process passes through them: before training, in a step, after training.
 PHASES = ("setup", "compile", "restore", "data", "step", "profile", "save", "eval", "report", "done")
 SILENT_SECONDS = 15.0  # a process that has not reported for this long is named
+# Phases in which a running process reports. In the others, a compiler or a tokenizer may hold Python's lock for long.
+DEAD_PHASES = ("restore", "save", "eval")
 _STEP_FACTOR = 10  # a step may take this many times the median
 _STEP_WINDOW = 64  # steps, or seconds of short steps, of which the median is taken
 _SLOW_WINDOW, _SLOW_SHARE = 60, 0.25  # reports of which a share is taken; a slow host's share above that of the others
@@ -154,12 +157,13 @@ class Observer:
 
     processes       those whose reports are observed
     silent_seconds  a process whose reports do not change for this long is silent
+    dead_seconds    a process that is silent for this long in a phase of DEAD_PHASES is lost
     """
 
-    def __init__(self, processes: list[int], silent_seconds: float = SILENT_SECONDS):
+    def __init__(self, processes: list[int], silent_seconds: float = SILENT_SECONDS, dead_seconds: float = math.inf):
         self._reports = {process: Report() for process in processes}
         self._silence = dict.fromkeys(processes, 0.0)
-        self._silent_seconds = silent_seconds
+        self._silent_seconds, self._dead_seconds = silent_seconds, dead_seconds
         self._named: set[int] = set()
 
     def update(self, reports: dict[int, Report], seconds: float) -> None:
@@ -184,8 +188,8 @@ class Observer:
         return sorted(new)
 
     def lost(self) -> list[int]:
-        """Processes that are silent for longer than their last phase may take."""
-        return [p for p in self.silent() if 0 < self._reports[p].limit < self._silence[p]]
+        """Processes that are silent for longer than their last phase may take, or for so long that they are dead."""
+        return [p for p in self.silent() if 0 < self._silence_limit(p) < self._silence[p]]
 
     def stuck(self) -> list[int]:
         """Processes that are beyond the limit of their phase and wait for no other process, and those of `lost`.
@@ -243,6 +247,10 @@ class Observer:
             who = f"process {processes[0]}" if len(processes) == 1 else f"{len(processes)} processes"
             parts.append(f"{who} in phase {phase} of step {step}")
         return "; ".join(parts)
+
+    def _silence_limit(self, process: int) -> float:
+        report = self._reports[process]
+        return min(report.limit, self._dead_seconds) if report.phase in DEAD_PHASES else report.limit
 
     def _is_silent(self, process: int, seconds: float) -> bool:
         return self._silence[process] > seconds and self._reports[process].phase != "done"

@@ -24,6 +24,8 @@ HANG = 75  # exit status
 _REPORTS, _PRIMARY, _VERDICT, _PORT = (f"watchdog/{name}" for name in ("reports", "primary", "verdict", "port"))
 _TICK_SECONDS = 1.0
 _REPORTS_PER_SECOND = 100  # of all processes together, which process 0 serves
+# Of the time without a heartbeat: JAX sends two in that time, so it may abort the others (134) after half of it.
+_DEAD_SHARE = 0.4
 _SLOW_LOG_SECONDS = 600.0  # between two lines about the same slow process
 _PEER_FAILED_SECONDS = 2.0  # the main thread usually meets the failure of another process, and ends by itself
 
@@ -50,7 +52,7 @@ class Watchdog:
         self._period = max(_TICK_SECONDS, self._count / _REPORTS_PER_SECOND)
         watched = list(range(self._count)) if self._process == 0 else [0]
         self._silent_seconds = max(SILENT_SECONDS, 10 * self._period)
-        self._observer = Observer(watched, self._silent_seconds)
+        self._observer = Observer(watched, self._silent_seconds, _DEAD_SHARE * hosts.heartbeat_seconds())
         self._key = f"{_PRIMARY if self._process == 0 else _REPORTS}/{self._process}"
         self._report = Report()
         self._others: dict[int, Report] = {}

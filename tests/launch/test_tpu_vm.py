@@ -177,6 +177,7 @@ def test_a_signal_stops_the_job_which_saves(cloud, verb, number):
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 85
     assert out.count("] saved") == 2 and cloud.verbs() == ["ssh", "ssh"]
+    assert "starting again" not in out
 
 
 def test_stop_ends_the_job_of_another_run(cloud):

@@ -138,6 +138,29 @@ def test_a_silent_process_is_named_once_and_counts_its_silence_as_time_in_its_ph
     assert job.observer.lost() == []  # its silence alone is not over the limit
 
 
+@pytest.mark.parametrize(("phase", "seconds"), [("save", 40), ("restore", 40), ("eval", 40), ("data", 60)])
+def test_a_process_that_died_is_lost_before_jax_aborts_the_others(phase, seconds):
+    job = Job(2)
+    job.observer = Observer([0, 1], dead_seconds=40)
+    job.train(6)
+    job.enter(phase, 7)
+    assert job.run(1) == []
+    job.stopped = {1}
+    job.enter("step", 7, 0)
+    assert job.run(seconds - 2) == []
+    assert job.run(4) == [1]
+
+
+@pytest.mark.parametrize("phase", ["setup", "compile"])
+def test_a_compiler_or_a_tokenizer_may_stop_the_reports(phase):
+    job = Job(2)
+    job.observer = Observer([0, 1], dead_seconds=40)
+    job.enter(phase, 0)
+    job.run(1)
+    job.stopped = {1}
+    assert job.run(200) == []
+
+
 def test_a_silent_process_is_stuck_and_not_the_one_that_waits_for_it_in_the_same_step():
     """Even if its last report came late, so that the time of the other one in this step is the longer."""
     job = Job(2)
