@@ -37,7 +37,15 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 MAX_MEMORY_MAPS = 30_000
 # Files whose tests take minutes together. They start first, so that no worker is left with one of them at the end.
-LONGEST_FILES = ("train/test_exactness.py", "test_recipes.py", "models/test_families.py")
+LONGEST_FILES = (
+    "train/test_exactness.py",
+    "test_recipes.py",
+    "train/test_fixed_tree.py",
+    "models/test_families.py",
+    "parallel/test_equivalence.py",
+    "launch/test_cloud_jobs.py",
+    "slurm/test_train.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
