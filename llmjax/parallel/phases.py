@@ -227,10 +227,10 @@ class Observer:
         return f"{where} for {self._seconds(process):.0f} s{limit}"
 
     def describe_ended(self, process: int) -> str:
-        """As `describe`, of a process whose connection has closed."""
-        report = self._reports[process]
+        """As `describe`, of a process whose connection has closed, and what the others are doing."""
+        report, others = self._reports[process], self.describe_others([process])
         where = f"process {process}: phase {report.phase} of step {report.step}"
-        return f"{where}, its connection closed (dead or unreachable)"
+        return f"{where}, its connection closed (dead or unreachable)" + (f" (meanwhile {others})" if others else "")
 
     def is_done(self, process: int) -> bool:
         """Whether a process has said that it ends."""

@@ -57,7 +57,7 @@ class Watchdog:
         self._report = Report()
         self._others: dict[int, Report] = {}
         self._verdict: Verdict | None = None
-        self._closed, self._ending = threading.Event(), threading.Event()
+        self._closed, self._ending, self._end_lock = threading.Event(), threading.Event(), threading.Lock()
         self._slow_logged: dict[int, float] = {}
         self._threads = [threading.Thread(target=self._watch, name="watchdog", daemon=True)]
         if self._count > 1:
@@ -77,7 +77,10 @@ class Watchdog:
             thread.start()
         if self._count > 1 and self._process == 0:
             with contextlib.suppress(OSError):
-                hosts.publish(f"{_PORT}/0", str(primary_link.listen(hosts.coordinator_host(), self._count)))
+                links = primary_link.Links(hosts.coordinator_host(), self._count)
+                arguments = {"target": links.watch, "args": [self._check_ended], "name": "watchdog links"}
+                threading.Thread(**arguments, daemon=True).start()
+                hosts.publish(f"{_PORT}/0", str(links.port))
         elif self._count > 1:
             threading.Thread(target=self._watch_link, name="watchdog link", daemon=True).start()
         return self
@@ -90,9 +93,6 @@ class Watchdog:
         while self._ending.is_set():  # the thread ends this process
             time.sleep(1)
         self._closed.set()
-        if self._link:
-            with contextlib.suppress(OSError):
-                self._link.shutdown(socket.SHUT_RDWR)  # wakes its thread
         for thread in self._threads:
             thread.join(timeout=2 * self._period)
         if error is None and self._count > 1:
@@ -100,6 +100,9 @@ class Watchdog:
             last = dataclasses.replace(self._report, phase="done", limit=0, beat=self._report.beat + 1)
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 hosts.publish(self._key, last.to_json())
+            if self._link:  # after an error it closes with this process, which first tells the others why it ends
+                with contextlib.suppress(OSError):
+                    self._link.shutdown(socket.SHUT_RDWR)  # wakes its thread
 
     def _explain(self) -> None:
         """End with a line about the process whose end broke a collective; return where there is none."""
@@ -136,7 +139,7 @@ class Watchdog:
             while not (port := hosts.published(_PORT)):
                 if self._closed.wait(self._period):
                     return
-            self._link = primary_link.connect(hosts.coordinator_host(), int(port["0"]))
+            self._link = primary_link.connect(hosts.coordinator_host(), int(port["0"]), self._process)
         if not self._link:
             return  # no early word then: process 0 may be behind a firewall
         primary_link.wait_until_closed(self._link)
@@ -144,6 +147,19 @@ class Watchdog:
             self._ending.set()
             _print_line(self._verdict.line if self._verdict else self._observer.describe_ended(0))
             os._exit(self._verdict.status if self._verdict else HANG)
+
+    def _check_ended(self, process: int) -> None:
+        """End process 0 if another process, whose connection has closed, ended without a word."""
+        began = time.monotonic()
+        while not self._closed.is_set() and not self._ending.is_set():
+            with contextlib.suppress(RuntimeError):  # this process is leaving the job
+                report = _read_reports(_REPORTS).get(process)
+                if (report and report.phase == "done") or hosts.published(_VERDICT):
+                    return  # a thread follows the verdict
+            if time.monotonic() - began > _PEER_FAILED_SECONDS:
+                line = self._observer.describe_ended(process)
+                self._end(Verdict(HANG, self._process, line), dead=1, shows_stacks=False)
+            time.sleep(0.1)
 
     def _watch(self) -> None:
         last = time.monotonic()
@@ -181,7 +197,10 @@ class Watchdog:
         self._end(verdict)
 
     def _end(self, verdict: Verdict, *, dead: int = 0, shows_stacks: bool = True) -> NoReturn:
-        self._ending.set()
+        with self._end_lock:
+            if self._ending.is_set():  # another thread ends this process
+                threading.Event().wait()
+            self._ending.set()
         # Printing may block, and so does announcing while process 0 is stopped.
         threading.Timer(2 * hosts.END_SECONDS, os._exit, [verdict.status]).start()
         _print_line(verdict.line)

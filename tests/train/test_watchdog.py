@@ -244,6 +244,7 @@ def test_a_process_whose_peer_died_says_so_before_the_error_of_the_library(tmp_p
         printed = pair.wait_for_end(0)
         assert pair.processes[0].returncode == 75, printed
     line, *_ = watchdog_lines(printed)
-    assert "process 1: phase " in line and "no report for" in line
+    # Its connection tells process 0 within moments; on a busy machine the lack of reports may do so first.
+    assert "process 1: phase " in line and ("its connection closed" in line or "no report for" in line)
     frames = ("Traceback", "stack trace", "Terminating process")
     assert not [other for other in printed[: printed.index(line)] if any(words in other for words in frames)]
