@@ -33,6 +33,7 @@ LAYERS = {
     "llmjax.run.workdir": 1,
     "llmjax.run.state": 3,
     "llmjax.run.config": 3,
+    "llmjax.run.objective_checks": 3,
     "llmjax.run": 4,
     "llmjax.curate": 3,
     "llmjax.models": 3,

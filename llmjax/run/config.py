@@ -10,8 +10,9 @@ from llmjax.binding import bind_overridden, find_file, load_file, load_module, s
 from llmjax.checkpoint.manager import CheckpointConfig
 from llmjax.data.batches.batch_sizes import MAX_SIZE, BatchSizes
 from llmjax.data.batches.packing import ONE_SEGMENT
-from llmjax.data.config import DataConfig, ObjectiveConfig
+from llmjax.data.config import SEVERAL_TEXTS, DataConfig, ObjectiveConfig
 from llmjax.data.objectives.objective import Objective, open_objective
+from llmjax.data.objectives.text_fields import check_text_fields
 from llmjax.data.store.tokenizer import Tokenizer
 from llmjax.errors import UserError
 from llmjax.models.decoder_config import DecoderConfig
@@ -21,7 +22,7 @@ from llmjax.optim.config import OptimizerConfig
 from llmjax.parallel.compiler_options import XlaConfig
 from llmjax.parallel.mesh import MeshConfig, ParallelConfig
 from llmjax.parallel.phases import WatchdogConfig
-from llmjax.run import objective_checks
+from llmjax.run.objective_checks import check_chat, check_labels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,7 +168,9 @@ class RunConfig:
                 f"objective.name={self.objective.name!r}: model.family={self.model.family!r} supports objectives "
                 f"{', '.join(self.model.objectives)}; set one of these, or another family"
             )
-        objective_checks.check(self)
+        check_labels(self.objective, self.data, self.model)
+        check_chat(self.objective, self.data)
+        self._check_texts()
         if self.data.packing == "stream" and self.objective.name != "causal":
             raise UserError(
                 f"data.packing='stream': objective.name={self.objective.name!r} needs documents that are kept apart; "
@@ -185,6 +188,46 @@ class RunConfig:
                 raise UserError(
                     f"{field}={size} is not divisible by train.accumulation={self.train.accumulation}: change one of "
                     "them"
+                )
+
+    def _check_texts(self) -> None:
+        """UserError where the objective and the texts of the records do not fit, or where a step would be another."""
+        name, train = self.objective.name, self.train
+        check_text_fields(name, self.data.sources)
+        if name not in SEVERAL_TEXTS:
+            return
+        if self.data.packing != "none":
+            raise UserError(
+                f"data.packing={self.data.packing!r}: objective.name={name!r} needs one record in each row; set it to "
+                "'none'"
+            )
+        if train.z_loss:
+            raise UserError(f"train.z_loss={train.z_loss}: objective.name={name!r} has no term for it; set it to 0")
+        if name == "dpo" and self.model.dropout:
+            raise UserError(
+                f"model.dropout={self.model.dropout}: objective.name='dpo' compares with a reference model without "
+                "dropout; set it to 0"
+            )
+        if name == "contrastive":
+            self._check_negatives()
+
+    def _check_negatives(self) -> None:
+        """UserError where a step would not compare each record with all others of the global batch."""
+        train = self.train
+        if train.accumulation > 1:
+            raise UserError(
+                f"train.accumulation={train.accumulation}: objective.name='contrastive' compares each record with all "
+                "others of the global batch, which a microbatch does not have; set it to 1"
+            )
+        if self.parallel.backend == "pmap":
+            raise UserError(
+                "parallel.backend='pmap': objective.name='contrastive' compares each record with those of all devices; "
+                "use 'jit'"
+            )
+        for field, size in train.batch_sizes.fields:
+            if size < 2:
+                raise UserError(
+                    f"{field}={size}: objective.name='contrastive' compares records with others; set it to 2 or more"
                 )
 
     def _check_fields(self, fields: dict[str, tuple[str, ...]], is_valid: Callable[[Any], bool], expected: str) -> None:
