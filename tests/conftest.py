@@ -13,8 +13,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 # Tests compile many small programs and run each a few times: unoptimised code halves their time, and without the fusion
-# emitters a program compiles four times as fast. Jobs that tests start as processes of their own (tests/jobs.py) use
-# the compiler as users do.
+# emitters a program compiles four times as fast. Jobs that tests start as processes of their own (tests/jobs.py)
+# inherit this, except where a test is about bits that the optimiser could change: `users_compiler`.
 _FAST_COMPILATION = (
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
@@ -91,6 +91,14 @@ def detach_signal_watcher():
     """
     yield
     signal.set_wakeup_fd(-1)
+
+
+@pytest.fixture(scope="module")
+def users_compiler():
+    """Jobs that tests of the module start compile as they do for users."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XLA_FLAGS", "")
+        yield
 
 
 @pytest.fixture

@@ -84,7 +84,7 @@ class TinyJob:
             "train.compilation_cache": str(compiled),
         }
         write_config(self.config, {**jobs.TINY, **changes})
-        # XLA_FLAGS of the tests compile fast; they change the bits of all runs alike.
+        # Of the launched processes, which do not all start with this environment.
         flags = {"LLMJAX_CPU_DEVICES": "2", "XLA_FLAGS": os.environ["XLA_FLAGS"]}
         self.environment = {**flags, **jobs.CACHE_ALL_PROGRAMS}
         workdir = folder / "unbroken"

@@ -1,5 +1,6 @@
 """Properties of every family: isolated documents, causality, exact alternatives, and costs."""
 
+from collections.abc import Iterable
 import dataclasses
 
 from flax import nnx
@@ -27,13 +28,12 @@ from tests.models.variants import FAMILIES, SEQ, VOCAB
 every_variant = pytest.mark.parametrize("name", FAMILIES)
 # Block structure differs between these and not between the others: for what the stack of blocks does.
 STACKS = ["gemma", "deepseek", "bert", "modernbert", "t5", "lstm", "rglru"]
-every_stack = pytest.mark.parametrize("name", STACKS)
 
 
-def some_variants(*names: str) -> pytest.MarkDecorator:
+def some_of(variants: Iterable[str], *names: str) -> pytest.MarkDecorator:
     """Every variant as a parameter, of which those that are not named run in `make test-exhaustive` alone."""
     return pytest.mark.parametrize(
-        "name", [pytest.param(name, marks=() if name in names else pytest.mark.exhaustive) for name in FAMILIES]
+        "name", [pytest.param(name, marks=() if name in names else pytest.mark.exhaustive) for name in variants]
     )
 
 
@@ -109,7 +109,7 @@ def test_causality(name):
 
 
 @pytest.mark.slow
-@some_variants("gpt2", "mixtral", "bert", "t5", "rglru")
+@some_of(FAMILIES, "gpt2", "mixtral", "bert", "t5", "rglru")
 def test_dropout_is_keyed_by_the_sample(name):
     """The mask of a row does not depend on its index in the batch, and differs between sample indices."""
     config = dataclasses.replace(FAMILIES[name], dropout=0.3)
@@ -129,7 +129,7 @@ def test_dropout_is_keyed_by_the_sample(name):
 
 
 @pytest.mark.slow
-@every_stack
+@some_of(STACKS, "gemma", "deepseek", "rglru")  # test_equivalence.py has the others
 def test_scan_equals_unrolled(name):
     config = dataclasses.replace(FAMILIES[name], dropout=0.2)
     graph, params = init_model(config)
@@ -175,7 +175,7 @@ def test_every_remat_policy_computes_the_same_bits():
 
 
 @pytest.mark.slow
-@some_variants("gemma", "mixtral", "modernbert", "t5", "lstm")
+@some_of(FAMILIES, "gemma", "mixtral", "modernbert", "t5", "lstm")
 def test_bfloat16_is_near_float32(name):
     config = FAMILIES[name]
     graph, params = init_model(config)
@@ -195,7 +195,7 @@ def test_bfloat16_is_near_float32(name):
 
 
 @pytest.mark.slow
-@some_variants("gemma", "deepseek", "modernbert", "t5", "rglru")
+@some_of(FAMILIES, "gemma", "deepseek", "modernbert", "t5", "rglru")
 def test_results_are_equal_on_a_mesh_and_nothing_is_replicated(name, capfd):
     """With every kind of layer; tests/parallel/test_equivalence.py has the other meshes."""
     config = dataclasses.replace(FAMILIES[name], vocab_size=64)
@@ -215,7 +215,7 @@ def test_results_are_equal_on_a_mesh_and_nothing_is_replicated(name, capfd):
 WITH_KERNEL = [name for name, config in FAMILIES.items() if hasattr(config, "attention")]
 
 
-@pytest.mark.parametrize("name", WITH_KERNEL)
+@some_of(WITH_KERNEL, "gemma", "deepseek", "gpt_oss", "modernbert", "t5")
 def test_blockwise_attention_equals_dot(name, monkeypatch):
     """On rows of three blocks."""
     monkeypatch.setattr(blockwise, "BLOCK", 8)
@@ -228,7 +228,7 @@ def test_blockwise_attention_equals_dot(name, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gemma", "deepseek", "modernbert"])
+@some_of(["gemma", "deepseek", "modernbert"], "gemma", "deepseek")
 def test_splash_attention_equals_dot(name, monkeypatch):
     """The TPU kernel, interpreted, through layers whose windows differ, and with values of another width."""
     monkeypatch.setitem(KERNELS, "splash", dataclasses.replace(KERNELS["splash"], platforms=("cpu",)))

@@ -14,7 +14,8 @@ from llmjax.run import inspection
 from tests import jobs
 from tests.train.layouts_worker import LAYOUTS
 
-pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
+pytestmark = [pytest.mark.slow, pytest.mark.multiprocess, pytest.mark.usefixtures("users_compiler")]
+FAST_FLAGS = os.environ["XLA_FLAGS"]
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +92,8 @@ def layouts(corpus, tmp_path_factory):
         if (processes, group) not in folders:
             out = tmp_path_factory.mktemp("layout")
             command = [sys.executable, "-m", "tests.train.layouts_worker", str(out), str(corpus), str(store), *group]
-            flags, root = os.environ["XLA_FLAGS"], str(jobs.ROOT)
-            jobs.run(jobs.launch(command, processes, 8 // processes), timeout=600, XLA_FLAGS=flags, PYTHONPATH=root)
+            variables = {"XLA_FLAGS": FAST_FLAGS, "PYTHONPATH": str(jobs.ROOT)}
+            jobs.run(jobs.launch(command, processes, 8 // processes), timeout=600, **variables)
             folders[processes, group] = out
         return folders[processes, group] / name
 

@@ -1,14 +1,11 @@
 """Training that cannot go on: exit status 76 after a real divergence, 77 after wrong bits on one device."""
 
-import os
 import pathlib
 import sys
 
 import pytest
 
 from tests import jobs
-
-FLAGS = {"XLA_FLAGS": os.environ["XLA_FLAGS"]}  # of the tests: they compile fast, and the bits do not matter here
 
 # The sixth time that the step is computed, one device of process 1 gets a wrong bit in each of its parameters.
 WORKER = """
@@ -53,7 +50,7 @@ def test_a_loss_that_stays_far_above_its_best_ends_the_run(tmp_path, corpus):
     }
     changes = {**diverging, "train__max_skipped": 5, "checkpoint__every": 20, "model__dropout": 0.0}
     arguments = jobs.command("train", tmp_path / "run", corpus, **changes, data__at_source_end="repeat")
-    printed = jobs.run(arguments, status=76, LLMJAX_CPU_DEVICES="1", **FLAGS)
+    printed = jobs.run(arguments, status=76, LLMJAX_CPU_DEVICES="1")
     assert "diverged: 5 steps in a row" in printed and "train.max_loss_rise=3" in printed, printed
     losses = [line["loss"] for line in jobs.metrics(tmp_path / "run")]
     assert all(loss > min(losses) + 3 for loss in losses[-5:]) and len(losses) < 400
@@ -75,7 +72,7 @@ def test_a_wrong_bit_on_one_device_ends_the_run_before_it_is_saved(tmp_path, cor
         "train", workdir, corpus, **changes, model__num_layers=1, train__compilation_cache="off"
     )
     command = jobs.launch([sys.executable, "-c", WORKER, *arguments], 2, 2)
-    printed = jobs.run(command, status=77, PYTHONPATH=str(jobs.ROOT), **FLAGS)
+    printed = jobs.run(command, status=77, PYTHONPATH=str(jobs.ROOT))
     for process in range(2):
         (line,) = [line for line in printed.splitlines() if line.startswith(f"[p{process}] llmjax: error: ")]
         assert f"{problem}: device " in line and line.count(" of process ") == line.count(" of process 1") == 1

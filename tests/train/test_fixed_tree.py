@@ -15,6 +15,8 @@ from llmjax.train.program import check_program, make_program
 from tests import jobs
 from tests.train.fixed_tree_worker import SHARDS, run, tiny
 
+pytestmark = pytest.mark.usefixtures("users_compiler")
+
 
 def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
@@ -65,10 +67,7 @@ VARIANTS = {
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=() if name in ("moe", "encdec", "remat") else pytest.mark.exhaustive)
-        for name in VARIANTS
-    ],
+    [pytest.param(name, marks=() if name in ("moe", "remat") else pytest.mark.exhaustive) for name in VARIANTS],
 )
 def test_layouts_give_the_same_bits(name):
     """Packed rows with dropout and clipping. In a process of its own, with the compiler as users have it."""

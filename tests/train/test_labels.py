@@ -122,7 +122,14 @@ def test_class_weights_multiply_the_loss_and_its_weight():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "kind"), [("pooler", "class"), ("decoder", "classes"), ("recurrent", "numbers")])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("decoder", "classes"),
+        pytest.param("pooler", "class", marks=pytest.mark.exhaustive),
+        pytest.param("recurrent", "numbers", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_meshes_agree_with_one_device(name, kind):
     model = dataclasses.replace(MODELS[name], dropout=0.1)
     optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=1)

@@ -1,7 +1,6 @@
 """A run with model.remat="auto" chooses a policy once, records it, and keeps it."""
 
 import json
-import os
 import pathlib
 import types
 
@@ -91,7 +90,7 @@ def test_a_run_records_the_policy(tmp_path):
     """The CPU's memory is large enough for all policies, so that nothing is computed again."""
     corpus, workdir = jobs.write_corpus(tmp_path / "corpus"), tmp_path / "run"
     command = jobs.command("train", workdir, corpus, model__remat="auto", model__num_layers=1, train__steps=2)
-    printed = jobs.run(command, LLMJAX_CPU_DEVICES="2", XLA_FLAGS=os.environ["XLA_FLAGS"])
+    printed = jobs.run(command, LLMJAX_CPU_DEVICES="2")
     assert "model.remat='auto': none, computes least again of those that fit" in printed
     assert "over 2 devices" in printed and policies(workdir) == ("none", "none", True)
 
@@ -99,17 +98,17 @@ def test_a_run_records_the_policy(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_processes_agree_and_other_commands_use_the_recorded_policy(tmp_path):
-    corpus, workdir, flags = jobs.write_corpus(tmp_path / "corpus"), tmp_path / "run", os.environ["XLA_FLAGS"]
+    corpus, workdir = jobs.write_corpus(tmp_path / "corpus"), tmp_path / "run"
     settings = {"model__remat": "auto", "model__num_layers": 1, "train__steps": 8}
     train = lambda **changes: jobs.command("train", workdir, corpus, **settings, **changes)
-    refused = jobs.run(jobs.launch(train(parallel__backend="pmap"), 2, 2), status=78, XLA_FLAGS=flags)
+    refused = jobs.run(jobs.launch(train(parallel__backend="pmap"), 2, 2), status=78)
     assert "model.remat='auto': parallel.backend='pmap': only 'jit' compiles ahead of time" in refused
-    jobs.run(jobs.launch(train(train__stop_at=4), 2, 2), XLA_FLAGS=flags)
+    jobs.run(jobs.launch(train(train__stop_at=4), 2, 2))
     chosen = ("none", "none", True)
     assert policies(workdir) == chosen
-    printed = jobs.run(train(train__stop_at=6), XLA_FLAGS=flags)
+    printed = jobs.run(train(train__stop_at=6))
     assert "as this run chose at its start" in printed and "compiling the step" not in printed
     assert policies(workdir) == chosen
-    printed = jobs.run([str(jobs.LLMJAX), "train", f"--workdir={workdir}"], XLA_FLAGS=flags)
+    printed = jobs.run([str(jobs.LLMJAX), "train", f"--workdir={workdir}"])
     assert "remat" not in printed and policies(workdir) == chosen
-    jobs.run([*jobs.command("eval", workdir), "--config.model.remat=auto"], XLA_FLAGS=flags)
+    jobs.run([*jobs.command("eval", workdir), "--config.model.remat=auto"])

@@ -3,7 +3,6 @@
 import collections
 from collections.abc import Iterator
 import contextlib
-import os
 import pathlib
 import queue
 import signal
@@ -60,8 +59,6 @@ loop._is_evaluated, loop._evaluate = is_evaluated_here, evaluate_alone
 main.main()
 """
 
-FLAGS = os.environ["XLA_FLAGS"]  # of the tests: they compile fast, and the bits do not matter here
-
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory) -> dict:
@@ -92,7 +89,7 @@ def watchdog_lines(printed: list[str]) -> list[str]:
 def test_a_process_that_waits_for_data_is_named_by_all(tmp_path, settings):
     stuck = 1
     command = worker(tmp_path / "run", settings, fault=f"data:{stuck}")
-    printed = jobs.run(jobs.launch(command, 2, 1), status=75, XLA_FLAGS=FLAGS)
+    printed = jobs.run(jobs.launch(command, 2, 1), status=75)
     for process in range(2):
         own = lines_of(printed, process)
         (line,) = watchdog_lines(own)
@@ -109,7 +106,7 @@ def test_processes_that_run_different_code_are_named_with_their_phases(tmp_path,
     """After step 7, process 1 evaluates, and process 0 goes on with step 8: each waits for the other."""
     changes = {"eval__every": 4, "watchdog__eval_seconds": 12}
     command = worker(tmp_path / "run", settings, fault=f"{wait}:1", **changes)
-    printed = jobs.run(jobs.launch(command, 2, 1), status=75, XLA_FLAGS=FLAGS)
+    printed = jobs.run(jobs.launch(command, 2, 1), status=75)
     # The collective of an evaluation gets the array of a step: Gloo aborts process 1, and process 0 says what happened.
     for process in range(2 if wait == "barrier" else 1):
         line, *_ = watchdog_lines(lines_of(printed, process))
@@ -118,7 +115,7 @@ def test_processes_that_run_different_code_are_named_with_their_phases(tmp_path,
 
 def test_a_single_process_watches_itself(tmp_path, settings):
     command = worker(tmp_path / "run", settings, fault="data:0")
-    printed = jobs.run(command, status=75, LLMJAX_CPU_DEVICES="1", XLA_FLAGS=FLAGS)
+    printed = jobs.run(command, status=75, LLMJAX_CPU_DEVICES="1")
     assert "llmjax: watchdog: process 0: phase data of step 7 for" in printed and "in assemble_until_stuck" in printed
 
 
@@ -128,7 +125,7 @@ def test_time_in_which_a_process_is_suspended_does_not_count(tmp_path, settings)
     changes = {"train__steps": 1000000, "data__at_source_end": "repeat"}
     arguments = worker(tmp_path / "run", settings, **changes)
     with subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=jobs.environment(XLA_FLAGS=FLAGS)
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=jobs.environment()
     ) as process:
         assert process.stdout
         for line in process.stdout:
@@ -161,7 +158,7 @@ class Pair:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
-                env=jobs.environment(**variables, XLA_FLAGS=FLAGS, LLMJAX_PROCESS_ID=str(index)),
+                env=jobs.environment(**variables, LLMJAX_PROCESS_ID=str(index)),
             )
             for index in range(2)
         ]
