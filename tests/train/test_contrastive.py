@@ -80,7 +80,7 @@ def test_texts_of_a_row_do_not_see_each_other_nor_padding(name, pooling):
         np.testing.assert_allclose(single[:, 0], together[:, number], atol=2e-5)
 
 
-@pytest.mark.parametrize("mesh", ["data", "fsdp", "tensor"])
+@pytest.mark.parametrize("mesh", ["data", pytest.param("fsdp", marks=pytest.mark.exhaustive), "tensor"])
 def test_eight_devices_agree_with_one(mesh):
     """In-batch negatives come from all devices: the loss of a device's own rows alone is another one."""
     sizes = {"data": dict(data=8), "fsdp": dict(data=2, fsdp=4), "tensor": dict(data=2, fsdp=2, tensor=2)}[mesh]
