@@ -93,12 +93,10 @@ def detach_signal_watcher():
     signal.set_wakeup_fd(-1)
 
 
-@pytest.fixture(scope="module")
-def users_compiler():
-    """Jobs that tests of the module start compile as they do for users."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XLA_FLAGS", "")
-        yield
+@pytest.fixture
+def users_compiler(monkeypatch):
+    """Jobs that the test starts compile as they do for users."""
+    monkeypatch.setenv("XLA_FLAGS", "")
 
 
 @pytest.fixture

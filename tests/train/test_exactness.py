@@ -14,8 +14,7 @@ from llmjax.run import inspection
 from tests import jobs
 from tests.train.layouts_worker import LAYOUTS
 
-pytestmark = [pytest.mark.slow, pytest.mark.multiprocess, pytest.mark.usefixtures("users_compiler")]
-FAST_FLAGS = os.environ["XLA_FLAGS"]
+pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +54,7 @@ def fingerprints(workdir: pathlib.Path) -> dict[int, tuple]:
     return {step: (entry["fingerprint"], str(entry["data_state"])) for step, entry in jobs.checkpoints(workdir).items()}
 
 
+@pytest.mark.usefixtures("users_compiler")  # the tests below compare bits with runs of their own alone
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_run(train, corpus, common, tmp_path):
     """SIGKILL in the middle of a run, then the same command: losses, digests, parameters and optimizer state agree."""
     uninterrupted = train(mesh__data=1, mesh__fsdp=8)
@@ -79,11 +79,7 @@ GROUPS = (("data8", "pmap"), tuple(name for name in LAYOUTS if name not in ("dat
 
 @pytest.fixture(scope="module")
 def layouts(corpus, tmp_path_factory):
-    """Train on every mesh of a group of LAYOUTS in one job of a process layout (memoised), and return a mesh's workdir.
-
-    XLA_FLAGS of the tests turn off optimisation, since there are many programs. That changes the bits of all layouts
-    alike.
-    """
+    """Train on every mesh of a group of LAYOUTS in one job of a process layout (memoised); returns a mesh's workdir."""
     folders: dict[tuple, pathlib.Path] = {}
     store = tmp_path_factory.mktemp("layouts") / "store"
 
@@ -92,8 +88,7 @@ def layouts(corpus, tmp_path_factory):
         if (processes, group) not in folders:
             out = tmp_path_factory.mktemp("layout")
             command = [sys.executable, "-m", "tests.train.layouts_worker", str(out), str(corpus), str(store), *group]
-            variables = {"XLA_FLAGS": FAST_FLAGS, "PYTHONPATH": str(jobs.ROOT)}
-            jobs.run(jobs.launch(command, processes, 8 // processes), timeout=600, **variables)
+            jobs.run(jobs.launch(command, processes, 8 // processes), timeout=600, PYTHONPATH=str(jobs.ROOT))
             folders[processes, group] = out
         return folders[processes, group] / name
 
