@@ -15,8 +15,6 @@ from llmjax.train.program import check_program, make_program
 from tests import jobs
 from tests.train.fixed_tree_worker import SHARDS, run, tiny
 
-pytestmark = pytest.mark.usefixtures("users_compiler")
-
 
 def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
@@ -65,6 +63,7 @@ VARIANTS = {
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.usefixtures("users_compiler")
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=() if name in ("moe", "remat") else pytest.mark.exhaustive) for name in VARIANTS],
@@ -141,6 +140,7 @@ def train(tmp_path_factory):
     store = tmp_path_factory.mktemp("shared") / "store"
     fields = {"parallel__reduction": "fixed_tree", "parallel__virtual_shards": SHARDS, "data__store": store}
     fields |= {
+        "model__num_layers": 1,
         "eval__every": 4,
         "checkpoint__every": 2,
         "train__batch_schedule": "((96,32),)",
