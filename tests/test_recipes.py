@@ -10,7 +10,8 @@ from llmjax.models import registry
 from llmjax.run import config as run_config
 from tests import jobs
 
-pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
+# Fifty steps gain more from optimised code than it takes to compile.
+pytestmark = [pytest.mark.slow, pytest.mark.multiprocess, pytest.mark.usefixtures("users_compiler")]
 
 
 TOOL = load_module(jobs.ROOT / "tools" / "recipes.py")
