@@ -37,6 +37,19 @@ TINY = {
 # Starts that share a folder of compiled programs compile nothing again, however fast a program compiles.
 CACHE_ALL_PROGRAMS = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
+# A model on bytes for tests that train to a score in this process.
+ONE_LAYER = {
+    "data.tokenizer.kind": "bytes",
+    "data.workers": 1,
+    "data.split.near_copies": "False",
+    "model.num_layers": 1,
+    "model.embed": 32,
+    "model.num_heads": 2,
+    "model.scan": "False",
+    "optimizer.warmup_steps": 3,
+    "eval.every": 0,
+}
+
 
 def write_corpus(folder: pathlib.Path, documents: int = 60) -> pathlib.Path:
     """A folder of text files cut from this repository's own tests and sources, with a few thousand bytes each."""

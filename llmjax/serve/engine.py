@@ -303,7 +303,7 @@ def continues_text(config: ModelConfig) -> bool:
 
 
 def _check_model(config: ModelConfig, context: int) -> None:
-    if config.num_outputs or not config.generates:
+    if not config.generates:
         raise UserError(f"model.family={config.family!r}: the model does not generate text; use one that does")
     if config.reads_source:
         raise UserError(

@@ -15,21 +15,13 @@ from llmjax.run import loading
 from tests import jobs
 
 MODEL = {
-    "data.tokenizer.kind": "bytes",
+    **jobs.ONE_LAYER,
     "data.seq_len": 48,
-    "data.workers": 1,
-    "data.split.near_copies": "False",
-    "model.num_layers": 1,
-    "model.embed": 32,
-    "model.num_heads": 2,
-    "model.scan": "False",
     "train.steps": 30,
     "train.global_batch": 8,
     "checkpoint.every": 15,
     "optimizer.learning_rate": "0.01",
-    "optimizer.warmup_steps": 3,
     "optimizer.weight_decay": 0,
-    "eval.every": 0,
 }
 
 

@@ -159,23 +159,15 @@ def test_bad_fields_are_refused(fields, message):
 
 
 SETTINGS = {
-    "data.tokenizer.kind": "bytes",
+    **jobs.ONE_LAYER,
     "data.seq_len": 48,
-    "data.workers": 1,
-    "data.split.near_copies": "False",
-    "model.num_layers": 1,
-    "model.embed": 32,
-    "model.num_heads": 2,
     "model.max_positions": 48,
-    "model.scan": "False",
     "objective.pooling": "max",
     "train.steps": 40,
     "train.log_every": 1,
     "train.global_batch": 16,
     "checkpoint.every": 10,
     "optimizer.learning_rate": "0.003",
-    "optimizer.warmup_steps": 3,
-    "eval.every": 0,
 }
 
 

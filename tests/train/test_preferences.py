@@ -114,24 +114,16 @@ def test_a_bad_beta_is_refused():
 
 
 SETTINGS = {
-    "data.tokenizer.kind": "bytes",
+    **jobs.ONE_LAYER,
     "data.seq_len": 64,
-    "data.workers": 1,
-    "data.split.near_copies": "False",
-    "model.num_layers": 1,
-    "model.embed": 32,
-    "model.num_heads": 2,
     "model.num_kv_heads": 2,
     "model.mlp": 64,
     "model.dropout": 0,
-    "model.scan": "False",
     "train.steps": 30,
     "train.log_every": 1,
     "train.global_batch": 16,
     "checkpoint.every": 10,
     "optimizer.learning_rate": "0.01",
-    "optimizer.warmup_steps": 3,
-    "eval.every": 0,
 }
 
 

@@ -105,10 +105,18 @@ def open_objective(
         marked = lambda *arguments: dataclasses.replace(build_batch(*arguments), one_segment=True)
         objective = dataclasses.replace(objective, build_batch=marked)
     if config.prompt_form == "plain":
-        before, after = tokenizer.prompt_frame or ((), (tokenizer.eos_id,))
-        prompt = lambda ids: np.concatenate([before, ids, after]).astype(np.int32)
-        return dataclasses.replace(objective, prompt=prompt, answers=True)
+        return dataclasses.replace(objective, prompt=_make_plain_prompt(tokenizer), answers=True)
     return objective
+
+
+def _find_source_frame(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids around a whole text that an encoder reads: those of an imported tokenizer, or EOS at its end."""
+    return tokenizer.prompt_frame or ((), (tokenizer.eos_id,))
+
+
+def _make_plain_prompt(tokenizer: Tokenizer) -> Callable[[np.ndarray], np.ndarray]:
+    before, after = _find_source_frame(tokenizer)
+    return lambda ids: np.concatenate([before, ids, after]).astype(np.int32)
 
 
 def _open(config: ObjectiveConfig, tokenizer: Tokenizer, seq_len: int, start_id: int | None) -> Objective:
@@ -192,7 +200,7 @@ def _make_named_objective(
     config: ObjectiveConfig, tokenizer: Tokenizer, seq_len: int, start_id: int, classes: Sequence[str]
 ) -> Objective:
     """Make the objective of an encoder-decoder that reads a document and writes the name of its class."""
-    before, after = tokenizer.prompt_frame or ((), (tokenizer.eos_id,))
+    before, after = _find_source_frame(tokenizer)
     task = labelled.LabelTask(
         num_outputs=len(classes),
         multi_label=False,
@@ -213,7 +221,7 @@ def _make_named_objective(
         build_batch=lambda rows, samples, rng: labelled.build_named_batch(
             rows, samples, task, names, (seq_len, target_len), vocab.bos_id
         ),
-        prompt=lambda ids: np.concatenate([before, ids, after]).astype(np.int32),
+        prompt=_make_plain_prompt(tokenizer),
         answers=True,
         class_names=names,
     )
