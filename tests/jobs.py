@@ -50,6 +50,24 @@ ONE_LAYER = {
     "eval.every": 0,
 }
 
+# llmjax with a pause after every step beyond SLOW_AFTER. JAX looks for a signal once a second, and then has processes
+# agree on a step to stop at: a tiny job would end first.
+SLOW_TRAINING = """
+import os, time
+from llmjax.cli import main
+from llmjax.train.logger import MetricsLogger
+
+record = MetricsLogger.record
+
+def record_slowly(logger, step, metrics):
+    record(logger, step, metrics)
+    if step > float(os.environ.get("SLOW_AFTER", "inf")):
+        time.sleep(2)
+
+MetricsLogger.record = record_slowly
+main.main()
+"""
+
 
 def write_corpus(folder: pathlib.Path, documents: int = 60) -> pathlib.Path:
     """A folder of text files cut from this repository's own tests and sources, with a few thousand bytes each."""

@@ -24,10 +24,10 @@ from llmjax.evals.label_scores import spearman
 from llmjax.train.best import find_best
 
 ROOT = Path(__file__).resolve().parents[1]
-# Of the small models: the checkpoint with the best accuracy on the validation split is the one that is tested.
+# The checkpoint with the best accuracy on the validation split is the one that is tested.
 CHOOSE_STEP = {"eval.every": 50, "eval.metric": "accuracy", "checkpoint.keep_best": "true"}
 SETTINGS = {  # of a task, beside those of its config
-    "sst2": {"train.steps": 360},
+    "sst2": {"train.steps": 540, **CHOOSE_STEP, "eval.every": 90},
     "agnews": {"train.steps": 300},
     "rte": {"train.steps": 300, "data.seq_len": 256, "train.global_batch": 4},
     "stsb": {"train.steps": 300, "optimizer.learning_rate": 1e-4},

@@ -44,8 +44,8 @@ def record_and_stop(logger, step, metrics):
     record(logger, step, metrics)
     if signals and step >= min(signals):
         os.kill(os.getpid(), signals.pop(min(signals)))
-        record_and_stop.pause = 0.2
-    time.sleep(record_and_stop.pause)  # JAX needs some time to agree on the step to stop at
+        record_and_stop.pause = 2  # as in jobs.SLOW_TRAINING
+    time.sleep(record_and_stop.pause)
 
 record_and_stop.pause = 0
 
@@ -75,6 +75,11 @@ class TinyJob:
         corpus = jobs.write_corpus(folder / "corpus")
         self.texts = f"{corpus}/*.txt"
         compiled = folder / "compiled"  # shared, as the workdir of a run shares it with its restarts
+        self.venv = folder / "venv"  # has an llmjax that SLOW_AFTER slows down
+        program = self.venv / "bin" / "llmjax"
+        program.parent.mkdir(parents=True)
+        program.write_text(f"#!{sys.executable}\n{jobs.SLOW_TRAINING}")
+        program.chmod(0o755)
         changes = {
             "data.sources.main.path": self.texts,
             "data.store": str(self.store),
@@ -173,7 +178,7 @@ def next_checkpoint(workdir: pathlib.Path) -> pathlib.Path:
     return workdir / "checkpoints" / str((newest // SAVE_EVERY + 1) * SAVE_EVERY)
 
 
-def pods(manifest: dict, tpu: bool) -> list[Start]:
+def pods(manifest: dict, tpu: bool, venv: pathlib.Path) -> list[Start]:
     """What each pod of a JobSet runs, with the variables that its manifest, the Job controller and GKE set."""
     [replicated] = manifest["spec"]["replicatedJobs"]
     job = replicated["template"]["spec"]
@@ -200,7 +205,7 @@ def pods(manifest: dict, tpu: bool) -> list[Start]:
                 else:
                     text = annotations[variable["valueFrom"]["fieldRef"]["fieldPath"].split("'")[1]]
                 environment[variable["name"]] = text
-            environment["PATH"] = f"{jobs.LLMJAX.parent}:{environment['PATH']}"
+            environment["PATH"] = f"{venv}/bin:{environment['PATH']}"
             starts.append((container["command"], environment))
     return starts
 
@@ -215,14 +220,17 @@ def render(tiny: TinyJob, workdir: pathlib.Path, *flags: str) -> dict:
 def test_a_jobset_is_preempted_on_slices_and_killed_on_hosts_and_ends_with_the_same_bits(tiny, tmp_path):
     workdir = tmp_path / "run"
 
-    def starts(tpu: bool, *flags: str) -> list[Start]:
+    def starts(tpu: bool, *flags: str, **variables: str) -> list[Start]:
         manifest = render(tiny, workdir, *flags)
-        return [(arguments, environment | tiny.environment) for arguments, environment in pods(manifest, tpu)]
+        more = tiny.environment | variables
+        return [(arguments, environment | more) for arguments, environment in pods(manifest, tpu, tiny.venv)]
 
-    slices = starts(True, "--topology=v6e:2x2", "--slices=2")
+    slices = starts(True, "--topology=v6e:2x2", "--slices=2", SLOW_AFTER=str(SAVE_EVERY))
     assert len(slices) == NUM_HOSTS
     assert run_hosts(slices, tmp_path, (signal.SIGTERM, workdir / "checkpoints" / str(SAVE_EVERY))) == [85, 85]
-    survivor, killed = run_hosts(starts(False, "--hosts=2"), tmp_path, (signal.SIGKILL, next_checkpoint(workdir)))
+    checkpoint = next_checkpoint(workdir)
+    hosts = starts(False, "--hosts=2", SLOW_AFTER=checkpoint.name)
+    survivor, killed = run_hosts(hosts, tmp_path, (signal.SIGKILL, checkpoint))
     assert (survivor, killed) == (75, -signal.SIGKILL)
     assert run_hosts(starts(False, "--hosts=2"), tmp_path) == [0, 0]
     tiny.assert_equals_unbroken(workdir)
@@ -233,10 +241,10 @@ def test_nodes_of_skypilot_are_preempted_and_resume_to_the_same_bits(tiny, tmp_p
     task = yaml.safe_load((jobs.ROOT / "launch" / "sky" / "train.yaml").read_text())
     workdir, home = tmp_path / "bucket" / "runs" / "a", tmp_path / "sky_workdir"
     home.mkdir()
-    (home / ".venv").symlink_to(jobs.LLMJAX.parents[1])
+    (home / ".venv").symlink_to(tiny.venv)
     assert task["num_nodes"] == NUM_HOSTS
 
-    def starts() -> list[Start]:
+    def starts(**variables: str) -> list[Start]:
         shared = {
             **{name: str(value) for name, value in task["envs"].items()},
             "CONFIG": str(tiny.config),
@@ -246,14 +254,16 @@ def test_nodes_of_skypilot_are_preempted_and_resume_to_the_same_bits(tiny, tmp_p
             "SKYPILOT_NODE_IPS": "127.0.0.1\n127.0.0.1",
             "SKYPILOT_NUM_NODES": str(NUM_HOSTS),
             "LLMJAX_LOCAL_PROCESSES": str(NUM_HOSTS),  # all nodes are this machine, so that loopback will do
+            **tiny.environment,
         }
         script = task["run"].replace(":8482", f":{free_port()}")
         return [
-            (["bash", "-c", script], jobs.environment(**shared, **tiny.environment, SKYPILOT_NODE_RANK=str(rank)))
+            (["bash", "-c", script], jobs.environment(**shared, **variables, SKYPILOT_NODE_RANK=str(rank)))
             for rank in range(NUM_HOSTS)
         ]
 
-    assert run_hosts(starts(), home, (signal.SIGTERM, workdir / "checkpoints" / str(SAVE_EVERY))) == [85, 85]
+    slow = starts(SLOW_AFTER=str(SAVE_EVERY))
+    assert run_hosts(slow, home, (signal.SIGTERM, workdir / "checkpoints" / str(SAVE_EVERY))) == [85, 85]
     assert run_hosts(starts(), home) == [0, 0]
     tiny.assert_equals_unbroken(workdir)
 

@@ -211,8 +211,8 @@ def test_a_terminated_job_saves_and_is_resumed(train, corpus, common, tmp_path):
     stopped = tmp_path / "stopped"
     arguments = jobs.command("train", stopped, corpus, **common, **layout)
     job = subprocess.Popen(
-        jobs.launch(arguments, 2, 4, "--grace=200"),
-        env=jobs.environment(),
+        jobs.launch([sys.executable, "-c", jobs.SLOW_TRAINING, *arguments[1:]], 2, 4, "--grace=200"),
+        env=jobs.environment(SLOW_AFTER="1"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
