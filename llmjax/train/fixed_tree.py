@@ -33,8 +33,6 @@ def check(config: RunConfig) -> None:
         raise refusal(f"parallel.backend={parallel.backend!r}", "needs 'jit'")
     if parallel.gradient_dtype:
         raise refusal(f"parallel.gradient_dtype={parallel.gradient_dtype!r}", "adds in float32; set it to ''")
-    if config.optimizer.name == "muon":
-        raise refusal("optimizer.name='muon'", "was not equal on mesh.fsdp=1 and more; use another optimizer")
     if config.objective.name in LABELLED:
         raise refusal(f"objective.name={config.objective.name!r}", "was not tried with labels; use another objective")
     if config.objective.name in SEVERAL_TEXTS:

@@ -3,13 +3,16 @@
 Optimizers that treat each element alone run on one block of the parameters after another, in place: blocks have one
 shape on any layout. The others run on the whole weights of one layer after another, which all devices gather and
 compute alike. Both are loops that run a number of times that the compiler does not know, so that it compiles them to
-the same instructions on any layout.
+the same instructions on any layout. Its algebraic simplifier would still divide in one way or another, so divisions
+are hidden from it.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.extend.core import ClosedJaxpr, Literal
+from jax.extend.core.primitives import div_p, jit_p
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
@@ -59,7 +62,7 @@ def make_update(optimizer: OptimizerConfig, spec: StateSpec, shards: int) -> Cal
             if keep
         ]
         norm = _norm([leaf for leaf, _ in items], [dim for _, dim in items])
-        update = lambda grads, params, state: spec.optimizer.update(grads, state, params, norm)
+        update = _hide_divisions(lambda grads, params, state: spec.optimizer.update(grads, state, params, norm))
         trees, one = (grads, params, state), hidden_one(state["count"])
         if is_elementwise:
             return _update_blocks(update, [dims, dims, state_dims], local, one, trees)
@@ -71,6 +74,38 @@ def make_update(optimizer: OptimizerConfig, spec: StateSpec, shards: int) -> Cal
         return run(grads, state, params)
 
     return update
+
+
+def _hide_divisions(function: Callable) -> Callable:
+    """The function of pytrees, with divisions that the compiler leaves as they are, except in its loops and branches.
+
+    XLA turns a / b / c into a / (b * c) and a / b, where b is a scalar, into a * (1 / b). Which of them it does first
+    depends on the rest of the program, which is not the same on one device and on several.
+    """
+
+    def evaluate(closed: ClosedJaxpr, arguments: list[Any]) -> list[Any]:
+        jaxpr = closed.jaxpr
+        values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *arguments], strict=True))
+        read = lambda atom: atom.val if isinstance(atom, Literal) else values[atom]
+        for equation in jaxpr.eqns:
+            primitive, inputs = equation.primitive, [read(atom) for atom in equation.invars]
+            if primitive is jit_p:
+                outputs = evaluate(equation.params["jaxpr"], inputs)
+            elif primitive is div_p:
+                shape = equation.outvars[0].aval.shape
+                whole = jax.lax.optimization_barrier([jnp.broadcast_to(x, shape) for x in inputs])
+                outputs = [jax.lax.optimization_barrier(jax.lax.div(*whole))]
+            else:
+                outputs = primitive.bind(*inputs, **primitive.get_bind_params(equation.params))
+                outputs = outputs if primitive.multiple_results else [outputs]
+            values.update(zip(equation.outvars, outputs, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def hidden(*trees: Any) -> Any:
+        closed, shapes = jax.make_jaxpr(function, return_shape=True)(*trees)
+        return jax.tree.unflatten(jax.tree.structure(shapes), evaluate(closed, jax.tree.leaves(trees)))
+
+    return hidden
 
 
 def _to_blocks(x: jax.Array, dim: int | None, count: int) -> jax.Array:
