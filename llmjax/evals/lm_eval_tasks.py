@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Iterator, Mapping
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import pathlib
 from typing import Any
@@ -25,6 +27,7 @@ try:
     import lm_eval
     from lm_eval.api.metrics import mean
     from lm_eval.api.model import LM
+    from lm_eval.api.registry import metric_registry
     from lm_eval.api.task import ALL_OUTPUT_TYPES, ConfigurableTask, TaskConfig
     from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.tasks import TaskManager
@@ -106,17 +109,8 @@ def evaluate(
         logger.info("%s: cached, since neither the checkpoint nor the task has changed", task.task_name)
         return cached
     adapter.model = model = make_model()
-    task.set_fewshot_seed(_FEWSHOT_SEED)
     cut = model.num_cut
-    evaluated = lm_eval.evaluate(
-        lm=adapter,
-        task_dict={"tasks": {task.task_name: task}},
-        limit=options.limit,
-        bootstrap_iters=0,
-        apply_chat_template=options.chat,
-        fewshot_as_multiturn=options.chat,
-    )
-    samples = evaluated["samples"][task.task_name]
+    samples = _evaluate(file, adapter, options)
     if num_cut := model.num_cut - cut:
         logger.info("  %d request(s) were cut on the left to fit into %d tokens", num_cut, model.max_length)
     result = TaskResult(
@@ -194,12 +188,9 @@ def _read_fields(path: pathlib.Path) -> dict[str, Any]:
     import yaml
 
     try:
-        fields = load_yaml(path.resolve(), resolve_func=False)
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(fields, dict):
-        raise UserError(f"{path}: expected fields of a task, such as `task: my_task`")
-    return fields
+        return load_yaml(path.resolve(), resolve_func=False)
+    except (yaml.YAMLError, OSError, ValueError) as error:
+        raise UserError(f"{path}: not a YAML file with the fields of a task ({' '.join(str(error).split())})") from None
 
 
 def _check_fields(path: pathlib.Path, fields: dict[str, Any]) -> None:
@@ -217,11 +208,28 @@ def _check_fields(path: pathlib.Path, fields: dict[str, Any]) -> None:
             f"{path}: output_type={kind!r}{suggest(str(kind), ALL_OUTPUT_TYPES)}: choose one of "
             f"{', '.join(ALL_OUTPUT_TYPES)}"
         )
+    if not fields.get("process_results"):
+        _check_metrics(path, fields.get("metric_list") or [])
     for field in _MULTIMODAL:
         if fields.get(field):
             raise UserError(f"{path}: {field} needs a model of images or sounds; give tasks of text")
     if fields.get("unsafe_code"):
         raise UserError(f"{path}: unsafe_code runs programs that the model writes, which is not supported")
+
+
+def _check_metrics(path: pathlib.Path, metrics: list[Any]) -> None:
+    """Raise UserError for a metric that lm-eval would look for on a hub."""
+    known = sorted(metric_registry)
+    for entry in metrics:
+        name = entry.get("metric") if isinstance(entry, dict) else None
+        if not isinstance(name, str):
+            raise UserError(f"{path}: metric_list: {entry!r} has no metric; give entries such as `- metric: acc`")
+        is_function = pathlib.Path(name).is_absolute()  # `!function module.name`, as it is read without its module
+        if entry.get("hf_evaluate") or (name not in known and not is_function):
+            raise UserError(
+                f"{path}: metric_list: unknown metric {name!r}{suggest(name, known)}; choose one of "
+                f"{', '.join(known)}, or a function of your own (`!function module.name`)"
+            )
 
 
 def _build_requests(file: TaskFile, adapter: _Adapter, options: Options) -> None:
@@ -236,6 +244,28 @@ def _build_requests(file: TaskFile, adapter: _Adapter, options: Options) -> None
         )
     except (jinja2.TemplateError, ValueError) as error:
         raise UserError(f"{file.path}: lm-eval cannot build its requests: {type(error).__name__}: {error}") from error
+
+
+def _evaluate(file: TaskFile, adapter: _Adapter, options: Options) -> list[dict[str, Any]]:
+    """What lm-eval logs of each example and filter."""
+    file.task.set_fewshot_seed(_FEWSHOT_SEED)
+    name = file.task.task_name
+    try:
+        evaluated = lm_eval.evaluate(
+            lm=adapter,
+            task_dict={"tasks": {name: file.task}},
+            limit=options.limit,
+            bootstrap_iters=0,
+            apply_chat_template=options.chat,
+            fewshot_as_multiturn=options.chat,
+        )
+    except OverflowError as error:
+        raise UserError(
+            f"{file.path}: a metric is too large for a float ({error}); leave word_perplexity out of metric_list for a "
+            "model as bad as this, or for texts of long words"
+        ) from error
+    assert evaluated is not None
+    return evaluated["samples"][name]
 
 
 def _hash_requests(task: ConfigurableTask) -> str:
@@ -275,11 +305,17 @@ def _estimate(samples: list[dict[str, Any]], aggregations: Mapping[str, Callable
         if aggregate is mean:
             metrics |= results.estimate_means({name: values})
             continue
-        # The names are bound now: each function is called in this round of the loop.
-        statistic = lambda at, n=name, v=values, f=aggregate: {n: float(f([v[index] for index in at]))}
+        statistic = functools.partial(_aggregate, name, values, aggregate)
         draws = _SLOW_DRAWS if metric in _SLOW_AGGREGATIONS else results.DRAWS
         metrics |= results.estimate(statistic, len(values), draws=draws)
     return metrics
+
+
+def _aggregate(name: str, values: list[Any], aggregate: Callable, at: np.ndarray) -> dict[str, float]:
+    try:
+        return {name: float(aggregate([values[index] for index in at]))}
+    except OverflowError:  # a perplexity
+        return {name: math.inf}
 
 
 def _name(metric: str, filter_name: str) -> str:

@@ -39,8 +39,8 @@ class Estimate:
     def __str__(self) -> str:
         if self.value is None:
             return "undefined"
-        low, high = (self.value if end is None else end for end in (self.low, self.high))
-        return f"{self.value:.4f} [{low:.4f}, {high:.4f}]"
+        low, high = ("undefined" if end is None else f"{end:.4f}" for end in (self.low, self.high))
+        return f"{self.value:.4f} [{low}, {high}]"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,10 +109,12 @@ def estimate_means(values: Mapping[str, Sequence[float] | np.ndarray], *, draws:
 
 
 def _summarize(value: float, resampled: np.ndarray) -> Estimate:
-    defined = resampled[np.isfinite(resampled)]
+    defined = resampled[~np.isnan(resampled)]
     tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
-    low, high = np.quantile(defined, tails).tolist() if len(defined) else (None, None)
-    return Estimate(value=float(value) if math.isfinite(value) else None, low=low, high=high)
+    # Without interpolation, since an end between a number and infinity is neither.
+    ends = np.quantile(defined, tails, method="inverted_cdf").tolist() if len(defined) else [math.nan, math.nan]
+    value, low, high = (float(number) if math.isfinite(number) else None for number in (value, *ends))
+    return Estimate(value=value, low=low, high=high)
 
 
 def make_key(loaded: Loaded, task: Mapping[str, Any]) -> str:
