@@ -92,9 +92,7 @@ def check_tasks(tasks: Mapping[str, TaskConfig]) -> None:
                 f"{', '.join(_RESERVED)}"
             )
         if task.kind not in KINDS:
-            raise UserError(
-                f"{where}.kind={task.kind!r}{suggest(task.kind, KINDS)}: choose one of {', '.join(KINDS)}"
-            )
+            raise UserError(f"{where}.kind={task.kind!r}{suggest(task.kind, KINDS)}: choose one of {', '.join(KINDS)}")
         if not task.path:
             raise UserError(f"{where}.path is not set: give a file of examples")
         _check_fields(task, where)

@@ -21,7 +21,9 @@ def score_choices(
 
     raw   the sum over the tokens of a choice; bytes, tokens: divided by the number of its UTF-8 bytes or of its tokens
     """
-    pairs = [model.encode_pair(prompt, choice) for prompt, texts in zip(prompts, choices, strict=True) for choice in texts]
+    pairs = [
+        model.encode_pair(prompt, choice) for prompt, texts in zip(prompts, choices, strict=True) for choice in texts
+    ]
     nats = iter(model.loglikelihoods(pairs))
     sizes = iter(len(continuation) for _, continuation in pairs)
     scores = []

@@ -11,7 +11,7 @@ from llmjax.evals.tasks.outcome import Groups, Outcome, score_means
 
 
 def run(task: TaskConfig, model: LanguageModel, examples: Sequence[Example], groups: Groups) -> Outcome:
-    """acc, the share of pairs whose good text is more likely (equal ones count half), and the mean difference in nats."""
+    """Score each pair: acc is the share whose good text is more likely; equal ones count half."""
     good = [example.text("good_field", task.good_field) for example in examples]
     bad = [example.text("bad_field", task.bad_field) for example in examples]
     nats = np.array(model.rolling([model.encode(text) for text in (*good, *bad)])).reshape(2, len(examples))
