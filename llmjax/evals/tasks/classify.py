@@ -26,8 +26,7 @@ def run_head(task: TaskConfig, loaded: Loaded, examples: Sequence[Example], grou
     predicted, cut = predict(loaded, texts)
     probabilities = np.array([[label["probabilities"][each] for each in classes] for label in predicted])
     inputs = [first if second is None else f"{first}\n{second}" for first, second in texts]
-    notes = (f"{cut} texts were cut to data.seq_len={loaded.config.data.seq_len}",) if cut else ()
-    return _make_outcome(classes, inputs, labels, np.log(probabilities.clip(1e-300)), groups, notes)
+    return _make_outcome(classes, inputs, labels, np.log(probabilities.clip(1e-300)), groups, cut)
 
 
 def run_likelihoods(task: TaskConfig, model: LanguageModel, examples: Sequence[Example], groups: Groups) -> Outcome:
@@ -70,7 +69,7 @@ def _make_outcome(
     labels: np.ndarray,
     logits: np.ndarray,
     groups: Groups,
-    notes: tuple[str, ...] = (),
+    num_cut: int = 0,
 ) -> Outcome:
     probabilities = classification.softmax(logits)
     predicted = probabilities.argmax(axis=1)
@@ -101,7 +100,7 @@ def _make_outcome(
     title = f"expected calibration error {bins.calibration_error:.3f}"
     plot = draw_reliability(**details["reliability"], title=title)
     score = _make_score(classes, labels, logits, groups)
-    return Outcome(lines, score, "accuracy", details, plot, notes)
+    return Outcome(lines, score, "accuracy", details, plot, num_cut)
 
 
 def _make_score(

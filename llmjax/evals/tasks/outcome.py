@@ -19,7 +19,7 @@ class Outcome:
     main     the name of the main score
     details  what else the result file holds, such as a confusion matrix
     plot     an SVG of the outcome; "": none
-    notes    for people, such as how many texts were cut
+    num_cut  texts that were cut to fit a row
     """
 
     lines: list[dict[str, Any]]
@@ -27,7 +27,7 @@ class Outcome:
     main: str
     details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     plot: str = ""
-    notes: tuple[str, ...] = ()
+    num_cut: int = 0
 
 
 class Groups:

@@ -42,5 +42,4 @@ def run(task: TaskConfig, loaded: Loaded, examples: Sequence[Example], groups: G
         }
         for index, (first, second) in enumerate(texts)
     ]
-    notes = (f"{cut} texts were cut to data.seq_len={loaded.config.data.seq_len}",) if cut else ()
-    return Outcome(lines, score, "pearson", notes=notes)
+    return Outcome(lines, score, "pearson", num_cut=cut)

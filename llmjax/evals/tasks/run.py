@@ -1,8 +1,7 @@
-"""Run tasks on a checkpoint: read the examples, score them, and write the results with their intervals."""
+"""Score a checkpoint on a task of the user's own: read the examples, score them, and write the results."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
-import functools
 import hashlib
 import logging
 from pathlib import Path
@@ -39,22 +38,22 @@ _LIKELIHOODS = {
 }
 
 
-def select_tasks(
-    config: RunConfig, names: Sequence[str], *, limit: int | None = None, shots: int | None = None
-) -> dict[str, TaskConfig]:
-    """The tasks of these names with other values of `limit` and `shots`, where these are given.
+def select_tasks(config: RunConfig, names: Sequence[str], options: results.Options) -> dict[str, TaskConfig]:
+    """The tasks of these names, with `limit` and `shots` of the options where these are set.
 
     Raises UserError for an unknown name, and for a task that the run cannot have.
     """
     selected = {}
     for name in names:
+        if options.chat:
+            raise UserError(f"--chat: the prompt of task {name!r} is its own template; leave --chat out")
         if name not in config.eval.tasks:
             listed = ", ".join(config.eval.tasks) or "none"
             raise UserError(
                 f"--tasks={name}{suggest(name, config.eval.tasks)}: the config has no such task (it has: {listed}); "
                 f"set eval.tasks.{name}.kind and eval.tasks.{name}.path, see `llmjax fields eval.tasks.NAME`"
             )
-        changes = {"limit": limit, "shots": shots}
+        changes = {"limit": options.limit, "shots": options.shots}
         task = dataclasses.replace(config.eval.tasks[name], **{k: v for k, v in changes.items() if v is not None})
         check_tasks({name: task})
         _check_run(f"eval.tasks.{name}", task, config)
@@ -105,64 +104,53 @@ def _check_head(where: str, task: TaskConfig, config: RunConfig) -> None:
         )
 
 
-def run_tasks(
-    workdir: epath.Path, loaded: Loaded, tasks: dict[str, TaskConfig], *, batch: int | None = None
-) -> list[dict[str, Any]]:
-    """Run the tasks, log their results, and return the contents of their files. Runs on the mesh of `use_mesh`.
+def evaluate(
+    workdir: epath.Path, loaded: Loaded, name: str, task: TaskConfig, *, make_model: Callable[[], LanguageModel]
+) -> dict[str, Any]:
+    """Score a checkpoint on a task, and return the content of its file. Runs on the mesh of `use_mesh`.
 
-    Results that an earlier call wrote for the same checkpoint, task and files are read instead.
-    batch   examples that are computed at a time; None: eval.batch, or train.global_batch
+    Results that an earlier call wrote for the same checkpoint, task and files are returned instead.
+    make_model   called where the task needs the likelihood of text
     A collective: all processes call it, and process 0 writes.
     """
-    get_model = functools.cache(lambda: LanguageModel(loaded, batch))
-    return [_run_task(workdir, loaded, name, task, get_model) for name, task in tasks.items()]
-
-
-def _run_task(
-    workdir: epath.Path, loaded: Loaded, name: str, task: TaskConfig, get_model: Callable[[], LanguageModel]
-) -> dict[str, Any]:
     settings = dataclasses.asdict(task)
     key = results.make_key(loaded, {"config": settings, "files": _hash_files(name, task)})
-    path = workdirs.eval_path(workdir, loaded.step, name)
     if (record := results.read_cached(workdir, loaded.step, name, key)) is not None:
-        logger.info("%s: nothing has changed since these results were written", path)
-    else:
-        examples = read_examples(name, task)
-        outcome = _score(task, loaded, examples, get_model)
-        result = results.TaskResult(
-            task=name,
-            metrics=results.estimate(outcome.score, len(outcome.lines)),
-            examples=outcome.lines,
-            settings=settings,
-            details={"main": outcome.main, **outcome.details, "notes": list(outcome.notes)},
+        logger.info("%s: scored before, with the same checkpoint, options and files", name)
+        return record
+    outcome = _score(task, loaded, read_examples(name, task), make_model)
+    if outcome.num_cut:
+        logger.info(
+            "  %s: %d texts were cut to fit into data.seq_len=%d", name, outcome.num_cut, loaded.config.data.seq_len
         )
-        if outcome.plot and hosts.is_primary():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            atomic.write_bytes(path.with_suffix(".svg"), outcome.plot.encode())
-        results.write(workdir, loaded, result, key)
-        record = results.read_cached(workdir, loaded.step, name, key)
-        assert record is not None
-    for line in results.describe(record):
-        logger.info("%s", line)
-    for note in record["notes"]:
-        logger.info("  note: %s", note)
+    if outcome.plot and hosts.is_primary():
+        path = workdirs.eval_path(workdir, loaded.step, name).with_suffix(".svg")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write_bytes(path, outcome.plot.encode())
+    result = results.TaskResult(
+        task=name,
+        metrics=results.estimate(outcome.score, len(outcome.lines)),
+        examples=outcome.lines,
+        settings=settings,
+        details={"main": outcome.main, "num_cut": outcome.num_cut, **outcome.details},
+    )
+    results.write(workdir, loaded, result, key)
+    record = results.read_cached(workdir, loaded.step, name, key)
+    assert record is not None
     return record
 
 
 def _score(
-    task: TaskConfig, loaded: Loaded, examples: list[Example], get_model: Callable[[], LanguageModel]
+    task: TaskConfig, loaded: Loaded, examples: list[Example], make_model: Callable[[], LanguageModel]
 ) -> Outcome:
     field = task.group_field
     groups = Groups([example.text("group_field", field) for example in examples[task.shots :]] if field else None)
     if loaded.config.objective.name in LABELLED:
         return _HEADS[task.kind](task, loaded, examples, groups)
-    model = get_model()
+    model = make_model()
     num_cut = model.num_cut
     outcome = _LIKELIHOODS[task.kind](task, model, examples, groups)
-    if cut := model.num_cut - num_cut:
-        note = f"{cut} requests were cut on the left to the {model.max_length} tokens that the model reads"
-        outcome = dataclasses.replace(outcome, notes=(*outcome.notes, note))
-    return outcome
+    return dataclasses.replace(outcome, num_cut=model.num_cut - num_cut)
 
 
 def _hash_files(name: str, task: TaskConfig) -> list[str]:
