@@ -37,6 +37,10 @@ class Groups:
         self.names: list[str] = sorted(set(values or ()))
         self._numbers = np.array([self.names.index(value) for value in values or ()], np.int64)
 
+    def counts(self) -> dict[str, int]:
+        """The number of examples of each group."""
+        return dict(zip(self.names, np.bincount(self._numbers, minlength=len(self.names)).tolist(), strict=True))
+
     def means(self, numerators: np.ndarray, denominators: np.ndarray, indices: np.ndarray) -> list[tuple[str, float]]:
         """(name, sum of numerators / sum of denominators) of each group; nan where the divisor is 0."""
         if not self.names:

@@ -146,11 +146,13 @@ def _score(
     field = task.group_field
     groups = Groups([example.text("group_field", field) for example in examples[task.shots :]] if field else None)
     if loaded.config.objective.name in LABELLED:
-        return _HEADS[task.kind](task, loaded, examples, groups)
-    model = make_model()
-    num_cut = model.num_cut
-    outcome = _LIKELIHOODS[task.kind](task, model, examples, groups)
-    return dataclasses.replace(outcome, num_cut=model.num_cut - num_cut)
+        outcome = _HEADS[task.kind](task, loaded, examples, groups)
+    else:
+        model = make_model()
+        num_cut = model.num_cut
+        outcome = _LIKELIHOODS[task.kind](task, model, examples, groups)
+        outcome = dataclasses.replace(outcome, num_cut=model.num_cut - num_cut)
+    return dataclasses.replace(outcome, details={**outcome.details, "groups": groups.counts()})
 
 
 def _hash_files(name: str, task: TaskConfig) -> list[str]:

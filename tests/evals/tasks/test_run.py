@@ -131,6 +131,7 @@ def test_pairs_by_group(tmp_path):
     assert value(record, "nats_difference") == pytest.approx(np.mean(differences), rel=1e-4)
     for name, chosen in (("", differences), ("/x", differences[::2]), ("/y", differences[1::2])):
         assert value(record, f"acc{name}") == np.mean(np.array(chosen) > 0)
+    assert record["groups"] == {"x": 6, "y": 6}
 
 
 def test_generate(tmp_path):
