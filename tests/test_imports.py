@@ -19,6 +19,7 @@ LAYERS = {
     "llmjax.train.fixed_update": 5,
     "llmjax.plan": 6,
     "llmjax.train": 7,
+    "llmjax.evals.config": 1,
     "llmjax.evals": 4,
     "llmjax.inference": 4,
     "llmjax.report": 4,

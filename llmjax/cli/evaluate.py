@@ -14,6 +14,8 @@ from llmjax.errors import UserError
 if typing.TYPE_CHECKING:
     from etils import epath
 
+    from llmjax.evals.lm_eval_tasks import TaskFile
+
 logger = logging.getLogger(__name__)
 
 _SPLITS = ("train", "validation", "test")
@@ -28,17 +30,19 @@ def evaluate(arguments: list[str]) -> int:
         causal also bits per byte of the original text, for others the accuracy of a majority-class baseline. Writes
         WORKDIR/eval/<step>/<split>.json. The scores do not depend on the mesh.
 
-        With --tasks, score it on tasks instead: paths of YAML files of lm-eval (multiple_choice, loglikelihood,
-        loglikelihood_rolling, generate_until), which need the extra `eval`. Writes every metric with a bootstrap 95%
-        interval to WORKDIR/eval/<step>/<task>.json, and one line for each example to <task>.jsonl. A task that was
-        scored before, with the same checkpoint and options, is not computed again.""",
+        With --tasks, score it on tasks instead. A name is that of a section eval.tasks.NAME of the config, which makes
+        a task of a file of your own (JSONL, CSV, TSV, Parquet): multiple choice, generation, classification,
+        regression, minimal pairs or perplexity. A path is that of a YAML file of lm-eval (multiple_choice,
+        loglikelihood, loglikelihood_rolling, generate_until), which needs the extra `eval`. Writes every metric with a
+        bootstrap 95% interval to WORKDIR/eval/<step>/<task>.json, and one line for each example to <task>.jsonl. A task
+        that was scored before, with the same checkpoint and options, is not computed again.""",
         "llmjax eval --workdir=runs/mine --split=test\n  llmjax eval --workdir=runs/mine --tasks=task.yaml --shots=3",
         job=True,
     )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="a run")
     parser.add_argument("--step", type=int_range(0), help="the checkpoint (default: the newest)")
     parser.add_argument("--split", choices=_SPLITS, help="documents to score (default validation)")
-    parser.add_argument("--tasks", type=_parse_tasks, metavar="FILE,...", help="YAML files of lm-eval, by commas")
+    parser.add_argument("--tasks", type=_parse_tasks, metavar="TASK,...", help="names of tasks, YAML files of lm-eval")
     parser.add_argument("--limit", type=int_range(1), metavar="N", help="examples of each task at most (default: all)")
     parser.add_argument(
         "--shots", type=int_range(0), metavar="K", help="solved examples in each prompt (default: task's)"
@@ -71,26 +75,42 @@ def evaluate(arguments: list[str]) -> int:
 
 
 def _evaluate_tasks(workdir: "epath.Path", flags: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
-    from llmjax.evals import lm_eval_tasks, results
+    from llmjax.evals import results
     from llmjax.evals.requests import LanguageModel
+    from llmjax.evals.tasks import run
     from llmjax.run import loading, next_commands, workdir as workdirs
 
     options = results.Options(limit=flags.limit, shots=flags.shots, batch=flags.batch, chat=flags.chat)
-    for name in flags.tasks:
-        if not _is_path(name):
-            raise UserError(f"--tasks={name}: not a YAML file; give the path of one, such as tasks/{name}.yaml")
-    # Bad files are found before a checkpoint is read.
-    files = [lm_eval_tasks.load_task(pathlib.Path(os.path.expanduser(name)), options.shots) for name in flags.tasks]
+    # Bad tasks are found before a checkpoint is read.
+    names = [name for name in flags.tasks if not _is_path(name)]
+    tasks = run.select_tasks(loading.read_config(workdir, overrides), names, options)
+    files = _load_files([name for name in flags.tasks if _is_path(name)], options.shots)
     with loading.load(workdir, step=flags.step, overrides=overrides) as loaded:
         template = loading.load_chat_template(workdir, loaded) if options.chat else None
         make_model = functools.cache(lambda: LanguageModel(loaded, options.batch))
-        logger.info("step %d (%s), %d task(s)", loaded.step, loaded.params_name, len(files))
-        for file in files:
-            record = lm_eval_tasks.evaluate(workdir, loaded, file, options, make_model=make_model, template=template)
+        logger.info("step %d (%s), %d task(s)", loaded.step, loaded.params_name, len(flags.tasks))
+        for name in flags.tasks:
+            if name in tasks:
+                record = run.evaluate(workdir, loaded, name, tasks[name], make_model=make_model)
+            else:
+                from llmjax.evals import lm_eval_tasks
+
+                record = lm_eval_tasks.evaluate(
+                    workdir, loaded, files[name], options, make_model=make_model, template=template
+                )
             path = workdirs.eval_path(workdir, loaded.step, record["task"])
             logger.info("%s", "\n".join([*results.describe(record), f"  {path}, examples in {path.stem}.jsonl"]))
     logger.info("next: %s", next_commands.use_model(flags.workdir, loaded.config.objective.name))
     return 0
+
+
+def _load_files(paths: list[str], shots: int | None) -> dict[str, "TaskFile"]:
+    """The tasks of YAML files by their paths; without any, lm-eval need not be installed."""
+    if not paths:
+        return {}
+    from llmjax.evals import lm_eval_tasks
+
+    return {path: lm_eval_tasks.load_task(pathlib.Path(os.path.expanduser(path)), shots) for path in paths}
 
 
 def _parse_tasks(text: str) -> list[str]:

@@ -1,6 +1,6 @@
 """The config of a run: all sections, bound once."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import json
 import operator
@@ -15,6 +15,7 @@ from llmjax.data.objectives.objective import Objective, open_objective
 from llmjax.data.objectives.text_fields import check_text_fields
 from llmjax.data.store.tokenizer import Tokenizer
 from llmjax.errors import UserError
+from llmjax.evals.config import TaskConfig, check_tasks
 from llmjax.models.decoder_config import DecoderConfig
 from llmjax.models.registry import ModelConfig
 from llmjax.nn.kernels import Choice
@@ -84,12 +85,14 @@ class EvalConfig:
     metric      the score that stop_after and checkpoint.keep_best compare: loss, perplexity or bits_per_byte, of which
                 less is better, or any other in eval/<step>/validation.json, such as accuracy, of which more is better
     stop_after  evaluations in a row without a better score after which training ends; 0: it goes to the last step
+    tasks       tasks on your own files by name, for `llmjax eval --tasks=NAME`: section eval.tasks.NAME
     """
 
     every: int = 0
     batch: int = 0
     metric: str = "loss"
     stop_after: int = 0
+    tasks: Mapping[str, TaskConfig] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,6 +174,7 @@ class RunConfig:
         check_labels(self.objective, self.data, self.model)
         check_chat(self.objective, self.data)
         self._check_texts()
+        check_tasks(self.eval.tasks)
         if self.data.packing == "stream" and self.objective.name != "causal":
             raise UserError(
                 f"data.packing='stream': objective.name={self.objective.name!r} needs documents that are kept apart; "
