@@ -21,6 +21,7 @@ from llmjax.inference.sampling import Sampling
 from llmjax.models import registry
 from llmjax.parallel import axes
 from llmjax.run import config as run_config
+from tests import jobs
 from tests.evals.test_requests import log_probabilities, make_loaded
 from tests.serve import runs
 from tests.train.trainer import one_device
@@ -276,3 +277,25 @@ def test_options_and_models_that_do_not_fit_are_refused(workdir, tmp_path):
         eval_command([f"--workdir={workdir}", "--shots=2"])
     with pytest.raises(UserError, match=r"--tasks=a\.yaml,a\.yaml: a\.yaml is given twice"):
         eval_command([f"--workdir={workdir}", "--tasks=a.yaml,a.yaml"])
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_processes_answer_as_one(tmp_path):
+    workdir = runs.write_run(tmp_path / "run")
+    tasks = [write_task(tmp_path, MULTIPLE_CHOICE), write_task(tmp_path, GENERATE)]
+    command = [str(jobs.LLMJAX), "eval", f"--workdir={workdir}", f"--tasks={tasks[0]},{tasks[1]}", "--batch=4"]
+    documents = str(tmp_path / "cache")
+    jobs.run(jobs.launch([*command, "--config.mesh.fsdp=4"], 2, 2), HF_DATASETS_CACHE=documents)
+    many = [read(tmp_path / "run", name) for name in ("letters", "say")]
+    jobs.run([*command, "--config.mesh.data=1"], HF_DATASETS_CACHE=documents)  # another mesh needs no new result
+    assert [read(tmp_path / "run", name) for name in ("letters", "say")] == many
+    for path in (tmp_path / "run" / "eval" / "0").glob("*.json"):
+        path.unlink()
+    jobs.run([*command, "--config.mesh.data=1"], HF_DATASETS_CACHE=documents)
+    for name, (record, lines) in zip(("letters", "say"), many, strict=True):
+        alone, lines_alone = read(tmp_path / "run", name)
+        assert alone["metrics"] == record["metrics"] and alone["key"] == record["key"]
+        for line, other in zip(lines, lines_alone, strict=True):
+            assert line["prediction"] == other["prediction"]
+            assert line.get("loglikelihoods", []) == pytest.approx(other.get("loglikelihoods", []), abs=1e-4)

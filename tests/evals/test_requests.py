@@ -31,12 +31,17 @@ TEXTS = [RNG.integers(0, 256, length).tolist() for length in (0, 1, 63, 64, 65, 
 
 
 def make_loaded(family: str = "decoder") -> Loaded:
-    config = runs.make_config(family)
+    if family in runs.FAMILIES:
+        config, params = runs.make_config(family), runs.make_params(family)
+    else:
+        tree = {"model": {"family": family, "num_layers": 2, "embed": 32}, "data": {"seq_len": 64}}
+        config = run_config.with_vocabulary(run_config.apply_overrides(tree, []), runs.BYTES.vocab_size)
+        params = jax.jit(lambda key: registry.init(config.model, key))(jax.random.key(0))
     return Loaded(
         config=config,
         step=0,
         graph=registry.abstract(config.model)[0],
-        params=runs.make_params(family),
+        params=params,
         params_name="",
         tokenizer=runs.BYTES,
         objective=run_config.objective(config, runs.BYTES),
@@ -86,9 +91,13 @@ def _forward(graph, params, row: Batch) -> jax.Array:
 
 @pytest.fixture(scope="module")
 def expected(loaded, mesh) -> list[tuple[float, bool]]:
-    """By a loop over the requests; padded to one length after the tokens, which a causal model does not see."""
+    return loop(loaded, PAIRS)
+
+
+def loop(loaded: Loaded, pairs) -> list[tuple[float, bool]]:
+    """Answer one request after another; padded to one length after the tokens, which a causal model does not see."""
     answers = []
-    for context, continuation in PAIRS:
+    for context, continuation in pairs:
         ids = [*(context or [256]), *continuation][-65:]
         scores = log_probabilities(loaded, ids[:-1] + [0] * (65 - len(ids)))
         at = range(len(ids) - 1 - len(continuation), len(ids) - 1)
@@ -127,6 +136,12 @@ def test_only_the_most_likely_tokens_are_greedy(loaded, model):
     others = [[*ids[:2], (ids[2] + 1) % 256], [(ids[0] + 1) % 256, *ids[1:]]]
     answers = model.loglikelihoods([(context, continuation) for continuation in (ids, *others)])
     assert [is_greedy for _, is_greedy in answers] == [True, False, False]
+
+
+@pytest.mark.parametrize("family", ["moe", "recurrent"])
+def test_other_causal_families_answer(family, mesh):
+    loaded, pairs = make_loaded(family), [PAIRS[number] for number in (1, 2, 3, 6)]
+    assert_equal(LanguageModel(loaded, 4).loglikelihoods(pairs), loop(loaded, pairs))
 
 
 @pytest.mark.parametrize("shape", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
