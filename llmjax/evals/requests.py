@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 import logging
 import time
+from typing import Any
 
 from flax import nnx
 import jax
@@ -59,7 +60,7 @@ class LanguageModel:
         self._sharding = backends.batch_sharding()
         self._rows = hosts.local_rows(self._sharding, self._batch)
         replicated = jax.sharding.NamedSharding(jax.sharding.get_mesh(), jax.sharding.PartitionSpec())
-        self._score = jax.jit(self._score_batch, static_argnames="span", out_shardings=replicated)
+        self._score = jax.jit(self._score_batch, static_argnames=("span", "share"), out_shardings=replicated)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, in which special tokens are recognised, without ids before or after them."""
@@ -120,20 +121,32 @@ class LanguageModel:
                 "generate text"
             )
         rows = [self._join(number, context, continuation) for number, (context, continuation) in enumerate(pairs)]
+        spans = [len(continuation) for _, continuation in pairs]
+        # Requests that differ in their last token alone, such as the letters of choices, are computed once.
+        by_inputs: dict[tuple[bytes, int], list[int]] = {}
+        for number, ids in enumerate(rows):
+            by_inputs.setdefault((ids[:-1].tobytes(), spans[number]), []).append(number)
         # Short spans together, so that a batch is not scored at many positions for one long continuation.
-        order = sorted(range(len(pairs)), key=lambda number: len(pairs[number][1]))
-        lengths = [len(rows[number]) - 1 for number in order]
-        groups = list(group_by_length(lengths, self.max_length, rows=self._batch))
+        equal = sorted(by_inputs.values(), key=lambda numbers: spans[numbers[0]])
+        groups = list(group_by_length([len(rows[n[0]]) - 1 for n in equal], self.max_length, rows=self._batch))
         scored: list[tuple[np.ndarray, bool]] = [(np.zeros(0, np.float32), True)] * len(pairs)
-        for part, _, length in _log_progress(groups, len(pairs)):
-            numbers = [order[index] for index in part]
-            spans = [len(pairs[number][1]) for number in numbers]
-            span = min(max(_SHORTEST_SPAN, 1 << (max(spans) - 1).bit_length()), length) if max(spans) else 1
-            batch = self._make_batch([rows[number] for number in numbers], spans, length)
+        for part, _, length in _log_progress(groups, len(equal)):
+            members = [equal[index] for index in part]
+            firsts = [numbers[0] for numbers in members]
+            longest = max(spans[number] for number in firsts)
+            span = min(max(_SHORTEST_SPAN, 1 << (longest - 1).bit_length()), length) if longest else 1
+            batch = self._make_batch([rows[n] for n in firsts], [spans[n] for n in firsts], length)
+            share = any(len(numbers) > 1 for numbers in members)
             # One batch at a time: collectives of two programs could start in different orders on CPU processes.
-            scores, is_first = jax.device_get(self._score(self._loaded.params, batch, span=span))
-            for row, (number, count) in enumerate(zip(numbers, spans, strict=True)):
-                scored[number] = scores[row, :count].copy(), bool(is_first[row, :count].all())
+            scores, is_first, last = jax.device_get(self._score(self._loaded.params, batch, span=span, share=share))
+            for row, numbers in enumerate(members):
+                count = spans[numbers[0]]
+                for number in numbers:
+                    of_tokens, is_greedy = scores[row, :count].copy(), is_first[row, :count].copy()
+                    if len(numbers) > 1 and count:
+                        token = rows[number][-1]
+                        of_tokens[-1], is_greedy[-1] = last[row, token], last[row].argmax() == token
+                    scored[number] = of_tokens, bool(is_greedy.all())
         return scored
 
     def generate(
@@ -211,10 +224,11 @@ class LanguageModel:
         )
         return hosts.global_batch(self._sharding, local, self._rows, self._batch)
 
-    def _score_batch(self, params: Params, batch: Batch, *, span: int) -> tuple[jax.Array, jax.Array]:
+    def _score_batch(self, params: Params, batch: Batch, *, span: int, share: bool) -> tuple[Any, Any, Any]:
         """(log-likelihood float32, whether no id is more likely) [batch, span] of targets from the first scored on.
 
         Logits over the whole vocabulary are computed for these positions alone, train.loss_chunk of them at a time.
+        share   the third result is float32 [batch, vocab], the log-likelihoods of all ids as the last scored target
         """
         model = nnx.merge(self._loaded.graph, params)
         hidden = axes.constrain(model(batch).hidden, "batch", "seq", None)
@@ -233,7 +247,11 @@ class LanguageModel:
 
         chunk = min(self._loaded.config.train.loss_chunk or span, span)
         scores, is_first = jax.lax.map(score, (split(hidden, chunk), split(targets, chunk)))
-        return join(scores, span), join(is_first, span)
+        if not share:
+            return join(scores, span), join(is_first, span), None
+        last = jnp.sum(batch.weights > 0, axis=1)[:, None, None] - 1
+        logits = model.unembed(jnp.take_along_axis(hidden, jnp.maximum(last, 0), axis=1))[:, 0]
+        return join(scores, span), join(is_first, span), jax.nn.log_softmax(logits, axis=-1)
 
 
 def split_windows(ids: Tokens, prefix_id: int, max_length: int) -> list[Pair]:

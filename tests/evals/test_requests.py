@@ -123,6 +123,17 @@ def test_loglikelihoods_equal_a_forward_pass_of_each_request(model, expected):
     assert expected[9] == (0, True)
 
 
+def test_requests_that_share_their_inputs_have_answers_of_their_own(loaded, model):
+    """Of one and of several tokens, one of which is the most likely one."""
+    context = PAIRS[3][0]
+    best = int(log_probabilities(loaded, context + [0] * (64 - len(context)))[len(context) - 1].argmax())
+    pairs = [(context, [token]) for token in (5, best, 7)] + [(context[:8], [1, 2, token]) for token in (3, 4)]
+    pairs += [([*context[:8], 1, 2], [3]), PAIRS[2]]
+    answers = model.loglikelihoods(pairs)
+    assert_equal(answers, loop(loaded, pairs))
+    assert [is_greedy for _, is_greedy in answers[:3]] == [False, True, False]
+
+
 def test_a_batch_of_one_equals_a_batch_of_many(loaded, model, expected):
     assert_equal(LanguageModel(loaded, 1).loglikelihoods(PAIRS), expected)
     assert_equal(LanguageModel(loaded, 64).loglikelihoods(PAIRS[::-1]), expected[::-1])
