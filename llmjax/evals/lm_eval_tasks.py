@@ -25,10 +25,11 @@ from llmjax.run.loading import Loaded
 os.environ.setdefault("TQDM_DISABLE", "1")  # bars of all processes, in the middle of the log
 try:
     import lm_eval
+    from lm_eval import evaluator
     from lm_eval.api.metrics import mean
     from lm_eval.api.model import LM
     from lm_eval.api.registry import metric_registry
-    from lm_eval.api.task import ALL_OUTPUT_TYPES, ConfigurableTask, TaskConfig
+    from lm_eval.api.task import ALL_OUTPUT_TYPES, Task, TaskConfig
     from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
@@ -51,7 +52,7 @@ class TaskFile:
     """A task, and the identity of its definition: its fields, and hashes of the Python files that it may call."""
 
     path: pathlib.Path
-    task: ConfigurableTask
+    task: Task
     identity: Mapping[str, Any]
 
 
@@ -96,7 +97,7 @@ def evaluate(
     task, settings = file.task, {"file": file.path.name, **dataclasses.asdict(options)}
     settings["shots"] = task.config.num_fewshot
     del settings["batch"]  # has no effect on the result
-    adapter = _Adapter(template)
+    adapter = Adapter(template)
     _build_requests(file, adapter, options)
     identity = {
         **file.identity,
@@ -115,7 +116,7 @@ def evaluate(
         logger.info("  %d request(s) were cut on the left to fit into %d tokens", num_cut, model.max_length)
     result = TaskResult(
         task=task.task_name,
-        metrics=_estimate(samples, task.aggregation()),
+        metrics=_estimate(samples, task.aggregation() or {}),
         examples=list(_list_examples(samples, task.OUTPUT_TYPE)),
         settings=settings,
         details={"num_cut": num_cut, "max_length": model.max_length, "lm_eval": lm_eval.__version__},
@@ -126,25 +127,28 @@ def evaluate(
     return cached
 
 
-class _Adapter(LM):
+class Adapter(LM):
     """The interface through which lm-eval sends its requests. `rank` and `world_size` stay those of one process: every
     process of a job evaluates the whole task, and lm-eval would import torch for more."""
 
-    def __init__(self, template: ChatTemplate | None):
+    def __init__(self, template: ChatTemplate | None, model: LanguageModel | None = None):
+        """template: of chats; model: may be set later, as requests are built without it."""
         super().__init__()
-        self.model: LanguageModel | None = None  # not needed to build requests
+        self.model = model
         self._template = template
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        """Of requests with (context, continuation)."""
         model = self._require_model()
         return model.loglikelihoods([model.encode_pair(*request.args) for request in requests])
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+        """Of requests with a text."""
         model = self._require_model()
         return model.rolling([model.encode(request.args[0]) for request in requests])
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """Texts of all requests, those with equal options together."""
+        """Of requests with (prompt, generation_kwargs); those with equal options are computed together."""
         model = self._require_model()
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
@@ -232,7 +236,7 @@ def _check_metrics(path: pathlib.Path, metrics: list[Any]) -> None:
             )
 
 
-def _build_requests(file: TaskFile, adapter: _Adapter, options: Options) -> None:
+def _build_requests(file: TaskFile, adapter: Adapter, options: Options) -> None:
     """Build the requests of a task, as lm-eval does when it evaluates the task."""
     file.task.set_fewshot_seed(_FEWSHOT_SEED)
     try:
@@ -246,12 +250,12 @@ def _build_requests(file: TaskFile, adapter: _Adapter, options: Options) -> None
         raise UserError(f"{file.path}: lm-eval cannot build its requests: {type(error).__name__}: {error}") from error
 
 
-def _evaluate(file: TaskFile, adapter: _Adapter, options: Options) -> list[dict[str, Any]]:
+def _evaluate(file: TaskFile, adapter: Adapter, options: Options) -> list[dict[str, Any]]:
     """What lm-eval logs of each example and filter."""
     file.task.set_fewshot_seed(_FEWSHOT_SEED)
     name = file.task.task_name
     try:
-        evaluated = lm_eval.evaluate(
+        evaluated: Any = evaluator.evaluate(
             lm=adapter,
             task_dict={"tasks": {name: file.task}},
             limit=options.limit,
@@ -264,11 +268,10 @@ def _evaluate(file: TaskFile, adapter: _Adapter, options: Options) -> list[dict[
             f"{file.path}: a metric is too large for a float ({error}); leave word_perplexity out of metric_list for a "
             "model as bad as this, or for texts of long words"
         ) from error
-    assert evaluated is not None
     return evaluated["samples"][name]
 
 
-def _hash_requests(task: ConfigurableTask) -> str:
+def _hash_requests(task: Task) -> str:
     digest = hashlib.sha256()
     for request in task.instances:
         digest.update(json.dumps([request.args, request.doc, request.doc_id], default=str).encode())
@@ -322,7 +325,7 @@ def _name(metric: str, filter_name: str) -> str:
     return metric if filter_name == "none" else f"{metric},{filter_name}"
 
 
-def _list_examples(samples: list[dict[str, Any]], output_type: str) -> Iterator[dict[str, Any]]:
+def _list_examples(samples: list[dict[str, Any]], output_type: str | None) -> Iterator[dict[str, Any]]:
     """One object an example, with the answers of the first filter and the metrics of all of them."""
     by_index: dict[int, list[dict[str, Any]]] = {}
     for sample in samples:

@@ -113,8 +113,8 @@ def _summarize(value: float, resampled: np.ndarray) -> Estimate:
     tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
     # Without interpolation, since an end between a number and infinity is neither.
     ends = np.quantile(defined, tails, method="inverted_cdf").tolist() if len(defined) else [math.nan, math.nan]
-    value, low, high = (float(number) if math.isfinite(number) else None for number in (value, *ends))
-    return Estimate(value=value, low=low, high=high)
+    finite = [float(number) if math.isfinite(number) else None for number in (value, *ends)]
+    return Estimate(value=finite[0], low=finite[1], high=finite[2])
 
 
 def make_key(loaded: Loaded, task: Mapping[str, Any]) -> str:

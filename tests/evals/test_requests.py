@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import pathlib
+import types
+from typing import Any
 
 from flax import nnx
 import jax
@@ -167,27 +169,16 @@ def test_generated_text_is_that_of_generate_and_ends_before_a_stop_string(model)
 def test_pairs_are_split_as_lm_eval_does(model):
     from lm_eval.api.model import TemplateLM
 
-    class Peer(TemplateLM):
-        eot_token_id, prefix_token_id = 257, 256
+    def tok_encode(text: str, add_special_tokens: bool | None = None) -> list[int]:
+        return model.encode(text) if add_special_tokens is False else model.encode_prompt(text)
 
-        def tok_encode(self, string, add_special_tokens=None, **kwargs):
-            return model.encode(string) if add_special_tokens is False else model.encode_prompt(string)
-
-        def _loglikelihood_tokens(self, requests, **kwargs):
-            return [(context, continuation) for _, context, continuation in requests]
-
-        def loglikelihood_rolling(self, requests, disable_tqdm=False):
-            raise NotImplementedError
-
-        generate_until = loglikelihood_rolling
-
-    class Request:
-        def __init__(self, *arguments):
-            self.args = arguments
-
+    peer: Any = types.SimpleNamespace(tok_encode=tok_encode, prefix_token_id=256, backend="causal")
+    peer._encode_pair = lambda context, continuation: TemplateLM._encode_pair(peer, context, continuation)
+    peer._loglikelihood_tokens = lambda requests, **options: [ids for _, *ids in requests]
     texts = [("a question", " an answer"), ("", "only this"), ("spaces  ", "b"), ("", "<s>starts"), ("<s>x", "y")]
-    expected = Peer().loglikelihood([Request(*pair) for pair in texts], disable_tqdm=True)
-    assert [model.encode_pair(*pair) for pair in texts] == expected
+    requests: Any = [types.SimpleNamespace(args=pair) for pair in texts]
+    expected = TemplateLM.loglikelihood(peer, requests, disable_tqdm=True)
+    assert [list(model.encode_pair(*pair)) for pair in texts] == expected
 
 
 def test_models_and_requests_that_have_no_answer_are_refused(loaded, model, mesh):

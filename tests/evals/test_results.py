@@ -38,6 +38,7 @@ def test_the_interval_of_an_accuracy_covers_it_as_often_as_it_says():
     rng, covered = np.random.default_rng(0), 0
     for _ in range(300):
         [accuracy] = results.estimate_means({"acc": rng.random(100) < 0.7}, draws=400).values()
+        assert accuracy.low is not None and accuracy.high is not None
         covered += accuracy.low <= 0.7 <= accuracy.high
     assert 0.9 < covered / 300 < 0.98
 
