@@ -73,8 +73,13 @@ def _check_run(where: str, task: TaskConfig, config: RunConfig) -> None:
         raise UserError(
             f"{where}.kind='regress': needs a run with objective.name='regress', and this one has {objective!r}"
         )
+    model = config.model
     if objective in LABELLED:
         _check_head(where, task, config)
+    elif not model.generates or (model.reads_source and task.kind != "generate"):
+        raise UserError(
+            f"{where}.kind={task.kind!r}: model.family={model.family!r} gives no likelihood of text; use another run"
+        )
     elif task.kind == "classify" and not task.choices:
         raise UserError(
             f"{where}.choices is not set: the run has no head for classes, so name them as they may follow the prompt"
