@@ -66,7 +66,10 @@ def test_tasks_during_training(tmp_path, monkeypatch, caplog):
     assert {path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal()} >= {str(best), "12"}
     report = (workdir / "report.html").read_text()
     assert "<h2>Tasks</h2>" in report and "lines: bits_per_byte" in report
-    # The command reads these results, and computes them again only where they are missing.
+    # The same command finds nothing to train, and reads these results.
+    compiled.clear()
+    assert train_command([f"--workdir={workdir}"]) == 0 and not compiled
+    # So does `llmjax eval`, which computes them again only where they are missing.
     (workdir / "eval" / "12" / "lines.json").unlink()
     monkeypatch.setattr(LanguageModel, "_score_batch", score_batch)
     caplog.set_level("INFO")
