@@ -75,9 +75,11 @@ def evaluate(arguments: list[str]) -> int:
 
 
 def _evaluate_tasks(workdir: "epath.Path", flags: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
+    from llmjax import report
     from llmjax.evals import results
     from llmjax.evals.requests import LanguageModel
     from llmjax.evals.tasks import run
+    from llmjax.parallel import hosts
     from llmjax.run import loading, next_commands, workdir as workdirs
 
     options = results.Options(limit=flags.limit, shots=flags.shots, batch=flags.batch, chat=flags.chat)
@@ -100,6 +102,8 @@ def _evaluate_tasks(workdir: "epath.Path", flags: argparse.Namespace, overrides:
                 )
             path = workdirs.eval_path(workdir, loaded.step, record["task"])
             logger.info("%s", "\n".join([*results.describe(record), f"  {path}, examples in {path.stem}.jsonl"]))
+    if hosts.is_primary():
+        logger.info("report: %s", report.write_report(workdir))
     logger.info("next: %s", next_commands.use_model(flags.workdir, loaded.config.objective.name))
     return 0
 

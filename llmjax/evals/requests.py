@@ -62,6 +62,10 @@ class LanguageModel:
         replicated = jax.sharding.NamedSharding(jax.sharding.get_mesh(), jax.sharding.PartitionSpec())
         self._score = jax.jit(self._score_batch, static_argnames=("span", "share"), out_shardings=replicated)
 
+    def use(self, loaded: Loaded) -> None:
+        """Answer with the parameters of another step of the same run; compiled programs are kept."""
+        self._loaded = loaded
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, in which special tokens are recognised, without ids before or after them."""
         return self.tokenizer.encode_prompt(text).tolist()

@@ -83,9 +83,11 @@ class EvalConfig:
     every       steps between evaluations of the validation split; 0: at the end only
     batch       sequences in an evaluation batch; 0: train.global_batch
     metric      the score that stop_after and checkpoint.keep_best compare: loss, perplexity or bits_per_byte, of which
-                less is better, or any other in eval/<step>/validation.json, such as accuracy, of which more is better
+                less is better, or any other in eval/<step>/validation.json, such as accuracy, of which more is better;
+                or TASK/METRIC of a task in during_training
     stop_after  evaluations in a row without a better score after which training ends; 0: it goes to the last step
     tasks       tasks on your own files by name, for `llmjax eval --tasks=NAME`: section eval.tasks.NAME
+    during_training  names of tasks that each evaluation of training scores as well
     """
 
     every: int = 0
@@ -93,6 +95,7 @@ class EvalConfig:
     metric: str = "loss"
     stop_after: int = 0
     tasks: Mapping[str, TaskConfig] = dataclasses.field(default_factory=dict)
+    during_training: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

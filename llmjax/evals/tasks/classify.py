@@ -113,6 +113,7 @@ def _make_score(
     is_right = (predicted == labels).astype(np.float64)
     log_losses = classification.log_losses(labels, probabilities)
     brier = classification.brier_scores(labels, probabilities)
+    temperature = classification.fit_temperature(labels, logits)
     scaled = _scale_crosswise(labels, logits)
     scaled_losses = classification.log_losses(labels, scaled)
 
@@ -126,7 +127,7 @@ def _make_score(
             "ece": classification.bin_confidences(some, chosen).calibration_error,
             "brier": float(brier[indices].mean()),
             "log_loss": float(log_losses[indices].mean()),
-            "temperature": classification.fit_temperature(some, logits[indices]),
+            "temperature": classification.fit_temperature(some, logits[indices], start=temperature),
             "ece_scaled": classification.bin_confidences(some, scaled[indices]).calibration_error,
             "log_loss_scaled": float(scaled_losses[indices].mean()),
         }

@@ -50,7 +50,7 @@ def select_tasks(config: RunConfig, names: Sequence[str], options: results.Optio
         if name not in config.eval.tasks:
             listed = ", ".join(config.eval.tasks) or "none"
             raise UserError(
-                f"--tasks={name}{suggest(name, config.eval.tasks)}: the config has no such task (it has: {listed}); "
+                f"task {name!r}{suggest(name, config.eval.tasks)}: the config has no such task (it has: {listed}); "
                 f"set eval.tasks.{name}.kind and eval.tasks.{name}.path, see `llmjax fields eval.tasks.NAME`"
             )
         changes = {"limit": options.limit, "shots": options.shots}
@@ -73,8 +73,13 @@ def _check_run(where: str, task: TaskConfig, config: RunConfig) -> None:
         raise UserError(
             f"{where}.kind='regress': needs a run with objective.name='regress', and this one has {objective!r}"
         )
+    model = config.model
     if objective in LABELLED:
         _check_head(where, task, config)
+    elif not model.generates or (model.reads_source and task.kind != "generate"):
+        raise UserError(
+            f"{where}.kind={task.kind!r}: model.family={model.family!r} gives no likelihood of text; use another run"
+        )
     elif task.kind == "classify" and not task.choices:
         raise UserError(
             f"{where}.choices is not set: the run has no head for classes, so name them as they may follow the prompt"
@@ -102,6 +107,43 @@ def _check_head(where: str, task: TaskConfig, config: RunConfig) -> None:
             f"{where}.pair_field={task.pair_field!r}: the model was trained on "
             f"{'single texts: unset it' if task.pair_field else 'pairs: name the field of the second text'}"
         )
+
+
+class TaskScorer:
+    """Scores the parameters of a run in training on the tasks of eval.during_training; compiles once.
+
+    Raises UserError for a task that the config does not have, or the run cannot.
+    """
+
+    def __init__(self, config: RunConfig):
+        self.tasks = select_tasks(config, config.eval.during_training, results.Options())
+        task, is_of_task, _ = config.eval.metric.partition("/")
+        if is_of_task and task not in self.tasks:
+            raise UserError(
+                f"eval.metric={config.eval.metric!r}: eval.during_training does not name the task {task!r}"
+                f"{suggest(task, self.tasks)}; add it there"
+            )
+        self._model: LanguageModel | None = None
+
+    def check_files(self) -> None:
+        """Raise UserError for a file of a task that cannot be read."""
+        for name, task in self.tasks.items():
+            read_examples(name, task)
+
+    def score(self, workdir: epath.Path, loaded: Loaded, name: str) -> dict[str, float]:
+        """TASK/METRIC -> value of one task, without those that are undefined; writes its files, as `evaluate` does."""
+
+        def make_model() -> LanguageModel:
+            if self._model is None:
+                self._model = LanguageModel(loaded)
+            self._model.use(loaded)
+            return self._model
+
+        record = evaluate(workdir, loaded, name, self.tasks[name], make_model=make_model)
+        values = {metric: number["value"] for metric, number in record["metrics"].items()}
+        main = results.Estimate(**record["metrics"][record["main"]])
+        logger.info("  %s: %s %s", name, record["main"], main)
+        return {f"{name}/{metric}": value for metric, value in values.items() if value is not None}
 
 
 def evaluate(

@@ -258,9 +258,20 @@ def test_tasks_that_a_run_cannot_have(objective, task, message):
         select(objective, **task)
 
 
+@pytest.mark.parametrize(("family", "objective"), [("encoder", "masked"), ("encdec", "span")])
+def test_families_without_a_likelihood_of_text(family, objective):
+    tasks = {name: {"kind": name, "path": "a.jsonl"} for name in ("pairs", "generate")}
+    tree = {"model": {"family": family}, "objective": {"name": objective}, "eval": {"tasks": tasks}}
+    config = run_config.apply_overrides(tree, [])
+    with pytest.raises(UserError, match=f"kind='pairs': model.family='{family}' gives no likelihood of text"):
+        run.select_tasks(config, ["pairs"], Options())
+    if family == "encdec":
+        assert run.select_tasks(config, ["generate"], Options())
+
+
 def test_bad_options_of_the_command():
     with pytest.raises(
-        UserError, match=r"--tasks=mien \(did you mean 'mine'\?\): the config has no such task \(it has: mine"
+        UserError, match=r"task 'mien' \(did you mean 'mine'\?\): the config has no such task \(it has: mine"
     ):
         select("causal", name="mien", kind="pairs")
     with pytest.raises(UserError, match="--chat: the prompt of task 'mine' is its own template"):
@@ -295,5 +306,5 @@ def test_the_command(tmp_path, capfd):
     assert evaluate_command([f"--workdir={workdir}", "--tasks=mine", "--limit=5", "--batch=8", *overrides]) == 0
     record = json.loads((tmp_path / "run" / "eval" / "0" / "mine.json").read_text())
     assert record["n"] == 5 and record["settings"]["limit"] == 5
-    with pytest.raises(UserError, match=r"--tasks=other: the config has no such task \(it has: none\)"):
+    with pytest.raises(UserError, match=r"task 'other': the config has no such task \(it has: none\)"):
         evaluate_command([f"--workdir={workdir}", "--tasks=other"])
