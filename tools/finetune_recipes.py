@@ -38,20 +38,20 @@ from finetune_tasks import (
     tune_instructions,
 )
 
-# Bounds of the scores of the test split: losses must be below them, accuracies and correlations above. Where a run has
-# not been measured to its end, the bound is only that of a useful model; its baselines bound it as well.
+# Bounds of the scores of the test split: losses must be below them, accuracies and correlations above. They are one to
+# three points from the measured scores of docs/finetune.md, since another CPU rounds in another way.
 EXPECTED_SCORE = {
     "sst2": 0.88,
-    "sst2-bert": 0.7,
-    "sst2-gpt": 0.7,
-    "sst2-t5": 0.7,
-    "sst2-lstm": 0.7,
-    "agnews": 0.87,
-    "rte": 0.56,
+    "sst2-bert": 0.72,
+    "sst2-gpt": 0.71,
+    "sst2-t5": 0.71,
+    "sst2-lstm": 0.74,
+    "agnews": 0.88,
+    "rte": 0.57,
     "stsb": 0.79,
-    "embed": 0.82,
-    "instructions": 3.0,
-    "dpo": 0.7,
+    "embed": 0.84,
+    "instructions": 2.3,
+    "dpo": 0.9,
 }
 WEAK_BASELINES = ("TF-IDF", "no pretraining")  # those that a model pretrained here for minutes need not beat
 

@@ -35,7 +35,7 @@ SETTINGS = {  # of a task, beside those of its config
     "embed": {"data.seq_len": 64, "train.steps": 180, "eval.every": 0},
     "sst2-bert": {"train.steps": 400, "optimizer.learning_rate": 1e-3, **CHOOSE_STEP},
     "sst2-gpt": {"train.steps": 400, "optimizer.learning_rate": 1e-3, **CHOOSE_STEP},
-    "sst2-t5": {"train.steps": 400, "optimizer.learning_rate": 1e-3, **CHOOSE_STEP},
+    "sst2-t5": {"train.steps": 800, "optimizer.learning_rate": 1e-3, **CHOOSE_STEP},
     "sst2-lstm": {"train.steps": 400, "optimizer.learning_rate": 1e-3, **CHOOSE_STEP},
     "instructions": {
         "data.seq_len": 384,
