@@ -26,23 +26,32 @@ import os
 from pathlib import Path
 import time
 
-from finetune_data import read_agnews, read_rte, read_sst2, read_stsb
-from finetune_tasks import ROOT, Result, classify, classify_from_scratch, prefer, tune_embeddings, tune_instructions
+from finetune_data import read_agnews, read_sst2, read_stsb
+from finetune_tasks import (
+    ROOT,
+    Result,
+    classify,
+    classify_from_scratch,
+    entail,
+    prefer,
+    tune_embeddings,
+    tune_instructions,
+)
 
-# Bounds of the scores of the test split: losses must be below them, accuracies and correlations above. Where a run has
-# not been measured to its end, the bound is only that of a useful model; its baselines bound it as well.
+# Bounds of the scores of the test split: losses must be below them, accuracies and correlations above. They are one to
+# three points from the measured scores of docs/finetune.md, since another CPU rounds in another way.
 EXPECTED_SCORE = {
     "sst2": 0.88,
-    "sst2-bert": 0.7,
-    "sst2-gpt": 0.7,
-    "sst2-t5": 0.7,
-    "sst2-lstm": 0.7,
-    "agnews": 0.87,
-    "rte": 0.56,
+    "sst2-bert": 0.72,
+    "sst2-gpt": 0.71,
+    "sst2-t5": 0.71,
+    "sst2-lstm": 0.74,
+    "agnews": 0.88,
+    "rte": 0.57,
     "stsb": 0.79,
-    "embed": 0.82,
-    "instructions": 3.0,
-    "dpo": 0.7,
+    "embed": 0.84,
+    "instructions": 2.3,
+    "dpo": 0.9,
 }
 WEAK_BASELINES = ("TF-IDF", "no pretraining")  # those that a model pretrained here for minutes need not beat
 
@@ -77,7 +86,7 @@ TASKS = {
     "sst2": Task("sentiment of film reviews (SST-2), MiniLM", ("sst2",), "encoder", _labels(read_sst2)),
     **{f"sst2-{name}": _from_scratch(name) for name in ("bert", "gpt", "t5", "lstm")},
     "agnews": Task("topics of news (AG News), MiniLM", ("agnews",), "encoder", _labels(read_agnews)),
-    "rte": Task("does the first text imply the second? (RTE), MiniLM", ("rte",), "encoder", _labels(read_rte)),
+    "rte": Task("does the first text imply the second? (RTE), MiniLM after STS-B", ("rte", "stsb"), "encoder", entail),
     "stsb": Task("how similar are two texts? (STS-B), MiniLM", ("stsb",), "encoder", _labels(read_stsb)),
     "embed": Task("vectors of texts, on the scores of STS-B, MiniLM", ("stsb",), "encoder", tune_embeddings),
     "instructions": Task(

@@ -14,6 +14,7 @@ from finetune_data import (
     read_instructions,
     read_preferences,
     read_review_text,
+    read_rte,
     read_sst2,
     read_stsb,
     write_splits,
@@ -29,12 +30,12 @@ CHOOSE_STEP = {"eval.every": 50, "eval.metric": "accuracy", "checkpoint.keep_bes
 SETTINGS = {  # of a task, beside those of its config
     "sst2": {"train.steps": 540, **CHOOSE_STEP, "eval.every": 90},
     "agnews": {"train.steps": 300},
-    "rte": {"train.steps": 300, "data.seq_len": 256, "train.global_batch": 4},
+    "rte": {"train.steps": 400, "data.seq_len": 256, "train.global_batch": 4, "model.num_outputs": 0, **CHOOSE_STEP},
     "stsb": {"train.steps": 300, "optimizer.learning_rate": 1e-4},
     "embed": {"data.seq_len": 64, "train.steps": 180, "eval.every": 0},
     "sst2-bert": {"train.steps": 400, "optimizer.learning_rate": 1e-3, **CHOOSE_STEP},
     "sst2-gpt": {"train.steps": 400, "optimizer.learning_rate": 1e-3, **CHOOSE_STEP},
-    "sst2-t5": {"train.steps": 400, "optimizer.learning_rate": 1e-3, **CHOOSE_STEP},
+    "sst2-t5": {"train.steps": 800, "optimizer.learning_rate": 1e-3, **CHOOSE_STEP},
     "sst2-lstm": {"train.steps": 400, "optimizer.learning_rate": 1e-3, **CHOOSE_STEP},
     "instructions": {
         "data.seq_len": 384,
@@ -86,6 +87,13 @@ def classify(records: Splits, model: Path, workdir: Path) -> Result:
     total = finetune(workdir.name, records, model, workdir)
     measure = "accuracy" if total["accuracy"] is not None else "spearman"
     return Result(measure, total[measure], run_baselines(records))
+
+
+def entail(data: Path, model: Path, workdir: Path) -> Result:
+    """RTE from the model that learned STS-B first: the 1,590 pairs of RTE are few to learn to compare texts from."""
+    compared = workdir.with_name("stsb")
+    finetune("stsb", read_stsb(data), model, compared)
+    return classify(read_rte(data), compared, workdir)
 
 
 def classify_from_scratch(name: str, data: Path, workdir: Path) -> Result:

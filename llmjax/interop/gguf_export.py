@@ -94,6 +94,7 @@ def write(path: Path, plan: Plan, gatherer: sharded_io.TensorGatherer) -> None:
     gguf = require_gguf()
     progress, writer = sharded_io.Progress("writing", plan.nbytes), None
     if hosts.is_primary():
+        path.parent.mkdir(parents=True, exist_ok=True)
         writer = gguf.GGUFWriter(path, plan.architecture)
         for key, value in plan.metadata.items():
             _add(writer, key, value)

@@ -36,8 +36,11 @@ def write_final_report(context: TrainContext, progress: Progress) -> None:
     if progress.evaluations and scores is not None and (line := _describe_best(context, progress, scores)):
         logger.info("%s", line)
     logger.info("\nreport: %s", path)
-    prompt = (context.config.sample.prompts or ("Once upon a time",))[0]
-    logger.info("next:   %s", next_commands.use_model(context.workdir, context.config.objective.name, prompt))
+    if any("dialogues" in source for source in context.manifest["sources"].values()):
+        logger.info("next:   %s", next_commands.chat(context.workdir))
+    else:
+        prompt = (context.config.sample.prompts or ("Once upon a time",))[0]
+        logger.info("next:   %s", next_commands.use_model(context.workdir, context.config.objective.name, prompt))
     logger.info("        %s", next_commands.score_model(context.workdir, context.evaluator.store))
 
 

@@ -179,10 +179,7 @@ def _update_layers(
         return tuple(of_dim(d, n) for d, n in enumerate(leaf.shape))
 
     def gather(x: jax.Array) -> jax.Array:
-        if size > 1:
-            return jax.lax.all_gather(x, FSDP)
-        # Without a selection, the compiler would see through the vector and lay out the matrices in another way.
-        return jnp.stack([x, jnp.zeros_like(x)])[one - 1][None]
+        return jax.lax.all_gather(x, FSDP)
 
     def own_part(x: jax.Array, like: jax.Array, dim: int | None) -> jax.Array:
         return x if dim is None else jax.lax.dynamic_slice_in_dim(x, index * like.shape[dim], like.shape[dim], dim)

@@ -45,9 +45,10 @@ def export(name: str, kind: str, settings: dict, tmp_path, dtype: str):
     auto = transformers.AutoModelForSeq2SeqLM if kind == "T5" else transformers.AutoModelForCausalLM
     model, workdir = build(kind, auto, settings), epath.Path(tmp_path / "run")
     importing.import_checkpoint(save(model, tmp_path / "in"), workdir)
-    exported = exporting.export(workdir, tmp_path / "out.gguf", dtype=dtype)
+    path = tmp_path / "exports" / "out.gguf"
+    exported = exporting.export(workdir, path, dtype=dtype)
     assert exported.files == ["out.gguf"] and exported.architecture == f"general.architecture={name}"
-    return model, tmp_path / "out.gguf", workdir
+    return model, path, workdir
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -55,7 +56,7 @@ def test_transformers_loads_the_same_logits(name, tmp_path):
     kind, settings = CLASSES[name]
     model, path, _ = export(name.partition("-")[0], kind, settings, tmp_path, "f32")
     back = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
+        path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     ids = torch.tensor(random_ids((2, 20)), dtype=torch.long)
     if name.startswith("gemma"):  # the metadata do not have it, and transformers takes the default of its class

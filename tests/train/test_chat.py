@@ -42,6 +42,7 @@ def test_an_interrupted_run_on_dialogues_equals_an_unbroken_one(dialogues, tmp_p
     printed = jobs.run(jobs.command("train", unbroken, **settings), LLMJAX_CPU_DEVICES="1")
     assert "main: dialogues: 120 as messages (role, content)" in printed
     assert "were cut at the end of an assistant turn" in printed
+    assert f"next:   llmjax chat --workdir={unbroken}\n" in printed
     settings["train__compilation_cache"] = unbroken / "compilation_cache"
     for stop_at in (2, 0):
         arguments = jobs.command("train", resumed, **settings, data__store=unbroken / "store", train__stop_at=stop_at)
