@@ -45,7 +45,8 @@ def main() -> None:
     with loading.load(workdir, overrides=overrides) as loaded:
         model = LanguageModel(loaded, options.batch)
         answers, seconds = answer(Adapter(None, model), requests)
-        peer: Any = HFLM(
+        make_peer: Any = HFLM  # its parameters are hidden from type checkers
+        peer = make_peer(
             pretrained=options.exported,
             device="cpu",
             dtype="float32",
@@ -116,8 +117,8 @@ def answer(model: Any, requests: dict[str, list[Instance]]) -> tuple[dict[str, l
 def describe_difference(kind: str, ours: list, expected: list) -> str:
     if kind == "generate_until":
         return f"{sum(a == b for a, b in zip(ours, expected, strict=True))} equal"
-    scores = [[a[0] if isinstance(a, tuple) else a for a in answers] for answers in (ours, expected)]
-    difference = f"{np.abs(np.subtract(*scores)).max():.1e} nats"
+    first, second = ([a[0] if isinstance(a, tuple) else a for a in answers] for answers in (ours, expected))
+    difference = f"{np.abs(np.subtract(first, second)).max():.1e} nats"
     if isinstance(ours[0], tuple):
         return f"{difference}, {sum(a[1] != b[1] for a, b in zip(ours, expected, strict=True))} greedy"
     return difference
