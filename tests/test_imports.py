@@ -19,6 +19,7 @@ LAYERS = {
     "llmjax.train.fixed_update": 5,
     "llmjax.plan": 6,
     "llmjax.train": 7,
+    "llmjax.evals.config": 1,
     "llmjax.evals": 4,
     "llmjax.inference": 4,
     "llmjax.report": 4,
@@ -111,9 +112,11 @@ def test_no_cycle_of_imports():
 
 
 def test_evaluation_imports_no_module_of_training():
-    """Importing the evaluation harness, generation and the report pulls in no module of llmjax.train."""
-    modules = "import sys, llmjax.evals.harness, llmjax.inference.generate, llmjax.report"
-    code = f"{modules}; print([m for m in sys.modules if 'llmjax.train' in m])"
+    """Importing the evaluation harness, generation and the report pulls in no module of llmjax.train, nor lm-eval."""
+    modules = (
+        "llmjax.evals.harness, llmjax.evals.requests, llmjax.evals.results, llmjax.inference.generate, llmjax.report"
+    )
+    code = f"import sys, {modules}; print([m for m in sys.modules if 'llmjax.train' in m or 'lm_eval' in m])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
 

@@ -11,7 +11,7 @@ the next tasks still run, and the exit status is 1.
 The files are those of docs/testdata.md, in LLMJAX_SHARED_DATA. Pretrained models are those of tools/real_models.py, in
 LLMJAX_MODELS (`make real-models`): MiniLM, a sentence encoder, and SmolLM2, a chat model. --model names another: a
 Hugging Face folder, for a chat model also a GGUF file. The baselines TF-IDF (of words and word pairs, with logistic or
-ridge regression) need scikit-learn, from the extra `bench`. docs/finetune.md describes every task.
+ridge regression) need scikit-learn, from the extra `analysis`. docs/finetune.md describes every task.
 
 An interrupted task resumes from its last checkpoint. The result of a finished one is in FOLDER/TASK.json, and it is not
 run again; remove its files from the folder to run it again, and after each change of its settings.

@@ -1,4 +1,4 @@
-"""Scores of predicted labels: macro F1 from counts, and correlations of numbers."""
+"""Scores of predicted labels: macro F1 from counts, and correlations and errors of numbers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -47,3 +47,8 @@ def spearman(predicted: np.ndarray, actual: np.ndarray) -> float:
     import scipy.stats
 
     return pearson(scipy.stats.rankdata(predicted), scipy.stats.rankdata(actual))
+
+
+def root_mean_square_error(predicted: np.ndarray, actual: np.ndarray) -> float:
+    """The square root of the mean squared difference, in the unit of the numbers."""
+    return float(np.sqrt(np.mean((predicted.astype(np.float64) - actual.astype(np.float64)) ** 2)))

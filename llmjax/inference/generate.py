@@ -21,6 +21,7 @@ from llmjax.errors import UserError
 from llmjax.inference.beams import BeamSearch, search
 from llmjax.inference.sampling import Sampling, cut_at_stop, draw, make_row_keys, penalize
 from llmjax.models.registry import ModelConfig
+from llmjax.parallel import axes
 from llmjax.parallel.memory import device_memory
 from llmjax.run.config import SampleConfig
 from llmjax.run.loading import Loaded
@@ -317,7 +318,13 @@ def _decode(
             seen=None if seen is None else seen.at[jnp.arange(len(token)), token].set(True),
         )
 
-    return jax.lax.while_loop(is_unfinished, step, state)
+    state = jax.lax.while_loop(is_unfinished, step, state)
+    # Each process of a job reads them whole.
+    return state._replace(
+        new=axes.constrain(state.new, None, None),
+        counts=axes.constrain(state.counts, None),
+        stopped=axes.constrain(state.stopped, None),
+    )
 
 
 def check_model(config: ModelConfig, method: Method) -> None:

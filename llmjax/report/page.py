@@ -11,7 +11,7 @@ from etils import epath
 
 from llmjax.evals.label_scores import describe_baseline
 from llmjax.metrics import duration
-from llmjax.report import plot, step_plan
+from llmjax.report import plot, step_plan, task_scores
 from llmjax.report.files import RunFiles, list_compressors, read
 from llmjax.report.markup import (
     chart_grid,
@@ -54,6 +54,7 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
         render_summary,
         render_data,
         render_evaluation,
+        render_tasks,
         render_samples,
         render_config,
         render_footer,
@@ -271,6 +272,11 @@ def render_evaluation(run: RunFiles) -> str:
     head = ("Split", "source", "step", "loss", "perplexity", "bits per byte", "accuracy", "targets", "documents")
     body = table(head, rows, texts=2) if rows else _missing(run, "Nothing was evaluated yet.", "eval")
     return section("Evaluation", body)
+
+
+def render_tasks(run: RunFiles) -> str:
+    """The scores of tasks; empty without any."""
+    return task_scores.render(run.evals)
 
 
 def render_samples(run: RunFiles) -> str:

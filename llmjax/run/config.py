@@ -1,6 +1,6 @@
 """The config of a run: all sections, bound once."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import json
 import operator
@@ -15,6 +15,7 @@ from llmjax.data.objectives.objective import Objective, open_objective
 from llmjax.data.objectives.text_fields import check_text_fields
 from llmjax.data.store.tokenizer import Tokenizer
 from llmjax.errors import UserError
+from llmjax.evals.config import TaskConfig, check_tasks
 from llmjax.models.decoder_config import DecoderConfig
 from llmjax.models.registry import ModelConfig
 from llmjax.nn.kernels import Choice
@@ -82,14 +83,19 @@ class EvalConfig:
     every       steps between evaluations of the validation split; 0: at the end only
     batch       sequences in an evaluation batch; 0: train.global_batch
     metric      the score that stop_after and checkpoint.keep_best compare: loss, perplexity or bits_per_byte, of which
-                less is better, or any other in eval/<step>/validation.json, such as accuracy, of which more is better
+                less is better, or any other in eval/<step>/validation.json, such as accuracy, of which more is better;
+                or TASK/METRIC of a task in during_training
     stop_after  evaluations in a row without a better score after which training ends; 0: it goes to the last step
+    tasks       tasks on your own files by name, for `llmjax eval --tasks=NAME`: section eval.tasks.NAME
+    during_training  names of tasks that each evaluation of training scores as well
     """
 
     every: int = 0
     batch: int = 0
     metric: str = "loss"
     stop_after: int = 0
+    tasks: Mapping[str, TaskConfig] = dataclasses.field(default_factory=dict)
+    during_training: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,6 +177,7 @@ class RunConfig:
         check_labels(self.objective, self.data, self.model)
         check_chat(self.objective, self.data)
         self._check_texts()
+        check_tasks(self.eval.tasks)
         if self.data.packing == "stream" and self.objective.name != "causal":
             raise UserError(
                 f"data.packing='stream': objective.name={self.objective.name!r} needs documents that are kept apart; "

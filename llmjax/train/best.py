@@ -6,15 +6,29 @@ from typing import Any
 
 from llmjax.errors import UserError, suggest
 
-# Of every other score a larger value is better.
-_LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
+# Of every other score a larger value is better. Those of tasks are TASK/METRIC, or TASK/METRIC/GROUP.
+_LOWER_IS_BETTER = (
+    "loss",
+    "perplexity",
+    "bits_per_byte",
+    "rmse",
+    "log_loss",
+    "log_loss_scaled",
+    "brier",
+    "ece",
+    "ece_scaled",
+)
 
-Evaluations = dict[int, dict[str, float]]  # step -> its scores of the whole validation split
+Evaluations = dict[int, dict[str, float]]  # step -> its scores of the whole validation split, and of tasks
 
 
 def select_scores(scores: Mapping[str, Any], metric: str) -> dict[str, float]:
-    """The scores of an evaluation that can be compared. Raises UserError where the metric is none of them."""
-    total = {name: value for name, value in scores["total"].items() if isinstance(value, float)}
+    """The scores of an evaluation that can be compared. Raises UserError where the metric is none of them.
+
+    scores   "total", and where tasks were scored "tasks", as `TrainContext.evaluate` returns them
+    """
+    every = scores["total"] | scores.get("tasks", {})
+    total = {name: value for name, value in every.items() if isinstance(value, float)}
     if metric not in total:
         raise UserError(
             f"eval.metric={metric!r}{suggest(metric, total)}: the scores of this run are {', '.join(total)}; choose one"
@@ -24,10 +38,11 @@ def select_scores(scores: Mapping[str, Any], metric: str) -> dict[str, float]:
 
 def find_best(evaluations: Evaluations, metric: str) -> int | None:
     """The step of the best evaluation, the first one of equals; None without any."""
+    is_lower_better = (metric.split("/")[1] if "/" in metric else metric) in _LOWER_IS_BETTER
 
     def cost(step: int) -> float:
         value = evaluations[step].get(metric, math.nan)
-        value = value if metric in _LOWER_IS_BETTER else -value
+        value = value if is_lower_better else -value
         return math.inf if math.isnan(value) else value
 
     return min(sorted(evaluations), key=cost, default=None)

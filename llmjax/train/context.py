@@ -17,6 +17,7 @@ from llmjax.data.batches.pipeline import DataState, TrainData
 from llmjax.data.objectives.objective import Objective
 from llmjax.data.store.tokenizer import Tokenizer
 from llmjax.evals import harness
+from llmjax.evals.tasks.run import TaskScorer
 from llmjax.metrics import MetricsLog
 from llmjax.parallel.watchdog import Watchdog
 from llmjax.run import config as run_config, loading, state as states, workdir as workdirs
@@ -63,6 +64,7 @@ class TrainContext:
     log: MetricsLog
     lock: workdirs.Lock
     watchdog: Watchdog
+    tasks: TaskScorer
     remat_reason: str = ""
 
     @property
@@ -108,7 +110,10 @@ class TrainContext:
         return self.spec.eval_params(state.params, state.opt_state)
 
     def evaluate(self, step: int, state: TrainState, preemption: Preemption | None = None) -> dict[str, Any] | None:
-        """Score the validation split and write eval/<step>/validation.json; None where `preemption` stops it."""
+        """Score the validation split and the tasks of eval.during_training, and write their files in eval/<step>.
+
+        Returns the content of validation.json, and "tasks" as of `score_tasks`; None where `preemption` stops it.
+        """
         phases = itertools.chain(["compile"], itertools.repeat("eval"))  # the first batch compiles
 
         def should_stop() -> bool:
@@ -120,23 +125,37 @@ class TrainContext:
             return None
         self.watchdog.enter("eval", step)
         self.lock.check()
-        harness.write(
-            self.workdir,
-            step,
-            scores,
-            parameters=self.spec.optimizer.eval_params_name,
-            fingerprint=fingerprint(state.params, state.opt_state),
-        )
-        self.log.scalars(step, {f"validation/{name}": value for name, value in scores["total"].items()})
+        parameters, identity = self.spec.optimizer.eval_params_name, fingerprint(state.params, state.opt_state)
+        harness.write(self.workdir, step, scores, parameters=parameters, fingerprint=identity)
+        tasks = self.score_tasks(step, state, identity, preemption)
+        if tasks is None:
+            return None
+        self.log.scalars(step, {f"validation/{name}": value for name, value in scores["total"].items()} | tasks)
+        return {**scores, "tasks": tasks}
+
+    def score_tasks(
+        self, step: int, state: TrainState, fingerprint: str, preemption: Preemption | None = None
+    ) -> dict[str, float] | None:
+        """TASK/METRIC -> value for the tasks of eval.during_training; None where `preemption` stops it.
+
+        Results that an earlier start wrote for this state are read.
+        """
+        scores: dict[str, float] = {}
+        for name in self.config.eval.during_training:
+            self.watchdog.enter("compile", step)  # a task has no limit of its own
+            if preemption is not None and preemption.reached():
+                return None
+            self.lock.check()
+            scores |= self.tasks.score(self.workdir, self.loaded(step, state, fingerprint), name)
         return scores
 
-    def loaded(self, progress: Progress, fingerprint: str) -> loading.Loaded:
-        """The model of `progress`, as a command loads it from a checkpoint."""
+    def loaded(self, step: int, state: TrainState, fingerprint: str) -> loading.Loaded:
+        """The model of a state, as a command loads it from a checkpoint."""
         return loading.Loaded(
             config=self.config,
-            step=progress.step,
+            step=step,
             graph=self.spec.graph,
-            params=self.eval_params(progress.state),
+            params=self.eval_params(state),
             params_name=self.spec.optimizer.eval_params_name,
             tokenizer=self.tokenizer,
             objective=self.objective,

@@ -63,7 +63,8 @@ def _evaluate(context: TrainContext, progress: Progress, state: str) -> dict[str
     saved = workdirs.read_json(workdirs.eval_path(context.workdir, progress.step, "validation"))
     expected = (state, context.evaluator.settings)
     if hosts.agree(saved is not None and (saved["fingerprint"], saved.get("settings")) == expected, "evaluated"):
-        return saved
+        assert saved is not None
+        return {**saved, "tasks": context.score_tasks(progress.step, progress.state, state)}
     name = context.spec.optimizer.eval_params_name
     logger.info("evaluating the validation split at step %d (%s)", progress.step, name)
     return context.evaluate(progress.step, progress.state)
@@ -92,7 +93,7 @@ def _sample(context: TrainContext, progress: Progress, state: str) -> list[dict[
     saved_without_text = [{name: sample.get(name) for name in without_text[0]} for sample in saved]
     if hosts.agree(saved_without_text == without_text, "sampled"):
         return saved
-    texts = complete(context.loaded(progress, state), prompts, sampling)
+    texts = complete(context.loaded(progress.step, progress.state, state), prompts, sampling)
     samples = [{**sample, "text": text} for sample, text in zip(without_text, texts, strict=True)]
     if hosts.is_primary():
         context.lock.check()

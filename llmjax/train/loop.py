@@ -19,6 +19,7 @@ from llmjax.data.store.tokenizer import load_tokenizer
 from llmjax.errors import UserError
 from llmjax.evals.harness import Evaluator
 from llmjax.evals.reference import Reference, compute_reference, read_reference
+from llmjax.evals.tasks.run import TaskScorer
 from llmjax.inference import generate
 from llmjax.inference.embed import with_pooling
 from llmjax.metrics import MetricsLog
@@ -82,6 +83,7 @@ def _check_config(config: RunConfig, workdir: epath.Path) -> None:
     check_profile(config.train, workdir)
     check_wandb(config.train)
     check_notice(config.train.preemption_notice)
+    TaskScorer(config).check_files()
 
 
 def _set_up(
@@ -137,6 +139,7 @@ def _set_up(
         log=MetricsLog(workdir, primary=hosts.is_primary(), resume_step=progress.step),
         lock=lock,
         watchdog=watchdog,
+        tasks=TaskScorer(config),
         remat_reason=remat_reason,
     )
     record.write_run_metadata(context, progress, unsharded)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from llmjax.evals.label_scores import baseline_accuracy, macro_f1, pearson, spearman
+from llmjax.evals.label_scores import baseline_accuracy, macro_f1, pearson, root_mean_square_error, spearman
 
 # From scikit-learn 1.9: f1_score(actual, predicted, average="macro", zero_division=0)
 ACTUAL, PREDICTED, MACRO_F1 = [0, 0, 1, 1, 1, 2, 3], [0, 1, 1, 1, 0, 2, 2], 0.4583333333333333
@@ -30,3 +30,7 @@ def test_correlations_equal_scipys():
     assert pearson(x, y) == pytest.approx(scipy.stats.pearsonr(x, y).statistic, abs=1e-12)
     assert spearman(x, y) == pytest.approx(scipy.stats.spearmanr(x, y).statistic, abs=1e-12)
     assert pearson(x, np.ones(50)) == 0.0
+
+
+def test_root_mean_square_error():
+    assert root_mean_square_error(np.array([1, 2, 3]), np.array([1, 4, 7])) == pytest.approx(np.sqrt(20 / 3))

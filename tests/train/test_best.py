@@ -19,6 +19,8 @@ def test_the_best_is_the_first_of_the_smallest_losses_or_largest_other_scores():
     assert find_best(history("loss", 3, 2, 2, 4), "loss") == 20
     assert find_best(history("accuracy", 0.3, 0.2, 0.4), "accuracy") == 30
     assert find_best(history("loss", math.nan, 5, math.nan), "loss") == 20
+    for metric, best in (("mine/rmse", 20), ("mine/bits_per_byte/news", 20), ("loss/acc", 30), ("mine/acc/loss", 30)):
+        assert find_best(history(metric, 3, 2, 4), metric) == best
 
 
 def test_a_run_ends_after_evaluations_without_improvement():
@@ -33,6 +35,8 @@ def test_an_unknown_metric_is_refused():
     assert select_scores(scores, "loss") == {"loss": 1.0, "accuracy": 0.5}
     with pytest.raises(UserError, match=r"eval.metric='acuracy' \(did you mean 'accuracy'\?\): .* are loss, accuracy"):
         select_scores(scores, "acuracy")
+    tasks = {"tasks": {"mine/acc": 0.75}}
+    assert select_scores(scores | tasks, "mine/acc") == {"loss": 1.0, "accuracy": 0.5, "mine/acc": 0.75}
 
 
 def test_what_compares_evaluations_needs_some():

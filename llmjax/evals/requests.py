@@ -1,0 +1,286 @@
+"""A model that answers requests: likelihoods of continuations and of whole texts, and generated text."""
+
+from collections.abc import Iterator, Sequence
+import logging
+import time
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmjax.batch import Batch, Params
+from llmjax.data.chat_template import ChatTemplate
+from llmjax.data.objectives import vocabulary
+from llmjax.errors import UserError
+from llmjax.inference.generate import check_model, continue_prompts
+from llmjax.inference.sampling import Sampling
+from llmjax.inference.text_batches import group_by_length
+from llmjax.nn.losses import join, split
+from llmjax.parallel import axes, backends, hosts
+from llmjax.run.loading import Loaded
+
+logger = logging.getLogger(__name__)
+
+_PROGRESS_SECONDS = 5.0
+_SHORTEST_SPAN = 16  # scored positions of a row are padded to 16, 32, 64, ..., so that few programs are compiled
+
+Tokens = Sequence[int] | np.ndarray
+Pair = tuple[Tokens, Tokens]  # token ids of a context, and those of its continuation
+
+
+class LanguageModel:
+    """Answers lists of requests with a checkpoint, on the mesh of `use_mesh`, in batches of similar lengths.
+
+    An answer does not depend on the other requests, except for rounding. In a job of several processes all of them call
+    each method with the same requests, and all get the answers.
+
+    tokenizer     of the checkpoint
+    max_length    tokens that the model reads at most: data.seq_len, or the learned positions where they are fewer
+    prefix_id     what the model reads before a text without a context: BOS, or EOS if there is no BOS
+    num_cut       contexts and prompts so far that were cut on the left to fit into max_length
+    """
+
+    def __init__(self, loaded: Loaded, batch: int | None = None):
+        """batch: rows that are computed at a time; None: eval.batch, or train.global_batch.
+
+        Raises UserError for a model that does not continue text, and for a batch that the mesh cannot split.
+        """
+        config = loaded.config
+        check_model(config.model, Sampling())
+        self.tokenizer = loaded.tokenizer
+        self.max_length = min(config.data.seq_len, config.model.max_seq_len or config.data.seq_len)
+        self.prefix_id = vocabulary.build_vocab(loaded.tokenizer).bos_id
+        self.num_cut = 0
+        self._loaded = loaded
+        self._batch = batch or config.eval.batch or config.train.global_batch
+        field = "eval.batch" if config.eval.batch else "train.global_batch"
+        backends.check_batch("--batch" if batch else field, self._batch)
+        self._sharding = backends.batch_sharding()
+        self._rows = hosts.local_rows(self._sharding, self._batch)
+        replicated = jax.sharding.NamedSharding(jax.sharding.get_mesh(), jax.sharding.PartitionSpec())
+        self._score = jax.jit(self._score_batch, static_argnames=("span", "share"), out_shardings=replicated)
+
+    def use(self, loaded: Loaded) -> None:
+        """Answer with the parameters of another step of the same run; compiled programs are kept."""
+        self._loaded = loaded
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, in which special tokens are recognised, without ids before or after them."""
+        return self.tokenizer.encode_prompt(text).tolist()
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a text as the model reads prompts. An id that starts texts is not repeated."""
+        ids = self.tokenizer.encode_prompt(text)
+        if self._loaded.config.model.reads_source:
+            return self._loaded.objective.prompt(ids).tolist()
+        frame = self.tokenizer.prompt_frame
+        before = [self.prefix_id] if frame is None else list(frame[0])
+        return ids.tolist() if ids[: len(before)].tolist() == before else [*before, *ids.tolist()]
+
+    def encode_pair(self, context: str, continuation: str) -> Pair:
+        """Token ids of a context and of its continuation, as lm-eval splits them.
+
+        Both are encoded as one text, and spaces at the end of the context belong to the continuation.
+        """
+        if not context:
+            ids = self.encode(continuation)
+            return (ids[:1], ids[1:]) if ids[:1] == [self.prefix_id] else ([self.prefix_id], ids)
+        text = context + continuation
+        before = self.encode_prompt(context.rstrip())
+        return before, self.encode_prompt(text)[len(before) :]
+
+    def loglikelihoods(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
+        """Of each continuation, its log-likelihood in nats, and whether each of its tokens is the most likely one.
+
+        Arguments and errors as of `score_tokens`.
+        """
+        return [(float(np.sum(scores, dtype=np.float64)), is_greedy) for scores, is_greedy in self.score_tokens(pairs)]
+
+    def rolling(self, texts: Sequence[Tokens]) -> list[float]:
+        """The log-likelihood in nats of each text, every token of it scored once: the sum of `rolling_tokens`."""
+        return [float(np.sum(scores, dtype=np.float64)) for scores in self.rolling_tokens(texts)]
+
+    def rolling_tokens(self, texts: Sequence[Tokens]) -> list[np.ndarray]:
+        """The log-likelihood in nats of each token of each text, float32 [tokens], after `prefix_id`.
+
+        A text longer than `max_length` is read in windows, as `split_windows` cuts them.
+        """
+        windows = [split_windows(ids, self.prefix_id, self.max_length) for ids in texts]
+        scores = iter(self.score_tokens([window for parts in windows for window in parts]))
+        empty = [np.zeros(0, np.float32)]
+        return [np.concatenate(empty + [next(scores)[0] for _ in parts]) for parts in windows]
+
+    def score_tokens(self, pairs: Sequence[Pair]) -> list[tuple[np.ndarray, bool]]:
+        """Of each continuation, the log-likelihoods in nats of its tokens, and whether each is the most likely one.
+
+        An empty context is `prefix_id`. A context that does not fit is cut on the left. Raises UserError for a
+        continuation longer than `max_length`, for an id that the model does not have, and for an encoder-decoder.
+        """
+        config = self._loaded.config.model
+        if config.reads_source:
+            raise UserError(
+                f"model.family={config.family!r}: the likelihood of a continuation needs a decoder; give tasks that "
+                "generate text"
+            )
+        rows = [self._join(number, context, continuation) for number, (context, continuation) in enumerate(pairs)]
+        spans = [len(continuation) for _, continuation in pairs]
+        # Requests that differ in their last token alone, such as the letters of choices, are computed once.
+        by_inputs: dict[tuple[bytes, int], list[int]] = {}
+        for number, ids in enumerate(rows):
+            by_inputs.setdefault((ids[:-1].tobytes(), spans[number]), []).append(number)
+        # Short spans together, so that a batch is not scored at many positions for one long continuation.
+        equal = sorted(by_inputs.values(), key=lambda numbers: spans[numbers[0]])
+        groups = list(group_by_length([len(rows[n[0]]) - 1 for n in equal], self.max_length, rows=self._batch))
+        scored: list[tuple[np.ndarray, bool]] = [(np.zeros(0, np.float32), True)] * len(pairs)
+        for part, _, length in _log_progress(groups, len(equal)):
+            members = [equal[index] for index in part]
+            firsts = [numbers[0] for numbers in members]
+            longest = max(spans[number] for number in firsts)
+            span = min(max(_SHORTEST_SPAN, 1 << (longest - 1).bit_length()), length) if longest else 1
+            batch = self._make_batch([rows[n] for n in firsts], [spans[n] for n in firsts], length)
+            share = any(len(numbers) > 1 for numbers in members)
+            # One batch at a time: collectives of two programs could start in different orders on CPU processes.
+            scores, is_first, last = jax.device_get(self._score(self._loaded.params, batch, span=span, share=share))
+            for row, numbers in enumerate(members):
+                count = spans[numbers[0]]
+                for number in numbers:
+                    of_tokens, is_greedy = scores[row, :count].copy(), is_first[row, :count].copy()
+                    if len(numbers) > 1 and count:
+                        token = rows[number][-1]
+                        of_tokens[-1], is_greedy[-1] = last[row, token], last[row].argmax() == token
+                    scored[number] = of_tokens, bool(is_greedy.all())
+        return scored
+
+    def generate(
+        self,
+        prompts: Sequence[Tokens],
+        *,
+        stop: Sequence[str] = (),
+        max_tokens: int,
+        temperature: float = 0.0,
+        template: ChatTemplate | None = None,
+    ) -> list[str]:
+        """The text that continues each prompt, up to a stop string, which it lacks, or the end of a document.
+
+        prompts      as `encode_prompt` returns them; one that does not fit is cut on the left
+        temperature  0: always the most likely token
+        template     that wrote the prompts; its end of a turn ends a text as well
+        Raises UserError where `max_tokens` leave no room for a prompt.
+        """
+        limit = self.max_length - (0 if self._loaded.config.model.reads_source else max_tokens)
+        if limit < 1:
+            raise UserError(
+                f"max_tokens={max_tokens}: must be below {self.max_length}, what the model reads; lower it, or raise "
+                "data.seq_len"
+            )
+        self.num_cut += sum(len(prompt) > limit for prompt in prompts)
+        cut = [prompt[-limit:] if len(prompt) else [self.prefix_id] for prompt in prompts]
+        method = Sampling(max_tokens=max_tokens, temperature=temperature, stop=tuple(stop))
+        texts = [""] * len(prompts)
+        groups = list(group_by_length([len(prompt) for prompt in cut], limit, rows=self._batch))
+        for part, count, length in _log_progress(groups, len(prompts)):
+            new = continue_prompts(
+                self._loaded,
+                [cut[number] for number in part],
+                method,
+                numbers=part,
+                shape=(count, length),
+                template=template,
+            )
+            for number, text in zip(part, new, strict=True):
+                texts[number] = text
+        return texts
+
+    def _join(self, number: int, context: Tokens, continuation: Tokens) -> np.ndarray:
+        """The ids of context and continuation, at most max_length + 1; the model does not read the last one."""
+        if len(continuation) > self.max_length:
+            raise UserError(
+                f"request {number}: its continuation has {len(continuation)} tokens, and the model reads "
+                f"{self.max_length}; shorten it, or raise data.seq_len"
+            )
+        ids = np.concatenate([context if len(context) else [self.prefix_id], continuation]).astype(np.int64)
+        if not 0 <= ids.min() <= ids.max() < self._loaded.config.model.vocab_size:
+            raise UserError(
+                f"request {number} contains a token id outside of 0 to {self._loaded.config.model.vocab_size - 1}"
+            )
+        self.num_cut += len(ids) > self.max_length + 1
+        return ids[-(self.max_length + 1) :]
+
+    def _make_batch(self, rows: Sequence[np.ndarray], spans: Sequence[int], length: int) -> Batch:
+        """One request a row, of which the last `spans` targets are scored; rows without one are padding."""
+        shape = self._batch, length
+        inputs, targets, segments = (np.zeros(shape, np.int32) for _ in range(3))
+        weights = np.zeros(shape, np.float32)
+        for number, (ids, span) in enumerate(zip(rows, spans, strict=True)):
+            end = len(ids) - 1
+            inputs[number, :end], targets[number, :end], segments[number, :end] = ids[:-1], ids[1:], 1
+            weights[number, end - span : end] = 1
+        local = Batch(
+            inputs=inputs[self._rows],
+            targets=targets[self._rows],
+            weights=weights[self._rows],
+            segments=segments[self._rows],
+            positions=(np.arange(length, dtype=np.int32) * segments)[self._rows],
+            sample=np.zeros((len(self._rows), 2), np.uint32),
+            one_segment=True,
+        )
+        return hosts.global_batch(self._sharding, local, self._rows, self._batch)
+
+    def _score_batch(self, params: Params, batch: Batch, *, span: int, share: bool) -> tuple[Any, Any, Any]:
+        """(log-likelihood float32, whether no id is more likely) [batch, span] of targets from the first scored on.
+
+        Logits over the whole vocabulary are computed for these positions alone, train.loss_chunk of them at a time.
+        share   the third result is float32 [batch, vocab], the log-likelihoods of all ids as the last scored target
+        """
+        model = nnx.merge(self._loaded.graph, params)
+        hidden = axes.constrain(model(batch).hidden, "batch", "seq", None)
+        first = jnp.argmax(batch.weights > 0, axis=1)
+        at = jnp.minimum(first[:, None] + jnp.arange(span), hidden.shape[1] - 1)
+        hidden = axes.constrain(jnp.take_along_axis(hidden, at[..., None], axis=1), "batch", None, None)
+        targets = jnp.take_along_axis(batch.targets, at, axis=1)
+
+        def score(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            hidden, targets = part
+            logits = model.unembed(hidden)
+            # Targets are compared, not looked up, so that vocab may be sharded.
+            is_target = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2) == targets[..., None]
+            target = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+            return target - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == targets
+
+        chunk = min(self._loaded.config.train.loss_chunk or span, span)
+        scores, is_first = jax.lax.map(score, (split(hidden, chunk), split(targets, chunk)))
+        if not share:
+            return join(scores, span), join(is_first, span), None
+        last = jnp.sum(batch.weights > 0, axis=1)[:, None, None] - 1
+        logits = model.unembed(jnp.take_along_axis(hidden, jnp.maximum(last, 0), axis=1))[:, 0]
+        return join(scores, span), join(is_first, span), jax.nn.log_softmax(logits, axis=-1)
+
+
+def split_windows(ids: Tokens, prefix_id: int, max_length: int) -> list[Pair]:
+    """The pairs (context, continuation) of which a text's likelihood consists: each token is in one continuation.
+
+    As lm-eval cuts them: windows of `max_length` tokens, each after the last token of the one before, the first after
+    `prefix_id`; the last, shorter one after as many tokens as the model can read.
+    """
+    ids, pairs = list(ids), []
+    for start in range(0, len(ids), max_length):
+        end = min(start + max_length, len(ids))
+        before = [prefix_id] if start == 0 else ids[end - max_length - 1 : start]
+        pairs.append((before, ids[start:end]))
+    return pairs
+
+
+def _log_progress(groups: Sequence[tuple[list[int], int, int]], total: int) -> Iterator[tuple[list[int], int, int]]:
+    """Yield the groups of `group_by_length`, and log how many of the requests are done on long work."""
+    start = last = time.monotonic()
+    done = 0
+    for group in groups:
+        yield group
+        done += len(group[0])
+        now = time.monotonic()
+        if now - last > _PROGRESS_SECONDS and done < total:
+            last = now
+            seconds = (now - start) / done * (total - done)
+            logger.info("  %d/%d requests, %.0f s left", done, total, seconds, extra={"progress": True})

@@ -1,0 +1,1 @@
+"""Evaluation tasks on the user's own files."""

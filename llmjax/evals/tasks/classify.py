@@ -1,0 +1,152 @@
+"""Classification: by the head of a run for classes, or by the likelihood of the classes' names after a prompt."""
+
+from collections.abc import Callable, Sequence
+import math
+
+import numpy as np
+
+from llmjax.errors import UserError, suggest
+from llmjax.evals import classification
+from llmjax.evals.config import TaskConfig
+from llmjax.evals.label_scores import baseline_accuracy
+from llmjax.evals.requests import LanguageModel
+from llmjax.evals.tasks.choice import score_choices
+from llmjax.evals.tasks.examples import Example, join_shots, make_prompt
+from llmjax.evals.tasks.outcome import Groups, Outcome, Scores
+from llmjax.inference.predict import Texts, predict
+from llmjax.report.reliability import draw_reliability
+from llmjax.run.loading import Loaded
+
+
+def run_head(task: TaskConfig, loaded: Loaded, examples: Sequence[Example], groups: Groups) -> Outcome:
+    """Score the head of a run with objective.name="classify", which reads texts as in training."""
+    classes = loaded.config.data.classes
+    labels = _read_labels(task, examples, classes)
+    texts = read_texts(task, examples)
+    predicted, cut = predict(loaded, texts)
+    probabilities = np.array([[label["probabilities"][each] for each in classes] for label in predicted])
+    inputs = [first if second is None else f"{first}\n{second}" for first, second in texts]
+    return _make_outcome(classes, inputs, labels, np.log(probabilities.clip(1e-300)), groups, cut)
+
+
+def run_likelihoods(task: TaskConfig, model: LanguageModel, examples: Sequence[Example], groups: Groups) -> Outcome:
+    """Score the likelihoods of `choices`, which softmax makes probabilities; the first `shots` examples are shown."""
+    labels = _read_labels(task, examples, task.choices)
+    prompts = [make_prompt(task, example) for example in examples]
+    beginning = join_shots([(prompts[number], task.choices[labels[number]]) for number in range(task.shots)])
+    prompts, labels = prompts[task.shots :], labels[task.shots :]
+    scores = score_choices(model, [beginning + prompt for prompt in prompts], [task.choices] * len(prompts))
+    return _make_outcome(task.choices, prompts, labels, np.array([each["raw"] for each in scores]), groups)
+
+
+def read_texts(task: TaskConfig, examples: Sequence[Example]) -> list[Texts]:
+    """The text of each example, and the second one of a pair."""
+    seconds = [example.text("pair_field", task.pair_field) if task.pair_field else None for example in examples]
+    return [
+        (example.text("text_field", task.text_name), second) for example, second in zip(examples, seconds, strict=True)
+    ]
+
+
+def _read_labels(task: TaskConfig, examples: Sequence[Example], classes: Sequence[str]) -> np.ndarray:
+    """The number of the class of each example."""
+    names = list(task.labels or classes)
+    labels = []
+    for example in examples:
+        label = example.text("label_field", task.label_field)
+        if label not in names:
+            raise UserError(
+                f"{example.where}.label_field={task.label_field!r}: {example.place} has the unknown label {label!r}"
+                f"{suggest(label, names)}; expected one of {', '.join(names)}: fix the record, or name the labels of "
+                f"the file in {example.where}.labels"
+            )
+        labels.append(names.index(label))
+    return np.array(labels)
+
+
+def _make_outcome(
+    classes: Sequence[str],
+    inputs: Sequence[str],
+    labels: np.ndarray,
+    logits: np.ndarray,
+    groups: Groups,
+    num_cut: int = 0,
+) -> Outcome:
+    probabilities = classification.softmax(logits)
+    predicted = probabilities.argmax(axis=1)
+    log_losses = classification.log_losses(labels, probabilities)
+    brier = classification.brier_scores(labels, probabilities)
+    lines = [
+        {
+            "index": index,
+            "input": text,
+            "target": classes[labels[index]],
+            "prediction": classes[predicted[index]],
+            "probabilities": dict(zip(classes, probabilities[index].tolist(), strict=True)),
+            "accuracy": float(predicted[index] == labels[index]),
+            "log_loss": float(log_losses[index]),
+            "brier": float(brier[index]),
+        }
+        for index, text in enumerate(inputs)
+    ]
+    confusion = classification.count_confusions(labels, predicted, len(classes))
+    bins = classification.bin_confidences(labels, probabilities)
+    reliability = {"counts": bins.counts, "confidence": bins.confidence, "accuracy": bins.accuracy}
+    details = {
+        "classes": list(classes),
+        "confusion": confusion.tolist(),
+        "baseline_accuracy": baseline_accuracy(confusion),
+        "reliability": {key: values.tolist() for key, values in reliability.items()},
+    }
+    title = f"expected calibration error {bins.calibration_error:.3f}"
+    plot = draw_reliability(**details["reliability"], title=title)
+    score = _make_score(classes, labels, logits, groups)
+    return Outcome(lines, score, "accuracy", details, plot, num_cut)
+
+
+def _make_score(
+    classes: Sequence[str], labels: np.ndarray, logits: np.ndarray, groups: Groups
+) -> Callable[[np.ndarray], Scores]:
+    """All scores of classes. Those that end with _scaled are of probabilities at another temperature, which for each
+    half of the examples (those at even and odd places) is fitted on the other half."""
+    probabilities = classification.softmax(logits)
+    predicted = probabilities.argmax(axis=1)
+    is_right = (predicted == labels).astype(np.float64)
+    log_losses = classification.log_losses(labels, probabilities)
+    brier = classification.brier_scores(labels, probabilities)
+    temperature = classification.fit_temperature(labels, logits)
+    scaled = _scale_crosswise(labels, logits)
+    scaled_losses = classification.log_losses(labels, scaled)
+
+    def score(indices: np.ndarray) -> Scores:
+        some, chosen = labels[indices], probabilities[indices]
+        confusion = classification.count_confusions(some, predicted[indices], len(classes))
+        roc, precision_recall = classification.aucs(some, chosen)
+        scores = classification.score_confusions(confusion) | {
+            "roc_auc": roc,
+            "pr_auc": precision_recall,
+            "ece": classification.bin_confidences(some, chosen).calibration_error,
+            "brier": float(brier[indices].mean()),
+            "log_loss": float(log_losses[indices].mean()),
+            "temperature": classification.fit_temperature(some, logits[indices], start=temperature),
+            "ece_scaled": classification.bin_confidences(some, scaled[indices]).calibration_error,
+            "log_loss_scaled": float(scaled_losses[indices].mean()),
+        }
+        by_class = classification.score_classes(confusion)
+        for kind in ("precision", "recall", "f1"):
+            for each, value in zip(classes, getattr(by_class, kind).tolist(), strict=True):
+                scores[f"{kind}/{each}"] = value
+        for group, mean in groups.means(is_right, np.ones(len(labels)), indices):
+            scores[f"accuracy/{group}"] = mean
+        return scores
+
+    return score
+
+
+def _scale_crosswise(labels: np.ndarray, logits: np.ndarray) -> np.ndarray:
+    """Probabilities at the temperature that the other half of the examples has; nan for a single example."""
+    scaled = np.full(logits.shape, math.nan)
+    for half in (0, 1):
+        if len(labels) > 1:
+            temperature = classification.fit_temperature(labels[1 - half :: 2], logits[1 - half :: 2])
+            scaled[half::2] = classification.softmax(logits[half::2], temperature)
+    return scaled

@@ -1,0 +1,208 @@
+"""Score a checkpoint on a task of the user's own: read the examples, score them, and write the results."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from llmjax import atomic
+from llmjax.data.config import EMBEDDING, LABELLED
+from llmjax.data.readers import formats
+from llmjax.data.readers.sources import make_units
+from llmjax.errors import UserError, suggest
+from llmjax.evals import results
+from llmjax.evals.config import TaskConfig, check_tasks
+from llmjax.evals.requests import LanguageModel
+from llmjax.evals.tasks import choice, classify, generate, pairs, perplexity, regress
+from llmjax.evals.tasks.examples import Example, read_examples
+from llmjax.evals.tasks.outcome import Groups, Outcome
+from llmjax.parallel import hosts
+from llmjax.run import workdir as workdirs
+from llmjax.run.config import RunConfig
+from llmjax.run.loading import Loaded
+
+logger = logging.getLogger(__name__)
+
+_NO_TEXT = (*LABELLED, *EMBEDDING, "reward")  # objectives whose models give no likelihood of text
+_HEADS = {"classify": classify.run_head, "regress": regress.run}  # of runs whose objective has this name
+_LIKELIHOODS = {
+    "choice": choice.run,
+    "classify": classify.run_likelihoods,
+    "generate": generate.run,
+    "pairs": pairs.run,
+    "perplexity": perplexity.run,
+}
+
+
+def select_tasks(config: RunConfig, names: Sequence[str], options: results.Options) -> dict[str, TaskConfig]:
+    """The tasks of these names, with `limit` and `shots` of the options where these are set.
+
+    Raises UserError for an unknown name, and for a task that the run cannot have.
+    """
+    selected = {}
+    for name in names:
+        if options.chat:
+            raise UserError(f"--chat: the prompt of task {name!r} is its own template; leave --chat out")
+        if name not in config.eval.tasks:
+            listed = ", ".join(config.eval.tasks) or "none"
+            raise UserError(
+                f"task {name!r}{suggest(name, config.eval.tasks)}: the config has no such task (it has: {listed}); "
+                f"set eval.tasks.{name}.kind and eval.tasks.{name}.path, see `llmjax fields eval.tasks.NAME`"
+            )
+        changes = {"limit": options.limit, "shots": options.shots}
+        task = dataclasses.replace(config.eval.tasks[name], **{k: v for k, v in changes.items() if v is not None})
+        check_tasks({name: task})
+        _check_run(f"eval.tasks.{name}", task, config)
+        selected[name] = task
+    return selected
+
+
+def _check_run(where: str, task: TaskConfig, config: RunConfig) -> None:
+    """Raise UserError for a task that a model of this run cannot do."""
+    objective = config.objective.name
+    if objective in _NO_TEXT and task.kind != objective:
+        hint = f"; use kind={objective!r}, or another run" if objective in LABELLED else "; use another run"
+        raise UserError(
+            f"{where}.kind={task.kind!r}: a run with objective.name={objective!r} gives no likelihood of text{hint}"
+        )
+    if task.kind == "regress" and objective != "regress":
+        raise UserError(
+            f"{where}.kind='regress': needs a run with objective.name='regress', and this one has {objective!r}"
+        )
+    model = config.model
+    if objective in LABELLED:
+        _check_head(where, task, config)
+    elif not model.generates or (model.reads_source and task.kind != "generate"):
+        raise UserError(
+            f"{where}.kind={task.kind!r}: model.family={model.family!r} gives no likelihood of text; use another run"
+        )
+    elif task.kind == "classify" and not task.choices:
+        raise UserError(
+            f"{where}.choices is not set: the run has no head for classes, so name them as they may follow the prompt"
+        )
+
+
+def _check_head(where: str, task: TaskConfig, config: RunConfig) -> None:
+    """Raise UserError for options that a head for labels does not use, and for texts that it was not trained on."""
+    data = config.data
+    for field in ("prompt", "shots", "choices"):
+        if value := getattr(task, field):
+            raise UserError(
+                f"{where}.{field}={value!r}: the run has a head for labels, which reads texts as in training; unset it"
+            )
+    if data.multi_label:
+        raise UserError(
+            f"{where}.kind={task.kind!r}: data.multi_label=True, and a task scores one class of each example; use "
+            "`llmjax eval --split`"
+        )
+    if task.labels and len(task.labels) != len(data.classes):
+        raise UserError(f"{where}.labels={task.labels}: give one for each of data.classes ({', '.join(data.classes)})")
+    trained_on_pairs = {bool(source.pair_field) for source in data.sources.values()}
+    if trained_on_pairs and bool(task.pair_field) not in trained_on_pairs:
+        raise UserError(
+            f"{where}.pair_field={task.pair_field!r}: the model was trained on "
+            f"{'single texts: unset it' if task.pair_field else 'pairs: name the field of the second text'}"
+        )
+
+
+class TaskScorer:
+    """Scores the parameters of a run in training on the tasks of eval.during_training; compiles once.
+
+    Raises UserError for a task that the config does not have, or the run cannot.
+    """
+
+    def __init__(self, config: RunConfig):
+        self.tasks = select_tasks(config, config.eval.during_training, results.Options())
+        task, is_of_task, _ = config.eval.metric.partition("/")
+        if is_of_task and task not in self.tasks:
+            raise UserError(
+                f"eval.metric={config.eval.metric!r}: eval.during_training does not name the task {task!r}"
+                f"{suggest(task, self.tasks)}; add it there"
+            )
+        self._model: LanguageModel | None = None
+
+    def check_files(self) -> None:
+        """Raise UserError for a file of a task that cannot be read."""
+        for name, task in self.tasks.items():
+            read_examples(name, task)
+
+    def score(self, workdir: epath.Path, loaded: Loaded, name: str) -> dict[str, float]:
+        """TASK/METRIC -> value of one task, without those that are undefined; writes its files, as `evaluate` does."""
+
+        def make_model() -> LanguageModel:
+            if self._model is None:
+                self._model = LanguageModel(loaded)
+            self._model.use(loaded)
+            return self._model
+
+        record = evaluate(workdir, loaded, name, self.tasks[name], make_model=make_model)
+        values = {metric: number["value"] for metric, number in record["metrics"].items()}
+        main = results.Estimate(**record["metrics"][record["main"]])
+        logger.info("  %s: %s %s", name, record["main"], main)
+        return {f"{name}/{metric}": value for metric, value in values.items() if value is not None}
+
+
+def evaluate(
+    workdir: epath.Path, loaded: Loaded, name: str, task: TaskConfig, *, make_model: Callable[[], LanguageModel]
+) -> dict[str, Any]:
+    """Score a checkpoint on a task, and return the content of its file. Runs on the mesh of `use_mesh`.
+
+    Results that an earlier call wrote for the same checkpoint, task and files are returned instead.
+    make_model   called where the task needs the likelihood of text
+    A collective: all processes call it, and process 0 writes.
+    """
+    settings = dataclasses.asdict(task)
+    key = results.make_key(loaded, {"config": settings, "files": _hash_files(name, task)})
+    if (record := results.read_cached(workdir, loaded.step, name, key)) is not None:
+        logger.info("%s: scored before, with the same checkpoint, options and files", name)
+        return record
+    outcome = _score(task, loaded, read_examples(name, task), make_model)
+    if outcome.num_cut:
+        logger.info(
+            "  %s: %d texts were cut to fit into data.seq_len=%d", name, outcome.num_cut, loaded.config.data.seq_len
+        )
+    if outcome.plot and hosts.is_primary():
+        path = workdirs.eval_path(workdir, loaded.step, name).with_suffix(".svg")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write_bytes(path, outcome.plot.encode())
+    result = results.TaskResult(
+        task=name,
+        metrics=results.estimate(outcome.score, len(outcome.lines)),
+        examples=outcome.lines,
+        settings=settings,
+        details={"main": outcome.main, "num_cut": outcome.num_cut, **outcome.details},
+    )
+    results.write(workdir, loaded, result, key)
+    record = results.read_cached(workdir, loaded.step, name, key)
+    assert record is not None
+    return record
+
+
+def _score(
+    task: TaskConfig, loaded: Loaded, examples: list[Example], make_model: Callable[[], LanguageModel]
+) -> Outcome:
+    field = task.group_field
+    groups = Groups([example.text("group_field", field) for example in examples[task.shots :]] if field else None)
+    if loaded.config.objective.name in LABELLED:
+        outcome = _HEADS[task.kind](task, loaded, examples, groups)
+    else:
+        model = make_model()
+        num_cut = model.num_cut
+        outcome = _LIKELIHOODS[task.kind](task, model, examples, groups)
+        outcome = dataclasses.replace(outcome, num_cut=model.num_cut - num_cut)
+    return dataclasses.replace(outcome, details={**outcome.details, "groups": groups.counts()})
+
+
+def _hash_files(name: str, task: TaskConfig) -> list[str]:
+    """The SHA-256 of each file of a task. The processes of a job must see the same files."""
+    units = make_units(name, task, f"eval.tasks.{name}", formats.FORMATS)
+    if task.path.startswith("tfds:"):
+        return [unit.state for unit in units]
+    paths = dict.fromkeys(item.path for unit in units for item in unit.items)
+    hashes = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths]
+    hosts.all_equal(f"eval.tasks.{name}.path={task.path}", " ".join(hashes))
+    return hashes

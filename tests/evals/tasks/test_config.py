@@ -1,0 +1,56 @@
+"""Bad tasks are refused before anything is read, with one line that names the field and the value."""
+
+import dataclasses
+
+import pytest
+
+from llmjax.errors import UserError
+from llmjax.evals.config import KINDS, TaskConfig, check_tasks
+from llmjax.run import config as run_config
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_and_a_path_make_a_task(kind):
+    check_tasks({"mine": TaskConfig(kind=kind, path="a.jsonl")})
+
+
+def test_every_option_is_used_by_a_kind():
+    used = {field for fields in KINDS.values() for field in fields}
+    common = {"kind", "path", "format", "columns", "group_field", "limit"}
+    assert used | common == {field.name for field in dataclasses.fields(TaskConfig)}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "chioce"}, r"eval\.tasks\.mine\.kind='chioce' \(did you mean 'choice'\?\): choose one of choice, "),
+        ({"path": ""}, r"eval\.tasks\.mine\.path is not set"),
+        ({"good_field": "better"}, r"good_field='better': kind='choice' does not use it; unset it"),
+        ({"shots": -1}, r"eval\.tasks\.mine\.shots=-1: must be at least 0"),
+        ({"normalize": "chars"}, r"normalize='chars': choose one of raw, bytes, tokens"),
+        ({"choices": ("yes",)}, r"choices=\('yes',\): expected two or more different texts"),
+        ({"kind": "generate", "stop": ("",)}, r"stop=\('',\): an empty text would end every answer"),
+        ({"kind": "classify", "choices": ("a", "b"), "labels": ("0", "1", "2")}, r"one for each of the 2 choices"),
+    ],
+)
+def test_bad_options(options, message):
+    task = TaskConfig(**{"kind": "choice", "path": "a.jsonl", **options})
+    with pytest.raises(UserError, match=message):
+        check_tasks({"mine": task})
+
+
+@pytest.mark.parametrize("name", ["test", "a/b", ""])
+def test_a_name_that_cannot_name_files(name):
+    with pytest.raises(UserError, match="cannot name files of results"):
+        check_tasks({name: TaskConfig(kind="pairs", path="a.jsonl")})
+
+
+def test_tasks_are_a_section_of_the_config():
+    overrides = [("eval.tasks.mine.kind", "choice"), ("eval.tasks.mine.path", "a.csv")]
+    overrides.append(("eval.tasks.mine.choices", "('{one}', '{two}')"))
+    task = run_config.resolve("quickstart", overrides).eval.tasks["mine"]
+    assert (task.choices, task.text_name) == (("{one}", "{two}"), "question")
+    with pytest.raises(UserError, match=r"eval\.tasks\.mine\.path is not set"):
+        run_config.resolve("quickstart", overrides[:1])
+    with pytest.raises(UserError, match=r"unknown config field 'eval.tasks.mine.chioces' \(did you mean 'choices'"):
+        run_config.resolve("quickstart", [("eval.tasks.mine.chioces", "()")])

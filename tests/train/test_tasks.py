@@ -1,0 +1,93 @@
+"""Tasks are scored during training as `llmjax eval --tasks` scores them, and decide which checkpoint is the best."""
+
+import json
+
+import pytest
+
+from llmjax.cli.evaluate import evaluate as evaluate_command
+from llmjax.cli.train import train as train_command
+from llmjax.errors import UserError
+from llmjax.evals.requests import LanguageModel
+from tests import jobs
+
+SETTINGS = {
+    **jobs.ONE_LAYER,
+    "data.seq_len": 64,
+    "train.steps": 12,
+    "train.global_batch": 8,
+    "train.log_every": 4,
+    "checkpoint.every": 100,
+    "checkpoint.keep_best": "true",
+    "sample.prompts": "()",
+    "eval.every": 4,
+    "eval.tasks.lines.kind": "perplexity",
+    "eval.tasks.words.kind": "pairs",
+    "eval.during_training": "('lines', 'words')",
+    "eval.metric": "words/acc",
+}
+
+
+def flags(folder, **changes) -> list[str]:
+    jobs.write_corpus(folder / "corpus", 20)
+    lines = ["def main(self):", "    return None", "import numpy as np"]
+    (folder / "lines.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    (folder / "words.csv").write_text("good,bad\nreturn,nruter\nimport,tropmi\nself,zqzx\n")
+    settings = SETTINGS | {f"eval.tasks.{name}.path": folder / f"{name}.{end}" for name, end in TASK_FILES.items()}
+    settings["data.sources.main.path"] = f"{folder}/corpus/*.txt"
+    return ["--config=quickstart", *(f"--config.{name}={value}" for name, value in (settings | changes).items())]
+
+
+TASK_FILES = {"lines": "jsonl", "words": "csv"}
+
+
+def read_scores(workdir) -> dict[str, dict[int, dict]]:
+    read = lambda step, name: json.loads((workdir / "eval" / str(step) / f"{name}.json").read_text())
+    return {name: {step: read(step, name)["metrics"] for step in (4, 8, 12)} for name in TASK_FILES}
+
+
+def test_tasks_during_training(tmp_path, monkeypatch, caplog):
+    workdir = tmp_path / "run"
+    compiled = []
+    score_batch = LanguageModel._score_batch
+
+    def count_compilations(model, params, batch, *, span):
+        compiled.append((batch.inputs.shape, span))
+        return score_batch(model, params, batch, span=span)
+
+    monkeypatch.setattr(LanguageModel, "_score_batch", count_compilations)
+    assert train_command([*flags(tmp_path), f"--workdir={workdir}"]) == 0
+    assert len(compiled) == len(set(compiled)), "a program was compiled again for the parameters of a later step"
+    scores = read_scores(workdir)
+    nats = [by_step["bits_per_byte"]["value"] for by_step in scores["lines"].values()]
+    assert nats[0] > nats[1] > nats[2]  # of text like that it is trained on
+    # The best of the steps that were scored before the last one has a checkpoint, besides the last step.
+    accuracy = {step: scores["words"][step]["acc"]["value"] for step in (4, 8)}
+    best = max(accuracy, key=lambda step: (accuracy[step], -step))
+    assert {path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal()} >= {str(best), "12"}
+    report = (workdir / "report.html").read_text()
+    assert "<h2>Tasks</h2>" in report and "lines: bits_per_byte" in report
+    # The same command finds nothing to train, and reads these results.
+    compiled.clear()
+    assert train_command([f"--workdir={workdir}"]) == 0 and not compiled
+    # So does `llmjax eval`, which computes them again only where they are missing.
+    (workdir / "eval" / "12" / "lines.json").unlink()
+    monkeypatch.setattr(LanguageModel, "_score_batch", score_batch)
+    caplog.set_level("INFO")
+    assert evaluate_command([f"--workdir={workdir}", "--tasks=lines,words"]) == 0
+    assert "words: scored before" in caplog.text and "lines: scored before" not in caplog.text
+    for metric, number in read_scores(workdir)["lines"][12].items():
+        assert number["value"] == pytest.approx(scores["lines"][12][metric]["value"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval.during_training": "('lnes',)"}, r"task 'lnes' \(did you mean 'lines'\?\): the config has no such task"),
+        ({"eval.metric": "word/acc"}, r"eval\.metric='word/acc': .* not name the task 'word' \(did you mean 'words'"),
+        ({"eval.tasks.words.good_field": "better"}, r"words\.csv has no column 'better'"),
+    ],
+)
+def test_bad_tasks_are_refused_before_training(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        train_command([*flags(tmp_path, **changes), f"--workdir={tmp_path / 'run'}"])
+    assert not (tmp_path / "run").exists()
