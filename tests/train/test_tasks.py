@@ -50,9 +50,9 @@ def test_tasks_during_training(tmp_path, monkeypatch, caplog):
     compiled = []
     score_batch = LanguageModel._score_batch
 
-    def count_compilations(model, params, batch, *, span):
-        compiled.append((batch.inputs.shape, span))
-        return score_batch(model, params, batch, span=span)
+    def count_compilations(model, params, batch, **static):
+        compiled.append((batch.inputs.shape, *static.values()))
+        return score_batch(model, params, batch, **static)
 
     monkeypatch.setattr(LanguageModel, "_score_batch", count_compilations)
     assert train_command([*flags(tmp_path), f"--workdir={workdir}"]) == 0
