@@ -272,7 +272,7 @@ def main() -> int:
     for case in cases:
         print(to_row(case, *make_plan(case, quick=flags.quick)), flush=True)
     print("\n" + "\n".join(f"{case.key}: {case.note}." for case in cases if case.note))
-    print(f"Error of the quick depth: {predict.QUICK_CALIBRATION}.")
+    print(f"Error: {predict.QUICK_CALIBRATION if flags.quick else predict.FULL_CALIBRATION}.")
     return 0
 
 

@@ -189,7 +189,7 @@ def to_row(run: Run, plan: Plan) -> str:
 
 
 def summarize(ratios: list[float]) -> str:
-    """The line that predict.QUICK_CALIBRATION repeats."""
+    """The line that predict.QUICK_CALIBRATION and FULL_CALIBRATION repeat."""
     return (
         f"runs {len(ratios)}, median {statistics.median(ratios):.2f}, lowest {min(ratios):.2f}, "
         f"highest {max(ratios):.2f}"

@@ -13,6 +13,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "generate": (*_PROMPT_FIELDS, "answer_field", "max_tokens", "stop"),
     "classify": (*_PROMPT_FIELDS, "pair_field", "label_field", "choices", "labels"),
     "regress": ("text_field", "pair_field", "label_field"),
+    "similarity": ("text_field", "pair_field", "score_field", "idf"),
     "pairs": ("good_field", "bad_field"),
     "perplexity": ("text_field",),
 }
@@ -28,13 +29,15 @@ class TaskConfig:
 
     kind           choice (which of several texts is the likeliest after a prompt), generate (write the answer),
                    classify (the class, by the head of a run with objective.name="classify", else by the likelihood of
-                   the classes' names), regress (the number, by the head of a run with objective.name="regress"), pairs
-                   (which of two texts is more likely) or perplexity (of texts)
+                   the classes' names), regress (the number, by the head of a run with objective.name="regress"),
+                   similarity (of a text to its reference, in the hidden states of the model), pairs (which of two texts
+                   is more likely) or perplexity (of texts)
     path           a file or a glob: JSONL, JSON, CSV, TSV or Parquet; for perplexity also plain text
     format         as data.sources.NAME.format; empty: by each file's content
     columns        names of the columns of CSV and TSV files without a header line
     text_field     the field or column of the text; empty: "question" for choice and generate, else "text"
-    pair_field     classify, regress: the field of the second text of a pair; empty: one text
+    pair_field     classify, regress: the field of the second text of a pair; empty: one text. similarity: the field of
+                   the reference; empty: "reference"
     prompt         what the model reads, with a field of the record for each {field}; spaces at its end belong to the
                    answer. Empty: the text, and a space
     shots          choice, generate, classify: the first records of the file are examples, written with their answers
@@ -46,6 +49,9 @@ class TaskConfig:
                    choice, as its text, its number from 0 or its letter; empty: the first choice is right
     label_field    classify, regress: the field of the label
     labels         classify: the labels of the file in the order of the classes; empty: the classes' own names
+    score_field    similarity: the field of the scores that people gave, with which every measure is correlated; empty:
+                   there are none
+    idf            similarity: whether tokens that many references contain count less in BERTScore
     good_field, bad_field  pairs: the fields of the text that should be more likely, and of the other one
     group_field    the main score is also reported for each value of this field, such as a domain; empty: it is not
     normalize      choice: by what the log-likelihoods of choices are divided for the main score: raw (nothing), bytes
@@ -68,6 +74,8 @@ class TaskConfig:
     answer_field: str = "answer"
     label_field: str = "label"
     labels: tuple[str, ...] = ()
+    score_field: str = ""
+    idf: bool = True
     good_field: str = "good"
     bad_field: str = "bad"
     group_field: str = ""
@@ -80,6 +88,11 @@ class TaskConfig:
     def text_name(self) -> str:
         """The field of the text, with its default."""
         return self.text_field or ("question" if self.kind in _QUESTIONS else "text")
+
+    @property
+    def pair_name(self) -> str:
+        """The field of the second text, with its default; empty: one text."""
+        return self.pair_field or ("reference" if self.kind == "similarity" else "")
 
 
 def check_tasks(tasks: Mapping[str, TaskConfig]) -> None:

@@ -192,6 +192,7 @@ def describe(record: Mapping[str, Any]) -> list[str]:
     return [
         f"{record['task']}: {record['n']:,} examples, with 95% intervals",
         *(f"  {name:{width}}  {number}" for name, number in metrics.items()),
+        *([f"  note: {record['note']}"] if "note" in record else []),
     ]
 
 

@@ -132,7 +132,7 @@ def embed_rows(
     tokens   of a batch at most, unless one row has more. Another number changes a vector by rounding alone
     """
     for part, count, length in group_by_length([len(row) for row in rows], tokens=tokens):
-        batch = _pad([rows[number] for number in part], (count, length))
+        batch = pad_rows([rows[number] for number in part], (count, length))
         hidden = _embed(model, batch, pooling=embedding.pooling, reads_source=config.reads_source)
         vectors = jax.device_get(hidden)[: len(part)]
         if embedding.normalize:
@@ -162,8 +162,8 @@ def encode_texts(
     return rows, sum(most is not None and len(row) > most for row in ids)
 
 
-def _pad(rows: Sequence[Tokens], shape: tuple[int, int]) -> Batch:
-    """One text a row; rows without a text are padding."""
+def pad_rows(rows: Sequence[Tokens], shape: tuple[int, int]) -> Batch:
+    """One text a row, for the encoder too if the model has one; rows without a text are padding."""
     inputs, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     for number, row in enumerate(rows):
         inputs[number, : len(row)], segments[number, : len(row)] = row, 1
@@ -181,10 +181,15 @@ def _pad(rows: Sequence[Tokens], shape: tuple[int, int]) -> Batch:
     )
 
 
+def hidden_states(model: Any, batch: Batch, *, reads_source: bool) -> jax.Array:
+    """Those of the last layer [batch, seq, embed], of the encoder if the model has one, for a batch of `pad_rows`."""
+    return model.encode(batch) if reads_source else model(batch).hidden
+
+
 @functools.partial(jax.jit, static_argnames=("pooling", "reads_source"))
 def _embed(model: Any, batch: Batch, *, pooling: str, reads_source: bool) -> jax.Array:
     """float32 [batch, embed]; the vector of a row without tokens has no meaning."""
-    hidden = model.encode(batch) if reads_source else model(batch).hidden
+    hidden = hidden_states(model, batch, reads_source=reads_source)
     return pool(hidden, batch.segments > 0, pooling)
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from llmjax.plan import predict, topology as topologies
+from llmjax.plan import topology as topologies
 from llmjax.plan.budget import Budget
 from llmjax.plan.plan import Plan
 from llmjax.plan.units import duration, short
@@ -124,8 +124,7 @@ def _describe_time(plan: Plan) -> list[str]:
     lines.append(_row("step", time.total, 3) + f"   {rate / plan.devices:,.0f} tokens/s a device, MFU {plan.mfu:.1%}")
     if time.hidden:
         lines.append(_row("collectives beside compute", time.hidden, 3))
-    unknown = f"not known in the full depth; of the quick depth: {predict.QUICK_CALIBRATION}"
-    return [*lines, f"error: {plan.calibration or unknown}"]
+    return [*lines, f"error: {plan.calibration}"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

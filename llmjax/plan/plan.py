@@ -69,9 +69,9 @@ class Plan:
         return self.model_flops / (self.topology.chip.peak * self.time.total)
 
     @property
-    def calibration(self) -> Calibration | None:
-        """How far predictions of this depth were off; None where no published run was compiled to it."""
-        return predict.QUICK_CALIBRATION if self.quick else None
+    def calibration(self) -> Calibration:
+        """How far predictions of this depth were off."""
+        return predict.QUICK_CALIBRATION if self.quick else predict.FULL_CALIBRATION
 
     def to_json(self) -> dict[str, Any]:
         """What `llmjax plan --json` prints."""
@@ -102,7 +102,7 @@ class Plan:
             "collectives": {name: dataclasses.asdict(total) for name, total in costs.collectives.items()},
             "seconds": None if self.time is None else dataclasses.asdict(self.time),
             "parts": None if self.time is None else self.time.parts,
-            "predicted_over_measured": None if self.calibration is None else dataclasses.asdict(self.calibration),
+            "predicted_over_measured": dataclasses.asdict(self.calibration),
             "fixed_tree": None if self.tree is None else dataclasses.asdict(self.tree),
             "quick": self.quick,
             "notes": costs.notes,

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmjax.report import plot
-from llmjax.report.markup import chart_grid, collapsed, section, table
+from llmjax.report.markup import chart_grid, collapsed, escape, section, table
 
 Evals = Mapping[str, Mapping[int, Mapping[str, Any]]]  # name of a file -> step -> its content
 
@@ -22,6 +22,8 @@ def render(evals: Evals) -> str:
         rows = [_make_row(metric, number) for metric, number in last["metrics"].items()]
         head = (f"{name}, step {max(by_step):,}, {last['n']:,} examples", "value", "95% interval")
         parts.append(table(head, rows[:_SHOWN]))
+        if "note" in last:
+            parts.append(f'<p class="note">{escape(last["note"])}</p>')
         if rows[_SHOWN:]:
             parts.append(collapsed(f"{len(rows) - _SHOWN} more scores of {name}", table(head, rows[_SHOWN:])))
         main = last.get("main") or next(iter(last["metrics"]))

@@ -46,11 +46,6 @@ def vectors(config, texts, **options):
         return embed.embed(loaded, texts, Embedding(**options))
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def hidden_states(model, batch, reads_source):
-    return model.encode(batch) if reads_source else model(batch).hidden
-
-
 @pytest.mark.parametrize("family", CONFIGS)
 def test_pooled_hidden_states(family):
     """Each text alone, in a row without padding."""
@@ -65,7 +60,8 @@ def test_pooled_hidden_states(family):
     with axes.use_mesh(mesh):
         model = nnx.merge(loaded.graph, loaded.params)
         rows = [np.array([256, *text.encode()], np.int32) for text in texts]
-        hidden = [hidden_states(model, embed._pad([row], (1, len(row))), config.reads_source)[0] for row in rows]
+        compute = jax.jit(functools.partial(embed.hidden_states, reads_source=config.reads_source))
+        hidden = [compute(model, embed.pad_rows([row], (1, len(row))))[0] for row in rows]
     for pooling in POOLINGS if family == "encoder" else ("mean", "last"):
         actual, cut = vectors(config, texts, pooling=pooling)
         assert cut == 0 and actual.dtype == np.float32

@@ -17,9 +17,10 @@ from llmjax.errors import UserError, suggest
 from llmjax.evals import results
 from llmjax.evals.config import TaskConfig, check_tasks
 from llmjax.evals.requests import LanguageModel
-from llmjax.evals.tasks import choice, classify, generate, pairs, perplexity, regress
+from llmjax.evals.tasks import choice, classify, generate, pairs, perplexity, regress, similarity
 from llmjax.evals.tasks.examples import Example, read_examples
 from llmjax.evals.tasks.outcome import Groups, Outcome
+from llmjax.inference import embed
 from llmjax.parallel import hosts
 from llmjax.run import workdir as workdirs
 from llmjax.run.config import RunConfig
@@ -63,6 +64,8 @@ def select_tasks(config: RunConfig, names: Sequence[str], options: results.Optio
 
 def _check_run(where: str, task: TaskConfig, config: RunConfig) -> None:
     """Raise UserError for a task that a model of this run cannot do."""
+    if task.kind == "similarity":
+        return  # every model has hidden states
     objective = config.objective.name
     if objective in _NO_TEXT and task.kind != objective:
         hint = f"; use kind={objective!r}, or another run" if objective in LABELLED else "; use another run"
@@ -156,11 +159,15 @@ def evaluate(
     A collective: all processes call it, and process 0 writes.
     """
     settings = dataclasses.asdict(task)
+    # The files of an imported folder say how vectors are made of texts.
+    embedding = embed.choose(workdir, loaded.config.objective) if task.kind == "similarity" else None
+    if embedding:
+        settings["embedding"] = dataclasses.asdict(embedding)
     key = results.make_key(loaded, {"config": settings, "files": _hash_files(name, task)})
     if (record := results.read_cached(workdir, loaded.step, name, key)) is not None:
         logger.info("%s: scored before, with the same checkpoint, options and files", name)
         return record
-    outcome = _score(task, loaded, read_examples(name, task), make_model)
+    outcome = _score(task, loaded, read_examples(name, task), embedding, make_model)
     if outcome.num_cut:
         logger.info(
             "  %s: %d texts were cut to fit into data.seq_len=%d", name, outcome.num_cut, loaded.config.data.seq_len
@@ -183,11 +190,17 @@ def evaluate(
 
 
 def _score(
-    task: TaskConfig, loaded: Loaded, examples: list[Example], make_model: Callable[[], LanguageModel]
+    task: TaskConfig,
+    loaded: Loaded,
+    examples: list[Example],
+    embedding: embed.Embedding | None,
+    make_model: Callable[[], LanguageModel],
 ) -> Outcome:
     field = task.group_field
     groups = Groups([example.text("group_field", field) for example in examples[task.shots :]] if field else None)
-    if loaded.config.objective.name in LABELLED:
+    if embedding is not None:
+        outcome = similarity.run(task, loaded, embedding, examples, groups)
+    elif loaded.config.objective.name in LABELLED:
         outcome = _HEADS[task.kind](task, loaded, examples, groups)
     else:
         model = make_model()
