@@ -4,9 +4,9 @@
     python tools/compare_llama_cpp.py --workdir=runs/chat --texts=texts.jsonl      # records with the field `text`
 
 Each row of the table is one format of `llmjax export --format=gguf`: the mean log-likelihood of a token in nats under
-llmjax, which computes in float32 on the dequantised weights, and under llama.cpp, which also rounds activations to 8 bits
-where weights are quantised; then the mean over the texts of the difference a token, and of its size. Both read the same
-token ids.
+llmjax, which computes in float32 on the dequantised weights, and under llama.cpp, which also rounds activations to 8
+bits where weights are quantised; then the mean over the texts of the difference a token, and of its size. Both read the
+same token ids.
 
 Needs the package llama-cpp-python, which pip compiles from source (about 20 minutes on two cores).
 """
