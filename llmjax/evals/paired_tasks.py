@@ -117,29 +117,28 @@ def pair(task: str, first: TaskFiles, second: TaskFiles) -> Pair:
         reason = f"{metric} is neither a mean over examples nor a correlation; compare the intervals"
         return dataclasses.replace(untested, reason=reason)
     test = compare_means(numbers[0], numbers[1], None if (weights == 1).all() else weights)
-    num_first, num_second = test.num_lower, test.num_higher
-    if is_lower_better(metric):
-        num_first, num_second = num_second, num_first
-    gain = (numbers[1] - numbers[0]) * (-1 if is_lower_better(metric) else 1)
-    binary = all(map(is_binary, numbers))
+    return _with_wins(dataclasses.replace(untested, test=test), lines, numbers)
+
+
+def _with_wins(pair: Pair, lines: Sequence[Sequence[Line]], numbers: Sequence[np.ndarray]) -> Pair:
+    """The pair with its wins and losses, by the lines and the scores of both runs."""
+    gain = (numbers[1] - numbers[0]) * (-1 if is_lower_better(pair.metric) else 1)
     # A stable sort keeps the order of the task among equal differences.
     order = np.argsort(-np.abs(gain), kind="stable")
-    first_only, second_only = (
-        [
-            _describe(lines[0][i], lines[1][i], (float(numbers[0][i]), float(numbers[1][i])))
-            for i in chosen[:MAX_EXAMPLES]
-        ]
-        for chosen in (order[gain[order] < 0], order[gain[order] > 0])
-    )
+
+    def describe(chosen: np.ndarray) -> list[Difference]:
+        scores = [(float(numbers[0][i]), float(numbers[1][i])) for i in chosen]
+        return [_describe(lines[0][i], lines[1][i], both) for i, both in zip(chosen, scores, strict=True)]
+
+    first_only, second_only = order[gain[order] < 0], order[gain[order] > 0]
     return dataclasses.replace(
-        untested,
-        test=test,
-        is_binary=binary,
-        first_only=first_only,
-        second_only=second_only,
-        num_first=num_first,
-        num_second=num_second,
-        num_equal=len(gain) - num_first - num_second,
+        pair,
+        is_binary=all(map(is_binary, numbers)),
+        first_only=describe(first_only[:MAX_EXAMPLES]),
+        second_only=describe(second_only[:MAX_EXAMPLES]),
+        num_first=len(first_only),
+        num_second=len(second_only),
+        num_equal=len(gain) - len(first_only) - len(second_only),
     )
 
 

@@ -74,7 +74,7 @@ def render_tests(comparison: Comparison) -> str:
     tested = [pair for pair in comparison.pairs if pair.test is not None]
     rows = [_make_test_row(pair) for pair in tested]
     head = ("Task", "runs", "difference", "95% interval", "test", "p", "corrected p", f"below {SIGNIFICANCE}")
-    body = table(head, rows, texts=2) if rows else ""
+    body = f'<div class="wrap">{table(head, rows, texts=2)}</div>' if rows else ""
     for pair in comparison.pairs:
         about = f"{pair.task}, {' and '.join(pair.runs)}"
         if pair.reason:
@@ -89,7 +89,7 @@ def render_tests(comparison: Comparison) -> str:
         "or 1, random sign flips for other means, the bootstrap for correlations. Corrected by Holm's method for "
         f"{len(tested)} test{'' if len(tested) == 1 else 's'}."
     )
-    return section("Paired tests", body, note=note)
+    return section("Paired tests", body, note=note if tested else "")
 
 
 def render_examples(comparison: Comparison) -> str:
@@ -99,10 +99,8 @@ def render_examples(comparison: Comparison) -> str:
         if pair.test is None or not pair.num_first + pair.num_second:
             continue
         first, second = pair.runs
-        kind = "right" if pair.is_binary else "better"
-        head = (f"{pair.task}: {pair.metric}", f"only {first} {kind}", f"only {second} {kind}", "no difference")
-        if not pair.is_binary:
-            head = (head[0], f"{first} better", f"{second} better", "no difference")
+        form = "only {} right" if pair.is_binary else "{} better"
+        head = (f"{pair.task}: {pair.metric}", form.format(first), form.format(second), "no difference")
         parts.append(table(head, [("examples", pair.num_first, pair.num_second, pair.num_equal)]))
         for (winner, loser), examples, count in (
             ((first, second), pair.first_only, pair.num_first),
@@ -123,7 +121,10 @@ def render_costs(comparison: Comparison) -> str:
         (_name_score(score), *("\u2014" if value is None else _format_value(value) for value in score.values))
         for score in comparison.quality
     ]
-    note = "Costs of training alone. A dash: the files of the run do not say, as those of an imported model."
+    note = (
+        "Costs of training alone. Tokens of an encoder-decoder are those of its decoder. A dash: the files of the "
+        "run do not say, as those of an imported model."
+    )
     return section("Cost beside quality", table(("", *comparison.names), [*costs, *quality]), note=note)
 
 
@@ -136,7 +137,8 @@ def render_curves(comparison: Comparison) -> str:
             curves = _make_curves(names, [_smooth(_loss_against(run, axis)) for run in runs])
             if curves:
                 chart = plot.draw_curves(curves, label="Training loss", width=980, height=300, over=over)
-                parts.append(f"<h3>Training loss, nats per target, over {over}</h3>{chart}")
+                title = f"<h3>Training loss, nats per target, over {over}</h3>"
+                parts.append(f'<div class="part">{title}{chart}</div>')
     charts = []
     for split in ("validation", "test"):
         for metric, title in _SPLIT_CURVES:
@@ -201,7 +203,7 @@ def _make_test_row(pair: Pair) -> tuple[str, ...]:
     interval = "" if difference.low is None else f"{difference.low:+.4f} to {difference.high:+.4f}"
     return (
         f"{pair.task}: {pair.metric}",
-        f"{pair.runs[1]} \u2212 {pair.runs[0]}",
+        f"{pair.runs[1]} minus {pair.runs[0]}",
         f"{difference.value:+.4f}",
         interval,
         pair.test.name,
@@ -224,14 +226,10 @@ def _cut(text: str) -> str:
 
 
 def _has_different_steps(runs: Sequence[RunFiles]) -> bool:
-    """Whether the runs read different numbers of tokens in a step."""
-    sections = [(run.config or {}) for run in runs]
-    sizes = [
-        [config.get("train", {}).get(name) for name in ("global_batch", "batch_schedule")]
-        + [config.get("data", {}).get("seq_len")]
-        for config in sections
-    ]
-    return any(size != sizes[0] for size in sizes)
+    """Whether the runs scored different numbers of targets in a step: by more than a tenth, since packing varies."""
+    last = [run.metrics[-1] for run in runs if run.metrics and run.metrics[-1].get("total_targets")]
+    sizes = [line["total_targets"] / line["step"] for line in last]
+    return len(sizes) > 1 and max(sizes) > 1.1 * min(sizes)
 
 
 def _loss_against(run: RunFiles, axis: str) -> list[tuple[float, float]]:

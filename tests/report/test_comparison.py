@@ -21,9 +21,12 @@ def runs(tmp_path_factory):
         config["train"]["global_batch"] = batch
         config["optimizer"] = {"learning_rate": rate, "extra": HOSTILE} if name == "small" else {"learning_rate": rate}
         put(run / "config.json", config)
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        lines = [{**line, "total_targets": line["total_targets"] * batch // 8} for line in lines]
+        put(run / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     put_task(folder / "small", 500, "mine", "acc", answer_lines("000"))
     put_task(folder / "small", 1000, "mine", "acc", answer_lines("0000000011"))
-    put_task(folder / "large", 1000, "mine", "acc", answer_lines("1111111111"))
+    put_task(folder / "large", 750, "mine", "acc", answer_lines("1111111111"))
     put_task(folder / "small", 1000, "other", "acc", answer_lines("01"))
     return folder
 
@@ -44,7 +47,15 @@ def test_the_page_has_every_part_and_loads_nothing(page):
     # Training loss over steps and over tokens, three scores of the validation split, and the task of one run.
     assert check_svgs(page) == 6
     assert "Training loss over scored tokens" in page and 'class="line run1"' in page
-    for shown in ("small, step 1,000", "0.2000 [0.1000, 0.3000]", "3,412,736", "2:14", "+0.8000", "exact McNemar"):
+    for shown in (
+        "small, step 1,000",
+        "0.2000 [0.1000, 0.3000]",
+        "1.1000] at step 750",
+        "3,412,736",
+        "2:14",
+        "+0.8000",
+        "exact McNemar",
+    ):
         assert shown in parsed.text, shown
     assert "0.0078" in parsed.text  # 2 / 2**8
     assert "large is right, small is wrong" in parsed.text and "the first 5 of 8" in parsed.text
@@ -61,7 +72,7 @@ def test_only_fields_that_differ_are_listed(runs):
         "optimizer.learning_rate": ["0.1", "0.2"],
     }
     costs = dict(result.costs)
-    assert costs["time in steps"] == ["2:14", "1:07"] and costs["targets scored in training"][0] == "2,040,000"
+    assert costs["time in steps"] == ["2:14", "1:07"] and costs["targets scored in training"] == ["2,040,000"] * 2
     assert "tokens, without padding" not in costs  # neither run logged them
 
 
@@ -123,7 +134,10 @@ def test_a_run_without_per_example_results(runs, tmp_path, capsys):
     other = make_run(tmp_path)
     put_task(other, 1000, "mine", "acc", answer_lines("0000000011"))
     (other / "eval/1000/mine.jsonl").unlink()
+    put(other / "eval/1000/broken.json", "{")
     assert command([str(runs / "small"), str(other), f"--output={tmp_path / 'page.html'}"]) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if "no test" in line)
+    printed = capsys.readouterr().out
+    assert f"note: {other / 'eval/1000/broken.json'} cannot be read and was left out" in printed
+    line = next(line for line in printed.splitlines() if "no test" in line)
     assert "mine, small and quickstart: no test: quickstart has no per-example results" in line
     assert "no per-example results" in PageParser((tmp_path / "page.html").read_text()).text
