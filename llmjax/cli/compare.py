@@ -19,9 +19,10 @@ def compare(arguments: list[str]) -> int:
         one plot, every score that two runs have with its 95% interval, and what each run cost.
 
         On each task of `llmjax eval --tasks`, every run is compared with the first one that has the task, example by
-        example: the difference with its paired bootstrap interval, a p-value (exact McNemar for scores that are 0 or 1,
-        random sign flips for others) corrected for all tests by Holm's method, and the examples where one run is right
-        and the other wrong. Both runs need the same file, prompt and shots. Put the run that others must beat first.
+        example: the difference with its paired bootstrap interval, a p-value, and the examples where one run is right
+        and the other wrong. The test is exact McNemar for scores that are 0 or 1, random sign flips for other means,
+        and the bootstrap for correlations; p-values are corrected for all tests by Holm's method. Both runs need the
+        same file, prompt and shots. Put the run that others must beat first.
 
         Reads the newest scores of each run; no model is loaded.""",
         "llmjax compare runs/baseline runs/improved --output=compare.html",
