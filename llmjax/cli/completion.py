@@ -36,7 +36,7 @@ def _print_completions(parser: Parser, is_override: bool) -> None:
         name = action.dest
         if name == "config":
             action.completer = _config_names  # type: ignore[attr-defined]
-        elif name in ("workdir", "to", "source", "dump"):
+        elif name in ("workdir", "runs", "to", "source", "dump"):
             action.completer = DirectoriesCompleter()  # type: ignore[attr-defined]
     if is_override and parser.takes_overrides:
         for field in _fields(parser.prog):

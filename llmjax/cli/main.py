@@ -12,6 +12,7 @@ import typing
 import llmjax
 from llmjax.atomic import NO_SPACE
 from llmjax.cli.chat import chat
+from llmjax.cli.compare import compare
 from llmjax.cli.configs import configs
 from llmjax.cli.curate import curate
 from llmjax.cli.embed import embed
@@ -40,6 +41,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "watch": watch,
     "eval": evaluate,
+    "compare": compare,
     "generate": generate,
     "chat": chat,
     "serve": serve,
@@ -71,7 +73,8 @@ train
   llmjax inspect   --workdir=DIR                 checkpoints, their fingerprints, the config
 
 evaluate
-  llmjax eval      --workdir=DIR                 scores a checkpoint on a split
+  llmjax eval      --workdir=DIR                 scores a checkpoint on a split or on tasks
+  llmjax compare   RUN RUN...                    configs, scores with paired tests, costs, on one HTML page
   llmjax generate  --workdir=DIR --prompt=TEXT   continues a prompt with a checkpoint
   llmjax chat      --workdir=DIR                 talks to a chat model in the terminal
   llmjax serve     --workdir=DIR                 the OpenAI API and a page to chat, on this machine

@@ -185,6 +185,11 @@ def write(workdir: epath.Path, loaded: Loaded, result: TaskResult, key: str) -> 
     return path
 
 
+def find_main(record: Mapping[str, Any]) -> str:
+    """The name of the main score of a task's file: that which it names, or its first one."""
+    return record.get("main") or next(iter(record["metrics"]))
+
+
 def describe(record: Mapping[str, Any]) -> list[str]:
     """The content of a task's file as lines for people."""
     metrics = {name: Estimate(**number) for name, number in record["metrics"].items()}

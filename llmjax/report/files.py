@@ -44,6 +44,14 @@ class RunFiles:
         lines = ((line["step"], line.get(name)) for line in self.metrics)
         return [(step, float(value)) for step, value in lines if isinstance(value, int | float)]
 
+    def sum_over_steps(self, name: str) -> float:
+        """The sum over all steps of a field whose value is that of one step, taken as equal since the line before."""
+        before, total = 0, 0.0
+        for step, value in self.curve(name):
+            total += value * (step - before)
+            before = step
+        return total
+
 
 def read(workdir: epath.PathLike) -> RunFiles:
     """Read every file that the report uses."""

@@ -117,10 +117,14 @@ def html_page(title: str, body: str) -> str:
 STYLE = """
 :root { --paper: #faf9f7; --card: #ffffff; --ink: #1f2328; --soft: #656d76; --rule: #e4e2dd; --grid: #efede9;
   --accent: #0f6e6e; --accent-faint: #9cc9c6; --other: #c9c6bf; --dots: #b4570c;
-  --restart: #7a5ea8; --skipped: #c0392b; }
+  --restart: #7a5ea8; --skipped: #c0392b;
+  --run0: #0f6e6e; --run1: #c2571a; --run2: #5b53b5; --run3: #b8336a;
+  --run4: #3d7a1f; --run5: #1f6fb5; --run6: #8a6d0f; --run7: #6b6f76; }
 @media (prefers-color-scheme: dark) { :root { --paper: #15171a; --card: #1c1f23; --ink: #e6e4df; --soft: #9a9fa6;
   --rule: #2e3238; --grid: #272b30; --accent: #5cc4bd; --accent-faint: #2f6663; --other: #4a4f57; --dots: #e8a25c;
-  --restart: #b39ddb; --skipped: #ef7f73; } }
+  --restart: #b39ddb; --skipped: #ef7f73;
+  --run0: #5cc4bd; --run1: #f0985a; --run2: #a99cf0; --run3: #ee84ae;
+  --run4: #8fcf6c; --run5: #75b5ee; --run6: #d9bd55; --run7: #b3b8c0; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); line-height: 1.5; font-size: 15px;
   font-family: ui-sans-serif, system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
@@ -147,9 +151,11 @@ svg { display: block; width: 100%; height: auto; overflow: visible;
 svg .tick { font-size: 11.5px; fill: var(--soft); }
 svg .grid { stroke: var(--grid); }
 svg .axis { stroke: var(--rule); }
-svg .line { fill: none; stroke: var(--accent); stroke-width: 1.8; stroke-linejoin: round; }
+.run0 { --run: var(--run0); } .run1 { --run: var(--run1); } .run2 { --run: var(--run2); } .run3 { --run: var(--run3); }
+.run4 { --run: var(--run4); } .run5 { --run: var(--run5); } .run6 { --run: var(--run6); } .run7 { --run: var(--run7); }
+svg .line { fill: none; stroke: var(--run, var(--accent)); stroke-width: 1.8; stroke-linejoin: round; }
 svg .faint { fill: none; stroke: var(--accent-faint); stroke-width: 1; stroke-linejoin: round; }
-svg .dot { fill: var(--accent); } svg .dot.faint { fill: var(--accent-faint); stroke: none; }
+svg .dot { fill: var(--run, var(--accent)); } svg .dot.faint { fill: var(--accent-faint); stroke: none; }
 svg .dot.dots { fill: var(--dots); stroke: var(--card); stroke-width: 1.2; }
 svg .mark { stroke-width: 1.2; stroke-dasharray: 4 3; } svg .mark.restart { stroke: var(--restart); }
 svg .mark.skipped { stroke: var(--skipped); } svg .nonfinite { fill: var(--skipped); }
@@ -158,10 +164,12 @@ svg .name, svg .value { font-size: 13px; fill: var(--ink); } svg .name.accent, s
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 8px 0 0; padding: 0; list-style: none; }
 .legend i { display: inline-block; width: 14px; height: 3px; border-radius: 2px;
   margin-right: 6px; vertical-align: middle; }
+.legend [class^=run] i { background: var(--run); }
 .legend .line i { background: var(--accent); } .legend .faint i { background: var(--accent-faint); }
 .legend .dots i { background: var(--dots); width: 8px; height: 8px; border-radius: 50%; }
 .legend .restart i { background: var(--restart); } .legend .skipped i { background: var(--skipped); }
 .wide { overflow-x: auto; }
+.wrap td:not(.number):not(:first-child) { white-space: normal; overflow-wrap: anywhere; vertical-align: top; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px; }
 th { text-align: left; font-weight: 560; color: var(--soft); font-size: 12.5px; }
 th, td { padding: 6px 14px 6px 0; border-bottom: 1px solid var(--rule); white-space: nowrap; }

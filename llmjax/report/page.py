@@ -147,7 +147,7 @@ def render_speed(run: RunFiles) -> str:
     shares = [(step, 100 * waits[step] / seconds) for step, seconds in steps if seconds and step in waits]
     facts = definition_list(
         [
-            ("time in steps", duration(_sum_step_seconds(run)) if steps else None),
+            ("time in steps", duration(run.sum_over_steps("step_seconds")) if steps else None),
             ("targets scored", format_count(_last_value(run, "total_targets"))),
             ("median tokens per second", _median(run.curve("tokens_per_second"), "{:,.0f}")),
             ("median time of a step", _median(steps, "{:.4g} s")),
@@ -335,15 +335,6 @@ def _split_rows(manifest: dict[str, Any]) -> Iterable[tuple]:
             if isinstance(counts := source.get(split), dict):
                 per_token = f"{counts['text_bytes'] / counts['tokens']:.2f}" if counts["tokens"] else None
                 yield (name, split, counts["documents"], counts["text_bytes"], counts["tokens"], per_token)
-
-
-def _sum_step_seconds(run: RunFiles) -> float:
-    """Seconds in steps: each line has the mean over the steps since the previous line."""
-    before, total = 0, 0.0
-    for step, seconds in run.curve("step_seconds"):
-        total += seconds * (step - before)
-        before = step
-    return total
 
 
 def _last_value(run: RunFiles, name: str) -> float | None:

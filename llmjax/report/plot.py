@@ -14,7 +14,10 @@ LEFT, RIGHT, TOP, BOTTOM = 56, 14, 14, 34  # margins of a plot of curves
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """Points (x, y) in order of x. `style`: "line", "faint" or "dots"; a y that is not finite interrupts the line."""
+    """Points (x, y) in order of x; a y that is not finite interrupts the line.
+
+    style   "line", "faint", "dots", or "line run0" to "line run7" for the curves of several runs
+    """
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -48,12 +51,16 @@ def draw_curves(
     width: int = 480,
     height: int = 220,
     from_zero: bool = False,
+    over: str = "steps",
 ) -> str:
-    """An SVG of curves over steps. `from_zero`: y starts at 0; otherwise it is logarithmic if its range is wide."""
+    """An SVG of curves over steps. `from_zero`: y starts at 0; otherwise it is logarithmic if its range is wide.
+
+    over   the name of x
+    """
     finite = [(x, y) for curve in lines for x, y in curve.points if math.isfinite(y)]
     if not finite:
         return f'<p class="missing">No finite value of {escape(label)} was logged.</p>'
-    frame = _Frame.around(finite, width, height, from_zero)
+    frame = _Frame.around(finite, width, height, from_zero, over)
     parts = [frame.grid()]
     for mark in marks:
         if frame.x0 <= mark.x <= frame.x1:
@@ -61,7 +68,7 @@ def draw_curves(
     for curve in lines:
         parts.append(_draw_dots(frame, curve) if curve.style == "dots" else _draw_line(frame, curve))
         parts += [_draw_nonfinite_mark(frame, x, y) for x, y in curve.points if not math.isfinite(y)]
-    return _wrap_svg(parts, width, height, f"{label} over steps")
+    return _wrap_svg(parts, width, height, f"{label} over {over}")
 
 
 def draw_bars(
@@ -106,9 +113,12 @@ class _Frame:
     is_log: bool
     width: int
     height: int
+    over: str
 
     @classmethod
-    def around(cls, points: Sequence[tuple[float, float]], width: int, height: int, from_zero: bool) -> "_Frame":
+    def around(
+        cls, points: Sequence[tuple[float, float]], width: int, height: int, from_zero: bool, over: str
+    ) -> "_Frame":
         xs, ys = [x for x, _ in points], [y for _, y in points]
         low, high = min(ys), max(ys)
         is_log = not from_zero and low > 0 and high / low > LOG_FROM
@@ -123,10 +133,13 @@ class _Frame:
         left, right = min(xs), max(xs)
         if left == right:
             left, right = left - 1, right + 1
-        return cls(left, right, low, high, is_log, width, height)
+        return cls(left, right, low, high, is_log, width, height, over)
 
     def x(self, value: float) -> float:
         return LEFT + (value - self.x0) / (self.x1 - self.x0) * (self.width - LEFT - RIGHT)
+
+    def describe_x(self, value: float) -> str:
+        return f"step {value:,.0f}" if self.over == "steps" else f"{value:,.0f} {self.over}"
 
     def y(self, value: float) -> float:
         transform = math.log if self.is_log else float
@@ -210,7 +223,7 @@ def _draw_line(frame: _Frame, curve: Curve) -> str:
 def _draw_dots(frame: _Frame, curve: Curve) -> str:
     return "".join(
         f'<circle class="dot {curve.style}" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="3.5">'
-        f"<title>{escape(curve.name)} {format_number(y)} at step {x:,.0f}</title></circle>"
+        f"<title>{escape(curve.name)} {format_number(y)} at {frame.describe_x(x)}</title></circle>"
         for x, y in curve.points
         if math.isfinite(y)
     )
@@ -218,7 +231,8 @@ def _draw_dots(frame: _Frame, curve: Curve) -> str:
 
 def _draw_nonfinite_mark(frame: _Frame, x: float, y: float) -> str:
     center = frame.x(min(max(x, frame.x0), frame.x1))
-    return f'<path class="nonfinite" d="M{center - 4:.1f},{TOP} h8 l-4,7 z"><title>{y} at step {x:,.0f}</title></path>'
+    title = f"<title>{y} at {frame.describe_x(x)}</title>"
+    return f'<path class="nonfinite" d="M{center - 4:.1f},{TOP} h8 l-4,7 z">{title}</path>'
 
 
 def _draw_mark(frame: _Frame, mark: Mark) -> str:

@@ -27,7 +27,7 @@ def render(evals: Evals) -> str:
         if rows[_SHOWN:]:
             parts.append(collapsed(f"{len(rows) - _SHOWN} more scores of {name}", table(head, rows[_SHOWN:])))
         main = last.get("main") or next(iter(last["metrics"]))
-        if points := _list_points(by_step, main):
+        if len(points := list_points(by_step, main)) > 1:
             curves.append((f"{name}: {main}", plot.draw_curves([plot.Curve(main, points)], label=f"{name} {main}")))
     return section("Tasks", chart_grid(curves) + "".join(parts))
 
@@ -38,8 +38,7 @@ def _make_row(metric: str, number: Mapping[str, float | None]) -> tuple[str, str
     return metric, "undefined" if value is None else f"{value:.4f}", interval
 
 
-def _list_points(by_step: Mapping[int, Mapping[str, Any]], metric: str) -> list[tuple[float, float]]:
-    """(step, value) of a metric, in order; empty for a single step."""
+def list_points(by_step: Mapping[int, Mapping[str, Any]], metric: str) -> list[tuple[float, float]]:
+    """(step, value) of a metric, in order of steps."""
     values = ((step, by_step[step]["metrics"].get(metric, {}).get("value")) for step in sorted(by_step))
-    points = [(float(step), value) for step, value in values if value is not None]
-    return points if len(points) > 1 else []
+    return [(float(step), value) for step, value in values if value is not None]

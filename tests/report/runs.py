@@ -144,3 +144,31 @@ def check_svgs(text: str) -> int:
         numbers = [value for item in root.iter() for value in item.attrib.values() if re.fullmatch(r"-?[\d.]+", value)]
         assert numbers and "nan" not in " ".join(numbers)
     return len(svgs)
+
+
+def put_task(
+    run: pathlib.Path, step: int, task: str, main: str, lines: list[dict], value: float | None = None, **more: object
+) -> None:
+    """The two files of a task. The main score is `value`, by default the mean of that field of the lines."""
+    if value is None:
+        value = sum(line[main] for line in lines) / len(lines)
+    metrics = {main: {"value": value, "low": value - 0.1, "high": value + 0.1}}
+    put(
+        run / f"eval/{step}/{task}.json",
+        {"task": task, "step": step, "n": len(lines), "main": main, "metrics": metrics, "settings": {}, **more},
+    )
+    put(run / f"eval/{step}/{task}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def answer_lines(right: str, *, prompt: str = "question") -> list[dict]:
+    """One example for each character: "1" is answered right, "0" wrong."""
+    return [
+        {
+            "index": index,
+            "input": f"{prompt} {index} <b>",
+            "target": "yes",
+            "prediction": "yes" if each == "1" else "no",
+            "acc": float(each),
+        }
+        for index, each in enumerate(right)
+    ]
