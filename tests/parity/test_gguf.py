@@ -79,10 +79,11 @@ def test_the_file_is_imported_again(name, tmp_path):
         config = transformers.T5Config(vocab_size=VOCAB, **settings)
         source = save(transformers.T5EncoderModel(config), tmp_path / "in")
         importing.import_checkpoint(source, epath.Path(tmp_path / "run"))
-        exporting.export(epath.Path(tmp_path / "run"), tmp_path / "out.gguf", dtype="f32")
+        path = tmp_path / "out.gguf"
+        exporting.export(epath.Path(tmp_path / "run"), path, dtype="f32")
     else:
-        export(arch, kind, settings, tmp_path, "f32")
-    importing.import_checkpoint(tmp_path / "out.gguf", epath.Path(tmp_path / "again"))
+        _, path, _ = export(arch, kind, settings, tmp_path, "f32")
+    importing.import_checkpoint(path, epath.Path(tmp_path / "again"))
     for workdir, folder in (("run", "first"), ("again", "second")):
         exporting.export(epath.Path(tmp_path / workdir), tmp_path / folder)
     first, second = (published.read_tensors(tmp_path / folder) for folder in ("first", "second"))
