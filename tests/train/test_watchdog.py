@@ -108,8 +108,8 @@ def test_processes_that_run_different_code_are_named_with_their_phases(tmp_path,
     command = jobs.launch(worker(tmp_path / "run", settings, fault=f"{wait}:1", **changes), 2, 1)
     job = subprocess.run(command, capture_output=True, text=True, timeout=240, env=jobs.environment(), check=False)
     printed = job.stdout + job.stderr
-    # The collective of an evaluation gets the array of a step. If the sizes differ, Gloo aborts process 1, and process 0
-    # says what happened. If they do not, the evaluation finds that its sums cannot be right.
+    # The collective of an evaluation gets the array of a step. If the sizes differ, Gloo aborts process 1, and process
+    # 0 says what happened. If they do not, the evaluation finds that its sums cannot be right.
     if wait == "collective" and job.returncode == 1:
         assert (
             "llmjax: watchdog: process 1 ended with exit status 1: AssertionError: validation/main: scored" in printed
