@@ -76,9 +76,14 @@ def test_a_killed_process_counts_as_a_crash():
     assert status == 128 + 9
 
 
+# A second SIGTERM, which the launcher sends when another process has ended, must not print again.
 SAVE_ON_SIGTERM = """
 import signal, sys, time
-signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), sys.exit(85)))
+def save(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print("saved", flush=True)
+    sys.exit(85)
+signal.signal(signal.SIGTERM, save)
 print("ready", flush=True)
 time.sleep(60)
 """
