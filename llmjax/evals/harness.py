@@ -19,6 +19,7 @@ from llmjax.data.batches.pipeline import EvalData
 from llmjax.data.config import PREFERENCES, ObjectiveConfig
 from llmjax.data.objectives.objective import Objective
 from llmjax.data.store import prepare
+from llmjax.data.store.manifest import has_dialogues
 from llmjax.data.store.token_store import compute_fingerprint
 from llmjax.errors import UserError
 from llmjax.evals.label_scores import baseline_accuracy, describe_baseline, macro_f1, pearson, spearman
@@ -182,8 +183,7 @@ class Evaluator:
         self._reference = reference or {}
         self.settings = _fingerprint_settings(config, manifest)
         self._causal = objective.name == "causal"
-        has_dialogues = any("dialogues" in source for source in manifest["sources"].values())
-        counts_targets = not self._causal or has_dialogues
+        counts_targets = not self._causal or has_dialogues(manifest)
         self._score = make_score(graph, config, counts_targets=counts_targets, class_names=objective.class_names)
 
     def score_split(

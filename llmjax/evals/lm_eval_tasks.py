@@ -122,9 +122,7 @@ def evaluate(
         details={"num_cut": num_cut, "max_length": model.max_length, "lm_eval": lm_eval.__version__},
     )
     results.write(workdir, loaded, result, key)
-    cached = results.read_cached(workdir, loaded.step, task.task_name, key)
-    assert cached is not None
-    return cached
+    return results.make_record(loaded, result, key)
 
 
 class Adapter(LM):

@@ -15,7 +15,6 @@ from llmjax.evals.label_scores import pearson, spearman
 from llmjax.evals.paired import SIGNIFICANCE, PairedTest, compare_means, compare_statistics, holm, is_binary
 
 MAX_EXAMPLES = 5  # that are listed of each run
-_LOWER_IS_BETTER = ("bits_per_byte", "perplexity", "byte_perplexity", "word_perplexity", "loss", "log_loss", "brier")
 _CORRELATIONS = {"pearson": pearson, "spearman": spearman, "cosine_pearson": pearson, "cosine_spearman": spearman}
 _IDENTITY = ("index", "input", "document", "target")  # of an example, those that it has
 _TOLERANCE = 1e-6  # relative, between a mean over examples and the score of the task
@@ -83,11 +82,6 @@ class Pair:
         return self.corrected is not None and self.corrected < SIGNIFICANCE
 
 
-def is_lower_better(metric: str) -> bool:
-    """Whether a lower number of this name is better."""
-    return metric.partition(",")[0] in _LOWER_IS_BETTER
-
-
 def correct(pairs: Sequence[Pair]) -> list[Pair]:
     """The pairs with p-values that are corrected for all of their tests, by the method of Holm."""
     corrected = iter(holm([pair.test.p_value for pair in pairs if pair.test is not None]))
@@ -122,7 +116,7 @@ def pair(task: str, first: TaskFiles, second: TaskFiles) -> Pair:
 
 def _with_wins(pair: Pair, lines: Sequence[Sequence[Line]], numbers: Sequence[np.ndarray]) -> Pair:
     """The pair with its wins and losses, by the lines and the scores of both runs."""
-    gain = (numbers[1] - numbers[0]) * (-1 if is_lower_better(pair.metric) else 1)
+    gain = (numbers[1] - numbers[0]) * (-1 if results.is_lower_better(pair.metric) else 1)
     # A stable sort keeps the order of the task among equal differences.
     order = np.argsort(-np.abs(gain), kind="stable")
 

@@ -25,6 +25,20 @@ logger = logging.getLogger(__name__)
 LEVEL = 0.95
 DRAWS = 1000
 _SEED = 0
+# Of every other score a larger value is better.
+_LOWER_IS_BETTER = (
+    "loss",
+    "perplexity",
+    "byte_perplexity",
+    "word_perplexity",
+    "bits_per_byte",
+    "rmse",
+    "log_loss",
+    "log_loss_scaled",
+    "brier",
+    "ece",
+    "ece_scaled",
+)
 _CHUNK = 1 << 22  # indices that are drawn at a time
 
 
@@ -159,16 +173,10 @@ def read_cached(workdir: epath.Path, step: int, task: str, key: str) -> dict[str
     return json.loads(hosts.broadcast("cached", json.dumps(found)))
 
 
-def write(workdir: epath.Path, loaded: Loaded, result: TaskResult, key: str) -> epath.Path:
-    """Write eval/<step>/<task>.jsonl, then eval/<step>/<task>.json, on process 0. Returns the path of the latter."""
-    check_name(result.task)
-    path = workdirs.eval_path(workdir, loaded.step, result.task)
-    if hosts.is_primary():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(_json_ready(example), ensure_ascii=False) + "\n" for example in result.examples]
-        # A lone surrogate, which a text may contain, has no UTF-8.
-        atomic.write_bytes(path.with_suffix(".jsonl"), "".join(lines).encode(errors="backslashreplace"))
-        record = {
+def make_record(loaded: Loaded, result: TaskResult, key: str) -> dict[str, Any]:
+    """The content of eval/<step>/<task>.json."""
+    return _json_ready(
+        {
             "task": result.task,
             "step": loaded.step,
             "n": len(result.examples),
@@ -180,7 +188,19 @@ def write(workdir: epath.Path, loaded: Loaded, result: TaskResult, key: str) -> 
             "bootstrap": {"level": LEVEL, "draws": DRAWS, "seed": _SEED},
             **result.details,
         }
-        workdirs.write_json(path, _json_ready(record))
+    )
+
+
+def write(workdir: epath.Path, loaded: Loaded, result: TaskResult, key: str) -> epath.Path:
+    """Write eval/<step>/<task>.jsonl, then eval/<step>/<task>.json, on process 0. Returns the path of the latter."""
+    check_name(result.task)
+    path = workdirs.eval_path(workdir, loaded.step, result.task)
+    if hosts.is_primary():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(_json_ready(example), ensure_ascii=False) + "\n" for example in result.examples]
+        # A lone surrogate, which a text may contain, has no UTF-8.
+        atomic.write_bytes(path.with_suffix(".jsonl"), "".join(lines).encode(errors="backslashreplace"))
+        workdirs.write_json(path, make_record(loaded, result, key))
     hosts.barrier(f"task {result.task} written")
     return path
 
@@ -188,6 +208,11 @@ def write(workdir: epath.Path, loaded: Loaded, result: TaskResult, key: str) -> 
 def find_main(record: Mapping[str, Any]) -> str:
     """The name of the main score of a task's file: that which it names, or its first one."""
     return record.get("main") or next(iter(record["metrics"]))
+
+
+def is_lower_better(metric: str) -> bool:
+    """Whether a lower value of a score is better; `metric,filter` of lm-eval is named by the metric."""
+    return metric.partition(",")[0] in _LOWER_IS_BETTER
 
 
 def describe(record: Mapping[str, Any]) -> list[str]:

@@ -59,19 +59,17 @@ def is_shard(node: Any) -> bool:
     return isinstance(node, Shard)
 
 
-def gather_shards(tree: Any, gather: Callable[[jax.Array], jax.Array] | None = None) -> Any:
+def gather_shards(tree: Any) -> Any:
     """`tree` with the whole weight in place of each Shard; the gradients are added over `fsdp`, a part on each device.
 
     One collective gathers all of them, and so does the backward pass: XLA's CPU backend may start independent
     collectives in another order on each device, and then waits for ever.
-
-    gather   in place of that collective: the vector of a device -> the vectors of all devices, [devices, length]
     """
     leaves, structure = jax.tree.flatten(tree, is_leaf=is_shard)
     shards = [leaf for leaf in leaves if is_shard(leaf)]
     if not shards:
         return tree
-    gathered = (gather or _gather)(jnp.concatenate([shard.vector() for shard in shards]))
+    gathered = _gather(jnp.concatenate([shard.vector() for shard in shards]))
     parts = split_at([shard.array for shard in shards], gathered)
     wholes = iter([shard.whole(part) for shard, part in zip(shards, parts, strict=True)])
     return structure.unflatten([next(wholes) if is_shard(leaf) else leaf for leaf in leaves])

@@ -8,6 +8,7 @@ from etils import epath
 from llmjax.evals.paired import SIGNIFICANCE
 from llmjax.evals.paired_tasks import Pair
 from llmjax.report.comparison import Comparison
+from llmjax.run.inspection import align
 
 _MAX_FIELDS = 20  # of the configs
 _MAX_WIDTH = 40  # characters of a value of a config
@@ -21,7 +22,9 @@ def describe(comparison: Comparison, page: epath.Path) -> str:
 def _list_lines(comparison: Comparison) -> Iterator[str]:
     count = len(comparison.config)
     config = [(field, *map(_shorten, values)) for field, values in comparison.config[:_MAX_FIELDS]]
-    yield from _align([("config, where it differs" if count else "config: the same", *comparison.names), *config])
+    yield from _align_indented(
+        [("config, where it differs" if count else "config: the same", *comparison.names), *config]
+    )
     if count > _MAX_FIELDS:
         yield f"  ... and {count - _MAX_FIELDS} more fields, on the page"
     quality = [
@@ -29,11 +32,11 @@ def _list_lines(comparison: Comparison) -> Iterator[str]:
         for score in comparison.quality
     ]
     yield ""
-    yield from _align([("scores, [95% interval]", *comparison.names), *quality])
+    yield from _align_indented([("scores, [95% interval]", *comparison.names), *quality])
     costs = [(name, *("-" if value is None else value for value in values)) for name, values in comparison.costs]
     if costs:
         yield ""
-        yield from _align([("cost of training", *comparison.names), *costs])
+        yield from _align_indented([("cost of training", *comparison.names), *costs])
     num_tests = sum(pair.test is not None for pair in comparison.pairs)
     yield ""
     yield (
@@ -88,8 +91,7 @@ def _shorten(value: str | None) -> str:
     return value if len(value) <= _MAX_WIDTH else f"{value[: _MAX_WIDTH - 3]}..."
 
 
-def _align(rows: Sequence[Sequence[str]]) -> list[str]:
+def _align_indented(rows: Sequence[Sequence[str]]) -> list[str]:
     """The rows as columns; all but the first one are indented."""
-    shown = [(cells[0] if not number else f"  {cells[0]}", *cells[1:]) for number, cells in enumerate(rows)]
-    widths = [max(len(cells[column]) for cells in shown) for column in range(len(shown[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip() for cells in shown]
+    head, *others = rows
+    return align([tuple(head), *((f"  {first}", *rest) for first, *rest in others)])

@@ -61,7 +61,7 @@ def describe(run: dict[str, Any]) -> str:
                     ", ".join(changed) if changed else "same as config.json",
                 )
             )
-        lines += _align(rows)
+        lines += align(rows)
     else:
         lines.append("no checkpoint yet")
     lines += [f"damaged: {item['path']}: {item['reason']}" for item in run["damaged"]]
@@ -156,6 +156,7 @@ def _next_command(run: dict[str, Any]) -> str:
     return next_commands.use_model(workdir, (config or {}).get("objective", {}).get("name", ""))
 
 
-def _align(rows: list[tuple[str, ...]]) -> list[str]:
+def align(rows: list[tuple[str, ...]]) -> list[str]:
+    """A line for each row, with columns as wide as their widest cell."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

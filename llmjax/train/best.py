@@ -5,19 +5,7 @@ import math
 from typing import Any
 
 from llmjax.errors import UserError, suggest
-
-# Of every other score a larger value is better. Those of tasks are TASK/METRIC, or TASK/METRIC/GROUP.
-_LOWER_IS_BETTER = (
-    "loss",
-    "perplexity",
-    "bits_per_byte",
-    "rmse",
-    "log_loss",
-    "log_loss_scaled",
-    "brier",
-    "ece",
-    "ece_scaled",
-)
+from llmjax.evals import results
 
 Evaluations = dict[int, dict[str, float]]  # step -> its scores of the whole validation split, and of tasks
 
@@ -38,7 +26,8 @@ def select_scores(scores: Mapping[str, Any], metric: str) -> dict[str, float]:
 
 def find_best(evaluations: Evaluations, metric: str) -> int | None:
     """The step of the best evaluation, the first one of equals; None without any."""
-    is_lower_better = (metric.split("/")[1] if "/" in metric else metric) in _LOWER_IS_BETTER
+    # Those of tasks are TASK/METRIC, or TASK/METRIC/GROUP.
+    is_lower_better = results.is_lower_better(metric.split("/")[1] if "/" in metric else metric)
 
     def cost(step: int) -> float:
         value = evaluations[step].get(metric, math.nan)

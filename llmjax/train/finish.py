@@ -5,6 +5,7 @@ from typing import Any
 
 from llmjax import report
 from llmjax.checkpoint.fingerprint import fingerprint
+from llmjax.data.store.manifest import has_dialogues
 from llmjax.evals.label_scores import describe_baseline
 from llmjax.inference.generate import complete, sampling_from_config
 from llmjax.parallel import hosts
@@ -36,7 +37,7 @@ def write_final_report(context: TrainContext, progress: Progress) -> None:
     if progress.evaluations and scores is not None and (line := _describe_best(context, progress, scores)):
         logger.info("%s", line)
     logger.info("\nreport: %s", path)
-    if any("dialogues" in source for source in context.manifest["sources"].values()):
+    if has_dialogues(context.manifest):
         logger.info("next:   %s", next_commands.chat(context.workdir))
     else:
         prompt = (context.config.sample.prompts or ("Once upon a time",))[0]

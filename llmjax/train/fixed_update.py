@@ -178,9 +178,6 @@ def _update_layers(
         of_dim = lambda d, n: 1 if stack and d == 0 else n * size if d == dim else n
         return tuple(of_dim(d, n) for d, n in enumerate(leaf.shape))
 
-    def gather(x: jax.Array) -> jax.Array:
-        return jax.lax.all_gather(x, FSDP)
-
     def own_part(x: jax.Array, like: jax.Array, dim: int | None) -> jax.Array:
         return x if dim is None else jax.lax.dynamic_slice_in_dim(x, index * like.shape[dim], like.shape[dim], dim)
 
@@ -201,7 +198,7 @@ def _update_layers(
         # float32 holds the values of all types of moments, so that one collective gathers all.
         items = zip(chosen, parts, strict=True)
         cut = [x if cuts[i] is None else Shard.of(x.astype(jnp.float32), cuts[i], stacked=False) for i, x in items]
-        whole = [x.astype(part.dtype) for x, part in zip(gather_shards(cut, gather), parts, strict=True)]
+        whole = [x.astype(part.dtype) for x, part in zip(gather_shards(cut), parts, strict=True)]
         # A loop, although it runs once: the compiler fuses nothing with what is before and after it.
         info = jax.tree.map(
             lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(lambda x: compute(chosen, x)[1], whole)

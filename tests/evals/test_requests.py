@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import pathlib
 import types
 from typing import Any
 
@@ -21,6 +20,7 @@ from llmjax.parallel import axes
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.run import config as run_config
 from llmjax.run.loading import Loaded
+from tests.evals.tasks.models import wrap
 from tests.serve import runs
 from tests.train.trainer import one_device
 
@@ -37,17 +37,7 @@ def make_loaded(family: str = "decoder") -> Loaded:
         tree = {"model": {"family": family, "num_layers": 2, "embed": 32}, "data": {"seq_len": 64}}
         config = run_config.with_vocabulary(run_config.apply_overrides(tree, []), runs.BYTES.vocab_size)
         params = jax.jit(lambda key: registry.init(config.model, key))(jax.random.key(0))
-    return Loaded(
-        config=config,
-        step=0,
-        graph=registry.abstract(config.model)[0],
-        params=params,
-        params_name="",
-        tokenizer=runs.BYTES,
-        objective=run_config.objective(config, runs.BYTES),
-        store=pathlib.Path(),
-        fingerprint="",
-    )
+    return wrap(config, params)
 
 
 @pytest.fixture(scope="module")

@@ -29,28 +29,23 @@ NUM_HOSTS = 2
 # llmjax, of which one process is killed at a step of the first start, and gets SIGTERM at one of the second. At step 18
 # the checkpoint of step 8 is complete: the save of step 16 waited for it.
 INTERRUPTED = """
-import os, pathlib, signal, sys, time
-from llmjax.cli import main
+import os, pathlib, signal, sys
 from llmjax.train.logger import MetricsLogger
 
 starts, victim = pathlib.Path(sys.argv.pop()), sys.argv.pop()
-record, signals = MetricsLogger.record, {}
+log, signals = MetricsLogger.record, {}
 if os.environ["LLMJAX_PROCESS_ID"] == victim:
     with starts.open("a") as file:
         file.write("x")
     signals = {1: {18: signal.SIGKILL}, 2: {26: signal.SIGTERM}}.get(len(starts.read_text()), {})
 
 def record_and_stop(logger, step, metrics):
-    record(logger, step, metrics)
+    log(logger, step, metrics)
     if signals and step >= min(signals):
+        os.environ["SLOW_AFTER"] = "0"  # from now on
         os.kill(os.getpid(), signals.pop(min(signals)))
-        record_and_stop.pause = 2  # as in jobs.SLOW_TRAINING
-    time.sleep(record_and_stop.pause)
-
-record_and_stop.pause = 0
 
 MetricsLogger.record = record_and_stop
-main.main()
 """
 
 
@@ -102,7 +97,8 @@ class TinyJob:
     def interrupted(self, workdir: pathlib.Path, victim: int) -> list[str]:
         """The command, of which process `victim` is killed, and then preempted."""
         _, *arguments = self.command(workdir)
-        return [sys.executable, "-c", INTERRUPTED, *arguments, str(victim), str(workdir.with_name("starts"))]
+        code, starts = INTERRUPTED + jobs.SLOW_TRAINING, workdir.with_name("starts")
+        return [sys.executable, "-c", code, *arguments, str(victim), str(starts)]
 
     def _result(self, workdir: pathlib.Path) -> tuple:
         return jobs.trace(workdir), jobs.final_fingerprint(workdir, STEPS)

@@ -66,21 +66,12 @@ class Submitted:
 
 
 # llmjax, which writes the pid of each task, and in the first two starts waits at each step from the sixth on.
-SLOW_TRAINING = """
-import os, pathlib, sys, time
-from llmjax.cli import main
-from llmjax.train.logger import MetricsLogger
+WRITE_PID = """
+import os, pathlib
 
 pathlib.Path(os.environ["PIDS"], os.environ["SLURM_PROCID"]).write_text(str(os.getpid()))
-record = MetricsLogger.record
-
-def record_slowly(logger, step, metrics):
-    record(logger, step, metrics)
-    if step > 5 and int(os.environ.get("SLURM_RESTART_COUNT", 0)) < 2:
-        time.sleep(2)
-
-MetricsLogger.record = record_slowly
-main.main()
+if int(os.environ.get("SLURM_RESTART_COUNT", 0)) < 2:
+    os.environ["SLOW_AFTER"] = "5"
 """
 
 
@@ -97,7 +88,7 @@ def test_a_killed_task_and_the_time_limit_change_no_bit(cluster, tmp_path):
     job = Submitted(
         cluster,
         tmp_path,
-        [sys.executable, "-c", SLOW_TRAINING, *arguments],
+        [sys.executable, "-c", WRITE_PID + jobs.SLOW_TRAINING, *arguments],
         "--signal=TERM@300",
         "--time=60",
         PIDS=str(pids),

@@ -25,6 +25,11 @@ def read_manifest(folder: Path | str) -> Manifest | None:
     return manifest
 
 
+def has_dialogues(manifest: Manifest) -> bool:
+    """Whether a source of the store has dialogues, of which the assistant's turns alone are scored."""
+    return any("dialogues" in source for source in manifest["sources"].values())
+
+
 def check_store(folder: Path | str, manifest: Manifest) -> None:
     """Raise UserError if the parts of a store are not those that its manifest was written for.
 

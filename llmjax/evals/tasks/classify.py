@@ -25,8 +25,7 @@ def run_head(task: TaskConfig, loaded: Loaded, examples: Sequence[Example], grou
     texts = read_texts(task, examples)
     predicted, cut = predict(loaded, texts)
     probabilities = np.array([[label["probabilities"][each] for each in classes] for label in predicted])
-    inputs = [first if second is None else f"{first}\n{second}" for first, second in texts]
-    return _make_outcome(classes, inputs, labels, np.log(probabilities.clip(1e-300)), groups, cut)
+    return _make_outcome(classes, list(map(join_pair, texts)), labels, np.log(probabilities.clip(1e-300)), groups, cut)
 
 
 def run_likelihoods(task: TaskConfig, model: LanguageModel, examples: Sequence[Example], groups: Groups) -> Outcome:
@@ -45,6 +44,12 @@ def read_texts(task: TaskConfig, examples: Sequence[Example]) -> list[Texts]:
     return [
         (example.text("text_field", task.text_name), second) for example, second in zip(examples, seconds, strict=True)
     ]
+
+
+def join_pair(texts: Texts) -> str:
+    """What a line of the results shows of a text, or of a pair of texts."""
+    first, second = texts
+    return first if second is None else f"{first}\n{second}"
 
 
 def _read_labels(task: TaskConfig, examples: Sequence[Example], classes: Sequence[str]) -> np.ndarray:

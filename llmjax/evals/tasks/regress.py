@@ -6,7 +6,7 @@ import numpy as np
 
 from llmjax.evals.config import TaskConfig
 from llmjax.evals.label_scores import pearson, root_mean_square_error, spearman
-from llmjax.evals.tasks.classify import read_texts
+from llmjax.evals.tasks.classify import join_pair, read_texts
 from llmjax.evals.tasks.examples import Example
 from llmjax.evals.tasks.outcome import Groups, Outcome, Scores
 from llmjax.inference.predict import predict
@@ -35,11 +35,11 @@ def run(task: TaskConfig, loaded: Loaded, examples: Sequence[Example], groups: G
     lines = [
         {
             "index": index,
-            "input": first if second is None else f"{first}\n{second}",
+            "input": join_pair(pair),
             "target": float(actual[index]),
             "prediction": float(predicted[index]),
             "squared_error": float(squared_errors[index]),
         }
-        for index, (first, second) in enumerate(texts)
+        for index, pair in enumerate(texts)
     ]
     return Outcome(lines, score, "pearson", num_cut=cut)

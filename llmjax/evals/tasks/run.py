@@ -184,9 +184,7 @@ def evaluate(
         details={"main": outcome.main, "num_cut": outcome.num_cut, **outcome.details},
     )
     results.write(workdir, loaded, result, key)
-    record = results.read_cached(workdir, loaded.step, name, key)
-    assert record is not None
-    return record
+    return results.make_record(loaded, result, key)
 
 
 def _score(

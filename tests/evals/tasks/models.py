@@ -9,11 +9,13 @@ from typing import Any
 from etils import epath
 import jax
 
+from llmjax.batch import Params
 from llmjax.evals.config import TaskConfig
 from llmjax.evals.requests import LanguageModel
 from llmjax.evals.tasks import run
 from llmjax.models import registry
 from llmjax.run import config as run_config
+from llmjax.run.config import RunConfig
 from llmjax.run.loading import Loaded
 from tests.serve import runs
 
@@ -33,16 +35,21 @@ def make_loaded(objective: str = "causal", scale: float = 1.0) -> Loaded:
         config = run_config.apply_overrides(tree, [])
         config = run_config.with_objective(config, run_config.objective(config, runs.BYTES))
         params = jax.jit(lambda key: registry.init(config.model, key))(jax.random.key(0))
+    return wrap(config, jax.tree.map(lambda leaf: leaf * scale, params), fingerprint=f"{objective} {scale}")
+
+
+def wrap(config: RunConfig, params: Params, *, fingerprint: str = "") -> Loaded:
+    """The parameters as a command loads them from a checkpoint of step 0."""
     return Loaded(
         config=config,
         step=0,
         graph=registry.abstract(config.model)[0],
-        params=jax.tree.map(lambda leaf: leaf * scale, params),
+        params=params,
         params_name="parameters",
         tokenizer=runs.BYTES,
         objective=run_config.objective(config, runs.BYTES),
         store=pathlib.Path(),
-        fingerprint=f"{objective} {scale}",
+        fingerprint=fingerprint,
     )
 
 

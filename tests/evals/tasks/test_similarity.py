@@ -25,7 +25,7 @@ from llmjax.parallel import axes
 from llmjax.parallel.mesh import MeshConfig, make_mesh
 from llmjax.run import config as run_config
 from llmjax.run.loading import Loaded
-from tests.evals.tasks.models import evaluate, make_loaded, write_records
+from tests.evals.tasks.models import evaluate, make_loaded, wrap, write_records
 from tests.serve import runs
 from tests.train.trainer import one_device
 
@@ -54,17 +54,7 @@ def load(family: str) -> Loaded:
     objective = run_config.objective(config, runs.BYTES)
     config = run_config.with_objective(config, objective)
     params = jax.jit(lambda key: jax.tree.map(lambda p: p * 3, registry.init(config.model, key)))(jax.random.key(0))
-    return Loaded(
-        config=config,
-        step=0,
-        graph=registry.abstract(config.model)[0],
-        params=params,
-        params_name="parameters",
-        tokenizer=runs.BYTES,
-        objective=objective,
-        store=pathlib.Path(),
-        fingerprint=family,
-    )
+    return wrap(config, params, fingerprint=family)
 
 
 compute_states = jax.jit(embed.hidden_states, static_argnames="reads_source")
