@@ -296,7 +296,7 @@ class Checkpoints:
             for name in ("absl", "asyncio"):
                 logging.getLogger(name).addFilter(_is_not_about_full_disk)
             sys.unraisablehook = functools.partial(_ignore_closed_loop, sys.unraisablehook)
-            self._manager = ocp.CheckpointManager(self.folder, options=options)
+            self._manager = _Manager(self.folder, options=options)
         return self._manager
 
     def _exchange_failures(self, *, key: str, timeout_ms: int) -> None:
@@ -328,6 +328,18 @@ class Checkpoints:
                     f"no space left in {self.folder} for checkpoint {step}{process}; {rest}: free some space"
                 ) from error
             raise RuntimeError(f"checkpoint {step} was not saved to {self.folder}; {rest}: {text}") from error
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's manager, which does not ask JAX whether a signal arrived.
+
+    JAX counts the calls of such questions to choose the one at which all processes stop (train.preemption). Orbax asks
+    with the number of the step, also from a thread. A signal in between would let the job run on until the training
+    loop's own count reaches that number.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
 
 
 class _KeepBest:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import jax
+from jax.experimental import multihost_utils
 import numpy as np
 import pytest
 
@@ -126,6 +127,15 @@ def test_keep_and_keep_every_decide_which_checkpoints_remain(tmp_path):
     save(tmp_path, *range(1, 8), keep=2, keep_every=3)
     assert Checkpoints(tmp_path).steps() == [3, 6, 7]
     assert Checkpoints(tmp_path).latest() == 7
+
+
+def test_a_save_does_not_take_part_in_the_choice_of_the_step_to_stop_at_after_a_signal(tmp_path, monkeypatch):
+    """A job of several processes would miss that step: JAX remembers one count, and Orbax's is that of the step."""
+    asked = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda step: asked.append(step) or False)
+    save(tmp_path, 1, 2)
+    assert Checkpoints(tmp_path).steps() == [1, 2]
+    assert asked == []
 
 
 def test_reading_a_missing_folder_finds_no_checkpoint_and_creates_nothing(tmp_path):

@@ -146,7 +146,7 @@ def test_local_processes_are_killed_and_preempted_and_end_with_the_same_bits(tin
     workdir = tmp_path / "run"
     out = jobs.run(jobs.launch(tiny.interrupted(workdir, 0), NUM_HOSTS, 2, "--restarts=5"), **tiny.environment)
     assert re.search(r"\[local\] exit status (137|75|1): starting again in 1 s \(restart 1 of 5\)", out), out
-    assert "[local] exit status 85: starting again at once (restart 2 of 5)" in out
+    assert "[local] exit status 85: starting again at once (restart 2 of 5)" in out, out
     assert out.count("[p0]   resuming at step") == 2
     tiny.assert_equals_unbroken(workdir)
 
