@@ -13,6 +13,7 @@ num_tokens         tokens of this step, scored or not, without padding
 total_targets      scored targets since step 0
 tokens_per_second  scored targets per second, on all devices
 step_seconds       wall time of a step
+time               when the line was written, in seconds since 1970
 data_wait_seconds  the part of step_seconds that waited for a batch
 learning_rate, grad_norm
 skipped_steps      steps since step 0 whose update was not finite and was skipped
@@ -137,7 +138,7 @@ class MetricsLog:
             self._lines.append(_line(plain))
             if time.monotonic() - self._rewritten >= self._rewrite_seconds:
                 self._rewrite()
-        names = plain.keys() - {"step", "batch_digest"}
+        names = plain.keys() - {"step", "batch_digest", "time"}
         self.scalars(step, {f"train/{name}": plain[name] for name in sorted(names)})
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:

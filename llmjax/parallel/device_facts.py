@@ -32,7 +32,8 @@ DEVICES = {
     "TPU v5p": DeviceFacts(459e12, 95),
     "TPU v6 lite": DeviceFacts(918e12, 32),
     "TPU v6e": DeviceFacts(918e12, 32),
-    "TPU7x": DeviceFacts(2307e12 / 2, 96),  # a chip's two TensorCores are two JAX devices; v4 and v5p join theirs to one
+    # A tpu7x chip's two TensorCores are two JAX devices; v4 and v5p join theirs to one.
+    "TPU7x": DeviceFacts(2307e12 / 2, 96),
     "H100 PCIe": _gpu(756e12, None, 350),
     "H100 NVL": _gpu(835e12, None, 400),
     "H200 NVL": _gpu(835e12, None, 600),

@@ -49,6 +49,7 @@ class Progress:
 class TrainContext:
     """What is fixed during a run. `manifest` is that of the token store.
 
+    started        when this process began to set up the run, in seconds since 1970
     remat_reason   why model.remat="auto" took the config's policy; "" where the policy is explicit
     """
 
@@ -65,6 +66,7 @@ class TrainContext:
     lock: workdirs.Lock
     watchdog: Watchdog
     tasks: TaskScorer
+    started: float
     remat_reason: str = ""
 
     @property
