@@ -59,10 +59,11 @@ def _check_task(config: RunConfig, teacher: RunConfig, field: str) -> None:
 
 def check_vocabulary(config: RunConfig, teacher: RunConfig) -> None:
     """Raise UserError where the logits of the teacher and of the model, whose vocabulary is known, differ in number."""
-    own, other = (each.model.num_outputs or each.model.vocab_size for each in (config, teacher))
+    field = "num_outputs" if teacher.model.num_outputs else "vocab_size"
+    own, other = (getattr(each.model, field) for each in (config, teacher))
     if own != other:
         raise UserError(
-            f"model.vocab_size={own}: distill.teacher={config.distill.teacher} has {other} logits; set it to {other}"
+            f"model.{field}={own}: distill.teacher={config.distill.teacher} has {other} logits; set it to {other}"
         )
 
 

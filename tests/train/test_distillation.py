@@ -123,6 +123,7 @@ def test_a_student_learns_the_teacher_better_than_from_the_targets_alone(on_one_
         student, teacher = own(held_out).hidden, large(held_out).hidden
         settings: dict = dict(chunk=0, z_loss=0.0, alpha=1.0, temperature=1.0)
         sums = distillation_loss(student, own.unembed, teacher, large.unembed, held_out, **settings)
+        assert sums.kl is not None
         return sums.kl / sums.weight
 
     alone = Student(one_device(), distill=DistillConfig())
@@ -259,3 +260,31 @@ def test_a_teacher_that_does_not_fit_is_refused(corpus, teacher, tmp_path):
     for number, (message, changes) in enumerate(cases.items()):
         with pytest.raises(UserError, match=message):
             train_command(arguments(corpus, tmp_path / str(number), **changes))
+
+
+@pytest.mark.slow
+def test_a_classifier_learns_from_one_of_another_family(tmp_path):
+    """The teacher's head gives logits of classes; an RNN learns from a decoder, both at a document's last token."""
+    with open(tmp_path / "a.jsonl", "w") as file:
+        for number in range(60):
+            record = {"text": ("good " if number % 2 else "bad ") * (1 + number % 5), "label": number % 2}
+            file.write(json.dumps(record) + "\n")
+    fields = {
+        "data__sources__main__path": tmp_path / "a.jsonl",
+        "data__sources__main__label_field": "label",
+        "data__classes": "('0','1')",
+        "objective__name": "classify",
+    }
+    assert train_command(arguments(tmp_path, tmp_path / "large", **fields)) == 0
+    student = tmp_path / "student.py"
+    student.write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config():\n"
+        "    return ConfigDict(dict(model=dict(family='recurrent', cell='gru', num_layers=1, embed=16)))\n"
+    )
+    settings = {name: value for name, value in SETTINGS.items() if not name.startswith("model.")}
+    settings |= {name.replace("__", "."): value for name, value in fields.items()}
+    flags = [f"--config={student}", f"--workdir={tmp_path / 'small'}", f"--config.distill.teacher={tmp_path / 'large'}"]
+    assert train_command([*flags, *(f"--config.{name}={value}" for name, value in settings.items())]) == 0
+    line = jobs.metrics(tmp_path / "small")[-1]
+    assert line["teacher_kl"] > 0 and 0 <= line["accuracy"] <= 1
