@@ -52,7 +52,9 @@ def parameters():
     return registry.init(STUDENT, jax.random.key(0)), registry.init(TEACHER, jax.random.key(1))
 
 
-@pytest.mark.parametrize(("alpha", "temperature", "z_loss"), [(0.3, 2.0, 0.1), (1.0, 0.5, 0.0)])
+@pytest.mark.parametrize(
+    ("alpha", "temperature", "z_loss"), [(0.3, 2.0, 0.1), pytest.param(1.0, 0.5, 0.0, marks=pytest.mark.slow)]
+)
 def test_values_and_gradients_equal_the_plain_form(parameters, alpha, temperature, z_loss):
     """13 positions in chunks of 4 leave a rest of 1; the rows hold several documents and padding."""
     batch = packed(ROWS, SEQ, VOCAB)

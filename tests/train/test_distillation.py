@@ -242,6 +242,20 @@ def test_another_teacher_is_refused_when_a_run_is_resumed(corpus, student, teach
             train_command(arguments(corpus, student, train__steps=7, **changes))
 
 
+@pytest.mark.slow
+def test_a_resumed_run_keeps_the_step_of_its_teacher_and_can_accept_another(corpus, teacher, tmp_path):
+    recorded = lambda: json.loads((tmp_path / "run.json").read_text())["teacher"]
+    steps = {"distill__teacher": teacher, "checkpoint__every": 1}
+    assert train_command(arguments(corpus, tmp_path, **steps, distill__step=3, train__stop_at=1)) == 0
+    assert train_command(arguments(corpus, tmp_path, **steps, train__stop_at=2)) == 0
+    assert recorded()["step"] == 3  # and not the newest, 6
+    accepted = {"train__stop_at": 3, "checkpoint__accept_changes": True}
+    assert train_command(arguments(corpus, tmp_path, **steps, distill__step=6, **accepted)) == 0
+    assert recorded()["step"] == 6
+    assert train_command(arguments(corpus, tmp_path, **{**accepted, "train__stop_at": 4})) == 0
+    assert recorded() is None and "teacher_kl" not in jobs.metrics(tmp_path)[-1]
+
+
 def test_a_teacher_that_does_not_fit_is_refused(corpus, teacher, tmp_path):
     cases = {
         "no config.json there": {"distill__teacher": tmp_path},
