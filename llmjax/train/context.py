@@ -25,6 +25,7 @@ from llmjax.run.config import RunConfig
 from llmjax.run.state import StateSpec, TrainState
 from llmjax.train import best
 from llmjax.train.preemption import Preemption
+from llmjax.train.teacher import Teacher
 
 
 @dataclasses.dataclass
@@ -49,6 +50,7 @@ class Progress:
 class TrainContext:
     """What is fixed during a run. `manifest` is that of the token store.
 
+    teacher        whose predictions the run learns; None: it learns the targets alone
     remat_reason   why model.remat="auto" took the config's policy; "" where the policy is explicit
     """
 
@@ -65,6 +67,7 @@ class TrainContext:
     lock: workdirs.Lock
     watchdog: Watchdog
     tasks: TaskScorer
+    teacher: Teacher | None = None
     remat_reason: str = ""
 
     @property
