@@ -1,6 +1,7 @@
 """`llmjax sweep` with real runs, and its bad input."""
 
 import json
+import sys
 
 import pytest
 
@@ -70,3 +71,9 @@ def test_a_folder_with_a_run_is_no_sweep(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="contains a training run"):
         main.run(arguments(tmp_path, None, OVER))
+
+
+def test_a_missing_optuna_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(UserError, match=r"pip install 'llmjax\[sweep\]'"):
+        main.run(arguments(tmp_path / "sweep", None, OVER))

@@ -1,5 +1,7 @@
 """Trials of a sweep, with a program in place of training: scores, failures, pruning, and processes that are killed."""
 
+import concurrent.futures
+import dataclasses
 import json
 import os
 import signal
@@ -116,3 +118,24 @@ def test_the_best_evaluation_counts_where_its_checkpoint_is_kept():
     assert training.find_score(scores, "topics/acc", keeps_best=False) == 0.7
     assert training.find_score(scores, "topics/acc", keeps_best=True) == 0.9
     assert training.find_score(scores, "loss", keeps_best=True) == 0.4
+
+
+def test_two_workers_share_the_trials(tmp_path):
+    """Each trial is trained once, whichever worker asks for it."""
+    plan = make_plan(trials=5, pause=0.05)
+    with concurrent.futures.ThreadPoolExecutor(2) as workers:
+        assert list(workers.map(study.run_trials, [plan, plan], [epath.Path(tmp_path)] * 2)) == [0, 0]
+    trials = study.list_results(plan, epath.Path(tmp_path))
+    assert [trial.state for trial in trials] == ["complete"] * 5
+    assert len({tuple(trial.overrides) for trial in trials}) == 5
+    starts = [(study.trial_folder(epath.Path(tmp_path), n) / "starts").read_text() for n in range(5)]
+    assert starts == ["start\n"] * 5
+
+
+def test_a_run_that_is_stopped_from_outside_is_left_to_be_resumed(tmp_path):
+    """As where a cloud takes the machine away: status 85, the sweep ends with it."""
+    stopped = dataclasses.replace(
+        make_plan(trials=2), command=lambda *_: [sys.executable, "-c", "raise SystemExit(85)"]
+    )
+    assert study.run_trials(stopped, epath.Path(tmp_path)) == 85
+    assert [trial.state for trial in study.list_results(stopped, epath.Path(tmp_path))] == ["running"]
