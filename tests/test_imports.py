@@ -24,6 +24,7 @@ LAYERS = {
     "llmjax.inference": 4,
     "llmjax.report": 4,
     "llmjax.serve": 5,
+    "llmjax.sweep": 5,
     "llmjax.interop.importing": 4,
     "llmjax.interop.exporting": 4,
     "llmjax.interop.import_run": 4,

@@ -30,6 +30,7 @@ from llmjax.cli.predict import predict
 from llmjax.cli.prepare import prepare
 from llmjax.cli.serve import serve
 from llmjax.cli.size import size
+from llmjax.cli.sweep import sweep
 from llmjax.cli.train import train
 from llmjax.cli.watch import watch
 from llmjax.errors import HardwareError, UserError, suggest
@@ -51,6 +52,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "import": import_,
     "export": export,
     "inspect": inspect,
+    "sweep": sweep,
     "size": size,
     "plan": plan,
     "fields": fields,
@@ -71,6 +73,7 @@ train
   llmjax train     --config=NAME --workdir=DIR   prepares if needed, trains or resumes, evaluates, writes report.html
   llmjax watch     --workdir=DIR                 follows a run in the terminal: loss, speed, time left
   llmjax inspect   --workdir=DIR                 checkpoints, their fingerprints, the config
+  llmjax sweep     --config=NAME --workdir=DIR --over=FIELD=RANGE   many trials: the best values of config fields
 
 evaluate
   llmjax eval      --workdir=DIR                 scores a checkpoint on a split or on tasks

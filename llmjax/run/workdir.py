@@ -247,9 +247,9 @@ class Holder:
     silent_seconds: float
 
 
-def read_holder(folder: epath.PathLike) -> Holder | None:
-    """The holder of FOLDER/lock.json, for commands that only read; None where there is no lock."""
-    lock = Lock(folder, primary=False)
+def read_holder(folder: epath.PathLike, name: str = LOCK) -> Holder | None:
+    """The holder of FOLDER/lock.json, or of the lock `name`, without taking it; None where there is no lock."""
+    lock = Lock(folder, primary=False, name=name)
     holder = lock._read()
     if holder is None:
         return None
