@@ -110,7 +110,9 @@ def bench_mismatch(texts: list[str], shifted: list[str]) -> None:
     )
     pairs = {"long and short sentences of SST-2": split_by_length(texts), "SST-2 and AG News": (texts, shifted)}
     for name, (first, second) in pairs.items():
-        result = mismatch.compare_samples(*(mismatch.draw_sample(some, SPLIT_TEXTS) for some in (first, second)))
+        result = mismatch.compare_samples(
+            mismatch.draw_sample(first, SPLIT_TEXTS), mismatch.draw_sample(second, SPLIT_TEXTS)
+        )
         shown = ", ".join(
             f"{test.measure} {test.value:.4f} (corrected p {test.corrected:.2g})" for test in result.tests
         )

@@ -149,7 +149,7 @@ def render_mismatch(analysis: Analysis) -> str:
     if mismatch is None:
         return _render_missing("mismatch", "Train/dev mismatch", analysis.missing)
     rows = [
-        (test.name, test.measure, f"{test.value:.4f}", f"{test.p_value:.2g}", f"{test.corrected:.2g}")
+        (test.name, test.measure, f"{test.value:.3g}", f"{test.p_value:.2g}", f"{test.corrected:.2g}")
         for test in mismatch.tests
     ]
     verdict = (
