@@ -21,6 +21,7 @@ LAYERS = {
     "llmjax.train": 7,
     "llmjax.evals.config": 1,
     "llmjax.evals": 4,
+    "llmjax.analysis": 4,
     "llmjax.inference": 4,
     "llmjax.report": 4,
     "llmjax.serve": 5,

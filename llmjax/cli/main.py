@@ -11,6 +11,7 @@ import typing
 
 import llmjax
 from llmjax.atomic import NO_SPACE
+from llmjax.cli.analyse import analyse
 from llmjax.cli.chat import chat
 from llmjax.cli.compare import compare
 from llmjax.cli.configs import configs
@@ -42,6 +43,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "watch": watch,
     "eval": evaluate,
+    "analyse": analyse,
     "compare": compare,
     "generate": generate,
     "chat": chat,
@@ -77,6 +79,7 @@ train
 
 evaluate
   llmjax eval      --workdir=DIR                 scores a checkpoint on a split or on tasks
+  llmjax analyse   --workdir=DIR --task=NAME     what a run gets wrong on a task, why, and what to do next
   llmjax compare   RUN RUN...                    configs, scores with paired tests, costs, on one HTML page
   llmjax generate  --workdir=DIR --prompt=TEXT   continues a prompt with a checkpoint
   llmjax chat      --workdir=DIR                 talks to a chat model in the terminal
