@@ -3,8 +3,8 @@
     python tools/factual_consistency.py --workdir=runs/smollm2 --data=DATA
 
 DATA holds qags-cnndm/mturk_cnndm.jsonl.gz (QAGS), true-false/*.csv (true and false statements), truthfulqa/
-TruthfulQA.csv.gz and crows-pairs/crows_pairs_anonymized.csv.gz. Random records of each set are written to WORKDIR/tasks, and
-scored by `llmjax eval --tasks`.
+TruthfulQA.csv.gz and crows-pairs/crows_pairs_anonymized.csv.gz. Random records of each set are written to WORKDIR/tasks
+and scored by `llmjax eval --tasks`.
 """
 
 import argparse
