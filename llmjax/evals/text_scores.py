@@ -1,5 +1,4 @@
-"""Scores of generated texts against reference answers: exact match and token F1, as SQuAD defines them, and BLEU, chrF
-and ROUGE by the field's own libraries."""
+"""Scores of generated texts: exact match and token F1 as SQuAD defines them, BLEU, chrF and ROUGE."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
