@@ -12,11 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmjax.evals.classification import check_lengths
+from llmjax.evals.classification import check_lengths, split_halves
 
 KINDS = ("names", "numbers", "dates")
 NGRAM = 3  # words, of novel_ngrams
-_SEED = 0  # of the halves
 _APOSTROPHES = "'\u2019"
 _QUOTES = "\"'`()\u2018\u2019\u201c\u201d"
 _WORD = re.compile(rf"[0-9]+(?:[.,][0-9]+)*[^\W_]*|[^\W_]+(?:[{_APOSTROPHES}][^\W_]+)*")
@@ -148,16 +147,8 @@ def find_threshold(is_positive: np.ndarray, scores: np.ndarray) -> float:
     return float(np.concatenate([[-math.inf], thresholds])[gains.argmax()])
 
 
-def split_halves(is_positive: np.ndarray) -> np.ndarray:
-    """int [n], 0 or 1: two random halves with as many positives, and as many negatives, but for an odd one."""
-    halves, rng = np.zeros(len(is_positive), np.int64), np.random.default_rng(_SEED)
-    for members in (np.flatnonzero(is_positive), np.flatnonzero(~is_positive)):
-        halves[rng.permutation(members)] = np.arange(len(members)) % 2
-    return halves
-
-
 def predict_crosswise(is_positive: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """bool [n]: each of `split_halves` by the threshold that is best for the other half."""
+    """bool [n]: each of `classification.split_halves` by the threshold that is best for the other half."""
     halves, predicted = split_halves(is_positive), np.zeros(len(scores), bool)
     for half in (0, 1):
         own, other = halves == half, halves != half

@@ -7,7 +7,7 @@ import pytest
 from sklearn import metrics as sklearn
 
 from llmjax.errors import UserError
-from llmjax.evals import consistency
+from llmjax.evals import classification, consistency
 from llmjax.evals.consistency import count_novel_ngrams, find_entities, find_threshold, find_unsupported
 
 RNG = np.random.default_rng(0)
@@ -69,7 +69,7 @@ def test_the_threshold_has_the_highest_balanced_accuracy():
 
 def test_no_example_is_predicted_by_a_threshold_that_it_decided():
     actual, scores = np.arange(41) % 2 == 0, RNG.normal(size=41)
-    halves = consistency.split_halves(actual)
+    halves = classification.split_halves(actual)
     assert [halves[actual].sum(), halves[~actual].sum()] == [10, 10]  # of 21 and 20
     predicted = consistency.predict_crosswise(actual, scores)
     for number in range(41):

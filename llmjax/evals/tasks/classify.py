@@ -112,7 +112,7 @@ def _make_score(
     classes: Sequence[str], labels: np.ndarray, logits: np.ndarray, groups: Groups
 ) -> Callable[[np.ndarray], Scores]:
     """All scores of classes. Those that end with _scaled are of probabilities at another temperature, which for each
-    half of the examples (those at even and odd places) is fitted on the other half."""
+    half of the examples (`classification.split_halves`) is fitted on the other half."""
     probabilities = classification.softmax(logits)
     predicted = probabilities.argmax(axis=1)
     log_losses = classification.log_losses(labels, probabilities)
@@ -178,9 +178,10 @@ def _measure_f1(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> 
 
 def _scale_crosswise(labels: np.ndarray, logits: np.ndarray) -> np.ndarray:
     """Probabilities at the temperature that the other half of the examples has; nan for a single example."""
-    scaled = np.full(logits.shape, math.nan)
+    scaled, halves = np.full(logits.shape, math.nan), classification.split_halves(labels)
     for half in (0, 1):
-        if len(labels) > 1:
-            temperature = classification.fit_temperature(labels[1 - half :: 2], logits[1 - half :: 2])
-            scaled[half::2] = classification.softmax(logits[half::2], temperature)
+        own, other = halves == half, halves != half
+        if own.any() and other.any():
+            temperature = classification.fit_temperature(labels[other], logits[other])
+            scaled[own] = classification.softmax(logits[own], temperature)
     return scaled
