@@ -3,10 +3,11 @@
 A line of metrics.jsonl is one JSON object. Means and rates cover the steps since the line before it.
 
 step               optimizer steps done
-loss               mean nats per scored target of this step, the float32 value exactly
+loss               mean nats per scored target of this step, the float32 value exactly; with a teacher both of its terms
 z_loss             the mean that train.z_loss adds to it
 accuracy           share of scored targets that got the highest score
 margin             of preferences: the mean of the reward of the chosen answer less that of the rejected one
+teacher_kl         of distillation: the mean of KL(teacher || model) at distill.temperature, which `loss` contains
 batch_digest       uint32 hash of the global batch's rows, samples and tokens; the same on any mesh
 num_targets        scored targets of this step
 num_tokens         tokens of this step, scored or not, without padding
@@ -19,7 +20,8 @@ learning_rate, grad_norm
 skipped_steps      steps since step 0 whose update was not finite and was skipped
 load_balance_loss, router_z_loss, max_expert_load, unused_expert_fraction
                    of mixtures of experts, see nn.moe.losses
-mfu                model FLOPs over the devices' peak FLOPs, or null where the peak is unknown
+mfu                model FLOPs over the devices' peak FLOPs, or null where the peak is unknown; the forward pass of a
+                   teacher counts
 
 NaN and infinities are written as in Python's json, so that a loss that is not finite differs from a missing one.
 """

@@ -146,7 +146,7 @@ def run_baselines(records: Splits) -> dict[str, float]:
 
     train, test = records["train"], records["test"]
     labels, expected = ([record["label"] for record in part] for part in (train, test))
-    tfidf = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+    tfidf: Any = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
     tfidf.fit([record["text"] for record in train] + [record["pair"] for record in train if "pair" in record])
 
     def features(part: list[dict[str, Any]]) -> Any:

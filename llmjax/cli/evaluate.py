@@ -32,7 +32,8 @@ def evaluate(arguments: list[str]) -> int:
 
         With --tasks, score it on tasks instead. A name is that of a section eval.tasks.NAME of the config, which makes
         a task of a file of your own (JSONL, CSV, TSV, Parquet): multiple choice, generation, classification,
-        regression, semantic similarity, minimal pairs or perplexity. A path is that of a YAML file of lm-eval
+        regression, semantic similarity, factual consistency, minimal pairs, perplexity, or memorisation of the training
+        documents. A path is that of a YAML file of lm-eval
         (multiple_choice, loglikelihood, loglikelihood_rolling, generate_until), which needs the extra `eval`. Writes
         every metric with a bootstrap 95% interval to WORKDIR/eval/<step>/<task>.json, and one line for each example to
         <task>.jsonl. A task that was scored before, with the same checkpoint and options, is not computed again.""",

@@ -11,6 +11,7 @@ import typing
 
 import llmjax
 from llmjax.atomic import NO_SPACE
+from llmjax.cli.analyse import analyse
 from llmjax.cli.card import card
 from llmjax.cli.chat import chat
 from llmjax.cli.compare import compare
@@ -31,6 +32,7 @@ from llmjax.cli.predict import predict
 from llmjax.cli.prepare import prepare
 from llmjax.cli.serve import serve
 from llmjax.cli.size import size
+from llmjax.cli.sweep import sweep
 from llmjax.cli.train import train
 from llmjax.cli.watch import watch
 from llmjax.errors import HardwareError, UserError, suggest
@@ -42,6 +44,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "watch": watch,
     "eval": evaluate,
+    "analyse": analyse,
     "compare": compare,
     "card": card,
     "generate": generate,
@@ -53,6 +56,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "import": import_,
     "export": export,
     "inspect": inspect,
+    "sweep": sweep,
     "size": size,
     "plan": plan,
     "fields": fields,
@@ -73,9 +77,11 @@ train
   llmjax train     --config=NAME --workdir=DIR   prepares if needed, trains or resumes, evaluates, writes report.html
   llmjax watch     --workdir=DIR                 follows a run in the terminal: loss, speed, time left
   llmjax inspect   --workdir=DIR                 checkpoints, their fingerprints, the config
+  llmjax sweep     --config=NAME --workdir=DIR --over=FIELD=RANGE   many trials: the best values of config fields
 
 evaluate
   llmjax eval      --workdir=DIR                 scores a checkpoint on a split or on tasks
+  llmjax analyse   --workdir=DIR --task=NAME     what a run gets wrong on a task, why, and what to do next
   llmjax compare   RUN RUN...                    configs, scores with paired tests, costs, on one HTML page
   llmjax card      --workdir=DIR                 the model card (README.md) of a checkpoint
   llmjax generate  --workdir=DIR --prompt=TEXT   continues a prompt with a checkpoint

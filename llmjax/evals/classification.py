@@ -17,6 +17,7 @@ NUM_BINS = 15  # of confidence, for the expected calibration error; as Guo et al
 _LOWEST, _HIGHEST = 1e-4, 1e4  # inverse temperatures
 _TOLERANCE = 1e-10  # relative, of a temperature
 _MAX_STEPS = 60  # bisection alone takes 38 from the range to the tolerance
+_SEED = 0  # of the halves
 
 
 def check_lengths(predictions: np.ndarray | list, references: np.ndarray | list) -> None:
@@ -187,3 +188,15 @@ def fit_temperature(labels: np.ndarray, logits: np.ndarray, start: float = 1.0) 
             break
         inverse = float(newton if low < newton < high else np.sqrt(low * high))
     return 1 / inverse
+
+
+def split_halves(labels: np.ndarray) -> np.ndarray:
+    """int [n], 0 or 1: two random halves with as many examples of each label, but for an odd one.
+
+    What one half decides, such as a threshold or a temperature, is tested on the other.
+    """
+    halves, rng = np.zeros(len(labels), np.int64), np.random.default_rng(_SEED)
+    for label in np.unique(labels)[::-1]:
+        members = np.flatnonzero(labels == label)
+        halves[rng.permutation(members)] = np.arange(len(members)) % 2
+    return halves

@@ -118,6 +118,18 @@ class LanguageModel:
         An empty context is `prefix_id`. A context that does not fit is cut on the left. Raises UserError for a
         continuation longer than `max_length`, for an id that the model does not have, and for an encoder-decoder.
         """
+        return [(scores, bool(is_first.all())) for scores, is_first in self._score_pairs(pairs)]
+
+    def count_greedy(self, pairs: Sequence[Pair]) -> list[int]:
+        """Of each continuation, the number of its first tokens that greedy decoding would write after the context.
+
+        One forward pass tells: up to the first token that is not the most likely one, greedy decoding reads the same
+        tokens as the continuation has. Arguments and errors as of `score_tokens`.
+        """
+        return [len(is_first) if is_first.all() else int(is_first.argmin()) for _, is_first in self._score_pairs(pairs)]
+
+    def _score_pairs(self, pairs: Sequence[Pair]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """As `score_tokens`, with bool [tokens]: whether each token is the most likely one."""
         config = self._loaded.config.model
         if config.reads_source:
             raise UserError(
@@ -133,7 +145,7 @@ class LanguageModel:
         # Short spans together, so that a batch is not scored at many positions for one long continuation.
         equal = sorted(by_inputs.values(), key=lambda numbers: spans[numbers[0]])
         groups = list(group_by_length([len(rows[n[0]]) - 1 for n in equal], self.max_length, rows=self._batch))
-        scored: list[tuple[np.ndarray, bool]] = [(np.zeros(0, np.float32), True)] * len(pairs)
+        scored = [(np.zeros(0, np.float32), np.ones(0, bool))] * len(pairs)
         for part, _, length in _log_progress(groups, len(equal)):
             members = [equal[index] for index in part]
             firsts = [numbers[0] for numbers in members]
@@ -150,7 +162,7 @@ class LanguageModel:
                     if len(numbers) > 1 and count:
                         token = rows[number][-1]
                         of_tokens[-1], is_greedy[-1] = last[row, token], last[row].argmax() == token
-                    scored[number] = of_tokens, bool(is_greedy.all())
+                    scored[number] = of_tokens, is_greedy
         return scored
 
     def generate(

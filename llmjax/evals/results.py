@@ -36,6 +36,9 @@ _LOWER_IS_BETTER = (
     "brier",
     "ece",
     "ece_scaled",
+    "unsupported",
+    "sample_nats",
+    "extraction_rate",
 )
 _CHUNK = 1 << 22  # indices that are drawn at a time
 
@@ -209,11 +212,20 @@ def describe(record: Mapping[str, Any]) -> list[str]:
     """The content of a task's file as lines for people."""
     metrics = {name: Estimate(**number) for name, number in record["metrics"].items()}
     width = max(map(len, metrics), default=0)
+    chance = record.get("chance_levels", {})
     return [
         f"{record['task']}: {record['n']:,} examples, with 95% intervals",
-        *(f"  {name:{width}}  {number}" for name, number in metrics.items()),
+        *(f"  {name:{width}}  {number}{compare(number, chance.get(name))}" for name, number in metrics.items()),
         *([f"  note: {record['note']}"] if "note" in record else []),
     ]
+
+
+def compare(number: Estimate, chance: float | None) -> str:
+    """What is said of a number beside the score of a random choice: " (at chance)" where the interval holds that."""
+    if chance is None or number.low is None or number.high is None:
+        return ""
+    position = "at" if number.low <= chance <= number.high else "below" if number.high < chance else "above"
+    return f"  ({position} chance, {chance:.3g})"
 
 
 def _json_ready(value: Any) -> Any:

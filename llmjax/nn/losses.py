@@ -18,12 +18,13 @@ from llmjax.parallel import axes
 class LossSums:
     """Sums over scored tokens, float32 scalars; divide them once, after all shards and microbatches are added.
 
-    nats      cross-entropy
+    nats      cross-entropy, or another loss of the objective
     z         z-loss times its coefficient: the objective is nats + z
     weight    of the scored tokens
     correct   weight of the tokens whose target has the highest logit (ties count); of classes decided one by one the
               share of the classes that is right. None for numbers
     margin    of preferences, the sum of the differences in reward; else None
+    kl        of distillation, the sum of the divergences from the teacher's predictions; else None
 
     Only nats + z can be differentiated: the gradient of `nats` is that of the sum, and the gradient of `z` is 0.
     """
@@ -33,6 +34,7 @@ class LossSums:
     weight: jax.Array
     correct: jax.Array | None
     margin: jax.Array | None = None
+    kl: jax.Array | None = None
 
 
 def batch_loss(
@@ -68,24 +70,56 @@ def cross_entropy(
     summed in float32 on each device, and over the devices once, after the loop, in `axes.gradient_dtype`, by default in
     float32.
     """
-    return _summed(hidden, unembed, targets, weights, chunk, functools.partial(_token_sums, z_loss=z_loss))
+    return _summed(hidden, unembed, targets, weights, chunk, functools.partial(token_sums, z_loss=z_loss))
 
 
 def _summed(hidden, unembed, targets, weights, chunk, score) -> LossSums:
     """Sums of `score`(outputs, targets, weights) -> (LossSums, its gradient by the outputs) over all positions."""
+    hidden, rows, chunk = _constrain(hidden, weights, chunk)
+    head, parameters = _convert_head(unembed, hidden, rows, chunk)
+    score_outputs = lambda outputs, teacher, targets, weights: score(outputs, targets, weights)
+    return _differentiable(head, rows, chunk, score_outputs, parameters, hidden, (), targets, weights)
+
+
+def sum_beside_teacher(hidden, unembed, teacher_hidden, teacher_unembed, targets, weights, chunk, score) -> LossSums:
+    """Sums of `score`(outputs, teacher's outputs, targets, weights) -> (LossSums, its gradient by `outputs`).
+
+    The outputs of both models exist for `chunk` positions at a time, and the teacher gets no gradient. Arguments as of
+    `cross_entropy`.
+    """
+    hidden, rows, size = _constrain(hidden, weights, chunk)
+    teacher_hidden, _, _ = _constrain(jax.lax.stop_gradient(teacher_hidden), weights, chunk)
+    head, parameters = _convert_head(unembed, hidden, rows, size)
+    teacher_head, frozen = _convert_head(teacher_unembed, teacher_hidden, rows, size)
+
+    def score_outputs(outputs, teacher, targets, weights):
+        ((frozen, teacher_hidden),) = teacher
+        return score(outputs, teacher_head(teacher_hidden, *frozen), targets, weights)
+
+    teacher = ((frozen, teacher_hidden),)
+    return _differentiable(head, rows, size, score_outputs, parameters, hidden, teacher, targets, weights)
+
+
+def _constrain(hidden, weights, chunk) -> tuple[jax.Array, P, int]:
+    """(hidden states on the mesh, the spec of their rows, positions in a chunk of a device)."""
     # This also constrains the gradient. Without it, the partitioner (jax 0.10.2) gave devices the gradient of other
     # devices' rows, for recurrent models on a mesh with three axes.
     hidden = axes.constrain(hidden, "batch", "seq", None)
     rows = axes.spec(("batch", "seq"), weights.shape)
-    batch, seq = axes.shard_shape(weights.shape, rows)
-    chunk = min(chunk or seq, seq)
+    seq = axes.shard_shape(weights.shape, rows)[1]
+    return hidden, rows, min(chunk or seq, seq)
+
+
+def _convert_head(unembed, hidden, rows, chunk):
+    """(function of hidden states and parameters, parameters that `unembed` reads)."""
+    batch = axes.shard_shape(hidden.shape[:2], rows)[0]
     # The head is traced as it runs inside shard_map: at the shape of one device's chunk.
     with axes.manual(axes.sharded_by(rows)):
         example = jax.ShapeDtypeStruct((batch, chunk, hidden.shape[-1]), hidden.dtype)
         head, parameters = jax.closure_convert(unembed, example)
     if axes.device().platform == "cpu":
         head, parameters = _transpose_tables(head, parameters)
-    return _differentiable(head, rows, chunk, score, parameters, hidden, targets, weights)
+    return head, parameters
 
 
 def _transpose_tables(head, parameters):
@@ -101,21 +135,26 @@ def _transpose_tables(head, parameters):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _differentiable(head, rows, chunk, score, parameters, hidden, targets, weights):
-    def score_chunk(parameters, h, t, w):
-        return score(head(h, *parameters), t, w)[0], None
+def _differentiable(head, rows, chunk, score, parameters, hidden, teacher, targets, weights):
+    """Sums of score(outputs, teacher, targets, weights); `teacher` is (), or ((parameters, hidden states),)."""
 
-    return _sum_over_rows(score_chunk, rows, chunk, parameters, (hidden, targets, weights))[0]
+    def score_chunk(model, teacher, targets, weights):
+        parameters, hidden = model
+        return score(head(hidden, *parameters), teacher, targets, weights)[0], None
+
+    return _sum_over_rows(score_chunk, rows, chunk, ((parameters, hidden), *teacher), targets, weights)[0]
 
 
-def _forward(head, rows, chunk, score, parameters, hidden, targets, weights):
-    def score_chunk(parameters, h, t, w):
-        logits, transpose = jax.vjp(head, h, *parameters)
-        sums, d_logits = score(logits, t, w)
+def _forward(head, rows, chunk, score, parameters, hidden, teacher, targets, weights):
+    def score_chunk(model, teacher, targets, weights):
+        parameters, hidden = model
+        logits, transpose = jax.vjp(head, hidden, *parameters)
+        sums, d_logits = score(logits, teacher, targets, weights)
         d_hidden, *d_parameters = transpose(d_logits)
         return (sums, [d.astype(jnp.float32) for d in d_parameters]), d_hidden
 
-    (sums, d_parameters), d_hidden = _sum_over_rows(score_chunk, rows, chunk, parameters, (hidden, targets, weights))
+    models = ((parameters, hidden), *teacher)
+    (sums, d_parameters), d_hidden = _sum_over_rows(score_chunk, rows, chunk, models, targets, weights)
     d_hidden = axes.constrain(d_hidden, "batch", "seq", None)
     # The backward pass needs the types of the parameters, which empty arrays carry.
     return sums, (d_parameters, d_hidden, [jnp.zeros(0, p.dtype) for p in parameters])
@@ -125,14 +164,17 @@ def _backward(head, rows, chunk, score, saved, cotangent):
     d_parameters, d_hidden, typed = saved
     scale = lambda d, dtype: (d * cotangent.nats).astype(dtype)
     d_parameters = [scale(d, p.dtype) for d, p in zip(d_parameters, typed, strict=True)]
-    return d_parameters, scale(d_hidden, d_hidden.dtype), None, None
+    return d_parameters, scale(d_hidden, d_hidden.dtype), None, None, None
 
 
 _differentiable.defvjp(_forward, _backward)
 
 
-def _token_sums(logits, targets, weights, *, z_loss: float) -> tuple[LossSums, jax.Array]:
-    """(sums, gradient of nats + z by the logits). Targets are compared, not looked up, so that vocab may be sharded."""
+def token_sums(logits, targets, weights, *, z_loss: float, share: float = 1.0) -> tuple[LossSums, jax.Array]:
+    """(sums, gradient of nats + z by the logits); nats are `share` times the cross-entropy.
+
+    Targets are compared, not looked up, so that vocab may be sharded.
+    """
     highest = jnp.max(logits, axis=-1, keepdims=True)
     exponents = jnp.exp(logits - highest)
     partition = jnp.sum(exponents, axis=-1, keepdims=True)
@@ -141,13 +183,13 @@ def _token_sums(logits, targets, weights, *, z_loss: float) -> tuple[LossSums, j
     target = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1, keepdims=True)
     weights = weights[..., None]
     sums = LossSums(
-        nats=jnp.sum(weights * (log_z - target)),
+        nats=share * jnp.sum(weights * (log_z - target)),
         z=z_loss * jnp.sum(weights * log_z**2),
         weight=jnp.sum(weights),
         correct=jnp.sum(weights * (target >= highest)),
     )
-    d_log_z = weights * (1.0 + 2.0 * z_loss * log_z)
-    return sums, exponents * (d_log_z / partition) - jnp.where(is_target, weights, 0.0)
+    d_log_z = weights * (share + 2.0 * z_loss * log_z)
+    return sums, exponents * (d_log_z / partition) - jnp.where(is_target, share * weights, 0.0)
 
 
 def _binary_sums(logits, labels, weights) -> tuple[LossSums, jax.Array]:
@@ -169,31 +211,37 @@ def _squared_sums(outputs, labels, weights) -> tuple[LossSums, jax.Array]:
     return LossSums(nats=jnp.sum(share * error**2), z=zero, weight=jnp.sum(weights), correct=None), 2 * share * error
 
 
-def _sum_over_rows(score, rows, chunk, parameters, arrays):
-    """Apply score(parameters, *chunks) -> (sums, out) to chunks of `arrays` [batch, seq, ...], hidden states first.
+def _sum_over_rows(score, rows, chunk, models, targets, weights):
+    """Apply score(model, teacher, targets, weights) -> (sums, out) to chunks of the positions.
 
+    models   (parameters, hidden states [batch, seq, embed]) of the model, and of the teacher if there is one; of a
+             chunk, `score` takes that of the model, and a tuple of the rest
     Returns (total sums, outs [batch, seq, ...]). `rows` shards the first two dimensions.
     """
     names = axes.sharded_by(rows)
+    parameters, hidden = ([model[i] for model in models] for i in range(2))
     if not names:
-        return _sum_over_chunks(functools.partial(score, parameters), chunk, arrays)
+        return _sum_over_chunks(score, chunk, parameters, hidden, targets, weights)
     # Matrices pass through the type of the hidden states, so that they are gathered in that type.
-    gathered = [p.astype(arrays[0].dtype) if p.ndim > 1 else p for p in parameters]
+    gathered = [
+        [p.astype(h.dtype) if p.ndim > 1 else p for p in of_model]
+        for of_model, h in zip(parameters, hidden, strict=True)
+    ]
 
-    def of_device(gathered, *arrays):
-        full = [g.astype(p.dtype) for g, p in zip(gathered, parameters, strict=True)]
-        sums, outs = _sum_over_chunks(functools.partial(score, full), chunk, arrays)
+    def of_device(gathered, hidden, targets, weights):
+        full = jax.tree.map(lambda g, p: g.astype(p.dtype), gathered, parameters)
+        sums, outs = _sum_over_chunks(score, chunk, full, hidden, targets, weights)
         # Only gradients of parameters have dimensions.
         add = lambda x: _add_gradient(x, names) if x.ndim else jax.lax.psum(x, names)
         return jax.tree.map(add, sums), outs
 
     return jax.shard_map(
         of_device,
-        in_specs=(P(), *(rows for _ in arrays)),
+        in_specs=(P(), rows, rows, rows),
         out_specs=(P(), rows),
         axis_names=set(names),
         check_vma=False,
-    )(gathered, *arrays)
+    )(gathered, hidden, targets, weights)
 
 
 def _add_gradient(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
@@ -208,17 +256,23 @@ def _add_gradient(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
     )
 
 
-def _sum_over_chunks(score, chunk, arrays):
-    """`_sum_over_rows` of the rows of one device."""
-    chunks = tuple(split(x, chunk) for x in arrays)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(score, *(x[0] for x in chunks))[0])
+def _sum_over_chunks(score, chunk, parameters, hidden, targets, weights):
+    """`_sum_over_rows` of the rows of one device; `parameters` and `hidden` are lists over the models."""
+
+    def score_chunk(hidden, targets, weights):
+        model, *teacher = zip(parameters, hidden, strict=True)
+        return score(model, tuple(teacher), targets, weights)
+
+    chunks = jax.tree.map(lambda x: split(x, chunk), (hidden, targets, weights))
+    first = jax.tree.map(lambda x: x[0], chunks)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(score_chunk, *first)[0])
 
     def body(total, chunk):
-        sums, out = score(*chunk)
+        sums, out = score_chunk(*chunk)
         return jax.tree.map(jnp.add, total, sums), out
 
     total, outs = jax.lax.scan(body, zeros, chunks)
-    return total, jax.tree.map(lambda x: join(x, arrays[0].shape[1]), outs)
+    return total, jax.tree.map(lambda x: join(x, weights.shape[1]), outs)
 
 
 def split(x: jax.Array, chunk: int) -> jax.Array:

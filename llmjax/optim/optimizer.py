@@ -33,6 +33,7 @@ class Optimizer:
     """Pure functions on (params, state); to skip a step, a caller keeps the old pair.
 
     The state is a dict: "count" (updates so far), "inner" (optax's state) and, if there is an average, "ema".
+    has_average   whether `eval_params` reads the state
     """
 
     learning_rate: Callable[[jax.typing.ArrayLike], jax.Array]
@@ -43,6 +44,7 @@ class Optimizer:
     expert_bias_update_rate: float
     layer_rates: LayerRates
     eval_params_name: str
+    has_average: bool
 
     def init(self, params: Params) -> dict[str, Any]:
         """The state before the first update. It shares no array with `params`, so both can be donated."""
@@ -159,6 +161,7 @@ def make_optimizer(
             inner = optax.chain(_muon(resolved, axes), step)
         case _:
             inner = _schedule_free(resolved, learning_rate, step)
+    is_schedule_free = resolved.name == "schedule_free_adamw"
     name = "EMA of the parameters" if resolved.ema_decay else "parameters"
     return Optimizer(
         learning_rate=learning_rate,
@@ -168,7 +171,8 @@ def make_optimizer(
         ema_decay=resolved.ema_decay,
         expert_bias_update_rate=resolved.expert_bias_update_rate,
         layer_rates=LayerRates(layers_below_top(axes, num_layers), resolved.layer_decay, resolved.unfreeze_every),
-        eval_params_name="schedule-free average" if resolved.name == "schedule_free_adamw" else name,
+        eval_params_name="schedule-free average" if is_schedule_free else name,
+        has_average=is_schedule_free or bool(resolved.ema_decay),
     )
 
 

@@ -61,7 +61,7 @@ class Program:
     mesh            size of each mesh axis
     slice_of        partition of the program -> its slice
     parameters      of the model
-    parameter_bytes, optimizer_bytes   the state of one device
+    parameter_bytes, optimizer_bytes, teacher_bytes   the state of one device; 0 without distill.teacher
     seconds         that the compiler took
     device_memory   bytes that a GPU reports as its limit; None for other platforms
     hops            axis of the mesh -> links of a TPU's torus, as tree_cost.TreeCost has them
@@ -78,6 +78,7 @@ class Program:
     parameter_bytes: int
     optimizer_bytes: int
     seconds: float
+    teacher_bytes: int = 0
     device_memory: int | None = None
     hops: dict[str, float] = dataclasses.field(default_factory=dict)
 

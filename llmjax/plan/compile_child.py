@@ -26,7 +26,7 @@ from llmjax.parallel.fixed_tree import DATA, FSDP
 from llmjax.parallel.memory import reported_memory
 from llmjax.plan import count, topology as topologies, tree_cost
 from llmjax.plan.topology import Topology
-from llmjax.run import state as states
+from llmjax.run import state as states, teacher as teachers
 from llmjax.run.config import RunConfig
 from llmjax.run.mesh_choice import choose_mesh
 from llmjax.train.program import check_program, make_program
@@ -39,10 +39,13 @@ def compile_step(config: RunConfig, topology: Topology, folder: pathlib.Path) ->
     if config.parallel.backend != "jit":
         raise UserError(f"parallel.backend={config.parallel.backend!r}: only 'jit' compiles ahead of time; set it")
     devices = topologies.devices(topology)
-    mesh = meshes.make_mesh(choose_mesh(config, devices), devices)
+    mesh = meshes.make_mesh(choose_mesh(config, devices, frozen_bytes=teachers.teacher_bytes(config)), devices)
     with axes.use_mesh(mesh, config.parallel.rules, config.parallel.gradient_dtype):
         check_program(config)
         spec = states.make_state_spec(config.model, config.optimizer, horizon=config.train.steps)
+        if (teacher := teachers.read_teacher_config(config)) is not None:
+            teachers.check_vocabulary(config, teacher)
+            spec = teachers.add_teacher(spec, teacher)
         largest = config.train.batch_sizes.largest
         batch = count.abstract_batch(config, largest)
         facts = {
@@ -51,6 +54,7 @@ def compile_step(config: RunConfig, topology: Topology, folder: pathlib.Path) ->
             "slice_of": [getattr(device, "slice_index", None) or 0 for device in mesh.devices.flat],
             "parameter_bytes": _bytes_per_device(spec.shapes.params, spec.shardings.params),
             "optimizer_bytes": _bytes_per_device(spec.shapes.opt_state, spec.shardings.opt_state),
+            "teacher_bytes": _bytes_per_device(spec.shapes.teacher, spec.shardings.teacher),
             "device_memory": _gpu_memory(devices[0]),
             "hops": {
                 axis: tree_cost.mean_hops(mesh.devices, mesh.axis_names.index(axis), topology.dims)

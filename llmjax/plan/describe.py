@@ -48,6 +48,8 @@ def _describe_head(plan: Plan, spec: str) -> list[str]:
 def _describe_memory(plan: Plan) -> list[str]:
     memory, chip = plan.program.memory, plan.topology.chip
     state = {"parameters": plan.program.parameter_bytes, "optimizer state": plan.program.optimizer_bytes}
+    if plan.program.teacher_bytes:
+        state["the teacher's parameters"] = plan.program.teacher_bytes
     rows = {
         **state,
         "batch and padding": max(0, memory.arguments - sum(state.values())),
@@ -71,7 +73,7 @@ def advise(plan: Plan) -> list[str]:
     """What to change where a step does not fit, as overrides."""
     config, memory, chip = plan.config, plan.program.memory, plan.topology.chip
     assert chip is not None
-    state = plan.program.parameter_bytes + plan.program.optimizer_bytes
+    state = plan.program.parameter_bytes + plan.program.optimizer_bytes + plan.program.teacher_bytes
     lines = [f"{(memory.total - chip.hbm) / 2**30:.1f} GiB too much. In the order to try:"]
     shards = plan.program.mesh.get("data", 1) * plan.program.mesh.get("fsdp", 1)
     rows = config.train.batch_sizes.largest // (shards * config.train.accumulation)

@@ -15,6 +15,7 @@ from llmjax.plan.topology import Topology
 from llmjax.plan.tree_cost import TreeCost, tree_cost
 from llmjax.run import config as run_config
 from llmjax.run.config import RunConfig
+from llmjax.run.teacher import read_teacher_config, teacher_flops_per_token
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,7 @@ class Plan:
     """A step compiled for a machine. Figures are those of one JAX device and one optimizer step.
 
     step_tokens   tokens of a step, on all devices; of the largest batch where train.batch_schedule changes it
-    model_flops   causal attention counted by half, no recomputation
+    model_flops   causal attention counted by half, no recomputation; a teacher's forward pass is part of them
     time          None where the cost model does not know the hardware, or the step does not fit
     quick         the depth: stopped at the optimized program
     """
@@ -136,13 +137,15 @@ def make_plan(config: RunConfig, topology: Topology, *, quick: bool) -> Plan:
     costs = program_costs.count(module, program.slice_of)
     target_len = count.target_len(config)
     step_tokens = config.train.batch_sizes.largest * target_len
+    flops_per_token = run_config.flops_per_token(config, target_len)
+    flops_per_token += teacher_flops_per_token(config, read_teacher_config(config), target_len)
     plan = Plan(
         config=config,
         topology=topology,
         program=program,
         costs=costs,
         step_tokens=step_tokens,
-        model_flops=run_config.flops_per_token(config, target_len) * step_tokens / len(program.slice_of),
+        model_flops=flops_per_token * step_tokens / len(program.slice_of),
         time=None,
         quick=quick,
     )

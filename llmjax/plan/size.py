@@ -9,6 +9,7 @@ from llmjax.plan.devices import Device
 from llmjax.plan.units import duration, gib, short
 from llmjax.run import config as run_config
 from llmjax.run.config import RunConfig
+from llmjax.run.teacher import read_teacher_config, teacher_bytes, teacher_flops_per_token
 
 _STATE_SHARE = 0.8  # of a device's memory; the rest is for activations
 
@@ -70,6 +71,11 @@ def describe_config(config: RunConfig, spec: str, device: Device) -> list[str]:
         f"{gib(state * total)} in total, sharded over mesh.fsdp x mesh.tensor devices",
         f"activations that a device keeps for the backward pass of a row of {seq:,} tokens, by model.remat:",
     ]
+    if (teacher := read_teacher_config(config)) is not None:
+        lines[-1:-1] = [
+            f"teacher of distillation, not in these figures: {gib(teacher_bytes(config))} of parameters, "
+            f"{teacher_flops_per_token(config, teacher, seq):.4g} FLOPs per token for its forward pass"
+        ]
     mark = lambda name: "   <- this config" if name == model.remat else ""
     for name, size in count.residual_bytes(config).items():
         host = f", {gib(size.host)} in the host's memory" if size.host else ""

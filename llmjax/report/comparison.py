@@ -252,6 +252,7 @@ def _count(number: int | None) -> str | None:
 
 
 def _flops_per_token(run: RunFiles) -> float:
-    """Model FLOPs of a token in training, as for MFU."""
+    """Model FLOPs of a token in training, as for MFU: those of a teacher's forward pass are part of them."""
     config = loading.read_config(run.workdir)
-    return run_config.flops_per_token(config, run_config.objective(config, Bytes()).target_len)
+    of_teacher = ((run.run or {}).get("teacher") or {}).get("forward_flops_per_token", 0.0)
+    return run_config.flops_per_token(config, run_config.objective(config, Bytes()).target_len) + of_teacher

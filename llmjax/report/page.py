@@ -208,6 +208,7 @@ def render_summary(run: RunFiles) -> str:
     batch = train.get("global_batch")
     later = "".join(f"; {size:,} rows from sample {start:,}" for start, size in train.get("batch_schedule", ()))
     mesh = " x ".join(f"{axis} {size}" for axis, size in about.get("mesh", {}).items())
+    teacher = about.get("teacher")
     versions = ", ".join(f"{name} {version}" for name, version in about.get("versions", {}).items())
     facts = definition_list(
         [
@@ -219,6 +220,7 @@ def render_summary(run: RunFiles) -> str:
             ("compiled by", about.get("backend")),
             ("parameters", about.get("parameters")),
             ("optimizer", about.get("optimizer")),
+            ("teacher", f"{teacher.get('workdir')}, step {teacher.get('step')}" if teacher else None),
             ("evaluated", about.get("eval_params")),
             ("rows x tokens a step", f"{batch} x {seq_len}{later}" if batch and seq_len else None),
             ("restarts", len(about.get("restarts", []))),

@@ -18,12 +18,13 @@ from llmjax.errors import UserError
 from llmjax.evals.config import TaskConfig, check_tasks
 from llmjax.models.decoder_config import DecoderConfig
 from llmjax.models.registry import ModelConfig
+from llmjax.nn.distillation import DistillConfig
 from llmjax.nn.kernels import Choice
 from llmjax.optim.config import OptimizerConfig
 from llmjax.parallel.compiler_options import XlaConfig
 from llmjax.parallel.mesh import MeshConfig, ParallelConfig
 from llmjax.parallel.phases import WatchdogConfig
-from llmjax.run.objective_checks import check_chat, check_labels
+from llmjax.run.objective_checks import check_chat, check_distillation, check_labels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,6 +170,7 @@ class RunConfig:
     model: ModelConfig = DecoderConfig()
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    distill: DistillConfig = DistillConfig()
     mesh: MeshConfig = MeshConfig()
     parallel: ParallelConfig = ParallelConfig()
     xla: XlaConfig = XlaConfig()
@@ -209,6 +211,7 @@ class RunConfig:
             )
         check_labels(self.objective, self.data, self.model)
         check_chat(self.objective, self.data)
+        check_distillation(self.distill, self.objective, self.data)
         self._check_texts()
         check_tasks(self.eval.tasks)
         if self.data.packing == "stream" and self.objective.name != "causal":

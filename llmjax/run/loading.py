@@ -152,7 +152,7 @@ def load(
     is_mesh_overridden = any(field.startswith("mesh.") for field, _ in overrides)
     mesh = meshes.make_mesh(choose_mesh(config, jax.devices())) if is_mesh_overridden else mesh_or_default(config)
     with axes.use_mesh(mesh, config.parallel.rules):
-        yield _restore(config, workdir, step, store, tokenizer)
+        yield restore(config, workdir, step, store, tokenizer)
 
 
 def merge_adapters(loaded: Loaded) -> Loaded:
@@ -244,16 +244,26 @@ def load_chat_template(workdir: epath.Path, loaded: Loaded) -> ChatTemplate:
     )
 
 
-def _restore(
-    config: RunConfig, workdir: epath.Path, step: int | None, store: pathlib.Path, tokenizer: Tokenizer
+def restore(
+    config: RunConfig,
+    workdir: epath.Path,
+    step: int | None,
+    store: pathlib.Path,
+    tokenizer: Tokenizer,
+    *,
+    only_params: bool = False,
 ) -> Loaded:
+    """As `load`, on the mesh of `use_mesh`, with the config, token store and tokenizer of the run.
+
+    only_params   leave the optimizer's state unread where it holds no average of the parameters
+    """
     checkpoints = Checkpoints(workdir / workdirs.CHECKPOINTS)
     imported = _is_import(checkpoints, step)
     if imported:
         config = _as_imported(config, workdir)
     spec = states.make_state_spec(config.model, config.optimizer, horizon=config.train.steps)
     abstract = states.to_checkpoint(spec.abstract())
-    if imported:
+    if imported or (only_params and not spec.optimizer.has_average):
         del abstract["opt_state"]
     if step is None:
         restored = checkpoints.restore_latest_good(abstract, set_aside=False)
@@ -267,7 +277,7 @@ def _restore(
         config=config,
         step=restored.step,
         graph=spec.graph,
-        params=parts["params"] if imported else spec.eval_params(parts["params"], parts["opt_state"]),
+        params=spec.eval_params(parts["params"], parts["opt_state"]) if "opt_state" in parts else parts["params"],
         params_name=IMPORTED if imported else spec.optimizer.eval_params_name,
         tokenizer=tokenizer,
         objective=run_config.objective(config, tokenizer),

@@ -18,12 +18,14 @@ _STATE_SHARE = 1 / 3  # of a device's memory; activations, logits and temporarie
 _UNKNOWN_VOCAB = 1 << 17  # the largest common size: the state is rather overestimated
 
 
-def choose_mesh(config: RunConfig, devices: Sequence[Any]) -> MeshConfig:
+def choose_mesh(config: RunConfig, devices: Sequence[Any], *, frozen_bytes: int = 0) -> MeshConfig:
     """The config's mesh, with `fsdp` chosen where it is 0; logs the choice and its reason.
 
     fsdp becomes 1, so that every device holds the whole state, where a third of a device's memory holds it: matmuls
     stay whole, and only gradients are sent. Otherwise, and where `data` is not -1, fsdp becomes -1, all remaining
     devices. The choice depends on the config and the kind of the devices, not on their number.
+
+    frozen_bytes   of parameters that the state carries besides the model's, those of a teacher
     """
     mesh = config.mesh
     if mesh.fsdp != 0:
@@ -36,7 +38,8 @@ def choose_mesh(config: RunConfig, devices: Sequence[Any]) -> MeshConfig:
         return dataclasses.replace(mesh, fsdp=1)
     vocab = config.model.vocab_size or config.data.tokenizer.vocab_size or _UNKNOWN_VOCAB
     model = dataclasses.replace(config.model, vocab_size=vocab)
-    size = states.state_bytes(model, config.optimizer) / (mesh.expert * mesh.sequence * mesh.tensor) / 2**30
+    size = states.state_bytes(model, config.optimizer) + frozen_bytes
+    size /= (mesh.expert * mesh.sequence * mesh.tensor) * 2**30
     kind, memory = devices[0].device_kind, _memory(devices[0])
     fits = size <= _STATE_SHARE * memory
     if len(devices) > 1:

@@ -51,6 +51,11 @@ def score_model(workdir: epath.PathLike, store: pathlib.Path | None) -> str:
     return _command("eval", f"--workdir={os.fspath(workdir)}", "--split=test")
 
 
+def suggest_labels(workdir: epath.PathLike, task: str) -> str:
+    """`analyse` with the file of suggested labels."""
+    return _command("analyse", f"--workdir={os.fspath(workdir)}", f"--task={task}", "--fix")
+
+
 def prepare(workdir: epath.PathLike, *, has_sources: bool) -> str:
     """`prepare` in a workdir whose config has sources or, after an import, has none."""
     return _command("prepare", f"--workdir={os.fspath(workdir)}", *([] if has_sources else [_TEXT]))

@@ -1,8 +1,9 @@
-"""Refuse objectives that do not fit the labels or dialogues of the sources, the packing, or the head of the model."""
+"""Refuse objectives that do not fit the labels or dialogues, the packing, a teacher, or the head of the model."""
 
-from llmjax.data.config import LABELLED, DataConfig, ObjectiveConfig
+from llmjax.data.config import LABELLED, SEVERAL_TEXTS, DataConfig, ObjectiveConfig
 from llmjax.errors import UserError
 from llmjax.models.registry import ModelConfig
+from llmjax.nn.distillation import DistillConfig
 
 
 def check_labels(objective: ObjectiveConfig, data: DataConfig, model: ModelConfig) -> None:
@@ -68,3 +69,17 @@ def check_chat(objective: ObjectiveConfig, data: DataConfig) -> None:
             raise UserError(
                 f"data.packing={data.packing!r}: {field} needs whole dialogues; set it to 'best_fit' or 'none'"
             )
+
+
+def check_distillation(distill: DistillConfig, objective: ObjectiveConfig, data: DataConfig) -> None:
+    """Raise UserError where the objective has no softmax whose probabilities a teacher could give."""
+    if not distill.teacher:
+        return
+    field = f"distill.teacher={distill.teacher}"
+    if objective.name in SEVERAL_TEXTS or objective.name == "regress":
+        raise UserError(
+            f"{field}: objective.name={objective.name!r} predicts no tokens or classes, of which a teacher gives "
+            "probabilities; unset it"
+        )
+    if data.multi_label:
+        raise UserError(f"{field}: data.multi_label=True decides each class by itself, without a softmax; unset it")

@@ -27,12 +27,15 @@ class TrainState:
     """What a step reads and writes: arrays, or a tree of the same structure with their shapes or shardings.
 
     step, skipped   int32 scalars: steps done, and those of them whose update was not finite
+    teacher         parameters of a model that a step reads and does not change, which no checkpoint saves; None: there
+                    is no such model
     """
 
     step: Any
     skipped: Any
     params: Params
     opt_state: Any
+    teacher: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,7 @@ class StateSpec:
 
     optimizer   of the trained parameters alone
     trainable   for each parameter whether it is trained
+    teacher     graph of the model whose parameters are TrainState.teacher, from `teacher.add_teacher`; None: no teacher
     """
 
     graph: Graph
@@ -49,6 +53,7 @@ class StateSpec:
     axes: Params
     shapes: TrainState
     shardings: TrainState
+    teacher: Graph | None = None
 
     def abstract(self) -> TrainState:
         """The state as ShapeDtypeStructs with shardings: what a restore needs."""

@@ -40,6 +40,7 @@ REFERENCE = "reference.npz"  # log-likelihoods under the reference model of DPO
 IMPORT = "import.json"  # where imported parameters come from
 REPORT = "report.html"
 REPORT_JSON = "report.json"  # numbers of the report that no other file has
+ANALYSIS, ANALYSIS_PAGE = "analysis.json", "analysis.html"  # of the task that was analysed last
 LOCK = "lock.json"  # the process that writes here
 
 # Folders of a workdir.
@@ -248,9 +249,9 @@ class Holder:
     silent_seconds: float
 
 
-def read_holder(folder: epath.PathLike) -> Holder | None:
-    """The holder of FOLDER/lock.json, for commands that only read; None where there is no lock."""
-    lock = Lock(folder, primary=False)
+def read_holder(folder: epath.PathLike, name: str = LOCK) -> Holder | None:
+    """The holder of FOLDER/lock.json, or of the lock `name`, without taking it; None where there is no lock."""
+    lock = Lock(folder, primary=False, name=name)
     holder = lock._read()
     if holder is None:
         return None

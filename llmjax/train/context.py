@@ -25,6 +25,7 @@ from llmjax.run.config import RunConfig
 from llmjax.run.state import StateSpec, TrainState
 from llmjax.train import best
 from llmjax.train.preemption import Preemption
+from llmjax.train.teacher import Teacher
 
 
 @dataclasses.dataclass
@@ -50,6 +51,7 @@ class TrainContext:
     """What is fixed during a run. `manifest` is that of the token store.
 
     started        when this process began to set up the run, in seconds since 1970
+    teacher        whose predictions the run learns; None: it learns the targets alone
     remat_reason   why model.remat="auto" took the config's policy; "" where the policy is explicit
     """
 
@@ -67,6 +69,7 @@ class TrainContext:
     watchdog: Watchdog
     tasks: TaskScorer
     started: float
+    teacher: Teacher | None = None
     remat_reason: str = ""
 
     @property

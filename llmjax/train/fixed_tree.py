@@ -33,6 +33,10 @@ def check(config: RunConfig) -> None:
         raise refusal(f"parallel.backend={parallel.backend!r}", "needs 'jit'")
     if parallel.gradient_dtype:
         raise refusal(f"parallel.gradient_dtype={parallel.gradient_dtype!r}", "adds in float32; set it to ''")
+    if config.distill.teacher:
+        raise refusal(
+            f"distill.teacher={config.distill.teacher}", "has no teacher beside the virtual shards; set it to ''"
+        )
     if config.objective.name in LABELLED:
         raise refusal(f"objective.name={config.objective.name!r}", "was not tried with labels; use another objective")
     if config.objective.name in SEVERAL_TEXTS:

@@ -13,6 +13,7 @@ import jax
 from llmjax.evals import harness
 from llmjax.metrics import ProgressLine, mfu
 from llmjax.run import config as run_config
+from llmjax.run.teacher import teacher_flops_per_token
 from llmjax.train.context import Progress, TrainContext
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,8 @@ class MetricsLogger:
         self._context = context
         self._progress_line = ProgressLine(context.last_step)
         self._flops = run_config.flops_per_token(context.config, context.objective.target_len)
+        if context.teacher is not None:
+            self._flops += teacher_flops_per_token(context.config, context.teacher.config, context.objective.target_len)
         self._pending: tuple[int, dict] | None = None
         self._bad_in_a_row = 0
         self._first = True

@@ -27,7 +27,7 @@ from llmjax.metrics import MetricsLog
 from llmjax.optim import schedules
 from llmjax.parallel import axes, backends, compilation_cache, hosts, mesh as meshes
 from llmjax.parallel.watchdog import Watchdog
-from llmjax.run import config as run_config, loading, state as states, workdir as workdirs
+from llmjax.run import config as run_config, loading, state as states, teacher as teachers, workdir as workdirs
 from llmjax.run.config import RunConfig
 from llmjax.run.mesh_choice import choose_mesh
 from llmjax.train import best, finish, recompute, record, resume
@@ -39,6 +39,7 @@ from llmjax.train.profiling import Profiler, check_profile
 from llmjax.train.program import check_program, make_program
 from llmjax.train.remat import resolve_remat
 from llmjax.train.store import prepare_once
+from llmjax.train.teacher import load_teacher, open_teacher
 from llmjax.train.wandb_run import check_wandb, start_wandb
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,9 @@ def train(config: RunConfig, workdir: epath.Path) -> int:
     """Train to train.stop_at (or train.steps), from the newest checkpoint of `workdir`. Returns the exit status."""
     config = with_pooling(loading.with_finetuning_rate(config, workdir), workdir)
     # The record of the run has the choice: a resumed run has the same mesh.
-    config = dataclasses.replace(config, mesh=choose_mesh(config, jax.devices()))
+    config = dataclasses.replace(
+        config, mesh=choose_mesh(config, jax.devices(), frozen_bytes=teachers.teacher_bytes(config))
+    )
     mesh = meshes.make_mesh(config.mesh)
     with axes.use_mesh(mesh, config.parallel.rules, config.parallel.gradient_dtype):
         _check_config(config, workdir)
@@ -101,8 +104,10 @@ def _set_up(
     generate.check_samples(config.sample, config.model, tokenizer, objective)
     hosts.all_equal("config", str(config))
     checkpoints = Checkpoints(workdir / workdirs.CHECKPOINTS, config.checkpoint)
+    resumes = (checkpoints.latest() or 0) > 0
+    teacher = open_teacher(config, workdir, tokenizer, objective, resumes=resumes)
     watchdog.enter("compile", 0)
-    config, remat_reason = resolve_remat(config, workdir, resumes=(checkpoints.latest() or 0) > 0)
+    config, remat_reason = resolve_remat(config, workdir, resumes=resumes)
     watchdog.enter("setup", 0)
     data = TrainData(
         store,
@@ -123,6 +128,11 @@ def _set_up(
     if checkpoints.latest() is not None:
         watchdog.enter("restore", 0)
     progress = resume.restore_or_init(config, spec, data, checkpoints, tokenizer.sha256)
+    if teacher is not None:
+        watchdog.enter("restore", progress.step)
+        spec = teachers.add_teacher(spec, teacher.config)
+        params = load_teacher(teacher, config, tokenizer, store)
+        progress.state = dataclasses.replace(progress.state, teacher=params)
     watchdog.enter("compile", progress.step)
     reference = None
     if objective.name == "dpo":
@@ -144,6 +154,7 @@ def _set_up(
         watchdog=watchdog,
         tasks=TaskScorer(config),
         started=started,
+        teacher=teacher,
         remat_reason=remat_reason,
     )
     record.write_run_metadata(context, progress, unsharded)

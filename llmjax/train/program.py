@@ -1,22 +1,25 @@
 """The compiled step of a run: what training executes, and what `llmjax plan` compiles without running it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import functools
 
+from flax import nnx
 import jax
 import numpy as np
 
+from llmjax.batch import Batch
 from llmjax.data.config import SEVERAL_TEXTS
 from llmjax.errors import UserError
 from llmjax.nn import quantized
+from llmjax.nn.distillation import make_distillation_loss
 from llmjax.nn.pair_losses import choose_loss
 from llmjax.optim import schedules
 from llmjax.parallel import axes, backends, virtual_shards
-from llmjax.parallel.backends import CompiledStep
+from llmjax.parallel.backends import CompiledStep, Reduction
 from llmjax.parallel.compiler_options import compiler_options
 from llmjax.run import config as run_config
 from llmjax.run.config import RunConfig
-from llmjax.run.state import StateSpec
+from llmjax.run.state import StateSpec, TrainState
 from llmjax.train import fixed_tree, fixed_update
 from llmjax.train.step import accumulate_gradients, make_loss, train_step
 
@@ -57,14 +60,19 @@ def make_program(config: RunConfig, spec: StateSpec, rows: np.ndarray, batch: in
     rows    this process's rows of a global batch
     batch   the size of the global batch, one of train.batch_sizes
     """
-    loss = make_loss(
+    make_loss_of = functools.partial(
+        make_loss,
         spec.graph,
         seed=config.seed,
         chunk=config.train.loss_chunk,
         z_loss=config.train.z_loss,
         class_weights=config.objective.class_weights,
-        batch_loss=choose_loss(config.objective),
     )
+    options = step_compiler_options(config)
+    if spec.teacher is not None:
+        step = functools.partial(_distill_step, config=config, spec=spec, make_loss_of=make_loss_of)
+        return backends.compile_step(step, config.parallel.backend, spec.shardings, rows, batch, options)
+    loss = make_loss_of(batch_loss=choose_loss(config.objective))
     if config.parallel.reduction == "fixed_tree":
         shards = config.parallel.virtual_shards
         gradients = virtual_shards.make_gradients(loss, spec.axes, spec.shardings.params, shards)
@@ -74,5 +82,23 @@ def make_program(config: RunConfig, spec: StateSpec, rows: np.ndarray, batch: in
         gradients = functools.partial(accumulate_gradients, loss, accumulation=accumulation, trainable=spec.trainable)
         update = spec.update
     step = functools.partial(train_step, gradients=gradients, update=update)
-    options = step_compiler_options(config)
     return backends.compile_step(step, config.parallel.backend, spec.shardings, rows, batch, options)
+
+
+def _distill_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    reduction: Reduction,
+    config: RunConfig,
+    spec: StateSpec,
+    make_loss_of: Callable[..., Callable],
+) -> tuple[TrainState, dict]:
+    """`train_step` whose loss reads the teacher of the state."""
+    assert spec.teacher is not None
+    teacher = nnx.merge(spec.teacher, state.teacher)
+    loss = make_loss_of(batch_loss=make_distillation_loss(teacher, config.distill))
+    gradients = functools.partial(
+        accumulate_gradients, loss, accumulation=config.train.accumulation, trainable=spec.trainable
+    )
+    return train_step(state, batch, gradients=gradients, update=spec.update, reduction=reduction)

@@ -35,6 +35,7 @@ def write_run_metadata(context: TrainContext, progress: Progress, unsharded: lis
     policy = context.config.model.remat
     # A resumed run reads the policy from config.json, where it is explicit; the reason stays on record with it.
     reason = context.remat_reason or (old_remat.get("reason", "") if old_remat.get("policy") == policy else "")
+    target_len = context.objective.target_len
     by_part = registry.parameters_by_part(context.spec.shapes.params)
     workdirs.write_json(context.workdir / workdirs.CONFIG, run_config.to_json(context.config))
     workdirs.write_json(context.workdir / workdirs.DATA, context.data.summary(progress.data_state))
@@ -64,6 +65,7 @@ def write_run_metadata(context: TrainContext, progress: Progress, unsharded: lis
             "optimizer": context.config.optimizer.name,
             "eval_params": context.spec.optimizer.eval_params_name,
             "unsharded_params": unsharded,
+            "teacher": None if context.teacher is None else context.teacher.to_json(context.config, target_len),
         },
     )
 

@@ -175,6 +175,8 @@ def _log_computation_changes(config: RunConfig, meta: dict[str, Any]) -> None:
         ("train.z_loss", old.train.z_loss, config.train.z_loss),
         ("objective.temperature", old.objective.temperature, config.objective.temperature),
         ("objective.beta", old.objective.beta, config.objective.beta),
+        ("distill.alpha", old.distill.alpha, config.distill.alpha),
+        ("distill.temperature", old.distill.temperature, config.distill.temperature),
         ("parallel.cpu_threads", old.parallel.cpu_threads, config.parallel.cpu_threads),
     )
     for field, before, after in fields:

@@ -38,7 +38,7 @@ def make_loss(
 
     chunk          positions of a row whose logits exist at one time
     class_weights  factor of the weight of each target; (): 1
-    batch_loss     of the objective, from `pair_losses.choose_loss`
+    batch_loss     of the objective, from `pair_losses.choose_loss`, or beside a teacher
     """
 
     def loss(params: Params, batch: Batch):
@@ -83,6 +83,7 @@ def train_step(
         "z_loss": sums.z / weight,
         **({} if sums.correct is None else {"accuracy": sums.correct / weight}),
         **({} if sums.margin is None else {"margin": sums.margin / weight}),
+        **({} if sums.kl is None else {"teacher_kl": sums.kl / weight}),
         "num_targets": reduction.all_sum(jnp.sum(batch.weights)),
         "num_tokens": reduction.all_sum(jnp.sum(batch.segments > 0)),
         "grad_norm": info["grad_norm"],
@@ -92,7 +93,8 @@ def train_step(
         **{name: total / jnp.maximum(weight, 1.0) for name, (total, weight) in aux_metrics.items()},
         "batch_digest": reduction.all_sum(batch_digest(batch, reduction.first_row(batch.inputs.shape[0]))),
     }
-    new_state = TrainState(
+    new_state = dataclasses.replace(
+        state,
         step=state.step + 1,
         skipped=skipped,
         params=new_if_finite(params, state.params),

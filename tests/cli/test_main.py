@@ -109,6 +109,7 @@ def test_the_package_runs_as_a_module():
         ("llmjax eval --split=te", {"--split=test"}),
         ("llmjax curate report --w", {"--workdir"}),
         ("llmjax compare --out", {"--output"}),
+        ("llmjax analyse --ta", {"--task"}),
         ("llmjax train --config.train.st", {"--config.train.steps", "--config.train.stop_at"}),
         ("llmjax curate --config.curate.personal_data.a", {"--config.curate.personal_data.action"}),
         ("llmjax inspect --config.tr", set()),

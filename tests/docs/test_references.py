@@ -42,6 +42,11 @@ def test_named_tests_objects_files_and_folders_exist(page):
 
 
 @every_page
+def test_no_page_has_a_line_of_a_merge_conflict(page):
+    assert re.findall(r"(?m)^(?:<{7}|\|{7}|={7}|>{7})(?: .*)?$", page.read_text()) == []
+
+
+@every_page
 def test_make_targets_exist(page):
     makefile = (ROOT / "Makefile").read_text()
     code = "\n".join([*fenced_blocks(page), *re.findall(r"`[^`\n]+`", page.read_text())])

@@ -115,3 +115,11 @@ def test_predictions_and_references_of_different_lengths_are_refused():
         classification.count_confusions(np.zeros(3, int), np.zeros(2, int), 2)
     with pytest.raises(UserError, match="0 predictions for 0 references"):
         classification.aucs(np.zeros(0, int), np.zeros((0, 2)))
+
+
+@pytest.mark.parametrize("labels", [np.arange(40) % 2, np.repeat([0, 1, 2], 10), np.arange(40) % 2 == 0])
+def test_both_halves_have_as_many_of_each_label(labels):
+    """Halves by even and odd places would have one label each, where labels alternate."""
+    halves = classification.split_halves(labels)
+    for label in np.unique(labels):
+        assert 2 * halves[labels == label].sum() == (labels == label).sum()

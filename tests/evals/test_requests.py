@@ -113,6 +113,16 @@ def test_loglikelihoods_equal_a_forward_pass_of_each_request(model, expected):
     assert expected[9] == (0, True)
 
 
+def test_the_first_tokens_that_greedy_decoding_would_write(loaded, model):
+    context, greedy = PAIRS[3][0], []
+    for _ in range(4):
+        ids = [*context, *greedy]
+        greedy.append(int(log_probabilities(loaded, ids + [0] * (64 - len(ids)))[len(ids) - 1].argmax()))
+    one, two, three, four = greedy
+    pairs = [(context, greedy), (context, [one, two, 255 - three, four]), (context, [255 - one, two]), (context, [])]
+    assert model.count_greedy(pairs) == [4, 2, 0, 0]
+
+
 def test_requests_that_share_their_inputs_have_answers_of_their_own(loaded, model):
     """Of one and of several tokens, one of which is the most likely one."""
     context = PAIRS[3][0]

@@ -4,8 +4,9 @@ import importlib.util
 
 import pytest
 
+from llmjax.models import registry
 from llmjax.plan import compile_ahead, count, plan as plans, topology as topologies
-from llmjax.run import config as run_config
+from llmjax.run import config as run_config, workdir as workdirs
 
 SMALL = (
     ("model.vocab_size", "512"),
@@ -38,6 +39,23 @@ def test_a_tpu_step_executes_the_flops_of_the_formula():
     assert 0 < plan.program.memory.arguments < plan.program.memory.total < plan.topology.chip.hbm
     assert plan.fits and plan.costs.ici_bytes > 0 and plan.costs.dcn_bytes == 0
     assert plan.time is not None and plan.mfu is not None and 0 < plan.mfu < 1
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_teacher_adds_its_parameters_and_the_flops_of_its_forward_pass(tmp_path):
+    fields = (("model.dtype", "bfloat16"), ("model.attention", "dot"), ("mesh.data", "1"), ("mesh.fsdp", "-1"))
+    alone = make_plan("v5e:2x2", *fields)
+    teacher = run_config.with_fields(alone.config, [("model.mlp", 1024)])
+    workdirs.write_json(tmp_path / workdirs.CONFIG, run_config.to_json(teacher))
+    plan = make_plan("v5e:2x2", *fields, ("distill.teacher", str(tmp_path)))
+    bytes_of_teacher = 4 * registry.count_parameters(teacher.model) / plan.devices
+    assert plan.program.teacher_bytes == pytest.approx(bytes_of_teacher, rel=0.01) and not alone.program.teacher_bytes
+    # Small arrays are padded to the tiles of the TPU's memory.
+    assert 1 <= (plan.program.memory.arguments - alone.program.memory.arguments) / bytes_of_teacher < 1.3
+    executed = plan.costs.matmul_flops - alone.costs.matmul_flops
+    # The formula leaves out the scores that the causal mask hides, and the matrices that rotate queries and keys.
+    assert executed == pytest.approx(plan.model_flops - alone.model_flops, rel=0.1)
 
 
 @needs_libtpu

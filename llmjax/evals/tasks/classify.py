@@ -8,7 +8,7 @@ import numpy as np
 from llmjax.errors import UserError, suggest
 from llmjax.evals import classification
 from llmjax.evals.config import TaskConfig
-from llmjax.evals.label_scores import baseline_accuracy
+from llmjax.evals.label_scores import baseline_accuracy, macro_f1
 from llmjax.evals.requests import LanguageModel
 from llmjax.evals.tasks.choice import score_choices
 from llmjax.evals.tasks.examples import Example, join_shots, make_prompt
@@ -112,10 +112,9 @@ def _make_score(
     classes: Sequence[str], labels: np.ndarray, logits: np.ndarray, groups: Groups
 ) -> Callable[[np.ndarray], Scores]:
     """All scores of classes. Those that end with _scaled are of probabilities at another temperature, which for each
-    half of the examples (those at even and odd places) is fitted on the other half."""
+    half of the examples (`classification.split_halves`) is fitted on the other half."""
     probabilities = classification.softmax(logits)
     predicted = probabilities.argmax(axis=1)
-    is_right = (predicted == labels).astype(np.float64)
     log_losses = classification.log_losses(labels, probabilities)
     brier = classification.brier_scores(labels, probabilities)
     temperature = classification.fit_temperature(labels, logits)
@@ -140,18 +139,49 @@ def _make_score(
         for kind in ("precision", "recall", "f1"):
             for each, value in zip(classes, getattr(by_class, kind).tolist(), strict=True):
                 scores[f"{kind}/{each}"] = value
-        for group, mean in groups.means(is_right, np.ones(len(labels)), indices):
-            scores[f"accuracy/{group}"] = mean
-        return scores
+        return scores | score_groups(groups, labels, predicted, len(classes), indices)
 
     return score
 
 
+def score_groups(
+    groups: Groups, labels: np.ndarray, predicted: np.ndarray, num_classes: int, indices: np.ndarray
+) -> Scores:
+    """Accuracy and macro F1 of each group, the lowest of each, and the gap to the highest; nothing without groups.
+
+    A macro F1 is of the classes that the group's examples have or are predicted to have, as in scikit-learn. A group
+    without any of these examples has no score, and takes no part in the gap.
+    """
+    scores: Scores = {}
+    for name, measure in (("accuracy", _measure_accuracy), ("f1_macro", _measure_f1)):
+        values = {
+            group: measure(labels[part], predicted[part], num_classes) if len(part) else math.nan
+            for group, part in groups.split(indices)
+        }
+        scores |= {f"{name}/{group}": value for group, value in values.items()}
+        if values:
+            present = np.array([value for value in values.values() if not math.isnan(value)])
+            scores[f"{name}_worst_group"] = float(present.min())
+            scores[f"{name}_gap"] = float(present.max() - present.min())
+    return scores
+
+
+def _measure_accuracy(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> float:
+    return float((labels == predicted).mean())
+
+
+def _measure_f1(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> float:
+    confusion = classification.count_confusions(labels, predicted, num_classes)
+    used = (confusion.sum(axis=0) + confusion.sum(axis=1)) > 0
+    return macro_f1(confusion[np.ix_(used, used)])
+
+
 def _scale_crosswise(labels: np.ndarray, logits: np.ndarray) -> np.ndarray:
     """Probabilities at the temperature that the other half of the examples has; nan for a single example."""
-    scaled = np.full(logits.shape, math.nan)
+    scaled, halves = np.full(logits.shape, math.nan), classification.split_halves(labels)
     for half in (0, 1):
-        if len(labels) > 1:
-            temperature = classification.fit_temperature(labels[1 - half :: 2], logits[1 - half :: 2])
-            scaled[half::2] = classification.softmax(logits[half::2], temperature)
+        own, other = halves == half, halves != half
+        if own.any() and other.any():
+            temperature = classification.fit_temperature(labels[other], logits[other])
+            scaled[own] = classification.softmax(logits[own], temperature)
     return scaled

@@ -136,8 +136,8 @@ def _describe_place(kind: str, item: Item, raw: RawRecord) -> str:
 
 def _first_column(task: TaskConfig) -> str:
     """A column that every record of the task needs."""
-    if task.kind == "pairs":
-        return task.good_field
+    if task.kind in ("pairs", "stereotypes"):
+        return task.good_field if task.kind == "pairs" else task.stereotype_field
     names = _FIELD.findall(task.prompt)
     return names[0] if names else task.text_name
 

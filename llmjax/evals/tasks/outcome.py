@@ -41,6 +41,13 @@ class Groups:
         """The number of examples of each group."""
         return dict(zip(self.names, np.bincount(self._numbers, minlength=len(self.names)).tolist(), strict=True))
 
+    def split(self, indices: np.ndarray) -> list[tuple[str, np.ndarray]]:
+        """(name, those of the indices that are of the group) of each group."""
+        if not self.names:
+            return []
+        numbers = self._numbers[indices]
+        return [(name, indices[numbers == number]) for number, name in enumerate(self.names)]
+
     def means(self, numerators: np.ndarray, denominators: np.ndarray, indices: np.ndarray) -> list[tuple[str, float]]:
         """(name, sum of numerators / sum of denominators) of each group; nan where the divisor is 0."""
         if not self.names:

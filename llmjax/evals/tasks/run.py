@@ -17,7 +17,18 @@ from llmjax.errors import UserError, suggest
 from llmjax.evals import results
 from llmjax.evals.config import TaskConfig, check_metric, check_tasks
 from llmjax.evals.requests import LanguageModel
-from llmjax.evals.tasks import choice, classify, generate, pairs, perplexity, regress, similarity
+from llmjax.evals.tasks import (
+    choice,
+    classify,
+    consistency,
+    generate,
+    memorisation,
+    pairs,
+    perplexity,
+    regress,
+    similarity,
+    truthful,
+)
 from llmjax.evals.tasks.examples import Example, read_examples
 from llmjax.evals.tasks.outcome import Groups, Outcome
 from llmjax.inference import embed
@@ -33,9 +44,12 @@ _HEADS = {"classify": classify.run_head, "regress": regress.run}  # of runs whos
 _LIKELIHOODS = {
     "choice": choice.run,
     "classify": classify.run_likelihoods,
+    "consistency": consistency.run,
     "generate": generate.run,
     "pairs": pairs.run,
     "perplexity": perplexity.run,
+    "stereotypes": pairs.run_stereotypes,
+    "truthful": truthful.run,
 }
 
 
@@ -127,7 +141,8 @@ class TaskScorer:
     def check_files(self) -> None:
         """Raise UserError for a file of a task that cannot be read."""
         for name, task in self.tasks.items():
-            read_examples(name, task)
+            if not task.reads_store:
+                read_examples(name, task)
 
     def score(self, workdir: epath.Path, loaded: Loaded, name: str) -> dict[str, float]:
         """TASK/METRIC -> value of one task, without those that are undefined; writes its files, as `evaluate` does."""
@@ -159,11 +174,18 @@ def evaluate(
     embedding = embed.choose(workdir, loaded.config.objective) if task.kind == "similarity" else None
     if embedding:
         settings["embedding"] = dataclasses.asdict(embedding)
-    key = results.make_key(loaded, {"config": settings, "files": _hash_files(name, task)})
+    if task.reads_store:
+        files = [memorisation.fingerprint_store(loaded, f"eval.tasks.{name}")]
+    else:
+        files = _hash_files(name, task)
+    key = results.make_key(loaded, {"config": settings, "files": files})
     if (record := results.read_cached(workdir, loaded.step, name, key)) is not None:
         logger.info("%s: scored before, with the same checkpoint, options and files", name)
         return record
-    outcome = _score(task, loaded, read_examples(name, task), embedding, make_model)
+    if task.reads_store:
+        outcome = memorisation.run(task, loaded, make_model(), f"eval.tasks.{name}")
+    else:
+        outcome = _score(task, loaded, read_examples(name, task), embedding, make_model)
     if outcome.num_cut:
         logger.info(
             "  %s: %d texts were cut to fit into data.seq_len=%d", name, outcome.num_cut, loaded.config.data.seq_len

@@ -11,7 +11,7 @@ from llmjax.run import config as run_config
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kind_and_a_path_make_a_task(kind):
-    check_tasks({"mine": TaskConfig(kind=kind, path="a.jsonl")})
+    check_tasks({"mine": TaskConfig(kind=kind, path="" if kind == "memorisation" else "a.jsonl")})
 
 
 def test_every_option_is_used_by_a_kind():
@@ -31,6 +31,23 @@ def test_every_option_is_used_by_a_kind():
         ({"choices": ("yes",)}, r"choices=\('yes',\): expected two or more different texts"),
         ({"kind": "generate", "stop": ("",)}, r"stop=\('',\): an empty text would end every answer"),
         ({"kind": "classify", "choices": ("a", "b"), "labels": ("0", "1", "2")}, r"one for each of the 2 choices"),
+        ({"kind": "memorisation"}, r"path='a\.jsonl': kind='memorisation' does not use it; unset it"),
+        ({"kind": "memorisation", "path": "", "canaries": ("a 1", "no digit")}, "canaries: 'no digit' has no digits"),
+        ({"kind": "memorisation", "path": "", "prompt_tokens": 0}, "prompt_tokens=0: must be at least 1"),
+        (
+            {"kind": "generate", "metrics": ("blue",)},
+            r"metrics: 'blue' \(did you mean 'bleu'\?\): choose from bleu, chrf",
+        ),
+        ({"kind": "consistency", "methods": ()}, r"methods=\(\): choose from support, entailment, samples"),
+        ({"kind": "consistency", "methods": ("suport",)}, r"methods: 'suport' \(did you mean 'support'\?\)"),
+        ({"kind": "consistency", "methods": ("samples",)}, "prompt='': the model writes after it"),
+        ({"kind": "consistency", "prompt": "{a}"}, "prompt='{a}': unset it, or set write_text=True"),
+        (
+            {"kind": "consistency", "labels": ("a", "b", "c")},
+            r"labels=.*: expected two texts, that of no and that of yes",
+        ),
+        ({"kind": "consistency", "temperature": 0.0}, "temperature=0.0: must be above 0"),
+        ({"kind": "truthful", "separator": ""}, "separator='': give the text between two answers"),
     ],
 )
 def test_bad_options(options, message):

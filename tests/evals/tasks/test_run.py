@@ -6,6 +6,7 @@ import xml.etree.ElementTree
 
 import numpy as np
 import pytest
+import sacrebleu
 from sklearn import metrics as sklearn
 
 from llmjax.cli.evaluate import evaluate as evaluate_command
@@ -150,6 +151,28 @@ def test_generate(tmp_path):
     assert value(evaluate(tmp_path, make_loaded(), task)[0], "exact_match") == 1
 
 
+def test_further_metrics_of_generated_texts(tmp_path):
+    records = [{"question": text, "answer": [text, text[:4]], "area": "xy"[n % 2]} for n, text in enumerate(WORDS[:6])]
+    path = write_records(tmp_path / "a.jsonl", records)
+    task = TaskConfig(
+        **{"kind": "generate", "path": path, "max_tokens": 8, "stop": (), "group_field": "area", "shots": 1},
+        metrics=("chrf", "rougeL", "bleu"),
+    )
+    record, lines = evaluate(tmp_path, make_loaded(), task)
+    assert record["main"] == next(iter(record["metrics"])) == "chrf"
+    texts, right = [line["prediction"] for line in lines], [line["target"] for line in lines]
+    expected = sacrebleu.corpus_chrf(texts, list(zip(*right, strict=True))).score
+    assert value(record, "chrf") == pytest.approx(expected)
+    assert value(record, "chrf/x") == pytest.approx(
+        sacrebleu.corpus_chrf(texts[1::2], list(zip(*right[1::2], strict=True))).score
+    )
+    assert value(record, "rougeL") == pytest.approx(np.mean([line["rougeL"] for line in lines]))
+    assert 0 <= value(record, "bleu") <= 100 and "nrefs:" in record["signatures"]["bleu"]
+    write_records(tmp_path / "a.jsonl", [*records, {"question": "a", "answer": "", "area": "x"}])
+    with pytest.raises(UserError, match=r"a\.jsonl:7 has no text there, and chrf, rougeL, bleu need a reference"):
+        evaluate(tmp_path, make_loaded(), task)
+
+
 def test_a_head_for_classes(tmp_path):
     loaded = make_loaded("classify")
     records = [{"text": text, "label": int(RNG.integers(3)), "from": text[0]} for text in WORDS]
@@ -172,6 +195,8 @@ def test_a_head_for_classes(tmp_path):
     np.testing.assert_array_equal(record["confusion"], sklearn.confusion_matrix(actual, predicted, labels=CLASSES))
     of_a = [line["accuracy"] for line, each in zip(lines, records, strict=True) if each["from"] == "a"]
     assert value(record, "accuracy/a") == np.mean(of_a)
+    by_group = {name: number["value"] for name, number in record["metrics"].items() if name.startswith("accuracy/")}
+    assert value(record, "accuracy_gap") == max(by_group.values()) - min(by_group.values())
     # Each half at the temperature of the other half.
     numbers, logits, losses = np.array([each["label"] for each in records]), np.log(probabilities), []
     for half, other in ((slice(0, None, 2), slice(1, None, 2)), (slice(1, None, 2), slice(0, None, 2))):
@@ -291,6 +316,8 @@ def test_bad_options_of_the_command():
         ({"kind": "choice"}, {"question": "a", "choices": ["b", "c"], "answer": 2}, "has the answer 2; give the text"),
         ({"kind": "choice"}, {"question": "a", "choices": ["b"], "answer": 0}, "expected two or more texts"),
         ({"kind": "classify", "choices": ("yes", "no")}, {"text": "a", "label": "y"}, "has the unknown label 'y'"),
+        ({"kind": "stereotypes"}, {"sent_more": "a"}, r"other_field: .* has no 'sent_less'; name one of its fields"),
+        ({"kind": "generate"}, {"question": "a", "answer": []}, "answer_field: .* has an empty list in 'answer'"),
     ],
 )
 def test_bad_answers(tmp_path, task, record, message):

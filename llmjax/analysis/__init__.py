@@ -1,0 +1,1 @@
+"""Error analysis: what a model gets wrong on a task, and why."""
