@@ -61,7 +61,7 @@ def test_a_name_that_cannot_name_files(name):
     """One rule for own tasks and for those of lm-eval, whose names may contain dots."""
     with pytest.raises(UserError, match="cannot name files of results"):
         check_tasks({name: TaskConfig(kind="pairs", path="a.jsonl")})
-    with pytest.raises(UserError, match="task: .* cannot name files of results"):
+    with pytest.raises(UserError, match=r"task: .* cannot name files of results"):
         check_name(name, "task")
     check_name("piqa-v2.1", "task")
 
