@@ -14,6 +14,7 @@ num_tokens         tokens of this step, scored or not, without padding
 total_targets      scored targets since step 0
 tokens_per_second  scored targets per second, on all devices
 step_seconds       wall time of a step
+time               when the line was written, in seconds since 1970
 data_wait_seconds  the part of step_seconds that waited for a batch
 learning_rate, grad_norm
 skipped_steps      steps since step 0 whose update was not finite and was skipped
@@ -37,60 +38,10 @@ from etils import epath
 
 from llmjax import atomic
 from llmjax.errors import UserError
+from llmjax.parallel.device_facts import peak_flops
 from llmjax.run import workdir as workdirs
 
 logger = logging.getLogger(__name__)
-
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12 / 2,  # a chip's two TensorCores are two JAX devices; v4 and v5p join theirs to one
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H200 NVL": 835e12,
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-}
-
-
-# Memory of one JAX device in GiB, by kind as in PEAK_FLOPS. Sources: Google Cloud's page of each TPU, NVIDIA's data
-# sheets. A tpu7x chip is two JAX devices.
-MEMORY_GIB = {
-    "TPU v4": 32,
-    "TPU v5 lite": 16,
-    "TPU v5e": 16,
-    "TPU v5": 95,
-    "TPU v5p": 95,
-    "TPU v6 lite": 32,
-    "TPU v6e": 32,
-    "TPU7x": 96,
-    "A100": 80,
-    "H100": 80,
-    "H200": 141,
-    "B200": 180,
-}
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 FLOPs a second of one JAX device by `jax.Device.device_kind`; None where unknown, as for a CPU.
-
-    TPU figures are from Google Cloud's page of each generation; GPU figures from NVIDIA's data sheets, without
-    sparsity. A TPU's kind must match exactly, a GPU's may contain more ("NVIDIA A100-SXM4-80GB"); a MIG slice is
-    unknown.
-    """
-    if device_kind.startswith("TPU"):
-        return PEAK_FLOPS.get(device_kind)
-    words = set(device_kind.replace("-", " ").split())
-    if "MIG" in words:
-        return None
-    return next((peak for kind, peak in PEAK_FLOPS.items() if set(kind.split()) <= words), None)
 
 
 def mfu(*, flops_per_token: float, tokens_per_second: float, device_kind: str, num_devices: int) -> float | None:
@@ -189,7 +140,7 @@ class MetricsLog:
             self._lines.append(_line(plain))
             if time.monotonic() - self._rewritten >= self._rewrite_seconds:
                 self._rewrite()
-        names = plain.keys() - {"step", "batch_digest"}
+        names = plain.keys() - {"step", "batch_digest", "time"}
         self.scalars(step, {f"train/{name}": plain[name] for name in sorted(names)})
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:

@@ -239,30 +239,6 @@ def test_the_time_left_includes_evaluations_between_steps(caplog):
     assert all(record.progress for record in caplog.records)
 
 
-@pytest.mark.parametrize(
-    ("kind", "peak"),
-    [
-        ("TPU v4", 275e12),
-        ("TPU v5 lite", 197e12),
-        ("TPU v5", 459e12),
-        ("TPU v6 lite", 918e12),
-        ("TPU7x", 1153.5e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA H100 NVL", 835e12),
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA B200", 2250e12),
-        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
-        ("NVIDIA GH200 480GB", None),
-        ("TPU v9 lite", None),
-        ("cpu", None),
-    ],
-)
-def test_peak_flops_of_a_device_kind(kind, peak):
-    assert metrics.peak_flops(kind) == peak
-
-
 def test_mfu_of_eight_h100():
     # eight H100s do 7.912e15 FLOPs a second; 4e6 tokens of 0.8e9 FLOPs use 3.2e15 of them
     used = metrics.mfu(flops_per_token=8e8, tokens_per_second=4e6, device_kind="NVIDIA H100 80GB HBM3", num_devices=8)

@@ -13,8 +13,8 @@ import sys
 import time
 from typing import Any
 
-from llmjax.metrics import peak_flops
 from llmjax.models.decoder_config import DecoderConfig
+from llmjax.parallel.device_facts import peak_flops
 from llmjax.run import config as run_config
 from llmjax.run.config import RunConfig
 

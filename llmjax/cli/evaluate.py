@@ -71,7 +71,7 @@ def evaluate(arguments: list[str]) -> int:
         path = harness.evaluate(workdir, loaded, flags.split or "validation")
     if hosts.is_primary():
         logger.info("written to %s\nreport: %s", path, report.write_report(workdir))
-    logger.info("next: %s", next_commands.use_model(flags.workdir, loaded.config.objective.name))
+    logger.info("next: %s", next_commands.use_step(workdir, loaded.step, loaded.config.objective.name))
     return 0
 
 
@@ -105,7 +105,7 @@ def _evaluate_tasks(workdir: "epath.Path", flags: argparse.Namespace, overrides:
             logger.info("%s", "\n".join([*results.describe(record), f"  {path}, examples in {path.stem}.jsonl"]))
     if hosts.is_primary():
         logger.info("report: %s", report.write_report(workdir))
-    logger.info("next: %s", next_commands.use_model(flags.workdir, loaded.config.objective.name))
+    logger.info("next: %s", next_commands.use_step(workdir, loaded.step, loaded.config.objective.name))
     return 0
 
 

@@ -21,7 +21,8 @@ def export(arguments: list[str]) -> int:
         shards with their index, and the tokenizer. The class of transformers is chosen to fit the model; where none
         fits, the error names the field. With --format=gguf, write one GGUF file, which llama.cpp and Ollama run. The
         exported parameters are those that `llmjax eval` scores: an average where the optimizer keeps one. Adapters are
-        merged into the weights; --adapter writes them alone, for PEFT.""",
+        merged into the weights; --adapter writes them alone, for PEFT. A folder gets a model card (README.md): that of
+        WORKDIR where you wrote or changed it, else one of `llmjax card`.""",
         "llmjax export --workdir=runs/mine --to=exports/mine --dtype=bfloat16",
         job=True,
     )
@@ -69,6 +70,8 @@ def export(arguments: list[str]) -> int:
     name, gigabytes = exported.architecture, exported.nbytes / 1e9
     logger.info("written to %s: %s in %d file(s), %.2f GB", flags.to, name, len(exported.files), gigabytes)
     logger.info("tokenizer: %s", exported.tokenizer)
+    if exported.card:
+        logger.info("model card: %s", exported.card)
     if flags.format == "gguf":
         logger.info("next: llama-cli --model %s --prompt 'Once upon a time'", flags.to)
         return 0

@@ -12,6 +12,7 @@ import typing
 import llmjax
 from llmjax.atomic import NO_SPACE
 from llmjax.cli.analyse import analyse
+from llmjax.cli.card import card
 from llmjax.cli.chat import chat
 from llmjax.cli.compare import compare
 from llmjax.cli.configs import configs
@@ -45,6 +46,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "eval": evaluate,
     "analyse": analyse,
     "compare": compare,
+    "card": card,
     "generate": generate,
     "chat": chat,
     "serve": serve,
@@ -81,6 +83,7 @@ evaluate
   llmjax eval      --workdir=DIR                 scores a checkpoint on a split or on tasks
   llmjax analyse   --workdir=DIR --task=NAME     what a run gets wrong on a task, why, and what to do next
   llmjax compare   RUN RUN...                    configs, scores with paired tests, costs, on one HTML page
+  llmjax card      --workdir=DIR                 the model card (README.md) of a checkpoint
   llmjax generate  --workdir=DIR --prompt=TEXT   continues a prompt with a checkpoint
   llmjax chat      --workdir=DIR                 talks to a chat model in the terminal
   llmjax serve     --workdir=DIR                 the OpenAI API and a page to chat, on this machine

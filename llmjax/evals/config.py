@@ -24,6 +24,21 @@ KINDS: dict[str, tuple[str, ...]] = {
     "perplexity": ("text_field",),
     "memorisation": ("prompt_tokens", "continuation_tokens", "canaries", "alternatives"),
 }
+# The scores of each kind, without those of classes, groups and other parts (SCORE/PART); `list_scores` adds those that
+# options bring. A kind that is missing here is checked at the first evaluation.
+_SCORES: dict[str, tuple[str, ...]] = {
+    "choice": ("acc", "acc_bytes", "acc_tokens"),
+    "generate": ("exact_match", "token_f1"),
+    "classify": (
+        *("accuracy", "precision_macro", "recall_macro", "f1_macro", "precision_micro", "recall_micro", "f1_micro"),
+        *("mcc", "roc_auc", "pr_auc", "ece", "brier", "log_loss", "temperature", "ece_scaled", "log_loss_scaled"),
+    ),
+    "regress": ("pearson", "spearman", "rmse"),
+    "similarity": ("cosine", "precision", "recall", "f1", "precision_rescaled", "recall_rescaled", "f1_rescaled"),
+    "pairs": ("acc", "nats_difference"),
+    "perplexity": ("bits_per_byte", "perplexity"),
+}
+_SCORES_OF_CLASSES = ("precision", "recall", "f1")  # /CLASS, of the kind classify
 _COMMON = ("kind", "limit")
 _FILE = ("path", "format", "columns", "group_field")  # of every kind but memorisation, which reads the token store
 NORMALIZATIONS = ("raw", "bytes", "tokens")
@@ -156,15 +171,50 @@ class TaskConfig:
         return self.kind == "memorisation"
 
 
+def check_name(task: str, where: str) -> None:
+    """Raise UserError for a task whose name cannot be that of its files. `where` begins the message."""
+    if not re.fullmatch(r"\w[\w.-]*", task) or task in _RESERVED:
+        raise UserError(
+            f"{where}: {task!r} cannot name files of results; use letters, digits, '_', '-' and '.', and none of "
+            f"{', '.join(_RESERVED)}, which hold the scores of splits"
+        )
+
+
+def list_scores(task: TaskConfig) -> tuple[str, ...]:
+    """The names of a task's scores, without those of parts; () for a kind whose scores depend on its examples."""
+    scores = _SCORES.get(task.kind, ())
+    if task.kind == "similarity" and task.score_field:
+        scores += tuple(f"{name}_{end}" for name in scores[:4] for end in ("spearman", "pearson"))
+    if task.kind == "generate":
+        scores += task.metrics
+    if task.kind == "classify" and task.group_field:
+        scores += tuple(f"{name}_{end}" for name in ("accuracy", "f1_macro") for end in ("worst_group", "gap"))
+    return scores
+
+
+def check_metric(metric: str, tasks: Mapping[str, TaskConfig]) -> None:
+    """Raise UserError where eval.metric=TASK/SCORE or TASK/SCORE/PART names none of the tasks, or no score of one."""
+    name, _, score = metric.partition("/")
+    if name not in tasks:
+        raise UserError(
+            f"eval.metric={metric!r}: eval.during_training does not name the task {name!r}{suggest(name, tasks)}; add "
+            "it there"
+        )
+    task = tasks[name]
+    known, (score, _, part) = list_scores(task), score.partition("/")
+    is_known = score in known or (part and task.kind == "classify" and score in _SCORES_OF_CLASSES)
+    if known and not is_known:
+        raise UserError(
+            f"eval.metric={metric!r}{suggest(score, known)}: the scores of a task of kind={task.kind!r} are "
+            f"{', '.join(known)}; choose one"
+        )
+
+
 def check_tasks(tasks: Mapping[str, TaskConfig]) -> None:
     """Raise UserError for a task that no file of examples can make valid."""
     for name, task in tasks.items():
         where = f"eval.tasks.{name}"
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in _RESERVED:
-            raise UserError(
-                f"{where}: {name!r} cannot name files of results; use letters, digits, _ and -, and none of "
-                f"{', '.join(_RESERVED)}"
-            )
+        check_name(name, where)
         if task.kind not in KINDS:
             raise UserError(f"{where}.kind={task.kind!r}{suggest(task.kind, KINDS)}: choose one of {', '.join(KINDS)}")
         if not task.path and not task.reads_store:

@@ -18,6 +18,7 @@ import numpy as np
 from llmjax.data.chat_template import ChatTemplate, RefusedDialogueError
 from llmjax.errors import UserError, suggest
 from llmjax.evals import results
+from llmjax.evals.config import check_name
 from llmjax.evals.requests import LanguageModel
 from llmjax.evals.results import Estimate, Options, TaskResult
 from llmjax.run.loading import Loaded
@@ -68,7 +69,7 @@ def load_task(path: pathlib.Path, shots: int | None) -> TaskFile:
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or "no further details"
         raise UserError(f"{path}: lm-eval cannot load it: {type(error).__name__}: {reason}") from error
-    results.check_name(task.task_name)
+    check_name(task.task_name, f"{path}: task")
     # As lm-eval's own command: a task that demands 0 keeps it.
     if shots is not None and task.config.num_fewshot != 0:
         task.set_config(key="num_fewshot", value=shots)

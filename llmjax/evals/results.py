@@ -5,7 +5,6 @@ import dataclasses
 import json
 import logging
 import math
-import re
 from typing import Any
 
 from etils import epath
@@ -13,9 +12,8 @@ import numpy as np
 
 import llmjax
 from llmjax import atomic
-from llmjax.data.store.split import SPLITS
 from llmjax.data.store.token_store import compute_fingerprint
-from llmjax.errors import UserError
+from llmjax.evals.config import check_name
 from llmjax.parallel import hosts
 from llmjax.run import config as run_config, workdir as workdirs
 from llmjax.run.loading import Loaded
@@ -153,20 +151,12 @@ def make_key(loaded: Loaded, task: Mapping[str, Any]) -> str:
     )
 
 
-def check_name(task: str) -> None:
-    """Raise UserError for a task whose name cannot be that of its files."""
-    if task in SPLITS:
-        raise UserError(f"task {task!r}: eval/<step>/{task}.json holds the scores of that split; rename the task")
-    if not re.fullmatch(r"\w[\w.-]*", task):
-        raise UserError(f"task {task!r}: a name consists of letters, digits, '_', '-' and '.'; rename the task")
-
-
 def read_cached(workdir: epath.Path, step: int, task: str, key: str) -> dict[str, Any] | None:
     """The content of the task's file if it was written for the same key; else None. All processes get one answer.
 
-    Raises UserError as `check_name` does.
+    Raises UserError for a name that cannot be that of files.
     """
-    check_name(task)
+    check_name(task, "task")
     found = None
     if hosts.is_primary():
         path = workdirs.eval_path(workdir, step, task)
@@ -196,7 +186,7 @@ def make_record(loaded: Loaded, result: TaskResult, key: str) -> dict[str, Any]:
 
 def write(workdir: epath.Path, loaded: Loaded, result: TaskResult, key: str) -> epath.Path:
     """Write eval/<step>/<task>.jsonl, then eval/<step>/<task>.json, on process 0. Returns the path of the latter."""
-    check_name(result.task)
+    check_name(result.task, "task")
     path = workdirs.eval_path(workdir, loaded.step, result.task)
     if hosts.is_primary():
         path.parent.mkdir(parents=True, exist_ok=True)

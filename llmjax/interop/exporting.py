@@ -31,6 +31,7 @@ from llmjax.interop.hf_config import RESOLVED
 from llmjax.interop.mapping import Architecture, ParamMapping
 from llmjax.models import registry
 from llmjax.parallel import hosts
+from llmjax.report import model_card
 from llmjax.run import config as run_config, loading, workdir as workdirs
 from llmjax.run.loading import IMPORTED, Loaded
 
@@ -57,7 +58,7 @@ _DOCUMENTS_TO_COMPARE = 20  # of each source, on which a tokenizer and its conve
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """What was written: class name, step, which parameters, tensor files, bytes, and a description of the tokenizer."""
+    """What was written: class name, step, which parameters, tensor files, bytes; descriptions of tokenizer and card."""
 
     architecture: str
     step: int
@@ -65,6 +66,7 @@ class Exported:
     files: list[str]
     nbytes: int
     tokenizer: str
+    card: str = ""
 
 
 def export(
@@ -155,7 +157,7 @@ def _write_folder(max_shard_bytes: int, workdir: epath.Path, to: Path, loaded: L
         report_bytes=progress.add,
         primary=hosts.is_primary(),
     )
-    tokenizer_summary = ""
+    tokenizer_summary = card_summary = ""
     if hosts.is_primary():
         bos_id = None if _has_imported_tokenizer(loaded, import_record) else _find_trained_bos_id(loaded)
         token_ids = _collect_token_ids(loaded, import_record, bos_id)
@@ -164,9 +166,21 @@ def _write_folder(max_shard_bytes: int, workdir: epath.Path, to: Path, loaded: L
         tokenizer_summary = _write_tokenizer(workdir, loaded, partial, import_record, bos_id)
         if model.generates:
             _write_generation_config(partial, hf, token_ids)
+        card_summary = _write_card(workdir, loaded, partial, name)
         partial.rename(to)
     hosts.barrier("exported")
-    return Exported(name, loaded.step, loaded.params_name, [path.name for path in paths], total, tokenizer_summary)
+    written = [path.name for path in paths]
+    return Exported(name, loaded.step, loaded.params_name, written, total, tokenizer_summary, card_summary)
+
+
+def _write_card(workdir: epath.Path, loaded: Loaded, to: Path, name: str) -> str:
+    """Write README.md: that of the workdir where a person edited it. Returns which it is."""
+    edited = model_card.find_edited(workdir)
+    text = edited or model_card.make_card(workdir, step=loaded.step, transformers_class=name)
+    (to / model_card.FILE).write_text(text)
+    if edited:
+        return f"{workdir / model_card.FILE}, which you wrote"
+    return f"{model_card.FILE}, from the files of the run; to change it, edit that of `llmjax card`"
 
 
 def _write_gguf(workdir: epath.Path, to: Path, loaded: Loaded, dtype: str) -> Exported:

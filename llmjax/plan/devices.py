@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from llmjax.errors import UserError, suggest
-from llmjax.metrics import MEMORY_GIB, peak_flops
+from llmjax.parallel.device_facts import DEVICES, peak_flops
 from llmjax.parallel.memory import reported_memory
 
 # name -> jax.Device.device_kind
@@ -40,10 +40,9 @@ def find(name: str) -> Device:
         return _measure_local_device()
     if name not in _KINDS:
         raise UserError(f"--device={name}{suggest(name, NAMES)}: choose one of {', '.join(NAMES)}")
-    kind = _KINDS[name]
-    peak = peak_flops(kind)
-    assert peak is not None
-    return Device(name, peak, MEMORY_GIB[kind] << 30)
+    facts = DEVICES[_KINDS[name]]
+    assert facts.peak_flops is not None and facts.memory_gib is not None
+    return Device(name, facts.peak_flops, facts.memory_gib << 30)
 
 
 def _measure_local_device() -> Device:

@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from llmjax.errors import UserError, suggest
-from llmjax.metrics import peak_flops
+from llmjax.parallel.device_facts import peak_flops
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -194,6 +194,7 @@ mark { background: none; color: var(--accent); font-weight: 650; }
 details + details { margin-top: 8px; } summary { cursor: pointer; color: var(--soft); }
 details > pre { margin-top: 10px; } details > figure, details > .wide { margin-top: 10px; }
 summary b { font-weight: 560; color: var(--ink); } summary { padding: 3px 0; }
+.assumptions { margin: 14px 0 0; padding-left: 18px; }
 .advice { margin: 0; padding: 0; list-style: none; }
 .advice li { padding: 7px 0 7px 14px; border-left: 3px solid var(--dots); overflow-wrap: anywhere; }
 .advice li + li { margin-top: 8px; }

@@ -11,7 +11,7 @@ from etils import epath
 
 from llmjax.evals.label_scores import describe_baseline
 from llmjax.metrics import duration
-from llmjax.report import plot, step_plan, task_scores
+from llmjax.report import cost, plot, step_plan, task_scores
 from llmjax.report.files import RunFiles, list_compressors, read
 from llmjax.report.markup import (
     chart_grid,
@@ -42,7 +42,10 @@ _SMOOTH_FROM = 100  # points from which a curve is smoothed, over a hundredth of
 
 
 def write_report(workdir: epath.PathLike) -> epath.Path:
-    """Write WORKDIR/report.html from the run's files and return its path; parts with missing files say so."""
+    """Write WORKDIR/report.html and report.json from the run's files; parts with missing files say so.
+
+    Returns the path of the page.
+    """
     run = read(workdir)
     parts = (
         render_header,
@@ -51,6 +54,7 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
         render_speed,
         render_plan,
         render_profile,
+        render_cost,
         render_summary,
         render_data,
         render_evaluation,
@@ -60,6 +64,7 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
         render_footer,
     )
     path = run.workdir / workdirs.REPORT
+    workdirs.write_json(run.workdir / workdirs.REPORT_JSON, {"cost": cost.to_json(cost.compute(run))})
     path.write_text(html_page(f"{run.workdir.name}: training report", "\n".join(part(run) for part in parts)))
     return path
 
@@ -186,6 +191,11 @@ def render_profile(run: RunFiles) -> str:
         f"Open the trace at ui.perfetto.dev: {run.profile.path}"
     )
     return section("Profile", body, note=note)
+
+
+def render_cost(run: RunFiles) -> str:
+    """Device-hours, energy, CO2 and money; empty before a step was logged."""
+    return cost.render(run) if run.metrics else ""
 
 
 def render_summary(run: RunFiles) -> str:

@@ -114,6 +114,37 @@ class SampleConfig:
     top_p: float = 0.95
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """What the report and the model card cannot know from the run: prices, power, licence, languages.
+
+    price_per_device_hour   of one device, in `currency`; 0: no price, so no cost in money
+    currency                of the price
+    device_watts            (low, high) power of one device in watts, measured or from a data sheet; (): the table of
+                            known devices
+    pue                     power usage effectiveness: energy of the data centre over that of its computers; 0: unknown,
+                            a range
+    grid_intensity          grams of CO2 equivalent per kWh of the electricity; 0: unknown, a range
+    license                 of the model, in its card: an identifier such as apache-2.0; "": not stated
+    languages               of the model, in its card: ISO 639 codes such as ("en", "de"); (): those that curation found
+    """
+
+    price_per_device_hour: float = 0.0
+    currency: str = "USD"
+    device_watts: tuple[float, ...] = ()
+    pue: float = 0.0
+    grid_intensity: float = 0.0
+    license: str = ""
+    languages: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        watts = self.device_watts
+        if watts and (len(watts) != 2 or not 0 < watts[0] <= watts[1]):
+            raise UserError(f"report.device_watts={watts}: expected (low, high) in watts, such as (350, 700), or ()")
+        if self.pue and not self.pue >= 1:
+            raise UserError(f"report.pue={self.pue}: must be at least 1, or 0 where it is unknown")
+
+
 # Fields of each section that must be at least 1, and those that must not be negative.
 _POSITIVE = {
     "train": ("steps", "global_batch", "accumulation", "loss_chunk", "log_every", "max_skipped"),
@@ -124,6 +155,7 @@ _NOT_NEGATIVE = {
     "data": ("workers", "max_bad_fraction"),
     "train": ("stop_at", "z_loss", "epochs", "max_loss_rise", "recompute_every"),
     "checkpoint": ("keep_every",),
+    "report": ("price_per_device_hour", "grid_intensity"),
     "eval": ("every", "batch", "stop_after"),
 }
 # Fields whose value decides the size of arrays in the host's memory, which are allocated before anything else fails.
@@ -148,6 +180,7 @@ class RunConfig:
     watchdog: WatchdogConfig = WatchdogConfig()
     eval: EvalConfig = EvalConfig()
     sample: SampleConfig = SampleConfig()
+    report: ReportConfig = ReportConfig()
 
     def __post_init__(self):
         self._check_fields(_POSITIVE, lambda value: value >= 1, "must be at least 1")

@@ -5,7 +5,7 @@ import dataclasses
 import logging
 from typing import Any
 
-from llmjax.metrics import MEMORY_GIB
+from llmjax.parallel.device_facts import DEVICES
 from llmjax.parallel.memory import reported_memory
 from llmjax.parallel.mesh import MeshConfig
 from llmjax.run import state as states
@@ -56,7 +56,8 @@ def choose_mesh(config: RunConfig, devices: Sequence[Any], *, frozen_bytes: int 
 
 def _memory(device: Any) -> float:
     """Memory of a device in GiB."""
-    if device.device_kind in MEMORY_GIB:  # what other programs use does not change it, so every start chooses alike
-        return MEMORY_GIB[device.device_kind]
+    facts = DEVICES.get(device.device_kind)
+    if facts and facts.memory_gib:  # what other programs use does not change it, so every start chooses alike
+        return facts.memory_gib
     reported = reported_memory(device)
     return reported / 2**30 if reported else _UNKNOWN_MEMORY

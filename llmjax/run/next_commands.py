@@ -6,6 +6,8 @@ import shlex
 
 from etils import epath
 
+from llmjax.run import workdir as workdirs
+
 _TEXT = "--config.data.sources.main.path=/my/texts/**/*.txt"
 
 
@@ -20,6 +22,16 @@ def use_model(workdir: epath.PathLike, objective: str, prompt: str = "Once upon 
         return _command("predict", f"--workdir={os.fspath(workdir)}", *files)
     flags = ["fill", "--text=The [MASK] of the"] if objective == "masked" else ["generate", f"--prompt={prompt}"]
     return _command(flags[0], f"--workdir={os.fspath(workdir)}", flags[1])
+
+
+def use_step(workdir: epath.Path, step: int, objective: str) -> str:
+    """`use_model` for one checkpoint of a run; `embed` where its head was not trained yet."""
+    return embed_texts(workdir) if lacks_head(workdir, step) else use_model(workdir, objective)
+
+
+def lacks_head(workdir: epath.Path, step: int) -> bool:
+    """Whether the head has random parameters, as that of an imported sentence encoder, so that `fill` means nothing."""
+    return step == 0 and bool((workdirs.read_json(workdir / workdirs.IMPORT) or {}).get("initialized"))
 
 
 def embed_texts(workdir: epath.PathLike) -> str:

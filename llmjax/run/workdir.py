@@ -39,6 +39,7 @@ PLAN = "plan.json"  # what `llmjax plan` predicted of the step
 REFERENCE = "reference.npz"  # log-likelihoods under the reference model of DPO
 IMPORT = "import.json"  # where imported parameters come from
 REPORT = "report.html"
+REPORT_JSON = "report.json"  # numbers of the report that no other file has
 ANALYSIS, ANALYSIS_PAGE = "analysis.json", "analysis.html"  # of the task that was analysed last
 LOCK = "lock.json"  # the process that writes here
 

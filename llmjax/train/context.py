@@ -50,6 +50,7 @@ class Progress:
 class TrainContext:
     """What is fixed during a run. `manifest` is that of the token store.
 
+    started        when this process began to set up the run, in seconds since 1970
     teacher        whose predictions the run learns; None: it learns the targets alone
     remat_reason   why model.remat="auto" took the config's policy; "" where the policy is explicit
     """
@@ -67,6 +68,7 @@ class TrainContext:
     lock: workdirs.Lock
     watchdog: Watchdog
     tasks: TaskScorer
+    started: float
     teacher: Teacher | None = None
     remat_reason: str = ""
 

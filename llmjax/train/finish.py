@@ -1,6 +1,7 @@
 """The end of training: evaluate, sample, write the report, log a summary."""
 
 import logging
+import time
 from typing import Any
 
 from llmjax import report
@@ -11,7 +12,7 @@ from llmjax.inference.generate import complete, sampling_from_config
 from llmjax.parallel import hosts
 from llmjax.report.files import list_compressors
 from llmjax.run import next_commands, workdir as workdirs
-from llmjax.train import best
+from llmjax.train import best, record
 from llmjax.train.context import Progress, TrainContext
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ def write_final_report(context: TrainContext, progress: Progress) -> None:
         return
     context.lock.check()
     workdirs.write_json(context.workdir / workdirs.DATA, context.data.summary(progress.data_state))
+    record.write_end(context.workdir, time.time())
     path = report.write_report(context.workdir)
     for line in _summary(context, progress, scores, samples):
         logger.info("%s", line)

@@ -98,6 +98,7 @@ class MetricsLogger:
         seconds = max(time.monotonic() - self._began, 1e-9)
         record = {
             "step": step,
+            "time": time.time(),
             **values,
             "total_targets": self.total_targets,
             "tokens_per_second": self._window_targets / seconds,

@@ -6,6 +6,7 @@ import itertools
 import logging
 import math
 import pathlib
+import time
 from typing import Any
 
 from etils import epath
@@ -93,6 +94,7 @@ def _set_up(
     config: RunConfig, workdir: epath.Path, lock: workdirs.Lock, watchdog: Watchdog
 ) -> tuple[TrainContext, Progress]:
     """Prepare the store, open the data, set up the model, restore the newest checkpoint or initialise."""
+    started = time.time()
     store = loading.store_folder(config, workdir)
     manifest = prepare_once(config, store)
     tokenizer = load_tokenizer(store)
@@ -136,6 +138,7 @@ def _set_up(
     if objective.name == "dpo":
         reference = _find_reference(config, workdir, spec.graph, progress, objective, store, manifest, watchdog)
         data.add_reference(reference)
+    record.write_last_end(workdir)  # before lines of the metrics that this start repeats are removed
     context = TrainContext(
         config=config,
         workdir=workdir,
@@ -150,6 +153,7 @@ def _set_up(
         lock=lock,
         watchdog=watchdog,
         tasks=TaskScorer(config),
+        started=started,
         teacher=teacher,
         remat_reason=remat_reason,
     )

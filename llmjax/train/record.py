@@ -2,11 +2,14 @@
 
 import importlib.metadata
 import time
+from typing import Any
 import uuid
 
+from etils import epath
 import jax
 
 import llmjax
+from llmjax.metrics import read_metrics
 from llmjax.models import registry
 from llmjax.parallel import hosts
 from llmjax.run import config as run_config, workdir as workdirs
@@ -23,9 +26,11 @@ def write_run_metadata(context: TrainContext, progress: Progress, unsharded: lis
     path = context.workdir / workdirs.RUN
     old = workdirs.read_json(path)
     old_remat = (old or {}).get("remat") or {}
-    restarts = [] if old is None else old["restarts"]
+    restarts, starts = ([], []) if old is None else (old["restarts"], old.get("starts", []))
     if old is not None and progress.step < context.last_step:
         restarts = [*restarts, {"step": progress.step, "time": time.time()}]
+    if old is None or progress.step < context.last_step:
+        starts = [*starts, _describe_start(context, progress)]
     attention = run_config.choose_attention(context.config)
     policy = context.config.model.remat
     # A resumed run reads the policy from config.json, where it is explicit; the reason stays on record with it.
@@ -40,6 +45,7 @@ def write_run_metadata(context: TrainContext, progress: Progress, unsharded: lis
             "run_id": uuid.uuid4().hex[:12] if old is None else old["run_id"],
             "started": time.time() if old is None else old["started"],
             "restarts": restarts,
+            "starts": starts,
             "device": jax.devices()[0].device_kind,
             "num_devices": jax.device_count(),
             "processes": jax.process_count(),
@@ -62,6 +68,40 @@ def write_run_metadata(context: TrainContext, progress: Progress, unsharded: lis
             "teacher": None if context.teacher is None else context.teacher.to_json(context.config, target_len),
         },
     )
+
+
+def _describe_start(context: TrainContext, progress: Progress) -> dict[str, Any]:
+    """What the cost of a run is computed from; `write_end` adds the seconds."""
+    return {
+        "step": progress.step,
+        "time": context.started,
+        "device": jax.devices()[0].device_kind,
+        "num_devices": jax.device_count(),
+        "processes": jax.process_count(),
+    }
+
+
+def write_last_end(workdir: epath.Path) -> None:
+    """Write when the last start ended by the last line of its metrics, where it could not write that; process 0 alone.
+
+    A start that logged no step gets no end.
+    """
+    lines = read_metrics(workdir) if hosts.is_primary() else []
+    if lines and "time" in lines[-1]:
+        write_end(workdir, lines[-1]["time"])
+
+
+def write_end(workdir: epath.Path, end: float) -> None:
+    """Write into run.json how many seconds the last start ran, unless that is known; process 0 alone.
+
+    end   in seconds since 1970
+    """
+    path = workdir / workdirs.RUN
+    run = workdirs.read_json(path) if hosts.is_primary() else None
+    starts = (run or {}).get("starts")
+    if run is not None and starts and "seconds" not in starts[-1] and end > starts[-1]["time"]:
+        starts[-1]["seconds"] = end - starts[-1]["time"]
+        workdirs.write_json(path, run)
 
 
 def run_summary(context: TrainContext) -> str:

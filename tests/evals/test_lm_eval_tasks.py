@@ -257,7 +257,7 @@ def test_bad_task_files_end_in_one_line(text, message, tmp_path):
 
 
 def test_bad_values_of_a_task_end_in_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"task 'test': eval/<step>/test\.json holds the scores of that split"):
+    with pytest.raises(UserError, match=r"task: 'test' cannot name files of results; .* which hold the scores of spl"):
         lm_eval_tasks.load_task(write_task(tmp_path, MULTIPLE_CHOICE, task="test"), None)
     broken = write_task(tmp_path, MULTIPLE_CHOICE, doc_to_text="{{question")
     with pytest.raises(UserError, match=r"letters\.yaml: lm-eval cannot load it: TemplateSyntaxError: unexpected end"):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from llmjax.errors import UserError
 from llmjax.evals import results
 from llmjax.evals.results import Estimate, TaskResult
 from llmjax.run import config as run_config
@@ -93,9 +92,3 @@ def test_the_key_depends_on_parameters_model_task_and_length():
     ]
     key = results.make_key(loaded, {"text": "a"})
     assert results.make_key(make_loaded(), {"text": "a"}) == key and len({key, *others}) == 4
-
-
-@pytest.mark.parametrize("name", ["validation", "../a", "a b", ""])
-def test_names_that_cannot_be_those_of_files_are_refused(name):
-    with pytest.raises(UserError, match="rename the task"):
-        results.check_name(name)

@@ -252,6 +252,8 @@ def test_from_import_to_training_to_export(tmp_path, capsys):
     to = str(tmp_path / "out")
     assert main.run(["export", f"--workdir={run}", f"--to={to}", "--dtype=bfloat16"]) == 0
     assert "LlamaForCausalLM" in capsys.readouterr().out
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "base_model: in\n" in card and "AutoModelForCausalLM" in card and "- Device-hours: " in card
     assert not (tmp_path / "out.partial").exists()
     back = published.read_tensors(tmp_path / "out")
     assert set(back) == set(tensors) and {tensor.dtype for tensor in back.values()} == {published.BFLOAT16}
@@ -259,6 +261,14 @@ def test_from_import_to_training_to_export(tmp_path, capsys):
     assert 0 < moved < 0.1
     with pytest.raises(UserError, match="already exists"):
         main.run(["export", f"--workdir={run}", f"--to={to}"])
+    # the card of the workdir replaces an unedited one, and an edited one is exported
+    assert main.run(["card", f"--workdir={run}"]) == main.run(["card", f"--workdir={run}"]) == 0
+    (tmp_path / "run" / "README.md").write_text("# My card\n")
+    with pytest.raises(UserError, match="was not written by `llmjax card`, or was edited"):
+        main.run(["card", f"--workdir={run}"])
+    assert main.run(["export", f"--workdir={run}", f"--to={tmp_path / 'mine'}"]) == 0
+    assert (tmp_path / "mine" / "README.md").read_text() == "# My card\n"
+    assert f"model card: {run}/README.md, which you wrote" in capsys.readouterr().out
     # a config file brings everything but model and tokenizer
     config = [f"--config={jobs.ROOT / 'configs' / 'quickstart.py'}", "--config.train.steps=3"]
     assert main.run([*train, *config]) == 0

@@ -70,6 +70,9 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_run(train, corpus, com
     assert "nothing left to train" in jobs.run(arguments, LLMJAX_CPU_DEVICES="8")
     run = json.loads((resumed / "run.json").read_text())
     assert len(run["restarts"]) == 1, "a start with no steps left is no restart"
+    starts = run["starts"]
+    assert [start["num_devices"] for start in starts] == [8, 8] and starts[1]["step"] == run["restarts"][0]["step"]
+    assert all(0 < start["seconds"] < 600 for start in starts), "the killed start has the time of its last line"
     assert run["attention"].startswith("dot (cpu") and f"attention: {run['attention']}" in printed
 
 

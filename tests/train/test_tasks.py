@@ -85,6 +85,11 @@ def test_tasks_during_training(tmp_path, monkeypatch, caplog):
     [
         ({"eval.during_training": "('lnes',)"}, r"task 'lnes' \(did you mean 'lines'\?\): the config has no such task"),
         ({"eval.metric": "word/acc"}, r"eval\.metric='word/acc': .* not name the task 'word' \(did you mean 'words'"),
+        (
+            {"eval.metric": "words/ac"},
+            r"eval\.metric='words/ac' \(did you mean 'acc'\?\): the scores of a task of kind='p",
+        ),
+        ({"eval.metric": "lines/acc/she"}, r"kind='perplexity' are bits_per_byte, perplexity; choose one"),
         ({"eval.tasks.words.good_field": "better"}, r"words\.csv has no column 'better'"),
     ],
 )

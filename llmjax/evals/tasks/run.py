@@ -15,7 +15,7 @@ from llmjax.data.readers import formats
 from llmjax.data.readers.sources import make_units
 from llmjax.errors import UserError, suggest
 from llmjax.evals import results
-from llmjax.evals.config import TaskConfig, check_tasks
+from llmjax.evals.config import TaskConfig, check_metric, check_tasks
 from llmjax.evals.requests import LanguageModel
 from llmjax.evals.tasks import (
     choice,
@@ -129,17 +129,13 @@ def _check_head(where: str, task: TaskConfig, config: RunConfig) -> None:
 class TaskScorer:
     """Scores the parameters of a run in training on the tasks of eval.during_training; compiles once.
 
-    Raises UserError for a task that the config does not have, or the run cannot.
+    Raises UserError for a task that the config does not have, or the run cannot, and for an unknown eval.metric of one.
     """
 
     def __init__(self, config: RunConfig):
         self.tasks = select_tasks(config, config.eval.during_training, results.Options())
-        task, is_of_task, _ = config.eval.metric.partition("/")
-        if is_of_task and task not in self.tasks:
-            raise UserError(
-                f"eval.metric={config.eval.metric!r}: eval.during_training does not name the task {task!r}"
-                f"{suggest(task, self.tasks)}; add it there"
-            )
+        if "/" in config.eval.metric:
+            check_metric(config.eval.metric, self.tasks)
         self._model: LanguageModel | None = None
 
     def check_files(self) -> None:

@@ -10,7 +10,7 @@ from etils import epath
 import jax
 
 from llmjax.batch import Params
-from llmjax.evals.config import TaskConfig
+from llmjax.evals.config import TaskConfig, list_scores
 from llmjax.evals.requests import LanguageModel
 from llmjax.evals.tasks import run
 from llmjax.models import registry
@@ -67,5 +67,7 @@ def evaluate(folder: pathlib.Path, loaded: Loaded, task: TaskConfig) -> tuple[di
     """(the content of the task's file, its lines), in the mesh of `use_mesh`."""
     scale = 0.0 if loaded.fingerprint == "causal 0.0" else 1.0
     record = run.evaluate(epath.Path(folder), loaded, "mine", task, make_model=lambda: make_model(scale))
+    names = {name.partition("/")[0] for name in record["metrics"]}
+    assert not (known := set(list_scores(task))) or known <= names <= known | {"precision", "recall", "f1"}
     lines = (folder / "eval" / "0" / "mine.jsonl").read_text().splitlines()
     return record, [json.loads(line) for line in lines]

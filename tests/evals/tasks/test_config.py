@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from llmjax.errors import UserError
-from llmjax.evals.config import KINDS, TaskConfig, check_tasks
+from llmjax.evals.config import KINDS, TaskConfig, check_name, check_tasks
 from llmjax.run import config as run_config
 
 
@@ -56,10 +56,14 @@ def test_bad_options(options, message):
         check_tasks({"mine": task})
 
 
-@pytest.mark.parametrize("name", ["test", "a/b", ""])
+@pytest.mark.parametrize("name", ["test", "validation", "a/b", "../a", "a b", ".a", ""])
 def test_a_name_that_cannot_name_files(name):
+    """One rule for own tasks and for those of lm-eval, whose names may contain dots."""
     with pytest.raises(UserError, match="cannot name files of results"):
         check_tasks({name: TaskConfig(kind="pairs", path="a.jsonl")})
+    with pytest.raises(UserError, match=r"task: .* cannot name files of results"):
+        check_name(name, "task")
+    check_name("piqa-v2.1", "task")
 
 
 def test_tasks_are_a_section_of_the_config():
