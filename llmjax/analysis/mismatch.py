@@ -51,7 +51,7 @@ class Mismatch:
 def compare_samples(
     first: Sequence[str], second: Sequence[str], vectors: np.ndarray | None = None, *, seed: int = _SEED
 ) -> Mismatch:
-    """Compare two samples of at least MIN_TEXTS texts each, of at most MAX_TEXTS (`sample` draws them).
+    """Compare two samples of at least MIN_TEXTS texts each, of at most MAX_TEXTS (`draw_sample` draws them).
 
     vectors  float [texts of both samples, dimensions] for the first two tests, of a model that has not learned from
              these texts; None: TF-IDF

@@ -46,14 +46,14 @@ def read_file(path: str, scored: TaskExamples) -> TrainTexts:
     """The records of a file with the fields of the task. Raises UserError as `read_examples` does."""
     task = dataclasses.replace(scored.task, path=path, shots=0, limit=0, format="")
     examples = [example._replace(where="--train") for example in read_examples("train", task)]
-    chosen = _draw(len(examples))
-    examples = [examples[index] for index in chosen]
+    total = len(examples)
+    examples = [examples[index] for index in _draw(total)]
     if scored.task.kind == "pairs":
         texts = [example.text("good_field", task.good_field) for example in examples]
     else:
         texts = [join_pair(pair) for pair in read_texts(task, examples)]
     labels = _read_labels(scored, examples) if scored.classes else None
-    return TrainTexts(texts=texts, labels=labels, total=len(chosen), test=list(scored.texts), origin=path)
+    return TrainTexts(texts=texts, labels=labels, total=total, test=list(scored.texts), origin=path)
 
 
 def read_store(workdir: epath.Path, config: RunConfig, scored: TaskExamples) -> TrainTexts | str:

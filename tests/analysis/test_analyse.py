@@ -73,6 +73,13 @@ def test_classes_are_analysed(classified):
     assert result.train_total == 90 and not result.mismatch.is_alarm and result.vectors == "TF-IDF"
 
 
+def test_a_large_file_of_training_texts_is_sampled_and_counted(classified, monkeypatch):
+    folder, scored, _, _ = classified
+    monkeypatch.setattr(train_texts, "MAX_TEXTS", 50)
+    texts = train_texts.read_file(str(folder / "train.jsonl"), scored)
+    assert len(texts.texts) == len(texts.labels) == 50 and texts.total == 90
+
+
 def test_planted_label_errors_are_suggested(classified):
     _, scored, result, _ = classified
     found = {error.index: error for error in result.label_errors}
