@@ -36,6 +36,8 @@ _SCORES: dict[str, tuple[str, ...]] = {
     "regress": ("pearson", "spearman", "rmse"),
     "similarity": ("cosine", "precision", "recall", "f1", "precision_rescaled", "recall_rescaled", "f1_rescaled"),
     "pairs": ("acc", "nats_difference"),
+    "stereotypes": ("prefers_stereotype", "nats_gap"),
+    "truthful": ("mc1", "mc2"),
     "perplexity": ("bits_per_byte", "perplexity"),
 }
 _SCORES_OF_CLASSES = ("precision", "recall", "f1")  # /CLASS, of the kind classify

@@ -207,10 +207,13 @@ def describe_bias(facts: CardFacts) -> str:
     has_task = bool(parts)
     parts += filter(None, (_describe_groups(name, record) for name, record in facts.tasks.items()))
     if not has_task:
-        flags = [f"--config.eval.tasks.bias.{field}" for field in ("kind=pairs", "path=FILE", "group_field=FIELD")]
+        flags = [
+            f"--config.eval.tasks.bias.{field}" for field in ("kind=stereotypes", "path=FILE", "group_field=FIELD")
+        ]
         command = facts.command("eval", "--tasks=bias", *flags)
         parts.append(
-            f"Tasks about bias: not recorded. {command} compares pairs of sentences that differ in a group of people."
+            f"Tasks about bias: not recorded. {command} compares pairs of sentences, of which one stereotypes a group "
+            "of people."
         )
     return "\n\n".join(["## Bias", *parts])
 
