@@ -9,11 +9,12 @@ from tests import jobs
 
 # A limit on file size stands for the full disk of process 1: both fail the write itself.
 WORKER = """
-import os, resource
+import os, pathlib, resource, time
 from llmjax.checkpoint.manager import Checkpoints
 from llmjax.cli import main
+from llmjax.data.batches import packing
 
-save = Checkpoints.save
+save, write_plan, begun = Checkpoints.save, packing._write_plan, pathlib.Path(os.environ["BEGUN"])
 
 def fill_disk():
     if os.environ["LLMJAX_PROCESS_ID"] == "1":
@@ -23,8 +24,17 @@ def save_on_full_disk(*arguments):
     fill_disk()
     return save(*arguments)
 
+def write_plan_together(*arguments):
+    # The first process to finish a plan spares the other one the work: process 0 waits until process 1 writes its own.
+    if os.environ["LLMJAX_PROCESS_ID"] == "1":
+        begun.touch()
+    while not begun.exists():
+        time.sleep(0.01)
+    return write_plan(*arguments)
+
 Checkpoints.save = save_on_full_disk
 if os.environ["FULL_FROM"] == "the start":
+    packing._write_plan = write_plan_together
     fill_disk()
 main.main()
 """
@@ -36,7 +46,7 @@ def train(tmp_path: pathlib.Path, full_from: str) -> tuple[pathlib.Path, str]:
     changes = {"train__steps": 1000000, "data__at_source_end": "repeat", "checkpoint__every": 200}
     _, *arguments = jobs.command("train", workdir, corpus, train__compilation_cache="off", **changes)
     command = jobs.launch([sys.executable, "-c", WORKER, *arguments], 2, 1)
-    return workdir, jobs.run(command, status=78, FULL_FROM=full_from)
+    return workdir, jobs.run(command, status=78, FULL_FROM=full_from, BEGUN=str(tmp_path / "begun"))
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ def make_logger(monkeypatch):
             config=types.SimpleNamespace(train=TrainConfig(log_every=1, **train)),
             objective=types.SimpleNamespace(target_len=1),
             last_step=20,
+            teacher=None,
         )
         progress = types.SimpleNamespace(total_targets=0, best_loss=best_loss)
         return MetricsLogger(context, progress)  # pyright: ignore[reportArgumentType]
