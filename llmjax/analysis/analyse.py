@@ -14,6 +14,7 @@ from llmjax.analysis.task_examples import TaskExamples, list_fields
 from llmjax.analysis.token_losses import TokenLosses
 from llmjax.analysis.train_texts import TrainTexts
 from llmjax.analysis.vectors import compute_tfidf, make_analyzer
+from llmjax.evals import results
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def analyse(
         for index in find_worst(scored)
     ]
     logger.info("slices: %d examples", len(scored.lines))
-    frequencies = None if isinstance(train, str) else _count_words(train.texts)
+    frequencies = None if isinstance(train, str) else slices.count_words(map(make_analyzer(), train.texts))
     texts = list(scored.texts) if isinstance(train, str) else train.test
     masks = slices.make_masks(texts, list_fields(scored), frequencies)
     copies, compared = None, None
@@ -82,7 +83,7 @@ def analyse(
             ("label_errors", "learning_curve", "confusions"), f"kind={scored.task.kind!r} has no classes"
         )
     confusions = list_confusions(scored) if scored.classes else None
-    main = scored.record.get("main") or next(iter(scored.record["metrics"]))
+    main = results.find_main(scored.record)
     on_copies, on_others = _split_scores(scored, copies)
     analysis = Analysis(
         task=scored.name,
@@ -163,14 +164,6 @@ def list_suggestions(scored: TaskExamples, analysis: Analysis) -> list[dict[str,
 
 def _json_ready(value: Any) -> Any:
     return value.decode(errors="replace") if isinstance(value, bytes) else json.loads(json.dumps(value, default=str))
-
-
-def _count_words(texts: Sequence[str]) -> dict[str, int]:
-    analyze, counts = make_analyzer(), {}
-    for text in texts:
-        for word in analyze(text):
-            counts[word] = counts.get(word, 0) + 1
-    return counts
 
 
 def _compare(train: TrainTexts, embed: Embed | None, missing: dict[str, str]) -> mismatch.Mismatch | None:

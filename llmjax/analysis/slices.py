@@ -1,7 +1,9 @@
 """Slices of a task: groups of examples on which the model errs more often than on the others."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
+import itertools
 
 import numpy as np
 import scipy.stats
@@ -102,14 +104,15 @@ def make_masks(
     return masks
 
 
+def count_words(texts: Iterable[Sequence[str]]) -> Counter[str]:
+    """How often each word occurs in texts that are lists of words."""
+    return Counter(itertools.chain.from_iterable(texts))
+
+
 def _share_of_rare_words(words: Sequence[Sequence[str]], frequencies: Mapping[str, int] | None) -> np.ndarray:
     """float [examples]: the share of words that are not among the most frequent ones, which make up 90% of the text."""
     if frequencies is None:
-        counts: dict[str, int] = {}
-        for some in words:
-            for word in some:
-                counts[word] = counts.get(word, 0) + 1
-        frequencies = counts
+        frequencies = count_words(words)
     ordered = sorted(frequencies, key=frequencies.__getitem__, reverse=True)
     totals = np.cumsum([frequencies[word] for word in ordered])
     frequent = set(ordered[: int(np.searchsorted(totals, 0.9 * totals[-1])) + 1]) if ordered else set()

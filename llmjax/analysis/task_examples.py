@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import json
 from typing import Any
 
 from etils import epath
@@ -10,12 +9,13 @@ import numpy as np
 
 from llmjax.binding import bind
 from llmjax.errors import UserError, suggest
+from llmjax.evals import results
 from llmjax.evals.config import TaskConfig
+from llmjax.evals.results import Line
 from llmjax.evals.tasks.classify import join_pair, read_texts
 from llmjax.evals.tasks.examples import Example, read_examples
 from llmjax.run import workdir as workdirs
 
-Line = Mapping[str, Any]
 # The number of each example by which answers are ordered, the worst one first.
 _LOSSES = {
     "classify": "log_loss",
@@ -135,15 +135,7 @@ def _read_task(name: str, path: epath.Path, record: Mapping[str, Any]) -> TaskCo
 def _read_lines(path: epath.Path, command: str) -> list[Line]:
     if not path.exists():
         raise UserError(f"{path}: no per-example results there; run `{command}` again")
-    lines = []
-    for number, text in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            line = json.loads(text)
-        except ValueError:
-            line = None
-        if not isinstance(line, dict) or "index" not in line:
-            raise UserError(f"{path}: line {number} is not the result of an example; remove the file, run `{command}`")
-        lines.append(line)
+    lines = results.read_lines(path, f", run `{command}`")
     if not lines:
         raise UserError(f"{path}: has no examples; remove the file, and run `{command}`")
     return lines

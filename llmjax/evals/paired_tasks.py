@@ -9,17 +9,15 @@ from etils import epath
 import numpy as np
 
 from llmjax.binding import differences
-from llmjax.errors import UserError
 from llmjax.evals import results
 from llmjax.evals.label_scores import pearson, spearman
 from llmjax.evals.paired import SIGNIFICANCE, PairedTest, compare_means, compare_statistics, holm, is_binary
+from llmjax.evals.results import Line
 
 MAX_EXAMPLES = 5  # that are listed of each run
 _CORRELATIONS = {"pearson": pearson, "spearman": spearman, "cosine_pearson": pearson, "cosine_spearman": spearman}
 _IDENTITY = ("index", "input", "document", "target")  # of an example, those that it has
 _TOLERANCE = 1e-6  # relative, between a mean over examples and the score of the task
-
-Line = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +97,7 @@ def pair(task: str, first: TaskFiles, second: TaskFiles) -> Pair:
         if not _examples_path(files).exists():
             reason = f"{files.run} has no per-example results ({_examples_path(files)}); score the task again"
             return dataclasses.replace(untested, reason=reason)
-    lines = [_read_lines(_examples_path(files)) for files in (first, second)]
+    lines = [results.read_lines(_examples_path(files), " and score it again") for files in (first, second)]
     if reason := _find_mismatch(runs, lines):
         return dataclasses.replace(untested, reason=reason)
     untested = dataclasses.replace(untested, note=_describe_settings(first, second))
@@ -138,21 +136,6 @@ def _with_wins(pair: Pair, lines: Sequence[Sequence[Line]], numbers: Sequence[np
 
 def _examples_path(files: TaskFiles) -> epath.Path:
     return files.path.with_suffix(".jsonl")
-
-
-def _read_lines(path: epath.Path) -> list[Line]:
-    lines = []
-    for number, text in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            line = json.loads(text)
-        except ValueError:
-            line = None
-        if not isinstance(line, dict) or "index" not in line:
-            raise UserError(
-                f"{path}: line {number} is not the result of an example; remove the file and score it again"
-            )
-        lines.append(line)
-    return lines
 
 
 def _find_mismatch(runs: tuple[str, str], lines: Sequence[Sequence[Line]]) -> str:

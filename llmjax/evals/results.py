@@ -13,6 +13,7 @@ import numpy as np
 import llmjax
 from llmjax import atomic
 from llmjax.data.store.token_store import compute_fingerprint
+from llmjax.errors import UserError
 from llmjax.evals.config import check_name
 from llmjax.parallel import hosts
 from llmjax.run import config as run_config, workdir as workdirs
@@ -20,6 +21,7 @@ from llmjax.run.loading import Loaded
 
 logger = logging.getLogger(__name__)
 
+Line = Mapping[str, Any]  # the result of one example
 LEVEL = 0.95
 DRAWS = 1000
 _SEED = 0
@@ -203,9 +205,31 @@ def find_main(record: Mapping[str, Any]) -> str:
     return record.get("main") or next(iter(record["metrics"]))
 
 
+def read_lines(path: epath.Path, fix: str) -> list[Line]:
+    """The lines of eval/<step>/<task>.jsonl, one for each example.
+
+    Raises UserError for a line that is none; it says to remove the file, and then `fix`.
+    """
+    lines = []
+    for number, text in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if not isinstance(line, dict) or "index" not in line:
+            raise UserError(f"{path}: line {number} is not the result of an example; remove the file{fix}")
+        lines.append(line)
+    return lines
+
+
 def is_lower_better(metric: str) -> bool:
     """Whether a lower value of a score is better; `metric,filter` of lm-eval is named by the metric."""
     return metric.partition(",")[0] in _LOWER_IS_BETTER
+
+
+def is_eval_metric_lower_better(metric: str) -> bool:
+    """`is_lower_better` of an eval.metric: a score of the split, or TASK/METRIC or TASK/METRIC/GROUP of a task."""
+    return is_lower_better(metric.split("/")[1] if "/" in metric else metric)
 
 
 def describe(record: Mapping[str, Any]) -> list[str]:

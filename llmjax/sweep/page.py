@@ -8,9 +8,9 @@ from etils import epath
 from llmjax import atomic
 from llmjax.report import plot
 from llmjax.report.markup import chart_grid, escape, excerpt, format_axis, format_number, html_page, section, table
-from llmjax.sweep import training
+from llmjax.run.inspection import align
 from llmjax.sweep.space import Range
-from llmjax.sweep.study import TrialResult, find_winner
+from llmjax.sweep.study import TrialResult, find_winner, rank
 
 _MAX_CURVES = 8  # curves of the best trials that have a colour of their own
 _WIDTH, _HEIGHT = 480, 240
@@ -35,18 +35,6 @@ def write_page(
     atomic.write_bytes(path, html_page(title, "\n".join(filter(None, parts))).encode())
 
 
-def rank(trials: Sequence[TrialResult], metric: str) -> list[TrialResult]:
-    """Complete trials from the best one on, then pruned ones likewise, then the others by number."""
-    sign = 1 if training.is_lower_better(metric) else -1
-    order = {"complete": 0, "pruned": 1}
-
-    def key(trial: TrialResult) -> tuple[int, float, int]:
-        scored = trial.score is not None and trial.state in order
-        return order.get(trial.state, 2), sign * (trial.score or 0.0) if scored else 0.0, trial.number
-
-    return sorted(trials, key=key)
-
-
 def _table(
     ranges: Sequence[Range], trials: Sequence[TrialResult], metric: str, *, errors: bool
 ) -> tuple[list[str], list[list[str]]]:
@@ -63,10 +51,7 @@ def _table(
 def describe_table(ranges: Sequence[Range], trials: Sequence[TrialResult], metric: str) -> list[str]:
     """The table of trials as lines of text, the best trial first."""
     head, rows = _table(ranges, trials, metric, errors=False)
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
-    ]
+    return align([tuple(row) for row in (head, *rows)])
 
 
 def _header(title: str, metric: str, trials: Sequence[TrialResult], winner: TrialResult | None) -> str:

@@ -18,6 +18,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from llmjax.errors import UserError
+from llmjax.evals import results
 from llmjax.run import workdir as workdirs
 from llmjax.sweep import space, training
 from llmjax.sweep.space import Range
@@ -95,7 +96,7 @@ def open_study(plan: Plan, workdir: epath.Path) -> optuna.Study:
     return optuna.create_study(
         storage=optuna.storages.JournalStorage(backend),
         study_name=_NAME,
-        direction="minimize" if training.is_lower_better(plan.metric) else "maximize",
+        direction="minimize" if results.is_eval_metric_lower_better(plan.metric) else "maximize",
         load_if_exists=True,
         pruner=pruner,
     )
@@ -256,11 +257,22 @@ def list_results(plan: Plan, workdir: epath.Path) -> list[TrialResult]:
     return [_make_result(trial, plan) for trial in open_study(plan, workdir).get_trials(deepcopy=False)]
 
 
+def rank(trials: Sequence[TrialResult], metric: str) -> list[TrialResult]:
+    """Complete trials from the best one on, then pruned ones likewise, then the others by number."""
+    sign = 1 if results.is_eval_metric_lower_better(metric) else -1
+    order = {"complete": 0, "pruned": 1}
+
+    def key(trial: TrialResult) -> tuple[int, float, int]:
+        scored = trial.score is not None and trial.state in order
+        return order.get(trial.state, 2), sign * (trial.score or 0.0) if scored else 0.0, trial.number
+
+    return sorted(trials, key=key)
+
+
 def find_winner(trials: Sequence[TrialResult], metric: str) -> TrialResult | None:
     """The complete trial with the best score, the first one of equals."""
-    sign = 1 if training.is_lower_better(metric) else -1
-    complete = [trial for trial in trials if trial.state == "complete" and trial.score is not None]
-    return min(complete, key=lambda trial: sign * (trial.score or 0.0), default=None)
+    complete = (trial for trial in rank(trials, metric) if trial.state == "complete" and trial.score is not None)
+    return next(complete, None)
 
 
 def _make_result(trial: FrozenTrial, plan: Plan) -> TrialResult:

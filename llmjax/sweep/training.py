@@ -126,10 +126,5 @@ def find_score(scores: dict[int, float], metric: str, *, keeps_best: bool) -> fl
     """The score of a run: that of its last evaluation, or of its best one where its checkpoint is kept; nan: none."""
     finite = [value for value in scores.values() if math.isfinite(value)]
     if keeps_best and finite:
-        return min(finite) if is_lower_better(metric) else max(finite)
+        return min(finite) if results.is_eval_metric_lower_better(metric) else max(finite)
     return list(scores.values())[-1] if scores else math.nan
-
-
-def is_lower_better(metric: str) -> bool:
-    """Whether a lower value is better; of TASK/METRIC and TASK/METRIC/GROUP the metric says it."""
-    return results.is_lower_better(metric.split("/")[1] if "/" in metric else metric)

@@ -26,8 +26,7 @@ def select_scores(scores: Mapping[str, Any], metric: str) -> dict[str, float]:
 
 def find_best(evaluations: Evaluations, metric: str) -> int | None:
     """The step of the best evaluation, the first one of equals; None without any."""
-    # Those of tasks are TASK/METRIC, or TASK/METRIC/GROUP.
-    is_lower_better = results.is_lower_better(metric.split("/")[1] if "/" in metric else metric)
+    is_lower_better = results.is_eval_metric_lower_better(metric)
 
     def cost(step: int) -> float:
         value = evaluations[step].get(metric, math.nan)
