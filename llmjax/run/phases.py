@@ -1,6 +1,7 @@
 """The phases of a run: from `phases.NAME.*` to the steps, the rows and the learning rate of each."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import contextlib
 import dataclasses
 import itertools
 
@@ -81,6 +82,22 @@ def split(config: RunConfig) -> list[Phase]:
             entries, itertools.pairwise(bounds), streams, rates, strict=True
         )
     ]
+
+
+def check_rates(config: RunConfig) -> None:
+    """Raise UserError where a schedule of the learning rate does not fit into the steps."""
+    for phase in split(config):
+        with _naming_phase(phase.name):
+            schedules.make_schedule(phase.rates.optimizer, phase.rates.horizon)
+
+
+@contextlib.contextmanager
+def _naming_phase(name: str) -> Iterator[None]:
+    """Put the name of a phase before the text of a UserError."""
+    try:
+        yield
+    except UserError as error:
+        raise error if name == FIRST else UserError(f"phases.{name}: {error}") from error
 
 
 def at_step(phases: Sequence[Phase], step: int) -> int:
@@ -239,12 +256,8 @@ def _make_rates(config: RunConfig, entries: _Entries) -> list[RateSchedule]:
         if phase.after_step not in ends:
             result.append(result[-1])
             continue
-        try:
-            if name != FIRST:
+        if name != FIRST:
+            with _naming_phase(name):
                 optimizer = dataclasses.replace(optimizer, **{"warmup_steps": 0, **phase.rates})
-            horizon = ends[phase.after_step] - phase.after_step
-            schedules.make_schedule(optimizer, horizon)
-        except UserError as error:
-            raise UserError(f"phases.{name}: {error}") from error
-        result.append(RateSchedule(optimizer, phase.after_step, horizon))
+        result.append(RateSchedule(optimizer, phase.after_step, ends[phase.after_step] - phase.after_step))
     return result

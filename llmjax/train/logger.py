@@ -34,7 +34,7 @@ class MetricsLogger:
     def __init__(self, context: TrainContext, progress: Progress):
         self._context = context
         self._progress_line = ProgressLine(context.last_step)
-        self._pending: tuple[int, dict, TrainPhase] | None = None
+        self._pending: tuple[int, dict, float] | None = None
         self._bad_in_a_row = 0
         self._first = True
         self._losses: collections.deque[float] = collections.deque(maxlen=_LOSS_WINDOW)
@@ -56,19 +56,19 @@ class MetricsLogger:
     def record(self, step: int, metrics: dict[str, jax.Array], phase: TrainPhase) -> None:
         """Remember that `step` was started, in this phase, and read the metrics of the step before it."""
         self.flush()
-        self._pending = step, metrics, phase
+        self._pending = step, metrics, self._flops_per_token(phase)
 
     def flush(self) -> None:
         """Wait for the running step and read its metrics."""
         if self._pending is None:
             return
-        (step, arrays, phase), self._pending = self._pending, None
+        (step, arrays, flops_per_token), self._pending = self._pending, None
         read = ("finite", "loss", "num_targets", "num_tokens")
         finite, loss, targets, tokens = jax.device_get([arrays[name] for name in read])
         self._watch_loss(step, finite, loss.item())
         self.total_targets += int(targets)
         self._window_targets += int(targets)
-        self._window_flops += int(tokens) * self._flops_per_token(phase)
+        self._window_flops += int(tokens) * flops_per_token
         self._steps += 1
         logged = step % self._context.config.train.log_every == 0 or step == self._context.last_step
         # The first step is printed at once, and its compilation does not count in the times of later steps.

@@ -24,7 +24,6 @@ from llmjax.evals.tasks.run import TaskScorer
 from llmjax.inference import generate
 from llmjax.inference.embed import with_pooling
 from llmjax.metrics import MetricsLog
-from llmjax.optim import schedules
 from llmjax.parallel import axes, backends, compilation_cache, hosts, mesh as meshes
 from llmjax.parallel.backends import CompiledStep
 from llmjax.parallel.watchdog import Watchdog
@@ -102,6 +101,8 @@ def _check_config(config: RunConfig, workdir: epath.Path) -> None:
     """All checks that are cheap, before anything is written."""
     for phase in run_phases.split(config):
         check_program(phase.config)
+    if not config.train.epochs:  # else the steps are not known before the data
+        run_phases.check_rates(config)
     recompute.check(config)
     check_profile(config.train, workdir)
     check_wandb(config.train)
@@ -213,7 +214,7 @@ def _with_steps_of_epochs(config: RunConfig, data: TrainData) -> RunConfig:
     config = run_config.with_fields(config, [("train.steps", steps)])
     if config.train.stop_at > steps:
         raise UserError(f"train.stop_at={config.train.stop_at} is beyond the {steps} steps of train.epochs: lower it")
-    schedules.make_schedule(config.optimizer, steps)
+    run_phases.check_rates(config)
     return config
 
 

@@ -193,18 +193,33 @@ def _log_computation_changes(config: RunConfig, meta: dict[str, Any]) -> None:
             logger.info("  changed since the checkpoint: %s: %r -> %r", field, before, after)
 
 
+def _begun_phases(config: RunConfig, step: int) -> dict[str, Any]:
+    """What the phases that began before the end of a step say of the data."""
+    return {
+        name: {field: value for field, value in dataclasses.asdict(phase).items() if field not in _RATE_FIELDS}
+        for name, phase in config.phases.items()
+        if phase.after_step < step
+    }
+
+
 def _restore_data_state(config: RunConfig, data: Mapping[int, TrainData], meta: dict[str, Any], step: int) -> DataState:
     """The data state of a checkpoint. Raises UserError where the config would have read other samples up to there."""
     saved, phases = DataState.from_json(meta["data_state"]), run_phases.split(config)
     of_step = data[phases[run_phases.at_step(phases, step)].rows]
     try:
-        of_step.check(saved)
+        before, now = (_begun_phases(each, step) for each in (_saved_config(meta), config))
+        if lines := differences(before, now, "phases"):
+            listed = "; ".join(f"{field}: {old!r} -> {new!r}" for field, old, new in lines)
+            raise UserError(
+                f"phases that began before step {step} changed since the checkpoint ({listed}): restore them"
+            )
         if config.phases and (used := of_step.count_used(saved)) != (now := run_phases.count_samples(phases, step)):
             raise UserError(
-                f"the steps or batches before step {step} changed since the checkpoint: {used} samples then, {now} by "
-                "this config; restore train.global_batch, data.skip and phases that began before, and change what "
-                f"follows by a phase with after_step={step} or later"
+                f"the batches before step {step} changed since the checkpoint: {used} samples then, {now} by this "
+                "config; restore train.global_batch and data.skip, and change what follows by a phase with "
+                f"after_step={step} or later"
             )
+        of_step.check(saved)
     except UserError as error:
         if not config.checkpoint.accept_changes:
             raise UserError(f"{error}; or accept it with --config.checkpoint.accept_changes=true") from None
