@@ -245,10 +245,12 @@ def describe_cost(facts: CardFacts) -> str:
     if total is None:
         text = "llmjax has not trained this model" if not facts.run.metrics else "run.json does not record the starts"
         return f"## Cost and energy\n\nNot recorded: {text}."
-    amounts = _list_items((name[:1].upper() + name[1:], value) for name, value, _ in cost.list_amounts(total))
-    assumptions = "\n".join(f"- {line}" for line in cost.list_assumptions(total))
+    amounts = cost.list_amounts(total)
+    values = _list_items((name[:1].upper() + name[1:], value) for name, value, _ in amounts)
+    lines = [*(f"{formula}." for _, _, formula in amounts), *cost.list_assumptions(total)]
+    assumptions = "\n".join(f"- {line}" for line in lines)
     text = "Training alone, without that of a base model, curation and evaluation by command."
-    return f"## Cost and energy\n\n{text}\n\n{amounts}\n\nFormulas and assumptions:\n\n{assumptions}"
+    return f"## Cost and energy\n\n{text}\n\n{values}\n\nFormulas and assumptions:\n\n{assumptions}"
 
 
 def describe_how_to_use(facts: CardFacts) -> str:
