@@ -93,7 +93,12 @@ def _check_run(where: str, task: TaskConfig, config: RunConfig) -> None:
     model = config.model
     if objective in LABELLED:
         _check_head(where, task, config)
-    elif not model.generates or (model.reads_source and task.kind != "generate"):
+    elif model.reads_source and task.kind == "memorisation":
+        raise UserError(
+            f"{where}.kind='memorisation': the decoder of model.family={model.family!r} does not continue documents; "
+            "use another run"
+        )
+    elif not model.generates:
         raise UserError(
             f"{where}.kind={task.kind!r}: model.family={model.family!r} gives no likelihood of text; use another run"
         )

@@ -284,15 +284,21 @@ def test_tasks_that_a_run_cannot_have(objective, task, message):
         select(objective, **task)
 
 
-@pytest.mark.parametrize(("family", "objective"), [("encoder", "masked"), ("encdec", "span")])
-def test_families_without_a_likelihood_of_text(family, objective):
-    tasks = {name: {"kind": name, "path": "a.jsonl"} for name in ("pairs", "generate")}
-    tree = {"model": {"family": family}, "objective": {"name": objective}, "eval": {"tasks": tasks}}
-    config = run_config.apply_overrides(tree, [])
-    with pytest.raises(UserError, match=f"kind='pairs': model.family='{family}' gives no likelihood of text"):
-        run.select_tasks(config, ["pairs"], Options())
-    if family == "encdec":
-        assert run.select_tasks(config, ["generate"], Options())
+def test_tasks_that_a_family_cannot_have():
+    tasks = {name: {"kind": name, "path": "a.jsonl"} for name in ("pairs", "choice", "generate")}
+    tasks |= {"memorised": {"kind": "memorisation"}}
+
+    def select(family: str, objective: str, name: str):
+        tree = {"model": {"family": family}, "objective": {"name": objective}, "eval": {"tasks": tasks}}
+        return run.select_tasks(run_config.apply_overrides(tree, []), [name], Options())
+
+    with pytest.raises(UserError, match=r"kind='pairs': model\.family='encoder' gives no likelihood of text"):
+        select("encoder", "masked", "pairs")
+    with pytest.raises(
+        UserError, match=r"memorised\.kind='memorisation': the decoder of model\.family='encdec' does not"
+    ):
+        select("encdec", "span", "memorised")
+    assert all(select("encdec", "span", name) for name in ("pairs", "choice", "generate"))
 
 
 def test_bad_options_of_the_command():
