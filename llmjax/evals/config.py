@@ -6,7 +6,7 @@ import re
 
 from llmjax.errors import UserError, suggest
 
-_PROMPT_FIELDS = ("prompt", "text_field", "shots")
+_PROMPT_FIELDS = ("prompt", "text_field", "shots", "chat")
 # The fields of TaskConfig that each kind of task uses, besides those of _ALL.
 KINDS: dict[str, tuple[str, ...]] = {
     "choice": (*_PROMPT_FIELDS, "choices", "choices_field", "answer_field", "normalize"),
@@ -76,6 +76,8 @@ class TaskConfig:
                    answer. Empty: the text, and a space. consistency: after which the model writes samples, or the text
     shots          choice, generate, classify: the first records of the file are examples, written with their answers
                    before each prompt, and are not scored
+    chat           choice, generate, classify: whether the model's chat template writes the prompts, as turns of a user
+                   and without spaces at their end; shots are earlier turns
     choices        choice: the texts to choose from, with a field of the record for each {field}; classify: how the
                    classes are named after the prompt, where the run has no head for them; consistency: how no and yes
                    are written after `verify_prompt`; empty: "No" and "Yes"
@@ -126,6 +128,7 @@ class TaskConfig:
     pair_field: str = ""
     prompt: str = ""
     shots: int = 0
+    chat: bool = False
     choices: tuple[str, ...] = ()
     choices_field: str = "choices"
     answer_field: str = "answer"

@@ -101,6 +101,8 @@ def _set_up(
     objective = run_config.objective(config, tokenizer)
     backends.check_length("objective.target_len", objective.target_len)
     config = run_config.with_objective(config, objective)
+    tasks = TaskScorer(config)
+    tasks.check_template(workdir, store, tokenizer)
     generate.check_samples(config.sample, config.model, tokenizer, objective)
     hosts.all_equal("config", str(config))
     checkpoints = Checkpoints(workdir / workdirs.CHECKPOINTS, config.checkpoint)
@@ -152,7 +154,7 @@ def _set_up(
         log=MetricsLog(workdir, primary=hosts.is_primary(), resume_step=progress.step),
         lock=lock,
         watchdog=watchdog,
-        tasks=TaskScorer(config),
+        tasks=tasks,
         started=started,
         teacher=teacher,
         remat_reason=remat_reason,

@@ -117,6 +117,14 @@ def test_tasks_have_the_same_scores_however_the_step_is_computed(tmp_path):
         assert other == pytest.approx(scores, rel=1e-5) and other_texts == texts
 
 
+def test_a_chat_without_a_template_is_refused_before_training(tmp_path):
+    changes = {"eval.tasks.words.kind": "generate", "eval.tasks.words.chat": "True", "eval.metric": "loss"}
+    changes |= {"eval.tasks.words.text_field": "good", "eval.tasks.words.answer_field": "bad"}
+    with pytest.raises(UserError, match="it has no chat template"):
+        train_command([*flags(tmp_path, **changes), f"--workdir={tmp_path / 'run'}"])
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
