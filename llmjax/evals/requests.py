@@ -16,7 +16,7 @@ from llmjax.data.objectives import vocabulary
 from llmjax.errors import UserError
 from llmjax.inference.generate import check_model, continue_prompts
 from llmjax.inference.sampling import Sampling
-from llmjax.inference.text_batches import group_by_length
+from llmjax.inference.text_batches import fill_batches, group_by_length, round_length
 from llmjax.nn.losses import join, split
 from llmjax.parallel import axes, backends, hosts
 from llmjax.run.loading import Loaded
@@ -24,7 +24,6 @@ from llmjax.run.loading import Loaded
 logger = logging.getLogger(__name__)
 
 _PROGRESS_SECONDS = 5.0
-_SHORTEST_SPAN = 16  # scored positions of a row are padded to 16, 32, 64, ..., so that few programs are compiled
 
 Tokens = Sequence[int] | np.ndarray
 Pair = tuple[Tokens, Tokens]  # token ids of a context, and those of its continuation
@@ -81,6 +80,7 @@ class LanguageModel:
         self._batch = batch or config.eval.batch or config.train.global_batch
         field = "eval.batch" if config.eval.batch else "train.global_batch"
         backends.check_batch("--batch" if batch else field, self._batch)
+        self._multiple = max(8, 2 * axes.num_shards("seq"))  # of the positions of a row
         self._sharding = backends.batch_sharding()
         self._rows = hosts.local_rows(self._sharding, self._batch)
         replicated = jax.sharding.NamedSharding(jax.sharding.get_mesh(), jax.sharding.PartitionSpec())
@@ -172,15 +172,22 @@ class LanguageModel:
         by_inputs: dict[tuple[bytes, bytes, int], list[int]] = {}
         for number, row in enumerate(rows):
             by_inputs.setdefault(row.inputs, []).append(number)
+        equal = list(by_inputs.values())
+        firsts = [rows[numbers[0]] for numbers in equal]
         # Short spans together, so that a batch is not scored at many positions for one long continuation.
-        equal = sorted(by_inputs.values(), key=lambda numbers: rows[numbers[0]].span)
-        groups = list(group_by_length([rows[n[0]].length for n in equal], self.max_length, rows=self._batch))
+        groups = fill_batches(
+            [row.length for row in firsts],
+            [row.span for row in firsts],
+            rows=self._batch,
+            longest=self.max_length,
+            multiple=self._multiple,
+        )
         scored = [(np.zeros(0, np.float32), np.ones(0, bool))] * len(pairs)
-        for part, _, length in _log_progress(groups, len(equal)):
+        for part, _, length in _log_progress(list(groups), len(equal)):
             members = [equal[index] for index in part]
             firsts = [rows[numbers[0]] for numbers in members]
             longest = max(row.span for row in firsts)
-            span = max(_SHORTEST_SPAN, 1 << (longest - 1).bit_length()) if longest else 1
+            span = round_length(longest) if longest else 1
             span = span if self._reads_source else min(span, length)
             batch = self._make_batch(firsts, length)
             share = any(len(numbers) > 1 for numbers in members)
@@ -273,7 +280,7 @@ class LanguageModel:
                 source[number, : row.length], source_segments[number, : row.length] = row.source, 1
             source_positions = np.arange(length, dtype=np.int32) * source_segments
             sources = {"source": source, "source_segments": source_segments, "source_positions": source_positions}
-            length = max(_SHORTEST_SPAN, 1 << (max(len(row.ids) for row in rows) - 2).bit_length())
+            length = round_length(max(len(row.ids) for row in rows) - 1, self._multiple)
         inputs, targets, segments = np.zeros((3, self._batch, length), np.int32)
         weights = np.zeros((self._batch, length), np.float32)
         for number, row in enumerate(rows):
@@ -337,7 +344,7 @@ def split_windows(ids: Tokens, prefix_id: int, max_length: int) -> list[Pair]:
 
 
 def _log_progress(groups: Sequence[tuple[list[int], int, int]], total: int) -> Iterator[tuple[list[int], int, int]]:
-    """Yield the groups of `group_by_length`, and log how many of the requests are done on long work."""
+    """Yield groups of requests (indices, rows, positions of a row), and log on long work how many requests are done."""
     start = last = time.monotonic()
     done = 0
     for group in groups:
