@@ -40,6 +40,10 @@ _SCORES: dict[str, tuple[str, ...]] = {
     "truthful": ("mc1", "mc2"),
     "perplexity": ("bits_per_byte", "perplexity"),
 }
+_SCORES_OF_CLASS_SETS = (
+    *("f1_macro", "precision_macro", "recall_macro", "precision_micro", "recall_micro", "f1_micro"),
+    *("subset_accuracy", "roc_auc", "pr_auc"),
+)
 _SCORES_OF_CLASSES = ("precision", "recall", "f1")  # /CLASS, of the kind classify
 _COMMON = ("kind", "limit")
 _FILE = ("path", "format", "columns", "group_field")  # of every kind but memorisation, which reads the token store
@@ -185,8 +189,13 @@ def check_name(task: str, where: str) -> None:
         )
 
 
-def list_scores(task: TaskConfig) -> tuple[str, ...]:
-    """The names of a task's scores, without those of parts; () for a kind whose scores depend on its examples."""
+def list_scores(task: TaskConfig, *, multi_label: bool = False) -> tuple[str, ...]:
+    """The names of a task's scores, without those of parts; () for a kind whose scores depend on its examples.
+
+    multi_label   data.multi_label of the run
+    """
+    if task.kind == "classify" and multi_label:
+        return _SCORES_OF_CLASS_SETS
     scores = _SCORES.get(task.kind, ())
     if task.kind == "similarity" and task.score_field:
         scores += tuple(f"{name}_{end}" for name in scores[:4] for end in ("spearman", "pearson"))
@@ -197,7 +206,7 @@ def list_scores(task: TaskConfig) -> tuple[str, ...]:
     return scores
 
 
-def check_metric(metric: str, tasks: Mapping[str, TaskConfig]) -> None:
+def check_metric(metric: str, tasks: Mapping[str, TaskConfig], *, multi_label: bool = False) -> None:
     """Raise UserError where eval.metric=TASK/SCORE or TASK/SCORE/PART names none of the tasks, or no score of one."""
     name, _, score = metric.partition("/")
     if name not in tasks:
@@ -206,7 +215,7 @@ def check_metric(metric: str, tasks: Mapping[str, TaskConfig]) -> None:
             "it there"
         )
     task = tasks[name]
-    known, (score, _, part) = list_scores(task), score.partition("/")
+    known, (score, _, part) = list_scores(task, multi_label=multi_label), score.partition("/")
     is_known = score in known or (part and task.kind == "classify" and score in _SCORES_OF_CLASSES)
     if known and not is_known:
         raise UserError(

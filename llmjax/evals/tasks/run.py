@@ -25,6 +25,7 @@ from llmjax.evals.tasks import (
     consistency,
     generate,
     memorisation,
+    multi_label,
     pairs,
     perplexity,
     regress,
@@ -120,11 +121,6 @@ def _check_head(where: str, task: TaskConfig, config: RunConfig) -> None:
             raise UserError(
                 f"{where}.{field}={value!r}: the run has a head for labels, which reads texts as in training; unset it"
             )
-    if data.multi_label:
-        raise UserError(
-            f"{where}.kind={task.kind!r}: data.multi_label=True, and a task scores one class of each example; use "
-            "`llmjax eval --split`"
-        )
     if task.labels and len(task.labels) != len(data.classes):
         raise UserError(f"{where}.labels={task.labels}: give one for each of data.classes ({', '.join(data.classes)})")
     trained_on_pairs = {bool(source.pair_field) for source in data.sources.values()}
@@ -144,7 +140,7 @@ class TaskScorer:
     def __init__(self, config: RunConfig):
         self.tasks = select_tasks(config, config.eval.during_training, results.Options())
         if "/" in config.eval.metric:
-            check_metric(config.eval.metric, self.tasks)
+            check_metric(config.eval.metric, self.tasks, multi_label=config.data.multi_label)
         self._model: LanguageModel | None = None
 
     def check_files(self) -> None:
@@ -233,7 +229,8 @@ def _score(
     if embedding is not None:
         outcome = similarity.run(task, loaded, embedding, examples, groups)
     elif loaded.config.objective.name in LABELLED:
-        outcome = _HEADS[task.kind](task, loaded, examples, groups)
+        score_head = multi_label.run if loaded.config.data.multi_label else _HEADS[task.kind]
+        outcome = score_head(task, loaded, examples, groups)
     else:
         model = make_model()
         num_cut = model.num_cut
