@@ -10,7 +10,7 @@ _PROMPT_FIELDS = ("prompt", "text_field", "shots", "chat")
 # The fields of TaskConfig that each kind of task uses, besides those of _ALL.
 KINDS: dict[str, tuple[str, ...]] = {
     "choice": (*_PROMPT_FIELDS, "choices", "choices_field", "answer_field", "normalize"),
-    "generate": (*_PROMPT_FIELDS, "answer_field", "max_tokens", "stop", "metrics"),
+    "generate": (*_PROMPT_FIELDS, "answer_field", "max_tokens", "stop", "metrics", "embedder"),
     "truthful": ("prompt", "text_field", "best_field", "correct_field", "incorrect_field", "separator"),
     "consistency": (
         *("text_field", "pair_field", "methods", "verify_prompt", "choices", "label_field", "labels"),
@@ -48,7 +48,8 @@ _SCORES_OF_CLASSES = ("precision", "recall", "f1")  # /CLASS, of the kind classi
 _COMMON = ("kind", "limit")
 _FILE = ("path", "format", "columns", "group_field")  # of every kind but memorisation, which reads the token store
 NORMALIZATIONS = ("raw", "bytes", "tokens")
-METRICS = ("bleu", "chrf", "rouge1", "rouge2", "rougeL")
+SIMILARITIES = ("cosine", "bertscore")  # of generated text, by the states of an embedder
+METRICS = ("bleu", "chrf", "rouge1", "rouge2", "rougeL", *SIMILARITIES)
 METHODS = ("support", "entailment", "samples")
 _RESERVED = ("train", "validation", "test")  # files of the splits, in the same folder
 _QUESTIONS = ("choice", "generate", "truthful")
@@ -109,7 +110,10 @@ class TaskConfig:
     write_text     consistency: whether the model writes the text after `prompt`, in place of reading it from the file
     samples        consistency: texts that the method `samples` draws of each prompt
     temperature    consistency: of these draws
-    metrics        generate: further scores: bleu, chrf, rouge1, rouge2, rougeL; the first of them is the main score
+    metrics        generate: further scores: bleu, chrf, rouge1, rouge2, rougeL, cosine, bertscore; the first of them is
+                   the main score
+    embedder       generate: the workdir of a run, such as an imported MiniLM, whose hidden states cosine and bertscore
+                   compare
     group_field    the main score is also reported for each value of this field, such as a domain; of classify also the
                    gap between the groups; empty: it is not
     normalize      choice: by what the log-likelihoods of choices are divided for the main score: raw (nothing), bytes
@@ -154,6 +158,7 @@ class TaskConfig:
     samples: int = 5
     temperature: float = 1.0
     metrics: tuple[str, ...] = ()
+    embedder: str = ""
     group_field: str = ""
     normalize: str = "raw"
     max_tokens: int = 64
@@ -259,6 +264,15 @@ def _check_fields(task: TaskConfig, where: str) -> None:
             raise UserError(f"{where}.{field}={values}: expected two or more different texts")
     if task.stop and not all(task.stop):
         raise UserError(f"{where}.stop={task.stop}: an empty text would end every answer; remove it")
+    is_compared = [name for name in task.metrics if name in SIMILARITIES]
+    if is_compared and not task.embedder:
+        raise UserError(
+            f"{where}.embedder is not set: {is_compared[0]} needs the workdir of a run whose states it compares"
+        )
+    if task.embedder and not is_compared:
+        raise UserError(
+            f"{where}.embedder={task.embedder!r}: add one of {', '.join(SIMILARITIES)} to metrics, or unset it"
+        )
     if task.kind == "consistency":
         _check_consistency(task, where)
     if task.kind == "truthful" and not task.separator:

@@ -79,6 +79,8 @@ def select_tasks(config: RunConfig, names: Sequence[str], options: results.Optio
 
 def _check_run(where: str, task: TaskConfig, config: RunConfig) -> None:
     """Raise UserError for a task that a model of this run cannot do."""
+    if task.embedder and not (epath.Path(task.embedder) / workdirs.CONFIG).exists():
+        raise UserError(f"{where}.embedder={task.embedder!r}: has no {workdirs.CONFIG}; give the workdir of a run")
     if task.kind == "similarity":
         return  # every model has hidden states
     objective = config.objective.name
@@ -188,6 +190,8 @@ def evaluate(
         files = [memorisation.fingerprint_store(loaded, f"eval.tasks.{name}")]
     else:
         files = _hash_files(name, task)
+    if task.embedder:
+        files.append(similarity.fingerprint_embedder(epath.Path(task.embedder)))
     template = require_chat_template(workdir, loaded.store, loaded.tokenizer) if task.chat else None
     key = results.make_key(loaded, {"config": settings, "files": files, "template": template and template.source})
     if (record := results.read_cached(workdir, loaded.step, name, key)) is not None:
