@@ -316,9 +316,12 @@ class LanguageModel:
             hidden, targets = part
             logits = model.unembed(hidden)
             # Targets are compared, not looked up, so that vocab may be sharded.
-            is_target = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2) == targets[..., None]
-            target = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
-            return target - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == targets
+            ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2)
+            target = jnp.sum(jnp.where(ids == targets[..., None], logits, 0.0), axis=-1)
+            # As argmax, which is slower: the sum needs the maximum as well, and a minimum of ids is vectorised.
+            is_highest = logits == jnp.max(logits, axis=-1, keepdims=True)
+            first = jnp.min(jnp.where(is_highest, ids, logits.shape[-1]), axis=-1)
+            return target - jax.nn.logsumexp(logits, axis=-1), first == targets
 
         chunk = min(self._loaded.config.train.loss_chunk or span, span)
         scores, is_first = jax.lax.map(score, (split(hidden, chunk), split(targets, chunk)))
