@@ -277,6 +277,7 @@ class LanguageModel:
         if self._reads_source:
             source, source_segments = np.zeros((2, self._batch, length), np.int32)
             for number, row in enumerate(rows):
+                assert row.source is not None
                 source[number, : row.length], source_segments[number, : row.length] = row.source, 1
             source_positions = np.arange(length, dtype=np.int32) * source_segments
             sources = {"source": source, "source_segments": source_segments, "source_positions": source_positions}
