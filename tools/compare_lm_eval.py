@@ -7,7 +7,8 @@
 
 Both compute in float32 on CPU, one after the other. The requests are made of public texts (docs/testdata.md): answers
 to questions of PIQA, paragraphs of WikiText-2, and problems of GSM8K, whose solutions are generated. The tool needs the
-extras `eval` and `parity`. Speed is by processor time of all threads, when all programs are compiled.
+extras `eval` and `parity`. For the speed both answer the requests of one kind again, when all programs are compiled,
+in turns, so that other work on the machine slows both.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import itertools
 import json
 import os
 from pathlib import Path
+import statistics
 import time
 from typing import Any
 
@@ -24,6 +26,7 @@ from etils import epath
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 import numpy as np
+import torch
 
 from llmjax.cli.logs import configure_logging
 from llmjax.evals.lm_eval_tasks import Adapter
@@ -32,6 +35,7 @@ from llmjax.run import loading
 
 ROOT = Path(__file__).resolve().parent.parent
 NEW_TOKENS = 16
+LIKELIHOODS = ("loglikelihood", "loglikelihood_rolling")
 TIMED = "loglikelihood"
 
 
@@ -44,7 +48,7 @@ def main() -> None:
     loading.initialize(workdir, overrides)
     with loading.load(workdir, overrides=overrides) as loaded:
         model = LanguageModel(loaded, options.batch)
-        answers, seconds = answer(Adapter(None, model), requests)
+        adapter = Adapter(None, model)
         make_peer: Any = HFLM  # its parameters are hidden from type checkers
         peer = make_peer(
             pretrained=options.exported,
@@ -53,20 +57,31 @@ def main() -> None:
             batch_size=options.batch,
             max_length=options.max_length,
             prefix_token_id=model.prefix_id,
-            softmax_dtype="float64",  # its sum over the vocabulary in float32 alone is off by 1e-5 a token
         )
-        expected, peer_seconds = answer(peer, requests)
         print(f"{options.exported}, float32, {options.batch} rows at a time, {options.max_length} tokens at most")
-        print(f"{'requests':24}{'number':>8}   largest difference")
-        for kind, ours in answers.items():
-            print(f"{kind:24}{len(ours):>8}   {describe_difference(kind, ours, expected[kind])}")
-        rates = [len(requests[TIMED]) / time for time in (seconds, peer_seconds)]
-        print(f"{TIMED} requests a second of processor time: llmjax {rates[0]:.2f}, hf {rates[1]:.2f}")
-        prompts = [request.args[0] for request in requests["generate_until"]]
-        texts = zip(prompts, answers["generate_until"], expected["generate_until"], strict=True)
-        for number, (prompt, text, other) in enumerate(texts):
-            if text != other:
-                print(f"  text {number}: {describe_tie(model, prompt, text, other)}")
+        for kind, instances in requests.items():
+            if not instances:
+                continue
+            ours, expected = (getattr(which, kind)(instances) for which in (adapter, peer))
+            show(f"{len(instances)} {kind}: {describe_difference(ours, expected)}")
+            if kind == TIMED:
+                for line in compare_speed({"llmjax": adapter, "hf": peer}, instances, options.rounds):
+                    show(line)
+            if kind in LIKELIHOODS:
+                # Its sum over the vocabulary in float32 alone is off by 1e-5 a token.
+                peer.softmax_dtype = torch.float64
+                show(f"  hf with a float64 softmax: {describe_difference(ours, getattr(peer, kind)(instances))}")
+                peer.softmax_dtype = None
+            else:
+                texts = zip(instances, ours, expected, strict=True)
+                for number, (instance, text, other) in enumerate(texts):
+                    if text != other:
+                        show(f"  text {number}: {describe_tie(model, instance.args[0], text, other)}")
+
+
+def show(line: str) -> None:
+    """At once: the next answers may take minutes."""
+    print(line, flush=True)
 
 
 def parse_options() -> argparse.Namespace:
@@ -77,6 +92,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=data, help="the public texts (default: %(default)s)")
     parser.add_argument("--requests", type=int, default=200, help="of each kind of likelihood (default: %(default)s)")
     parser.add_argument("--texts", type=int, default=100, help="generated texts (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="of the comparison of speed (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="rows at a time (default: %(default)s)")
     parser.add_argument("--max_length", type=int, default=128, help="tokens that are read (default: %(default)s)")
     return parser.parse_args()
@@ -106,21 +122,36 @@ def read_requests(folder: Path, count: int, texts: int) -> dict[str, list[Instan
     }
 
 
-def answer(model: Any, requests: dict[str, list[Instance]]) -> tuple[dict[str, list], float]:
-    """(answers by kind, seconds of the requests TIMED when they are answered again)."""
-    answers = {kind: getattr(model, kind)(instances) for kind, instances in requests.items()}
-    began = time.process_time()
-    getattr(model, TIMED)(requests[TIMED])
-    return answers, time.process_time() - began
+def compare_speed(models: dict[str, Any], requests: list[Instance], rounds: int) -> list[str]:
+    """Lines with the requests a second of each of two models, which answer all requests in turns; medians of rounds."""
+    clocks = {"processor": time.process_time, "wall": time.perf_counter}
+    seconds: dict[tuple[str, str], list[float]] = {(clock, name): [] for clock in clocks for name in models}
+    for _ in range(rounds):
+        for name, model in models.items():
+            began = {clock: read() for clock, read in clocks.items()}
+            getattr(model, TIMED)(requests)
+            for clock, read in clocks.items():
+                seconds[clock, name].append(read() - began[clock])
+    lines = []
+    for clock in clocks:
+        rates = {name: len(requests) / statistics.median(seconds[clock, name]) for name in models}
+        first, second = rates.values()
+        text = ", ".join(f"{name} {rate:.1f}" for name, rate in rates.items())
+        each = "; ".join(f"{name} {' '.join(f'{s:.1f}' for s in seconds[clock, name])}" for name in models)
+        lines.append(f"{TIMED} requests a second of {clock} time: {text}, ratio {first / second:.2f} (seconds: {each})")
+    return lines
 
 
-def describe_difference(kind: str, ours: list, expected: list) -> str:
-    if kind == "generate_until":
-        return f"{sum(a == b for a, b in zip(ours, expected, strict=True))} equal"
+def describe_difference(ours: list, expected: list) -> str:
+    """How the answers of one kind differ."""
+    if isinstance(ours[0], str):
+        return f"{sum(a == b for a, b in zip(ours, expected, strict=True))} texts are equal"
     first, second = ([a[0] if isinstance(a, tuple) else a for a in answers] for answers in (ours, expected))
-    difference = f"{np.abs(np.subtract(first, second)).max():.1e} nats"
+    difference = f"they differ by at most {np.abs(np.subtract(first, second)).max():.1e} nats"
     if isinstance(ours[0], tuple):
-        return f"{difference}, {sum(a[1] != b[1] for a, b in zip(ours, expected, strict=True))} greedy"
+        return (
+            f"{difference}, {sum(a[1] != b[1] for a, b in zip(ours, expected, strict=True))} in whether they are greedy"
+        )
     return difference
 
 

@@ -129,6 +129,10 @@ def _read_task(name: str, path: epath.Path, record: Mapping[str, Any]) -> TaskCo
     if settings.get("kind") not in KINDS:
         kind = settings.get("kind", "a task of lm-eval")
         raise UserError(f"--task={name}: {path} has kind {kind!r}; error analysis reads {', '.join(KINDS)}")
+    if record.get("multi_label"):
+        raise UserError(
+            f"--task={name}: {path} has examples of several classes; error analysis reads those of one class"
+        )
     return bind(TaskConfig, settings, f"eval.tasks.{name}")
 
 

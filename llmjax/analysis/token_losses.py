@@ -38,10 +38,7 @@ def compute_token_losses(
     texts = [(index, *each) for index in indices for each in _list_texts(scored, index)]
     pairs: list[Pair] = []
     for _, _, before, text in texts:
-        if before:
-            context, continuation = model.encode_pair(before, text)
-        else:
-            context, continuation = [model.prefix_id], model.encode(text)
+        context, continuation = model.encode_pair(before, text)
         pairs.append((context, list(continuation)[: min(_MAX_TOKENS, model.max_length)]))
     results: dict[int, list[TokenLosses]] = {index: [] for index in indices}
     for (index, title, before, _), (_, ids), (losses, _) in zip(texts, pairs, model.score_tokens(pairs), strict=True):
@@ -60,7 +57,7 @@ def _list_texts(scored: TaskExamples, index: int) -> list[tuple[str, str, str]]:
     if task.kind == "pairs":
         good, bad = line["input"]
         return [("should be more likely", "", good), ("should be less likely", "", bad)]
-    prompt = make_prompt(task, example)
+    prompt = line.get("prompt") or make_prompt(task, example)  # the former by the chat template
     right = line["target"][0] if isinstance(line["target"], list) else line["target"]
     answers = [("the right answer", prompt, right)]
     if task.kind != "generate" and line["prediction"] != right:

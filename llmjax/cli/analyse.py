@@ -129,7 +129,7 @@ def _has_token_losses(config: typing.Any, scored: "TaskExamples") -> bool:
     from llmjax.data.config import EMBEDDING, LABELLED
 
     is_text = config.objective.name not in (*LABELLED, *EMBEDDING, "reward")
-    return is_text and config.model.generates and not config.model.reads_source and scored.task.kind != "regress"
+    return is_text and config.model.generates and scored.task.kind != "regress"
 
 
 def _check_fix(workdir: "epath.Path", text: str, scored: "TaskExamples") -> "epath.Path":

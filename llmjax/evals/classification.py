@@ -1,8 +1,9 @@
-"""Scores of predicted classes and of their probabilities, in numpy: one class for each example.
+"""Scores of predicted classes and of their probabilities, in numpy: one class for each example, or a set of classes.
 
 labels         int [n], the right class of each example
 predicted      int [n], the predicted class
 probabilities  float [n, classes], each row sums to 1
+Functions of sets of classes take `actual` and `predicted`, bool [n, classes], and a probability of each class alone.
 A score that is undefined for its examples, such as the ROC AUC of a set without negatives, is nan.
 """
 
@@ -47,7 +48,30 @@ class ClassScores:
 
 def score_classes(confusion: np.ndarray) -> ClassScores:
     """Precision, recall and F1 of each class."""
-    right, actual, predicted = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+    return _score_counts(np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0))
+
+
+def score_class_sets(actual: np.ndarray, predicted: np.ndarray) -> ClassScores:
+    """The same of sets of classes."""
+    check_lengths(predicted, actual)
+    return _score_counts((actual & predicted).sum(axis=0), actual.sum(axis=0), predicted.sum(axis=0))
+
+
+def average_class_sets(actual: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+    """Macro and micro precision, recall and F1 of sets of classes, and the share of examples whose whole set is right.
+
+    A macro average is the mean over classes; a micro average counts every class of every example alike.
+    """
+    classes = score_class_sets(actual, predicted)
+    totals = np.array([(actual & predicted).sum(), actual.sum(), predicted.sum()])[:, None]
+    micro = _score_counts(*totals)
+    macro = {f"{name}_macro": float(getattr(classes, name).mean()) for name in ("precision", "recall", "f1")}
+    micro = {f"{name}_micro": float(getattr(micro, name)[0]) for name in ("precision", "recall", "f1")}
+    return macro | micro | {"subset_accuracy": float((actual == predicted).all(axis=1).mean())}
+
+
+def _score_counts(right: np.ndarray, actual: np.ndarray, predicted: np.ndarray) -> ClassScores:
+    """Of the numbers of examples [classes] that have a class and were given it, have it, and were given it."""
     divide = lambda part, whole: np.divide(part, whole, out=np.zeros(len(whole)), where=whole > 0)
     return ClassScores(divide(right, predicted), divide(right, actual), divide(2 * right, actual + predicted))
 
@@ -106,8 +130,14 @@ def aucs(labels: np.ndarray, probabilities: np.ndarray) -> tuple[float, float]:
     """
     check_lengths(probabilities, labels)
     num_classes = probabilities.shape[1]
-    classes = [1] if num_classes == 2 else range(num_classes)
-    areas = np.array([binary_aucs(labels == number, probabilities[:, number]) for number in classes])
+    classes = [1] if num_classes == 2 else list(range(num_classes))
+    return class_set_aucs(labels[:, None] == classes, probabilities[:, classes])
+
+
+def class_set_aucs(actual: np.ndarray, probabilities: np.ndarray) -> tuple[float, float]:
+    """The mean of `binary_aucs` over the classes that some examples have and others lack; nan where there are none."""
+    check_lengths(probabilities, actual)
+    areas = np.array([binary_aucs(*columns) for columns in zip(actual.T, probabilities.T, strict=True)])
     areas = areas[~np.isnan(areas[:, 0])]
     return (float(areas[:, 0].mean()), float(areas[:, 1].mean())) if len(areas) else (np.nan, np.nan)
 

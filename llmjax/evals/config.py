@@ -6,11 +6,11 @@ import re
 
 from llmjax.errors import UserError, suggest
 
-_PROMPT_FIELDS = ("prompt", "text_field", "shots")
+_PROMPT_FIELDS = ("prompt", "text_field", "shots", "chat")
 # The fields of TaskConfig that each kind of task uses, besides those of _ALL.
 KINDS: dict[str, tuple[str, ...]] = {
     "choice": (*_PROMPT_FIELDS, "choices", "choices_field", "answer_field", "normalize"),
-    "generate": (*_PROMPT_FIELDS, "answer_field", "max_tokens", "stop", "metrics"),
+    "generate": (*_PROMPT_FIELDS, "answer_field", "max_tokens", "stop", "metrics", "embedder"),
     "truthful": ("prompt", "text_field", "best_field", "correct_field", "incorrect_field", "separator"),
     "consistency": (
         *("text_field", "pair_field", "methods", "verify_prompt", "choices", "label_field", "labels"),
@@ -40,11 +40,16 @@ _SCORES: dict[str, tuple[str, ...]] = {
     "truthful": ("mc1", "mc2"),
     "perplexity": ("bits_per_byte", "perplexity"),
 }
+_SCORES_OF_CLASS_SETS = (
+    *("f1_macro", "precision_macro", "recall_macro", "precision_micro", "recall_micro", "f1_micro"),
+    *("subset_accuracy", "roc_auc", "pr_auc"),
+)
 _SCORES_OF_CLASSES = ("precision", "recall", "f1")  # /CLASS, of the kind classify
 _COMMON = ("kind", "limit")
 _FILE = ("path", "format", "columns", "group_field")  # of every kind but memorisation, which reads the token store
 NORMALIZATIONS = ("raw", "bytes", "tokens")
-METRICS = ("bleu", "chrf", "rouge1", "rouge2", "rougeL")
+SIMILARITIES = ("cosine", "bertscore")  # of generated text, by the states of an embedder
+METRICS = ("bleu", "chrf", "rouge1", "rouge2", "rougeL", *SIMILARITIES)
 METHODS = ("support", "entailment", "samples")
 _RESERVED = ("train", "validation", "test")  # files of the splits, in the same folder
 _QUESTIONS = ("choice", "generate", "truthful")
@@ -76,6 +81,8 @@ class TaskConfig:
                    answer. Empty: the text, and a space. consistency: after which the model writes samples, or the text
     shots          choice, generate, classify: the first records of the file are examples, written with their answers
                    before each prompt, and are not scored
+    chat           choice, generate, classify: whether the model's chat template writes the prompts, as turns of a user
+                   and without spaces at their end; shots are earlier turns
     choices        choice: the texts to choose from, with a field of the record for each {field}; classify: how the
                    classes are named after the prompt, where the run has no head for them; consistency: how no and yes
                    are written after `verify_prompt`; empty: "No" and "Yes"
@@ -103,7 +110,10 @@ class TaskConfig:
     write_text     consistency: whether the model writes the text after `prompt`, in place of reading it from the file
     samples        consistency: texts that the method `samples` draws of each prompt
     temperature    consistency: of these draws
-    metrics        generate: further scores: bleu, chrf, rouge1, rouge2, rougeL; the first of them is the main score
+    metrics        generate: further scores: bleu, chrf, rouge1, rouge2, rougeL, cosine, bertscore; the first of them is
+                   the main score
+    embedder       generate: the workdir of a run, such as an imported MiniLM, whose hidden states cosine and bertscore
+                   compare
     group_field    the main score is also reported for each value of this field, such as a domain; of classify also the
                    gap between the groups; empty: it is not
     normalize      choice: by what the log-likelihoods of choices are divided for the main score: raw (nothing), bytes
@@ -126,6 +136,7 @@ class TaskConfig:
     pair_field: str = ""
     prompt: str = ""
     shots: int = 0
+    chat: bool = False
     choices: tuple[str, ...] = ()
     choices_field: str = "choices"
     answer_field: str = "answer"
@@ -147,6 +158,7 @@ class TaskConfig:
     samples: int = 5
     temperature: float = 1.0
     metrics: tuple[str, ...] = ()
+    embedder: str = ""
     group_field: str = ""
     normalize: str = "raw"
     max_tokens: int = 64
@@ -182,8 +194,13 @@ def check_name(task: str, where: str) -> None:
         )
 
 
-def list_scores(task: TaskConfig) -> tuple[str, ...]:
-    """The names of a task's scores, without those of parts; () for a kind whose scores depend on its examples."""
+def list_scores(task: TaskConfig, *, multi_label: bool = False) -> tuple[str, ...]:
+    """The names of a task's scores, without those of parts; () for a kind whose scores depend on its examples.
+
+    multi_label   data.multi_label of the run
+    """
+    if task.kind == "classify" and multi_label:
+        return _SCORES_OF_CLASS_SETS
     scores = _SCORES.get(task.kind, ())
     if task.kind == "similarity" and task.score_field:
         scores += tuple(f"{name}_{end}" for name in scores[:4] for end in ("spearman", "pearson"))
@@ -194,7 +211,7 @@ def list_scores(task: TaskConfig) -> tuple[str, ...]:
     return scores
 
 
-def check_metric(metric: str, tasks: Mapping[str, TaskConfig]) -> None:
+def check_metric(metric: str, tasks: Mapping[str, TaskConfig], *, multi_label: bool = False) -> None:
     """Raise UserError where eval.metric=TASK/SCORE or TASK/SCORE/PART names none of the tasks, or no score of one."""
     name, _, score = metric.partition("/")
     if name not in tasks:
@@ -203,7 +220,7 @@ def check_metric(metric: str, tasks: Mapping[str, TaskConfig]) -> None:
             "it there"
         )
     task = tasks[name]
-    known, (score, _, part) = list_scores(task), score.partition("/")
+    known, (score, _, part) = list_scores(task, multi_label=multi_label), score.partition("/")
     is_known = score in known or (part and task.kind == "classify" and score in _SCORES_OF_CLASSES)
     if known and not is_known:
         raise UserError(
@@ -247,6 +264,15 @@ def _check_fields(task: TaskConfig, where: str) -> None:
             raise UserError(f"{where}.{field}={values}: expected two or more different texts")
     if task.stop and not all(task.stop):
         raise UserError(f"{where}.stop={task.stop}: an empty text would end every answer; remove it")
+    is_compared = [name for name in task.metrics if name in SIMILARITIES]
+    if is_compared and not task.embedder:
+        raise UserError(
+            f"{where}.embedder is not set: {is_compared[0]} needs the workdir of a run whose states it compares"
+        )
+    if task.embedder and not is_compared:
+        raise UserError(
+            f"{where}.embedder={task.embedder!r}: add one of {', '.join(SIMILARITIES)} to metrics, or unset it"
+        )
     if task.kind == "consistency":
         _check_consistency(task, where)
     if task.kind == "truthful" and not task.separator:

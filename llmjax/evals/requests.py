@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 import logging
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
@@ -16,7 +16,7 @@ from llmjax.data.objectives import vocabulary
 from llmjax.errors import UserError
 from llmjax.inference.generate import check_model, continue_prompts
 from llmjax.inference.sampling import Sampling
-from llmjax.inference.text_batches import group_by_length
+from llmjax.inference.text_batches import fill_batches, group_by_length, round_length
 from llmjax.nn.losses import join, split
 from llmjax.parallel import axes, backends, hosts
 from llmjax.run.loading import Loaded
@@ -24,10 +24,32 @@ from llmjax.run.loading import Loaded
 logger = logging.getLogger(__name__)
 
 _PROGRESS_SECONDS = 5.0
-_SHORTEST_SPAN = 16  # scored positions of a row are padded to 16, 32, 64, ..., so that few programs are compiled
 
 Tokens = Sequence[int] | np.ndarray
 Pair = tuple[Tokens, Tokens]  # token ids of a context, and those of its continuation
+
+
+class _Request(NamedTuple):
+    """A pair as the model reads it.
+
+    ids     int64: those of the decoder, of which it does not read the last one
+    span    how many of them, at the end, are scored
+    source  int64: those of the encoder; None: the model has none
+    """
+
+    ids: np.ndarray
+    span: int
+    source: np.ndarray | None
+
+    @property
+    def length(self) -> int:
+        """Positions of the source, or else of the ids that are read."""
+        return len(self.ids) - 1 if self.source is None else len(self.source)
+
+    @property
+    def inputs(self) -> tuple[bytes, bytes, int]:
+        """Equal for requests that differ in the last token alone."""
+        return self.ids[:-1].tobytes(), b"" if self.source is None else self.source.tobytes(), self.span
 
 
 class LanguageModel:
@@ -54,9 +76,11 @@ class LanguageModel:
         self.prefix_id = vocabulary.build_vocab(loaded.tokenizer).bos_id
         self.num_cut = 0
         self._loaded = loaded
+        self._reads_source = config.model.reads_source
         self._batch = batch or config.eval.batch or config.train.global_batch
         field = "eval.batch" if config.eval.batch else "train.global_batch"
         backends.check_batch("--batch" if batch else field, self._batch)
+        self._multiple = max(8, 2 * axes.num_shards("seq"))  # of the positions of a row
         self._sharding = backends.batch_sharding()
         self._rows = hosts.local_rows(self._sharding, self._batch)
         replicated = jax.sharding.NamedSharding(jax.sharding.get_mesh(), jax.sharding.PartitionSpec())
@@ -73,8 +97,8 @@ class LanguageModel:
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of a text as the model reads prompts. An id that starts texts is not repeated."""
         ids = self.tokenizer.encode_prompt(text)
-        if self._loaded.config.model.reads_source:
-            return self._loaded.objective.prompt(ids).tolist()
+        if self._reads_source:
+            return self._make_source(ids)
         frame = self.tokenizer.prompt_frame
         before = [self.prefix_id] if frame is None else list(frame[0])
         return ids.tolist() if ids[: len(before)].tolist() == before else [*before, *ids.tolist()]
@@ -82,8 +106,15 @@ class LanguageModel:
     def encode_pair(self, context: str, continuation: str) -> Pair:
         """Token ids of a context and of its continuation, as lm-eval splits them.
 
-        Both are encoded as one text, and spaces at the end of the context belong to the continuation.
+        Both are encoded as one text, and spaces at the end of the context belong to the continuation. The context of an
+        encoder-decoder is its source; where it answers prompts, it is encoded apart from the continuation.
         """
+        if self._reads_source:
+            stripped = context.rstrip()
+            before, spaces = self.encode(stripped), context[len(stripped) :]
+            if self._loaded.objective.answers:
+                return self._make_source(before), self.encode(spaces + continuation)
+            return self._make_source(before), self.encode(context + continuation)[len(before) :]
         if not context:
             ids = self.encode(continuation)
             return (ids[:1], ids[1:]) if ids[:1] == [self.prefix_id] else ([self.prefix_id], ids)
@@ -105,9 +136,15 @@ class LanguageModel:
     def rolling_tokens(self, texts: Sequence[Tokens]) -> list[np.ndarray]:
         """The log-likelihood in nats of each token of each text, float32 [tokens], after `prefix_id`.
 
-        A text longer than `max_length` is read in windows, as `split_windows` cuts them.
+        A text longer than `max_length` is read in windows, as `split_windows` cuts them. The source of an
+        encoder-decoder is an empty prompt, or what the window continues.
         """
         windows = [split_windows(ids, self.prefix_id, self.max_length) for ids in texts]
+        if self._reads_source:
+            windows = [
+                [(self._make_source(before if at else []), ids) for at, (before, ids) in enumerate(parts)]
+                for parts in windows
+            ]
         scores = iter(self.score_tokens([window for parts in windows for window in parts]))
         empty = [np.zeros(0, np.float32)]
         return [np.concatenate(empty + [next(scores)[0] for _ in parts]) for parts in windows]
@@ -116,7 +153,7 @@ class LanguageModel:
         """Of each continuation, the log-likelihoods in nats of its tokens, and whether each is the most likely one.
 
         An empty context is `prefix_id`. A context that does not fit is cut on the left. Raises UserError for a
-        continuation longer than `max_length`, for an id that the model does not have, and for an encoder-decoder.
+        continuation longer than `max_length`, and for an id that the model does not have.
         """
         return [(scores, bool(is_first.all())) for scores, is_first in self._score_pairs(pairs)]
 
@@ -130,37 +167,38 @@ class LanguageModel:
 
     def _score_pairs(self, pairs: Sequence[Pair]) -> list[tuple[np.ndarray, np.ndarray]]:
         """As `score_tokens`, with bool [tokens]: whether each token is the most likely one."""
-        config = self._loaded.config.model
-        if config.reads_source:
-            raise UserError(
-                f"model.family={config.family!r}: the likelihood of a continuation needs a decoder; give tasks that "
-                "generate text"
-            )
         rows = [self._join(number, context, continuation) for number, (context, continuation) in enumerate(pairs)]
-        spans = [len(continuation) for _, continuation in pairs]
         # Requests that differ in their last token alone, such as the letters of choices, are computed once.
-        by_inputs: dict[tuple[bytes, int], list[int]] = {}
-        for number, ids in enumerate(rows):
-            by_inputs.setdefault((ids[:-1].tobytes(), spans[number]), []).append(number)
+        by_inputs: dict[tuple[bytes, bytes, int], list[int]] = {}
+        for number, row in enumerate(rows):
+            by_inputs.setdefault(row.inputs, []).append(number)
+        equal = list(by_inputs.values())
+        firsts = [rows[numbers[0]] for numbers in equal]
         # Short spans together, so that a batch is not scored at many positions for one long continuation.
-        equal = sorted(by_inputs.values(), key=lambda numbers: spans[numbers[0]])
-        groups = list(group_by_length([len(rows[n[0]]) - 1 for n in equal], self.max_length, rows=self._batch))
+        groups = fill_batches(
+            [row.length for row in firsts],
+            [row.span for row in firsts],
+            rows=self._batch,
+            longest=self.max_length,
+            multiple=self._multiple,
+        )
         scored = [(np.zeros(0, np.float32), np.ones(0, bool))] * len(pairs)
-        for part, _, length in _log_progress(groups, len(equal)):
+        for part, _, length in _log_progress(list(groups), len(equal)):
             members = [equal[index] for index in part]
-            firsts = [numbers[0] for numbers in members]
-            longest = max(spans[number] for number in firsts)
-            span = min(max(_SHORTEST_SPAN, 1 << (longest - 1).bit_length()), length) if longest else 1
-            batch = self._make_batch([rows[n] for n in firsts], [spans[n] for n in firsts], length)
+            firsts = [rows[numbers[0]] for numbers in members]
+            longest = max(row.span for row in firsts)
+            span = round_length(longest) if longest else 1
+            span = span if self._reads_source else min(span, length)
+            batch = self._make_batch(firsts, length)
             share = any(len(numbers) > 1 for numbers in members)
             # One batch at a time: collectives of two programs could start in different orders on CPU processes.
             scores, is_first, last = jax.device_get(self._score(self._loaded.params, batch, span=span, share=share))
             for row, numbers in enumerate(members):
-                count = spans[numbers[0]]
+                count = rows[numbers[0]].span
                 for number in numbers:
                     of_tokens, is_greedy = scores[row, :count].copy(), is_first[row, :count].copy()
                     if len(numbers) > 1 and count:
-                        token = rows[number][-1]
+                        token = rows[number].ids[-1]
                         of_tokens[-1], is_greedy[-1] = last[row, token], last[row].argmax() == token
                     scored[number] = of_tokens, is_greedy
         return scored
@@ -205,30 +243,51 @@ class LanguageModel:
                 texts[number] = text
         return texts
 
-    def _join(self, number: int, context: Tokens, continuation: Tokens) -> np.ndarray:
-        """The ids of context and continuation, at most max_length + 1; the model does not read the last one."""
+    def _make_source(self, ids: Tokens) -> list[int]:
+        """The ids of a text as the encoder of an encoder-decoder reads prompts."""
+        return self._loaded.objective.prompt(np.asarray(ids, np.int32)).tolist()
+
+    def _join(self, number: int, context: Tokens, continuation: Tokens) -> _Request:
+        """The request of a pair; the model reads max_length ids at most."""
         if len(continuation) > self.max_length:
             raise UserError(
                 f"request {number}: its continuation has {len(continuation)} tokens, and the model reads "
                 f"{self.max_length}; shorten it, or raise data.seq_len"
             )
-        ids = np.concatenate([context if len(context) else [self.prefix_id], continuation]).astype(np.int64)
-        if not 0 <= ids.min() <= ids.max() < self._loaded.config.model.vocab_size:
-            raise UserError(
-                f"request {number} contains a token id outside of 0 to {self._loaded.config.model.vocab_size - 1}"
+        config = self._loaded.config.model
+        before = np.asarray(context if len(context) else [self.prefix_id], np.int64)
+        ids = np.concatenate([before, np.asarray(continuation, np.int64)])
+        if not 0 <= ids.min() <= ids.max() < config.vocab_size:
+            raise UserError(f"request {number} contains a token id outside of 0 to {config.vocab_size - 1}")
+        if self._reads_source:
+            self.num_cut += len(before) > self.max_length
+            start = [config.decoder_start_id, *self._loaded.objective.answer_begin]
+            return _Request(
+                np.append(start, continuation).astype(np.int64), len(continuation), before[-self.max_length :]
             )
         self.num_cut += len(ids) > self.max_length + 1
-        return ids[-(self.max_length + 1) :]
+        return _Request(ids[-(self.max_length + 1) :], len(continuation), None)
 
-    def _make_batch(self, rows: Sequence[np.ndarray], spans: Sequence[int], length: int) -> Batch:
-        """One request a row, of which the last `spans` targets are scored; rows without one are padding."""
-        shape = self._batch, length
-        inputs, targets, segments = (np.zeros(shape, np.int32) for _ in range(3))
-        weights = np.zeros(shape, np.float32)
-        for number, (ids, span) in enumerate(zip(rows, spans, strict=True)):
-            end = len(ids) - 1
-            inputs[number, :end], targets[number, :end], segments[number, :end] = ids[:-1], ids[1:], 1
-            weights[number, end - span : end] = 1
+    def _make_batch(self, rows: Sequence[_Request], length: int) -> Batch:
+        """One request a row, of which the last `span` targets are scored; rows without one are padding.
+
+        length   positions of the sources, or else of the rows
+        """
+        sources = {}
+        if self._reads_source:
+            source, source_segments = np.zeros((2, self._batch, length), np.int32)
+            for number, row in enumerate(rows):
+                assert row.source is not None
+                source[number, : row.length], source_segments[number, : row.length] = row.source, 1
+            source_positions = np.arange(length, dtype=np.int32) * source_segments
+            sources = {"source": source, "source_segments": source_segments, "source_positions": source_positions}
+            length = round_length(max(len(row.ids) for row in rows) - 1, self._multiple)
+        inputs, targets, segments = np.zeros((3, self._batch, length), np.int32)
+        weights = np.zeros((self._batch, length), np.float32)
+        for number, row in enumerate(rows):
+            end = len(row.ids) - 1
+            inputs[number, :end], targets[number, :end], segments[number, :end] = row.ids[:-1], row.ids[1:], 1
+            weights[number, end - row.span : end] = 1
         local = Batch(
             inputs=inputs[self._rows],
             targets=targets[self._rows],
@@ -237,6 +296,7 @@ class LanguageModel:
             positions=(np.arange(length, dtype=np.int32) * segments)[self._rows],
             sample=np.zeros((len(self._rows), 2), np.uint32),
             one_segment=True,
+            **{name: array[self._rows] for name, array in sources.items()},
         )
         return hosts.global_batch(self._sharding, local, self._rows, self._batch)
 
@@ -257,9 +317,12 @@ class LanguageModel:
             hidden, targets = part
             logits = model.unembed(hidden)
             # Targets are compared, not looked up, so that vocab may be sharded.
-            is_target = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2) == targets[..., None]
-            target = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
-            return target - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == targets
+            ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2)
+            target = jnp.sum(jnp.where(ids == targets[..., None], logits, 0.0), axis=-1)
+            # As argmax, which is slower: the sum needs the maximum as well, and a minimum of ids is vectorised.
+            is_highest = logits == jnp.max(logits, axis=-1, keepdims=True)
+            first = jnp.min(jnp.where(is_highest, ids, logits.shape[-1]), axis=-1)
+            return target - jax.nn.logsumexp(logits, axis=-1), first == targets
 
         chunk = min(self._loaded.config.train.loss_chunk or span, span)
         scores, is_first = jax.lax.map(score, (split(hidden, chunk), split(targets, chunk)))
@@ -285,7 +348,7 @@ def split_windows(ids: Tokens, prefix_id: int, max_length: int) -> list[Pair]:
 
 
 def _log_progress(groups: Sequence[tuple[list[int], int, int]], total: int) -> Iterator[tuple[list[int], int, int]]:
-    """Yield the groups of `group_by_length`, and log how many of the requests are done on long work."""
+    """Yield groups of requests (indices, rows, positions of a row), and log on long work how many requests are done."""
     start = last = time.monotonic()
     done = 0
     for group in groups:

@@ -48,6 +48,33 @@ def read_texts(path: Path, field: str) -> list[str]:
     return texts
 
 
+def round_length(length: int, multiple: int = 8) -> int:
+    """The positions of a padded row: 16, 24, 32, 40, 48, 56, 64, 80, ..., four lengths between powers of two at most.
+
+    multiple   that each of them is of
+    """
+    step = max(multiple, (1 << (length - 1).bit_length()) // 8)
+    return max(_SHORTEST, -(-length // step) * step)
+
+
+def fill_batches(
+    lengths: Sequence[int], spans: Sequence[int], *, rows: int, longest: int, multiple: int = 8
+) -> Iterator[tuple[list[int], int, int]]:
+    """Yield (indices of some texts, `rows`, positions of a row) in the order of their lengths. Only the last batch has
+    rows without a text, and little of a row is padding.
+
+    lengths   positions that each text needs
+    spans     what texts whose rows are equally long are ordered by
+    longest   the most positions that a row has
+    multiple  as of `round_length`
+    """
+    sizes = [min(round_length(length, multiple), longest) for length in lengths]
+    order = sorted(range(len(sizes)), key=lambda index: (sizes[index], spans[index]))
+    for start in range(0, len(order), rows):
+        part = order[start : start + rows]
+        yield part, rows, sizes[part[-1]]
+
+
 def group_by_length(
     lengths: Sequence[int], longest: int | None = None, *, rows: int | None = None, tokens: int = BATCH_TOKENS
 ) -> Iterator[tuple[list[int], int, int]]:

@@ -229,19 +229,27 @@ def _load_tokenizer(workdir: epath.Path, store: pathlib.Path) -> Tokenizer:
 
 def find_chat_template(workdir: epath.Path, loaded: Loaded) -> ChatTemplate | None:
     """The chat template of a run's dialogues, else that which was imported; None if there is none."""
-    folders = (loaded.store, workdir / workdirs.TOKENIZER)
-    found = (read_template(folder, loaded.tokenizer) for folder in folders)
-    return next((template for template in found if template is not None), None)
+    return _find_chat_template(workdir, loaded.store, loaded.tokenizer)
 
 
 def load_chat_template(workdir: epath.Path, loaded: Loaded) -> ChatTemplate:
     """As `find_chat_template`. Raises UserError if there is none."""
-    if (template := find_chat_template(workdir, loaded)) is not None:
+    return require_chat_template(workdir, loaded.store, loaded.tokenizer)
+
+
+def require_chat_template(workdir: epath.Path, store: pathlib.Path, tokenizer: Tokenizer) -> ChatTemplate:
+    """The same for the token store and the tokenizer of a run."""
+    if (template := _find_chat_template(workdir, store, tokenizer)) is not None:
         return template
     raise UserError(
         f"--workdir={workdir}: it has no chat template; import a chat model, train on dialogues, or put one into "
         f"{workdir / workdirs.TOKENIZER / TEMPLATE_FILE}"
     )
+
+
+def _find_chat_template(workdir: epath.Path, store: pathlib.Path, tokenizer: Tokenizer) -> ChatTemplate | None:
+    found = (read_template(folder, tokenizer) for folder in (store, workdir / workdirs.TOKENIZER))
+    return next((template for template in found if template is not None), None)
 
 
 def restore(

@@ -123,6 +123,8 @@ def _set_up(
         backends.check_length("objective.target_len", of_rows.target_len)
     config = run_config.with_objective(config, max(objectives.values(), key=lambda each: each.min_vocab_size))
     objective = objectives[max(objectives)]  # of the last phase
+    tasks = TaskScorer(config)
+    tasks.check_template(workdir, store, tokenizer)
     generate.check_samples(config.sample, config.model, tokenizer, objective)
     hosts.all_equal("config", str(config))
     checkpoints = Checkpoints(workdir / workdirs.CHECKPOINTS, config.checkpoint)
@@ -168,7 +170,7 @@ def _set_up(
         log=MetricsLog(workdir, primary=hosts.is_primary(), resume_step=progress.step),
         lock=lock,
         watchdog=watchdog,
-        tasks=TaskScorer(config),
+        tasks=tasks,
         started=started,
         teacher=teacher,
         remat_reason=remat_reason,

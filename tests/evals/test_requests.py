@@ -155,6 +155,62 @@ def test_other_causal_families_answer(family, mesh):
     assert_equal(LanguageModel(loaded, 4).loglikelihoods(pairs), loop(loaded, pairs))
 
 
+def make_encdec(name: str, form: str = "trained") -> Loaded:
+    tree = {
+        "model": {**runs.MODEL, "family": "encdec", "scan": False},
+        "objective": {"name": name, "prompt_form": form},
+        "data": {"tokenizer": {"kind": "bytes"}, "seq_len": 64},
+    }
+    config = run_config.apply_overrides(tree, [])
+    config = run_config.with_objective(config, run_config.objective(config, runs.BYTES))
+    return wrap(config, jax.jit(lambda key: registry.init(config.model, key))(jax.random.key(0)))
+
+
+def score_answer(loaded: Loaded, source: list[int], before: list[int], answer: list[int]) -> tuple[float, bool]:
+    """By one forward pass of the encoder and the decoder, which reads `before` and the answer."""
+    read = [*before, *answer][:-1]
+    pad = lambda ids: jnp.asarray(ids + [0] * (72 - len(ids)), jnp.int32)[None]
+    real = lambda ids: pad([1] * len(ids))
+    row = Batch(
+        inputs=pad(read),
+        targets=0 * pad(read),
+        weights=real(read).astype(jnp.float32),
+        segments=real(read),
+        positions=jnp.arange(72)[None],
+        sample=jnp.zeros((1, 2), jnp.uint32),
+        source=pad(source),
+        source_segments=real(source),
+        source_positions=jnp.arange(72)[None],
+    )
+    logits = _forward(loaded.graph, loaded.params, row)[0]
+    scores = np.asarray(jax.nn.log_softmax(logits), np.float64)[len(before) - 1 :][: len(answer)]
+    return float(sum(scores[range(len(answer)), answer])), scores.argmax(-1).tolist() == answer
+
+
+@pytest.mark.parametrize(("name", "form"), [("span", "trained"), ("prefix", "trained"), ("span", "plain")])
+def test_encoder_decoders_score_an_answer_to_their_source(name, form, mesh):
+    loaded = make_encdec(name, form)
+    model, start = LanguageModel(loaded, 4), loaded.config.model.decoder_start_id
+    gap = list(loaded.objective.vocabulary.ids[:1])
+    begin, frame = {
+        "span": ([start, *gap], lambda ids: [*ids, *gap]),  # what fills the first gap
+        "prefix": ([start], lambda ids: [256, *ids]),
+        "plain": ([start], lambda ids: [*ids, 257]),
+    }[name if form == "trained" else form]
+    texts = [("a question", " yes"), ("a question", " yez"), ("spaces  ", "b"), ("", "only this"), ("q", "c" * 40)]
+    texts += [("x" * 100, "cut on the left"), ("another question", " yes"), ("a", "")]
+    pairs, cut = [model.encode_pair(*pair) for pair in texts], model.num_cut
+    sources = [frame(context.rstrip().encode())[-64:] for context, _ in texts]
+    answers = [list((context[len(context.rstrip()) :] + text).encode()) for context, text in texts]
+    expected = [score_answer(loaded, *each) for each in zip(sources, [begin] * len(texts), answers, strict=True)]
+    assert_equal(model.loglikelihoods(pairs), expected)
+    assert model.num_cut - cut == 1
+    long = [97] * 70  # the first window after an empty prompt, the rest after what it continues
+    windows = [(frame([]), long[:64]), (frame([97] * 59), long[64:])]
+    scores = [score_answer(loaded, source[-64:], begin, answer)[0] for source, answer in windows]
+    assert model.rolling([long, [98]]) == pytest.approx([sum(scores), score_answer(loaded, frame([]), begin, [98])[0]])
+
+
 @pytest.mark.parametrize("shape", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
 def test_any_mesh_gives_the_same_answers(loaded, expected, shape):
     config = loaded.config
@@ -192,16 +248,24 @@ def test_generated_text_is_that_of_generate_and_ends_before_a_stop_string(model)
     assert model.num_cut == cut + 1
 
 
-def test_pairs_are_split_as_lm_eval_does(model):
+PREFIX = {"causal": 256, "seq2seq": 257}
+
+
+@pytest.mark.parametrize("backend", PREFIX)
+def test_pairs_are_split_as_lm_eval_does(backend, model, mesh):
     from lm_eval.api.model import TemplateLM
+
+    if backend == "seq2seq":  # the hf backend puts the end of a text after a source, and nothing around an answer
+        model = LanguageModel(make_encdec("span", "plain"), 4)
 
     def tok_encode(text: str, add_special_tokens: bool | None = None) -> list[int]:
         return model.encode(text) if add_special_tokens is False else model.encode_prompt(text)
 
-    peer: Any = types.SimpleNamespace(tok_encode=tok_encode, prefix_token_id=256, backend="causal")
+    peer: Any = types.SimpleNamespace(tok_encode=tok_encode, prefix_token_id=PREFIX[backend], backend=backend)
     peer._encode_pair = lambda context, continuation: TemplateLM._encode_pair(peer, context, continuation)
     peer._loglikelihood_tokens = lambda requests, **options: [ids for _, *ids in requests]
-    texts = [("a question", " an answer"), ("", "only this"), ("spaces  ", "b"), ("", "<s>starts"), ("<s>x", "y")]
+    texts = [("a question", " an answer"), ("", "only this"), ("spaces  ", "b")]
+    texts += [("", "<s>starts"), ("<s>x", "y")] if backend == "causal" else []
     requests: Any = [types.SimpleNamespace(args=pair) for pair in texts]
     expected = TemplateLM.loglikelihood(peer, requests, disable_tqdm=True)
     assert [list(model.encode_pair(*pair)) for pair in texts] == expected

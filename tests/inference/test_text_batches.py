@@ -3,7 +3,7 @@
 import pytest
 
 from llmjax.errors import UserError
-from llmjax.inference.text_batches import group_by_length, read_texts
+from llmjax.inference.text_batches import fill_batches, group_by_length, read_texts, round_length
 
 
 def test_each_text_is_in_one_batch_of_its_own_shape():
@@ -22,6 +22,28 @@ def test_rows_are_not_longer_than_the_longest():
 
 def test_batches_have_the_given_number_of_rows():
     assert list(group_by_length([3, 40, 5, 7], rows=2)) == [([0, 2], 2, 16), ([3], 2, 16), ([1], 2, 64)]
+
+
+def test_filled_batches_have_little_padding():
+    sizes = [round_length(length) for length in range(1, 300)]
+    assert sizes == sorted(sizes) and [*dict.fromkeys(sizes)][:12] == [
+        16,
+        24,
+        32,
+        40,
+        48,
+        56,
+        64,
+        80,
+        96,
+        112,
+        128,
+        160,
+    ]
+    assert all(length <= size <= max(16, length * 5 / 4 + 7) for length, size in enumerate(sizes, 1))
+    assert round_length(17, multiple=16) == 32
+    lengths, spans = [3, 40, 5, 7, 90], [9, 1, 2, 5, 1]
+    assert list(fill_batches(lengths, spans, rows=2, longest=92)) == [([2, 3], 2, 16), ([0, 1], 2, 40), ([4], 2, 92)]
 
 
 def test_texts(tmp_path):

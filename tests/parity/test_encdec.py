@@ -1,5 +1,6 @@
 """T5 and T5 v1.1 against transformers: logits, loss, gradients, greedy text, and names on disk."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -12,13 +13,18 @@ import numpy as np
 from llmjax.batch import Batch
 from llmjax.binding import bind
 from llmjax.errors import UserError
+from llmjax.evals.requests import LanguageModel
 from llmjax.inference.generate import generate
 from llmjax.inference.sampling import Sampling
 from llmjax.interop.encdec import ARCHITECTURES
 from llmjax.models import registry
 from llmjax.models.encdec import EncDecConfig
+from llmjax.parallel import axes
+from llmjax.run import config as run_config
+from tests.evals.tasks.models import wrap
 from tests.interop import state_dicts
 from tests.parity.reference import loss_logits_and_grads
+from tests.train.trainer import one_device
 
 VOCAB = 67
 T5 = ARCHITECTURES["T5ForConditionalGeneration"]
@@ -142,6 +148,26 @@ def test_greedy_text(variant):
     actual = generate(graph, params, config, prompts, Sampling(max_tokens=15, temperature=0), stop_ids=[-1])
     assert actual == expected[:, 1:].tolist()
     assert len({tuple(row) for row in actual}) == 3 and max(len(set(row)) for row in actual) > 2
+
+
+def test_likelihoods_of_answers_to_a_source():
+    """As lm-eval's hf backend computes them: the source is read by the encoder, the answer alone is scored."""
+    config, _, params = load_params("v1.1")
+    rng = np.random.default_rng(1)
+    lengths = [(30, 4), (5, 20), (17, 1), (3, 9)]
+    pairs = [tuple(rng.integers(2, VOCAB, length).tolist() for length in each) for each in lengths]
+    expected = []
+    for source, answer in pairs:
+        with torch.no_grad():
+            scores = make_reference("v1.1")(input_ids=torch.tensor([source]), labels=torch.tensor([answer])).logits[0]
+        scores = scores.double().log_softmax(-1)
+        expected.append(scores[range(len(answer)), answer].sum().item())
+    tree = {"objective": {"name": "span", "prompt_form": "plain"}, "data": {"tokenizer": {"kind": "bytes"}}}
+    run = run_config.apply_overrides({"model": {"family": "encdec"}, **tree}, [])
+    run = dataclasses.replace(run, model=dataclasses.replace(config, start_id=0))
+    with axes.use_mesh(one_device(), run.parallel.rules):
+        scores = LanguageModel(wrap(run, params), 2).loglikelihoods(pairs)
+    np.testing.assert_allclose([score for score, _ in scores], expected, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -80,6 +80,51 @@ def test_tasks_during_training(tmp_path, monkeypatch, caplog):
         assert number["value"] == pytest.approx(scores["lines"][12][metric]["value"], rel=1e-5)
 
 
+# Generation has no rounding to hide behind: a text that differs in one token is another text.
+WAYS = {
+    "jit": {},
+    "pmap": {"parallel.backend": "pmap"},
+    "fixed_tree": {"parallel.reduction": "fixed_tree", "parallel.virtual_shards": 8},
+}
+
+
+def test_tasks_have_the_same_scores_however_the_step_is_computed(tmp_path):
+    """On 8 devices. Sums in another order move a loss by some roundings."""
+    results = {}
+    for way, changes in WAYS.items():
+        workdir = tmp_path / way
+        generate = {"kind": "generate", "text_field": "text", "answer_field": "text", "max_tokens": 8}
+        changes |= {f"eval.tasks.code.{name}": value for name, value in generate.items()}
+        changes |= {"eval.tasks.code.path": tmp_path / "lines.jsonl", "train.steps": 2, "eval.every": 2}
+        changes |= {"optimizer.warmup_steps": 1}
+        changes |= {"eval.during_training": "('lines', 'words', 'code')", "checkpoint.keep_best": "false"}
+        assert train_command([*flags(tmp_path, **changes), f"--workdir={workdir}"]) == 0
+        files = {name: workdir / "eval" / "2" / f"{name}.json" for name in ("lines", "words", "code")}
+        scores = {name: json.loads(path.read_text())["metrics"] for name, path in files.items()}
+        lines = [json.loads(line) for line in files["code"].with_suffix(".jsonl").read_text().splitlines()]
+        results[way] = (
+            {
+                f"{name}/{metric}": number[bound]
+                for name, metrics in scores.items()
+                for metric, number in metrics.items()
+                for bound in ("value", "low", "high")
+            },
+            [line["prediction"] for line in lines],
+        )
+    scores, texts = results["jit"]
+    assert len(texts) == 3 and any(texts)
+    for other, other_texts in results.values():
+        assert other == pytest.approx(scores, rel=1e-5) and other_texts == texts
+
+
+def test_a_chat_without_a_template_is_refused_before_training(tmp_path):
+    changes = {"eval.tasks.words.kind": "generate", "eval.tasks.words.chat": "True", "eval.metric": "loss"}
+    changes |= {"eval.tasks.words.text_field": "good", "eval.tasks.words.answer_field": "bad"}
+    with pytest.raises(UserError, match="it has no chat template"):
+        train_command([*flags(tmp_path, **changes), f"--workdir={tmp_path / 'run'}"])
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -30,6 +30,7 @@ class Objective:
                  index and the key of the rng
     prompt       ids of a text -> ids that a model reads to continue the text
     answers      whether the model writes a new text instead of a continuation of the prompt
+    answer_begin the ids that the decoder of an encoder-decoder writes before the text that continues a prompt
     num_outputs  outputs of the head that it trains in place of the language model's; 0: it predicts tokens
     class_names  of an encoder-decoder that writes the name of a document's class: from `labelled.encode_names`
     """
@@ -42,6 +43,7 @@ class Objective:
     build_batch: Callable[[Rows, np.ndarray, CounterRng], Batch]
     prompt: Callable[[np.ndarray], np.ndarray]
     answers: bool = False
+    answer_begin: tuple[int, ...] = ()
     num_outputs: int = 0
     class_names: np.ndarray | None = None
 
@@ -105,7 +107,7 @@ def open_objective(
         marked = lambda *arguments: dataclasses.replace(build_batch(*arguments), one_segment=True)
         objective = dataclasses.replace(objective, build_batch=marked)
     if config.prompt_form == "plain":
-        return dataclasses.replace(objective, prompt=_make_plain_prompt(tokenizer), answers=True)
+        return dataclasses.replace(objective, prompt=_make_plain_prompt(tokenizer), answers=True, answer_begin=())
     return objective
 
 
@@ -283,6 +285,7 @@ def _make_denoising_objective(config: ObjectiveConfig, tokenizer: Tokenizer, seq
         vocabulary=vocab,
         build_batch=lambda rows, samples, rng: spans.corrupt(rows, samples, rng, denoisers, span_lengths, vocab),
         prompt=lambda ids: np.concatenate([before, ids, vocab.ids[:1]]).astype(np.int32),
+        answer_begin=vocab.ids[:1],
     )
 
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from llmjax.data.chat_template import ChatTemplate
 from llmjax.errors import UserError
 from llmjax.evals.config import NORMALIZATIONS, TaskConfig
 from llmjax.evals.requests import LanguageModel
-from llmjax.evals.tasks.examples import Example, join_shots, make_prompt
+from llmjax.evals.tasks.examples import Example, make_prompt, write_prompts
 from llmjax.evals.tasks.outcome import Groups, Outcome, score_means
 
 
@@ -35,14 +36,22 @@ def score_choices(
     return scores
 
 
-def run(task: TaskConfig, model: LanguageModel, examples: Sequence[Example], groups: Groups) -> Outcome:
+def run(
+    task: TaskConfig,
+    model: LanguageModel,
+    examples: Sequence[Example],
+    groups: Groups,
+    *,
+    template: ChatTemplate | None = None,
+) -> Outcome:
     """Score the examples; the first `shots` of them are shown."""
     choices = [_read_choices(task, example) for example in examples]
     answers = [_find_answer(task, example, texts) for example, texts in zip(examples, choices, strict=True)]
     prompts = [make_prompt(task, example) for example in examples]
     shots = [(prompts[number], choices[number][answers[number]]) for number in range(task.shots)]
     prompts, choices, answers = prompts[task.shots :], choices[task.shots :], answers[task.shots :]
-    scores = score_choices(model, [join_shots(shots) + prompt for prompt in prompts], choices)
+    read = write_prompts(prompts, shots, template)
+    scores = score_choices(model, read, choices)
     # Of equal likelihoods the first choice is taken.
     right = {
         name: np.array([float(values[name].argmax() == answer) for values, answer in zip(scores, answers, strict=True)])
@@ -52,6 +61,7 @@ def run(task: TaskConfig, model: LanguageModel, examples: Sequence[Example], gro
         {
             "index": index,
             "input": prompts[index],
+            **({} if template is None else {"prompt": read[index]}),
             "target": choices[index][answers[index]],
             "prediction": choices[index][int(values[task.normalize].argmax())],
             "choices": list(choices[index]),

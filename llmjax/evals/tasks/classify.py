@@ -5,13 +5,14 @@ import math
 
 import numpy as np
 
+from llmjax.data.chat_template import ChatTemplate
 from llmjax.errors import UserError, suggest
 from llmjax.evals import classification
 from llmjax.evals.config import TaskConfig
 from llmjax.evals.label_scores import baseline_accuracy, macro_f1
 from llmjax.evals.requests import LanguageModel
 from llmjax.evals.tasks.choice import score_choices
-from llmjax.evals.tasks.examples import Example, join_shots, make_prompt
+from llmjax.evals.tasks.examples import Example, make_prompt, write_prompts
 from llmjax.evals.tasks.outcome import Groups, Outcome, Scores
 from llmjax.inference.predict import Texts, predict
 from llmjax.report.reliability import draw_reliability
@@ -28,14 +29,26 @@ def run_head(task: TaskConfig, loaded: Loaded, examples: Sequence[Example], grou
     return _make_outcome(classes, list(map(join_pair, texts)), labels, np.log(probabilities.clip(1e-300)), groups, cut)
 
 
-def run_likelihoods(task: TaskConfig, model: LanguageModel, examples: Sequence[Example], groups: Groups) -> Outcome:
+def run_likelihoods(
+    task: TaskConfig,
+    model: LanguageModel,
+    examples: Sequence[Example],
+    groups: Groups,
+    *,
+    template: ChatTemplate | None = None,
+) -> Outcome:
     """Score the likelihoods of `choices`, which softmax makes probabilities; the first `shots` examples are shown."""
     labels = _read_labels(task, examples, task.choices)
     prompts = [make_prompt(task, example) for example in examples]
-    beginning = join_shots([(prompts[number], task.choices[labels[number]]) for number in range(task.shots)])
+    shots = [(prompts[number], task.choices[labels[number]]) for number in range(task.shots)]
     prompts, labels = prompts[task.shots :], labels[task.shots :]
-    scores = score_choices(model, [beginning + prompt for prompt in prompts], [task.choices] * len(prompts))
-    return _make_outcome(task.choices, prompts, labels, np.array([each["raw"] for each in scores]), groups)
+    read = write_prompts(prompts, shots, template)
+    scores = score_choices(model, read, [task.choices] * len(prompts))
+    outcome = _make_outcome(task.choices, prompts, labels, np.array([each["raw"] for each in scores]), groups)
+    if template is not None:
+        for line, text in zip(outcome.lines, read, strict=True):
+            line["prompt"] = text
+    return outcome
 
 
 def read_texts(task: TaskConfig, examples: Sequence[Example]) -> list[Texts]:

@@ -5,6 +5,7 @@ import math
 import re
 from typing import Any, NamedTuple
 
+from llmjax.data.chat_template import ChatTemplate
 from llmjax.data.readers import formats, raw_records, streams
 from llmjax.data.readers.raw_records import ColumnsError, Fault, RawRecord, ReadOptions
 from llmjax.data.readers.sources import Item, make_units
@@ -152,6 +153,15 @@ def make_prompt(task: TaskConfig, example: Example) -> str:
     return "\n".join(texts) + " "
 
 
-def join_shots(shots: Sequence[tuple[str, str]]) -> str:
-    """The beginning of every prompt: each shot (prompt, answer), and a blank line after it."""
-    return "".join(prompt + answer + _SHOTS_END for prompt, answer in shots)
+def write_prompts(prompts: Sequence[str], shots: Sequence[tuple[str, str]], template: ChatTemplate | None) -> list[str]:
+    """What the model reads of each prompt: the shots (prompt, answer), a blank line after each, and the prompt.
+
+    template   of a chat: each shot is two turns, the prompt a third one, and the answer begins the assistant's turn
+    """
+    if template is None:
+        beginning = "".join(prompt + answer + _SHOTS_END for prompt, answer in shots)
+        return [beginning + prompt for prompt in prompts]
+    turns = []
+    for prompt, answer in shots:
+        turns += [{"role": "user", "content": prompt.rstrip(" ")}, {"role": "assistant", "content": answer}]
+    return [template.render([*turns, {"role": "user", "content": prompt.rstrip(" ")}]) for prompt in prompts]

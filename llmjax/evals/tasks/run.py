@@ -10,9 +10,11 @@ from typing import Any
 from etils import epath
 
 from llmjax import atomic
+from llmjax.data.chat_template import ChatTemplate
 from llmjax.data.config import EMBEDDING, LABELLED
 from llmjax.data.readers import formats
 from llmjax.data.readers.sources import make_units
+from llmjax.data.store.tokenizer import Tokenizer
 from llmjax.errors import UserError, suggest
 from llmjax.evals import results
 from llmjax.evals.config import TaskConfig, check_metric, check_tasks
@@ -23,6 +25,7 @@ from llmjax.evals.tasks import (
     consistency,
     generate,
     memorisation,
+    multi_label,
     pairs,
     perplexity,
     regress,
@@ -35,7 +38,7 @@ from llmjax.inference import embed
 from llmjax.parallel import hosts
 from llmjax.run import workdir as workdirs
 from llmjax.run.config import RunConfig
-from llmjax.run.loading import Loaded
+from llmjax.run.loading import Loaded, require_chat_template
 
 logger = logging.getLogger(__name__)
 
@@ -54,21 +57,19 @@ _LIKELIHOODS = {
 
 
 def select_tasks(config: RunConfig, names: Sequence[str], options: results.Options) -> dict[str, TaskConfig]:
-    """The tasks of these names, with `limit` and `shots` of the options where these are set.
+    """The tasks of these names, with `limit`, `shots` and `chat` of the options where these are set.
 
     Raises UserError for an unknown name, and for a task that the run cannot have.
     """
     selected = {}
     for name in names:
-        if options.chat:
-            raise UserError(f"--chat: the prompt of task {name!r} is its own template; leave --chat out")
         if name not in config.eval.tasks:
             listed = ", ".join(config.eval.tasks) or "none"
             raise UserError(
                 f"task {name!r}{suggest(name, config.eval.tasks)}: the config has no such task (it has: {listed}); "
                 f"set eval.tasks.{name}.kind and eval.tasks.{name}.path, see `llmjax fields eval.tasks.NAME`"
             )
-        changes = {"limit": options.limit, "shots": options.shots}
+        changes = {"limit": options.limit, "shots": options.shots, "chat": options.chat or None}
         task = dataclasses.replace(config.eval.tasks[name], **{k: v for k, v in changes.items() if v is not None})
         check_tasks({name: task})
         _check_run(f"eval.tasks.{name}", task, config)
@@ -78,6 +79,8 @@ def select_tasks(config: RunConfig, names: Sequence[str], options: results.Optio
 
 def _check_run(where: str, task: TaskConfig, config: RunConfig) -> None:
     """Raise UserError for a task that a model of this run cannot do."""
+    if task.embedder and not (epath.Path(task.embedder) / workdirs.CONFIG).exists():
+        raise UserError(f"{where}.embedder={task.embedder!r}: has no {workdirs.CONFIG}; give the workdir of a run")
     if task.kind == "similarity":
         return  # every model has hidden states
     objective = config.objective.name
@@ -93,7 +96,16 @@ def _check_run(where: str, task: TaskConfig, config: RunConfig) -> None:
     model = config.model
     if objective in LABELLED:
         _check_head(where, task, config)
-    elif not model.generates or (model.reads_source and task.kind != "generate"):
+    elif model.reads_source and task.chat:
+        raise UserError(
+            f"{where}.chat=True: model.family={model.family!r} reads prompts without a chat template; unset it"
+        )
+    elif model.reads_source and task.kind == "memorisation":
+        raise UserError(
+            f"{where}.kind='memorisation': the decoder of model.family={model.family!r} does not continue documents; "
+            "use another run"
+        )
+    elif not model.generates:
         raise UserError(
             f"{where}.kind={task.kind!r}: model.family={model.family!r} gives no likelihood of text; use another run"
         )
@@ -106,16 +118,11 @@ def _check_run(where: str, task: TaskConfig, config: RunConfig) -> None:
 def _check_head(where: str, task: TaskConfig, config: RunConfig) -> None:
     """Raise UserError for options that a head for labels does not use, and for texts that it was not trained on."""
     data = config.data
-    for field in ("prompt", "shots", "choices"):
+    for field in ("prompt", "shots", "chat", "choices"):
         if value := getattr(task, field):
             raise UserError(
                 f"{where}.{field}={value!r}: the run has a head for labels, which reads texts as in training; unset it"
             )
-    if data.multi_label:
-        raise UserError(
-            f"{where}.kind={task.kind!r}: data.multi_label=True, and a task scores one class of each example; use "
-            "`llmjax eval --split`"
-        )
     if task.labels and len(task.labels) != len(data.classes):
         raise UserError(f"{where}.labels={task.labels}: give one for each of data.classes ({', '.join(data.classes)})")
     trained_on_pairs = {bool(source.pair_field) for source in data.sources.values()}
@@ -135,7 +142,7 @@ class TaskScorer:
     def __init__(self, config: RunConfig):
         self.tasks = select_tasks(config, config.eval.during_training, results.Options())
         if "/" in config.eval.metric:
-            check_metric(config.eval.metric, self.tasks)
+            check_metric(config.eval.metric, self.tasks, multi_label=config.data.multi_label)
         self._model: LanguageModel | None = None
 
     def check_files(self) -> None:
@@ -143,6 +150,11 @@ class TaskScorer:
         for name, task in self.tasks.items():
             if not task.reads_store:
                 read_examples(name, task)
+
+    def check_template(self, workdir: epath.Path, store: Path, tokenizer: Tokenizer) -> None:
+        """Raise UserError where a task needs the chat template of a run that has none."""
+        if any(task.chat for task in self.tasks.values()):
+            require_chat_template(workdir, store, tokenizer)
 
     def score(self, workdir: epath.Path, loaded: Loaded, name: str) -> dict[str, float]:
         """TASK/METRIC -> value of one task, without those that are undefined; writes its files, as `evaluate` does."""
@@ -178,14 +190,17 @@ def evaluate(
         files = [memorisation.fingerprint_store(loaded, f"eval.tasks.{name}")]
     else:
         files = _hash_files(name, task)
-    key = results.make_key(loaded, {"config": settings, "files": files})
+    if task.embedder:
+        files.append(similarity.fingerprint_embedder(epath.Path(task.embedder)))
+    template = require_chat_template(workdir, loaded.store, loaded.tokenizer) if task.chat else None
+    key = results.make_key(loaded, {"config": settings, "files": files, "template": template and template.source})
     if (record := results.read_cached(workdir, loaded.step, name, key)) is not None:
         logger.info("%s: scored before, with the same checkpoint, options and files", name)
         return record
     if task.reads_store:
         outcome = memorisation.run(task, loaded, make_model(), f"eval.tasks.{name}")
     else:
-        outcome = _score(task, loaded, read_examples(name, task), embedding, make_model)
+        outcome = _score(task, loaded, read_examples(name, task), embedding, make_model, template)
     if outcome.num_cut:
         logger.info(
             "  %s: %d texts were cut to fit into data.seq_len=%d", name, outcome.num_cut, loaded.config.data.seq_len
@@ -211,17 +226,20 @@ def _score(
     examples: list[Example],
     embedding: embed.Embedding | None,
     make_model: Callable[[], LanguageModel],
+    template: ChatTemplate | None,
 ) -> Outcome:
     field = task.group_field
     groups = Groups([example.text("group_field", field) for example in examples[task.shots :]] if field else None)
     if embedding is not None:
         outcome = similarity.run(task, loaded, embedding, examples, groups)
     elif loaded.config.objective.name in LABELLED:
-        outcome = _HEADS[task.kind](task, loaded, examples, groups)
+        score_head = multi_label.run if loaded.config.data.multi_label else _HEADS[task.kind]
+        outcome = score_head(task, loaded, examples, groups)
     else:
         model = make_model()
         num_cut = model.num_cut
-        outcome = _LIKELIHOODS[task.kind](task, model, examples, groups)
+        chat = {"template": template} if task.chat else {}  # other kinds have no turns
+        outcome = _LIKELIHOODS[task.kind](task, model, examples, groups, **chat)
         outcome = dataclasses.replace(outcome, num_cut=model.num_cut - num_cut)
     return dataclasses.replace(outcome, details={**outcome.details, "groups": groups.counts()})
 

@@ -5,21 +5,24 @@ import functools
 import logging
 from typing import Any
 
+from etils import epath
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from llmjax.batch import Batch
+from llmjax.checkpoint.manager import Checkpoints
 from llmjax.data.objectives import vocabulary
-from llmjax.data.store.tokenizer import Tokenizer
-from llmjax.evals.config import TaskConfig
+from llmjax.errors import UserError
+from llmjax.evals.config import SIMILARITIES, TaskConfig
 from llmjax.evals.label_scores import pearson, spearman
 from llmjax.evals.tasks.examples import Example
 from llmjax.evals.tasks.outcome import Groups, Outcome, Scores, score_means
-from llmjax.inference.embed import Embedding, Tokens, encode_texts, find_limit, hidden_states, pad_rows
+from llmjax.inference.embed import Embedding, Tokens, choose, encode_texts, find_limit, hidden_states, pad_rows
 from llmjax.inference.text_batches import BATCH_TOKENS, group_by_length
 from llmjax.nn.pooling import pool
+from llmjax.run import loading, workdir as workdirs
 from llmjax.run.loading import Loaded
 
 logger = logging.getLogger(__name__)
@@ -49,10 +52,8 @@ def run(task: TaskConfig, loaded: Loaded, embedding: Embedding, examples: Sequen
     if cut:
         logger.info("  %d texts were cut to %d tokens", cut, limit)
 
-    vocab_size = loaded.config.model.vocab_size
+    vocab_size, is_word = loaded.config.model.vocab_size, _find_words(loaded)
     weights = find_idf(reference_rows, vocab_size) if task.idf else np.ones(vocab_size, np.float32)
-    is_word = np.ones(vocab_size, bool)
-    is_word[_list_special(loaded.tokenizer)] = False
     other_rows = [reference_rows[number] for number in draw_others(len(texts))]
     scores, baselines = (
         score_pairs(loaded, embedding.pooling, candidate_rows, against, weights, is_word)
@@ -92,6 +93,36 @@ def run(task: TaskConfig, loaded: Loaded, embedding: Embedding, examples: Sequen
         "num_cut": cut,
     }
     return Outcome(lines, score, "f1" if people is None else "cosine_spearman", details)
+
+
+def compare_answers(
+    embedder: epath.Path, texts: Sequence[str], answers: Sequence[Sequence[str]]
+) -> dict[str, np.ndarray]:
+    """cosine and bertscore, the F1 without idf weights, of each text with its most similar answer: float64 [texts].
+
+    embedder   the workdir of the run whose hidden states are compared
+    """
+    pairs = [(number, text, answer) for number, text in enumerate(texts) for answer in answers[number]]
+    numbers, candidates, references = zip(*pairs, strict=True)
+    with loading.load(embedder) as loaded:
+        embedding = choose(embedder, loaded.config.objective)
+        limit = find_limit(loaded.config.model, embedding)
+        rows, _ = encode_texts([*candidates, *references], loaded.tokenizer, embedding, limit)
+        ones = np.ones(loaded.config.model.vocab_size, np.float32)
+        halves = rows[: len(pairs)], rows[len(pairs) :]
+        scores = score_pairs(loaded, embedding.pooling, *halves, ones, _find_words(loaded))
+    best = {name: np.full(len(texts), -np.inf) for name in SIMILARITIES}
+    for name, measure in zip(SIMILARITIES, ("cosine", "f1"), strict=True):
+        np.maximum.at(best[name], list(numbers), scores[:, MEASURES.index(measure)])
+    return best
+
+
+def fingerprint_embedder(embedder: epath.Path) -> str:
+    """That of the newest checkpoint of a run."""
+    checkpoints = Checkpoints(embedder / workdirs.CHECKPOINTS)
+    if (step := checkpoints.latest()) is None:
+        raise UserError(f"{embedder}: has no checkpoint; train or import a model there")
+    return checkpoints.read_meta(step)["fingerprint"]
 
 
 def find_idf(references: Sequence[Tokens], vocab_size: int) -> np.ndarray:
@@ -175,7 +206,9 @@ def _normalize(vectors: jax.Array) -> jax.Array:
     return vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True).clip(1e-12)
 
 
-def _list_special(tokenizer: Tokenizer) -> list[int]:
-    """The ids that `encode_texts` puts around a text."""
-    before, after = tokenizer.prompt_frame or ((), ())
-    return [*before, *after, vocabulary.build_vocab(tokenizer).bos_id]
+def _find_words(loaded: Loaded) -> np.ndarray:
+    """bool [vocab]: False for the ids that `encode_texts` puts around a text."""
+    before, after = loaded.tokenizer.prompt_frame or ((), ())
+    is_word = np.ones(loaded.config.model.vocab_size, bool)
+    is_word[[*before, *after, vocabulary.build_vocab(loaded.tokenizer).bos_id]] = False
+    return is_word

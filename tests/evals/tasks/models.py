@@ -23,13 +23,14 @@ CLASSES = ("bad", "fair", "good")
 
 
 @functools.cache
-def make_loaded(objective: str = "causal", scale: float = 1.0) -> Loaded:
+def make_loaded(objective: str = "causal", scale: float = 1.0, *, multi_label: bool = False) -> Loaded:
     """A decoder, or an encoder with a head for CLASSES or for a number; parameters are multiplied by `scale`."""
     if objective == "causal":
         config, params = runs.make_config(), runs.make_params()
     else:
         data: dict[str, Any] = {"tokenizer": {"kind": "bytes"}, "seq_len": 64}
         data["classes"] = CLASSES if objective == "classify" else ()
+        data["multi_label"] = multi_label
         data["sources"] = {"main": {"path": "a.jsonl", "label_field": "label"}}
         tree = {"model": {**runs.MODEL, "family": "encoder"}, "objective": {"name": objective}, "data": data}
         config = run_config.apply_overrides(tree, [])
@@ -68,6 +69,7 @@ def evaluate(folder: pathlib.Path, loaded: Loaded, task: TaskConfig) -> tuple[di
     scale = 0.0 if loaded.fingerprint == "causal 0.0" else 1.0
     record = run.evaluate(epath.Path(folder), loaded, "mine", task, make_model=lambda: make_model(scale))
     names = {name.partition("/")[0] for name in record["metrics"]}
-    assert not (known := set(list_scores(task))) or known <= names <= known | {"precision", "recall", "f1"}
+    known = set(list_scores(task, multi_label=loaded.config.data.multi_label))
+    assert not known or known <= names <= known | {"precision", "recall", "f1"}
     lines = (folder / "eval" / "0" / "mine.jsonl").read_text().splitlines()
     return record, [json.loads(line) for line in lines]

@@ -38,6 +38,8 @@ def test_every_option_is_used_by_a_kind():
             {"kind": "generate", "metrics": ("blue",)},
             r"metrics: 'blue' \(did you mean 'bleu'\?\): choose from bleu, chrf",
         ),
+        ({"kind": "generate", "metrics": ("cosine",)}, "embedder is not set: cosine needs the workdir of a run"),
+        ({"kind": "generate", "embedder": "a"}, "embedder='a': add one of cosine, bertscore to metrics, or unset it"),
         ({"kind": "consistency", "methods": ()}, r"methods=\(\): choose from support, entailment, samples"),
         ({"kind": "consistency", "methods": ("suport",)}, r"methods: 'suport' \(did you mean 'support'\?\)"),
         ({"kind": "consistency", "methods": ("samples",)}, "prompt='': the model writes after it"),

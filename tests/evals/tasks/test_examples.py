@@ -6,7 +6,7 @@ import pytest
 
 from llmjax.errors import UserError
 from llmjax.evals.config import TaskConfig
-from llmjax.evals.tasks.examples import Example, join_shots, make_prompt, read_examples
+from llmjax.evals.tasks.examples import Example, make_prompt, read_examples, write_prompts
 
 
 def make_task(path, **options) -> TaskConfig:
@@ -85,7 +85,7 @@ def test_prompts():
     template = '{"x": {number}} {Title}: '  # other braces are text, and so are those of a field's value
     assert make_prompt(make_task("a", prompt=template), example) == '{"x": 7} A {b}: '
     assert make_prompt(make_task("a", prompt="{Title}: {text}\nIs "), example) == "A {b}: Good.\nIs "
-    assert join_shots([("1 ", "one"), ("2 ", "two")]) == "1 one\n\n2 two\n\n"
+    assert write_prompts(["3 "], [("1 ", "one"), ("2 ", "two")], None) == ["1 one\n\n2 two\n\n3 "]
 
 
 def test_fields_that_are_missing_or_of_another_kind():

@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 import xml.etree.ElementTree
 
 import numpy as np
@@ -284,15 +285,23 @@ def test_tasks_that_a_run_cannot_have(objective, task, message):
         select(objective, **task)
 
 
-@pytest.mark.parametrize(("family", "objective"), [("encoder", "masked"), ("encdec", "span")])
-def test_families_without_a_likelihood_of_text(family, objective):
-    tasks = {name: {"kind": name, "path": "a.jsonl"} for name in ("pairs", "generate")}
-    tree = {"model": {"family": family}, "objective": {"name": objective}, "eval": {"tasks": tasks}}
-    config = run_config.apply_overrides(tree, [])
-    with pytest.raises(UserError, match=f"kind='pairs': model.family='{family}' gives no likelihood of text"):
-        run.select_tasks(config, ["pairs"], Options())
-    if family == "encdec":
-        assert run.select_tasks(config, ["generate"], Options())
+def test_tasks_that_a_family_cannot_have():
+    tasks = {name: {"kind": name, "path": "a.jsonl"} for name in ("pairs", "choice", "generate")}
+    tasks |= {"memorised": {"kind": "memorisation"}}
+
+    def select(family: str, objective: str, name: str, **options: Any):
+        tree = {"model": {"family": family}, "objective": {"name": objective}, "eval": {"tasks": tasks}}
+        return run.select_tasks(run_config.apply_overrides(tree, []), [name], Options(**options))
+
+    with pytest.raises(UserError, match=r"kind='pairs': model\.family='encoder' gives no likelihood of text"):
+        select("encoder", "masked", "pairs")
+    with pytest.raises(
+        UserError, match=r"memorised\.kind='memorisation': the decoder of model\.family='encdec' does not"
+    ):
+        select("encdec", "span", "memorised")
+    with pytest.raises(UserError, match=r"chat=True: model\.family='encdec' reads prompts without a chat template"):
+        select("encdec", "span", "generate", chat=True)
+    assert all(select("encdec", "span", name) for name in ("pairs", "choice", "generate"))
 
 
 def test_bad_options_of_the_command():
@@ -300,7 +309,7 @@ def test_bad_options_of_the_command():
         UserError, match=r"task 'mien' \(did you mean 'mine'\?\): the config has no such task \(it has: mine"
     ):
         select("causal", name="mien", kind="pairs")
-    with pytest.raises(UserError, match="--chat: the prompt of task 'mine' is its own template"):
+    with pytest.raises(UserError, match="chat=True: kind='pairs' does not use it"):
         select("causal", Options(chat=True), kind="pairs")
     with pytest.raises(UserError, match="shots=3: kind='pairs' does not use it"):
         select("causal", Options(shots=3), kind="pairs")
@@ -325,6 +334,33 @@ def test_bad_answers(tmp_path, task, record, message):
     path = write_records(tmp_path / "a.jsonl", [record])
     with pytest.raises(UserError, match=message):
         evaluate(tmp_path, make_loaded(), TaskConfig(path=path, **task))
+
+
+@pytest.mark.parametrize("kind", ["choice", "generate", "classify"])
+def test_the_chat_template_writes_prompts_and_shots(tmp_path, kind):
+    options = {
+        "choice": {"choices": ("ab", "c"), "answer_field": "label"},
+        "generate": {"answer_field": "label", "max_tokens": 4, "stop": ("never",)},
+        "classify": {"text_field": "question", "choices": ("ab", "c")},
+    }[kind]
+    path = write_records(tmp_path / "a.jsonl", [{"question": f"q{i}", "label": ("ab", "c")[i % 2]} for i in range(4)])
+    task = TaskConfig(kind=kind, path=path, shots=1, chat=True, **options)
+    with pytest.raises(UserError, match="it has no chat template; import a chat model"):
+        evaluate(tmp_path, make_loaded(), task)
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "chat_template.jinja").write_text(runs.TEMPLATE)
+    _, lines = evaluate(tmp_path, make_loaded(), task)
+    shot = [{"role": "user", "content": "q0"}, {"role": "assistant", "content": "ab"}]
+    texts = [runs.CHAT.render([*shot, {"role": "user", "content": f"q{i}"}]) for i in range(1, 4)]
+    assert [line["prompt"] for line in lines] == texts and texts[0] == "<user>q0\n<assistant>ab\n<user>q1\n<assistant>"
+    if kind == "generate":
+        new = make_model().generate([make_model().encode_prompt(text) for text in texts], max_tokens=4)
+        assert [line["prediction"] for line in lines] == [text.strip() for text in new] and any(new)
+        return
+    for line, text in zip(lines, texts, strict=True):
+        nats = [log_likelihood(text, choice) for choice in ("ab", "c")]
+        found = line["nats"] if kind == "choice" else np.log(list(line["probabilities"].values()))
+        np.testing.assert_allclose(np.diff(found), np.diff(nats), rtol=1e-4)
 
 
 def test_the_command(tmp_path, capfd):

@@ -123,6 +123,29 @@ def test_the_published_formulas(tmp_path, idf):
             assert [line[f"{name}_rescaled"] for line in lines] == pytest.approx(rescaled.tolist(), abs=1e-4)
 
 
+def test_generated_text_is_compared_in_the_states_of_another_run(tmp_path):
+    runs.write_run(tmp_path / "embedder", "encoder")
+    records = [
+        {"question": word, "answer": [word[::-1], word] if number else word} for number, word in enumerate(WORDS[:3])
+    ]
+    task = TaskConfig(
+        kind="generate",
+        path=write_records(tmp_path / "a.jsonl", records),
+        max_tokens=6,
+        stop=("never",),
+        metrics=("bertscore", "cosine"),
+        embedder=str(tmp_path / "embedder"),
+    )
+    record, lines = evaluate(tmp_path, make_loaded(), task)
+    assert record["main"] == "bertscore" and any(line["prediction"] for line in lines)
+    embedder, weights = wrap(runs.make_config("encoder"), runs.make_params("encoder")), dict.fromkeys(range(256), 1.0)
+    for line in lines:
+        if line["prediction"]:
+            scores = np.array([score_by_loop(embedder, (line["prediction"], each), weights) for each in line["target"]])
+            assert [line["cosine"], line["bertscore"]] == pytest.approx(scores.max(axis=0)[[0, 3]].tolist(), abs=1e-5)
+    assert record["metrics"]["cosine"]["value"] == pytest.approx(np.mean([line["cosine"] for line in lines]))
+
+
 @pytest.mark.parametrize("family", ["encoder", "recurrent", "encdec"])
 def test_families(family):
     loaded = load(family)
