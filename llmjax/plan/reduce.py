@@ -17,6 +17,7 @@ from llmjax.models import registry
 from llmjax.plan.units import short
 from llmjax.run import config as run_config, loading, workdir as workdirs
 from llmjax.run.config import RunConfig
+from llmjax.run.inspection import align
 from llmjax.sweep import training
 
 RUNGS = "rungs"  # rungs/<layers>x<width>: the workdir of each run
@@ -158,14 +159,13 @@ def choose(rungs: Sequence[Rung], max_loss_increase: float) -> Rung:
 def _describe(rungs: Sequence[Rung], count: int, workdir: epath.Path, limit: float) -> Iterator[str]:
     first, chosen = rungs[0], choose(rungs, limit)
     yield ""
-    yield "layers x width   parameters   FLOPs a token     loss   increase   seconds"
+    rows = [("layers x width", "parameters", "FLOPs a token", "loss", "increase", "seconds", "")]
     for rung in rungs:
-        relative = rung.flops_per_token / first.flops_per_token
-        mark = "   <- smallest within" if rung is chosen else ""
-        yield (
-            f"{rung.name:<14}   {short(rung.parameters):>10}   {relative:>13.0%}   {rung.loss:.4f}   "
-            f"{rung.loss - first.loss:+8.4f}   {rung.seconds:7.0f}{mark}"
-        )
+        relative = f"{rung.flops_per_token / first.flops_per_token:.0%}"
+        losses = (f"{rung.loss:.4f}", f"{rung.loss - first.loss:+.4f}")
+        mark = "<- smallest within" if rung is chosen else ""
+        rows.append((rung.name, short(rung.parameters), relative, *losses, f"{rung.seconds:.0f}", mark))
+    yield from align(rows)
     yield ""
     if chosen is first:
         yield f"no smaller model is within {limit:g} nats: keep the config's, or raise --max_loss_increase"

@@ -35,7 +35,7 @@ class Cost:
     """The cost of training.
 
     kwh, co2_kg  energy, and CO2 equivalent in kg; None where the power of a device is unknown
-    money        at `price` per device-hour; None without a price
+    price        of a device-hour; 0: unknown
     unmeasured   starts that ended before they logged a step, whose time is not counted
     """
 
@@ -46,13 +46,17 @@ class Cost:
     co2_kg: Range | None
     price: float
     currency: str
-    money: float | None
     unmeasured: int
 
     @property
     def hours(self) -> float:
         """Device-hours of all starts."""
         return sum(device.hours for device in self.devices)
+
+    @property
+    def money(self) -> float | None:
+        """Price of all device-hours; None without a price."""
+        return self.price * self.hours if self.price else None
 
 
 def compute(run: RunFiles) -> Cost | None:
@@ -73,16 +77,14 @@ def compute(run: RunFiles) -> Cost | None:
     if known and len(known) == len(devices):
         low, high = (sum(hours * watts[end] for hours, watts in known) * pue[end] / 1000 for end in (0, 1))
         kwh = (low, high)
-    price = settings.get("price_per_device_hour") or 0.0
     return Cost(
         devices=devices,
         pue=pue,
         grid_intensity=grid,
         kwh=kwh,
         co2_kg=None if kwh is None else (kwh[0] * grid[0] / 1000, kwh[1] * grid[1] / 1000),
-        price=price,
+        price=settings.get("price_per_device_hour") or 0.0,
         currency=settings.get("currency", ""),
-        money=price * sum(device.hours for device in devices) if price else None,
         unmeasured=seconds.count(None),
     )
 
@@ -94,7 +96,7 @@ def count_devices(start: Mapping[str, Any]) -> int:
 
 def to_json(cost: Cost | None) -> dict[str, Any] | None:
     """The cost for report.json; None where it is unknown."""
-    return None if cost is None else {"device_hours": cost.hours, **dataclasses.asdict(cost)}
+    return None if cost is None else {"device_hours": cost.hours, **dataclasses.asdict(cost), "money": cost.money}
 
 
 def render(run: RunFiles) -> str:
@@ -134,8 +136,7 @@ def list_assumptions(cost: Cost) -> list[str]:
     if any(device.device == "cpu" for device in cost.devices):
         lines.append("A process on CPUs counts as one device, of a laptop (15 W) or a server's socket (350 W).")
     if cost.unmeasured:
-        starts = "1 start" if cost.unmeasured == 1 else f"{cost.unmeasured} starts"
-        lines.append(f"Not counted: {starts} that ended before the first line of metrics.jsonl.")
+        lines.append(f"Not counted: {describe_unmeasured(cost)}.")
     if any(device.watts is None for device in cost.devices):
         lines.append("To get the energy, set report.device_watts=(low, high).")
     if any(device.device != "cpu" and device.watts for device in cost.devices):
@@ -154,6 +155,12 @@ def list_assumptions(cost: Cost) -> list[str]:
             f"Price of a device-hour: {cost.price:g} {cost.currency}, by report.price_per_device_hour.".strip()
         )
     return lines
+
+
+def describe_unmeasured(cost: Cost) -> str:
+    """Which starts `hours` leaves out."""
+    starts = "1 start" if cost.unmeasured == 1 else f"{cost.unmeasured} starts"
+    return f"{starts} that ended before the first line of metrics.jsonl"
 
 
 def format_amount(value: float) -> str:
