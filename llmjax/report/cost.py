@@ -65,7 +65,7 @@ def compute(run: RunFiles) -> Cost | None:
     if not starts:
         return None
     settings = (run.config or {}).get("report") or {}
-    seconds = [_measure_seconds(start, run.metrics, is_last=start is starts[-1]) for start in starts]
+    seconds = measure_seconds(starts, run.metrics)
     by_kind: dict[str, list[float]] = {}
     for start, value in zip(starts, seconds, strict=True):
         if value is not None:
@@ -87,6 +87,16 @@ def compute(run: RunFiles) -> Cost | None:
         currency=settings.get("currency", ""),
         unmeasured=seconds.count(None),
     )
+
+
+def measure_seconds(starts: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]]) -> list[float | None]:
+    """Seconds from set-up to end of each start in run.json; None where it logged no step and recorded no end."""
+    last = metrics[-1].get("time", 0.0) if metrics else 0.0
+    ends = [None] * (len(starts) - 1) + [last]  # the next start has recorded the end of the one before it
+    return [
+        start.get("seconds", end - start["time"] if end is not None and end > start["time"] else None)
+        for start, end in zip(starts, ends, strict=True)
+    ]
 
 
 def count_devices(start: Mapping[str, Any]) -> int:
@@ -174,14 +184,6 @@ def format_range(ends: Range | None) -> str:
         return ""
     low, high = map(format_amount, ends)
     return low if low == high else f"{low} to {high}"
-
-
-def _measure_seconds(start: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], *, is_last: bool) -> float | None:
-    """Seconds from the set-up of a start to its end; None where it logged no step and recorded no end."""
-    if "seconds" in start:
-        return start["seconds"]
-    end = metrics[-1].get("time", 0.0) if is_last and metrics else 0.0
-    return end - start["time"] if end > start["time"] else None
 
 
 def _find_watts(kind: str, settings: Mapping[str, Any]) -> Range | None:
