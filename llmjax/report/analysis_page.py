@@ -18,9 +18,18 @@ from llmjax.report.markup import collapsed, escape, excerpt, format_number, html
 _MAX_CHARACTERS = 600  # of the text of an example
 _SHOWN_ERRORS, _SHOWN_COPIES, _SHOWN_SLICES, _SHOWN_CONFUSIONS = 30, 20, 20, 10
 _OPEN_EXAMPLES = 5  # of the worst ones; the others open on a click
+# What the loss of an example is, by the kind of the task.
+_LOSSES = {
+    "choice": "nats of the right choice among all",
+    "classify": "nats of the right class",
+    "generate": "1 minus the token F1",
+    "pairs": "nats by which the bad text is more likely",
+    "perplexity": "bits per byte",
+    "regress": "the squared error",
+}
 _FULL_HEAT = 10.0  # nats of a token with the strongest colour
 _STYLE = """<style>
-.heat span { background: rgb(192 57 43 / var(--heat)); border-radius: 2px; }
+.heat span { background: rgb(192 57 43 / calc(0.6 * var(--heat))); border-radius: 2px; }
 .heat i { color: var(--soft); font-style: normal; } .steps { margin: 0; padding-left: 22px; }
 .steps li + li { margin-top: 12px; } .steps p { margin: 2px 0 0; color: var(--soft); }
 a { color: var(--accent); } td.cell { text-align: right; background: rgb(15 110 110 / var(--heat)); }
@@ -77,7 +86,7 @@ def render_worst(analysis: Analysis, scored: TaskExamples) -> str:
     body, others = "".join(figures[:_OPEN_EXAMPLES]), figures[_OPEN_EXAMPLES:]
     if others:
         body += collapsed(f"{len(others)} more", "".join(others))
-    note = f"The {len(analysis.worst)} examples with the largest losses."
+    note = f"The {len(analysis.worst)} examples with the largest losses: {_LOSSES[analysis.kind]}."
     if any(each.token_losses for each in analysis.worst):
         note += f" Colour: negative log-likelihood of a token; the strongest is that of {_FULL_HEAT:.0f} nats or more."
     return _anchor("worst", section("Worst examples", body, note=note))
@@ -260,10 +269,13 @@ def _render_worst_example(worst: WorstExample, scored: TaskExamples) -> str:
 
 def _render_heat(text: TokenLosses) -> str:
     """Tokens with colours by their losses; the mean is written above them."""
-    spans = "".join(
-        f'<span style="--heat:{min(max(loss, 0) / _FULL_HEAT, 1):.2f}" title="{loss:.2f} nats">{escape(token)}</span>'
-        for token, loss in zip(text.tokens, text.losses, strict=True)
-    )
+    spans, loss = "", 0.0
+    for token, nats in zip(text.tokens, text.losses, strict=True):
+        loss += nats
+        if token:  # else it is a part of the next character
+            heat = min(max(loss, 0) / _FULL_HEAT, 1)
+            spans += f'<span style="--heat:{heat:.2f}" title="{loss:.2f} nats">{escape(token)}</span>'
+            loss = 0.0
     total = sum(text.losses)
     head = f"<b>{escape(text.title)}</b>, {total:.1f} nats in {len(text.tokens)} tokens"
     before = f"<i>{escape(_cut(text.before))}</i> " if text.before else ""
