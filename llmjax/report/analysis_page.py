@@ -35,6 +35,7 @@ _STYLE = """<style>
 a { color: var(--accent); } td.cell { text-align: right; background: rgb(15 110 110 / var(--heat)); }
 td.wrong { background: rgb(192 57 43 / var(--heat)); } figure b { font-weight: 620; }
 figure + details { margin-top: 12px; }
+.wrap.labels td:not(.number):nth-child(n + 3) { overflow-wrap: normal; }
 </style>"""
 
 
@@ -146,7 +147,7 @@ def render_label_errors(analysis: Analysis, scored: TaskExamples) -> str:
         "probability of the suggested class minus that of the given one."
     )
     head = ("Example", "text", "given", "suggested", "score")
-    body = f'<div class="wrap">{table(head, rows, texts=4)}</div>' if rows else '<p class="missing">None.</p>'
+    body = f'<div class="wrap labels">{table(head, rows, texts=4)}</div>' if rows else '<p class="missing">None.</p>'
     if reason := analysis.missing.get("vectors"):
         body += f'<p class="note">{escape(reason)}.</p>'
     return _anchor("label_errors", section("Likely label errors", body, note=note))
@@ -255,7 +256,10 @@ def _render_worst_example(worst: WorstExample, scored: TaskExamples) -> str:
     line = scored.lines[worst.index]
     parts = []
     if worst.token_losses:
-        parts += [_render_heat(each) for each in worst.token_losses]
+        shown = ""  # the same prompt is shown once
+        for each in worst.token_losses:
+            parts.append(_render_heat(each, "\u2026" if each.before == shown else _cut_beginning(each.before)))
+            shown = each.before
     else:
         parts.append(escape(_cut(scored.texts[worst.index])))
     if "probabilities" in line:
@@ -267,8 +271,8 @@ def _render_worst_example(worst: WorstExample, scored: TaskExamples) -> str:
     return excerpt("\n".join(parts), caption)
 
 
-def _render_heat(text: TokenLosses) -> str:
-    """Tokens with colours by their losses; the mean is written above them."""
+def _render_heat(text: TokenLosses, before: str) -> str:
+    """Tokens with colours by their losses, after the end of the text before them; the sum is written above."""
     spans, loss = "", 0.0
     for token, nats in zip(text.tokens, text.losses, strict=True):
         loss += nats
@@ -277,9 +281,10 @@ def _render_heat(text: TokenLosses) -> str:
             spans += f'<span style="--heat:{heat:.2f}" title="{loss:.2f} nats">{escape(token)}</span>'
             loss = 0.0
     total = sum(text.losses)
-    head = f"<b>{escape(text.title)}</b>, {total:.1f} nats in {len(text.tokens)} tokens"
-    before = f"<i>{escape(_cut(text.before))}</i> " if text.before else ""
-    return f'{head}\n<span class="heat">{before}{spans}</span>'
+    count = len(text.tokens)
+    head = f"<b>{escape(text.title)}</b>, {total:.1f} nats in {count} token{'s' * (count != 1)}"
+    context = f"<i>{escape(before)}</i>" if text.before else ""
+    return f'{head}\n<span class="heat">{context}{spans}</span>'
 
 
 def _render_matrix(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
@@ -301,6 +306,10 @@ def _show(value: Any) -> str:
     if isinstance(value, list):
         value = " or ".join(map(str, value))
     return _cut(format_number(value) if isinstance(value, float) else str(value), 200)
+
+
+def _cut_beginning(text: str) -> str:
+    return text if len(text) <= _MAX_CHARACTERS else f"\u2026{text[-_MAX_CHARACTERS:]}"
 
 
 def _cut(text: str, most: int = _MAX_CHARACTERS) -> str:

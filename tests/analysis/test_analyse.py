@@ -153,6 +153,9 @@ def test_token_losses_of_likelihoods(tmp_path, kind):
     path = epath.Path(tmp_path) / "page.html"
     analysis_page.write_page(result, scored, path)
     page = path.read_text()
+    if kind == "choice":
+        both = sum(len(each.token_losses) == 2 for each in result.worst)
+        assert page.count("<i>\u2026</i>") == both > 0, "a prompt is shown once"
     if kind in ("pairs", "perplexity"):
         assert 'nats">\u00ef</span>' in page, "the two bytes of a character are shown as one"
     assert 'class="heat"' in page and "<script" not in page and "--heat:" in page
