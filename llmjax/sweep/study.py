@@ -45,7 +45,7 @@ class Plan:
     sampler    tpe, random or grid
     pruner     median or none
     trials     of all processes together, failed ones included
-    command    (FIELD, TEXT) of a trial, its workdir -> the words that train it
+    command    (FIELD, TEXT) of a trial, its workdir -> the words that train it; puts imported parameters there
     """
 
     ranges: Sequence[Range]
