@@ -44,10 +44,10 @@ from llmjax.run import workdir as workdirs
 logger = logging.getLogger(__name__)
 
 
-def mfu(*, flops_per_token: float, tokens_per_second: float, device_kind: str, num_devices: int) -> float | None:
-    """Model FLOPs utilisation, 0 to 1, without the FLOPs of padding. None where the peak is unknown."""
+def mfu(*, flops_per_second: float, device_kind: str, num_devices: int) -> float | None:
+    """Model FLOPs utilisation, 0 to 1: of `flops_per_second`, without those of padding. None if the peak is unknown."""
     peak = peak_flops(device_kind)
-    return None if peak is None else flops_per_token * tokens_per_second / (peak * num_devices)
+    return None if peak is None else flops_per_second / (peak * num_devices)
 
 
 def read_metrics(workdir: epath.PathLike, *, last_step: int | None = None) -> list[dict[str, Any]]:

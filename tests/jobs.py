@@ -59,8 +59,8 @@ from llmjax.train.logger import MetricsLogger
 
 record = MetricsLogger.record
 
-def record_slowly(logger, step, metrics):
-    record(logger, step, metrics)
+def record_slowly(logger, step, *arguments):
+    record(logger, step, *arguments)
     if step > float(os.environ.get("SLOW_AFTER", "inf")):
         time.sleep(2)
 

@@ -37,6 +37,7 @@ LAYERS = {
     "llmjax.run.state": 3,
     "llmjax.run.config": 3,
     "llmjax.run.objective_checks": 3,
+    "llmjax.run.phase_config": 3,
     "llmjax.run": 4,
     "llmjax.curate": 3,
     "llmjax.models": 3,

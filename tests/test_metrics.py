@@ -241,6 +241,6 @@ def test_the_time_left_includes_evaluations_between_steps(caplog):
 
 def test_mfu_of_eight_h100():
     # eight H100s do 7.912e15 FLOPs a second; 4e6 tokens of 0.8e9 FLOPs use 3.2e15 of them
-    used = metrics.mfu(flops_per_token=8e8, tokens_per_second=4e6, device_kind="NVIDIA H100 80GB HBM3", num_devices=8)
+    used = metrics.mfu(flops_per_second=8e8 * 4e6, device_kind="NVIDIA H100 80GB HBM3", num_devices=8)
     assert used == pytest.approx(3.2 / 7.912)
-    assert metrics.mfu(flops_per_token=8e8, tokens_per_second=4e6, device_kind="cpu", num_devices=8) is None
+    assert metrics.mfu(flops_per_second=8e8 * 4e6, device_kind="cpu", num_devices=8) is None

@@ -69,15 +69,16 @@ def analyse(
         copies = near_copies.find_near_copies(train.texts, train.test)
         compared = _compare(train, None if is_trained else embed, missing)
     errors, curve, used = None, None, ""
+    has_copies = len(copies or ()) > MANY_COPIES * len(scored.lines)
     if scored.classes:
-        if embed is not None and is_trained and len(copies or ()) > MANY_COPIES * len(scored.lines):
+        if embed is not None and is_trained and has_copies:
             missing["vectors"] = (
                 f"{len(copies or ()):,} examples are copies of training texts, whose labels the model's vectors know, "
                 "so TF-IDF is used; name another model with --vectors"
             )
             embed = None
         used = vectors_name if embed is not None else "TF-IDF"
-        errors, curve = _fit_classifiers(scored, train, embed, missing)
+        errors, curve = _fit_classifiers(scored, train, embed, missing, has_copies=has_copies)
     else:
         missing |= dict.fromkeys(
             ("label_errors", "learning_curve", "confusions"), f"kind={scored.task.kind!r} has no classes"
@@ -176,19 +177,21 @@ def _compare(train: TrainTexts, embed: Embed | None, missing: dict[str, str]) ->
 
 
 def _fit_classifiers(
-    scored: TaskExamples, train: TrainTexts | str, embed: Embed | None, missing: dict[str, str]
+    scored: TaskExamples, train: TrainTexts | str, embed: Embed | None, missing: dict[str, str], *, has_copies: bool
 ) -> tuple[list[label_errors.LabelError] | None, learning_curve.LearningCurve | None]:
-    """(likely label errors, learning curve) by logistic regression on vectors of the texts."""
+    """(likely label errors, learning curve) by logistic regression on vectors of the texts.
+
+    has_copies  whether many examples are training texts, which no learning curve may be measured on
+    """
     from sklearn.model_selection import train_test_split
 
     texts = list(scored.texts) if isinstance(train, str) else train.test
     train_labels = None if isinstance(train, str) else train.labels
     logger.info("label errors and learning curve: logistic regression on vectors of %d texts", len(texts))
-    if train_labels is None or isinstance(train, str):
+    if train_labels is None or isinstance(train, str) or has_copies:
         vectors = compute_tfidf(texts) if embed is None else embed(texts)
-        missing["learning_curve_train"] = (
-            "no labelled training texts: four fifths of the task's examples are learned from"
-        )
+        reason = "many of them are training texts" if has_copies else "no labelled training texts"
+        missing["learning_curve_train"] = f"{reason}: four fifths of the task's examples are learned from"
         chosen, held_out = train_test_split(np.arange(len(texts)), test_size=0.2, random_state=0, shuffle=True)
         curve = learning_curve.measure_curve(
             vectors[chosen], scored.labels[chosen], vectors[held_out], scored.labels[held_out]

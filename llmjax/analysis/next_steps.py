@@ -9,19 +9,23 @@ from llmjax.analysis.result import Analysis, NextStep
 _CONFIDENT = 0.5  # score of a label error; many of those below it are none
 _MANY_ERRORS = 0.01  # share of such label errors from which labels are worth a review
 _MIN_COPIES = 0.005  # share of examples
+_TRAINING_SET = 0.5  # share of copies from which a task scores the training set, such as to find its label errors
 _MIN_GAIN = 0.005  # of error, from more data
 
 
 def rank_steps(analysis: Analysis) -> list[NextStep]:
-    """The steps for which the analysis has evidence, the most important first."""
-    steps = [
-        *_about_copies(analysis),
-        *_about_mismatch(analysis),
-        *_about_labels(analysis),
-        *_about_slices(analysis),
-        *_about_confusions(analysis),
-        *_about_data(analysis),
-    ]
+    """The steps for which the analysis has evidence, the most important first.
+
+    On the training set, the score, the slices and the learning curve say little about new texts, so they are left out.
+    """
+    steps = [*_about_copies(analysis), *_about_labels(analysis)]
+    if not _is_training_set(analysis):
+        steps += [
+            *_about_mismatch(analysis),
+            *_about_slices(analysis),
+            *_about_confusions(analysis),
+            *_about_data(analysis),
+        ]
     if not steps:
         steps = [
             NextStep(
@@ -34,10 +38,24 @@ def rank_steps(analysis: Analysis) -> list[NextStep]:
     return sorted(steps, key=lambda step: (not step.is_first, -step.share))
 
 
+def _measure_copies(analysis: Analysis) -> float:
+    """The share of examples that are near-duplicates of training texts."""
+    return len(analysis.near_copies or ()) / analysis.count
+
+
+def _is_training_set(analysis: Analysis) -> bool:
+    return _measure_copies(analysis) >= _TRAINING_SET
+
+
 def _about_copies(analysis: Analysis) -> Sequence[NextStep]:
-    share = len(analysis.near_copies or ()) / analysis.count
+    share = _measure_copies(analysis)
     if share < _MIN_COPIES:
         return ()
+    text = (
+        "Judge the model on other examples: most of these are training texts. Use this analysis to check their labels."
+        if _is_training_set(analysis)
+        else "Remove the copies of training texts from the task, or from the training data, and score again."
+    )
     change = ""
     if analysis.score_of_copies is not None and analysis.score_of_others is not None:
         change = (
@@ -46,7 +64,7 @@ def _about_copies(analysis: Analysis) -> Sequence[NextStep]:
         )
     return (
         NextStep(
-            text="Remove the copies of training texts from the task, or from the training data, and score again.",
+            text=text,
             reason=f"{len(analysis.near_copies or ()):,} examples ({share:.1%}) are near-duplicates of training texts."
             + change,
             evidence="near_copies",
@@ -75,7 +93,7 @@ def _about_labels(analysis: Analysis) -> Sequence[NextStep]:
     errors = analysis.label_errors or ()
     confident = sum(error.score >= _CONFIDENT for error in errors)
     share = confident / analysis.count
-    if share < _MANY_ERRORS:
+    if not errors or (share < _MANY_ERRORS and not _is_training_set(analysis)):
         return ()
     return (
         NextStep(

@@ -170,7 +170,10 @@ def _write(
         records = parts.list_suggestions(scored, analysis)
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         atomic.write_bytes(fix, text.encode(errors="backslashreplace"))
-        logger.info("suggested labels: %s, in the field suggested_label", fix)
+        field = scored.task.label_field
+        logger.info(
+            "suggested labels: %s; where suggested_label is right, copy it to %s, and train on the file", fix, field
+        )
     logger.info("analysis: %s, and %s", page, workdirs.ANALYSIS)
     if fix is None and analysis.label_errors:
         logger.info("next: %s", next_commands.suggest_labels(workdir, analysis.task))

@@ -1,6 +1,6 @@
 """`llmjax fields`: list every config field with its docstring and default."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import dataclasses
 import textwrap
 import typing
@@ -66,7 +66,10 @@ def _print_section(section: _Section, explained: set[type]) -> None:
     explained.update(bases)  # families share base classes
     docstrings = [textwrap.dedent("    " + (base.__doc__ or "")).strip() for base in bases] or ["(fields as above)"]
     print(f"[{path or 'top level'}{family}] " + "\n\n".join(docstrings) + "\n")
+    hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
+        if typing.get_origin(hints[field.name]) is Mapping and typing.get_args(hints[field.name])[1] is float:
+            print(f"  --config.{path}.{field.name}.NAME=NUMBER")
         if field.default is not dataclasses.MISSING and not dataclasses.is_dataclass(field.default):
             print(f"  --config.{path}{'.' if path else ''}{field.name}={field.default!r}")
     print()

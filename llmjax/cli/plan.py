@@ -43,7 +43,9 @@ def plan(arguments: list[str]) -> int:
     parser.add_argument("--slices", type=int_range(1), default=1, help="TPU slices of that shape (default 1)")
     parser.add_argument("--quick", action="store_true", help="stop at the optimized program")
     parser.add_argument("--tokens", type=number, help="tokens of a run, such as 15e12: time, chip-hours, energy, CO2")
-    parser.add_argument("--price", type=number, help="of a chip and hour, in any currency; needs --tokens")
+    parser.add_argument(
+        "--price", type=number, help="of a chip and hour, in any currency; needs --tokens, or a config with phases"
+    )
     parser.add_argument(
         "--search",
         action="store_true",
@@ -67,10 +69,14 @@ def plan(arguments: list[str]) -> int:
 
     topology = topologies.parse(flags.topology, flags.slices)
     config = run_config.resolve(flags.config, overrides)
+    if flags.price is not None and flags.tokens is None and not config.phases:
+        raise UserError(f"--price={flags.price:g}: give --tokens as well, whose cost it sets")
     plans.check_vocabulary(config, flags.config)
     topologies.check_installed(topology)
     if flags.slices > 1 and config.mesh.slice == 1:
         config = run_config.with_fields(config, [("mesh.slice", flags.slices)])
+    if config.phases:
+        return _plan_phases(config, topology, flags)
     result, lines, extra = _make_plan(config, topology, flags)
     default = None
     if result.tree is not None:  # the same step with the default reduction, to compare with
@@ -92,6 +98,45 @@ def plan(arguments: list[str]) -> int:
     print("\n".join(lines), file=sys.stderr if flags.json else sys.stdout, flush=True)
     if flags.json:
         print(json.dumps(output))
+    return 0
+
+
+def _plan_phases(config: "RunConfig", topology: "Topology", flags: argparse.Namespace) -> int:
+    """The plan of each phase that has steps of its own shape, and the cost of all steps."""
+    from llmjax.plan import describe, plan as plans
+    from llmjax.run import config as run_config, phases
+
+    for name in ("tokens", "search", "workdir"):
+        if getattr(flags, name):
+            raise UserError(
+                f"--{name}={getattr(flags, name)}: not with a config of phases, whose steps are planned one after "
+                "another; leave it out"
+            )
+    if config.model.remat == "auto":
+        remat = _make_plan(phases.largest_config(config), topology, flags)[0].config.model.remat
+        config = run_config.with_fields(config, [("model.remat", remat)])
+    made: dict[tuple[int, int], Plan] = {}
+    lines, costs, output = [], [], {}
+    for phase in phases.split(config):
+        key = phase.rows, phase.batch
+        lines += [*([""] if lines else []), str(phase)]
+        if key in made:
+            lines.append("its steps are those of an earlier phase")
+        else:
+            fields = [("train.global_batch", phase.batch), ("train.batch_schedule", ())]
+            made[key] = plans.make_plan(run_config.with_fields(phase.config, fields), topology, quick=flags.quick)
+            lines += describe.describe(made[key], flags.config)
+            if flags.dump:
+                _dump(pathlib.Path(flags.dump).expanduser() / phase.name, made[key].program)
+        tokens = (phase.last - phase.first) * made[key].step_tokens
+        costs.append((tokens, describe.cost_of_run(made[key], tokens, flags.price)))
+        output[phase.name] = made[key].to_json() | {"first_step": phase.first + 1, "last_step": phase.last}
+    total = describe.add_costs([cost for _, cost in costs])
+    first = next(iter(made.values()))
+    lines += describe.describe_run(first, sum(tokens for tokens, _ in costs), total)
+    print("\n".join(lines), file=sys.stderr if flags.json else sys.stdout, flush=True)
+    if flags.json:
+        print(json.dumps({"phases": output, "run": None if total is None else total.to_json()}))
     return 0
 
 
@@ -117,8 +162,6 @@ def _make_plan(
 
 
 def _check(flags) -> None:
-    if flags.price is not None and flags.tokens is None:
-        raise UserError(f"--price={flags.price:g}: give --tokens as well, whose cost it sets")
     for name in ("tokens", "price", "search_minutes"):
         value = getattr(flags, name)
         if value is not None and value <= 0:

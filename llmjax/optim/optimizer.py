@@ -136,16 +136,17 @@ def _statistic_axes(field: str, shape: tuple, param_shape: tuple, param_axes: tu
 
 
 def make_optimizer(
-    config: OptimizerConfig, *, horizon: int, axes: Params, width: float = 1.0, num_layers: int = 0
+    config: OptimizerConfig, *, horizon: int, axes: Params, width: float = 1.0, num_layers: int = 0, first: int = 0
 ) -> Optimizer:
     """The named optimizer over a schedule of `horizon` updates, for parameters with these logical `axes`.
 
+    first       updates before the schedule
     width       the model's width over its base width under muP; 1: the standard parametrization
     num_layers  of the model, for learning rates by layer
     Raises UserError if the schedule does not fit the horizon, or if the optimizer has no muP rule.
     """
     resolved = config.resolved()
-    learning_rate = make_schedule(resolved, horizon)
+    learning_rate = make_schedule(resolved, horizon, first)
     step = optax.chain(_scale_for_width(resolved, axes, width), _decay_and_rate(resolved, axes, learning_rate))
     match resolved.name:
         case "adamw":

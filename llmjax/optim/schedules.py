@@ -11,11 +11,15 @@ from llmjax.errors import UserError
 from llmjax.optim.config import OptimizerConfig
 
 
-def make_schedule(config: OptimizerConfig, horizon: int) -> Callable[[jax.typing.ArrayLike], jax.Array]:
+def make_schedule(config: OptimizerConfig, horizon: int, first: int = 0) -> Callable[[jax.typing.ArrayLike], jax.Array]:
     """count -> learning rate. Update `count` (from 0) of a warmup of w steps runs at (count + 1) / (w + 1) of the peak.
 
     So no update has rate 0, update w is the first at the peak, and count = horizon gives the end. Beyond the horizon
-    the rate stays there. Raises UserError if the warmup (with wsd, also the decay) does not fit into the horizon.
+    the rate stays there.
+
+    first   updates before the schedule, where it is that of a later phase; skipped steps may have left fewer
+
+    Raises UserError if the warmup (with wsd, also the decay) does not fit into the horizon.
     """
     resolved = config.resolved()
     peak, warmup = resolved.learning_rate, _warmup_steps(resolved, horizon)
@@ -24,13 +28,15 @@ def make_schedule(config: OptimizerConfig, horizon: int) -> Callable[[jax.typing
         schedule = after
     else:
         schedule = optax.join_schedules([optax.linear_schedule(peak / (warmup + 1), peak, warmup), after], [warmup])
+    if first:
+        return lambda count: jnp.asarray(schedule(jnp.maximum(count - first, 0)), jnp.float32)
     return lambda count: jnp.asarray(schedule(count), jnp.float32)
 
 
 def _warmup_steps(config: OptimizerConfig, horizon: int) -> int:
     warmup = min(2_000, horizon // 10) if config.warmup_steps is None else config.warmup_steps
     if warmup >= horizon:
-        raise UserError(f"optimizer.warmup_steps={warmup}: must be below train.steps={horizon}; lower it")
+        raise UserError(f"optimizer.warmup_steps={warmup}: must be below the {horizon} steps of the schedule; lower it")
     return warmup
 
 
@@ -47,7 +53,7 @@ def _after_warmup(config: Any, horizon: int, warmup: int) -> optax.Schedule:
             if decay > span:
                 raise UserError(
                     f"optimizer.decay_fraction={config.decay_fraction}: {decay} steps of decay and {warmup} of warmup "
-                    f"don't fit in train.steps={horizon}; lower one of them"
+                    f"don't fit in the {horizon} steps of the schedule; lower one of them"
                 )
             return optax.linear_schedule(peak, end * peak, decay, transition_begin=span - decay)
         case "inverse_sqrt":

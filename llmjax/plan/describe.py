@@ -1,5 +1,6 @@
 """The output of `llmjax plan`: what a step needs, executes and moves, its predicted time, and the cost of a run."""
 
+from collections.abc import Sequence
 import dataclasses
 from typing import Any
 
@@ -168,6 +169,23 @@ def cost_of_run(plan: Plan, tokens: float, price: float | None) -> RunCost | Non
         price=price,
         kwh=(low, high),
         kg_co2=(low * _KG_PER_KWH[0], high * _KG_PER_KWH[1]),
+    )
+
+
+def add_costs(costs: Sequence[RunCost | None]) -> RunCost | None:
+    """The cost of all phases of a run; None where one is unknown."""
+    known = [cost for cost in costs if cost is not None]
+    if len(known) < len(costs):
+        return None
+    total = lambda read: sum(map(read, known))
+    both = lambda read: (total(lambda cost: read(cost)[0]), total(lambda cost: read(cost)[1]))
+    return RunCost(
+        steps=total(lambda cost: cost.steps),
+        days=total(lambda cost: cost.days),
+        chip_hours=total(lambda cost: cost.chip_hours),
+        price=known[0].price,
+        kwh=both(lambda cost: cost.kwh),
+        kg_co2=both(lambda cost: cost.kg_co2),
     )
 
 

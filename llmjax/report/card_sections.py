@@ -11,7 +11,7 @@ from llmjax.errors import UserError
 from llmjax.evals import results
 from llmjax.report import cost
 from llmjax.report.card_data import Corpus
-from llmjax.report.files import RunFiles
+from llmjax.report.files import RunFiles, list_row_lengths
 from llmjax.report.markup import format_count
 from llmjax.run import loading, next_commands
 
@@ -80,7 +80,7 @@ def describe_model(facts: CardFacts) -> str:
         ("Adapters", f"LoRA of rank {lora['rank']}, merged on export" if lora.get("rank") else None),
         ("Base model", facts.base_model or "none, trained from random parameters"),
         ("Tokenizer", f"{kind}, {format_count(size)} tokens" if size else kind),
-        ("Tokens in a row", format_count(data["seq_len"]) if data.get("seq_len") else None),
+        ("Tokens in a row", ", then ".join(map(format_count, list_row_lengths(facts.run.config or {})))),
         ("Objective", facts.section("objective").get("name")),
         ("Classes", ", ".join(data.get("classes") or ())),
         ("Checkpoint", f"{about.get('eval_params', 'imported parameters')} of step {facts.step:,}"),
@@ -221,8 +221,8 @@ def describe_bias(facts: CardFacts) -> str:
 def describe_limits(facts: CardFacts) -> str:
     """The limits that follow from the files, and a place for those that a person knows."""
     lines = []
-    if length := facts.section("data").get("seq_len"):
-        lines.append(f"It was trained on rows of {length:,} tokens; longer contexts are untested.")
+    if lengths := list_row_lengths(facts.run.config or {}):
+        lines.append(f"It was trained on rows of {max(lengths):,} tokens; longer contexts are untested.")
     if facts.splits and not facts.tasks:
         lines.append("It was scored on text like that of its training alone, which says little about other text.")
     if not facts.corpora:
@@ -245,10 +245,12 @@ def describe_cost(facts: CardFacts) -> str:
     if total is None:
         text = "llmjax has not trained this model" if not facts.run.metrics else "run.json does not record the starts"
         return f"## Cost and energy\n\nNot recorded: {text}."
-    amounts = _list_items((name[:1].upper() + name[1:], value) for name, value, _ in cost.list_amounts(total))
-    assumptions = "\n".join(f"- {line}" for line in cost.list_assumptions(total))
+    amounts = cost.list_amounts(total)
+    values = _list_items((name[:1].upper() + name[1:], value) for name, value, _ in amounts)
+    lines = [*(f"{formula}." for _, _, formula in amounts), *cost.list_assumptions(total)]
+    assumptions = "\n".join(f"- {line}" for line in lines)
     text = "Training alone, without that of a base model, curation and evaluation by command."
-    return f"## Cost and energy\n\n{text}\n\n{amounts}\n\nFormulas and assumptions:\n\n{assumptions}"
+    return f"## Cost and energy\n\n{text}\n\n{values}\n\nFormulas and assumptions:\n\n{assumptions}"
 
 
 def describe_how_to_use(facts: CardFacts) -> str:

@@ -18,6 +18,7 @@ from llmjax.report.markup import format_count
 from llmjax.run import config as run_config, loading, workdir as workdirs
 
 MAX_RUNS = 8  # columns of a table, and colours of a plot
+_EMPTY = {None, '""', "[]", "null", "false"}  # values of a config that say nothing
 _SPLIT_SCORES = ("loss", "perplexity", "bits_per_byte", "accuracy", "macro_f1", "pearson", "spearman", "margin")
 
 
@@ -146,10 +147,17 @@ def _list_tasks(runs: Sequence[RunFiles]) -> list[str]:
 
 
 def _compare_configs(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str | None]]]:
-    """(field, values as JSON) of the fields of nested dicts that are not the same in all of them."""
+    """(field, values as JSON) of the fields of nested dicts that are not the same in all of them.
+
+    A field that only some of them have, such as those of one more source, is left out where no value says anything.
+    """
     flat = [dict(_flatten(config)) for config in configs]
     rows = [(field, [each.get(field) for each in flat]) for field in dict.fromkeys(f for each in flat for f in each)]
-    return [(field, values) for field, values in rows if len(set(values)) > 1]
+    return [
+        (field, values)
+        for field, values in rows
+        if len(set(values)) > 1 and not (None in values and set(values) <= _EMPTY)
+    ]
 
 
 def _flatten(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from llmjax.parallel.device_facts import find_facts
 from llmjax.report.files import RunFiles
-from llmjax.report.markup import definition_list, escape, missing_part, section, table
+from llmjax.report.markup import escape, missing_part, section, table
 
 # Where the config does not say. PUE: from a machine without a data centre to the mean of the Uptime Institute's survey
 # of 2023. Grid, g of CO2 equivalent per kWh: Norway and India in 2023 by Ember; the mean of the world was 481.
@@ -120,9 +120,12 @@ def render(run: RunFiles) -> str:
         (device.device, device.starts, format_amount(device.hours), format_range(device.watts) or "unknown")
         for device in cost.devices
     ]
-    facts = definition_list((name, value) for name, value, _ in list_amounts(cost))
+    amounts = [(name[:1].upper() + name[1:], formula, value) for name, value, formula in list_amounts(cost)]
     lines = "".join(f"<li>{escape(line)}</li>" for line in list_assumptions(cost))
-    body = f"{facts}{table(head, rows)}<ul class='assumptions note'>{lines}</ul>"
+    body = (
+        f"{table(('Amount', 'formula', 'value'), amounts, texts=2)}{table(head, rows)}"
+        f"<ul class='assumptions note'>{lines}</ul>"
+    )
     note = "Of training alone: without the training of an imported model, curation and `llmjax eval`."
     return section("Cost", body, note=note)
 
@@ -141,8 +144,8 @@ def list_amounts(cost: Cost) -> list[tuple[str, str, str]]:
 
 
 def list_assumptions(cost: Cost) -> list[str]:
-    """The formulas, and what they assume, as sentences."""
-    lines = [f"{formula}." for _, _, formula in list_amounts(cost)]
+    """What the formulas assume, as sentences."""
+    lines = []
     if any(device.device == "cpu" for device in cost.devices):
         lines.append("A process on CPUs counts as one device, of a laptop (15 W) or a server's socket (350 W).")
     if cost.unmeasured:

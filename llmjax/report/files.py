@@ -1,5 +1,6 @@
 """Read the files of a workdir for a report; missing or unreadable ones are None or empty."""
 
+from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
@@ -89,6 +90,13 @@ def read(workdir: epath.PathLike) -> RunFiles:
         profile=profile,
         unreadable=unreadable,
     )
+
+
+def list_row_lengths(config: Mapping[str, Any]) -> list[int]:
+    """Tokens in a row in each phase of a run's config.json, in order; [] where they are not known."""
+    phases = sorted((config.get("phases") or {}).values(), key=lambda phase: phase["after_step"])
+    lengths = [(config.get("data") or {}).get("seq_len"), *(phase.get("seq_len") for phase in phases)]
+    return list(dict.fromkeys(filter(None, lengths)))
 
 
 def list_compressors(manifest: dict[str, Any] | None) -> list[tuple[str, int]]:

@@ -181,7 +181,7 @@ dl div { display: flex; justify-content: space-between; gap: 20px;
   padding: 5px 0; border-bottom: 1px solid var(--grid); }
 dt { color: var(--soft); white-space: nowrap; }
 dd { margin: 0; text-align: right; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
-dl + h3, .wide + h3, dl + .wide, .wide + .wide { margin-top: 20px; }
+dl + h3, .wide + h3, dl + .wide, .wide + .wide, details + .wide { margin-top: 20px; }
 .wide + details, .wide + .missing { margin-top: 14px; }
 code, pre { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
   font-size: 13px; }

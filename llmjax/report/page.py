@@ -12,7 +12,7 @@ from etils import epath
 from llmjax.evals.label_scores import describe_baseline
 from llmjax.metrics import duration
 from llmjax.report import cost, plot, step_plan, task_scores
-from llmjax.report.files import RunFiles, list_compressors, read
+from llmjax.report.files import RunFiles, list_compressors, list_row_lengths, read
 from llmjax.report.markup import (
     chart_grid,
     collapsed,
@@ -223,6 +223,7 @@ def render_summary(run: RunFiles) -> str:
             ("teacher", f"{teacher.get('workdir')}, step {teacher.get('step')}" if teacher else None),
             ("evaluated", about.get("eval_params")),
             ("rows x tokens a step", f"{batch} x {seq_len}{later}" if batch and seq_len else None),
+            *((f"phase {name}", _describe_phase(phase)) for name, phase in settings.get("phases", {}).items()),
             ("restarts", len(about.get("restarts", []))),
             ("steps skipped, not finite", format_count(_last_value(run, "skipped_steps"))),
             ("versions", versions),
@@ -235,6 +236,16 @@ def render_summary(run: RunFiles) -> str:
     if unsharded:
         unsharded = collapsed("Parameters that stay unsharded", f"<ul>{unsharded}</ul>")
     return section("Run", facts + by_part + unsharded)
+
+
+def _describe_phase(phase: dict[str, Any]) -> str:
+    """What a phase changes, from its section of config.json."""
+    weights = phase.get("weights") or {}
+    mixture = ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
+    changes = {name: value for name, value in phase.items() if value not in (None, [], {}) and name != "weights"}
+    after = changes.pop("after_step", None)
+    listed = [*(f"{name} {value}" for name, value in changes.items()), *([f"weights {mixture}"] if mixture else [])]
+    return f"after step {after}: {'; '.join(listed)}"
 
 
 def render_data(run: RunFiles) -> str:
@@ -259,7 +270,12 @@ def render_data(run: RunFiles) -> str:
         settings = (run.config or {}).get("data", {})
         parts.append("<h3>Rows for training</h3>")
         parts.append(
-            definition_list([("packing", settings.get("packing")), ("tokens in a row", settings.get("seq_len"))])
+            definition_list(
+                [
+                    ("packing", settings.get("packing")),
+                    ("tokens in a row", ", ".join(map(format_count, list_row_lengths(run.config or {})))),
+                ]
+            )
         )
         columns = list(dict.fromkeys(column for source in run.data.values() for column in source))
         rows = [(name, *(_format_value(source.get(column)) for column in columns)) for name, source in run.data.items()]

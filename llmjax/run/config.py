@@ -25,6 +25,7 @@ from llmjax.parallel.compiler_options import XlaConfig
 from llmjax.parallel.mesh import MeshConfig, ParallelConfig
 from llmjax.parallel.phases import WatchdogConfig
 from llmjax.run.objective_checks import check_chat, check_distillation, check_labels
+from llmjax.run.phase_config import PhaseConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,7 +165,10 @@ _SIZES = {"train": ("global_batch",), "eval": ("batch",), "data": ("seq_len",)}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One run. `seed` keys the initial parameters, the data order, the draws of objectives, and dropout."""
+    """One run. `seed` keys the initial parameters, the data order, the draws of objectives, and dropout.
+
+    phases   changes after given steps, by name: section phases.NAME
+    """
 
     seed: int = 0
     model: ModelConfig = DecoderConfig()
@@ -181,6 +185,7 @@ class RunConfig:
     eval: EvalConfig = EvalConfig()
     sample: SampleConfig = SampleConfig()
     report: ReportConfig = ReportConfig()
+    phases: Mapping[str, PhaseConfig] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         self._check_fields(_POSITIVE, lambda value: value >= 1, "must be at least 1")

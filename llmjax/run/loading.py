@@ -26,7 +26,7 @@ from llmjax.models import registry
 from llmjax.nn.lora import LoraConfig
 from llmjax.optim.config import finetuning_rate
 from llmjax.parallel import axes, hosts, mesh as meshes
-from llmjax.run import config as run_config, state as states, workdir as workdirs
+from llmjax.run import config as run_config, phases, state as states, workdir as workdirs
 from llmjax.run.config import RunConfig
 from llmjax.run.mesh_choice import choose_mesh
 
@@ -268,6 +268,7 @@ def restore(
     only_params   leave the optimizer's state unread where it holds no average of the parameters
     """
     checkpoints = Checkpoints(workdir / workdirs.CHECKPOINTS)
+    config = phases.last_config(config)
     imported = _is_import(checkpoints, step)
     if imported:
         config = _as_imported(config, workdir)

@@ -86,7 +86,7 @@ class StateSpec:
 def make_state_spec(model: ModelConfig, optimizer: OptimizerConfig, *, horizon: int) -> StateSpec:
     """Shapes and shardings of a run's state on the mesh of `use_mesh`. Nothing is allocated.
 
-    horizon   train.steps, over which learning rate schedules run
+    horizon   steps over which the schedule of the learning rate runs
     """
     graph, shapes, names = registry.abstract(model)
     trainable, tx = make_trained_optimizer(model, optimizer, shapes, names, horizon=horizon)
@@ -110,17 +110,19 @@ def make_state_spec(model: ModelConfig, optimizer: OptimizerConfig, *, horizon: 
 
 
 def make_trained_optimizer(
-    model: ModelConfig, optimizer: OptimizerConfig, shapes: Params, names: Params, *, horizon: int
+    model: ModelConfig, optimizer: OptimizerConfig, shapes: Params, names: Params, *, horizon: int, first: int = 0
 ) -> tuple[Params, Optimizer]:
     """(for each parameter whether it is trained, the optimizer of those).
 
-    shapes, names   of all parameters of the model: shapes and logical axes
+    shapes, names    of all parameters of the model: shapes and logical axes
+    horizon, first   of the schedule of the learning rate, see `make_schedule`
     Raises UserError as `choose_trainable` does.
     """
     trainable = choose_trainable(optimizer, shapes)
     tx = make_optimizer(
         optimizer,
         horizon=horizon,
+        first=first,
         axes=split(names, trainable)[0],
         width=model.width_multiplier,
         num_layers=model.num_layers,

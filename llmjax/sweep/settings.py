@@ -11,8 +11,7 @@ from llmjax import atomic
 from llmjax.binding import differences
 from llmjax.data.store import prepare
 from llmjax.errors import UserError
-from llmjax.optim import schedules
-from llmjax.run import config as run_config, loading, workdir as workdirs
+from llmjax.run import config as run_config, loading, phases, workdir as workdirs
 from llmjax.run.config import RunConfig
 from llmjax.sweep import space, training
 from llmjax.sweep.study import Plan
@@ -98,7 +97,7 @@ def make_plan(settings: Settings, workdir: epath.Path) -> tuple[Settings, Plan]:
     def resolve(more: Sequence[tuple[str, str]]) -> RunConfig:
         config = loading.resolve(settings.config, workdir, [*settings.overrides, *more])
         if not config.train.epochs:  # else the data decide the number of steps
-            schedules.make_schedule(config.optimizer, config.train.steps)  # raises where the phases do not fit
+            phases.check_rates(config)
         return config
 
     config = resolve([])

@@ -13,7 +13,7 @@ from llmjax.batch import Params
 from llmjax.checkpoint.fingerprint import fingerprint
 from llmjax.checkpoint.manager import Checkpoints
 from llmjax.checkpoint.replicas import check_replicas
-from llmjax.data.batches.pipeline import DataState, TrainData
+from llmjax.data.batches.pipeline import DataState
 from llmjax.data.objectives.objective import Objective
 from llmjax.data.store.tokenizer import Tokenizer
 from llmjax.evals import harness
@@ -24,6 +24,7 @@ from llmjax.run import config as run_config, loading, state as states, workdir a
 from llmjax.run.config import RunConfig
 from llmjax.run.state import StateSpec, TrainState
 from llmjax.train import best
+from llmjax.train.phases import TrainPhase
 from llmjax.train.preemption import Preemption
 from llmjax.train.teacher import Teacher
 
@@ -50,6 +51,7 @@ class Progress:
 class TrainContext:
     """What is fixed during a run. `manifest` is that of the token store.
 
+    objective      of the rows of the last phase, with which the run is evaluated
     started        when this process began to set up the run, in seconds since 1970
     teacher        whose predictions the run learns; None: it learns the targets alone
     remat_reason   why model.remat="auto" took the config's policy; "" where the policy is explicit
@@ -60,7 +62,7 @@ class TrainContext:
     manifest: dict[str, Any]
     tokenizer: Tokenizer
     objective: Objective
-    data: TrainData
+    phases: tuple[TrainPhase, ...]
     spec: StateSpec
     checkpoints: Checkpoints
     evaluator: harness.Evaluator
@@ -71,6 +73,11 @@ class TrainContext:
     started: float
     teacher: Teacher | None = None
     remat_reason: str = ""
+
+    @property
+    def eval_config(self) -> RunConfig:
+        """The config with which the run is evaluated: rows have the length of the last phase."""
+        return self.phases[-1].phase.config
 
     @property
     def last_step(self) -> int:
@@ -157,7 +164,7 @@ class TrainContext:
     def loaded(self, step: int, state: TrainState, fingerprint: str) -> loading.Loaded:
         """The model of a state, as a command loads it from a checkpoint."""
         return loading.Loaded(
-            config=self.config,
+            config=self.eval_config,
             step=step,
             graph=self.spec.graph,
             params=self.eval_params(state),

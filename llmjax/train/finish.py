@@ -14,6 +14,7 @@ from llmjax.report.files import list_compressors
 from llmjax.run import next_commands, workdir as workdirs
 from llmjax.train import best, record
 from llmjax.train.context import Progress, TrainContext
+from llmjax.train.phases import summarize_data
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,9 @@ def write_final_report(context: TrainContext, progress: Progress) -> None:
     if not hosts.is_primary():
         return
     context.lock.check()
-    workdirs.write_json(context.workdir / workdirs.DATA, context.data.summary(progress.data_state))
+    workdirs.write_json(
+        context.workdir / workdirs.DATA, summarize_data(context.phases, progress.step, progress.data_state)
+    )
     record.write_end(context.workdir, time.time())
     path = report.write_report(context.workdir)
     for line in _summary(context, progress, scores, samples):

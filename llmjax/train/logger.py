@@ -15,6 +15,7 @@ from llmjax.metrics import ProgressLine, mfu
 from llmjax.run import config as run_config
 from llmjax.run.teacher import teacher_flops_per_token
 from llmjax.train.context import Progress, TrainContext
+from llmjax.train.phases import TrainPhase
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +34,7 @@ class MetricsLogger:
     def __init__(self, context: TrainContext, progress: Progress):
         self._context = context
         self._progress_line = ProgressLine(context.last_step)
-        self._flops = run_config.flops_per_token(context.config, context.objective.target_len)
-        if context.teacher is not None:
-            self._flops += teacher_flops_per_token(context.config, context.teacher.config, context.objective.target_len)
-        self._pending: tuple[int, dict] | None = None
+        self._pending: tuple[int, dict, float] | None = None
         self._bad_in_a_row = 0
         self._first = True
         self._losses: collections.deque[float] = collections.deque(maxlen=_LOSS_WINDOW)
@@ -46,7 +44,7 @@ class MetricsLogger:
     def _restart_window(self) -> None:
         """Rates and times of a line cover the steps since the previous line, which are the window."""
         self._began, self._data_wait, self._steps = time.monotonic(), 0.0, 0
-        self._window_targets = self._window_tokens = 0
+        self._window_targets = self._window_flops = 0
 
     @contextlib.contextmanager
     def data_timer(self) -> Iterator[None]:
@@ -55,22 +53,22 @@ class MetricsLogger:
         yield
         self._data_wait += time.monotonic() - began
 
-    def record(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Remember that `step` was started, and read the metrics of the step before it."""
+    def record(self, step: int, metrics: dict[str, jax.Array], phase: TrainPhase) -> None:
+        """Remember that `step` was started, in this phase, and read the metrics of the step before it."""
         self.flush()
-        self._pending = step, metrics
+        self._pending = step, metrics, self._flops_per_token(phase)
 
     def flush(self) -> None:
         """Wait for the running step and read its metrics."""
         if self._pending is None:
             return
-        (step, arrays), self._pending = self._pending, None
+        (step, arrays, flops_per_token), self._pending = self._pending, None
         read = ("finite", "loss", "num_targets", "num_tokens")
         finite, loss, targets, tokens = jax.device_get([arrays[name] for name in read])
         self._watch_loss(step, finite, loss.item())
         self.total_targets += int(targets)
         self._window_targets += int(targets)
-        self._window_tokens += int(tokens)
+        self._window_flops += int(tokens) * flops_per_token
         self._steps += 1
         logged = step % self._context.config.train.log_every == 0 or step == self._context.last_step
         # The first step is printed at once, and its compilation does not count in the times of later steps.
@@ -78,6 +76,12 @@ class MetricsLogger:
             values = {name: value.item() for name, value in jax.device_get(arrays).items() if name != "finite"}
             self._write(step, values | {"num_targets": int(targets)}, logged)
         self._first = False
+
+    def _flops_per_token(self, phase: TrainPhase) -> float:
+        """Model FLOPs of a token, which costs the same whether it is scored or not."""
+        config, target_len, teacher = phase.phase.config, phase.objective.target_len, self._context.teacher
+        of_teacher = 0.0 if teacher is None else teacher_flops_per_token(config, teacher.config, target_len)
+        return run_config.flops_per_token(config, target_len) + of_teacher
 
     def _watch_loss(self, step: int, finite: bool, loss: float) -> None:
         """Count bad steps in a row. Their losses are not taken into the median."""
@@ -105,8 +109,7 @@ class MetricsLogger:
             "step_seconds": seconds / self._steps,
             "data_wait_seconds": self._data_wait / self._steps,
             "mfu": mfu(
-                flops_per_token=self._flops,
-                tokens_per_second=self._window_tokens / seconds,  # a token costs the same whether it is scored or not
+                flops_per_second=self._window_flops / seconds,
                 device_kind=jax.devices()[0].device_kind,
                 num_devices=jax.device_count(),
             ),

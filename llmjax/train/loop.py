@@ -24,16 +24,32 @@ from llmjax.evals.tasks.run import TaskScorer
 from llmjax.inference import generate
 from llmjax.inference.embed import with_pooling
 from llmjax.metrics import MetricsLog
-from llmjax.optim import schedules
 from llmjax.parallel import axes, backends, compilation_cache, hosts, mesh as meshes
+from llmjax.parallel.backends import CompiledStep
 from llmjax.parallel.watchdog import Watchdog
-from llmjax.run import config as run_config, loading, state as states, teacher as teachers, workdir as workdirs
+from llmjax.run import (
+    config as run_config,
+    loading,
+    phases as run_phases,
+    state as states,
+    teacher as teachers,
+    workdir as workdirs,
+)
 from llmjax.run.config import RunConfig
 from llmjax.run.mesh_choice import choose_mesh
 from llmjax.train import best, finish, recompute, record, resume
 from llmjax.train.cloud_notice import CloudNotice, check_notice
 from llmjax.train.context import Progress, TrainContext
 from llmjax.train.logger import MetricsLogger
+from llmjax.train.phases import (
+    TrainPhase,
+    check_length,
+    open_data,
+    open_objectives,
+    open_phases,
+    phase_of,
+    read_batches,
+)
 from llmjax.train.preemption import Preemption
 from llmjax.train.profiling import Profiler, check_profile
 from llmjax.train.program import check_program, make_program
@@ -72,7 +88,8 @@ def train(config: RunConfig, workdir: epath.Path) -> int:
                 _log_nothing_left(context, progress)
             watchdog.enter("save", progress.step)
             context.checkpoints.close()
-            context.data.close()
+            for phase in context.phases:
+                phase.data.close()
             if status == SUCCESS:
                 lock.check()
                 finish.write_final_report(context, progress)
@@ -82,7 +99,10 @@ def train(config: RunConfig, workdir: epath.Path) -> int:
 
 def _check_config(config: RunConfig, workdir: epath.Path) -> None:
     """All checks that are cheap, before anything is written."""
-    check_program(config)
+    for phase in run_phases.split(config):
+        check_program(phase.config)
+    if not config.train.epochs:  # else the steps are not known before the data
+        run_phases.check_rates(config)
     recompute.check(config)
     check_profile(config.train, workdir)
     check_wandb(config.train)
@@ -98,9 +118,11 @@ def _set_up(
     store = loading.store_folder(config, workdir)
     manifest = prepare_once(config, store)
     tokenizer = load_tokenizer(store)
-    objective = run_config.objective(config, tokenizer)
-    backends.check_length("objective.target_len", objective.target_len)
-    config = run_config.with_objective(config, objective)
+    objectives = open_objectives(config, tokenizer)
+    for of_rows in objectives.values():
+        backends.check_length("objective.target_len", of_rows.target_len)
+    config = run_config.with_objective(config, max(objectives.values(), key=lambda each: each.min_vocab_size))
+    objective = objectives[max(objectives)]  # of the last phase
     generate.check_samples(config.sample, config.model, tokenizer, objective)
     hosts.all_equal("config", str(config))
     checkpoints = Checkpoints(workdir / workdirs.CHECKPOINTS, config.checkpoint)
@@ -109,19 +131,13 @@ def _set_up(
     watchdog.enter("compile", 0)
     config, remat_reason = resolve_remat(config, workdir, resumes=resumes)
     watchdog.enter("setup", 0)
-    data = TrainData(
-        store,
-        config.data,
-        seed=config.seed,
-        global_batch=config.train.global_batch,
-        schedule=config.train.batch_schedule,
-        objective=objective,
-    )
-    config = _with_steps_of_epochs(config, data)
+    data = open_data(config, objectives, store)
+    config = _with_steps_of_epochs(config, data[0])
 
     logger.info("setting up the model")
     watchdog.enter("compile", 0)
-    spec = states.make_state_spec(config.model, config.optimizer, horizon=config.train.steps)
+    phases = run_phases.split(config)
+    spec = states.make_state_spec(config.model, config.optimizer, horizon=phases[0].rates.horizon)
     unsharded = states.unsharded_params(spec)
     for line in unsharded:
         logger.info("  unsharded: %s", line)
@@ -131,13 +147,13 @@ def _set_up(
     if teacher is not None:
         watchdog.enter("restore", progress.step)
         spec = teachers.add_teacher(spec, teacher.config)
-        params = load_teacher(teacher, config, tokenizer, store)
+        params = load_teacher(teacher, max((p.config for p in phases), key=lambda c: c.data.seq_len), tokenizer, store)
         progress.state = dataclasses.replace(progress.state, teacher=params)
     watchdog.enter("compile", progress.step)
     reference = None
     if objective.name == "dpo":
         reference = _find_reference(config, workdir, spec.graph, progress, objective, store, manifest, watchdog)
-        data.add_reference(reference)
+        data[0].add_reference(reference)
     record.write_last_end(workdir)  # before lines of the metrics that this start repeats are removed
     context = TrainContext(
         config=config,
@@ -145,10 +161,10 @@ def _set_up(
         manifest=manifest,
         tokenizer=tokenizer,
         objective=objective,
-        data=data,
+        phases=open_phases(config, objectives, data, spec),
         spec=spec,
         checkpoints=checkpoints,
-        evaluator=Evaluator(spec.graph, config, objective, store, manifest, reference),
+        evaluator=Evaluator(spec.graph, phases[-1].config, objective, store, manifest, reference),
         log=MetricsLog(workdir, primary=hosts.is_primary(), resume_step=progress.step),
         lock=lock,
         watchdog=watchdog,
@@ -198,22 +214,20 @@ def _with_steps_of_epochs(config: RunConfig, data: TrainData) -> RunConfig:
     config = run_config.with_fields(config, [("train.steps", steps)])
     if config.train.stop_at > steps:
         raise UserError(f"train.stop_at={config.train.stop_at} is beyond the {steps} steps of train.epochs: lower it")
-    schedules.make_schedule(config.optimizer, steps)
+    run_phases.check_rates(config)
     return config
 
 
 def _run_to_last_step(context: TrainContext, progress: Progress) -> int:
-    config, steps_left = context.config, context.last_step - progress.step
-    batches_left = context.data.remaining(progress.data_state)
-    if batches_left is not None and batches_left < steps_left:
-        raise UserError(
-            f"train.steps={config.train.steps}: the data end after {batches_left} more steps; lower it, or set "
-            "data.at_source_end='repeat'"
-        )
+    config = context.config
+    check_length(context.phases, progress.step, context.last_step, progress.data_state)
     summary = record.run_summary(context)
     if attention := run_config.choose_attention(config):
         logger.info("attention: %s", attention)
     logger.info("training from step %d to %d: %s", progress.step, context.last_step, summary)
+    for phase in context.phases if config.phases else ():
+        if progress.step < phase.phase.last:
+            logger.info("  %s", phase.phase)
     if config.data.skip:
         skipped = ", ".join(f"{start}..{stop - 1}" for start, stop in config.data.skip)
         logger.info("  data.skip leaves out samples %s", skipped)
@@ -245,9 +259,17 @@ def run_steps(context: TrainContext, progress: Progress) -> int:
     """Step to the last step; log, save and evaluate on the way. Updates `progress`; returns the exit status."""
     config, stop, watchdog = context.config, context.last_step, context.watchdog
     rows_of = functools.partial(hosts.local_rows, backends.batch_sharding())
-    program_of = functools.cache(lambda size: make_program(config, context.spec, rows_of(size), size))
-    size = progress.data_state.global_batch
-    compiled = program_of(size)  # the programs of all sizes take and return the same state
+    programs: dict[tuple, CompiledStep] = {}
+
+    def program_of(phase: TrainPhase, size: int) -> CompiledStep:
+        """The compiled step; those of all phases and sizes take and return the same state."""
+        if (key := (*phase.program, size)) not in programs:
+            spec = dataclasses.replace(context.spec, optimizer=phase.optimizer)
+            programs[key] = make_program(phase.phase.config, spec, rows_of(size), size)
+        return programs[key]
+
+    phase, size = phase_of(context.phases, progress.step + 1), progress.data_state.global_batch
+    compiled = program_of(phase, size)
     metrics_logger = MetricsLogger(context, progress)
     first = progress.step + 1
     profiler = Profiler(config.train, context.workdir, first)
@@ -261,23 +283,28 @@ def run_steps(context: TrainContext, progress: Progress) -> int:
                 return PREEMPTED
             if context.should_stop_early(progress):
                 return SUCCESS
-        state, batches = compiled.shard_state(progress.state), context.data.batches(progress.data_state, rows_of)
+        state = compiled.shard_state(progress.state)
+        batches = read_batches(context.phases, progress.step, progress.data_state, rows_of)
         for step in range(first, stop + 1):
             profiler.before_step(step, state)
             watchdog.enter("data" if step > first else "compile", step)  # the first batch starts the workers
             with metrics_logger.data_timer():
-                local, data_state = next(batches)
-            compiles = step == first or data_state.global_batch != size
+                previous = phase
+                phase, local, data_state = next(batches)
+            if phase is not previous:
+                metrics_logger.flush()
+                logger.info("%s", phase.phase)
+            compiles = step == first or data_state.global_batch != size or phase.program != previous.program
             recomputes = bool(config.train.recompute_every) and step % config.train.recompute_every == 0
             if compiles:
                 size = data_state.global_batch
-                compiled = program_of(size)
+                compiled = program_of(phase, size)
                 watchdog.forget_steps()
             # The comparison of the first step that is computed twice compiles, too.
             watchdog.enter("compile" if compiles or recomputes else "step", step)
             compute = functools.partial(recompute.step_twice, compiled, step=step) if recomputes else compiled.step
             state, metrics = compute(state, compiled.shard_batch(local))
-            metrics_logger.record(step, metrics)
+            metrics_logger.record(step, metrics, phase)
             watchdog.enter("profile", step)
             profiler.after_step(step, state)
             watchdog.enter("step", step)

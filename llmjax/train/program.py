@@ -13,7 +13,6 @@ from llmjax.errors import UserError
 from llmjax.nn import quantized
 from llmjax.nn.distillation import make_distillation_loss
 from llmjax.nn.pair_losses import choose_loss
-from llmjax.optim import schedules
 from llmjax.parallel import axes, backends, virtual_shards
 from llmjax.parallel.backends import CompiledStep, Reduction
 from llmjax.parallel.compiler_options import compiler_options
@@ -44,8 +43,6 @@ def check_program(config: RunConfig) -> None:
     run_config.choose_attention(config)
     quantized.check_installed(config.model.quantization)
     fixed_tree.check(config)
-    if not config.train.epochs:  # else the steps are not known before the data
-        schedules.make_schedule(config.optimizer, config.train.steps)
 
 
 def step_compiler_options(config: RunConfig) -> Mapping[str, str | bool]:

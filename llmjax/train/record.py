@@ -14,6 +14,7 @@ from llmjax.models import registry
 from llmjax.parallel import hosts
 from llmjax.run import config as run_config, workdir as workdirs
 from llmjax.train.context import Progress, TrainContext
+from llmjax.train.phases import summarize_data
 from llmjax.train.program import step_compiler_options
 
 _LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain")
@@ -38,7 +39,9 @@ def write_run_metadata(context: TrainContext, progress: Progress, unsharded: lis
     target_len = context.objective.target_len
     by_part = registry.parameters_by_part(context.spec.shapes.params)
     workdirs.write_json(context.workdir / workdirs.CONFIG, run_config.to_json(context.config))
-    workdirs.write_json(context.workdir / workdirs.DATA, context.data.summary(progress.data_state))
+    workdirs.write_json(
+        context.workdir / workdirs.DATA, summarize_data(context.phases, progress.step, progress.data_state)
+    )
     workdirs.write_json(
         path,
         {

@@ -10,7 +10,7 @@ from llmjax.errors import UserError
 from llmjax.parallel import hosts
 from llmjax.plan import topology as topologies
 from llmjax.plan.remat_choice import choose_remat
-from llmjax.run import config as run_config, workdir as workdirs
+from llmjax.run import config as run_config, phases, workdir as workdirs
 from llmjax.run.config import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def _choose(config: RunConfig) -> tuple[str, str]:
             )
         slices = f"{topology.slices} slices of " if topology.slices > 1 else ""
         logger.info("model.remat='auto': compiling the step with each policy for %s%s", slices, topology.name)
-        choice = choose_remat(config, topology, host_devices=jax.local_device_count())
+        choice = choose_remat(phases.largest_config(config), topology, host_devices=jax.local_device_count())
     except UserError as error:
         raise UserError(f"model.remat='auto': {error}; or set model.remat to a policy, such as 'attention'") from error
     if not choice.fits:

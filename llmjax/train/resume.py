@@ -1,5 +1,6 @@
 """Restore the newest good checkpoint or initialise, after checking that the config still fits."""
 
+from collections.abc import Mapping
 import dataclasses
 import logging
 from typing import Any
@@ -13,7 +14,7 @@ from llmjax.errors import UserError
 from llmjax.models import registry
 from llmjax.optim import schedules
 from llmjax.optim.trainable import split
-from llmjax.run import config as run_config, state as states
+from llmjax.run import config as run_config, phases as run_phases, state as states
 from llmjax.run.config import RunConfig
 from llmjax.run.state import StateSpec
 from llmjax.train.context import Progress
@@ -29,9 +30,15 @@ _RATE_FIELDS = {"learning_rate", "schedule", "warmup_steps", "decay_fraction", "
 
 
 def restore_or_init(
-    config: RunConfig, spec: StateSpec, data: TrainData, checkpoints: Checkpoints, tokenizer_sha256: str
+    config: RunConfig,
+    spec: StateSpec,
+    data: Mapping[int, TrainData],
+    checkpoints: Checkpoints,
+    tokenizer_sha256: str,
 ) -> Progress:
     """The newest good checkpoint on this mesh, or a fresh state where there is none.
+
+    data   that of each stream of rows, see `llmjax.run.phases`
 
     Raises UserError where the config changed in a way that matters, with the differences, and where every checkpoint
     is damaged.
@@ -49,7 +56,7 @@ def restore_or_init(
         abstract, check=lambda meta: _check_changes(config, meta, tokenizer_sha256)
     )
     if restored is None:
-        return Progress(0, 0, states.init_state(spec, config.model, config.seed), data.start())
+        return Progress(0, 0, states.init_state(spec, config.model, config.seed), data[0].start())
     meta, parts = restored.meta, restored.parts
     for line in _changes(config, meta, tokenizer_sha256):
         logger.info("  accepted change: %s", line)
@@ -69,14 +76,14 @@ def restore_or_init(
     state = states.from_checkpoint(spec, parts, step=restored.step, skipped=meta["skipped"])
     if imported:
         logger.info("  starting from the parameters that were imported from %s", meta["imported"])
-        return Progress(0, 0, state, data.start())
+        return Progress(0, 0, state, data[0].start())
     _log_computation_changes(config, meta)
     logger.info("  resuming at step %d, fingerprint %s", restored.step, meta["fingerprint"])
     return Progress(
         restored.step,
         meta["total_targets"],
         state,
-        _restore_data_state(config, data, meta),
+        _restore_data_state(config, data, meta, restored.step),
         evaluations={int(step): scores for step, scores in meta.get("evaluations", {}).items()},
         best_loss=meta.get("best_loss"),
     )
@@ -159,10 +166,12 @@ def _check_changes(config: RunConfig, meta: dict[str, Any], tokenizer_sha256: st
 
 def _log_rate_changes(config: RunConfig, meta: dict[str, Any], updates: int) -> None:
     old = _saved_config(meta)
-    if config.train.steps != old.train.steps:
+    if config.train.steps != old.train.steps and not (config.phases or old.phases):
         change = schedules.describe_change(config.optimizer, old.train.steps, config.train.steps, updates)
         logger.info("  %s", change)
-    for line in _section_changes("optimizer", config, meta, set(dataclasses.asdict(config.optimizer)) - _RATE_FIELDS):
+    rest = set(dataclasses.asdict(config.optimizer)) - _RATE_FIELDS
+    lines = _section_changes("optimizer", config, meta, rest) + _section_changes("phases", config, meta, set())
+    for line in lines:
         logger.info("  changed since the checkpoint: %s", line)
 
 
@@ -184,12 +193,35 @@ def _log_computation_changes(config: RunConfig, meta: dict[str, Any]) -> None:
             logger.info("  changed since the checkpoint: %s: %r -> %r", field, before, after)
 
 
-def _restore_data_state(config: RunConfig, data: TrainData, meta: dict[str, Any]) -> DataState:
-    saved = DataState.from_json(meta["data_state"])
+def _begun_phases(config: RunConfig, step: int) -> dict[str, Any]:
+    """What the phases that began before the end of a step say of the data."""
+    return {
+        name: {field: value for field, value in dataclasses.asdict(phase).items() if field not in _RATE_FIELDS}
+        for name, phase in config.phases.items()
+        if phase.after_step < step
+    }
+
+
+def _restore_data_state(config: RunConfig, data: Mapping[int, TrainData], meta: dict[str, Any], step: int) -> DataState:
+    """The data state of a checkpoint. Raises UserError where the config would have read other samples up to there."""
+    saved, phases = DataState.from_json(meta["data_state"]), run_phases.split(config)
+    of_step = data[phases[run_phases.at_step(phases, step)].rows]
     try:
-        data.check(saved)
+        before, now = (_begun_phases(each, step) for each in (_saved_config(meta), config))
+        if lines := differences(before, now, "phases"):
+            listed = "; ".join(f"{field}: {old!r} -> {new!r}" for field, old, new in lines)
+            raise UserError(
+                f"phases that began before step {step} changed since the checkpoint ({listed}): restore them"
+            )
+        if config.phases and (used := of_step.count_used(saved)) != (now := run_phases.count_samples(phases, step)):
+            raise UserError(
+                f"the batches before step {step} changed since the checkpoint: {used} samples then, {now} by this "
+                "config; restore train.global_batch and data.skip, and change what follows by a phase with "
+                f"after_step={step} or later"
+            )
+        of_step.check(saved)
     except UserError as error:
         if not config.checkpoint.accept_changes:
             raise UserError(f"{error}; or accept it with --config.checkpoint.accept_changes=true") from None
         logger.info("  accepted change: %s", error)
-    return dataclasses.replace(data.start(), next_sample=saved.next_sample)
+    return of_step.at(saved.next_sample)

@@ -129,7 +129,7 @@ CONFIGS = {
         "mesh.sequence=2: no rule of parallel.rules uses this axis; set parallel.rules=()",
     ),
     "optimizer": ({"optimizer__name": "adam"}, "optimizer.name='adam' (did you mean 'adamw'?)"),
-    "warmup": ({"optimizer__warmup_steps": 99}, "optimizer.warmup_steps=99: must be below train.steps=2"),
+    "warmup": ({"optimizer__warmup_steps": 99}, "optimizer.warmup_steps=99: must be below the 2 steps of the schedule"),
     "rule for an unknown mesh axis": (
         {"parallel__rules": str((("embed", "fdsp"), *axes.DEFAULT_RULES[1:]))},
         "parallel.rules: 'embed' -> 'fdsp': there is no such mesh axis (did you mean 'fsdp'?)",

@@ -89,6 +89,11 @@ def test_fields_explains_every_field(capsys):
                 assert f"--config.{path}{'.' if path else ''}{field.name}={field.default!r}" in printed
 
 
+def test_fields_shows_how_an_entry_of_a_map_is_set(capsys):
+    assert main.run(["fields", "phases.NAME"]) == 0
+    assert "--config.phases.NAME.weights.NAME=NUMBER" in capsys.readouterr().out
+
+
 def test_fields_of_one_section_lists_no_other(capsys):
     assert main.run(["fields", "mesh"]) == 0
     printed = capsys.readouterr().out

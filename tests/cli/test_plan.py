@@ -38,6 +38,32 @@ def test_auto_prints_the_policy_that_it_takes(capsys):
     assert "model.remat=none;" in printed.err
 
 
+def test_each_phase_with_a_step_of_its_own_is_planned(capsys):
+    """The last phase changes the learning rate alone."""
+    phases = {
+        "train.steps": 100,
+        "train.global_batch": 8,
+        "phases.long.after_step": 60,
+        "phases.long.seq_len": 128,
+        "phases.long.global_batch": 2,
+        "phases.end.after_step": 90,
+        "phases.end.schedule": "linear",
+    }
+    flags = [f"--config.{field}={value}" for field, value in phases.items()]
+    assert main.run([*CPU, *SMALL, "--json", *flags]) == 0
+    printed = capsys.readouterr()
+    output = json.loads(printed.out)
+    steps = {name: (plan["first_step"], plan["last_step"]) for name, plan in output["phases"].items()}
+    assert steps == {"first": (1, 60), "long": (61, 90), "end": (91, 100)}
+    first, long, end = output["phases"].values()
+    assert first["step_tokens"] > long["step_tokens"] and first["executed_flops"] > long["executed_flops"]
+    assert {**end, "first_step": 61, "last_step": 90} == long
+    assert "2 rows of 128 tokens a step" in printed.err and "its steps are those of an earlier phase" in printed.err
+    assert output["run"] is None  # no cost model of a CPU
+    with pytest.raises(UserError, match=r"--tokens=1000000000.0: not with a config of phases"):
+        main.run([*CPU, *SMALL, *flags, "--tokens=1e9"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

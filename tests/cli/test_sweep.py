@@ -82,7 +82,7 @@ def test_trials_start_from_imported_parameters(tmp_path, capsys):
         (["--over=train.steps=int(2,4)"], "both set train.steps"),
         (["--over=optimizer.learning_rate=log(1e-4,1e-2)", "--sampler=grid"], "a grid needs values"),
         (["--over=model.dropout=uniform(0,0.1)", "--prune=median", "--config.eval.every=0"], "eval.every=0"),
-        (["--over=optimizer.decay_fraction=choice(0.5,0.9)"], "don't fit in train.steps"),
+        (["--over=optimizer.decay_fraction=choice(0.5,0.9)"], "don't fit in the"),
         (["--over=model.dropout=uniform(0,0.1)", "--trials=0"], "--trials=0"),
     ],
 )

@@ -39,8 +39,8 @@ if os.environ["LLMJAX_PROCESS_ID"] == victim:
         file.write("x")
     signals = {1: {18: signal.SIGKILL}, 2: {26: signal.SIGTERM}}.get(len(starts.read_text()), {})
 
-def record_and_stop(logger, step, metrics):
-    log(logger, step, metrics)
+def record_and_stop(logger, step, *arguments):
+    log(logger, step, *arguments)
     if signals and step >= min(signals):
         os.environ["SLOW_AFTER"] = "0"  # from now on
         os.kill(os.getpid(), signals.pop(min(signals)))

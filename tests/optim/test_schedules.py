@@ -61,7 +61,7 @@ def test_default_warmup_fits_any_horizon():
 
 
 def test_a_warmup_or_decay_longer_than_the_horizon_is_refused():
-    with pytest.raises(UserError, match=r"optimizer.warmup_steps=200: must be below train.steps=109"):
+    with pytest.raises(UserError, match=r"optimizer.warmup_steps=200: must be below the 109 steps of the schedule"):
         rates(0, warmup_steps=200)
     with pytest.raises(UserError, match=r"optimizer.decay_fraction=0.95: 104 steps of decay and 9 of warmup"):
         rates(0, schedule="wsd", decay_fraction=0.95)

@@ -23,6 +23,17 @@ def test_the_cost_of_a_run():
     assert "MFU" in "\n".join(describe.describe(plan, "llama:8B"))
 
 
+def test_the_costs_of_phases_add_up():
+    plan = make_plan(CONFIG, V6E, seconds=36.0, gib=20.0)
+    total, first, rest = (describe.cost_of_run(plan, tokens, price=2.0) for tokens in (1e9, 3e8, 7e8))
+    added = describe.add_costs([first, rest])
+    assert added is not None and total is not None
+    assert (added.steps, added.days, added.chip_hours) == pytest.approx((total.steps, total.days, total.chip_hours))
+    assert added.money == pytest.approx(320) and added.kwh == pytest.approx(total.kwh)
+    assert added.kg_co2 == pytest.approx(total.kg_co2)
+    assert describe.add_costs([first, None]) is None
+
+
 def test_the_largest_batch_of_a_schedule_is_planned():
     config = run_config.with_fields(CONFIG, [("train.batch_schedule", ((4000, 128), (9000, 32)))])
     text = "\n".join(describe.describe(make_plan(config, V6E, seconds=36.0, gib=20.0), "llama:8B"))

@@ -193,6 +193,89 @@ def test_a_batch_schedule_is_exact_across_a_resume(train, corpus, common, tmp_pa
     assert [line["batch_digest"] for line in pmap] == [line["batch_digest"] for line in jobs.metrics(unbroken)]
 
 
+# Steps 1 to 3, 4 to 7 and 8 to 12: more rows of another mixture, then longer rows at a learning rate of their own.
+PHASES = {
+    "phases__mix__after_step": 3,
+    "phases__mix__global_batch": 24,
+    "phases__mix__weights__other": 1,
+    "phases__long__after_step": 7,
+    "phases__long__seq_len": 128,
+    "phases__long__global_batch": 8,
+    "phases__long__learning_rate": 5e-4,
+    "phases__long__skip": "((3, 9),)",
+    "data__skip": "((50, 57),)",
+    "data__sources__main__weight": 3,
+    "data__sources__other__weight": 1,
+    "checkpoint__every": 1,
+    "checkpoint__keep": 20,
+    "model__num_layers": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def train_in_phases(corpus, common, tmp_path_factory):
+    """Train runs, each up to some steps in turn, by one job; the folder that has their workdirs."""
+    folder = tmp_path_factory.mktemp("phases")
+    other = f"{jobs.write_corpus(folder / 'other', 20)}/*.txt"
+    paths = {"data__sources__main__path": f"{corpus}/*.txt", "data__sources__other__path": other}
+    settings = {**common, **PHASES, **paths, "data__store": folder / "store"}
+    worker = [sys.executable, "-m", "tests.train.phases_worker", str(folder)]
+
+    def run(*runs: str, processes: int = 1, devices: int = 2, status: int = 0, **changes) -> tuple[pathlib.Path, str]:
+        fields = {**jobs.TINY, **{k.replace("__", "."): str(v) for k, v in {**settings, **changes}.items()}}
+        arguments = [*worker, json.dumps(fields), *runs]
+        launched = jobs.launch(arguments, processes, devices) if processes > 1 else arguments
+        env = {"LLMJAX_CPU_DEVICES": str(devices)} if processes == 1 else {}
+        return folder, jobs.run(launched, status=status, **env, **jobs.CACHE_ALL_PROGRAMS)
+
+    return run
+
+
+def test_phases_are_exact_across_resumes_at_and_beside_their_boundaries(train_in_phases):
+    folder, printed = train_in_phases("unbroken:12", "stopped:2,3,4,6,7,8,12")
+    unbroken, stopped = folder / "unbroken", folder / "stopped"
+    assert "phase long, steps 8 to 12: 8 rows of 128 tokens a step" in printed
+    assert jobs.trace(stopped) == jobs.trace(unbroken) and fingerprints(stopped) == fingerprints(unbroken)
+    assert json.loads((stopped / "data.json").read_text()) == json.loads((unbroken / "data.json").read_text())
+    # Samples 50 to 56 and 3 to 8 are left out; sample indices of longer rows start at 0.
+    assert read_batches(unbroken) == {
+        1: (16, 16), 2: (32, 16), 3: (48, 16), 4: (79, 24), 5: (103, 24), 6: (127, 24), 7: (151, 24),
+        8: (14, 8), 9: (22, 8), 10: (30, 8), 11: (38, 8), 12: (46, 8),
+    }  # fmt: skip
+    rates = [line["learning_rate"] for line in jobs.metrics(unbroken)]
+    assert rates[7] == pytest.approx(5e-4) and max(rates[7:]) == rates[7] < min(rates[1:4])
+    # A run is evaluated on rows of its last phase, in training and by the command.
+    scores = json.loads((unbroken / "eval" / "12" / "validation.json").read_text())
+    (unbroken / "eval" / "12" / "validation.json").unlink()
+    jobs.run([str(jobs.LLMJAX), "eval", f"--workdir={unbroken}"], LLMJAX_CPU_DEVICES="8")
+    again = json.loads((unbroken / "eval" / "12" / "validation.json").read_text())
+    assert again["total"]["loss"] == pytest.approx(scores["total"]["loss"], rel=1e-6)
+
+
+def test_a_phase_that_has_begun_cannot_be_changed(train_in_phases):
+    folder, _ = train_in_phases("changed:5")
+    changes = [
+        ({"phases__mix__after_step": 4}, "phases.mix.after_step: 3 -> 4"),
+        ({"phases__mix__weights__other": 2}, "phases.mix.weights.other: 1.0 -> 2.0"),
+        ({"train__global_batch": 8}, "samples then"),
+    ]
+    for change, message in changes:
+        assert message in train_in_phases("changed:6", status=1, **change)[1]
+    # A later one can, and the rate of any.
+    train_in_phases("changed:6", phases__long__after_step=8, phases__mix__learning_rate=1e-3)
+    assert [line["step"] for line in jobs.metrics(folder / "changed")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_job_of_two_processes_goes_on_with_the_next_phase(train_in_phases):
+    layout = {"mesh__data": 2, "mesh__fsdp": 2}
+    folder, _ = train_in_phases("unbroken2:12", "stopped2:7,12", processes=2, devices=2, **layout)
+    unbroken, stopped = folder / "unbroken2", folder / "stopped2"
+    assert jobs.trace(stopped) == jobs.trace(unbroken) and fingerprints(stopped) == fingerprints(unbroken)
+    train_in_phases("pmap:9", parallel__backend="pmap")
+    digests = [[line["batch_digest"] for line in jobs.metrics(workdir)[:9]] for workdir in (folder / "pmap", unbroken)]
+    assert digests[0] == digests[1]
+
+
 def test_a_global_batch_that_changes_on_purpose_continues_at_the_next_sample(train, corpus, common, tmp_path):
     """4 steps of 16 rows, then steps of 32: as the schedule that says so, except for the size of evaluations."""
     workdir = tmp_path / "run"

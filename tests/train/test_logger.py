@@ -1,6 +1,7 @@
 """When the metrics logger reports that a run diverged."""
 
 import types
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,6 @@ def make_logger(monkeypatch):
     def make(best_loss: float | None = None, **train) -> MetricsLogger:
         context = types.SimpleNamespace(
             config=types.SimpleNamespace(train=TrainConfig(log_every=1, **train)),
-            objective=types.SimpleNamespace(target_len=1),
             last_step=20,
             teacher=None,
         )
@@ -27,10 +27,15 @@ def make_logger(monkeypatch):
     return make
 
 
+PHASE: Any = types.SimpleNamespace(
+    phase=types.SimpleNamespace(config=None), objective=types.SimpleNamespace(target_len=1)
+)
+
+
 def record(logger: MetricsLogger, losses: list[float]) -> MetricsLogger:
     for step, loss in enumerate(losses, 1):
         counts = {"num_targets": np.array(1), "num_tokens": np.array(1)}
-        logger.record(step, {"finite": np.isfinite(loss), "loss": np.array(loss), **counts})
+        logger.record(step, {"finite": np.isfinite(loss), "loss": np.array(loss), **counts}, PHASE)
     logger.flush()
     return logger
 

@@ -22,8 +22,8 @@ MODEL = RecurrentConfig(cell="rglru", vocab_size=64, embed=16, num_layers=1, rec
 class Data:
     """Training data that every checkpoint can resume from."""
 
-    def start(self) -> DataState:
-        return DataState(fingerprint="text", seed=0, mixture="one", next_sample=0, global_batch=8)
+    def at(self, sample: int) -> DataState:
+        return DataState(fingerprint="text", seed=0, mixture="one", next_sample=sample, global_batch=8)
 
     def check(self, state: DataState) -> None:
         del state
@@ -42,7 +42,7 @@ def resume_run(tmp_path_factory):
 
     spec = make_spec(saved)
     checkpoints = Checkpoints(folder)
-    meta = {"config": run_config.to_json(saved), "data_state": Data().start().to_json(), "tokenizer_sha256": "a"}
+    meta = {"config": run_config.to_json(saved), "data_state": Data().at(0).to_json(), "tokenizer_sha256": "a"}
     meta |= {"total_targets": 5, "skipped": 0}
     checkpoints.save(1, states.to_checkpoint(states.init_state(spec, MODEL, 0)), meta)
     checkpoints.close()
@@ -53,7 +53,7 @@ def resume_run(tmp_path_factory):
         checkpoints = Checkpoints(folder)
         caplog.clear()
         with caplog.at_level(logging.INFO, logger="llmjax"):
-            progress = resume.restore_or_init(config, make_spec(config), Data(), checkpoints, "a")  # pyright: ignore[reportArgumentType]
+            progress = resume.restore_or_init(config, make_spec(config), {0: Data()}, checkpoints, "a")  # pyright: ignore[reportArgumentType]
         checkpoints.close()
         assert (progress.step, progress.total_targets) == (1, 5)
         return list(caplog.messages)

@@ -205,6 +205,14 @@ class TrainData:
             global_batch=size or self._sizes.first,
         )
 
+    def after(self, used: int, size: int = 0) -> DataState:
+        """The state of a run that has used as many samples, without those that are skipped; see `at`."""
+        return self.at(int(self._skips.sample(np.array([used - 1]))[0]) + 1 if used else 0, size)
+
+    def count_used(self, state: DataState) -> int:
+        """The samples before a state, without those that are skipped."""
+        return self._skips.count_unskipped(state.next_sample)
+
     def check(self, state: DataState) -> None:
         """Raise UserError, naming what changed, unless this data continues the data of the state."""
         current = self.at(state.next_sample)
@@ -277,7 +285,7 @@ class TrainData:
         with contextlib.closing(_prefetch(assemble, length, self._config.prefetch)) as batches:
             for index, batch in enumerate(batches):
                 first, size = locate(index)
-                yield batch, self.at(int(self._skips.sample(np.array([first + size - 1]))[0]) + 1, size)
+                yield batch, self.after(first + size, size)
         raise UserError(
             f"the training data end after {self._mixture.num_samples} samples, {length} batches from sample "
             f"{state.next_sample}: lower train.steps, or set data.at_source_end='repeat'"
