@@ -132,6 +132,7 @@ def test_vectors_of_a_run_and_its_training_texts(trained, other):
     assert content["vectors"] == (f"the states of {workdir}" if other else "the run's own states")
     assert content["train_origin"] == str(workdir / "store") and content["train_total"] == 60
     assert [(copy["index"], copy["similarity"]) for copy in content["near_copies"]] == [(0, 1.0)]
+    assert content["next_steps"][0]["reason"].startswith("1 example (2.2%) is a near-duplicate of training texts. The")
     assert content["learning_curve"]["num_test"] == 45 and content["learning_curve"]["sizes"][-1] == 60
     assert content["label_errors"] is not None and "learning_curve_train" not in content["missing"]
     assert content["mismatch"]["alarm"] is other
