@@ -34,7 +34,7 @@ TASKS = {
         **{"max_tokens": "4", "stop": "('.',',','\\n')"},
     },
     "truthfulqa": {
-        **{"kind": "truthful", "path": "truthfulqa.jsonl", "text_field": "Question", "prompt": "Q: {Question}\\nA: "},
+        **{"kind": "truthful", "path": "truthfulqa.jsonl", "text_field": "Question", "prompt": "Q: {Question}\nA: "},
         **{"best_field": "Best Answer", "correct_field": "Correct Answers", "incorrect_field": "Incorrect Answers"},
     },
     "crows": {"kind": "stereotypes", "path": "crows.jsonl", "group_field": "bias_type"},

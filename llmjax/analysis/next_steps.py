@@ -56,17 +56,19 @@ def _about_copies(analysis: Analysis) -> Sequence[NextStep]:
         if _is_training_set(analysis)
         else "Remove the copies of training texts from the task, or from the training data, and score again."
     )
-    change = ""
+    count, change = len(analysis.near_copies or ()), ""
+    found = f"{count:,} examples ({share:.1%}) are near-duplicates"
+    if count == 1:
+        found = f"1 example ({share:.1%}) is a near-duplicate"
     if analysis.score_of_copies is not None and analysis.score_of_others is not None:
         change = (
-            f" Their mean {analysis.measure} is {analysis.score_of_copies:.3f}, that of the others "
+            f" The mean {analysis.measure} of copies is {analysis.score_of_copies:.3f}, that of the others "
             f"{analysis.score_of_others:.3f}."
         )
     return (
         NextStep(
             text=text,
-            reason=f"{len(analysis.near_copies or ()):,} examples ({share:.1%}) are near-duplicates of training texts."
-            + change,
+            reason=f"{found} of training texts.{change}",
             evidence="near_copies",
             share=share,
             is_first=True,

@@ -1,6 +1,7 @@
 """The loss of each token of an example, for a heat map."""
 
-from collections.abc import Sequence
+import codecs
+from collections.abc import Iterable, Sequence
 import dataclasses
 
 import numpy as np
@@ -18,7 +19,8 @@ class TokenLosses:
 
     title    what the text is, such as "the right choice"
     before   the text before it, which is not scored
-    tokens   its tokens as text; losses: their negative log-likelihoods in nats
+    tokens   its tokens as text; of several that are one character, the last one has it and the others are ""
+    losses   their negative log-likelihoods in nats
     """
 
     title: str
@@ -42,11 +44,20 @@ def compute_token_losses(
         pairs.append((context, list(continuation)[: min(_MAX_TOKENS, model.max_length)]))
     results: dict[int, list[TokenLosses]] = {index: [] for index in indices}
     for (index, title, before, _), (_, ids), (losses, _) in zip(texts, pairs, model.score_tokens(pairs), strict=True):
-        tokens = [model.tokenizer.piece(int(token)).decode(errors="replace") for token in ids]
+        tokens = _decode_each(model.tokenizer.piece(int(token)) for token in ids)
         results[index].append(
             TokenLosses(title=title, before=before, tokens=tokens, losses=(-losses.astype(np.float64)).tolist())
         )
     return results
+
+
+def _decode_each(pieces: Iterable[bytes]) -> list[str]:
+    """The text of each piece; a character is that of the piece with its last byte."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    texts = [decoder.decode(piece) for piece in pieces]
+    if texts:
+        texts[-1] += decoder.decode(b"", final=True)  # of a text that was cut
+    return texts
 
 
 def _list_texts(scored: TaskExamples, index: int) -> list[tuple[str, str, str]]:

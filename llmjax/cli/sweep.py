@@ -17,6 +17,7 @@ def sweep(arguments: list[str]) -> int:
         Train a config with many values of some fields, and find those with the best validation score (eval.metric).
         Each trial is a run of its own in WORKDIR/trials, as a process; all share one token store. A trial that fails
         does not end the sweep. With eval.every, a trial is stopped once it is worse than the median of the others.
+        Where `llmjax import` put parameters into WORKDIR, each trial starts from them.
 
         Ranges: log(LOW,HIGH) and uniform(LOW,HIGH) of numbers, int(LOW,HIGH[,STEP]), choice(A,B,...).
 

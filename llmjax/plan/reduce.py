@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 import dataclasses
 import logging
 import math
-import time
 
 from etils import epath
 
@@ -17,6 +16,7 @@ from llmjax.models import registry
 from llmjax.plan.units import short
 from llmjax.run import config as run_config, loading, workdir as workdirs
 from llmjax.run.config import RunConfig
+from llmjax.run.inspection import align
 from llmjax.sweep import training
 
 RUNGS = "rungs"  # rungs/<layers>x<width>: the workdir of each run
@@ -29,14 +29,15 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rung:
-    """A model of the ladder: the overrides of its size, and what is known of it. loss: nats per target."""
+    """A model of the ladder: the overrides of its size, and what is known of it. loss: nats per target.
+    seconds: of its run, where that has recorded them."""
 
     overrides: tuple[tuple[str, str], ...]
     name: str
     parameters: int
     flops_per_token: float
     loss: float = math.nan
-    seconds: float = 0.0
+    seconds: float | None = None
 
 
 def make_ladder(config: RunConfig, count: int) -> list[Rung]:
@@ -131,21 +132,20 @@ def reduce(
 
 
 def _train(rung: Rung, spec: str, overrides: Sequence[tuple[str, str]], folder: epath.Path) -> Rung:
-    """The rung with its loss and the seconds of this process; a finished run is read."""
+    """The rung with its loss and seconds; a finished run is read."""
     record = workdirs.read_json(folder / "rung.json")
     if record is not None:
         return dataclasses.replace(rung, loss=record["loss"], seconds=record["seconds"])
     logger.info("training %s: %s parameters (%s)", rung.name, short(rung.parameters), folder)
-    began = time.monotonic()
     outcome = training.run(training.command(spec, folder, [*overrides, *rung.overrides]), folder)
     if outcome.status:
         raise UserError(f"{folder / training.LOG}: training ended with status {outcome.status}: {outcome.error}")
     loss = training.find_score(training.read_scores(folder, "loss"), "loss", keeps_best=False)
     if not math.isfinite(loss):
         raise UserError(f"{folder}: no validation loss; raise data.split.validation, or look at {training.LOG} there")
-    record = {"loss": loss, "seconds": time.monotonic() - began}
+    record = {"loss": loss, "seconds": training.read_seconds(folder)}
     workdirs.write_json(folder / "rung.json", record)
-    logger.info("  loss %.4f after %.0f s", loss, record["seconds"])
+    logger.info("  loss %.4f after %.0f s", loss, outcome.seconds)
     return dataclasses.replace(rung, **record)
 
 
@@ -158,14 +158,14 @@ def choose(rungs: Sequence[Rung], max_loss_increase: float) -> Rung:
 def _describe(rungs: Sequence[Rung], count: int, workdir: epath.Path, limit: float) -> Iterator[str]:
     first, chosen = rungs[0], choose(rungs, limit)
     yield ""
-    yield "layers x width   parameters   FLOPs a token     loss   increase   seconds"
+    rows = [("layers x width", "parameters", "FLOPs a token", "loss", "increase", "seconds", "")]
     for rung in rungs:
-        relative = rung.flops_per_token / first.flops_per_token
-        mark = "   <- smallest within" if rung is chosen else ""
-        yield (
-            f"{rung.name:<14}   {short(rung.parameters):>10}   {relative:>13.0%}   {rung.loss:.4f}   "
-            f"{rung.loss - first.loss:+8.4f}   {rung.seconds:7.0f}{mark}"
-        )
+        relative = f"{rung.flops_per_token / first.flops_per_token:.0%}"
+        losses = (f"{rung.loss:.4f}", f"{rung.loss - first.loss:+.4f}")
+        seconds = "\u2014" if rung.seconds is None else f"{rung.seconds:.0f}"
+        mark = "<- smallest within" if rung is chosen else ""
+        rows.append((rung.name, short(rung.parameters), relative, *losses, seconds, mark))
+    yield from align(rows)
     yield ""
     if chosen is first:
         yield f"no smaller model is within {limit:g} nats: keep the config's, or raise --max_loss_increase"

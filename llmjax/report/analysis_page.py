@@ -18,14 +18,24 @@ from llmjax.report.markup import collapsed, escape, excerpt, format_number, html
 _MAX_CHARACTERS = 600  # of the text of an example
 _SHOWN_ERRORS, _SHOWN_COPIES, _SHOWN_SLICES, _SHOWN_CONFUSIONS = 30, 20, 20, 10
 _OPEN_EXAMPLES = 5  # of the worst ones; the others open on a click
+# What the loss of an example is, by the kind of the task.
+_LOSSES = {
+    "choice": "nats of the right choice among all",
+    "classify": "nats of the right class",
+    "generate": "1 minus the token F1",
+    "pairs": "nats by which the bad text is more likely",
+    "perplexity": "bits per byte",
+    "regress": "the squared error",
+}
 _FULL_HEAT = 10.0  # nats of a token with the strongest colour
 _STYLE = """<style>
-.heat span { background: rgb(192 57 43 / var(--heat)); border-radius: 2px; }
+.heat span { background: rgb(192 57 43 / calc(0.6 * var(--heat))); border-radius: 2px; }
 .heat i { color: var(--soft); font-style: normal; } .steps { margin: 0; padding-left: 22px; }
 .steps li + li { margin-top: 12px; } .steps p { margin: 2px 0 0; color: var(--soft); }
 a { color: var(--accent); } td.cell { text-align: right; background: rgb(15 110 110 / var(--heat)); }
 td.wrong { background: rgb(192 57 43 / var(--heat)); } figure b { font-weight: 620; }
 figure + details { margin-top: 12px; }
+.wrap.labels td:not(.number):nth-child(n + 3) { overflow-wrap: normal; }
 </style>"""
 
 
@@ -77,7 +87,7 @@ def render_worst(analysis: Analysis, scored: TaskExamples) -> str:
     body, others = "".join(figures[:_OPEN_EXAMPLES]), figures[_OPEN_EXAMPLES:]
     if others:
         body += collapsed(f"{len(others)} more", "".join(others))
-    note = f"The {len(analysis.worst)} examples with the largest losses."
+    note = f"The {len(analysis.worst)} examples with the largest losses: {_LOSSES[analysis.kind]}."
     if any(each.token_losses for each in analysis.worst):
         note += f" Colour: negative log-likelihood of a token; the strongest is that of {_FULL_HEAT:.0f} nats or more."
     return _anchor("worst", section("Worst examples", body, note=note))
@@ -137,7 +147,7 @@ def render_label_errors(analysis: Analysis, scored: TaskExamples) -> str:
         "probability of the suggested class minus that of the given one."
     )
     head = ("Example", "text", "given", "suggested", "score")
-    body = f'<div class="wrap">{table(head, rows, texts=4)}</div>' if rows else '<p class="missing">None.</p>'
+    body = f'<div class="wrap labels">{table(head, rows, texts=4)}</div>' if rows else '<p class="missing">None.</p>'
     if reason := analysis.missing.get("vectors"):
         body += f'<p class="note">{escape(reason)}.</p>'
     return _anchor("label_errors", section("Likely label errors", body, note=note))
@@ -246,7 +256,10 @@ def _render_worst_example(worst: WorstExample, scored: TaskExamples) -> str:
     line = scored.lines[worst.index]
     parts = []
     if worst.token_losses:
-        parts += [_render_heat(each) for each in worst.token_losses]
+        shown = ""  # the same prompt is shown once
+        for each in worst.token_losses:
+            parts.append(_render_heat(each, "\u2026" if each.before == shown else _cut_beginning(each.before)))
+            shown = each.before
     else:
         parts.append(escape(_cut(scored.texts[worst.index])))
     if "probabilities" in line:
@@ -258,16 +271,20 @@ def _render_worst_example(worst: WorstExample, scored: TaskExamples) -> str:
     return excerpt("\n".join(parts), caption)
 
 
-def _render_heat(text: TokenLosses) -> str:
-    """Tokens with colours by their losses; the mean is written above them."""
-    spans = "".join(
-        f'<span style="--heat:{min(max(loss, 0) / _FULL_HEAT, 1):.2f}" title="{loss:.2f} nats">{escape(token)}</span>'
-        for token, loss in zip(text.tokens, text.losses, strict=True)
-    )
+def _render_heat(text: TokenLosses, before: str) -> str:
+    """Tokens with colours by their losses, after the end of the text before them; the sum is written above."""
+    spans, loss = "", 0.0
+    for token, nats in zip(text.tokens, text.losses, strict=True):
+        loss += nats
+        if token:  # else it is a part of the next character
+            heat = min(max(loss, 0) / _FULL_HEAT, 1)
+            spans += f'<span style="--heat:{heat:.2f}" title="{loss:.2f} nats">{escape(token)}</span>'
+            loss = 0.0
     total = sum(text.losses)
-    head = f"<b>{escape(text.title)}</b>, {total:.1f} nats in {len(text.tokens)} tokens"
-    before = f"<i>{escape(_cut(text.before))}</i> " if text.before else ""
-    return f'{head}\n<span class="heat">{before}{spans}</span>'
+    count = len(text.tokens)
+    head = f"<b>{escape(text.title)}</b>, {total:.1f} nats in {count} token{'s' * (count != 1)}"
+    context = f"<i>{escape(before)}</i>" if text.before else ""
+    return f'{head}\n<span class="heat">{context}{spans}</span>'
 
 
 def _render_matrix(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
@@ -289,6 +306,10 @@ def _show(value: Any) -> str:
     if isinstance(value, list):
         value = " or ".join(map(str, value))
     return _cut(format_number(value) if isinstance(value, float) else str(value), 200)
+
+
+def _cut_beginning(text: str) -> str:
+    return text if len(text) <= _MAX_CHARACTERS else f"\u2026{text[-_MAX_CHARACTERS:]}"
 
 
 def _cut(text: str, most: int = _MAX_CHARACTERS) -> str:

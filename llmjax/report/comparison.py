@@ -12,6 +12,7 @@ from llmjax.errors import UserError
 from llmjax.evals import paired_tasks, results
 from llmjax.evals.paired_tasks import Pair, TaskFiles
 from llmjax.metrics import duration
+from llmjax.report import cost
 from llmjax.report.files import RunFiles, read
 from llmjax.report.markup import format_count
 from llmjax.run import config as run_config, loading, workdir as workdirs
@@ -231,7 +232,9 @@ def _list_costs(runs: Sequence[RunFiles], names: Sequence[str]) -> tuple[list[tu
     for name, run in zip(names, runs, strict=True):
         about, seconds, tokens = run.run or {}, run.sum_over_steps("step_seconds"), run.sum_over_steps("num_tokens")
         last = run.metrics[-1] if run.metrics else {}
-        devices = about.get("num_devices")
+        devices, total = about.get("num_devices"), cost.compute(run)
+        if total is not None and total.unmeasured:
+            notes.append(f"{name}: device-hours leave out {cost.describe_unmeasured(total)}")
         flops = None
         if tokens:
             try:
@@ -248,7 +251,7 @@ def _list_costs(runs: Sequence[RunFiles], names: Sequence[str]) -> tuple[list[tu
                 "model FLOPs": None if flops is None else f"{flops:.3g}",
                 "devices": f"{devices} x {about.get('device', '?')}" if devices else None,
                 "time in steps": duration(seconds) if seconds else None,
-                "device-hours in steps": f"{seconds * devices / 3600:.3g}" if seconds and devices else None,
+                "device-hours": None if total is None else cost.format_amount(total.hours),
             }
         )
     rows = [(name, [column[name] for column in columns]) for name in columns[0]]

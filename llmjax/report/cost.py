@@ -35,7 +35,7 @@ class Cost:
     """The cost of training.
 
     kwh, co2_kg  energy, and CO2 equivalent in kg; None where the power of a device is unknown
-    money        at `price` per device-hour; None without a price
+    price        of a device-hour; 0: unknown
     unmeasured   starts that ended before they logged a step, whose time is not counted
     """
 
@@ -46,13 +46,17 @@ class Cost:
     co2_kg: Range | None
     price: float
     currency: str
-    money: float | None
     unmeasured: int
 
     @property
     def hours(self) -> float:
         """Device-hours of all starts."""
         return sum(device.hours for device in self.devices)
+
+    @property
+    def money(self) -> float | None:
+        """Price of all device-hours; None without a price."""
+        return self.price * self.hours if self.price else None
 
 
 def compute(run: RunFiles) -> Cost | None:
@@ -61,7 +65,7 @@ def compute(run: RunFiles) -> Cost | None:
     if not starts:
         return None
     settings = (run.config or {}).get("report") or {}
-    seconds = [_measure_seconds(start, run.metrics, is_last=start is starts[-1]) for start in starts]
+    seconds = measure_seconds(starts, run.metrics)
     by_kind: dict[str, list[float]] = {}
     for start, value in zip(starts, seconds, strict=True):
         if value is not None:
@@ -73,18 +77,26 @@ def compute(run: RunFiles) -> Cost | None:
     if known and len(known) == len(devices):
         low, high = (sum(hours * watts[end] for hours, watts in known) * pue[end] / 1000 for end in (0, 1))
         kwh = (low, high)
-    price = settings.get("price_per_device_hour") or 0.0
     return Cost(
         devices=devices,
         pue=pue,
         grid_intensity=grid,
         kwh=kwh,
         co2_kg=None if kwh is None else (kwh[0] * grid[0] / 1000, kwh[1] * grid[1] / 1000),
-        price=price,
+        price=settings.get("price_per_device_hour") or 0.0,
         currency=settings.get("currency", ""),
-        money=price * sum(device.hours for device in devices) if price else None,
         unmeasured=seconds.count(None),
     )
+
+
+def measure_seconds(starts: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]]) -> list[float | None]:
+    """Seconds from set-up to end of each start in run.json; None where it logged no step and recorded no end."""
+    last = metrics[-1].get("time", 0.0) if metrics else 0.0
+    ends = [None] * (len(starts) - 1) + [last]  # the next start has recorded the end of the one before it
+    return [
+        start.get("seconds", end - start["time"] if end is not None and end > start["time"] else None)
+        for start, end in zip(starts, ends, strict=True)
+    ]
 
 
 def count_devices(start: Mapping[str, Any]) -> int:
@@ -94,7 +106,7 @@ def count_devices(start: Mapping[str, Any]) -> int:
 
 def to_json(cost: Cost | None) -> dict[str, Any] | None:
     """The cost for report.json; None where it is unknown."""
-    return None if cost is None else {"device_hours": cost.hours, **dataclasses.asdict(cost)}
+    return None if cost is None else {"device_hours": cost.hours, **dataclasses.asdict(cost), "money": cost.money}
 
 
 def render(run: RunFiles) -> str:
@@ -137,8 +149,7 @@ def list_assumptions(cost: Cost) -> list[str]:
     if any(device.device == "cpu" for device in cost.devices):
         lines.append("A process on CPUs counts as one device, of a laptop (15 W) or a server's socket (350 W).")
     if cost.unmeasured:
-        starts = "1 start" if cost.unmeasured == 1 else f"{cost.unmeasured} starts"
-        lines.append(f"Not counted: {starts} that ended before the first line of metrics.jsonl.")
+        lines.append(f"Not counted: {describe_unmeasured(cost)}.")
     if any(device.watts is None for device in cost.devices):
         lines.append("To get the energy, set report.device_watts=(low, high).")
     if any(device.device != "cpu" and device.watts for device in cost.devices):
@@ -159,6 +170,12 @@ def list_assumptions(cost: Cost) -> list[str]:
     return lines
 
 
+def describe_unmeasured(cost: Cost) -> str:
+    """Which starts `hours` leaves out."""
+    starts = "1 start" if cost.unmeasured == 1 else f"{cost.unmeasured} starts"
+    return f"{starts} that ended before the first line of metrics.jsonl"
+
+
 def format_amount(value: float) -> str:
     """Three significant digits, and all digits before the point."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
@@ -170,14 +187,6 @@ def format_range(ends: Range | None) -> str:
         return ""
     low, high = map(format_amount, ends)
     return low if low == high else f"{low} to {high}"
-
-
-def _measure_seconds(start: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], *, is_last: bool) -> float | None:
-    """Seconds from the set-up of a start to its end; None where it logged no step and recorded no end."""
-    if "seconds" in start:
-        return start["seconds"]
-    end = metrics[-1].get("time", 0.0) if is_last and metrics else 0.0
-    return end - start["time"] if end > start["time"] else None
 
 
 def _find_watts(kind: str, settings: Mapping[str, Any]) -> Range | None:

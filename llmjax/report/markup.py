@@ -169,7 +169,8 @@ svg .name, svg .value { font-size: 13px; fill: var(--ink); } svg .name.accent, s
 .legend .dots i { background: var(--dots); width: 8px; height: 8px; border-radius: 50%; }
 .legend .restart i { background: var(--restart); } .legend .skipped i { background: var(--skipped); }
 .wide { overflow-x: auto; }
-.wrap td:not(.number):not(:first-child) { white-space: normal; overflow-wrap: anywhere; vertical-align: top; }
+.wrap td { vertical-align: top; }
+.wrap td:not(.number):not(:first-child) { white-space: normal; overflow-wrap: anywhere; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px; }
 th { text-align: left; font-weight: 560; color: var(--soft); font-size: 12.5px; }
 th, td { padding: 6px 14px 6px 0; border-bottom: 1px solid var(--rule); white-space: nowrap; }

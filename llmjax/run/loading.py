@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import logging
 import pathlib
+import shutil
 from typing import Any
 
 from etils import epath
@@ -187,6 +188,15 @@ def save_imported(workdir: epath.Path, config: RunConfig, params: Params, origin
     fingerprint = checkpoints.save(0, {"params": params}, meta)
     checkpoints.close()
     return fingerprint
+
+
+def copy_import(workdir: epath.Path, folder: epath.Path) -> None:
+    """Let a run in `folder` start from the parameters that were imported into `workdir`, on the same local disk."""
+    if (folder / workdirs.IMPORT).exists():
+        return
+    for name in (workdirs.TOKENIZER, f"{workdirs.CHECKPOINTS}/0"):
+        shutil.copytree(workdir / name, folder / name, dirs_exist_ok=True)
+    workdirs.write_json(folder / workdirs.IMPORT, workdirs.read_json(workdir / workdirs.IMPORT))  # last: all is there
 
 
 def mesh_or_default(config: RunConfig) -> Mesh:

@@ -14,6 +14,7 @@ from llmjax.sweep.study import TrialResult, find_winner, rank
 
 _MAX_CURVES = 8  # curves of the best trials that have a colour of their own
 _WIDTH, _HEIGHT = 480, 240
+_NONE = "\u2014"
 
 
 def write_page(
@@ -31,7 +32,10 @@ def write_page(
     note = "Filled: complete. Hollow: pruned, at its last evaluation. Orange: the winner."
     parts.append(section("Score by field", chart_grid(charts), note=note))
     parts.append(_curves(trials, metric))
-    parts.append(section("Trials", table(*_table(ranges, trials, metric, errors=True), texts=2)))
+    note = "Seconds: of all starts of a trial's run, up to its last logged step where it was killed."
+    if any(trial.seconds is None for trial in trials):
+        note += f" {_NONE}: the run ended before its first step."
+    parts.append(section("Trials", table(*_table(ranges, trials, metric, errors=True), texts=2), note=note))
     atomic.write_bytes(path, html_page(title, "\n".join(filter(None, parts))).encode())
 
 
@@ -43,8 +47,9 @@ def _table(
     for trial in rank(trials, metric):
         values = dict(trial.overrides)
         state = f"{trial.state}: {trial.error[:120]}" if errors and trial.error else trial.state
-        cells = [str(trial.number), state, *(values.get(each.field, "\u2014") for each in ranges)]
-        rows.append([*cells, "\u2014" if trial.score is None else f"{trial.score:.4f}", f"{trial.seconds:.0f}"])
+        cells = [str(trial.number), state, *(values.get(each.field, _NONE) for each in ranges)]
+        score = _NONE if trial.score is None else f"{trial.score:.4f}"
+        rows.append([*cells, score, _NONE if trial.seconds is None else f"{trial.seconds:.0f}"])
     return head, rows
 
 
@@ -58,7 +63,7 @@ def _header(title: str, metric: str, trials: Sequence[TrialResult], winner: Tria
     counts = [f"{sum(trial.state == state for trial in trials)} {state}" for state in ("complete", "pruned", "failed")]
     running = sum(trial.state == "running" for trial in trials)
     text = ", ".join([*counts, *([f"{running} running"] if running else [])])
-    hours = sum(trial.seconds for trial in trials) / 3600
+    hours = sum(trial.seconds or 0.0 for trial in trials) / 3600
     best = f"Best {metric}: {winner.score:.4f} (trial {winner.number}). " if winner else "No trial is complete. "
     text = f"{best}{len(trials)} trials: {text}. {hours:.2f} hours of training."
     return f"<header><h1>{escape(title)}</h1><p>{escape(text)}</p></header>"

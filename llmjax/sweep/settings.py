@@ -52,13 +52,9 @@ def resolve_settings(
         raise UserError(
             f"--workdir={workdir}: processes share a journal there by file locks; give a local or shared disk"
         )
-    saved = workdirs.read_json(workdir / SETTINGS)
-    if saved is None and (workdir / workdirs.CONFIG).exists():
+    saved, is_import = workdirs.read_json(workdir / SETTINGS), (workdir / workdirs.IMPORT).exists()
+    if (workdir / workdirs.RUN).exists() or ((workdir / workdirs.CONFIG).exists() and not is_import):
         raise UserError(f"--workdir={workdir}: contains a training run; give another folder for the sweep")
-    if (workdir / workdirs.IMPORT).exists():
-        raise UserError(
-            f"--workdir={workdir}: contains imported parameters, and trials start from scratch; give another"
-        )
     if saved is None:
         if not over:
             raise UserError(
@@ -99,7 +95,7 @@ def make_plan(settings: Settings, workdir: epath.Path) -> tuple[Settings, Plan]:
     ranges = space.parse(settings.over)
 
     def resolve(more: Sequence[tuple[str, str]]) -> RunConfig:
-        config = run_config.resolve(settings.config, [*settings.overrides, *more])
+        config = loading.resolve(settings.config, workdir, [*settings.overrides, *more])
         if not config.train.epochs:  # else the data decide the number of steps
             phases.check_rates(config)
         return config
@@ -115,16 +111,21 @@ def make_plan(settings: Settings, workdir: epath.Path) -> tuple[Settings, Plan]:
         )
     settings = dataclasses.replace(settings, prune=settings.prune or ("median" if config.eval.every else "none"))
     _check_unchanged(config, workdir)
+    is_import = (workdir / workdirs.IMPORT).exists()
     shared: list[tuple[str, str]] = []
+    if is_import and config.data.tokenizer.path:  # the store has it on record, and each trial has a copy elsewhere
+        shared.append(("data.tokenizer.path", config.data.tokenizer.path))
     if all(each.field != "data.store" for each in ranges):
         store = loading.store_folder(config, workdir)
         prepare.prepare(config.data, store)
-        shared = [("data.store", str(store.resolve()))]
+        shared.append(("data.store", str(store.resolve())))
     workdir.mkdir(parents=True, exist_ok=True)
     record = {**dataclasses.asdict(settings), "resolved": run_config.to_json(config)}
     workdirs.write_json(workdir / SETTINGS, record)
 
     def command(overrides: Sequence[tuple[str, str]], folder: epath.Path) -> list[str]:
+        if is_import:
+            loading.copy_import(workdir, folder)
         return training.command(settings.config, folder, [*settings.overrides, *shared, *overrides])
 
     plan = Plan(

@@ -45,7 +45,7 @@ class Plan:
     sampler    tpe, random or grid
     pruner     median or none
     trials     of all processes together, failed ones included
-    command    (FIELD, TEXT) of a trial, its workdir -> the words that train it
+    command    (FIELD, TEXT) of a trial, its workdir -> the words that train it; puts imported parameters there
     """
 
     ranges: Sequence[Range]
@@ -67,14 +67,14 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrialResult:
-    """A trial: its state (complete, pruned, failed, running), overrides, score, seconds, reason of a failure, and
-    validation scores by step."""
+    """A trial: its state (complete, pruned, failed, running), overrides, score, seconds of its run where that has
+    recorded them, reason of a failure, and validation scores by step."""
 
     number: int
     state: str
     overrides: Sequence[tuple[str, str]]
     score: float | None
-    seconds: float
+    seconds: float | None
     error: str
     curve: Sequence[tuple[float, float]]
 
@@ -197,7 +197,6 @@ def _run_trial(study: optuna.Study, trial: optuna.Trial, plan: Plan, workdir: ep
     overrides = space.write_overrides(plan.ranges, trial.params)
     folder = trial_folder(workdir, trial.number)
     logger.info("trial %d of %d: %s", trial.number, plan.num_trials, training.quote_flags(overrides))
-    seconds = float(trial.user_attrs.get("seconds", 0.0))
     reported = set(study.get_trials(deepcopy=False)[trial.number].intermediate_values)
     problem = ""
 
@@ -215,11 +214,7 @@ def _run_trial(study: optuna.Study, trial: optuna.Trial, plan: Plan, workdir: ep
             logger.info("  trial %d, step %d: %s %.4f", trial.number, step, plan.metric, value)
         return bool(new) and trial.should_prune()
 
-    began = time.monotonic()
-    try:
-        outcome = training.run(plan.command(overrides, folder), folder, should_prune)
-    finally:
-        trial.set_user_attr("seconds", seconds + time.monotonic() - began)
+    outcome = training.run(plan.command(overrides, folder), folder, should_prune)
     if outcome.status == training.PREEMPTED and not outcome.was_stopped:
         logger.info("trial %d was asked to stop from outside: rerun the same command to resume it", trial.number)
         return outcome.status
@@ -237,7 +232,7 @@ def _run_trial(study: optuna.Study, trial: optuna.Trial, plan: Plan, workdir: ep
         logger.info("trial %d: failed: %s (%s)", trial.number, trial.user_attrs["error"], folder / training.LOG)
     else:
         study.tell(trial, score)
-        logger.info("trial %d: %s %.4f after %.0f s", trial.number, plan.metric, score, trial.user_attrs["seconds"])
+        logger.info("trial %d: %s %.4f after %.0f s", trial.number, plan.metric, score, outcome.seconds)
     return 0
 
 
@@ -254,7 +249,8 @@ def _read_final_score(folder: epath.Path, plan: Plan) -> tuple[str, float]:
 
 def list_results(plan: Plan, workdir: epath.Path) -> list[TrialResult]:
     """All trials, in order."""
-    return [_make_result(trial, plan) for trial in open_study(plan, workdir).get_trials(deepcopy=False)]
+    trials = open_study(plan, workdir).get_trials(deepcopy=False)
+    return [_make_result(trial, plan, trial_folder(workdir, trial.number)) for trial in trials]
 
 
 def rank(trials: Sequence[TrialResult], metric: str) -> list[TrialResult]:
@@ -275,7 +271,7 @@ def find_winner(trials: Sequence[TrialResult], metric: str) -> TrialResult | Non
     return next(complete, None)
 
 
-def _make_result(trial: FrozenTrial, plan: Plan) -> TrialResult:
+def _make_result(trial: FrozenTrial, plan: Plan, folder: epath.Path) -> TrialResult:
     names = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
     curve = [(float(step), value) for step, value in sorted(trial.intermediate_values.items())]
     score = trial.value if trial.state == TrialState.COMPLETE else None
@@ -286,7 +282,7 @@ def _make_result(trial: FrozenTrial, plan: Plan) -> TrialResult:
         state=names.get(trial.state, "running"),
         overrides=space.write_overrides(plan.ranges, trial.params),
         score=score,
-        seconds=float(trial.user_attrs.get("seconds", 0.0)),
+        seconds=training.read_seconds(folder),
         error=str(trial.user_attrs.get("error", "")),
         curve=curve,
     )

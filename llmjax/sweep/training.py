@@ -14,6 +14,8 @@ from etils import epath
 
 from llmjax.errors import UserError
 from llmjax.evals import results
+from llmjax.metrics import read_metrics
+from llmjax.report.cost import measure_seconds
 from llmjax.run import workdir as workdirs
 
 SUCCESS, PREEMPTED = 0, 85  # exit statuses of `llmjax train`
@@ -98,6 +100,16 @@ def _find_error(log: epath.Path, start: int, status: int) -> str:
     if status < 0:
         last = f"killed by signal {-status}{': ' * bool(last)}{last}"
     return last or f"exit status {status}"
+
+
+def read_seconds(workdir: epath.Path) -> float | None:
+    """Seconds of all starts of a run, by its files; None where they do not say, as before its first step.
+
+    A start that was killed counts up to the last line of its metrics, and not at all before its first one.
+    """
+    starts = (workdirs.read_json(workdir / workdirs.RUN) or {}).get("starts", [])
+    measured = [each for each in measure_seconds(starts, read_metrics(workdir)) if each is not None] if starts else []
+    return sum(measured) if measured else None
 
 
 def read_scores(workdir: epath.Path, metric: str) -> dict[int, float]:

@@ -124,8 +124,8 @@ def test_copies_of_training_texts_are_the_first_thing_to_do(tmp_path):
 
 @pytest.mark.parametrize("kind", ["choice", "pairs", "perplexity", "generate"])
 def test_token_losses_of_likelihoods(tmp_path, kind):
-    words = [f"{HOSTILE if number == 2 else 'abc'} {number}" for number in range(24)]
-    words[2] = words[2].replace("\ud800", "")
+    words = [f"na\u00efve {number}" for number in range(24)]
+    words[2] = HOSTILE.replace("\ud800", "")
     records = [
         {"question": text, "choices": ["yes", "no"], "answer": "yes", "good": text, "bad": text[::-1], "text": text}
         for text in words
@@ -141,6 +141,8 @@ def test_token_losses_of_likelihoods(tmp_path, kind):
     for each in result.worst:
         line, first = scored.lines[each.index], each.token_losses[0]
         assert len(first.tokens) == len(first.losses)
+        if kind in ("pairs", "perplexity"):
+            assert "".join(first.tokens) == records[each.index]["text"]
         if kind == "pairs":
             expected = -line["nats"][0]
         elif kind == "choice":
@@ -151,6 +153,11 @@ def test_token_losses_of_likelihoods(tmp_path, kind):
     path = epath.Path(tmp_path) / "page.html"
     analysis_page.write_page(result, scored, path)
     page = path.read_text()
+    if kind == "choice":
+        both = sum(len(each.token_losses) == 2 for each in result.worst)
+        assert page.count("<i>\u2026</i>") == both > 0, "a prompt is shown once"
+    if kind in ("pairs", "perplexity"):
+        assert 'nats">\u00ef</span>' in page, "the two bytes of a character are shown as one"
     assert 'class="heat"' in page and "<script" not in page and "--heat:" in page
     assert PageParser(page).text.count("example ") >= len(result.worst)
 

@@ -8,6 +8,7 @@ import pytest
 from llmjax.cli import main
 from llmjax.errors import UserError
 from tests import jobs
+from tests.interop import published
 
 SETTINGS = {
     **jobs.ONE_LAYER,
@@ -40,11 +41,37 @@ def test_a_sweep_trains_each_trial_and_prints_the_winner(tmp_path, capsys):
     assert config["optimizer"]["learning_rate"] == 0.01
     assert config["data"]["store"] == str(workdir / "store"), "trials share the store"
     assert sorted(path.name for path in (workdir / "trials" / "000" / "eval").iterdir()) == ["2", "4"]
+    seconds = json.loads((workdir / "trials" / "000" / "run.json").read_text())["starts"][0]["seconds"]
+    assert next(line for line in printed.splitlines() if line.startswith("0 ")).split()[-1] == f"{seconds:.0f}"
 
     assert main.run(["sweep", f"--workdir={workdir}"]) == 0
     assert "trial 1, as overrides" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"--seed: 4, but the sweep in .* has 0"):
         main.run(["sweep", f"--workdir={workdir}", "--seed=4"])
+
+
+def test_trials_start_from_imported_parameters(tmp_path, capsys):
+    corpus, workdir = jobs.write_corpus(tmp_path / "corpus", 20), tmp_path / "sweep"
+    source = published.write_folder(
+        tmp_path / "hf", published.LLAMA, published.random_tensors(published.llama_shapes())
+    )
+    assert main.run(["import", f"--from={source}", f"--workdir={workdir}"]) == 0
+    words = [word for word in arguments(workdir, corpus, OVER, "--sampler=grid") if "config.model." not in word]
+    words.remove("--config.data.tokenizer.kind=bytes")
+    assert main.run(words) == 0
+    assert "--config.optimizer.learning_rate=0.01\n" in capsys.readouterr().out
+    for number in (0, 1):
+        trial = workdir / "trials" / f"{number:03d}"
+        assert f"starting from the parameters that were imported from {source}" in (trial / "train.log").read_text()
+        config = json.loads((trial / "config.json").read_text())
+        assert config["model"]["embed"] == published.LLAMA["hidden_size"]
+        assert (trial / "tokenizer" / "tokenizer.json").exists()
+        assert config["data"]["store"] == str(workdir / "store"), "trials share the store"
+    assert main.run(["sweep", f"--workdir={workdir}"]) == 0
+
+    (workdir / "run.json").write_text("{}")
+    with pytest.raises(UserError, match="contains a training run"):
+        main.run(["sweep", f"--workdir={workdir}"])
 
 
 @pytest.mark.parametrize(

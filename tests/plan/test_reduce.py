@@ -67,6 +67,10 @@ def test_the_ladder_ends_where_the_loss_rises_and_is_resumed(tmp_path, monkeypat
         printed = capsys.readouterr().out
         assert "  --config.model.embed=160 --config.model.num_heads=5" in printed
         assert f"next:   llmjax eval --workdir={workdir}/rungs/3x160 --split=test" in printed
+        head, *rows = (line for line in printed.splitlines() if line.startswith(("layers x width", "4x", "3x")))
+        assert [row.split()[0] for row in rows] == ["4x192", "3x160", "3x128", "3x160:"]
+        assert [row[head.index("loss") :][:6] for row in rows[:3]] == ["2.0000", "2.0100", "2.5000"]
+        assert [row.endswith("<- smallest within") for row in rows] == [False, True, False, False]
         assert started == ["6", "5", "4"]
     record = json.loads((workdir / "reduce.json").read_text())
     assert [rung["loss"] for rung in record["rungs"]] == [2.0, 2.01, 2.5]

@@ -76,6 +76,19 @@ def test_only_fields_that_differ_are_listed(runs):
     assert "tokens, without padding" not in costs  # neither run logged them
 
 
+def test_device_hours_are_those_of_all_starts(runs, tmp_path):
+    """8 devices for an hour, then 2 for half an hour: 9 device-hours, and a start whose time is unknown."""
+    other = make_run(tmp_path)
+    about = json.loads((other / "run.json").read_text())
+    start = {"step": 0, "time": 0.0, "device": "TPU v4", "num_devices": 8, "processes": 1, "seconds": 3600.0}
+    later = {**start, "step": 400, "num_devices": 2, "seconds": 1800.0}
+    failed = {"step": 400, "time": 9e9, "device": "TPU v4", "num_devices": 2, "processes": 1}
+    put(other / "run.json", about | {"device": "TPU v4", "num_devices": 2, "starts": [start, later, failed]})
+    result = comparison.compare([epath.Path(runs / "small"), epath.Path(other)])
+    assert dict(result.costs)["device-hours"] == [None, "9"]
+    assert any(note.startswith("quickstart: device-hours leave out 1 start that ended") for note in result.notes)
+
+
 def test_the_summary(runs, tmp_path, capsys):
     assert command([str(runs / "small"), str(runs / "large"), f"--output={tmp_path / 'page.html'}"]) == 0
     printed = capsys.readouterr().out

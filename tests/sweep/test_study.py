@@ -43,6 +43,7 @@ def test_the_winner_has_the_lowest_score_and_a_failed_trial_does_not_end_the_swe
     assert [trial.overrides[0][1] for trial in trials] == ["3", "1", "7", "2"]
     assert [trial.state for trial in trials] == ["complete", "complete", "failed", "complete"]
     assert trials[2].error == "model.embed=7: must be even"
+    assert [trial.seconds for trial in trials] == [3.0, 3.0, None, 3.0]
     winner = study.find_winner(trials, "loss")
     assert winner is not None and winner.number == 1 and winner.score == pytest.approx(1 + 1 / 3)
     assert training.quote_flags(winner.overrides) == "--config.model.embed=1"
@@ -88,6 +89,19 @@ def test_a_killed_sweep_resumes_its_running_trial(tmp_path):
     trials = study.list_results(plan, epath.Path(tmp_path))
     assert [trial.state for trial in trials] == ["complete", "complete"]
     assert (folder / "starts").read_text().count("start") == 2
+
+
+def test_seconds_are_those_of_all_starts_of_a_run(tmp_path):
+    """A start that was killed counts to its last logged step, and a run that was killed before one has no seconds."""
+    root = epath.Path(tmp_path)
+    assert training.read_seconds(root) is None
+    starts = [{"time": 1000.0, "seconds": 50.0}, {"time": 2000.0}]
+    (root / "run.json").write_text(json.dumps({"starts": starts[1:]}))
+    assert training.read_seconds(root) is None
+    (root / "run.json").write_text(json.dumps({"starts": starts}))
+    assert training.read_seconds(root) == 50
+    (root / "metrics.jsonl").write_text(json.dumps({"step": 8, "time": 2007.0}) + "\n")
+    assert training.read_seconds(root) == 57
 
 
 def test_a_trial_of_a_live_process_is_left_to_it(tmp_path):

@@ -1,6 +1,7 @@
 """Classification: by the head of a run for classes, or by the likelihood of the classes' names after a prompt."""
 
 from collections.abc import Callable, Sequence
+import dataclasses
 import math
 
 import numpy as np
@@ -17,6 +18,23 @@ from llmjax.evals.tasks.outcome import Groups, Outcome, Scores
 from llmjax.inference.predict import Texts, predict
 from llmjax.report.reliability import draw_reliability
 from llmjax.run.loading import Loaded
+
+
+@dataclasses.dataclass(frozen=True)
+class _Predictions:
+    """What is predicted of n examples.
+
+    labels, predicted      int [n]
+    logits, probabilities  float [n, classes]
+    log_losses, brier      float [n]
+    """
+
+    labels: np.ndarray
+    logits: np.ndarray
+    probabilities: np.ndarray
+    predicted: np.ndarray
+    log_losses: np.ndarray
+    brier: np.ndarray
 
 
 def run_head(task: TaskConfig, loaded: Loaded, examples: Sequence[Example], groups: Groups) -> Outcome:
@@ -81,6 +99,18 @@ def _read_labels(task: TaskConfig, examples: Sequence[Example], classes: Sequenc
     return np.array(labels)
 
 
+def _make_predictions(labels: np.ndarray, logits: np.ndarray) -> _Predictions:
+    probabilities = classification.softmax(logits)
+    return _Predictions(
+        labels=labels,
+        logits=logits,
+        probabilities=probabilities,
+        predicted=probabilities.argmax(axis=1),
+        log_losses=classification.log_losses(labels, probabilities),
+        brier=classification.brier_scores(labels, probabilities),
+    )
+
+
 def _make_outcome(
     classes: Sequence[str],
     inputs: Sequence[str],
@@ -89,25 +119,22 @@ def _make_outcome(
     groups: Groups,
     num_cut: int = 0,
 ) -> Outcome:
-    probabilities = classification.softmax(logits)
-    predicted = probabilities.argmax(axis=1)
-    log_losses = classification.log_losses(labels, probabilities)
-    brier = classification.brier_scores(labels, probabilities)
+    predictions = _make_predictions(labels, logits)
     lines = [
         {
             "index": index,
             "input": text,
             "target": classes[labels[index]],
-            "prediction": classes[predicted[index]],
-            "probabilities": dict(zip(classes, probabilities[index].tolist(), strict=True)),
-            "accuracy": float(predicted[index] == labels[index]),
-            "log_loss": float(log_losses[index]),
-            "brier": float(brier[index]),
+            "prediction": classes[predictions.predicted[index]],
+            "probabilities": dict(zip(classes, predictions.probabilities[index].tolist(), strict=True)),
+            "accuracy": float(predictions.predicted[index] == labels[index]),
+            "log_loss": float(predictions.log_losses[index]),
+            "brier": float(predictions.brier[index]),
         }
         for index, text in enumerate(inputs)
     ]
-    confusion = classification.count_confusions(labels, predicted, len(classes))
-    bins = classification.bin_confidences(labels, probabilities)
+    confusion = classification.count_confusions(labels, predictions.predicted, len(classes))
+    bins = classification.bin_confidences(labels, predictions.probabilities)
     reliability = {"counts": bins.counts, "confidence": bins.confidence, "accuracy": bins.accuracy}
     details = {
         "classes": list(classes),
@@ -117,34 +144,27 @@ def _make_outcome(
     }
     title = f"expected calibration error {bins.calibration_error:.3f}"
     plot = draw_reliability(**details["reliability"], title=title)
-    score = _make_score(classes, labels, logits, groups)
-    return Outcome(lines, score, "accuracy", details, plot, num_cut)
+    return Outcome(lines, _make_score(classes, predictions, groups), "accuracy", details, plot, num_cut)
 
 
-def _make_score(
-    classes: Sequence[str], labels: np.ndarray, logits: np.ndarray, groups: Groups
-) -> Callable[[np.ndarray], Scores]:
+def _make_score(classes: Sequence[str], predictions: _Predictions, groups: Groups) -> Callable[[np.ndarray], Scores]:
     """All scores of classes. Those that end with _scaled are of probabilities at another temperature, which for each
     half of the examples (`classification.split_halves`) is fitted on the other half."""
-    probabilities = classification.softmax(logits)
-    predicted = probabilities.argmax(axis=1)
-    log_losses = classification.log_losses(labels, probabilities)
-    brier = classification.brier_scores(labels, probabilities)
-    temperature = classification.fit_temperature(labels, logits)
-    scaled = _scale_crosswise(labels, logits)
-    scaled_losses = classification.log_losses(labels, scaled)
+    temperature = classification.fit_temperature(predictions.labels, predictions.logits)
+    scaled = _scale_crosswise(predictions.labels, predictions.logits)
+    scaled_losses = classification.log_losses(predictions.labels, scaled)
 
     def score(indices: np.ndarray) -> Scores:
-        some, chosen = labels[indices], probabilities[indices]
-        confusion = classification.count_confusions(some, predicted[indices], len(classes))
+        some, chosen = predictions.labels[indices], predictions.probabilities[indices]
+        confusion = classification.count_confusions(some, predictions.predicted[indices], len(classes))
         roc, precision_recall = classification.aucs(some, chosen)
         scores = classification.score_confusions(confusion) | {
             "roc_auc": roc,
             "pr_auc": precision_recall,
             "ece": classification.bin_confidences(some, chosen).calibration_error,
-            "brier": float(brier[indices].mean()),
-            "log_loss": float(log_losses[indices].mean()),
-            "temperature": classification.fit_temperature(some, logits[indices], start=temperature),
+            "brier": float(predictions.brier[indices].mean()),
+            "log_loss": float(predictions.log_losses[indices].mean()),
+            "temperature": classification.fit_temperature(some, predictions.logits[indices], start=temperature),
             "ece_scaled": classification.bin_confidences(some, scaled[indices]).calibration_error,
             "log_loss_scaled": float(scaled_losses[indices].mean()),
         }
@@ -152,7 +172,7 @@ def _make_score(
         for kind in ("precision", "recall", "f1"):
             for each, value in zip(classes, getattr(by_class, kind).tolist(), strict=True):
                 scores[f"{kind}/{each}"] = value
-        return scores | score_groups(groups, labels, predicted, len(classes), indices)
+        return scores | score_groups(groups, predictions.labels, predictions.predicted, len(classes), indices)
 
     return score
 
