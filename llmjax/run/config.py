@@ -146,6 +146,10 @@ class ReportConfig:
             raise UserError(f"report.pue={self.pue}: must be at least 1, or 0 where it is unknown")
 
 
+# Fields of the model that change how it is computed, not its parameters or its function.
+FREE_MODEL_FIELDS = {
+    "scan", "remat", "quantization", "attention", "attention_block", "recurrence", "unroll", "dtype", "dropout",
+}  # fmt: skip
 # Fields of each section that must be at least 1, and those that must not be negative.
 _POSITIVE = {
     "train": ("steps", "global_batch", "accumulation", "loss_chunk", "log_every", "max_skipped"),

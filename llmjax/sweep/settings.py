@@ -112,6 +112,10 @@ def make_plan(settings: Settings, workdir: epath.Path) -> tuple[Settings, Plan]:
     settings = dataclasses.replace(settings, prune=settings.prune or ("median" if config.eval.every else "none"))
     _check_unchanged(config, workdir)
     is_import = (workdir / workdirs.IMPORT).exists()
+    for field in [each.field for each in ranges if is_import]:
+        section, _, name = field.partition(".")
+        if section == "model" and name not in run_config.FREE_MODEL_FIELDS and not name.startswith("lora."):
+            raise UserError(f"--over={field}: the imported parameters decide it; vary other fields")
     shared: list[tuple[str, str]] = []
     if is_import and config.data.tokenizer.path:  # the store has it on record, and each trial has a copy elsewhere
         shared.append(("data.tokenizer.path", config.data.tokenizer.path))

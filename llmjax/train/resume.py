@@ -21,10 +21,6 @@ from llmjax.train.context import Progress
 
 logger = logging.getLogger(__name__)
 
-# Fields of the model that change how it is computed, not its parameters or its function.
-_FREE_MODEL_FIELDS = {
-    "scan", "remat", "quantization", "attention", "attention_block", "recurrence", "unroll", "dtype", "dropout",
-}  # fmt: skip
 # Fields of the optimizer that decide its learning rate; a change is applied and logged.
 _RATE_FIELDS = {"learning_rate", "schedule", "warmup_steps", "decay_fraction", "end_fraction"}
 
@@ -147,7 +143,7 @@ def _changes(config: RunConfig, meta: dict[str, Any], tokenizer_sha256: str) -> 
 
 
 def _check_changes(config: RunConfig, meta: dict[str, Any], tokenizer_sha256: str) -> None:
-    free = _FREE_MODEL_FIELDS | ({"num_outputs"} if "imported" in meta else set())
+    free = run_config.FREE_MODEL_FIELDS | ({"num_outputs"} if "imported" in meta else set())
     model = _section_changes("model", config, meta, free)
     if _adds_adapters(config, meta):
         model = [line for line in model if not line.startswith("model.lora.")]

@@ -58,6 +58,8 @@ def test_trials_start_from_imported_parameters(tmp_path, capsys):
     assert main.run(["import", f"--from={source}", f"--workdir={workdir}"]) == 0
     words = [word for word in arguments(workdir, corpus, OVER, "--sampler=grid") if "config.model." not in word]
     words.remove("--config.data.tokenizer.kind=bytes")
+    with pytest.raises(UserError, match=r"--over=model.mlp: the imported parameters decide it"):
+        main.run([word.replace(OVER, "--over=model.mlp=choice(32,64)") for word in words])
     assert main.run(words) == 0
     assert "--config.optimizer.learning_rate=0.01\n" in capsys.readouterr().out
     for number in (0, 1):
