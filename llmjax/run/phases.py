@@ -92,6 +92,12 @@ def check_rates(config: RunConfig) -> None:
             schedules.make_schedule(phase.rates.optimizer, phase.rates.horizon)
 
 
+def rate_at(phases: Sequence[Phase], step: int, updates: int) -> float:
+    """The learning rate of a step (from 1) that so many updates precede."""
+    rates = phases[at_step(phases, step)].rates
+    return float(schedules.make_schedule(rates.optimizer, rates.horizon, rates.first)(updates))
+
+
 @contextlib.contextmanager
 def naming_phase(name: str) -> Iterator[None]:
     """Put the name of a phase before the text of a UserError."""
