@@ -71,6 +71,9 @@ def read(workdir: epath.PathLike) -> RunFiles:
     evals: dict[str, dict[int, dict[str, Any]]] = {}
     for path in sorted(root.glob(f"{workdirs.EVAL}/*/*.json")):
         if path.parent.name.isdecimal() and (scores := load(path, dict)) is not None:
+            if "step" not in scores or not {"total", "metrics"} & scores.keys():  # not one that llmjax wrote
+                unreadable.append(str(path))
+                continue
             evals.setdefault(path.stem, {})[int(path.parent.name)] = scores
     try:
         profile = read_profile(root)

@@ -81,7 +81,7 @@ def test_bad_input_is_refused_before_anything_is_compiled(arguments, message):
 
 
 def test_the_size_of_a_vocabulary_of_bytes_is_named():
-    with pytest.raises(UserError, match="the tokenizer bytes has 259: set --config.model.vocab_size=259"):
+    with pytest.raises(UserError, match=r"the tokenizer bytes has 259: set --config.model.vocab_size=259"):
         main.run(["plan", "--config=quickstart", "--topology=cpu", "--config.data.tokenizer.kind=bytes"])
 
 
