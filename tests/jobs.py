@@ -75,8 +75,8 @@ def write_corpus(folder: pathlib.Path, documents: int = 60) -> pathlib.Path:
     sources = sorted((ROOT / "llmjax").rglob("*.py"))
     text = "".join(path.read_text() for path in sources)
     for number in range(documents):
-        # At the start of a line: a cut inside of one can begin with the signature of a file format.
-        start = text.index("\n", number * len(text) // documents) + 1
+        # At the start of a line: a piece that begins inside one may begin with the magic bytes of another format.
+        start = text.rfind("\n", 0, number * len(text) // documents) + 1
         (folder / f"{number:03d}.txt").write_text(text[start : start + 500 + 37 * number])
     return folder
 

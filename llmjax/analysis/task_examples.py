@@ -139,7 +139,7 @@ def _read_task(name: str, path: epath.Path, record: Mapping[str, Any]) -> TaskCo
 def _read_lines(path: epath.Path, command: str) -> list[Line]:
     if not path.exists():
         raise UserError(f"{path}: no per-example results there; run `{command}` again")
-    lines = results.read_lines(path, f", run `{command}`")
+    lines = results.read_lines(path, f" and run `{command}`")
     if not lines:
         raise UserError(f"{path}: has no examples; remove the file, and run `{command}`")
     return lines

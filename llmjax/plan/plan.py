@@ -5,6 +5,7 @@ import pathlib
 import tempfile
 from typing import Any
 
+from llmjax.data.store.tokenizer_kinds import Bytes
 from llmjax.errors import UserError
 from llmjax.plan import compile_ahead, costs as program_costs, count, predict, topology as topologies
 from llmjax.plan.compile_ahead import Program
@@ -118,8 +119,9 @@ def check_vocabulary(config: RunConfig, spec: str) -> None:
     if published is not None:
         hint = f"the published models of this family have {published}"
     else:
-        published = config.data.tokenizer.vocab_size
-        hint = f"the tokenizer that this config trains has {published}"
+        is_bytes = config.data.tokenizer.kind == "bytes"
+        published = Bytes().vocab_size if is_bytes else config.data.tokenizer.vocab_size
+        hint = f"the tokenizer {'bytes' if is_bytes else 'that this config trains'} has {published}"
     raise UserError(
         f"model.vocab_size=0: it would come from the tokenizer, and a plan has none; {hint}: "
         f"set --config.model.vocab_size={published}"

@@ -11,7 +11,7 @@ from llmjax.errors import UserError
 from llmjax.evals import results
 from llmjax.report import cost
 from llmjax.report.card_data import Corpus
-from llmjax.report.files import RunFiles, list_row_lengths
+from llmjax.report.files import RunFiles, describe_phase, list_phases, list_row_lengths
 from llmjax.report.markup import format_count
 from llmjax.run import loading, next_commands
 
@@ -80,7 +80,7 @@ def describe_model(facts: CardFacts) -> str:
         ("Adapters", f"LoRA of rank {lora['rank']}, merged on export" if lora.get("rank") else None),
         ("Base model", facts.base_model or "none, trained from random parameters"),
         ("Tokenizer", f"{kind}, {format_count(size)} tokens" if size else kind),
-        ("Tokens in a row", ", then ".join(map(format_count, list_row_lengths(facts.run.config or {})))),
+        ("Tokens in a row", ", then ".join(map(format_count, list_row_lengths(facts.run.config or {}, facts.step)))),
         ("Objective", facts.section("objective").get("name")),
         ("Classes", ", ".join(data.get("classes") or ())),
         ("Checkpoint", f"{about.get('eval_params', 'imported parameters')} of step {facts.step:,}"),
@@ -154,9 +154,11 @@ def describe_training(facts: CardFacts) -> str:
     title = "## Training procedure"
     if not facts.run.metrics:
         return f"{title}\n\nNot recorded: llmjax has not trained this model."
-    last = facts.run.metrics[-1]
+    # Of an earlier checkpoint, what was trained up to there.
+    last = next((line for line in reversed(facts.run.metrics) if line["step"] <= facts.step), {})
     known = [(name, optimizer[name]) for name in _OPTIMIZER_FIELDS if optimizer.get(name)]
     settings = [f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in known]
+    phases = list_phases(facts.run.config or {}, facts.step)
     versions = ", ".join(f"{name} {version}" for name, version in (about.get("versions") or {}).items())
     starts = about.get("starts") or []
     devices = dict.fromkeys(f"{start['num_devices']} x {start['device']}" for start in starts)
@@ -165,6 +167,7 @@ def describe_training(facts: CardFacts) -> str:
         ("Rows in a step", format_count(train["global_batch"]) if train.get("global_batch") else None),
         ("Scored targets", format_count(last["total_targets"]) if last.get("total_targets") else None),
         ("Optimizer", ", ".join(filter(None, (optimizer.get("name"), *settings)))),
+        *((f"Phase {_plain(name)}", describe_phase(phase)) for name, phase in phases),
         ("Packing", facts.section("data").get("packing")),
         ("Seed", str(facts.run.config["seed"]) if facts.run.config and "seed" in facts.run.config else None),
         ("Devices", ", then ".join(devices)),
@@ -221,7 +224,7 @@ def describe_bias(facts: CardFacts) -> str:
 def describe_limits(facts: CardFacts) -> str:
     """The limits that follow from the files, and a place for those that a person knows."""
     lines = []
-    if lengths := list_row_lengths(facts.run.config or {}):
+    if lengths := list_row_lengths(facts.run.config or {}, facts.step):
         lines.append(f"It was trained on rows of {max(lengths):,} tokens; longer contexts are untested.")
     if facts.splits and not facts.tasks:
         lines.append("It was scored on text like that of its training alone, which says little about other text.")

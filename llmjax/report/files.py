@@ -71,6 +71,9 @@ def read(workdir: epath.PathLike) -> RunFiles:
     evals: dict[str, dict[int, dict[str, Any]]] = {}
     for path in sorted(root.glob(f"{workdirs.EVAL}/*/*.json")):
         if path.parent.name.isdecimal() and (scores := load(path, dict)) is not None:
+            if "step" not in scores or not {"total", "metrics"} & scores.keys():  # not one that llmjax wrote
+                unreadable.append(str(path))
+                continue
             evals.setdefault(path.stem, {})[int(path.parent.name)] = scores
     try:
         profile = read_profile(root)
@@ -92,11 +95,30 @@ def read(workdir: epath.PathLike) -> RunFiles:
     )
 
 
-def list_row_lengths(config: Mapping[str, Any]) -> list[int]:
-    """Tokens in a row in each phase of a run's config.json, in order; [] where they are not known."""
-    phases = sorted((config.get("phases") or {}).values(), key=lambda phase: phase["after_step"])
-    lengths = [(config.get("data") or {}).get("seq_len"), *(phase.get("seq_len") for phase in phases)]
+def list_phases(config: Mapping[str, Any], step: int | None = None) -> list[tuple[str, dict[str, Any]]]:
+    """(name, fields that are set) of the phases of a run's config.json, in order; with `step` those begun before it."""
+    phases = sorted((config.get("phases") or {}).items(), key=lambda item: item[1]["after_step"])
+    return [
+        (name, {field: value for field, value in phase.items() if value not in (None, [], {})})
+        for name, phase in phases
+        if step is None or phase["after_step"] < step
+    ]
+
+
+def list_row_lengths(config: Mapping[str, Any], step: int | None = None) -> list[int]:
+    """Tokens in a row in each phase (with `step` those begun before it), in order; [] where they are not known."""
+    lengths = [(config.get("data") or {}).get("seq_len")]
+    lengths += [phase.get("seq_len") for _, phase in list_phases(config, step)]
     return list(dict.fromkeys(filter(None, lengths)))
+
+
+def describe_phase(phase: Mapping[str, Any]) -> str:
+    """What a phase of `list_phases` changes."""
+    changes = {name: value for name, value in phase.items() if name not in ("after_step", "weights")}
+    listed = [f"{name} {value}" for name, value in changes.items()]
+    if weights := phase.get("weights"):
+        listed.append("weights " + ", ".join(f"{name} {weight:g}" for name, weight in weights.items()))
+    return f"after step {phase['after_step']:,}: {'; '.join(listed)}"
 
 
 def list_compressors(manifest: dict[str, Any] | None) -> list[tuple[str, int]]:

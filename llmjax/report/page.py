@@ -12,7 +12,7 @@ from etils import epath
 from llmjax.evals.label_scores import describe_baseline
 from llmjax.metrics import duration
 from llmjax.report import cost, plot, step_plan, task_scores
-from llmjax.report.files import RunFiles, list_compressors, list_row_lengths, read
+from llmjax.report.files import RunFiles, describe_phase, list_compressors, list_phases, list_row_lengths, read
 from llmjax.report.markup import (
     chart_grid,
     collapsed,
@@ -223,7 +223,7 @@ def render_summary(run: RunFiles) -> str:
             ("teacher", f"{teacher.get('workdir')}, step {teacher.get('step')}" if teacher else None),
             ("evaluated", about.get("eval_params")),
             ("rows x tokens a step", f"{batch} x {seq_len}{later}" if batch and seq_len else None),
-            *((f"phase {name}", _describe_phase(phase)) for name, phase in settings.get("phases", {}).items()),
+            *((f"phase {name}", describe_phase(phase)) for name, phase in list_phases(settings)),
             ("restarts", len(about.get("restarts", []))),
             ("steps skipped, not finite", format_count(_last_value(run, "skipped_steps"))),
             ("versions", versions),
@@ -236,16 +236,6 @@ def render_summary(run: RunFiles) -> str:
     if unsharded:
         unsharded = collapsed("Parameters that stay unsharded", f"<ul>{unsharded}</ul>")
     return section("Run", facts + by_part + unsharded)
-
-
-def _describe_phase(phase: dict[str, Any]) -> str:
-    """What a phase changes, from its section of config.json."""
-    weights = phase.get("weights") or {}
-    mixture = ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
-    changes = {name: value for name, value in phase.items() if value not in (None, [], {}) and name != "weights"}
-    after = changes.pop("after_step", None)
-    listed = [*(f"{name} {value}" for name, value in changes.items()), *([f"weights {mixture}"] if mixture else [])]
-    return f"after step {after}: {'; '.join(listed)}"
 
 
 def render_data(run: RunFiles) -> str:

@@ -7,6 +7,7 @@ import itertools
 
 import numpy as np
 
+from llmjax.data.batches.batch_sizes import MAX_SIZE
 from llmjax.data.batches.order import Skips
 from llmjax.data.config import LABELLED, SEVERAL_TEXTS
 from llmjax.data.hashing import hash64
@@ -87,12 +88,18 @@ def split(config: RunConfig) -> list[Phase]:
 def check_rates(config: RunConfig) -> None:
     """Raise UserError where a schedule of the learning rate does not fit into the steps."""
     for phase in split(config):
-        with _naming_phase(phase.name):
+        with naming_phase(phase.name):
             schedules.make_schedule(phase.rates.optimizer, phase.rates.horizon)
 
 
+def rate_at(phases: Sequence[Phase], step: int, updates: int) -> float:
+    """The learning rate of a step (from 1) that so many updates precede."""
+    rates = phases[at_step(phases, step)].rates
+    return float(schedules.make_schedule(rates.optimizer, rates.horizon, rates.first)(updates))
+
+
 @contextlib.contextmanager
-def _naming_phase(name: str) -> Iterator[None]:
+def naming_phase(name: str) -> Iterator[None]:
     """Put the name of a phase before the text of a UserError."""
     try:
         yield
@@ -154,18 +161,21 @@ def _check(config: RunConfig) -> None:
             raise UserError(f"{field}.after_step={phase.after_step}: phases.{other} begins there, too; merge them")
         for what in ("seq_len", "target_len", "global_batch"):
             value = getattr(phase, what)
-            if value is not None and value < 1:
-                raise UserError(f"{field}.{what}={value}: must be at least 1")
+            if value is not None and not 1 <= value <= MAX_SIZE:
+                raise UserError(f"{field}.{what}={value}: must be from 1 to {MAX_SIZE}")
         if phase.global_batch is not None and phase.global_batch % train.accumulation:
             raise UserError(
                 f"{field}.global_batch={phase.global_batch} is not divisible by "
                 f"train.accumulation={train.accumulation}: change one of them"
             )
         if phase.changes_rows and config.objective.name in (*LABELLED, *SEVERAL_TEXTS):
+            what = "seq_len" if phase.seq_len is not None else "target_len"
             raise UserError(
-                f"{field}.seq_len={phase.seq_len}: objective.name={config.objective.name!r} reads records, which "
+                f"{field}.{what}={getattr(phase, what)}: objective.name={config.objective.name!r} reads records, which "
                 "data.seq_len has cut; unset it"
             )
+        with naming_phase(name):
+            Skips(phase.skip)
         for source, weight in phase.weights.items():
             if source not in config.data.sources:
                 raise UserError(f"{field}.weights.{source}: unknown source{suggest(source, config.data.sources)}")
@@ -179,11 +189,13 @@ def _check(config: RunConfig) -> None:
 class _Stream:
     """Rows of one length in one order of samples, read by successive phases.
 
+    name      of the first of these phases
     used      samples up to the newest phase, without those that are skipped
     sizes     entries of train.batch_schedule
     mixtures  entries of data.weight_schedule
     """
 
+    name: str
     seq_len: int
     target_len: int
     global_batch: int
@@ -229,7 +241,7 @@ def _make_streams(config: RunConfig, entries: _Entries) -> list[tuple[int, RunCo
         new_size, new_weights = phase.global_batch or size, dict(phase.weights) or weights
         if not streams or changed != rows:
             skip = phase.skip if streams else config.data.skip
-            streams.append(_Stream(*changed, new_size, new_weights, skip))
+            streams.append(_Stream(name, *changed, new_size, new_weights, skip))
         elif phase.skip:
             raise UserError(
                 f"phases.{name}.skip={phase.skip}: its sample indices go on from those of the phase before; add these "
@@ -243,7 +255,10 @@ def _make_streams(config: RunConfig, entries: _Entries) -> list[tuple[int, RunCo
                 streams[-1].mixtures.append((start, tuple(new_weights.items())))
         rows, size, weights = changed, new_size, new_weights
         phases.append((len(streams) - 1, size))
-    configs = [stream.config(config, number) for number, stream in enumerate(streams)]
+    configs = []
+    for number, stream in enumerate(streams):
+        with naming_phase(stream.name):
+            configs.append(stream.config(config, number))
     return [(number, configs[number], batch) for number, batch in phases]
 
 
@@ -257,7 +272,7 @@ def _make_rates(config: RunConfig, entries: _Entries) -> list[RateSchedule]:
             result.append(result[-1])
             continue
         if name != FIRST:
-            with _naming_phase(name):
+            with naming_phase(name):
                 optimizer = dataclasses.replace(optimizer, **{"warmup_steps": 0, **phase.rates})
         result.append(RateSchedule(optimizer, phase.after_step, ends[phase.after_step] - phase.after_step))
     return result

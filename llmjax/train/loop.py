@@ -14,6 +14,7 @@ import jax
 
 from llmjax.batch import Graph
 from llmjax.checkpoint.manager import Checkpoints
+from llmjax.data.batches.order import Skips
 from llmjax.data.batches.pipeline import TrainData
 from llmjax.data.objectives.objective import Objective
 from llmjax.data.store.tokenizer import load_tokenizer
@@ -99,8 +100,14 @@ def train(config: RunConfig, workdir: epath.Path) -> int:
 
 def _check_config(config: RunConfig, workdir: epath.Path) -> None:
     """All checks that are cheap, before anything is written."""
-    for phase in run_phases.split(config):
-        check_program(phase.config)
+    phases = run_phases.split(config)
+    for phase in phases if config.phases else ():  # before the steps of all sizes, which do not name the phase
+        with run_phases.naming_phase(phase.name):
+            backends.check_batch("train.global_batch", phase.batch, config.train.accumulation)
+    for phase in phases:
+        with run_phases.naming_phase(phase.name):
+            check_program(phase.config)
+    Skips(config.data.skip)
     if not config.train.epochs:  # else the steps are not known before the data
         run_phases.check_rates(config)
     recompute.check(config)

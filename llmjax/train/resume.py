@@ -63,7 +63,7 @@ def restore_or_init(
             params = states.add_adapters(spec, config.model, params, config.seed)
         parts = {**parts, "params": params}
     if keeps_optimizer:
-        _log_rate_changes(config, meta, updates=restored.step - meta["skipped"])
+        _log_rate_changes(config, meta, restored.step, updates=restored.step - meta["skipped"])
     else:
         if not imported:
             logger.info("  the parameters are kept; the optimizer's state and learning rate start at update 0")
@@ -160,15 +160,26 @@ def _check_changes(config: RunConfig, meta: dict[str, Any], tokenizer_sha256: st
         )
 
 
-def _log_rate_changes(config: RunConfig, meta: dict[str, Any], updates: int) -> None:
+def _log_rate_changes(config: RunConfig, meta: dict[str, Any], step: int, updates: int) -> None:
     old = _saved_config(meta)
-    if config.train.steps != old.train.steps and not (config.phases or old.phases):
+    if config.phases or old.phases:
+        _log_change_of_phases(config, old, updates, step)
+    elif config.train.steps != old.train.steps:
         change = schedules.describe_change(config.optimizer, old.train.steps, config.train.steps, updates)
         logger.info("  %s", change)
     rest = set(dataclasses.asdict(config.optimizer)) - _RATE_FIELDS
     lines = _section_changes("optimizer", config, meta, rest) + _section_changes("phases", config, meta, set())
     for line in lines:
         logger.info("  changed since the checkpoint: %s", line)
+
+
+def _log_change_of_phases(config: RunConfig, old: RunConfig, updates: int, step: int) -> None:
+    """Log another train.steps, and another learning rate of the step after `step`, of a run with phases."""
+    if config.train.steps != old.train.steps:
+        logger.info("  changed since the checkpoint: train.steps: %d -> %d", old.train.steps, config.train.steps)
+    before, now = (run_phases.rate_at(run_phases.split(each), step + 1, updates) for each in (old, config))
+    if before != now:
+        logger.info("  the learning rate of step %d goes from %.3g to %.3g", step + 1, before, now)
 
 
 def _log_computation_changes(config: RunConfig, meta: dict[str, Any]) -> None:
@@ -200,18 +211,20 @@ def _begun_phases(config: RunConfig, step: int) -> dict[str, Any]:
 
 def _restore_data_state(config: RunConfig, data: Mapping[int, TrainData], meta: dict[str, Any], step: int) -> DataState:
     """The data state of a checkpoint. Raises UserError where the config would have read other samples up to there."""
-    saved, phases = DataState.from_json(meta["data_state"]), run_phases.split(config)
+    saved, saved_config = DataState.from_json(meta["data_state"]), _saved_config(meta)
+    phases = run_phases.split(config)
     of_step = data[phases[run_phases.at_step(phases, step)].rows]
+    expected = run_phases.count_samples(phases, step)
     try:
-        before, now = (_begun_phases(each, step) for each in (_saved_config(meta), config))
+        before, now = (_begun_phases(each, step) for each in (saved_config, config))
         if lines := differences(before, now, "phases"):
             listed = "; ".join(f"{field}: {old!r} -> {new!r}" for field, old, new in lines)
             raise UserError(
                 f"phases that began before step {step} changed since the checkpoint ({listed}): restore them"
             )
-        if config.phases and (used := of_step.count_used(saved)) != (now := run_phases.count_samples(phases, step)):
+        if config.phases and (used := of_step.count_used(saved)) != expected:
             raise UserError(
-                f"the batches before step {step} changed since the checkpoint: {used} samples then, {now} by this "
+                f"the batches before step {step} changed since the checkpoint: {used} samples then, {expected} by this "
                 "config; restore train.global_batch and data.skip, and change what follows by a phase with "
                 f"after_step={step} or later"
             )
@@ -220,4 +233,7 @@ def _restore_data_state(config: RunConfig, data: Mapping[int, TrainData], meta: 
         if not config.checkpoint.accept_changes:
             raise UserError(f"{error}; or accept it with --config.checkpoint.accept_changes=true") from None
         logger.info("  accepted change: %s", error)
+        if config.phases or saved_config.phases:
+            # Where this config would be: the sample may be one of other rows, and the next start counts from phases.
+            return of_step.after(expected)
     return of_step.at(saved.next_sample)

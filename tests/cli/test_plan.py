@@ -80,6 +80,11 @@ def test_bad_input_is_refused_before_anything_is_compiled(arguments, message):
         main.run(["plan", "--config=llama:8B", *arguments])
 
 
+def test_the_size_of_a_vocabulary_of_bytes_is_named():
+    with pytest.raises(UserError, match=r"the tokenizer bytes has 259: set --config.model.vocab_size=259"):
+        main.run(["plan", "--config=quickstart", "--topology=cpu", "--config.data.tokenizer.kind=bytes"])
+
+
 def test_a_mesh_that_does_not_fill_the_machine_is_refused():
     with pytest.raises(UserError, match="3 does not divide the 2 devices"):
         main.run([*CPU, *SMALL, "--config.mesh.fsdp=3"])

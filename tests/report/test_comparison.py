@@ -148,9 +148,12 @@ def test_a_run_without_per_example_results(runs, tmp_path, capsys):
     put_task(other, 1000, "mine", "acc", answer_lines("0000000011"))
     (other / "eval/1000/mine.jsonl").unlink()
     put(other / "eval/1000/broken.json", "{")
+    put(other / "eval/1000/foreign.json", {"by": "hand"})
+    put(runs / "small/eval/1000/foreign.json", {"by": "hand"})
     assert command([str(runs / "small"), str(other), f"--output={tmp_path / 'page.html'}"]) == 0
     printed = capsys.readouterr().out
-    assert f"note: {other / 'eval/1000/broken.json'} cannot be read and was left out" in printed
+    for name in ("broken", "foreign"):
+        assert f"note: {other / 'eval/1000'}/{name}.json cannot be read and was left out" in printed
     line = next(line for line in printed.splitlines() if "no test" in line)
     assert "mine, small and quickstart: no test: quickstart has no per-example results" in line
     assert "no per-example results" in PageParser((tmp_path / "page.html").read_text()).text

@@ -99,6 +99,26 @@ def test_a_card_of_an_earlier_step_has_its_scores(workdir):
         model_card.make_card(workdir, step=7)
 
 
+def test_a_card_of_an_earlier_step_has_what_was_trained_up_to_there(workdir):
+    mix = {"after_step": 600, "seq_len": None, "weights": {"mine": 2.0}, "learning_rate": 1e-4}
+    phases = {"mix": mix, "long": {"after_step": 400, "seq_len": 512, "weights": {}, "skip": []}}
+    config = json.loads((workdir / "config.json").read_text())
+    put(workdir / "config.json", config | {"phases": phases})
+    _, body = split_card(model_card.make_card(workdir))
+    assert (
+        "- Phase long: after step 400: seq_len 512\n- Phase mix: after step 600: learning_rate 0.0001; weights" in body
+    )
+    assert "- Tokens in a row: 256, then 512" in body and "- Scored targets: 2,040,000" in body
+    for step in (400, 500):
+        (workdir / "checkpoints" / str(step)).mkdir(parents=True)
+    _, body = split_card(model_card.make_card(workdir, step=400))
+    assert "- Phase" not in body and "- Tokens in a row: 256\n" in body and "rows of 256 tokens" in body
+    assert "- Scored targets: 816,000" in body
+    assert (
+        "- Phase long" in (body := split_card(model_card.make_card(workdir, step=500))[1]) and "Phase mix" not in body
+    )
+
+
 def test_an_imported_model_says_what_nobody_recorded(tmp_path):
     config = run_config.apply_overrides({"model": {"family": "decoder", "vocab_size": 260}}, [])
     put(tmp_path / "mine/config.json", run_config.to_json(config))

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -262,8 +263,15 @@ def test_a_phase_that_has_begun_cannot_be_changed(train_in_phases):
     for change, message in changes:
         assert message in train_in_phases("changed:6", status=1, **change)[1]
     # A later one can, and the rate of any.
-    train_in_phases("changed:6", phases__long__after_step=8, phases__mix__learning_rate=1e-3)
-    assert [line["step"] for line in jobs.metrics(folder / "changed")] == [1, 2, 3, 4, 5, 6]
+    later = {"phases__long__after_step": 8, "phases__mix__learning_rate": 1e-3, "train__steps": 13}
+    _, printed = train_in_phases("changed:6", **later)
+    assert "changed since the checkpoint: train.steps: 12 -> 13" in printed
+    assert re.search(r"the learning rate of step 6 goes from 0.00\d+ to 0.001\n", printed)
+    # An accepted change goes on where its config would be, so that the next start needs no acceptance.
+    earlier = {**later, "phases__mix__after_step": 2}
+    train_in_phases("changed:7", checkpoint__accept_changes=True, **earlier)
+    train_in_phases("changed:8", **earlier)
+    assert [line["step"] for line in jobs.metrics(folder / "changed")] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 def test_a_job_of_two_processes_goes_on_with_the_next_phase(train_in_phases):
