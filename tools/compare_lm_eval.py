@@ -26,7 +26,7 @@ from etils import epath
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 import numpy as np
-import torch
+import torch  # pyright: ignore[reportMissingImports]  (the extra `bench`)
 
 from llmjax.cli.logs import configure_logging
 from llmjax.evals.lm_eval_tasks import Adapter
