@@ -206,6 +206,8 @@ def parse_override(cls: type, field: str, text: str) -> Any:
     for name in field.split("."):
         parents.append(name)
         where = ".".join(parents)
+        if not name:
+            raise UserError(f"unknown config field {field!r}: a name between its dots is empty")
         if families := families_of(hint):  # families give a shared field the same type
             hints = {n: h for family in reversed(families.values()) for n, h in typing.get_type_hints(family).items()}
             hint = _find_hint(name, hints, where)

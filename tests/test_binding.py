@@ -138,3 +138,8 @@ def test_an_unknown_field_of_a_file_is_refused(tmp_path):
 def test_differences_lists_field_old_and_new_value():
     old, new = {"a": {"b": 1, "c": [1, 2]}, "d": 0}, {"a": {"b": 2, "c": (1, 2)}, "d": 0}
     assert binding.differences(old, new) == [("a.b", 1, 2)]
+
+
+def test_an_entry_without_a_name_is_refused():
+    with pytest.raises(UserError, match=r"unknown config field 'phases\.\.after_step': a name between its dots is empty"):
+        binding.parse_override(RunConfig, "phases..after_step", "4")
