@@ -141,5 +141,7 @@ def test_differences_lists_field_old_and_new_value():
 
 
 def test_an_entry_without_a_name_is_refused():
-    with pytest.raises(UserError, match=r"unknown config field 'phases\.\.after_step': a name between its dots is empty"):
+    with pytest.raises(
+        UserError, match=r"unknown config field 'phases\.\.after_step': a name between its dots is empty"
+    ):
         binding.parse_override(RunConfig, "phases..after_step", "4")
