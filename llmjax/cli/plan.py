@@ -123,8 +123,7 @@ def _plan_phases(config: "RunConfig", topology: "Topology", flags: argparse.Name
         if key in made:
             lines.append("its steps are those of an earlier phase")
         else:
-            fields = [("train.global_batch", phase.batch), ("train.batch_schedule", ())]
-            made[key] = plans.make_plan(run_config.with_fields(phase.config, fields), topology, quick=flags.quick)
+            made[key] = plans.make_plan(phase.steps, topology, quick=flags.quick)
             lines += describe.describe(made[key], flags.config)
             if flags.dump:
                 _dump(pathlib.Path(flags.dump).expanduser() / phase.name, made[key].program)

@@ -7,14 +7,14 @@ import itertools
 
 import numpy as np
 
-from llmjax.data.batches.batch_sizes import MAX_SIZE
+from llmjax.data.batches.batch_sizes import MAX_SIZE, locate_batch
 from llmjax.data.batches.order import Skips
 from llmjax.data.config import LABELLED, SEVERAL_TEXTS
 from llmjax.data.hashing import hash64
 from llmjax.errors import UserError, suggest
 from llmjax.optim import schedules
 from llmjax.optim.config import OptimizerConfig
-from llmjax.run.config import RunConfig
+from llmjax.run.config import RunConfig, with_fields
 from llmjax.run.phase_config import PhaseConfig
 
 _Entries = list[tuple[str, PhaseConfig]]
@@ -43,8 +43,8 @@ class Phase:
     rows    number of the stream of rows: phases whose rows have one length read on in one order of samples
     config  of the stream, without phases: mixture and batches of its phases are data.weight_schedule and
             train.batch_schedule. `seed`, which keys its order and the draws for its samples, is its own
+    steps   config of this phase alone: of `config`, with the batches of its steps
     rates   the schedule of the learning rate in this phase
-    batch   rows of a step; of the first one, where train.batch_schedule changes it
     """
 
     name: str
@@ -52,8 +52,13 @@ class Phase:
     last: int
     rows: int
     config: RunConfig
+    steps: RunConfig
     rates: RateSchedule
-    batch: int
+
+    @property
+    def batch(self) -> int:
+        """Rows of a step; of the first one, where train.batch_schedule changes it."""
+        return self.steps.train.global_batch
 
     def __str__(self) -> str:
         rate, first = self.rates.optimizer.resolved(), self.rates.first
@@ -72,17 +77,23 @@ def split(config: RunConfig) -> list[Phase]:
     train = config.train
     if not config.phases:
         rates = RateSchedule(config.optimizer, 0, train.steps)
-        return [Phase(FIRST, 0, train.steps, 0, config, rates, train.global_batch)]
+        return [Phase(FIRST, 0, train.steps, 0, config, config, rates)]
     _check(config)
     entries = [(FIRST, PhaseConfig()), *sorted(config.phases.items(), key=lambda entry: entry[1].after_step)]
     bounds = [*(phase.after_step for _, phase in entries), train.steps]
     streams, rates = _make_streams(config, entries), _make_rates(config, entries)
     return [
-        Phase(name, first, last, number, stream, schedule, batch)
+        Phase(name, first, last, number, stream, _with_batch(name, stream, batch), schedule)
         for (name, _), (first, last), (number, stream, batch), schedule in zip(
             entries, itertools.pairwise(bounds), streams, rates, strict=True
         )
     ]
+
+
+def _with_batch(name: str, config: RunConfig, batch: int) -> RunConfig:
+    """The config with steps of one size."""
+    with naming_phase(name):
+        return with_fields(config, [("train.global_batch", batch), ("train.batch_schedule", ())])
 
 
 def check_rates(config: RunConfig) -> None:
@@ -127,15 +138,8 @@ def count_samples(phases: Sequence[Phase], step: int) -> int:
     """The samples, without those that are skipped, that the stream of a step's phase has used at the end of it."""
     phase = phases[at_step(phases, step)]
     first = next(each.first for each in phases if each.rows == phase.rows)
-    number, left = 0, step - first
-    skips = Skips(phase.config.data.skip)
-    for stretch, following in itertools.pairwise(
-        [*phase.config.train.batch_sizes.stretches(0, skips.count_unskipped), None]
-    ):
-        assert stretch is not None
-        steps = left if following is None else min(left, following.first - stretch.first)
-        number, left = number + steps * stretch.size, left - steps
-    return number
+    sizes, skips = phase.config.train.batch_sizes, Skips(phase.config.data.skip)
+    return locate_batch(list(sizes.stretches(0, skips.count_unskipped)), step - first)[0]
 
 
 def _check(config: RunConfig) -> None:

@@ -100,13 +100,9 @@ def train(config: RunConfig, workdir: epath.Path) -> int:
 
 def _check_config(config: RunConfig, workdir: epath.Path) -> None:
     """All checks that are cheap, before anything is written."""
-    phases = run_phases.split(config)
-    for phase in phases if config.phases else ():  # before the steps of all sizes, which do not name the phase
+    for phase in run_phases.split(config):
         with run_phases.naming_phase(phase.name):
-            backends.check_batch("train.global_batch", phase.batch, config.train.accumulation)
-    for phase in phases:
-        with run_phases.naming_phase(phase.name):
-            check_program(phase.config)
+            check_program(phase.steps)
     Skips(config.data.skip)
     if not config.train.epochs:  # else the steps are not known before the data
         run_phases.check_rates(config)

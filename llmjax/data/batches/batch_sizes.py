@@ -1,6 +1,6 @@
 """The size of each global batch, which may change at given samples (train.batch_schedule)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 from typing import NamedTuple
 
@@ -78,3 +78,9 @@ class BatchSizes:
                 yield Stretch(index, number, size)
                 count = -(-(end - number) // size)
                 index, number = index + count, number + count * size
+
+
+def locate_batch(stretches: Sequence[Stretch], index: int) -> tuple[int, int]:
+    """(number of its first sample, size) of a batch, whose index counts from the first of the stretches."""
+    stretch = next(stretch for stretch in reversed(stretches) if stretch.first <= index)
+    return stretch.number + (index - stretch.first) * stretch.size, stretch.size

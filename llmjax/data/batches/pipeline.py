@@ -17,7 +17,7 @@ import grain
 import numpy as np
 
 from llmjax.batch import Batch
-from llmjax.data.batches.batch_sizes import BatchSizes, Stretch
+from llmjax.data.batches.batch_sizes import BatchSizes, Stretch, locate_batch
 from llmjax.data.batches.mixture import Mixture
 from llmjax.data.batches.order import Permutation, Skips
 from llmjax.data.batches.packing import PackingPlan, RowBudget, Rows, fill_rows, join_segments, open_packing
@@ -273,18 +273,13 @@ class TrainData:
     def _stream(self, state: DataState, rows: dict[int, np.ndarray]) -> Generator[tuple[Batch, DataState], None, None]:
         stretches, length = self._stretches(state), self.remaining(state)
 
-        def locate(index: int) -> tuple[int, int]:
-            """(number of its first sample, size) of a batch."""
-            stretch = next(stretch for stretch in reversed(stretches) if stretch.first <= index)
-            return stretch.number + (index - stretch.first) * stretch.size, stretch.size
-
         def assemble(index: int) -> Batch:
-            first, size = locate(index)
+            first, size = locate_batch(stretches, index)
             return self._assemble(self._skips.sample(first + rows[size]))
 
         with contextlib.closing(_prefetch(assemble, length, self._config.prefetch)) as batches:
             for index, batch in enumerate(batches):
-                first, size = locate(index)
+                first, size = locate_batch(stretches, index)
                 yield batch, self.after(first + size, size)
         raise UserError(
             f"the training data end after {self._mixture.num_samples} samples, {length} batches from sample "

@@ -11,7 +11,7 @@ from llmjax.data.chat_template import ChatTemplate
 from llmjax.errors import UserError
 from llmjax.evals.config import NORMALIZATIONS, TaskConfig
 from llmjax.evals.requests import LanguageModel
-from llmjax.evals.tasks.examples import Example, make_prompt, write_prompts
+from llmjax.evals.tasks.examples import Example, make_prompts
 from llmjax.evals.tasks.outcome import Groups, Outcome, score_means
 
 
@@ -47,10 +47,9 @@ def run(
     """Score the examples; the first `shots` of them are shown."""
     choices = [_read_choices(task, example) for example in examples]
     answers = [_find_answer(task, example, texts) for example, texts in zip(examples, choices, strict=True)]
-    prompts = [make_prompt(task, example) for example in examples]
-    shots = [(prompts[number], choices[number][answers[number]]) for number in range(task.shots)]
-    prompts, choices, answers = prompts[task.shots :], choices[task.shots :], answers[task.shots :]
-    read = write_prompts(prompts, shots, template)
+    shown = [choices[number][answers[number]] for number in range(task.shots)]
+    prompts, read = make_prompts(task, examples, shown, template)
+    choices, answers = choices[task.shots :], answers[task.shots :]
     scores = score_choices(model, read, choices)
     # Of equal likelihoods the first choice is taken.
     right = {

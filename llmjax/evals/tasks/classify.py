@@ -13,7 +13,7 @@ from llmjax.evals.config import TaskConfig
 from llmjax.evals.label_scores import baseline_accuracy, macro_f1
 from llmjax.evals.requests import LanguageModel
 from llmjax.evals.tasks.choice import score_choices
-from llmjax.evals.tasks.examples import Example, make_prompt, write_prompts
+from llmjax.evals.tasks.examples import Example, make_prompts
 from llmjax.evals.tasks.outcome import Groups, Outcome, Scores
 from llmjax.inference.predict import Texts, predict
 from llmjax.report.reliability import draw_reliability
@@ -57,10 +57,8 @@ def run_likelihoods(
 ) -> Outcome:
     """Score the likelihoods of `choices`, which softmax makes probabilities; the first `shots` examples are shown."""
     labels = _read_labels(task, examples, task.choices)
-    prompts = [make_prompt(task, example) for example in examples]
-    shots = [(prompts[number], task.choices[labels[number]]) for number in range(task.shots)]
-    prompts, labels = prompts[task.shots :], labels[task.shots :]
-    read = write_prompts(prompts, shots, template)
+    prompts, read = make_prompts(task, examples, [task.choices[label] for label in labels[: task.shots]], template)
+    labels = labels[task.shots :]
     scores = score_choices(model, read, [task.choices] * len(prompts))
     outcome = _make_outcome(task.choices, prompts, labels, np.array([each["raw"] for each in scores]), groups)
     if template is not None:

@@ -153,6 +153,19 @@ def make_prompt(task: TaskConfig, example: Example) -> str:
     return "\n".join(texts) + " "
 
 
+def make_prompts(
+    task: TaskConfig, examples: Sequence[Example], shown: Sequence[str], template: ChatTemplate | None
+) -> tuple[list[str], list[str]]:
+    """(prompts, what the model reads of each) of the examples that are scored, after the first `shots` of them.
+
+    shown   the answers of the first `shots`
+    """
+    prompts = [make_prompt(task, example) for example in examples]
+    shots = list(zip(prompts[: task.shots], shown, strict=True))
+    prompts = prompts[task.shots :]
+    return prompts, write_prompts(prompts, shots, template)
+
+
 def write_prompts(prompts: Sequence[str], shots: Sequence[tuple[str, str]], template: ChatTemplate | None) -> list[str]:
     """What the model reads of each prompt: the shots (prompt, answer), a blank line after each, and the prompt.
 

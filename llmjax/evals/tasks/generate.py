@@ -9,7 +9,7 @@ from llmjax.data.chat_template import ChatTemplate
 from llmjax.errors import UserError
 from llmjax.evals.config import SIMILARITIES, TaskConfig
 from llmjax.evals.requests import LanguageModel
-from llmjax.evals.tasks.examples import Example, make_prompt, write_prompts
+from llmjax.evals.tasks.examples import Example, make_prompts
 from llmjax.evals.tasks.outcome import Groups, Outcome, Scores, score_means
 from llmjax.evals.tasks.similarity import compare_answers
 from llmjax.evals.text_scores import CorpusScores, exact_match, import_library, make_rouge, token_f1
@@ -40,11 +40,9 @@ def run(
                 f"{example.where}.answer_field={task.answer_field!r}: {example.place} has no text there, and "
                 f"{', '.join(task.metrics)} need a reference; fix the record, or remove it"
             )
-    prompts = [make_prompt(task, example) for example in examples]
-    shots = [(prompts[number], answers[number][0]) for number in range(task.shots)]
-    prompts, answers = prompts[task.shots :], answers[task.shots :]
+    prompts, read = make_prompts(task, examples, [texts[0] for texts in answers[: task.shots]], template)
+    answers = answers[task.shots :]
     # Spaces at the end belong to the answer: tokenizers join them with its first word.
-    read = write_prompts(prompts, shots, template)
     encoded = [model.encode_prompt(text.rstrip(" ")) for text in read]
     new = model.generate(encoded, stop=task.stop, max_tokens=task.max_tokens, template=template)
     texts = [text.strip() for text in new]
